@@ -1,0 +1,83 @@
+// What the instruction-set files offer and what the drivers call: raw pointers only, no torch.
+//
+// Letters: T tokens, K inputs (columns), O outputs (rows); x is (T, K), y is (T, O), both row-major.
+// A panel is a block of at most four vectors of tokens held feature-major, (features, v * width), so that one
+// feature of all its tokens is v consecutive vectors.
+#pragma once
+
+#include <cstdint>
+
+namespace sten {
+
+constexpr int kMaxVectors = 4;    // vectors of tokens in a panel
+
+struct Problem {
+  const float* x;      // (tokens, in)
+  const float* bias;   // (out,) or null
+  float* y;            // (tokens, out)
+  int64_t tokens, in, out;
+};
+
+struct Csr {
+  const float* values;
+  const int32_t* crow;   // (out + 1,)
+  const int32_t* col;
+};
+
+struct Grouped {
+  const float* values;       // (chunks, strips, patterns, g, n)
+  const int16_t* index;      // (chunks, strips, patterns, g)
+  const int32_t* rows;       // (patterns, n): rows of a pattern inside its strip, ascending
+  int n, m, g;
+  int64_t patterns, chunks, strips;
+  int64_t columns() const { return patterns * g; }   // of one chunk
+};
+
+// Rows of one k-block, sorted by their count and cut into groups of `rows_at_once`; a shorter row of a group is filled
+// up with zeros that point at the panel's extra, always zero line, so that an infinite activation cannot leak in.
+struct CsrBlock {
+  int64_t groups = 0;
+  const int32_t* count = nullptr;    // (groups,) steps of a group
+  const int32_t* row = nullptr;      // (groups, rows_at_once) row of the accumulator panel
+  const uint16_t* col = nullptr;     // (sum count, rows_at_once) line of the activation panel
+  const float* value = nullptr;      // (sum count, rows_at_once)
+};
+
+// One instruction set. `v` is the number of vectors a panel line has, 1 to kMaxVectors.
+struct Kernels {
+  const char* name;
+  int width;           // floats in a vector
+  int rows_at_once;    // rows a CSR group holds
+
+  // panel[k, t] = x[t, k] for k < cols; tokens the panel has room for and x has not become zero
+  void (*load_panel)(const float* x, int64_t ld, int64_t tokens, int64_t cols, int v, float* panel);
+  // y[t, r] = panel[r, t]
+  void (*store_panel)(const float* panel, int64_t rows, int64_t tokens, int v, float* y, int64_t ld);
+
+  // out[r - r0, :] = sum over row r of value * panel[col, :] + bias[r]; rows r0 to r1 - 1
+  void (*csr_rows)(const Csr& w, const float* bias, int64_t r0, int64_t r1, const float* panel, int v, float* out);
+  // acc[row, :] += sum of value * panel[col, :]
+  void (*csr_block)(const CsrBlock& block, const float* panel, int v, float* acc);
+  // one token: y[r] for rows r0 to r1 - 1
+  void (*csr_token)(const Csr& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* y);
+
+  // acc[row - strip0 * m, :] += chunks c0 to c1 - 1 of strips strip0 to strip1 - 1; panel begins at chunk c0
+  void (*grouped_block)(const Grouped& w, int64_t c0, int64_t c1, int64_t strip0, int64_t strip1, const float* panel,
+                        int v, float* acc);
+  // one token, one chunk: acc[strip - strip0, slot, i] += value * x[index]; x begins at the chunk, `gathered` has room
+  // for columns() + width floats, and spread[phase, lane] = (phase + lane) / n for phase < n
+  void (*grouped_token)(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, const float* x,
+                        const int32_t* spread, float* gathered, float* acc);
+};
+
+const Kernels* kernels_avx512();     // null where this build has none
+const Kernels* kernels_avx2();
+const Kernels* kernels_portable();
+
+// The fastest set this processor has, unless STEN_CPU or set_instruction_set named another; throws
+// std::invalid_argument for a name that is unknown or that this processor lacks.
+const Kernels& kernels();
+void set_instruction_set(const char* name);     // "auto" returns to the fastest
+bool has_instruction_set(const char* name);
+
+}  // namespace sten

@@ -1,0 +1,36 @@
+// The Python module sten._C: what takes no tensors. The operators are in torch.ops.sten (register.cpp).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "linear.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "The compiled CPU kernels of sten.";
+  m.def(
+      "cpu_features",
+      [] {
+        std::vector<std::string> found;
+        for (const char* name : {"avx512", "avx2", "portable"})
+          if (sten::has_instruction_set(name)) found.emplace_back(name);
+        return found;
+      },
+      "The instruction sets this processor can run, fastest first.");
+  m.def(
+      "instruction_set", [] { return std::string(sten::kernels().name); }, "The instruction set the kernels use.");
+  m.def(
+      "set_instruction_set", [](const std::string& name) { sten::set_instruction_set(name.c_str()); },
+      pybind11::arg("name"), "Use avx512, avx2 or portable from now on; auto is the fastest one.");
+  m.def(
+      "patterns",
+      [](int n, int m) {
+        if (n < 1 || n > m || m > 32) throw std::invalid_argument("1 <= n <= m <= 32 is needed");
+        const std::vector<int32_t>& flat = sten::patterns(n, m);
+        std::vector<std::vector<int>> rows;
+        for (size_t i = 0; i < flat.size(); i += n) rows.emplace_back(flat.begin() + i, flat.begin() + i + n);
+        return rows;
+      },
+      pybind11::arg("n"), pybind11::arg("m"), "GroupedNM's patterns in the order the kernels assume.");
+}

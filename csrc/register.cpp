@@ -1,0 +1,126 @@
+// The operators' schemas and argument checks: the only file that knows torch. Patterns are validated in Python where
+// they come from outside, so contents of crow, col and index are trusted here; dtypes, shapes and sizes are not.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "linear.h"
+
+namespace sten {
+namespace {
+
+using at::Tensor;
+
+void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+Pool make_pool() { return {at::in_parallel_region() ? 1 : at::get_num_threads(), run_tasks}; }
+
+void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype) {
+  TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " must be on the CPU, but it is on ", t.device());
+  TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", but it is ", t.scalar_type());
+  TORCH_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, " dimension(s), but it has ", t.dim());
+  TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+void check_input(const Tensor& x, const char* op, int64_t out) {
+  TORCH_CHECK(x.device().is_cpu(), op, ": x must be on the CPU, but it is on ", x.device());
+  TORCH_CHECK(x.scalar_type() == at::kFloat, op, ": x must be Float, but it is ", x.scalar_type());
+  TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
+  TORCH_CHECK(out >= 0, op, ": out_features must not be negative, but it is ", out);
+}
+
+// Checks x and bias, makes y and fills the problem; y is not written to.
+Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out, Tensor& kept,
+                     Tensor& y) {
+  if (bias) {
+    check(*bias, op, "bias", 1, at::kFloat);
+    TORCH_CHECK(bias->size(0) == out, op, ": bias must have out_features = ", out, " entries, but it has ",
+                bias->size(0));
+  }
+  kept = x.contiguous();
+  auto shape = x.sizes().vec();
+  const int64_t in = shape.back();
+  int64_t tokens = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) tokens *= shape[i];
+  shape.back() = out;
+  y = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
+  return {kept.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
+          y.mutable_data_ptr<float>(), tokens, in, out};
+}
+
+Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
+                     const std::optional<Tensor>& bias, int64_t out) {
+  static constexpr const char* op = "sten::csr_linear";
+  check_input(x, op, out);
+  check(values, op, "values", 1, at::kFloat);
+  check(crow, op, "crow", 1, at::kInt);
+  check(col, op, "col", 1, at::kInt);
+  TORCH_CHECK(crow.size(0) == out + 1, op, ": crow must have out_features + 1 = ", out + 1,
+              " entries, but it has ", crow.size(0));
+  TORCH_CHECK(values.size(0) == col.size(0), op, ": values and col must have equally many entries, but they have ",
+              values.size(0), " and ", col.size(0));
+  const Csr w{values.const_data_ptr<float>(), crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
+  TORCH_CHECK(w.crow[0] == 0 && w.crow[out] >= 0 && w.crow[out] <= col.size(0), op,
+              ": crow must begin with 0 and end with at most ", col.size(0), ", but it runs from ", w.crow[0], " to ",
+              w.crow[out]);
+  Tensor kept, y;
+  const Problem p = make_problem(op, x, bias, out, kept, y);
+  if (p.tokens > 0 && out > 0) csr_linear(p, w, kernels(), make_pool());
+  return y;
+}
+
+// C(m, n), or limit + 1 when it is larger than limit
+int64_t choose(int64_t m, int64_t n, int64_t limit) {
+  int64_t c = 1;
+  n = std::min(n, m - n);
+  for (int64_t i = 1; i <= n; ++i) {
+    c = c * (m - n + i) / i;
+    if (c > limit) return limit + 1;
+  }
+  return c;
+}
+
+Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index,
+                            const std::optional<Tensor>& bias, int64_t n, int64_t m, int64_t g, int64_t out) {
+  static constexpr const char* op = "sten::grouped_nm_linear";
+  constexpr int64_t kMostColumns = 32767;    // an int16 offset reaches every column of a chunk
+  check_input(x, op, out);
+  check(values, op, "values", 5, at::kFloat);
+  check(index, op, "index", 4, at::kShort);
+  TORCH_CHECK(1 <= n && n <= m && m <= kMostColumns && 1 <= g && g <= kMostColumns, op,
+              ": 1 <= n <= m and g >= 1 are needed, but n, m, g = ", n, ", ", m, ", ", g);
+  const int64_t count = choose(m, n, kMostColumns);
+  TORCH_CHECK(count * g <= kMostColumns, op, ": C(m, n) * g must be at most ", kMostColumns, ", but n, m, g = ", n,
+              ", ", m, ", ", g);
+  const int64_t chunks = ceil_div(x.size(-1), count * g), strips = ceil_div(out, m);
+  const std::vector<int64_t> slots{chunks, strips, count, g}, full{chunks, strips, count, g, n};
+  TORCH_CHECK(index.sizes() == at::IntArrayRef(slots), op, ": index must be (chunks, strips, patterns, g) = ",
+              at::IntArrayRef(slots), " for this x and out_features, but it is ", index.sizes());
+  TORCH_CHECK(values.sizes() == at::IntArrayRef(full), op, ": values must be (chunks, strips, patterns, g, n) = ",
+              at::IntArrayRef(full), " for this x and out_features, but it is ", values.sizes());
+  const Grouped w{values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(),
+                  patterns(static_cast<int>(n), static_cast<int>(m)).data(),
+                  static_cast<int>(n), static_cast<int>(m), static_cast<int>(g), count, chunks, strips};
+  Tensor kept, y;
+  const Problem p = make_problem(op, x, bias, out, kept, y);
+  if (p.tokens > 0 && out > 0) grouped_linear(p, w, kernels(), make_pool());
+  return y;
+}
+
+}  // namespace
+}  // namespace sten
+
+TORCH_LIBRARY_FRAGMENT(sten, m) {
+  m.def("csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, int out_features) -> Tensor");
+  m.def(
+      "grouped_nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, int n, int m, int g, "
+      "int out_features) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(sten, CPU, m) {
+  m.impl("csr_linear", &sten::csr_linear_op);
+  m.impl("grouped_nm_linear", &sten::grouped_nm_linear_op);
+}

@@ -1,0 +1,54 @@
+// Which instruction set runs: the fastest one the processor has, the one STEN_CPU names, or the one a test asks for.
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace sten {
+namespace {
+
+const Kernels* supported(const std::string& name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return kernels_avx512();
+  if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_avx2();
+#endif
+  return name == "portable" ? kernels_portable() : nullptr;
+}
+
+const Kernels* fastest() {
+  for (const char* name : {"avx512", "avx2"})
+    if (const Kernels* found = supported(name)) return found;
+  return kernels_portable();
+}
+
+const Kernels* named(const std::string& name) {
+  if (name.empty() || name == "auto") return fastest();
+  if (const Kernels* found = supported(name)) return found;
+  throw std::invalid_argument("sten: instruction set '" + name +
+                              "' is not one this processor can run; choose auto, avx512, avx2 or portable");
+}
+
+std::atomic<const Kernels*> current{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* k = current.load(std::memory_order_relaxed);
+  if (!k) {
+    const char* asked = std::getenv("STEN_CPU");
+    k = named(asked ? asked : "auto");
+    current.store(k, std::memory_order_relaxed);
+  }
+  return *k;
+}
+
+void set_instruction_set(const char* name) { current.store(named(name), std::memory_order_relaxed); }
+
+bool has_instruction_set(const char* name) { return supported(name) != nullptr; }
+
+}  // namespace sten

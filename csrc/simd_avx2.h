@@ -1,0 +1,95 @@
+// Eight floats in a vector; the names are those of simd_avx512.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define STEN_FN __attribute__((target("avx2,fma")))
+#define STEN_INLINE STEN_FN __attribute__((always_inline)) inline
+
+namespace sten::avx2 {
+
+using vec = __m256;
+constexpr int kWidth = 8;
+constexpr int kRegisters = 16;
+
+STEN_INLINE vec zero() { return _mm256_setzero_ps(); }
+STEN_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+STEN_INLINE void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
+STEN_INLINE vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+STEN_INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
+
+STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
+  if (rows < 8 || cols < 8) {
+    for (int c = 0; c < cols; ++c)
+      for (int r = 0; r < (fill ? 8 : rows); ++r) dst[c * ld + r] = r < rows ? src[r * ls + c] : 0.0f;
+    return;
+  }
+  vec a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) a[i] = load(src + i * ls);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    store(dst + j * ld, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+    store(dst + (4 + j) * ld, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+  }
+}
+
+STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
+  vec a = zero(), b = zero();
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col + i));
+    const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col + i + 8));
+    a = madd(load(v + i), _mm256_i32gather_ps(x, c, 4), a);
+    b = madd(load(v + i + 8), _mm256_i32gather_ps(x, d, 4), b);
+  }
+  float lanes[8], tail = 0.0f;
+  for (; i < n; ++i) tail += v[i] * x[col[i]];
+  store(lanes, add(a, b));
+  for (int l = 0; l < 8; ++l) tail += lanes[l];
+  return tail;
+}
+
+STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(index + i));
+    store(out + i, _mm256_i32gather_ps(x, _mm256_cvtepi16_epi32(c), 4));
+  }
+  for (; i < n; ++i) out[i] = x[index[i]];
+}
+
+STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_t* spread, int64_t count, float* acc) {
+  int64_t base = 0, f = 0;
+  int phase = 0;
+  const int whole = 8 / n, rest = 8 % n;
+  for (; f + 8 <= count; f += 8) {
+    const __m256i lane = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(spread + 8 * phase));
+    const vec e = _mm256_permutevar8x32_ps(load(x + base), lane);
+    store(acc + f, madd(e, load(v + f), load(acc + f)));
+    base += whole;
+    phase += rest;
+    if (phase >= n) {
+      phase -= n;
+      ++base;
+    }
+  }
+  for (; f < count; ++f) acc[f] += v[f] * x[f / n];
+}
+
+}  // namespace sten::avx2

@@ -1,0 +1,106 @@
+// Sixteen floats in a vector. Shared names of the three simd_*.h: vec, kWidth, kRows and the functions below.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define STEN_FN __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define STEN_INLINE STEN_FN __attribute__((always_inline)) inline
+
+namespace sten::avx512 {
+
+using vec = __m512;
+constexpr int kWidth = 16;
+constexpr int kRegisters = 32;
+
+STEN_INLINE __mmask16 first(int64_t n) {
+  return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1);
+}
+STEN_INLINE vec zero() { return _mm512_setzero_ps(); }
+STEN_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+STEN_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+STEN_INLINE vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
+STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+STEN_INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
+
+// dst[c, r] = src[r, c] for r < rows, c < cols; lanes r >= rows are written as zero when `fill`, else left alone
+STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
+  const __mmask16 mc = first(cols), mr = fill ? first(16) : first(rows);
+  vec a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_maskz_loadu_ps(mc, src + i * ls) : zero();
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[i + 1]);
+    const __m512d r = _mm512_castps_pd(b[i + 2]), s = _mm512_castps_pd(b[i + 3]);
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(p, r));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(p, r));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(q, s));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(q, s));
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {   // a[4 i + j] holds column 4 l + j of rows 4 i to 4 i + 3 in its 128-bit lane l
+    const vec lo = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88), hi = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
+    const vec lo2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
+    const vec hi2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
+    b[j] = _mm512_shuffle_f32x4(lo, lo2, 0x88);
+    b[8 + j] = _mm512_shuffle_f32x4(lo, lo2, 0xdd);
+    b[4 + j] = _mm512_shuffle_f32x4(hi, hi2, 0x88);
+    b[12 + j] = _mm512_shuffle_f32x4(hi, hi2, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    if (i < cols) _mm512_mask_storeu_ps(dst + i * ld, mr, b[i]);
+}
+
+// sum of v[i] * x[col[i]]
+STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
+  vec a = zero(), b = zero();
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    a = madd(load(v + i), _mm512_i32gather_ps(_mm512_loadu_si512(col + i), x, 4), a);
+    b = madd(load(v + i + 16), _mm512_i32gather_ps(_mm512_loadu_si512(col + i + 16), x, 4), b);
+  }
+  for (; i < n; i += 16) {
+    const __mmask16 k = first(n - i);
+    const __m512i c = _mm512_maskz_loadu_epi32(k, col + i);
+    a = _mm512_mask3_fmadd_ps(_mm512_maskz_loadu_ps(k, v + i), _mm512_mask_i32gather_ps(zero(), k, c, x, 4), a, k);
+  }
+  return _mm512_reduce_add_ps(add(a, b));
+}
+
+// out[i] = x[index[i]]
+STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 k = first(n - i);
+    const __m512i c = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(k, index + i));
+    _mm512_mask_storeu_ps(out + i, k, _mm512_mask_i32gather_ps(zero(), k, c, x, 4));
+  }
+}
+
+// acc[f] += v[f] * x[f / n] for f < count; spread is described in kernels.h
+STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_t* spread, int64_t count, float* acc) {
+  int64_t base = 0;
+  int phase = 0;
+  const int whole = 16 / n, rest = 16 % n;
+  for (int64_t f = 0; f < count; f += 16) {
+    const __mmask16 k = first(count - f);
+    const vec e = _mm512_permutexvar_ps(_mm512_loadu_si512(spread + 16 * phase), load(x + base));
+    const vec a = _mm512_maskz_loadu_ps(k, acc + f);
+    _mm512_mask_storeu_ps(acc + f, k, madd(e, _mm512_maskz_loadu_ps(k, v + f), a));
+    base += whole;
+    phase += rest;
+    if (phase >= n) {
+      phase -= n;
+      ++base;
+    }
+  }
+}
+
+}  // namespace sten::avx512
