@@ -1,0 +1,22 @@
+"""Triton kernels: plain tensors in, plain tensors out; nothing here knows of a SparseTensor.
+
+One module a layout (``vector_nm``, ``bsr``, ``nm``, ``grouped_nm``, ``csr``) with the same surface: ``linear``,
+``linear_grad_input``, ``linear_grad_values``, ``expand`` (parts -> dense) and ``choose`` (which variant runs, and why).
+The parts are those of ``docs/formats.md``. Importing this package needs neither triton nor a GPU; its modules need triton.
+"""
+
+import importlib
+import importlib.util
+
+MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose")
+
+
+def available() -> bool:
+    """Whether triton can be imported, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def __getattr__(name):
+    if name in MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,95 @@
+"""What happens to a finished fp32 tile before it is stored: bias, activation, gate; and the split-K hand-over.
+
+Letters: y the output tile, S the number of splits of the reduction.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .library import capturing
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+def activation_name(activation: str | None) -> str:
+    """The name the operators take; refuses one that no kernel knows."""
+    name = activation or "none"
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} is not one of {ACTIVATIONS}")
+    return name
+
+
+def apply(y: torch.Tensor, activation: str, gate: torch.Tensor | None) -> torch.Tensor:
+    """The same epilogue in torch, for variants that end in cuBLAS."""
+    if activation == "gelu_tanh":
+        y = torch.nn.functional.gelu(y, approximate="tanh")
+    elif activation != "none":
+        y = getattr(torch.nn.functional, activation)(y)
+    return y if gate is None else y * gate
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)  # a maximum would turn NaN into 0
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        y = y / (1.0 + tl.exp(-2.0 * inner))
+    elif ACTIVATION == "silu":
+        y = y / (1.0 + tl.exp(-y))
+    return y
+
+
+@triton.jit
+def last_to_arrive(count_ptr, S: tl.constexpr):
+    """Counts this program in; true for the last of S. The counter is 0 again for the next launch."""
+    tl.debug_barrier()  # every thread's partial sums are written before the one thread below releases them
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == S - 1
+    if last:
+        tl.store(count_ptr, 0)
+    return last
+
+
+class Counters:
+    """Zeroed int32 counters, each launch in flight with its own, without a kernel that zeroes them.
+
+    Launches of one stream follow each other and share; every launch recorded in a CUDA graph keeps its own, since the
+    graph may be replayed beside anything. When the slab is used up, a recorded launch zeroes its own counters.
+    """
+
+    SLAB = 1 << 20
+
+    def __init__(self):
+        self._slabs, self._used, self._by_stream = {}, {}, {}
+
+    def take(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        if not x.is_cuda:
+            return torch.zeros(size, dtype=torch.int32)
+        if capturing(x):
+            return self._cut(x.device, size) if x.device in self._slabs else self._zeros(x.device, size)
+        place = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+        held = self._by_stream.get(place)
+        if held is None or held.numel() < size:
+            if x.device not in self._slabs:
+                self._slabs[x.device] = self._zeros(x.device, self.SLAB)
+                self._used[x.device] = 0
+                torch.cuda.synchronize(x.device)  # once: other streams use the slab as well
+            held = self._by_stream[place] = self._cut(x.device, max(size, 4096))
+        return held
+
+    def _cut(self, device, size):
+        start = self._used[device]
+        if start + size > self.SLAB:
+            return self._zeros(device, size)
+        self._used[device] = start + size
+        return self._slabs[device][start : start + size]
+
+    @staticmethod
+    def _zeros(device, size):
+        return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+counters = Counters()

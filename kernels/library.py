@@ -1,0 +1,72 @@
+"""The one door to ``torch.library``: a launcher becomes the operator ``sten::<name>`` with a fake.
+
+``Library.define`` and ``impl`` are used rather than ``custom_op`` because a call through them costs the host a few
+microseconds less, and the gradients belong to the framework's ``autograd.Function``, not to the operators.
+"""
+
+import os
+
+import torch
+import triton
+
+LIB = torch.library.Library("sten", "FRAGMENT")
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def operator(schema: str, fake):
+    """Registers the decorated launcher under ``schema``; returns the callable operator.
+
+    ``fake`` gets the same arguments and returns an empty output of the right shape. The launcher runs with the device
+    of its first argument current, as Triton launches where the current device is.
+    """
+
+    def register(launch):
+        def on_gpu(first, *args):
+            if first.device.index == torch.cuda.current_device():
+                return launch(first, *args)
+            with torch.cuda.device(first.device):
+                return launch(first, *args)
+
+        def on_cpu(first, *args):
+            if not INTERPRET:
+                raise RuntimeError(f"sten::{name} needs a GPU, or TRITON_INTERPRET=1 set before triton is imported")
+            return launch(first, *args)
+
+        name = schema.partition("(")[0]
+        LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIB.impl(name, on_gpu, "CUDA")
+        LIB.impl(name, on_cpu, "CPU")
+        torch.library.register_fake(f"sten::{name}", fake, lib=LIB)
+        return getattr(torch.ops.sten, name).default
+
+    return register
+
+
+def precision(x: torch.Tensor) -> str:
+    """How a product of ``x`` rounds its operands: fp32 follows torch's own switch for tf32."""
+    if x.dtype != torch.float32:
+        return "ieee"
+    try:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    except RuntimeError:  # the newer switch was set, and torch refuses to mix the two
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def capturing(x: torch.Tensor) -> bool:
+    """Whether the current stream of ``x`` records a CUDA graph, when nothing may be timed or synchronized."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def multiprocessors(x: torch.Tensor) -> int:
+    """How many programs run at once at least; the interpreter gets a small number so that work is still split."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+
+
+def wide(*tensors) -> bool:
+    """Whether any offset into ``tensors`` needs 64 bits."""
+    return any(t is not None and t.numel() >= 2**31 for t in tensors)
+
+
+def power_of_two(size: int, low: int, high: int) -> int:
+    """The power of two that holds ``size``, within ``low`` and ``high``."""
+    return min(high, max(low, triton.next_power_of_2(max(size, 1))))

@@ -1,0 +1,76 @@
+"""Shared by the tests of the Triton floor: the interpreter switch, packers of raw parts, the reference, the comparison.
+
+Import it before anything that imports triton: without a GPU the kernels run in Triton's interpreter, and the switch is
+read at import.
+"""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+if DEVICE == "cpu":
+    # numpy 2.4 no longer turns an array of one element into an int, which Triton 3.6's interpreter does for loop bounds
+    import triton.runtime.interpreter as interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor, scope):
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
+
+TOKENS = (1, 3, 17, 63, 130)
+ACTIVATIONS = {
+    None: lambda y: y,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return made.to(dtype).to(DEVICE)
+
+
+def close(got, expected, dtype=None):
+    """Relative error in the Frobenius norm, NaN never passing, and every element written."""
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    assert not torch.isnan(got).any()
+    got, expected = got.double().cpu(), expected.double().cpu()
+    error = (got - expected).norm() / expected.norm().clamp_min(1e-30)
+    assert error < TOLERANCE[dtype or torch.float32], float(error)
+
+
+def vector_nm_parts(outputs, inputs, n, m, v, dtype=torch.float32, seed=0):
+    """Random (values, index, dense) of one VectorNM weight; the padded columns hold zeros."""
+    g = torch.Generator().manual_seed(seed)
+    groups, bands = -(-inputs // m), -(-outputs // v)
+    order = torch.rand(bands, groups, m, generator=g).argsort(-1)[..., :n].sort(-1).values
+    index = (order + torch.arange(groups)[:, None] * m).reshape(bands, groups * n).int()
+    rows = index.long().repeat_interleave(v, 0)[:outputs]
+    values = torch.randn(outputs, groups * n, generator=g).to(dtype)
+    values[rows >= inputs] = 0
+    dense = torch.zeros(outputs, groups * m, dtype=dtype).scatter_(1, rows, values)[:, :inputs]
+    return values.to(DEVICE), index.to(DEVICE), dense.contiguous().to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Every output buffer starts as NaN, so that an element that no program writes is seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *shape, **options):
+        made = new_empty(self, *shape, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
