@@ -56,8 +56,8 @@ class Layout(ABC):
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError, with one sentence that says what would fit, if a weight of this shape cannot be stored."""
-        if len(shape) < 2:
-            raise ValueError(f"{self} stores weights of two or more dimensions; got shape {tuple(shape)}.")
+        if len(shape) < 2 or 0 in shape:
+            raise ValueError(f"{self} stores weights of two or more dimensions, none empty; got shape {tuple(shape)}.")
 
     @abstractmethod
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
@@ -116,7 +116,7 @@ def expect_parts(layout: Layout, parts: Parts, expected: dict[str, tuple[tuple[i
     for name, (shape, dtype) in expected.items():
         part = parts[name]
         if not isinstance(part, Tensor) or part.layout != torch.strided:
-            raise ValueError(f"Part {name!r} of {layout} must be a plain dense tensor.")
+            raise ValueError(f"Part {name!r} of {layout} must be a plain dense tensor; got {type(part).__name__}.")
         fits = part.dim() == len(shape) and all(want in (-1, have) for want, have in zip(shape, part.shape, strict=True))
         if not fits:
             raise ValueError(f"Part {name!r} of {layout} must have shape {tuple(shape)}; got {tuple(part.shape)}.")
@@ -169,6 +169,133 @@ def top(score: Tensor, count: int) -> Tensor:
     return (above | (ties & (ties.cumsum(0) <= room))).view(score.shape)
 
 
+def top_of_groups(score: Tensor, n: int) -> Tensor:
+    """Bool mask of the `n` highest along the last dimension; ties go to the lower index, NaN counts as the lowest."""
+    score = torch.nan_to_num(score.detach(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if score.shape[-1] > 8:
+        order = torch.sort(score, dim=-1, descending=True, stable=True).indices
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+    # Small groups: counting who beats whom is seven times faster than a sort of four.
+    columns = score.unbind(-1)
+    beaten = [torch.zeros(score.shape[:-1], dtype=torch.uint8, device=score.device) for _ in columns]
+    for i, first in enumerate(columns):
+        for j in range(i + 1, len(columns)):
+            wins = first >= columns[j]
+            beaten[j] += wins
+            beaten[i] += ~wins
+    return torch.stack(beaten, dim=-1) < n
+
+
+def complete_groups(mask: Tensor, n: int) -> Tensor:
+    """The mask with the lowest free entries of each group (the last dimension) switched on, until it has `n`."""
+    room = n - mask.sum(-1, keepdim=True)
+    return mask | (~mask & ((~mask).cumsum(-1) <= room))
+
+
+def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
+    """Raise ValueError unless `dense` is a floating weight that fits the layout and `mask` a bool mask of its shape."""
+    layout.check(tuple(dense.shape))
+    if not dense.dtype.is_floating_point:
+        raise ValueError(f"{layout} stores floating-point weights; got {dense.dtype}: convert it first.")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"A mask is a bool tensor (True keeps the entry); got {mask.dtype}: compare with zero first.")
+    if mask.shape != dense.shape:
+        raise ValueError(f"The mask has shape {tuple(mask.shape)} but the weight {tuple(dense.shape)}; make them equal.")
+
+
+def expect_score(layout: Layout, score: Tensor, sparsity: float | None) -> None:
+    """Raise ValueError unless the layout can choose a mask from this score at this sparsity."""
+    layout.check(tuple(score.shape))
+    check_sparsity(sparsity, layout)
+    if not score.dtype.is_floating_point:
+        raise ValueError(f"A score is a floating-point tensor; got {score.dtype}: call .float() on it first.")
+
+
+def expect_whole(owner: object, name: str, low: int, high: int) -> None:
+    """Raise TypeError or ValueError unless the field `name` of a layout is a whole number from `low` to `high`."""
+    value, kind = getattr(owner, name), type(owner).__name__
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{kind} takes a whole number for {name}; got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"{kind} takes {name} from {low} to {high}; got {value}.")
+
+
+def pad_matrix(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix with zero rows below and zero columns on the right, up to this size; itself if it has it already."""
+    more_rows, more_columns = rows - matrix.shape[0], columns - matrix.shape[1]
+    return torch.nn.functional.pad(matrix, (0, more_columns, 0, more_rows)) if more_rows or more_columns else matrix
+
+
+def reduction_last(weight: Tensor, m: int) -> Tensor:
+    """A weight (O, I, *rest) as the matrix (O, prod(rest) * Ip): inputs last, padded to Ip, a multiple of m."""
+    last = weight.movedim(1, -1)
+    pad = -weight.shape[1] % m
+    last = torch.nn.functional.pad(last, (0, pad)) if pad else last
+    return last.reshape(weight.shape[0], -1)
+
+
+def reduction_back(matrix: Tensor, shape: tuple[int, ...], m: int) -> Tensor:
+    """The inverse of `reduction_last`: the weight of this shape, its padding cut off."""
+    inputs = shape[1]
+    last = matrix.view(shape[0], *shape[2:], inputs + -inputs % m)
+    return last[..., :inputs].movedim(-1, 1).contiguous()
+
+
+def reduction_width(shape: tuple[int, ...], m: int) -> int:
+    """The columns of `reduction_last`'s matrix for a weight of this shape: prod(rest) * Ip."""
+    return math.prod(shape[2:]) * (shape[1] + -shape[1] % m)
+
+
+def reduction_place(shape: tuple[int, ...], column: int, m: int) -> str:
+    """Words that name a column of `reduction_last`'s matrix, for error messages: 'input 3' or 'input 3, kernel (0, 1)'."""
+    width = shape[1] + -shape[1] % m
+    spot, where = column // width, []
+    for size in reversed(shape[2:]):
+        where.insert(0, spot % size)
+        spot //= size
+    return f"input {column % width}" + (f", kernel position {tuple(where)}" if where else "")
+
+
+def row_of_slots(crow: Tensor, slots: int) -> Tensor:
+    """The row that owns each of `slots` slots; the number of rows for slots behind crow[-1]. Shapes stay static."""
+    slot = torch.arange(slots, dtype=crow.dtype, device=crow.device)
+    return torch.searchsorted(crow, slot, right=True) - 1
+
+
+def slots_of_rows(crow: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """All slots of the chosen rows, in order: (which of the rows, slot number). Their count depends on the data."""
+    start = crow[rows].long()
+    count = crow[rows + 1] - start
+    which = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
+    first = count.cumsum(0) - count
+    slot = torch.arange(len(which), device=rows.device) + (start - first)[which]
+    return which, slot
+
+
+def expect_compressed(layout: Layout, name: str, crow: Tensor, index_name: str, index: Tensor, size: int) -> None:
+    """Raise ValueError unless `crow` delimits the rows of `index`, whose numbers lie in [0, size) and ascend in a row.
+
+    Slots behind crow[-1] may exist (a fixed capacity); their numbers must lie in the range as well.
+    """
+    if int(crow[0]) != 0 or int(crow[-1]) > len(index) or bool((crow[1:] < crow[:-1]).any()):
+        raise ValueError(
+            f"Part {name!r} of {layout} must start at 0, never fall, and end at {len(index)} (the slots) at most; "
+            f"got {int(crow[0])} to {int(crow[-1])}."
+        )
+    expect_range(layout, index_name, index, 0, size)
+    row = row_of_slots(crow, len(index))
+    falls = (row[1:] == row[:-1]) & (index[1:] <= index[:-1]) & (row[1:] < len(crow) - 1)
+    if bool(falls.any()):
+        slot = int(falls.nonzero()[0]) + 1
+        raise ValueError(f"Part {index_name!r} of {layout} must ascend within a row, each number once; slot {slot} does not.")
+
+
+def expect_zero(layout: Layout, padding: Tensor) -> None:
+    """Raise ValueError unless these values, which belong to padding, are zero."""
+    if bool((padding != 0).any()):
+        raise ValueError(f"Part 'values' of {layout} must be zero in padded slots; {int((padding != 0).sum())} are not.")
+
+
 def fields(layout: Layout) -> dict[str, int | float | bool | tuple]:
     """The dataclass fields of a layout, as JSON can hold them (tuples become lists there)."""
     return {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
@@ -178,7 +305,8 @@ def layout_from(name: str, values: dict) -> Layout:
     """Build a registered layout from its class name and fields; ValueError where name or fields do not fit."""
     cls = REGISTERED.get(name)
     if cls is None:
-        raise ValueError(f"No layout named {name!r} is registered (known: {', '.join(sorted(REGISTERED))}); import the module that defines it.")
+        known = ", ".join(sorted(REGISTERED))
+        raise ValueError(f"No layout named {name!r} is registered (known: {known}); import the module that defines it.")
     names = {f.name for f in dataclasses.fields(cls)}
     if set(values) != names:
         raise ValueError(f"Layout {name} has the fields {sorted(names)}; got {sorted(values)}.")

@@ -1,0 +1,222 @@
+"""The kernel table: (operator, layout type of each sparse operand, device type) -> kernel.
+
+The contract, in one line: a kernel is a function of plain tensors; a sparse operand arrives as its dictionary of parts.
+Look-up is one dictionary access: the exact key, else the operator's reference implementation, which is pure torch,
+always correct, and says once how to register a real kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .layout import Layout, Parts
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry of the table: the function, and `choose`, which picks a variant by shape."""
+
+    function: Callable
+    choose: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator that weights may be sparse in: its reference implementation and the names of its sparse operands."""
+
+    name: str
+    sparse: tuple[str, ...]
+    reference: Callable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What would run: the answer of `sten.which`."""
+
+    operator: str
+    layouts: tuple[str, ...]
+    device: str
+    kernel: str
+    variant: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        variant = f" [{self.variant}]" if self.variant else ""
+        return f"{self.operator}({', '.join(self.layouts)}) on {self.device}: {self.kernel}{variant}: {self.reason}"
+
+
+KERNELS: dict[tuple, Kernel] = {}
+OPERATORS: dict[str, Operator] = {}
+_warned: set[tuple] = set()
+_strict: contextvars.ContextVar[bool] = contextvars.ContextVar("sten_strict", default=False)
+_observers: list[Callable[[str, Layout, Parts, Kernel | None], None]] = []
+
+
+class DensifyError(RuntimeError):
+    """Raised under `sten.strict()` where an operator without a rule would turn a sparse tensor dense."""
+
+
+def operator(name: str, *, sparse: tuple[str, ...] = ("weight",)) -> Callable:
+    """Declare an operator; the decorated function is its reference implementation, for every layout and device.
+
+    It has the signature of the operator's kernels: the operands in order, a sparse one as its parts, then the
+    keywords `spec` (the layout; a tuple where several operands are sparse) and `shape` (true shape, likewise).
+    """
+
+    def register(function: Callable) -> Callable:
+        OPERATORS[name] = Operator(name, sparse, function)
+        return function
+
+    return register
+
+
+def kernel(operator: str, *, device: str, choose: Callable | None = None, **operands: type[Layout]) -> Callable:
+    """Register the decorated function as the kernel of an operator for given layouts on a device type.
+
+    Args:
+        operator: "linear", "linear_grad_input", "linear_grad_weight", "conv2d", "embedding", ... (`sten.OPERATORS`).
+        device: "cpu", "cuda", ...
+        choose: pure function `choose(shape, dtype, spec) -> (variant, reason)`, shape = (tokens, *weight shape). The
+            kernel then receives `variant=`; the variant "reference" runs the reference implementation instead.
+        **operands: the layout class of each sparse operand by name, mostly `weight=`.
+
+    Raises:
+        ValueError: unknown operator or operand name.
+
+    Example:
+        >>> import torch, sten
+        >>> class Shadow(sten.Layout): ...
+        >>> @sten.kernel("linear", weight=Shadow, device="cpu")
+        ... def shadow_linear(x, weight, bias, *, spec, shape):
+        ...     return torch.nn.functional.linear(x, weight["values"], bias)
+    """
+    known = OPERATORS.get(operator)
+    if known is None:
+        raise ValueError(f"No operator named {operator!r}; sten has {', '.join(sorted(OPERATORS))}; declare it with sten.operator.")
+    if not operands or not set(operands) <= set(known.sparse):
+        raise ValueError(f"Operator {operator!r} has the sparse operands {known.sparse}; got {tuple(operands)}.")
+    for name, layout in operands.items():
+        if not (isinstance(layout, type) and issubclass(layout, Layout)):
+            raise ValueError(f"{name}= takes a layout class such as sten.CSR; got {layout!r}.")
+
+    def register(function: Callable) -> Callable:
+        KERNELS[operator, device, *(operands.get(name) for name in known.sparse)] = Kernel(function, choose)
+        return function
+
+    return register
+
+
+def tokens(x: Tensor) -> int:
+    """How many rows of activations the first operand of an operator has."""
+    return x.numel() // max(x.shape[-1], 1) if x.dim() else 1
+
+
+def find(name: str, device: str, spec: Layout | tuple[Layout | None, ...]) -> Kernel | None:
+    """The registered kernel for this operator, device type and layout (a tuple of them: None marks a dense operand)."""
+    if isinstance(spec, tuple):
+        return KERNELS.get((name, device, *(None if s is None else type(s) for s in spec)))
+    return KERNELS.get((name, device, type(spec)))
+
+
+def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, **kwargs) -> Any:
+    """Run an operator on one sparse operand; `args` are the kernel's operands in order, `parts` among them."""
+    values = parts["values"]
+    device = values.device.type
+    entry = KERNELS.get((name, device, type(spec)))
+    if _observers:
+        for observe in _observers:
+            observe(name, spec, parts, entry)
+    if entry is None:
+        _say_reference(name, (type(spec),), device)
+    elif entry.choose is None:
+        return entry.function(*args, spec=spec, shape=shape, **kwargs)
+    else:
+        variant, _ = entry.choose((tokens(args[0]), *shape), values.dtype, spec)
+        if variant != "reference":
+            return entry.function(*args, spec=spec, shape=shape, variant=variant, **kwargs)
+    return OPERATORS[name].reference(*args, spec=spec, shape=shape, **kwargs)
+
+
+def choice(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, x: Tensor | None) -> Choice:
+    """Which kernel and variant `call` would run for these operands, and why, without running it."""
+    values = parts["values"]
+    entry = KERNELS.get((name, values.device.type, type(spec)))
+    about = (name, (str(spec),), values.device.type)
+    if entry is None:
+        return Choice(*about, "reference", None, "no kernel is registered for this layout on this device")
+    variant, reason = (None, (inspect.getdoc(entry.function) or "the registered kernel").splitlines()[0])
+    if entry.choose is not None:
+        count = tokens(x) if x is not None else 1
+        variant, reason = entry.choose((count, *shape), values.dtype, spec)
+    name = "reference" if variant == "reference" else entry.function.__name__
+    return Choice(*about, name, None if variant == "reference" else variant, reason)
+
+
+def stub(name: str, layouts: tuple[type[Layout], ...], device: str) -> str:
+    """The three lines that register a kernel for this key, ready to paste."""
+    known = OPERATORS[name]
+    operands = ", ".join(f"{n}={cls.__name__}" for n, cls in zip(known.sparse, layouts, strict=True))
+    signature = inspect.signature(known.reference)
+    return f'@sten.kernel("{name}", {operands}, device="{device}")\ndef {name}{signature}:\n    ...  # a sparse operand is the dict of its parts'
+
+
+def _say_reference(name: str, layouts: tuple[type[Layout], ...], device: str) -> None:
+    key = (name, layouts, device)
+    if key not in _warned:
+        _warned.add(key)
+        titles = ", ".join(cls.__name__ for cls in layouts)
+        warnings.warn(
+            f"sten: no kernel for {name!r} with {titles} on {device}: the reference implementation runs (correct, not "
+            f"fast). To register one:\n\n{stub(name, layouts, device)}\n",
+            stacklevel=4,
+        )
+
+
+def say_densified(name: str, layout: Layout) -> None:
+    """Warn, once for each (operator, layout type), that an operator without a rule runs dense; raise under strict."""
+    if _strict.get():
+        raise DensifyError(f"Operator {name!r} has no rule for {layout}: it would run on a dense copy (sten.strict() is on).")
+    key = (name, type(layout))
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(f"sten: operator {name!r} has no rule for {layout}: it runs on a dense copy.", stacklevel=4)
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Context in which turning a sparse tensor dense silently or with a warning is an error (`sten.DensifyError`).
+
+    Example:
+        >>> import torch, sten
+        >>> w = sten.from_dense(torch.eye(4), sten.CSR())
+        >>> with sten.strict():
+        ...     y = torch.nn.functional.linear(torch.ones(1, 4), w)    # has a kernel: allowed
+    """
+    token = _strict.set(True)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+@contextlib.contextmanager
+def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None]]]:
+    """Context that lists every operator call on a sparse operand: (operator, layout, parts, kernel or None)."""
+    seen: list[tuple[str, Layout, Parts, Kernel | None]] = []
+
+    def note(*event) -> None:
+        seen.append(event)
+
+    _observers.append(note)
+    try:
+        yield seen
+    finally:
+        _observers.remove(note)

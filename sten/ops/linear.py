@@ -1,0 +1,262 @@
+"""linear, matmul, mm and addmm with a sparse matrix, and their gradients.
+
+Every product of a dense and a sparse matrix is one of two, since a SparseTensor knows whether it is transposed:
+
+    linear             y = x @ W.T     W stored (out, in)
+    linear_grad_input  y = x @ W       the gradient of the input of the former, and W stored (in, out)
+
+and the gradient of the values is `linear_grad_weight`, the product g.T @ x sampled at the pattern. The three are each
+other's derivatives, so all orders of gradients follow.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import call, find, operator, say_densified
+from ..tensor import LIBRARY, OPS, SparseTensor, aten, function
+
+
+@operator("linear")
+def linear_reference(x, weight, bias, *, spec, shape):
+    return F.linear(x, spec.unpack(weight, shape), bias)
+
+
+@operator("linear_grad_input")
+def linear_grad_input_reference(grad, weight, *, spec, shape):
+    return grad @ spec.unpack(weight, shape)
+
+
+@operator("linear_grad_weight")
+def linear_grad_weight_reference(grad, x, weight, *, spec, shape):
+    dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return spec.pack_like(dense, weight)
+
+
+@operator("matmul", sparse=("input", "other"))
+def matmul_reference(input, other, *, spec, shape):
+    left, right = (
+        operand if layout is None else layout.unpack(operand, size)
+        for operand, layout, size in zip((input, other), spec, shape, strict=True)
+    )
+    return left @ right
+
+
+# without gradients
+
+
+def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
+    """x @ w.T + bias."""
+    if w.transposed:
+        y = _times(x, w)
+        return y if bias is None else y + bias
+    return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias)
+
+
+def matmul_now(x: Tensor, w: SparseTensor) -> Tensor:
+    """x @ w."""
+    if w.transposed:
+        return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, None)
+    return _times(x, w)
+
+
+def _times(x: Tensor, w: SparseTensor) -> Tensor:
+    """x @ the stored matrix: a kernel registered for matmul comes first, the gradient of linear is the same product."""
+    spec, shape, parts = w.spec, w.stored_shape, w.parts
+    entry = find("matmul", parts["values"].device.type, (None, spec))
+    if entry is not None:
+        return entry.function(x, parts, spec=(None, spec), shape=(tuple(x.shape), shape))
+    return call("linear_grad_input", spec, shape, parts, x, parts)
+
+
+def grad_weight_now(grad: Tensor, x: Tensor, w: SparseTensor) -> SparseTensor:
+    """The gradient of linear's weight, grad.T @ x, at the pattern of w."""
+    if w.transposed:
+        grad, x = x, grad
+    return w.with_values(call("linear_grad_weight", w.spec, w.stored_shape, w.parts, grad, x, w.parts))
+
+
+# what torch.compile sees: opaque operators on the SparseTensor, which __torch_dispatch__ answers
+
+LIBRARY.define("sparse_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+LIBRARY.define("sparse_matmul(Tensor input, Tensor other) -> Tensor")
+LIBRARY.define("sparse_grad_weight(Tensor grad, Tensor input, Tensor weight) -> Tensor")
+aten(OPS.sparse_linear.default)(lambda _, x, w, bias: linear_now(x, w, bias))
+aten(OPS.sparse_matmul.default)(lambda _, x, w: matmul_now(x, w))
+aten(OPS.sparse_grad_weight.default)(lambda _, grad, x, w: grad_weight_now(grad, x, w))
+
+
+def over_batch(apply, info, in_dims, x, *rest):
+    """vmap over the activations alone: one more leading dimension. A batch of sparse weights has no kernel."""
+    if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+        raise NotImplementedError("torch.vmap over a sparse weight or its bias has no rule; map over the input only.")
+    return apply(x.movedim(in_dims[0], 0), *rest), 0
+
+
+class Linear(torch.autograd.Function):
+    """y = x @ w.T + bias."""
+
+    @staticmethod
+    def forward(x, w, bias):
+        return OPS.sparse_linear(x, w, bias) if torch.compiler.is_compiling() else linear_now(x, w, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, bias = inputs
+        ctx.save_for_backward(x, w)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad
+        return (
+            Matmul.apply(grad, w) if needs_x else None,
+            GradWeight.apply(grad, x, w) if needs_w else None,
+            grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and needs_bias else None,
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, x, w, bias):
+        return over_batch(Linear.apply, info, in_dims, x, w, bias)
+
+
+class Matmul(torch.autograd.Function):
+    """y = x @ w."""
+
+    @staticmethod
+    def forward(x, w):
+        return OPS.sparse_matmul(x, w) if torch.compiler.is_compiling() else matmul_now(x, w)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        needs_x, needs_w = ctx.needs_input_grad
+        return Linear.apply(grad, w, None) if needs_x else None, GradWeight.apply(x, grad, w) if needs_w else None
+
+    @staticmethod
+    def vmap(info, in_dims, x, w):
+        return over_batch(Matmul.apply, info, in_dims, x, w)
+
+
+class GradWeight(torch.autograd.Function):
+    """g.T @ x at the pattern of `like` (whose values do not matter)."""
+
+    @staticmethod
+    def forward(grad, x, like):
+        if torch.compiler.is_compiling():
+            return OPS.sparse_grad_weight(grad, x, like)
+        return grad_weight_now(grad, x, like)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad_values):
+        grad, x = ctx.saved_tensors
+        needs_grad, needs_x, _ = ctx.needs_input_grad
+        return (
+            Linear.apply(x, grad_values, None) if needs_grad else None,
+            Matmul.apply(grad, grad_values) if needs_x else None,
+            None,
+        )
+
+
+def autocast(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> tuple[Tensor, SparseTensor, Tensor | None]:
+    """The operands in autocast's dtype, where autocast is on; linear and convolutions are on its lower-precision list."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, w = x.to(dtype), w if w.dtype == dtype else w.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return x, w, bias
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check(x: Tensor, size: int, w: SparseTensor, bias: Tensor | None = None) -> None:
+    if x.shape[-1] != size:
+        raise RuntimeError(f"The last dimension of the input is {x.shape[-1]}, but a weight of shape {tuple(w.shape)} needs {size}.")
+    if x.dtype != w.dtype or (bias is not None and bias.dtype != w.dtype):
+        raise RuntimeError(f"Input ({x.dtype}), weight ({w.dtype}) and bias must have the same dtype; convert one or use autocast.")
+
+
+@function(F.linear)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear with a sparse weight; a sparse input is unpacked."""
+    if not isinstance(weight, SparseTensor) or isinstance(input, SparseTensor):
+        return matmul(input, weight.t()) if bias is None else matmul(input, weight.t()) + bias
+    input, weight, bias = autocast(input, weight, bias)
+    _check(input, weight.shape[1], weight, bias)
+    if torch.compiler.is_compiling() or needs_grad(input, weight, bias):
+        return Linear.apply(input, weight, bias)
+    return linear_now(input, weight, bias)
+
+
+def _right(x: Tensor, w: SparseTensor) -> Tensor:
+    """x @ w for x of any number of dimensions."""
+    x, w, _ = autocast(x, w)
+    _check(x, w.shape[0], w)
+    if torch.compiler.is_compiling() or needs_grad(x, w):
+        return Matmul.apply(x, w)
+    return matmul_now(x, w)
+
+
+@function(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+def matmul(input: Tensor, other: Tensor) -> Tensor:
+    """torch.matmul with a sparse matrix on the left or the right."""
+    if input.dim() < 1 or other.dim() < 1:
+        raise RuntimeError("Both arguments of matmul need at least one dimension.")
+    left, right = isinstance(input, SparseTensor), isinstance(other, SparseTensor)
+    if left and right:
+        return _both(input, other)
+    if right:
+        return _right(input, other)
+    if other.dim() == 1:
+        return linear(other, input)
+    return linear(other.transpose(-2, -1), input).transpose(-2, -1)
+
+
+def _both(a: SparseTensor, b: SparseTensor) -> Tensor:
+    """Sparse times sparse, dense result: a registered kernel, or the right operand unpacked, with a warning."""
+    entry = find("matmul", a.parts["values"].device.type, (a.spec, b.spec))
+    plain = not (a.transposed or b.transposed or needs_grad(a, b) or torch.compiler.is_compiling())
+    if entry is not None and plain:
+        return entry.function(a.parts, b.parts, spec=(a.spec, b.spec), shape=(a.stored_shape, b.stored_shape))
+    say_densified("matmul", b.spec)
+    return matmul(a, b.to_dense())
+
+
+@function(Tensor.__rmatmul__)
+def rmatmul(other: Tensor, input: Tensor) -> Tensor:
+    return matmul(input, other)
+
+
+@function(torch.addmm, Tensor.addmm)
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1) -> Tensor:
+    """beta * input + alpha * mat1 @ mat2; a bias vector and factors of one go into the kernel."""
+    if beta == alpha == 1 and input.dim() == 1 and not isinstance(mat1, SparseTensor) and not isinstance(input, SparseTensor):
+        return linear(mat1, mat2.t(), input)
+    product = matmul(mat1, mat2)
+    return beta * input + (product if alpha == 1 else alpha * product)
+
+
+# the same products where torch asks for them below autograd (a fused layer that it takes apart, say)
+
+
+def _below_autograd(rule):
+    return torch.no_grad()(lambda _, *args, **kwargs: rule(*args, **kwargs))
+
+
+aten(torch.ops.aten.mm.default, torch.ops.aten.matmul.default)(_below_autograd(matmul))
+aten(torch.ops.aten.linear.default)(_below_autograd(linear))
+aten(torch.ops.aten.addmm.default)(_below_autograd(addmm))

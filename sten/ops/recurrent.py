@@ -1,0 +1,26 @@
+"""Fused recurrent layers have no sparse form: they run on dense copies, differentiably, with one warning."""
+
+from __future__ import annotations
+
+import torch
+from torch import _VF
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..dispatch import say_densified
+from ..tensor import SparseTensor, function
+
+FUSED = [_VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu, _VF.lstm_cell, _VF.gru_cell, _VF.rnn_tanh_cell, _VF.rnn_relu_cell]
+
+
+def _dense_rule(fused):
+    def rule(*args, **kwargs):
+        first = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, SparseTensor))
+        say_densified(fused.__name__, first.spec)
+        args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
+        return fused(*args, **kwargs)
+
+    return rule
+
+
+for _fused in FUSED:
+    function(_fused, getattr(torch, _fused.__name__))(_dense_rule(_fused))

@@ -1,0 +1,344 @@
+"""SparseTensor: the one class that torch sees.
+
+A wrapper subclass with the true shape, dtype and device. It carries `spec` (the layout), and the parts as plain tensors.
+What an operator does with it stands in two tables that `sten/ops/` fills: FUNCTIONS by Python function (the operators with
+a gradient rule of their own) and ATEN by aten operator (all that autograd and torch.compile ask for below).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .dispatch import say_densified
+from .layout import Layout, Parts, fields, layout_from
+
+FUNCTIONS: dict[Callable, Callable] = {}
+ATEN: dict[Callable, Callable] = {}
+
+no_function = torch._C.DisableTorchFunctionSubclass
+
+# Operators on SparseTensors that torch.compile traces as they stand; __torch_dispatch__ answers them.
+LIBRARY = torch.library.Library("sten", "FRAGMENT")
+LIBRARY.define("to_dense(Tensor input) -> Tensor")
+LIBRARY.define("project(Tensor dense, Tensor like) -> Tensor")
+OPS = torch.ops.sten
+
+
+class SparseTensor(torch.Tensor):
+    """A tensor stored in a sparse layout. Made by `sten.from_dense` and `sten.sparsify`.
+
+    Attributes:
+        spec: the `Layout`.
+        parts: dict of the plain tensors that store it; `values` holds the weights, the others the pattern.
+        transposed: whether the parts store the transpose.
+
+    It works as an `nn.Parameter`, in `state_dict`, `copy.deepcopy`, pickle and `torch.load(weights_only=True)`; its
+    gradient is a SparseTensor with the same pattern. Pointwise operators in place, or with f(0) = 0, work on the stored
+    entries; others give the correct dense tensor.
+
+    Example:
+        >>> import torch, sten
+        >>> w = sten.from_dense(torch.tensor([[1.0, -4, 2, 3]]), sten.NM(2, 4))
+        >>> w
+        SparseTensor(NM(n=2, m=4), shape=(1, 4), dtype=float32, density=0.5)
+        >>> w.to_dense()
+        tensor([[ 0., -4.,  0.,  3.]])
+    """
+
+    @staticmethod
+    def __new__(
+        cls, spec: Layout, parts: Parts, shape: Iterable[int], transposed: bool = False, requires_grad: bool = False
+    ) -> SparseTensor:
+        values = parts["values"]
+        shape = tuple(shape)
+        size, strides = shape, _contiguous_strides(shape)
+        if transposed:
+            size, strides = shape[::-1], strides[::-1]
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, size, strides=strides, dtype=values.dtype, device=values.device, requires_grad=requires_grad
+        )
+        self._adopt(spec, parts, shape, transposed)
+        return self
+
+    def _adopt(self, spec: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool) -> None:
+        """Set what the wrapper stores. torch.compile reaches each part as an attribute of its own, `part_<name>`."""
+        self.spec, self.parts, self.stored_shape, self.transposed = spec, parts, shape, transposed
+        for name, part in parts.items():
+            setattr(self, "part_" + name, part)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        return ["part_" + name for name in self.parts], (self.spec, self.stored_shape, self.transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: tuple, outer_size, outer_stride) -> SparseTensor:
+        spec, shape, transposed = context
+        return SparseTensor(spec, {k.removeprefix("part_"): v for k, v in inner.items()}, shape, transposed)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        rule = FUNCTIONS.get(func)
+        with no_function():
+            return (func if rule is None else rule)(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        rule = ATEN.get(func)
+        if rule is not None:
+            return rule(func, *args, **(kwargs or {}))
+        return run_dense(func, args, kwargs or {})
+
+    # what the user reads
+
+    def mask(self) -> Tensor:
+        """Bool mask of the stored entries, in the tensor's shape; explicit zeros count as stored."""
+        mask = self.spec.support(self.parts, self.stored_shape)
+        return mask.t() if self.transposed else mask
+
+    def to_dense(self) -> Tensor:
+        """The plain dense tensor. Differentiable: its gradient is gathered at the pattern."""
+        with no_function():
+            return ToDense.apply(self)
+
+    @property
+    def density(self) -> float:
+        """Stored entries over all entries."""
+        with no_function():
+            return float(self.mask().sum()) / max(self.numel(), 1)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all parts together, pattern included."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def with_values(self, values: Tensor, requires_grad: bool = False) -> SparseTensor:
+        """A tensor of the same layout and pattern (shared, not copied) with other values."""
+        parts = {**self.parts, "values": values}
+        return SparseTensor(self.spec, parts, self.stored_shape, self.transposed, requires_grad)
+
+    def values_like(self, dense: Tensor) -> Tensor:
+        """The `values` that a dense tensor of this shape has at this pattern."""
+        return self.spec.pack_like(dense.t() if self.transposed else dense, self.parts)
+
+    def same_pattern(self, other: SparseTensor) -> bool:
+        """Whether both store the same entries in the same slots. Shared pattern tensors decide without reading them."""
+        if self.spec != other.spec or self.stored_shape != other.stored_shape or self.transposed != other.transposed:
+            return False
+        mine, yours = self.parts, other.parts
+        return all(mine[n] is yours[n] or _equal(mine[n], yours[n]) for n in mine if n != "values")
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        with no_function():
+            shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
+            grad = ", requires_grad=True" if self.requires_grad else ""
+            device = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
+            density = "" if self.device.type == "meta" else f", density={self.density:.3g}"
+        kind = "Parameter(SparseTensor)" if getattr(self, "_is_param", False) else "SparseTensor"
+        flip = ", transposed" if self.transposed else ""
+        return f"{kind}({self.spec}, shape={shape}, dtype={dtype}{density}{device}{flip}{grad})"
+
+    # copies and files
+
+    def __deepcopy__(self, memo: dict) -> SparseTensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        with no_function():
+            if not self.is_leaf:
+                raise RuntimeError("Only a leaf can be deep-copied; detach() this SparseTensor first.")
+            parts = {name: copy.deepcopy(part, memo) for name, part in self.parts.items()}
+            new = _restore(self.spec, parts, self.stored_shape, self.transposed, self.requires_grad, _is_param(self))
+            memo[id(self)] = new
+            if self.grad is not None:
+                new.grad = copy.deepcopy(self.grad, memo)
+        return new
+
+    def __reduce_ex__(self, protocol):
+        with no_function():
+            state = (self.stored_shape, self.transposed, self.requires_grad, _is_param(self))
+        return _load, (type(self.spec).__name__, fields(self.spec), dict(self.parts), *state)
+
+
+class ToDense(torch.autograd.Function):
+    """Sparse to dense; the gradient is gathered at the pattern."""
+
+    @staticmethod
+    def forward(w):
+        return OPS.to_dense(w) if torch.compiler.is_compiling() else unpack(w)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return project(grad, ctx.saved_tensors[0])
+
+
+def unpack(w: SparseTensor) -> Tensor:
+    """The dense tensor, without a gradient."""
+    dense = w.spec.unpack(w.parts, w.stored_shape)
+    return dense.t() if w.transposed else dense
+
+
+def project(grad: Tensor, w: SparseTensor) -> Tensor:
+    """`grad` with the pattern of `w`; a sparse one of that pattern is returned as it is. Differentiable."""
+    if isinstance(grad, SparseTensor) and grad.same_pattern(w):
+        return grad
+    return Project.apply(grad, w)
+
+
+class Project(torch.autograd.Function):
+    """Dense to sparse at a given pattern: the transpose of ToDense, and each is the other's gradient."""
+
+    @staticmethod
+    def forward(grad, like):
+        if torch.compiler.is_compiling():
+            return OPS.project(grad, like)
+        return project_now(grad, like)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to_dense(), None
+
+
+def project_now(grad: Tensor, like: SparseTensor) -> SparseTensor:
+    """`grad` gathered at the pattern of `like`, without a gradient."""
+    dense = unpack(grad) if isinstance(grad, SparseTensor) else grad
+    return like.with_values(like.values_like(dense))
+
+
+def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> SparseTensor:
+    """Store a dense tensor in a sparse layout.
+
+    Args:
+        tensor: floating point, two or more dimensions; the layout's `check` says which shapes fit.
+        layout: how to store it, for example `sten.NM(2, 4)`.
+        mask: bool, of the tensor's shape: the entries to keep. None: an n:m layout keeps the largest magnitudes that
+            it allows, a layout without a rate of its own (Masked, CSR, BSR) the non-zeros.
+
+    Returns:
+        SparseTensor with `to_dense() == tensor * mask`. It does not require a gradient.
+
+    Raises:
+        TypeError: not a dense floating-point tensor, not a layout, or a mask that is not bool.
+        ValueError: the layout cannot hold the shape or the mask.
+
+    Example:
+        >>> import torch, sten
+        >>> w = sten.from_dense(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), sten.CSR())
+        >>> w.density
+        0.5
+    """
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout= takes a layout such as sten.NM(2, 4); got {layout!r}.")
+    if not isinstance(tensor, Tensor) or isinstance(tensor, SparseTensor) or tensor.layout != torch.strided:
+        raise TypeError(f"from_dense stores a plain dense tensor; got {type(tensor).__name__}.")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"Sparse layouts store floating-point weights; got {tensor.dtype}: convert it with .float() first.")
+    shape = tuple(tensor.shape)
+    layout.check(shape)
+    with torch.no_grad():
+        tensor = tensor.detach()
+        if mask is None:
+            mask = tensor != 0 if layout.rate is None else layout.mask(tensor.abs())
+        elif mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor (~ on other dtypes does not negate); got {mask.dtype}.")
+        elif tuple(mask.shape) != shape:
+            raise ValueError(f"mask must have the tensor's shape {shape}; got {tuple(mask.shape)}.")
+        return SparseTensor(layout, layout.pack(tensor, mask.to(tensor.device)), shape)
+
+
+def function(*functions: Callable) -> Callable:
+    """Register the decorated rule for Python-level functions; it is called with their arguments, gradients on."""
+
+    def register(rule: Callable) -> Callable:
+        FUNCTIONS.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+def aten(*operators: Callable) -> Callable:
+    """Register the decorated rule for aten operators; it is called with the operator, then its arguments."""
+
+    def register(rule: Callable) -> Callable:
+        ATEN.update(dict.fromkeys(operators, rule))
+        return rule
+
+    return register
+
+
+def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
+    """Run an operator without a rule on dense copies, with one warning; refuse if it would write into a sparse one."""
+    sparse = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, SparseTensor)]
+    name = getattr(func, "__name__", str(func))
+    if isinstance(func, torch._ops.OpOverload):
+        name = func._schema.name.removeprefix("aten::")
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and any(isinstance(a, SparseTensor) for a in torch.utils._pytree.tree_leaves(given)):
+                raise NotImplementedError(
+                    f"{name} cannot write into a {sparse[0].spec} tensor; change its parts['values'], or use to_dense()."
+                )
+    say_densified(name, sparse[0].spec)
+    args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.device != b.device:
+        return False
+    if type(a) is not Tensor or a.is_meta:
+        return True  # being traced: there are no numbers to compare, and one weight has one pattern
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+
+def _is_param(t: Tensor) -> bool:
+    return bool(getattr(t, "_is_param", False))
+
+
+def _restore(spec, parts, shape, transposed, requires_grad, is_param) -> SparseTensor:
+    w = SparseTensor(spec, parts, shape, transposed, requires_grad)
+    return torch.nn.Parameter(w, requires_grad) if is_param else w
+
+
+def _load(name: str, values: dict, parts: Parts, shape, transposed, requires_grad, is_param) -> SparseTensor:
+    """Rebuild from a pickle or a checkpoint: nothing is imported by name, and every index is checked."""
+    return _restore(*checked(name, values, parts, shape, transposed), bool(requires_grad), bool(is_param))
+
+
+def checked(name: str, values: dict, parts: Parts, shape, transposed: bool = False) -> tuple:
+    """(layout, parts, shape, transposed) from outside, validated; ValueError with one sentence otherwise."""
+    layout = layout_from(name, values)
+    shape = tuple(shape)
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"A shape is a tuple of sizes; got {shape}.")
+    if transposed and len(shape) != 2:
+        raise ValueError(f"Only a matrix can be stored transposed; got shape {shape}.")
+    if not isinstance(parts, dict) or not all(isinstance(p, Tensor) for p in parts.values()):
+        raise ValueError(f"The parts of {layout} must be a dictionary of tensors.")
+    layout.check(shape)
+    if not any(part.is_meta for part in parts.values()):
+        layout.validate(parts, shape)
+    return layout, parts, shape, bool(transposed)
+
+
+ATEN[OPS.to_dense.default] = lambda _, w: unpack(w)
+ATEN[OPS.project.default] = lambda _, dense, like: project_now(dense, like)
+torch.serialization.add_safe_globals([_load, SparseTensor])
