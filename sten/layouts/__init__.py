@@ -1,0 +1,10 @@
+"""The built-in layouts, one file each; no file imports another. `sten.layout` states the contract they keep."""
+
+from sten.layouts.bsr import BSR
+from sten.layouts.csr import CSR
+from sten.layouts.grouped_nm import GroupedNM
+from sten.layouts.masked import Masked
+from sten.layouts.nm import NM
+from sten.layouts.vector_nm import VectorNM
+
+__all__ = ["BSR", "CSR", "NM", "GroupedNM", "Masked", "VectorNM"]

@@ -1,0 +1,139 @@
+"""BSR: compressed rows of dense blocks, the layout that tensor cores like."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sten.layout import (
+    Layout,
+    Parts,
+    expect_compressed,
+    expect_dense,
+    expect_parts,
+    expect_score,
+    expect_zero,
+    kept,
+    pad_matrix,
+    row_of_slots,
+    slots_of_rows,
+    top,
+)
+
+
+@dataclass(frozen=True)
+class BSR(Layout):
+    """Compressed sparse rows of dense (bh, bw) blocks of the weight seen as a matrix (R, C) = (O, prod(rest)).
+
+    Parts: `values` (blocks, bh, bw), `crow` (ceil(R / bh) + 1,) and `col` (blocks,), and the same blocks column by
+    column: `t_crow` (ceil(C / bw) + 1,), `t_row` (blocks,), `t_block` (blocks,: which block of `values`); all int32.
+    Any mask fits: a block with any kept entry is stored, what the mask drops inside it as explicit zeros. `mask`
+    itself keeps whole blocks. A transposed product walks the transposed index (stk does the same).
+
+    Example:
+        >>> import torch, sten
+        >>> parts = sten.BSR(block=(2, 2)).pack(torch.eye(4), torch.eye(4) > 0)
+        >>> parts["values"].shape, parts["col"].tolist(), parts["t_row"].tolist()
+        (torch.Size([2, 2, 2]), [0, 1], [0, 1])
+
+    Source: Gale et al., MegaBlocks, https://arxiv.org/abs/2211.15841 (the transposed index).
+    """
+
+    block: tuple[int, int] = (64, 64)
+
+    pattern: ClassVar[tuple[str, ...]] = ("crow", "col", "t_crow", "t_row", "t_block")
+
+    def __post_init__(self) -> None:
+        block = self.block
+        whole = isinstance(block, tuple) and all(isinstance(b, int) and not isinstance(b, bool) for b in block)
+        if not whole or len(block) != 2:
+            raise TypeError(f"BSR takes block=(rows, columns), two whole numbers; got {block!r}.")
+        if min(block) < 1:
+            raise ValueError(f"BSR takes block sizes of at least 1; got {block}.")
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many rows and columns of blocks a weight of this shape has."""
+        return -(-shape[0] // self.block[0]), -(-math.prod(shape[1:]) // self.block[1])
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        rows, columns = self.grid(shape)
+        if rows * columns >= 2**31:
+            raise ValueError(f"{self} holds fewer than 2**31 blocks; shape {tuple(shape)} has more: use larger blocks.")
+
+    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
+        """The round((1 - sparsity) * blocks) blocks with the highest sums of scores, whole; padding counts zero."""
+        expect_score(self, score, sparsity)
+        shape, (bh, bw) = tuple(score.shape), self.block
+        # float64: the order of the sums must not depend on the device's way of adding up.
+        total = self.blocks(score.detach()).sum((2, 3), dtype=torch.float64)
+        live = top(total, kept(total.numel(), sparsity, self))
+        whole = live.repeat_interleave(bh, 0).repeat_interleave(bw, 1)
+        return whole[: shape[0], : math.prod(shape[1:])].reshape(shape)
+
+    def blocks(self, weight: Tensor) -> Tensor:
+        """The weight as (block rows, block columns, bh, bw), zero-padded; a view where it can be one."""
+        (rows, columns), (bh, bw) = self.grid(tuple(weight.shape)), self.block
+        padded = pad_matrix(weight.reshape(len(weight), -1), rows * bh, columns * bw)
+        return padded.view(rows, bh, columns, bw).transpose(1, 2)
+
+    def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `blocks`: the weight of this shape, its padding cut off."""
+        (rows, columns), (bh, bw) = self.grid(shape), self.block
+        matrix = blocks.transpose(1, 2).reshape(rows * bh, columns * bw)
+        return matrix[: shape[0], : math.prod(shape[1:])].reshape(shape)
+
+    def pack(self, dense: Tensor, mask: Tensor) -> Parts:
+        expect_dense(self, dense, mask)
+        live = self.blocks(mask).any(3).any(2)
+        row, col = live.nonzero(as_tuple=True)
+        by_column = torch.argsort(col, stable=True)
+        offsets = [torch.nn.functional.pad(live.sum(d).cumsum(0), (1, 0)).int() for d in (1, 0)]
+        return {
+            "values": self.blocks(dense.masked_fill(~mask, 0))[row, col],
+            "crow": offsets[0],
+            "col": col.int(),
+            "t_crow": offsets[1],
+            "t_row": row[by_column].int(),
+            "t_block": by_column.int(),
+        }
+
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        values, col = parts["values"], parts["col"].long()
+        row = row_of_slots(parts["crow"], len(col))
+        blocks = values.new_zeros(*self.grid(shape), *self.block).index_put((row, col), values)
+        return self.join(blocks, shape)
+
+    def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
+        col = parts["col"].long()
+        return self.blocks(dense)[row_of_slots(parts["crow"], len(col)), col]
+
+    def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
+        bh, bw = self.block
+        which, slot = slots_of_rows(parts["crow"], rows // bh)
+        found = parts["values"][slot, (rows % bh)[which]]
+        out = found.new_zeros(len(rows), self.grid(shape)[1], bw)
+        out = out.index_put((which, parts["col"][slot].long()), found)
+        return out.view(len(rows), -1)[:, : math.prod(shape[1:])].reshape(len(rows), *shape[1:])
+
+    def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        self.check(shape)
+        (rows, columns), count = self.grid(shape), len(parts["col"]) if "col" in parts else 0
+        index = {name: ((count,), torch.int32) for name in ("col", "t_row", "t_block")}
+        offsets = {"crow": ((rows + 1,), torch.int32), "t_crow": ((columns + 1,), torch.int32)}
+        expect_parts(self, parts, {"values": ((count, *self.block), None), **index, **offsets})
+        for crow, col, size in (("crow", "col", columns), ("t_crow", "t_row", rows)):
+            expect_compressed(self, crow, parts[crow], col, parts[col], size)
+            if int(parts[crow][-1]) != count:
+                raise ValueError(f"Part {crow!r} of {self} must end at {count}, the number of blocks.")
+        row, by_column = row_of_slots(parts["crow"], count), torch.argsort(parts["col"], stable=True)
+        t_col = row_of_slots(parts["t_crow"], count)
+        same = [(parts["t_block"], by_column), (parts["t_row"], row[by_column]), (t_col, parts["col"][by_column])]
+        if not all(bool((a == b).all()) for a, b in same):
+            raise ValueError(f"The transposed index of {self} (t_crow, t_row, t_block) does not list the blocks of crow, col.")
+        padding = torch.ones(shape, dtype=torch.bool, device=row.device)
+        expect_zero(self, parts["values"][~self.blocks(padding)[row, parts["col"].long()]])

@@ -1,0 +1,95 @@
+"""CSR: compressed sparse rows, for patterns without any structure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sten.layout import (
+    Layout,
+    Parts,
+    expect_compressed,
+    expect_dense,
+    expect_parts,
+    expect_score,
+    expect_zero,
+    kept,
+    row_of_slots,
+    slots_of_rows,
+    top,
+)
+
+LIMIT = 2**31 - 1  # the indices are int32
+
+
+@dataclass(frozen=True)
+class CSR(Layout):
+    """Compressed sparse rows of the weight seen as a matrix (R, C) = (O, prod(rest)); any mask fits.
+
+    Parts: `values` (capacity,), `crow` (R + 1,) int32, `col` (capacity,) int32. Row r owns the slots crow[r] to
+    crow[r + 1] - 1, columns ascending. `pack` makes the capacity equal to the number of entries; a longer one is
+    allowed, so that a pattern that changes in training keeps its shapes: the slots behind crow[-1] hold zeros.
+
+    Example:
+        >>> import torch, sten
+        >>> w = torch.tensor([[0.0, 3.0], [1.0, 2.0]])
+        >>> parts = sten.CSR().pack(w, w != 0)
+        >>> parts["crow"].tolist(), parts["col"].tolist(), parts["values"].tolist()
+        ([0, 1, 3], [1, 0, 1], [3.0, 1.0, 2.0])
+    """
+
+    pattern: ClassVar[tuple[str, ...]] = ("crow", "col")
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        if max(shape[0], math.prod(shape[1:])) >= LIMIT:
+            raise ValueError(f"{self} holds at most {LIMIT - 1} rows and columns; got shape {tuple(shape)}.")
+
+    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
+        """The round((1 - sparsity) * numel) highest scores of the whole weight."""
+        expect_score(self, score, sparsity)
+        return top(score, kept(score.numel(), sparsity, self))
+
+    def pack(self, dense: Tensor, mask: Tensor) -> Parts:
+        expect_dense(self, dense, mask)
+        live = mask.reshape(len(mask), -1)
+        row, col = live.nonzero(as_tuple=True)
+        if len(col) > LIMIT:
+            raise ValueError(f"{self} holds at most {LIMIT} entries; the mask has {len(col)}: use sten.BSR or sten.NM.")
+        crow = torch.nn.functional.pad(live.sum(1).cumsum(0), (1, 0))
+        return {"values": dense.reshape(live.shape)[row, col], "crow": crow.int(), "col": col.int()}
+
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        values, col = parts["values"], parts["col"].long()
+        row = row_of_slots(parts["crow"], len(col))
+        # One row too many: slots behind crow[-1] land there and are cut off, so that no shape depends on the data.
+        out = values.new_zeros(shape[0] + 1, math.prod(shape[1:]))
+        return out.index_put((row, col), values)[:-1].view(shape)
+
+    def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
+        matrix, col = dense.reshape(len(dense), -1), parts["col"].long()
+        row = row_of_slots(parts["crow"], len(col))
+        values = matrix[row.clamp(max=len(matrix) - 1), col]
+        return values.masked_fill(row == len(matrix), 0)
+
+    def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
+        which, slot = slots_of_rows(parts["crow"], rows)
+        out = parts["values"].new_zeros(len(rows), math.prod(shape[1:]))
+        out = out.index_put((which, parts["col"][slot].long()), parts["values"][slot])
+        return out.view(len(rows), *shape[1:])
+
+    def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        self.check(shape)
+        rows, columns = shape[0], math.prod(shape[1:])
+        capacity = parts["values"].numel() if "values" in parts else 0
+        expect_parts(
+            self,
+            parts,
+            {"values": ((capacity,), None), "crow": ((rows + 1,), torch.int32), "col": ((capacity,), torch.int32)},
+        )
+        expect_compressed(self, "crow", parts["crow"], "col", parts["col"], columns)
+        expect_zero(self, parts["values"][int(parts["crow"][-1]) :])

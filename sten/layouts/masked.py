@@ -1,0 +1,55 @@
+"""Masked: dense values beside a bool mask. The simplest layout, and the one that every other can be compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sten.layout import Layout, Parts, expect_dense, expect_parts, expect_score, expect_zero, kept, top
+
+
+@dataclass(frozen=True)
+class Masked(Layout):
+    """Dense values and a bool mask, both of the weight's own shape; any mask fits. Nothing is saved, nothing is lost.
+
+    Parts: `values` (the weight's shape, zero where the mask is off), `mask` (the same shape, bool).
+
+    Example:
+        >>> import torch, sten
+        >>> w = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> sten.Masked().mask(w.abs(), sparsity=0.5)
+        tensor([[False,  True],
+                [False,  True]])
+    """
+
+    pattern: ClassVar[tuple[str, ...]] = ("mask",)
+
+    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
+        """The round((1 - sparsity) * numel) highest scores of the whole weight."""
+        expect_score(self, score, sparsity)
+        return top(score, kept(score.numel(), sparsity, self))
+
+    def pack(self, dense: Tensor, mask: Tensor) -> Parts:
+        expect_dense(self, dense, mask)
+        # masked_fill, not a product: NaN * 0 is NaN, and the mask part must not alias the caller's.
+        return {"values": dense.masked_fill(~mask, 0).contiguous(), "mask": mask.clone(memory_format=torch.contiguous_format)}
+
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        return parts["values"].masked_fill(~parts["mask"], 0)
+
+    def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
+        return dense.masked_fill(~parts["mask"], 0).contiguous()
+
+    def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
+        return parts["values"][rows].masked_fill(~parts["mask"][rows], 0)
+
+    def support(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        return parts["mask"].clone()
+
+    def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        self.check(shape)
+        expect_parts(self, parts, {"values": (shape, None), "mask": (shape, torch.bool)})
+        expect_zero(self, parts["values"][~parts["mask"]])

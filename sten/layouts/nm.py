@@ -1,0 +1,140 @@
+"""NM: n kept of every m along the inputs; NM(2, 4) is the pattern of sparse tensor cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sten.layout import (
+    Layout,
+    Parts,
+    complete_groups,
+    expect_dense,
+    expect_parts,
+    expect_range,
+    expect_score,
+    expect_whole,
+    expect_zero,
+    reduction_back,
+    reduction_last,
+    reduction_place,
+    reduction_width,
+    top_of_groups,
+)
+
+
+@dataclass(frozen=True)
+class NM(Layout):
+    """n kept of every m consecutive inputs of an output (n counts what is kept). A last, short group keeps up to n.
+
+    The weight (O, I, *rest) is stored as the matrix (R, C) with the inputs last and padded to a multiple of m, so a
+    group lies along the input channels of a convolution, too. With G = C / m groups a row:
+
+    Parts: `values` (R, G * n); `index` (R, ceil(G * n * bits / 8)) uint8, the positions in the group, ascending,
+    `bits` wide (2 for m <= 4, 4 for m <= 16, else 8), the first slot in the lowest bits; spare bits are zero.
+
+    Example:
+        >>> import torch, sten
+        >>> w = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
+        >>> parts = sten.NM(2, 4).pack(w, sten.NM(2, 4).mask(w))
+        >>> parts["values"].tolist(), parts["index"].tolist()  # positions 0 and 2: 0b1000
+        ([[4.0, 3.0]], [[8]])
+
+    Source: Mishra et al., Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2104.08378.
+    """
+
+    n: int
+    m: int
+
+    pattern: ClassVar[tuple[str, ...]] = ("index",)
+
+    def __post_init__(self) -> None:
+        expect_whole(self, "m", 1, 256)  # a position is a byte at most
+        expect_whole(self, "n", 1, self.m)
+
+    @property
+    def rate(self) -> float:
+        return self.n / self.m
+
+    @property
+    def bits(self) -> int:
+        """The width of a stored position."""
+        return 2 if self.m <= 4 else 4 if self.m <= 16 else 8
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Groups and index bytes of a row."""
+        groups = reduction_width(shape, self.m) // self.m
+        return groups, -(-groups * self.n * self.bits // 8)
+
+    def groups(self, weight: Tensor) -> Tensor:
+        """The weight as (R, G, m), zero-padded."""
+        return reduction_last(weight, self.m).view(len(weight), -1, self.m)
+
+    def positions(self, index: Tensor, groups: int) -> Tensor:
+        """The packed index as int64 positions (R, G, n)."""
+        if self.bits < 8:
+            shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=index.device)
+            index = (index.unsqueeze(-1) >> shift) & (2**self.bits - 1)
+        return index.reshape(len(index), -1)[:, : groups * self.n].reshape(len(index), groups, self.n).long()
+
+    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
+        """The n highest scores of every group; all columns of a last group that has no more than n."""
+        expect_score(self, score, sparsity)
+        grouped = self.groups(score.detach())
+        # Padding must lose against everything, NaN included: it is -inf, and ties go to the lower (real) column.
+        real = self.groups(torch.ones_like(score[:1], dtype=torch.bool))
+        keep = top_of_groups(grouped.masked_fill(~real, -torch.inf), self.n)
+        return reduction_back(keep, tuple(score.shape), self.m)
+
+    def pack(self, dense: Tensor, mask: Tensor) -> Parts:
+        expect_dense(self, dense, mask)
+        grouped = self.groups(mask)
+        count = grouped.sum(-1)
+        if bool((count > self.n).any()):
+            row, group = (count > self.n).nonzero()[0].tolist()
+            place = reduction_place(tuple(dense.shape), group * self.m, self.m)
+            raise ValueError(
+                f"{self} holds {self.n} of {self.m} inputs, but the mask keeps {int(count[row, group])} in the group of "
+                f"output {row} that starts at {place}: use {self}.mask(score)."
+            )
+        position = complete_groups(grouped, self.n).nonzero()[:, 2].view(*count.shape, self.n)
+        values = self.groups(dense.masked_fill(~mask, 0)).gather(-1, position)
+        return {"values": values.flatten(1), "index": self.encode(position)}
+
+    def encode(self, position: Tensor) -> Tensor:
+        """Positions (R, G, n) as the packed index."""
+        flat, each = position.flatten(1).to(torch.uint8), 8 // self.bits
+        flat = torch.nn.functional.pad(flat, (0, -flat.shape[1] % each)).view(len(flat), -1, each)
+        shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=flat.device)
+        return (flat << shift).sum(-1, dtype=torch.uint8)
+
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        groups, values = self.sizes(shape)[0], parts["values"]
+        position = self.positions(parts["index"], groups)
+        out = values.new_zeros(len(values), groups, self.m)
+        out = out.scatter(-1, position, values.view(position.shape))
+        return reduction_back(out, (len(values), *shape[1:]), self.m)
+
+    def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
+        grouped = self.groups(dense)
+        return grouped.gather(-1, self.positions(parts["index"], grouped.shape[1])).flatten(1)
+
+    def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
+        return self.unpack({name: part[rows] for name, part in parts.items()}, shape)
+
+    def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        self.check(shape)
+        groups, width = self.sizes(shape)
+        index = ((shape[0], width), torch.uint8)
+        expect_parts(self, parts, {"values": ((shape[0], groups * self.n), None), "index": index})
+        position = self.positions(parts["index"], groups)
+        expect_range(self, "index", position, 0, self.m)
+        if bool((position[..., 1:] <= position[..., :-1]).any()):
+            raise ValueError(f"Part 'index' of {self} must hold ascending positions in each group, each one once.")
+        if not torch.equal(self.encode(position), parts["index"]):
+            raise ValueError(f"Part 'index' of {self} must have zeros in its spare bits.")
+        real = torch.ones(shape, dtype=torch.bool, device=position.device)
+        expect_zero(self, parts["values"][~self.pack_like(real, parts)])

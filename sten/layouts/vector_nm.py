@@ -1,0 +1,130 @@
+"""VectorNM: n kept of every m inputs, the choice shared by v outputs, so that a product gathers once for v rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sten.layout import (
+    Layout,
+    Parts,
+    complete_groups,
+    expect_dense,
+    expect_parts,
+    expect_range,
+    expect_score,
+    expect_whole,
+    expect_zero,
+    pad_matrix,
+    reduction_back,
+    reduction_last,
+    reduction_place,
+    reduction_width,
+    top_of_groups,
+)
+
+
+@dataclass(frozen=True)
+class VectorNM(Layout):
+    """n kept of every m consecutive inputs, with one choice for v consecutive outputs (the last vector may be short).
+
+    The weight (O, I, *rest) is stored as the matrix (R, C) with the inputs last and padded to a multiple of m. With
+    G = C / m groups a row:
+
+    Parts: `values` (R, G * n); `index` (ceil(R / v), G * n) int32, columns of the padded matrix, ascending, n in each
+    group. A product with it is a dense product of gathered activations, so it runs at full rate on tensor cores.
+
+    Example:
+        >>> import torch, sten
+        >>> w = torch.tensor([[3.0, 0.0, 1.0, 0.0], [2.0, 0.0, 4.0, 1.0]])
+        >>> parts = sten.VectorNM(1, 2, v=2).pack(w, sten.VectorNM(1, 2, v=2).mask(w))
+        >>> parts["index"].tolist(), parts["values"].tolist()
+        ([[0, 2]], [[3.0, 1.0], [2.0, 4.0]])
+    """
+
+    n: int
+    m: int
+    v: int
+
+    pattern: ClassVar[tuple[str, ...]] = ("index",)
+
+    def __post_init__(self) -> None:
+        expect_whole(self, "m", 1, 2**31 - 1)
+        expect_whole(self, "n", 1, self.m)
+        expect_whole(self, "v", 1, 2**31 - 1)
+
+    @property
+    def rate(self) -> float:
+        return self.n / self.m
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        if reduction_width(shape, self.m) >= 2**31:
+            raise ValueError(f"{self} holds fewer than 2**31 columns; got shape {tuple(shape)}.")
+
+    def vectors(self, weight: Tensor) -> Tensor:
+        """The weight as (ceil(R / v), v, G, m), zero-padded; v is at most R."""
+        matrix = reduction_last(weight, self.m)
+        v = min(self.v, len(matrix))
+        height = -(-len(matrix) // v)
+        return pad_matrix(matrix, height * v, matrix.shape[1]).view(height, v, -1, self.m)
+
+    def columns(self, index: Tensor, rows: int) -> Tensor:
+        """The stored columns of every row, (R, G * n) int64."""
+        return index[torch.arange(rows, device=index.device) // self.v].long()
+
+    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
+        """The n columns of every (vector, group) with the highest sums over the vector's rows."""
+        expect_score(self, score, sparsity)
+        # float64: the order of the sums must not depend on the device's way of adding up.
+        total = self.vectors(score.detach()).sum(1, dtype=torch.float64)
+        real = self.vectors(torch.ones_like(score[:1], dtype=torch.bool)).any(1)
+        keep = top_of_groups(total.masked_fill(~real, -torch.inf), self.n).flatten(1)
+        return reduction_back(self.columns(keep, len(score)) > 0, tuple(score.shape), self.m)
+
+    def pack(self, dense: Tensor, mask: Tensor) -> Parts:
+        expect_dense(self, dense, mask)
+        union = self.vectors(mask).any(1)
+        count = union.sum(-1)
+        if bool((count > self.n).any()):
+            vector, group = (count > self.n).nonzero()[0].tolist()
+            place = reduction_place(tuple(dense.shape), group * self.m, self.m)
+            last = min((vector + 1) * self.v, len(dense)) - 1
+            raise ValueError(
+                f"{self} holds {self.n} of {self.m} inputs for {self.v} outputs together, but the mask keeps "
+                f"{int(count[vector, group])} inputs in the group of outputs {vector * self.v} to {last} that starts "
+                f"at {place}: use {self}.mask(score)."
+            )
+        index = complete_groups(union, self.n).flatten(1).nonzero()[:, 1].view(len(union), -1).int()
+        return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}
+
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        values = parts["values"]
+        return self.spread(values, self.columns(parts["index"], len(values)), shape)
+
+    def spread(self, values: Tensor, columns: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The rows that hold these values at these columns."""
+        out = values.new_zeros(len(values), reduction_width(shape, self.m)).scatter(1, columns, values)
+        return reduction_back(out, (len(values), *shape[1:]), self.m)
+
+    def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
+        return reduction_last(dense, self.m).gather(1, self.columns(parts["index"], len(dense)))
+
+    def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
+        return self.spread(parts["values"][rows], parts["index"][rows // self.v].long(), shape)
+
+    def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        self.check(shape)
+        groups = reduction_width(shape, self.m) // self.m
+        slots, height = groups * self.n, -(-shape[0] // self.v)
+        expect_parts(self, parts, {"values": ((shape[0], slots), None), "index": ((height, slots), torch.int32)})
+        index = parts["index"].long()
+        expect_range(self, "index", index, 0, groups * self.m)
+        owner = torch.arange(slots, device=index.device) // self.n
+        if bool((index // self.m != owner).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
+            raise ValueError(f"Part 'index' of {self} must ascend in a row and have {self.n} columns in every group of {self.m}.")
+        real = torch.ones(shape, dtype=torch.bool, device=index.device)
+        expect_zero(self, parts["values"][~self.pack_like(real, parts)])
