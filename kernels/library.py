@@ -4,6 +4,7 @@
 microseconds less, and the gradients belong to the framework's ``autograd.Function``, not to the operators.
 """
 
+import functools
 import os
 
 import torch
@@ -57,9 +58,26 @@ def capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def describable(matrix: torch.Tensor) -> bool:
+    """Whether the copy engine can fetch tiles of ``matrix``: Hopper, and rows that start at multiples of 16 bytes."""
+    if INTERPRET or matrix.numel() == 0 or matrix.data_ptr() % 16 or matrix.stride(0) * matrix.element_size() % 16:
+        return False
+    return matrix.stride(1) == 1 and _capability(matrix.device)[0] >= 9
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def multiprocessors(x: torch.Tensor) -> int:
     """How many programs run at once at least; the interpreter gets a small number so that work is still split."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    return _multiprocessors(x.device) if x.is_cuda else 4
 
 
 def wide(*tensors) -> bool:

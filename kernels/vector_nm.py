@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, multiprocessors, operator, power_of_two, precision, wide
+from .library import INTERPRET, describable, multiprocessors, operator, power_of_two, precision, wide
 from .tiles import grouped
 
 FEW = 64  # tokens up to which the split-K kernel reads the weight once
@@ -29,6 +29,14 @@ def _group_rows(tile, O, V: tl.constexpr, BM: tl.constexpr):
     SUB: tl.constexpr = (V + BM - 1) // BM
     group = tile // SUB
     return group, group * V + (tile % SUB) * BM, tl.minimum(O, (group + 1) * V)
+
+
+@triton.jit
+def _columns(index_row, k0, k, K, I, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """The columns of slots k0 + k; beyond the end, a column that is not there (or, without tails, unused ones)."""
+    if EVEN_K:
+        return tl.load(index_row + tl.minimum(k0, K - BK) + k)
+    return tl.load(index_row + k0 + k, mask=k0 + k < K, other=I)
 
 
 @triton.jit
@@ -51,11 +59,12 @@ def _gather_gemm(
     w_rows = tl.minimum(rows, limit - 1)  # no mask on loads; not for stores, where it would hide that rows are contiguous
     index_row = index_ptr + group.to(tl.int64) * K
     acc = tl.zeros((BN, BM) if TOKENS_FIRST else (BM, BN), tl.float32)
+    # The columns are loaded one step ahead, by hand: left to the compiler's pipeline, the chain index -> activations
+    # costs one of its buffers of both operands.
+    ahead = _columns(index_row, 0, k, K, I, BK, EVEN_K)
     for k0 in range(0, K, BK):
-        if EVEN_K:
-            columns = tl.load(index_row + k0 + k)
-        else:
-            columns = tl.load(index_row + k0 + k, mask=k0 + k < K, other=I)
+        columns = ahead
+        ahead = _columns(index_row, k0 + BK, k, K, I, BK, EVEN_K)
         if WIDE:
             columns = columns.to(tl.int64)
         pointers = x_ptr + columns[:, None] * stride_x + t[None, :]
@@ -229,17 +238,18 @@ def choose(out_features: int, in_features: int, n: int, m: int, v: int, tokens: 
 
 
 def _many_configs(v: int, tokens: int) -> list[dict]:
+    """TOKENS_FIRST: the tensor cores' 64 rows are tokens, for fewer output rows than that."""
     if INTERPRET:
-        return [dict(BM=16, BN=16, BK=16, GROUP=2, num_stages=1)]
+        return [dict(BM=16, BN=16, BK=16, GROUP=2, TOKENS_FIRST=v < 16, num_stages=1)]
     if v >= 128:
-        tiles = [(128, 256, 64, 3, 8), (128, 128, 64, 3, 4), (128, 128, 64, 4, 8), (128, 256, 64, 4, 8)]
+        tiles = [(128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 3, 4), (128, 128, 64, 4, 8)]
     elif v >= 64:
         tiles = [(64, 256, 64, 3, 4), (64, 256, 64, 4, 8), (64, 128, 64, 4, 4), (64, 256, 32, 6, 4)]
     else:
         rows = power_of_two(v, 16, 32)
         tiles = [(rows, 256, 64, 3, 4), (rows, 256, 64, 4, 8), (rows, 128, 64, 4, 4)]
     tiles = [tile for tile in tiles if tile[1] <= transpose.padded(tokens)]
-    return [dict(BM=a, BN=b, BK=c, GROUP=8, num_stages=d, num_warps=e) for a, b, c, d, e in tiles]
+    return [dict(BM=a, BN=b, BK=c, GROUP=8, TOKENS_FIRST=a < 64, num_stages=d, num_warps=e) for a, b, c, d, e in tiles]
 
 
 def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> list[dict]:
@@ -273,9 +283,7 @@ def _gradient_configs(v: int, itemsize: int) -> list[dict]:
 
 
 def _descriptor(values, config):
-    """A TMA descriptor of the weight, where the hardware has them and the rows are 16-byte aligned."""
-    aligned = values.data_ptr() % 16 == 0 and values.shape[1] * values.element_size() % 16 == 0
-    if INTERPRET or not aligned or torch.cuda.get_device_capability(values.device)[0] < 9:
+    if not describable(values):
         return None
     return TensorDescriptor(values, values.shape, values.stride(), [config["BM"], config["BK"]])
 
@@ -286,12 +294,11 @@ def _launch_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, ac
 
     def run(config):
         rows, width = config["BM"], config["BN"]
-        first = row_major or rows < 64  # a tensor-core tile has at least 64 rows: tokens, when output rows are fewer
         grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width),)
         _gather_gemm[grid](
             x, _descriptor(values, config), values, index, bias, gate, y, tokens, inputs, outputs, slots, x.stride(0),
             1 if row_major else y.stride(0), y.stride(0) if row_major else 1,
-            V=v, TOKENS_FIRST=first, ROW_MAJOR=row_major, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
+            V=v, ROW_MAJOR=row_major, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
             EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n, WIDE=wide(x, values, y),
             ACTIVATION=activation, PRECISION=precision(x), **config,
         )  # fmt: skip

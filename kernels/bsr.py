@@ -1,0 +1,462 @@
+"""BSR: dense blocks (bh, bw) at block columns ``col`` of each block row, and the same blocks column by column.
+
+Letters: T tokens, I inputs, O outputs; BO output features, BT tokens, BK reduction a tile; S splits of the reduction.
+BH and BW are the block's output and reduction sides: (bh, bw) for x @ W.T, (bw, bh) for grad @ W, which is the same
+walk over ``t_crow``, ``t_row`` and ``t_block``. A line is a block row (or column); its blocks form a reduction of length
+count * BW, walked BK at a time.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import autotune, epilogue
+from .derived import derived
+from .epilogue import activate, last_to_arrive
+from .library import INTERPRET, describable, multiprocessors, operator, power_of_two, precision, wide
+
+FEW = 64
+
+
+@triton.jit
+def _many_tokens(
+    x_desc, x_ptr, w_desc, w_ptr, start_ptr, other_ptr, block_ptr, order_ptr, bias_ptr, gate_ptr, y_ptr,
+    T, I, O, lines, stride_x,
+    BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    SUB: tl.constexpr = (BH + BO - 1) // BO
+    STEPS: tl.constexpr = (BW + BK - 1) // BK
+    # lines are walked for one token tile after another, so that its activations stay in L2; the longest line comes first
+    pid = tl.program_id(0)
+    line = tl.load(order_ptr + pid % (lines * SUB) // SUB)
+    sub = pid % SUB
+    token0 = pid // (lines * SUB) * BT
+    start, stop = tl.load(start_ptr + line), tl.load(start_ptr + line + 1)
+    inside, t, k = sub * BO + tl.arange(0, BO), token0 + tl.arange(0, BT), tl.arange(0, BK)
+    t64 = t.to(tl.int64) if WIDE else t
+    acc = tl.zeros((BT, BO) if TOKENS_FIRST else (BO, BT), tl.float32)
+    other = tl.load(other_ptr + start, mask=start < stop, other=0)
+    block = start
+    if TRANSPOSED:
+        block = tl.load(block_ptr + start, mask=start < stop, other=0)
+    for step in range(0, (stop - start) * STEPS):
+        k0 = step % STEPS * BK
+        column, row = other * BW + k0, block
+        following = start + (step + 1) // STEPS  # loaded one step ahead: the copies of a tile wait for its place
+        other = tl.load(other_ptr + following, mask=following < stop, other=0)
+        block = following
+        if TRANSPOSED:
+            block = tl.load(block_ptr + following, mask=following < stop, other=0)
+        if x_desc is not None:
+            x = x_desc.load([token0, column])
+            if TRANSPOSED:
+                w = w_desc.load([row * BW + k0, sub * BO])
+            else:
+                w = w_desc.load([row * BH + sub * BO, k0])
+        else:
+            in_block, in_x = k0 + k < BW, (k0 + k < BW) & (column + k < I)
+            x = tl.load(x_ptr + t64[:, None] * stride_x + (column + k)[None, :], mask=(t < T)[:, None] & in_x[None, :], other=0.0)
+            base = w_ptr + row.to(tl.int64) * (BH * BW)
+            if TRANSPOSED:
+                w = tl.load(base + (k0 + k)[:, None] * BH + inside[None, :], mask=in_block[:, None] & (inside < BH)[None, :], other=0.0)
+            else:
+                w = tl.load(base + inside[:, None] * BW + (k0 + k)[None, :], mask=(inside < BH)[:, None] & in_block[None, :], other=0.0)
+        if TOKENS_FIRST:
+            acc = tl.dot(x, w if TRANSPOSED else tl.trans(w), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(tl.trans(w) if TRANSPOSED else w, tl.trans(x), acc, input_precision=PRECISION)
+
+    if not TOKENS_FIRST:
+        acc = tl.trans(acc)
+    o = line * BH + inside
+    mask = (t < T)[:, None] & ((inside < BH) & (o < O))[None, :]
+    offsets = t64[:, None] * O + o[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=(inside < BH) & (o < O), other=0.0).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION)
+    if gate_ptr is not None:
+        acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _few_tokens(
+    x_ptr, w_ptr, start_ptr, other_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
+    T, I, O, stride_xt, stride_xi,
+    BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The weight is read once; the S programs of a line share its blocks, and the last to arrive adds up."""
+    SUB: tl.constexpr = (BH + BO - 1) // BO
+    tile, split = tl.program_id(0), tl.program_id(1)
+    line, sub = tile // SUB, tile % SUB
+    start, stop = tl.load(start_ptr + line), tl.load(start_ptr + line + 1)
+    length = (stop - start) * BW
+    share = tl.cdiv(length, S * BK) * BK
+    inside, t, k = sub * BO + tl.arange(0, BO), tl.arange(0, BT), tl.arange(0, BK)
+    base = w_ptr + start.to(tl.int64) * (BH * BW)
+    acc = tl.zeros((BO, BK) if BT == 1 else (BO, BT), tl.float32)
+    for step in range(split * share, tl.minimum((split + 1) * share, length), BK):
+        slot = step + k
+        ok = slot < length
+        column = tl.load(other_ptr + start + slot // BW, mask=ok, other=0) * BW + slot % BW
+        w_at = base + (slot // BW)[None, :] * (BH * BW) + inside[:, None] * BW + (slot % BW)[None, :]
+        w = tl.load(w_at, mask=ok[None, :] & (inside < BH)[:, None], other=0.0)
+        ok = ok & (column < I)
+        if BT == 1:
+            x = tl.load(x_ptr + column * stride_xi, mask=ok, other=0.0)
+            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
+        else:
+            x = tl.load(x_ptr + column[None, :] * stride_xi + t[:, None] * stride_xt, mask=ok[None, :] & (t < T)[:, None], other=0.0)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+    if BT == 1:
+        acc = tl.sum(acc, 1)[:, None]
+
+    finish = True
+    if S > 1:
+        at = tl.arange(0, BO)[:, None] * BT + t[None, :]
+        own = partial_ptr + (tile * S).to(tl.int64) * (BO * BT)
+        tl.store(own + split * (BO * BT) + at, acc)
+        finish = last_to_arrive(count_ptr + tile, S)
+        if finish:  # in a fixed order, so that the sum does not depend on who came last
+            acc = tl.zeros((BO, BT), tl.float32)
+            for s in range(S):
+                acc += tl.load(own + s * (BO * BT) + at, cache_modifier=".cg")
+    if finish:
+        o = line * BH + inside
+        o_ok = (inside < BH) & (o < O)
+        offsets, mask = t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + o, mask=o_ok, other=0.0).to(tl.float32)[:, None]
+        acc = activate(acc, ACTIVATION)
+        if gate_ptr is not None:
+            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sampled_product(
+    g_desc, g_ptr, x_desc, x_ptr, col_ptr, row_ptr, block_ptr, out_ptr, partial_ptr, count_ptr,
+    T, I, O, stride_x,
+    BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[block] = g[:, its rows].T @ x[:, its columns]; blocks column by column, so that neighbours share activations."""
+    NM: tl.constexpr = (BH + BM - 1) // BM
+    NN: tl.constexpr = (BW + BN - 1) // BN
+    tile, split = tl.program_id(0), tl.program_id(1)
+    block = tl.load(block_ptr + tile // (NM * NN))
+    m0, n0 = tile // NN % NM * BM, tile % NN * BN
+    row0 = tl.load(row_ptr + tile // (NM * NN)) * BH + m0
+    col0 = tl.load(col_ptr + block) * BW + n0
+    i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    share = tl.cdiv(T, S * BK) * BK
+    acc = tl.zeros((BM, BN), tl.float32)
+    for t0 in range(split * share, tl.minimum((split + 1) * share, T), BK):
+        if x_desc is not None:
+            g = g_desc.load([t0, row0])
+            x = x_desc.load([t0, col0])
+        else:
+            t = t0 + k
+            t_ok = (t < T)[:, None]
+            if WIDE:
+                t = t.to(tl.int64)
+            g = tl.load(g_ptr + t[:, None] * O + (row0 + i)[None, :], mask=t_ok & ((m0 + i < BH) & (row0 + i < O))[None, :], other=0.0)
+            x = tl.load(x_ptr + t[:, None] * stride_x + (col0 + j)[None, :], mask=t_ok & ((n0 + j < BW) & (col0 + j < I))[None, :], other=0.0)
+        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+    finish = True
+    if S > 1:
+        at = i[:, None] * BN + j[None, :]
+        own = partial_ptr + (tile * S).to(tl.int64) * (BM * BN)
+        tl.store(own + split * (BM * BN) + at, acc)
+        finish = last_to_arrive(count_ptr + tile, S)
+        if finish:
+            acc = tl.zeros((BM, BN), tl.float32)
+            for s in range(S):
+                acc += tl.load(own + s * (BM * BN) + at, cache_modifier=".cg")
+    if finish:
+        at = block.to(tl.int64) * (BH * BW) + (m0 + i)[:, None] * BW + (n0 + j)[None, :]
+        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(m0 + i < BH)[:, None] & (n0 + j < BW)[None, :])
+
+
+@triton.jit
+def _expand(w_ptr, crow_ptr, col_ptr, out_ptr, I, O, BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """One block row, BM of its rows: zeros first, then the blocks over them."""
+    line, i0 = tl.program_id(0), tl.program_id(1) * BM
+    i, c = i0 + tl.arange(0, BM), tl.arange(0, BC)
+    row_ok = (i < BH) & (line * BH + i < O)
+    out = out_ptr + (line * BH + i).to(tl.int64)[:, None] * I
+    for c0 in range(0, I, BC):
+        tl.store(out + (c0 + c)[None, :], tl.zeros((BM, BC), out_ptr.dtype.element_ty), mask=row_ok[:, None] & (c0 + c < I)[None, :])
+    tl.debug_barrier()  # another thread of the program may have zeroed the place
+    start, stop = tl.load(crow_ptr + line), tl.load(crow_ptr + line + 1)
+    for s0 in range(0, (stop - start) * BW, BC):
+        slot = s0 + c
+        ok = slot < (stop - start) * BW
+        column = tl.load(col_ptr + start + slot // BW, mask=ok, other=0) * BW + slot % BW
+        at = w_ptr + (start + slot // BW).to(tl.int64)[None, :] * (BH * BW) + i[:, None] * BW + (slot % BW)[None, :]
+        mask = row_ok[:, None] & (ok & (column < I))[None, :]
+        tl.store(out + column[None, :], tl.load(at, mask=mask), mask=mask)
+
+
+# ---- which variant, and with which tiles
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(out_features: int, in_features: int, bh: int, bw: int, blocks: int, tokens: int, dtype: torch.dtype) -> tuple[str, str]:
+    """(variant, reason): ``empty``, ``few`` (split-K), ``blocks`` (tensor cores, block by block) or ``expand`` (cuBLAS)."""
+    if tokens == 0 or out_features == 0:
+        return "empty", "nothing to compute"
+    density = blocks * bh * bw / max(1, out_features * in_features)
+    if tokens <= FEW:
+        return "few", f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {density:.2g} of it once"
+    side = min(bh, bw)
+    limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
+    if dtype == torch.float32 and density > limit / 2 or density > limit:
+        return "expand", f"density {density:.2g} is over {limit} for blocks of {bh}x{bw}; expanded, cuBLAS runs"
+    return "blocks", f"tensor cores over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
+
+
+def _many_configs(side_out: int, side_in: int, itemsize: int) -> list[dict]:
+    if INTERPRET:
+        return [dict(BO=16, BT=16, BK=16, TOKENS_FIRST=side_out < 16, num_stages=1)]
+    out = power_of_two(side_out, 16, 128)
+    depth = power_of_two(side_in, 16, 64 if itemsize == 2 else 32)
+    first = out < 64
+    if out >= 128:
+        tiles = [(128, 4, 4, True), (256, 4, 8, False), (256, 3, 8, True), (128, 3, 4, False)]
+    else:
+        tiles = [(128, 4, 4, True), (256, 4, 8, first), (256, 4, 4, first), (128, 5, 4, first)]
+    return [dict(BO=out, BT=t, BK=depth, TOKENS_FIRST=f, num_stages=s, num_warps=w) for t, s, w, f in tiles]
+
+
+def _few_configs(bh: int, bw: int, lines: int, blocks: int, tokens: int, programs: int) -> list[dict]:
+    if INTERPRET:
+        return [dict(BO=16, BK=16, S=2, num_stages=1)]
+    tiles = [(32, 256, 4, 2), (16, 256, 4, 2), (64, 128, 4, 2)] if tokens == 1 else [(64, 128, 4, 3), (128, 64, 4, 4), (32, 128, 4, 3)]
+    found = []
+    for rows, depth, warps, stages in tiles:
+        rows = min(rows, power_of_two(bh, 1 if tokens == 1 else 16, 128))
+        tiles_o, length, split = lines * -(-bh // rows), blocks * bw // max(lines, 1), 1
+        while tiles_o * split < 3 * programs and split < 16 and length // (2 * split) >= depth:
+            split *= 2
+        found.append(dict(BO=rows, BK=depth, S=split, num_stages=stages, num_warps=warps))
+    return [config for place, config in enumerate(found) if config not in found[:place]]
+
+
+def _gradient_configs(bh: int, bw: int, blocks: int, tokens: int, itemsize: int, programs: int) -> list[dict]:
+    if INTERPRET:
+        return [dict(BM=16, BN=16, BK=16, S=2, num_stages=1)]
+    rows, width, depth = power_of_two(bh, 16, 128), power_of_two(bw, 16, 128), 64 if itemsize == 2 else 32
+    tiles, found = blocks * -(-bh // rows) * -(-bw // width), []
+    for waves, stages, warps in ((2, 4, 4), (4, 3, 4), (2, 4, 8)):
+        split = 1
+        while tiles * split < waves * programs and split < 16 and tokens // (2 * split) >= 4 * depth:
+            split *= 2
+        found.append(dict(BM=rows, BN=width, BK=depth, S=split, num_stages=stages, num_warps=warps))
+    return found
+
+
+# ---- launchers
+
+
+def _descriptors(x, values, bt, bk, w_block):
+    """TMA descriptors of the activations and of the blocks as one matrix; (None, None) where rows are not aligned."""
+    matrix = [values.shape[0] * values.shape[1], values.shape[2]]
+    if not (describable(x) and describable(values.view(matrix))):
+        return None, None
+    return (
+        TensorDescriptor(x, x.shape, x.stride(), [bt, bk]),
+        TensorDescriptor(values, matrix, [values.shape[2], 1], w_block),
+    )
+
+
+def _longest_first(start):
+    return derived("longest line first", start, lambda: start.diff().argsort(descending=True, stable=True).int())
+
+
+def _launch_many(x, values, start, other, block, bias, gate, y, transposed, activation):
+    """y[:, line] = the sum over the line's blocks of x[:, other] @ block; ``transposed`` for grad @ W."""
+    (tokens, inputs), outputs, lines = x.shape, y.shape[1], start.numel() - 1
+    bh, bw = values.shape[1:] if not transposed else values.shape[:0:-1]
+    order = _longest_first(start)
+
+    def run(config):
+        bo, bt, bk = config["BO"], config["BT"], config["BK"]
+        w_block = [bk, bo] if transposed else [bo, bk]
+        x_desc, w_desc = _descriptors(x, values, bt, bk, w_block) if bw % bk == 0 else (None, None)
+        _many_tokens[(lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),)](
+            x_desc, x, w_desc, values, start, other, block, order, bias, gate, y,
+            tokens, inputs, outputs, lines, x.stride(0),
+            BH=bh, BW=bw, TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
+        )  # fmt: skip
+
+    key = (x.dtype, outputs, inputs, bh, bw, values.shape[0].bit_length(), tokens.bit_length(), transposed)
+    run(autotune.pick("bsr_many", key, _many_configs(bh, bw, x.element_size()), run, x))
+
+
+def _launch_few(x, values, crow, col, bias, gate, y, activation):
+    (tokens, inputs), outputs, lines = x.shape, y.shape[1], crow.numel() - 1
+    blocks, bh, bw = values.shape
+    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+
+    def run(config):
+        tiles, split = lines * triton.cdiv(bh, config["BO"]), config["S"]
+        partial = count = x
+        if split > 1:
+            partial = torch.empty(tiles * split * config["BO"] * width, dtype=torch.float32, device=x.device)
+            count = epilogue.counters.take(x, tiles)
+        _few_tokens[(tiles, split)](
+            x, values, crow, col, bias, gate, y, partial, count, tokens, inputs, outputs, x.stride(0), x.stride(1),
+            BH=bh, BW=bw, BT=width, ACTIVATION=activation, PRECISION=precision(x), **config,
+        )  # fmt: skip
+
+    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width)
+    configs = _few_configs(bh, bw, lines, blocks, tokens, multiprocessors(x))
+    run(autotune.pick("bsr_few", key, configs, run, x))
+
+
+def _rows_contiguous(x):
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _check(x, values, features, lines, side):
+    if x.dtype != values.dtype:
+        raise TypeError(f"x is {x.dtype} and values {values.dtype}; expected one dtype")
+    if lines != -(-features // side):
+        raise ValueError(f"{lines} lines of blocks of side {side} do not hold {features} features")
+
+
+def _linear_fake(x, values, crow, col, bias, gate, out_features, activation):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@operator(
+    "gpu_bsr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, Tensor? gate, int out_features,"
+    " str activation) -> Tensor",
+    _linear_fake,
+)
+def _linear(x, values, crow, col, bias, gate, out_features, activation):
+    (blocks, bh, bw), inputs = values.shape, x.shape[-1]
+    _check(x, values, out_features, crow.numel() - 1, bh)
+    y = x.new_empty(*x.shape[:-1], out_features)
+    flat, out = x.reshape(-1, inputs), y.view(-1, out_features)
+    gate = None if gate is None else gate.contiguous()
+    variant, _ = choose(out_features, inputs, bh, bw, blocks, flat.shape[0], x.dtype)
+    if variant == "few":
+        _launch_few(flat, values, crow, col, bias, gate, out, activation)
+    elif variant == "blocks":
+        _launch_many(_rows_contiguous(flat), values, crow, col, None, bias, gate, out, False, activation)
+    elif variant == "expand":
+        dense = expand(values, crow, col, out_features=out_features, in_features=inputs)
+        return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
+    return y
+
+
+def _grad_input_fake(grad, values, crow, col, t_crow, t_row, t_block, in_features):
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+@operator(
+    "gpu_bsr_grad_input(Tensor grad, Tensor values, Tensor crow, Tensor col, Tensor t_crow, Tensor t_row, Tensor t_block,"
+    " int in_features) -> Tensor",
+    _grad_input_fake,
+)
+def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
+    (blocks, bh, bw), outputs = values.shape, grad.shape[-1]
+    _check(grad, values, in_features, t_crow.numel() - 1, bw)
+    y = grad.new_empty(*grad.shape[:-1], in_features)
+    flat = grad.reshape(-1, outputs)
+    variant, _ = choose(in_features, outputs, bw, bh, blocks, flat.shape[0], grad.dtype)
+    if variant == "expand":
+        return torch.matmul(grad, expand(values, crow, col, out_features=outputs, in_features=in_features))
+    if variant != "empty":
+        flat = _rows_contiguous(flat)
+        _launch_many(flat, values, t_crow, t_row, t_block, None, None, y.view(-1, in_features), True, "none")
+    return y
+
+
+def _grad_values_fake(grad, x, col, t_row, t_block, bh, bw):
+    return grad.new_empty(col.shape[0], bh, bw)
+
+
+@operator(
+    "gpu_bsr_grad_values(Tensor grad, Tensor x, Tensor col, Tensor t_row, Tensor t_block, int bh, int bw) -> Tensor",
+    _grad_values_fake,
+)
+def _grad_values(grad, x, col, t_row, t_block, bh, bw):
+    blocks, outputs, inputs = col.shape[0], grad.shape[-1], x.shape[-1]
+    grad, x = grad.reshape(-1, outputs).contiguous(), _rows_contiguous(x.reshape(-1, inputs))
+    tokens = x.shape[0]
+    out = grad.new_empty(blocks, bh, bw)
+    if tokens == 0 or blocks == 0:
+        return out.zero_()
+
+    def run(config):
+        bm, bn, bk, split = (config[name] for name in ("BM", "BN", "BK", "S"))
+        tiles = blocks * triton.cdiv(bh, bm) * triton.cdiv(bw, bn)
+        partial = count = x
+        if split > 1:
+            partial = torch.empty(tiles * split * bm * bn, dtype=torch.float32, device=x.device)
+            count = epilogue.counters.take(x, tiles)
+        x_desc = g_desc = None
+        if describable(x) and describable(grad):
+            x_desc = TensorDescriptor(x, x.shape, x.stride(), [bk, bn])
+            g_desc = TensorDescriptor(grad, grad.shape, grad.stride(), [bk, bm])
+        _sampled_product[(tiles, split)](
+            g_desc, grad, x_desc, x, col, t_row, t_block, out, partial, count, tokens, inputs, outputs, x.stride(0),
+            BH=bh, BW=bw, WIDE=wide(x, grad), PRECISION=precision(x), **config,
+        )  # fmt: skip
+
+    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length())
+    configs = _gradient_configs(bh, bw, blocks, tokens, x.element_size(), multiprocessors(x))
+    run(autotune.pick("bsr_grad_values", key, configs, run, x))
+    return out
+
+
+def _expand_fake(values, crow, col, out_features, in_features):
+    return values.new_empty(out_features, in_features)
+
+
+@operator("gpu_bsr_expand(Tensor values, Tensor crow, Tensor col, int out_features, int in_features) -> Tensor", _expand_fake)
+def _expand_op(values, crow, col, out_features, in_features):
+    _, bh, bw = values.shape
+    dense = values.new_empty(out_features, in_features)
+    if dense.numel():
+        grid = (crow.numel() - 1, triton.cdiv(bh, 16))
+        _expand[grid](values, crow, col, dense, in_features, out_features, BH=bh, BW=bw, BM=16, BC=32 if INTERPRET else 256)
+    return dense
+
+
+# ---- what the framework calls
+
+
+def linear(x, values, crow, col, bias=None, *, out_features, activation=None, gate=None):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``gate`` has the output's shape."""
+    return _linear(x, values, crow, col, bias, gate, out_features, epilogue.activation_name(activation))
+
+
+def gated_linear(x, up, gate, *, out_features, activation="silu"):
+    """activation(x @ W_gate.T) * (x @ W_up.T), where ``up`` and ``gate`` are each (values, crow, col)."""
+    other = linear(x, *up, out_features=out_features)
+    return linear(x, *gate, out_features=out_features, activation=activation, gate=other)
+
+
+def linear_grad_input(grad, values, crow, col, t_crow, t_row, t_block, *, in_features):
+    """grad (*, O) -> grad @ W, (*, I), by walking the blocks of a column."""
+    return _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features)
+
+
+def linear_grad_values(grad, x, col, t_row, t_block, *, bh, bw):
+    """grad (*, O), x (*, I) -> the gradient of ``values`` (blocks, bh, bw): a product sampled at the blocks."""
+    return _grad_values(grad, x, col, t_row, t_block, bh, bw)
+
+
+def expand(values, crow, col, *, out_features, in_features):
+    """The dense weight (O, I)."""
+    return _expand_op(values, crow, col, out_features, in_features)
