@@ -189,6 +189,8 @@ def top_of_groups(score: Tensor, n: int) -> Tensor:
 def complete_groups(mask: Tensor, n: int) -> Tensor:
     """The mask with the lowest free entries of each group (the last dimension) switched on, until it has `n`."""
     room = n - mask.sum(-1, keepdim=True)
+    if not bool((room > 0).any()):
+        return mask
     return mask | (~mask & ((~mask).cumsum(-1) <= room))
 
 
@@ -224,6 +226,11 @@ def pad_matrix(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix with zero rows below and zero columns on the right, up to this size; itself if it has it already."""
     more_rows, more_columns = rows - matrix.shape[0], columns - matrix.shape[1]
     return torch.nn.functional.pad(matrix, (0, more_columns, 0, more_rows)) if more_rows or more_columns else matrix
+
+
+def cut(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The weight of this shape from the upper left corner of a padded matrix, contiguous."""
+    return matrix[: shape[0], : math.prod(shape[1:])].reshape(shape).contiguous()
 
 
 def reduction_last(weight: Tensor, m: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sten.layout import (
     Layout,
     Parts,
+    cut,
     expect_compressed,
     expect_dense,
     expect_parts,
@@ -68,12 +69,11 @@ class BSR(Layout):
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The round((1 - sparsity) * blocks) blocks with the highest sums of scores, whole; padding counts zero."""
         expect_score(self, score, sparsity)
-        shape, (bh, bw) = tuple(score.shape), self.block
+        bh, bw = self.block
         # float64: the order of the sums must not depend on the device's way of adding up.
         total = self.blocks(score.detach()).sum((2, 3), dtype=torch.float64)
         live = top(total, kept(total.numel(), sparsity, self))
-        whole = live.repeat_interleave(bh, 0).repeat_interleave(bw, 1)
-        return whole[: shape[0], : math.prod(shape[1:])].reshape(shape)
+        return cut(live.repeat_interleave(bh, 0).repeat_interleave(bw, 1), tuple(score.shape))
 
     def blocks(self, weight: Tensor) -> Tensor:
         """The weight as (block rows, block columns, bh, bw), zero-padded; a view where it can be one."""
@@ -84,8 +84,7 @@ class BSR(Layout):
     def join(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `blocks`: the weight of this shape, its padding cut off."""
         (rows, columns), (bh, bw) = self.grid(shape), self.block
-        matrix = blocks.transpose(1, 2).reshape(rows * bh, columns * bw)
-        return matrix[: shape[0], : math.prod(shape[1:])].reshape(shape)
+        return cut(blocks.transpose(1, 2).reshape(rows * bh, columns * bw), shape)
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
@@ -118,14 +117,17 @@ class BSR(Layout):
         found = parts["values"][slot, (rows % bh)[which]]
         out = found.new_zeros(len(rows), self.grid(shape)[1], bw)
         out = out.index_put((which, parts["col"][slot].long()), found)
-        return out.view(len(rows), -1)[:, : math.prod(shape[1:])].reshape(len(rows), *shape[1:])
+        return cut(out.view(len(rows), -1), (len(rows), *shape[1:]))
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
-        (rows, columns), count = self.grid(shape), len(parts["col"]) if "col" in parts else 0
-        index = {name: ((count,), torch.int32) for name in ("col", "t_row", "t_block")}
+        rows, columns = self.grid(shape)
+        index = {name: ((-1,), torch.int32) for name in ("col", "t_row", "t_block")}
         offsets = {"crow": ((rows + 1,), torch.int32), "t_crow": ((columns + 1,), torch.int32)}
-        expect_parts(self, parts, {"values": ((count, *self.block), None), **index, **offsets})
+        expect_parts(self, parts, {"values": ((-1, *self.block), None), **index, **offsets})
+        count = len(parts["values"])
+        if any(len(parts[name]) != count for name in index):
+            raise ValueError(f"Parts 'col', 't_row' and 't_block' of {self} must have {count} entries, one for each block.")
         for crow, col, size in (("crow", "col", columns), ("t_crow", "t_row", rows)):
             expect_compressed(self, crow, parts[crow], col, parts[col], size)
             if int(parts[crow][-1]) != count:

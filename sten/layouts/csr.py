@@ -85,11 +85,11 @@ class CSR(Layout):
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
         rows, columns = shape[0], math.prod(shape[1:])
-        capacity = parts["values"].numel() if "values" in parts else 0
-        expect_parts(
-            self,
-            parts,
-            {"values": ((capacity,), None), "crow": ((rows + 1,), torch.int32), "col": ((capacity,), torch.int32)},
-        )
+        pattern = {"crow": ((rows + 1,), torch.int32), "col": ((-1,), torch.int32)}
+        expect_parts(self, parts, {"values": ((-1,), None), **pattern})
+        if len(parts["values"]) != len(parts["col"]):
+            raise ValueError(
+                f"Parts 'values' and 'col' of {self} must be equally long; got {len(parts['values'])} and {len(parts['col'])}."
+            )
         expect_compressed(self, "crow", parts["crow"], "col", parts["col"], columns)
         expect_zero(self, parts["values"][int(parts["crow"][-1]) :])

@@ -17,6 +17,7 @@ from torch import Tensor
 from sten.layout import (
     Layout,
     Parts,
+    cut,
     expect_dense,
     expect_parts,
     expect_range,
@@ -69,15 +70,18 @@ class GroupedNM(Layout):
     g: int
 
     pattern: ClassVar[tuple[str, ...]] = ("index",)
+    order: ClassVar[tuple[tuple[int, ...], ...]]  # patterns(n, m); not a field, so not part of repr, equality and files
 
     def __post_init__(self) -> None:
-        expect_whole(self, "m", 1, 2**15 - 1)
+        expect_whole(self, "m", 1, 256)
         expect_whole(self, "n", 1, self.m)
         expect_whole(self, "g", 1, 2**15 - 1)
         if self.width >= 2**15:
             raise ValueError(
                 f"{self} needs chunks of C(m, n) * g = {self.width} columns; at most 32767 fit: choose a smaller m or g."
             )
+        # Held by the instance, not asked from the cache: torch.compile cannot see through a cached function.
+        object.__setattr__(self, "order", patterns(self.n, self.m))
 
     @property
     def rate(self) -> float:
@@ -94,7 +98,7 @@ class GroupedNM(Layout):
 
     def rows(self, device: torch.device) -> Tensor:
         """The patterns as a tensor (P, n). Made anew: a cached tensor would leak between tracing modes."""
-        return torch.tensor(patterns(self.n, self.m)).to(device, non_blocking=True)
+        return torch.tensor(self.order).to(device, non_blocking=True)
 
     def padded(self, weight: Tensor) -> Tensor:
         """The weight as a zero-padded matrix (strips * m, chunks * N)."""
@@ -115,12 +119,12 @@ class GroupedNM(Layout):
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The assignment of columns to patterns with (nearly) the highest sum: prices, greedy choice, then swaps."""
         expect_score(self, score, sparsity)
-        (chunks, strips), shape = self.sizes(tuple(score.shape)), tuple(score.shape)
+        chunks, strips = self.sizes(tuple(score.shape))
         columns = self.columns(comparable(score.detach(), self.n))
         chosen = torch.cat([assign(self.energy(part), self.g) for part in columns.split(self.batch)])
         live = torch.zeros_like(columns, dtype=torch.bool).scatter_(-1, self.rows(score.device)[chosen], True)
-        matrix = live.view(chunks, strips, self.width, self.m).permute(1, 3, 0, 2).reshape(strips * self.m, -1)
-        return matrix[: shape[0], : math.prod(shape[1:])].reshape(shape)
+        blocks = live.view(chunks, strips, self.width, self.m).permute(1, 3, 0, 2)
+        return cut(blocks.reshape(strips * self.m, -1), tuple(score.shape))
 
     @property
     def batch(self) -> int:
@@ -143,7 +147,7 @@ class GroupedNM(Layout):
                 f"{self} keeps {self.n} of {self.m} outputs at every input, but the mask keeps "
                 f"{int(count[problem, column])} {self.place(problem, shape, column)}: use {self}.mask(score)."
             )
-        chosen = self.rank(live)
+        chosen = torch.cat([self.rank(part) for part in live.split(self.batch)])
         full = count == self.n
         load = torch.zeros(len(live), self.width // self.g + 1, dtype=torch.int32, device=live.device)
         # Columns with fewer than n entries are counted in a last pattern that does not exist.
@@ -153,10 +157,11 @@ class GroupedNM(Layout):
             problem, pattern = (load[:, :-1] > self.g).nonzero()[0].tolist()
             raise ValueError(
                 f"{self} uses every pattern for exactly {self.g} columns of a chunk, but the mask uses "
-                f"{patterns(self.n, self.m)[pattern]} for {int(load[problem, pattern])} "
+                f"{self.order[pattern]} for {int(load[problem, pattern])} "
                 f"{self.place(problem, shape)}: use {self}.mask(score)."
             )
-        for part in (load[:, -1] > 0).nonzero()[:, 0].split(self.batch):
+        short = (load[:, -1] > 0).nonzero()[:, 0]
+        for part in short.split(self.batch) if len(short) else ():
             chosen[part] = self.fit(live[part], part, shape)
         return chosen
 
@@ -203,7 +208,7 @@ class GroupedNM(Layout):
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, (chunks, strips) = parts["values"], self.sizes(shape)
         out = values.new_zeros(strips * self.m, chunks * self.width).index_put(self.slots(parts["index"]), values)
-        return out[: shape[0], : math.prod(shape[1:])].reshape(shape)
+        return cut(out, shape)
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
         return self.padded(dense)[self.slots(parts["index"])]
@@ -211,7 +216,7 @@ class GroupedNM(Layout):
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
         values, index = parts["values"], parts["index"]
         # For each row of a strip: the patterns that contain it, and its place in each of them.
-        having = [[(p, s.index(r)) for p, s in enumerate(patterns(self.n, self.m)) if r in s] for r in range(self.m)]
+        having = [[(p, s.index(r)) for p, s in enumerate(self.order) if r in s] for r in range(self.m)]
         table = torch.tensor(having).to(rows.device, non_blocking=True)[rows % self.m]
         strip, p, nth = (rows // self.m).unsqueeze(1), table[..., 0], table[..., 1]
         first = torch.arange(0, len(index) * self.width, self.width, device=rows.device)
@@ -219,7 +224,7 @@ class GroupedNM(Layout):
         # Indexing around a slice puts the indexed dimensions first: (len(rows), patterns, chunks, g).
         found = values[:, strip, p, :, nth].transpose(1, 2).reshape(len(rows), -1)
         out = values.new_zeros(len(rows), len(index) * self.width).scatter(1, column, found)
-        return out[:, : math.prod(shape[1:])].reshape(len(rows), *shape[1:])
+        return cut(out, (len(rows), *shape[1:]))
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
@@ -236,7 +241,7 @@ class GroupedNM(Layout):
 def comparable(score: Tensor, n: int) -> Tensor:
     """The score as float32 from -1 to 1, so that sums and differences are finite; NaN and -inf below, +inf above all."""
     finite = score.isfinite()
-    scaled = score.masked_fill(~finite, 0)
+    scaled = score.masked_fill(~finite, 0).to(torch.promote_types(score.dtype, torch.float32))
     largest = scaled.abs().amax()
     scaled = (scaled / largest.masked_fill(largest == 0, 1)).float()
     return scaled + torch.where(finite, 0, torch.where(score == math.inf, 2 * n, -2 * n))
@@ -287,7 +292,7 @@ def swap(energy: Tensor, chosen: Tensor, g: int) -> Tensor:
         move, who = (table - own).max(2)  # the best column of pattern p to give to pattern q
         gain, partner = (move + move.transpose(1, 2)).max(-1)
         # Patterns that are each other's best partner: such pairs do not overlap, so their gains add up.
-        pairs = (partner.gather(1, partner) == number) & (number < partner) & (gain > 1e-6)
+        pairs = (partner.gather(1, partner) == number) & (number < partner) & (gain > 0)
         b, p = pairs.nonzero(as_tuple=True)
         if len(b) == 0:
             break

@@ -100,7 +100,7 @@ class NM(Layout):
                 f"{self} holds {self.n} of {self.m} inputs, but the mask keeps {int(count[row, group])} in the group of "
                 f"output {row} that starts at {place}: use {self}.mask(score)."
             )
-        position = complete_groups(grouped, self.n).nonzero()[:, 2].view(*count.shape, self.n)
+        position = complete_groups(grouped, self.n).flatten().nonzero().view(*count.shape, self.n) % self.m
         values = self.groups(dense.masked_fill(~mask, 0)).gather(-1, position)
         return {"values": values.flatten(1), "index": self.encode(position)}
 
