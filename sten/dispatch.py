@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from .layout import Layout, Parts
 
@@ -35,6 +34,8 @@ class Operator:
     name: str
     sparse: tuple[str, ...]
     reference: Callable
+    required: tuple[str, ...]
+    tokens: Callable[[tuple[int, ...]], int]
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,32 @@ class DensifyError(RuntimeError):
     """Raised under `sten.strict()` where an operator without a rule would turn a sparse tensor dense."""
 
 
-def operator(name: str, *, sparse: tuple[str, ...] = ("weight",)) -> Callable:
+def rows(shape: tuple[int, ...]) -> int:
+    """How many rows of features activations of this shape have: the `tokens` of a product."""
+    return math.prod(shape[:-1])
+
+
+def operator(
+    name: str,
+    *,
+    sparse: tuple[str, ...] = ("weight",),
+    required: tuple[str, ...] = (),
+    tokens: Callable[[tuple[int, ...]], int] = rows,
+) -> Callable:
     """Declare an operator; the decorated function is its reference implementation, for every layout and device.
 
     It has the signature of the operator's kernels: the operands in order, a sparse one as its parts, then the
-    keywords `spec` (the layout; a tuple where several operands are sparse) and `shape` (true shape, likewise).
+    keywords `spec` (the layout; a tuple where several operands may be sparse) and `shape` (true shape, likewise).
+
+    Args:
+        name: its name in the table.
+        sparse: the operands that may be sparse.
+        required: those of them that are sparse in every kernel.
+        tokens: the size of the work, from the shape of the first operand; `choose` gets it.
     """
 
     def register(function: Callable) -> Callable:
-        OPERATORS[name] = Operator(name, sparse, function)
+        OPERATORS[name] = Operator(name, sparse, function, required, tokens)
         return function
 
     return register
@@ -84,7 +102,7 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
     Args:
         operator: "linear", "linear_grad_input", "linear_grad_weight", "conv2d", "embedding", ... (`sten.OPERATORS`).
         device: "cpu", "cuda", ...
-        choose: pure function `choose(shape, dtype, spec) -> (variant, reason)`, shape = (tokens, *weight shape). The
+        choose: pure function `choose(shape, dtype, spec) -> (variant, reason)`, shape = (tokens, *stored weight shape). The
             kernel then receives `variant=`; the variant "reference" runs the reference implementation instead.
         **operands: the layout class of each sparse operand by name, mostly `weight=`.
 
@@ -101,8 +119,9 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
     known = OPERATORS.get(operator)
     if known is None:
         raise ValueError(f"No operator named {operator!r}; sten has {', '.join(sorted(OPERATORS))}; declare it with sten.operator.")
-    if not operands or not set(operands) <= set(known.sparse):
-        raise ValueError(f"Operator {operator!r} has the sparse operands {known.sparse}; got {tuple(operands)}.")
+    if not operands or not set(known.required) <= set(operands) <= set(known.sparse):
+        must = f" and needs {', '.join(known.required)}" if known.required else ""
+        raise ValueError(f"Operator {operator!r} takes the sparse operands {', '.join(known.sparse)}{must}; got {', '.join(operands)}.")
     for name, layout in operands.items():
         if not (isinstance(layout, type) and issubclass(layout, Layout)):
             raise ValueError(f"{name}= takes a layout class such as sten.CSR; got {layout!r}.")
@@ -112,11 +131,6 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
         return function
 
     return register
-
-
-def tokens(x: Tensor) -> int:
-    """How many rows of activations the first operand of an operator has."""
-    return x.numel() // max(x.shape[-1], 1) if x.dim() else 1
 
 
 def find(name: str, device: str, spec: Layout | tuple[Layout | None, ...]) -> Kernel | None:
@@ -129,35 +143,50 @@ def find(name: str, device: str, spec: Layout | tuple[Layout | None, ...]) -> Ke
 def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, **kwargs) -> Any:
     """Run an operator on one sparse operand; `args` are the kernel's operands in order, `parts` among them."""
     values = parts["values"]
-    device = values.device.type
-    entry = KERNELS.get((name, device, type(spec)))
+    entry = KERNELS.get((name, values.device.type, type(spec)))
     if _observers:
         for observe in _observers:
             observe(name, spec, parts, entry)
     if entry is None:
-        _say_reference(name, (type(spec),), device)
-    elif entry.choose is None:
-        return entry.function(*args, spec=spec, shape=shape, **kwargs)
-    else:
-        variant, _ = entry.choose((tokens(args[0]), *shape), values.dtype, spec)
-        if variant != "reference":
-            return entry.function(*args, spec=spec, shape=shape, variant=variant, **kwargs)
-    return OPERATORS[name].reference(*args, spec=spec, shape=shape, **kwargs)
+        _say_reference(name, (type(spec),), values.device.type)
+        return OPERATORS[name].reference(*args, spec=spec, shape=shape, **kwargs)
+    return run(entry, name, shape, values.dtype, spec, *args, spec=spec, shape=shape, **kwargs)
 
 
-def choice(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, x: Tensor | None) -> Choice:
-    """Which kernel and variant `call` would run for these operands, and why, without running it."""
+def call_both(name: str, specs: tuple, shapes: tuple, *args) -> Any:
+    """Run the registered kernel of an operator with two operands that may be sparse (None in `specs`: a dense one)."""
+    which = max(i for i, spec in enumerate(specs) if spec is not None)
+    parts, spec = args[which], specs[which]
+    entry = find(name, parts["values"].device.type, specs)
+    for observe in _observers:
+        observe(name, spec, parts, entry)
+    return run(entry, name, shapes[which], parts["values"].dtype, spec, *args, spec=specs, shape=shapes)
+
+
+def run(entry: Kernel, name: str, weight_shape: tuple[int, ...], dtype, layout: Layout, *args, **kwargs) -> Any:
+    """Run a kernel with the variant that its `choose` picks; "reference" is the operator's reference implementation."""
+    if entry.choose is None:
+        return entry.function(*args, **kwargs)
+    variant, _ = entry.choose((OPERATORS[name].tokens(args[0].shape), *weight_shape), dtype, layout)
+    if variant == "reference":
+        return OPERATORS[name].reference(*args, **kwargs)
+    return entry.function(*args, variant=variant, **kwargs)
+
+
+def choice(name: str, spec: Layout | tuple[Layout | None, ...], shape: tuple[int, ...], parts: Parts, x_shape) -> Choice:
+    """Which kernel and variant `call` would run for a first operand of shape `x_shape`, and why, without running it."""
     values = parts["values"]
-    entry = KERNELS.get((name, values.device.type, type(spec)))
-    about = (name, (str(spec),), values.device.type)
+    layouts = tuple(s for s in (spec if isinstance(spec, tuple) else (spec,)) if s is not None)
+    about = (name, tuple(map(str, layouts)), values.device.type)
+    entry = find(name, values.device.type, spec)
     if entry is None:
         return Choice(*about, "reference", None, "no kernel is registered for this layout on this device")
-    variant, reason = (None, (inspect.getdoc(entry.function) or "the registered kernel").splitlines()[0])
+    variant, reason = None, (inspect.getdoc(entry.function) or "the registered kernel").splitlines()[0].rstrip(".")
     if entry.choose is not None:
-        count = tokens(x) if x is not None else 1
-        variant, reason = entry.choose((count, *shape), values.dtype, spec)
-    name = "reference" if variant == "reference" else entry.function.__name__
-    return Choice(*about, name, None if variant == "reference" else variant, reason)
+        variant, reason = entry.choose((OPERATORS[name].tokens(tuple(x_shape)), *shape), values.dtype, layouts[-1])
+    if variant == "reference":
+        return Choice(*about, "reference", None, reason)
+    return Choice(*about, entry.function.__name__, variant, reason)
 
 
 def stub(name: str, layouts: tuple[type[Layout], ...], device: str) -> str:

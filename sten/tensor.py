@@ -137,7 +137,7 @@ class SparseTensor(torch.Tensor):
             shape, dtype = tuple(self.shape), str(self.dtype).removeprefix("torch.")
             grad = ", requires_grad=True" if self.requires_grad else ""
             device = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
-            density = "" if self.device.type == "meta" else f", density={self.density:.3g}"
+            density = "" if traced(self.parts["values"]) else f", density={self.density:.3g}"
         kind = "Parameter(SparseTensor)" if getattr(self, "_is_param", False) else "SparseTensor"
         flip = ", transposed" if self.transposed else ""
         return f"{kind}({self.spec}, shape={shape}, dtype={dtype}{density}{device}{flip}{grad})"
@@ -301,10 +301,15 @@ def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def traced(t: Tensor) -> bool:
+    """Whether a plain tensor stands for one: a compiler, vmap or the meta device looks at it, and it has no numbers."""
+    return type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.device != b.device:
         return False
-    if type(a) is not Tensor or a.is_meta:
+    if traced(a):
         return True  # being traced: there are no numbers to compare, and one weight has one pattern
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 

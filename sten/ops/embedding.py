@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import call, operator, say_densified
-from ..tensor import LIBRARY, OPS, SparseTensor, aten, function
-from .linear import needs_grad
+from ..dispatch import call, operator, rows, say_densified
+from ..tensor import LIBRARY, OPS, SparseTensor, aten, function, traced
+from .linear import tracked
 
 LIBRARY.define("sparse_embedding(Tensor index, Tensor weight) -> Tensor")
 LIBRARY.define("sparse_embedding_grad(Tensor grad, Tensor index, Tensor weight, int padding) -> Tensor")
 
 
-@operator("embedding")
+@operator("embedding", tokens=math.prod)
 def embedding_reference(index, weight, *, spec, shape):
-    rows = spec.unpack_rows(weight, shape, index.reshape(-1))
-    return rows.view(*index.shape, shape[1])
+    if traced(index):  # how many entries the rows have depends on the data, and a graph needs static shapes
+        return spec.unpack(weight, shape)[index]
+    found = spec.unpack_rows(weight, shape, index.reshape(-1))
+    return found.view(*index.shape, shape[1])
 
 
-@operator("embedding_grad_weight")
+@operator("embedding_grad_weight", tokens=rows)
 def embedding_grad_weight_reference(grad, index, weight, *, spec, shape, padding):
     dense = torch.ops.aten.embedding_dense_backward(grad, index, shape[0], padding, False)
     return spec.pack_like(dense, weight)
 
 
-def _forward(index, w):
+def look_up(index, w):
     return call("embedding", w.spec, w.stored_shape, w.parts, index, w.parts)
 
 
-def _grad(grad, index, w, padding):
-    return w.with_values(
-        call("embedding_grad_weight", w.spec, w.stored_shape, w.parts, grad, index, w.parts, padding=padding)
-    )
+def grad_now(grad, index, w, padding):
+    operands = (grad.contiguous(), index, w.parts)
+    return w.with_values(call("embedding_grad_weight", w.spec, w.stored_shape, w.parts, *operands, padding=padding))
 
 
-aten(OPS.sparse_embedding.default)(lambda _, index, w: _forward(index, w))
-aten(OPS.sparse_embedding_grad.default)(lambda _, *args: _grad(*args))
+aten(OPS.sparse_embedding.default)(lambda _, index, w: look_up(index, w))
+aten(OPS.sparse_embedding_grad.default)(lambda _, *args: grad_now(*args))
 
 
 class Embedding(torch.autograd.Function):
@@ -45,7 +48,7 @@ class Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(index, w, padding):
-        return OPS.sparse_embedding(index, w) if torch.compiler.is_compiling() else _forward(index, w)
+        return OPS.sparse_embedding(index, w) if torch.compiler.is_compiling() else look_up(index, w)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -53,11 +56,34 @@ class Embedding(torch.autograd.Function):
         ctx.save_for_backward(index, w)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        index, w = ctx.saved_tensors
-        run = OPS.sparse_embedding_grad if torch.compiler.is_compiling() else _grad
-        return None, run(grad.contiguous(), index, w, ctx.padding), None
+        return None, EmbeddingGrad.apply(grad, *ctx.saved_tensors, ctx.padding), None
+
+    @staticmethod
+    def vmap(info, in_dims, index, w, padding):
+        if in_dims[1] is not None:
+            raise NotImplementedError("torch.vmap over a sparse table has no rule; map over the index only.")
+        return Embedding.apply(index.movedim(in_dims[0], 0), w, padding), 0
+
+
+class EmbeddingGrad(torch.autograd.Function):
+    """The gradient of the table at its pattern; rows of the index `padding` get none."""
+
+    @staticmethod
+    def forward(grad, index, like, padding):
+        run = OPS.sparse_embedding_grad if torch.compiler.is_compiling() else grad_now
+        return run(grad, index, like, padding)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+        ctx.padding = inputs[3]
+
+    @staticmethod
+    def backward(ctx, grad_values):
+        (index,) = ctx.saved_tensors
+        found = Embedding.apply(index, grad_values, ctx.padding)
+        return found.masked_fill((index == ctx.padding).unsqueeze(-1), 0), None, None, None
 
 
 @function(F.embedding)
@@ -79,10 +105,10 @@ def embedding(
         say_densified("embedding", weight.spec)
         return F.embedding(input, weight.to_dense(), padding_idx, None, norm_type, scale_grad_by_freq)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    if input.numel() and not torch.compiler.is_compiling() and not input.is_meta:
+    if input.numel() and not torch.compiler.is_compiling() and not traced(input):
         low, high = torch.aminmax(input)
         if input.device.type == "cpu" and (int(low) < 0 or int(high) >= weight.shape[0]):
             raise IndexError(f"Embedding index out of range: got {int(low)} to {int(high)}, the table has {weight.shape[0]} rows.")
-    if torch.compiler.is_compiling() or needs_grad(weight):
+    if tracked(weight):
         return Embedding.apply(input, weight, padding)
-    return _forward(input, weight)
+    return look_up(input, weight)

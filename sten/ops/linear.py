@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import call, find, operator, say_densified
+from ..dispatch import call, call_both, find, operator, say_densified
 from ..tensor import LIBRARY, OPS, SparseTensor, aten, function
 
 
@@ -35,7 +35,7 @@ def linear_grad_weight_reference(grad, x, weight, *, spec, shape):
     return spec.pack_like(dense, weight)
 
 
-@operator("matmul", sparse=("input", "other"))
+@operator("matmul", sparse=("input", "other"), required=("other",))
 def matmul_reference(input, other, *, spec, shape):
     left, right = (
         operand if layout is None else layout.unpack(operand, size)
@@ -65,9 +65,8 @@ def matmul_now(x: Tensor, w: SparseTensor) -> Tensor:
 def _times(x: Tensor, w: SparseTensor) -> Tensor:
     """x @ the stored matrix: a kernel registered for matmul comes first, the gradient of linear is the same product."""
     spec, shape, parts = w.spec, w.stored_shape, w.parts
-    entry = find("matmul", parts["values"].device.type, (None, spec))
-    if entry is not None:
-        return entry.function(x, parts, spec=(None, spec), shape=(tuple(x.shape), shape))
+    if find("matmul", parts["values"].device.type, (None, spec)) is not None:
+        return call_both("matmul", (None, spec), (tuple(x.shape), shape), x, parts)
     return call("linear_grad_input", spec, shape, parts, x, parts)
 
 
@@ -179,7 +178,10 @@ def autocast(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> tuple[Te
     return x, w, bias
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
+def tracked(*tensors: Tensor | None) -> bool:
+    """Whether somebody watches: autograd, torch.func or torch.compile. Otherwise the kernel is called directly."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -197,7 +199,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return matmul(input, weight.t()) if bias is None else matmul(input, weight.t()) + bias
     input, weight, bias = autocast(input, weight, bias)
     _check(input, weight.shape[1], weight, bias)
-    if torch.compiler.is_compiling() or needs_grad(input, weight, bias):
+    if tracked(input, weight, bias):
         return Linear.apply(input, weight, bias)
     return linear_now(input, weight, bias)
 
@@ -206,7 +208,7 @@ def _right(x: Tensor, w: SparseTensor) -> Tensor:
     """x @ w for x of any number of dimensions."""
     x, w, _ = autocast(x, w)
     _check(x, w.shape[0], w)
-    if torch.compiler.is_compiling() or needs_grad(x, w):
+    if tracked(x, w):
         return Matmul.apply(x, w)
     return matmul_now(x, w)
 
@@ -228,10 +230,9 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
 
 def _both(a: SparseTensor, b: SparseTensor) -> Tensor:
     """Sparse times sparse, dense result: a registered kernel, or the right operand unpacked, with a warning."""
-    entry = find("matmul", a.parts["values"].device.type, (a.spec, b.spec))
-    plain = not (a.transposed or b.transposed or needs_grad(a, b) or torch.compiler.is_compiling())
-    if entry is not None and plain:
-        return entry.function(a.parts, b.parts, spec=(a.spec, b.spec), shape=(a.stored_shape, b.stored_shape))
+    registered = find("matmul", a.parts["values"].device.type, (a.spec, b.spec)) is not None
+    if registered and not (a.transposed or b.transposed or tracked(a, b)):
+        return call_both("matmul", (a.spec, b.spec), (a.stored_shape, b.stored_shape), a.parts, b.parts)
     say_densified("matmul", b.spec)
     return matmul(a, b.to_dense())
 

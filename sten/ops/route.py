@@ -1,0 +1,79 @@
+"""`which`: the kernel that an operator would use, and why, without running it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dispatch import OPERATORS, Choice, choice, find
+from ..layout import Layout
+from ..tensor import SparseTensor
+
+PRODUCTS = ("linear", "matmul", "linear_grad_input")
+
+
+def which(operator: str, x: Tensor | tuple[int, ...], weight: SparseTensor) -> Choice:
+    """The kernel and variant that would run for an operator on a sparse weight, and the reason, without running it.
+
+    Args:
+        operator: a name in `sten.OPERATORS`, as the user means it: "linear" is x @ weight.T, "matmul" is x @ weight.
+            A transposed weight resolves to the product that really runs.
+        x: the first operand (activations, or for "..._grad_..." the gradient), or its shape.
+        weight: a `SparseTensor`.
+
+    Returns:
+        `sten.Choice`; print it.
+
+    Raises:
+        ValueError: an unknown operator, or a shape that does not fit.
+        TypeError: the weight is not sparse.
+
+    Example:
+        >>> import torch, sten
+        >>> w = sten.from_dense(torch.eye(4), sten.CSR())
+        >>> sten.which("linear", (16, 4), w).operator
+        'linear'
+        >>> sten.which("linear", (16, 4), w.t()).operator
+        'linear_grad_input'
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"No operator named {operator!r}; sten has {', '.join(sorted(OPERATORS))}.")
+    if not isinstance(weight, SparseTensor):
+        raise TypeError(f"which() asks about a SparseTensor; got a {type(weight).__name__}, which runs as torch runs it.")
+    shape = _shape(x)
+    expected, axis = _features(operator, weight)
+    if len(shape) < -axis or (expected is not None and shape[axis] != expected):
+        raise ValueError(
+            f"{operator} with a weight of shape {tuple(weight.shape)} takes a first operand of size {expected} in "
+            f"dimension {axis}; got shape {shape}."
+        )
+    name, spec = resolve(operator, weight)
+    return choice(name, spec, weight.stored_shape, weight.parts, shape)
+
+
+def resolve(operator: str, w: SparseTensor) -> tuple[str, Layout | tuple[Layout | None, ...]]:
+    """The operator of the table, and its layouts, that `operator` becomes for this weight."""
+    if operator not in PRODUCTS:
+        return operator, w.spec
+    if (operator == "linear") != w.transposed:
+        return "linear", w.spec
+    if find("matmul", w.device.type, (None, w.spec)) is not None:
+        return "matmul", (None, w.spec)
+    return "linear_grad_input", w.spec
+
+
+def _shape(x) -> tuple[int, ...]:
+    shape = x.shape if isinstance(x, Tensor) else x
+    if not isinstance(shape, (tuple, list)) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"x is the first operand or its shape, a tuple of sizes; got {x!r}.")
+    return tuple(shape)
+
+
+def _features(operator: str, w: SparseTensor) -> tuple[int | None, int]:
+    """The size that the first operand must have, and in which dimension (groups of a convolution are not known)."""
+    if operator.startswith("conv"):
+        return (None if operator == "conv2d" else w.shape[0]), 1 - w.dim()
+    sizes = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weight": 0, "embedding_grad_weight": 1}
+    return (w.shape[sizes[operator]] if operator in sizes else None), -1
+
+
+__all__ = ["resolve", "which"]
