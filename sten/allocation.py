@@ -1,0 +1,117 @@
+"""Allocation: how the budget is spread over the weights.
+
+The contract, in one line: `assign(sizes, scores) -> how many entries of each weight stay`, exact in sum.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import top
+
+
+@dataclass(frozen=True)
+class Allocation(ABC):
+    """A sparsity for the whole model and the rule that spreads it.
+
+    `sparsity` is the fraction of entries to drop, 0 to 1, over all chosen weights whose layout has no rate of its own.
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity <= 1:
+            raise ValueError(f"sparsity is the fraction of entries to drop, from 0 to 1; got {self.sparsity!r}.")
+
+    @abstractmethod
+    def assign(self, shapes: dict[str, tuple[int, ...]], score: Callable[[str], Tensor]) -> dict[str, int]:
+        """How many entries of each weight stay; `score(name)` gives a weight's scores where the rule needs them."""
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """Every weight keeps round((1 - sparsity) * its size) entries.
+
+    Example:
+        >>> import sten
+        >>> sten.Uniform(0.75).assign({"a": (4, 4), "b": (2, 4)}, None)
+        {'a': 4, 'b': 2}
+    """
+
+    def assign(self, shapes, score):
+        return {name: round((1 - self.sparsity) * math.prod(shape)) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class Global(Allocation):
+    """The highest scores of all weights together stay: round((1 - sparsity) * total), ties by order of the weights.
+
+    Example:
+        >>> import torch, sten
+        >>> scores = {"a": torch.tensor([[4.0, 3]]), "b": torch.tensor([[2.0, 1]])}
+        >>> sten.Global(0.5).assign({"a": (1, 2), "b": (1, 2)}, scores.get)
+        {'a': 2, 'b': 0}
+    """
+
+    def assign(self, shapes, score):
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        scores = torch.cat([score(name).detach().flatten().float() for name in shapes])
+        chosen = top(scores, round((1 - self.sparsity) * sum(sizes)))
+        return {name: int(part.sum()) for name, part in zip(shapes, chosen.split(sizes), strict=True)}
+
+
+@dataclass(frozen=True)
+class ERK(Allocation):
+    """Erdos-Renyi-Kernel: the density of a weight is proportional to sum(shape) / prod(shape); narrow layers keep more.
+
+    Weights whose density would pass 1 stay dense and the rest pays for them. The sum is exact: what rounding leaves goes
+    to the largest remainders.
+
+    Source: Evci et al., Rigging the Lottery, 2020, section 3 (1); Mocanu et al., 2018 (for matrices).
+
+    Example:
+        >>> import sten
+        >>> sten.ERK(0.5).assign({"wide": (16, 16), "narrow": (2, 16)}, None)
+        {'wide': 116, 'narrow': 28}
+    """
+
+    def assign(self, shapes, score):
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        raw = {name: sum(shape) / max(sizes[name], 1) for name, shape in shapes.items()}
+        budget = round((1 - self.sparsity) * sum(sizes.values()))
+        dense: set[str] = set()
+        while True:
+            rest = [name for name in shapes if name not in dense]
+            weight = sum(raw[name] * sizes[name] for name in rest)
+            scale = (budget - sum(sizes[name] for name in dense)) / weight if weight else 0.0
+            full = {name for name in rest if scale * raw[name] > 1}
+            if not full:
+                break
+            highest = max(raw[name] for name in full)
+            dense |= {name for name in full if raw[name] == highest}
+        exact = {name: float(sizes[name]) if name in dense else scale * raw[name] * sizes[name] for name in shapes}
+        return _rounded(exact, budget, sizes)
+
+
+def _rounded(exact: dict[str, float], budget: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Whole numbers near `exact` that sum to `budget`: floors, then one more for the largest remainders."""
+    counts = {name: min(math.floor(x + 1e-9), sizes[name]) for name, x in exact.items()}
+    order = sorted(exact, key=lambda name: counts[name] - exact[name])
+    for name in order[: budget - sum(counts.values())]:
+        counts[name] += counts[name] < sizes[name]
+    return counts
+
+
+def allocation(sparsity: float | Allocation | None) -> Allocation | None:
+    """`sparsity=` as users write it: a number means Uniform."""
+    if sparsity is None or isinstance(sparsity, Allocation):
+        return sparsity
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
+        raise TypeError(f"sparsity= takes a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one; got {sparsity!r}.")
+    return Uniform(sparsity)

@@ -1,0 +1,31 @@
+"""Scores: how important each entry of a weight is. A pure function of tensors; higher is better.
+
+Ties are decided by index where masks are cut (`sten.layout.top`), so a score needs no noise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|w|.
+
+    Example:
+        >>> import torch, sten.scores
+        >>> sten.scores.magnitude(torch.tensor([-2.0, 1.0]))
+        tensor([2., 1.])
+    """
+    return weight.detach().abs()
+
+
+def random(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform numbers, drawn on the CPU so that every device and rank gets the same ones from the same seed.
+
+    Example:
+        >>> import torch, sten.scores
+        >>> sten.scores.random(torch.ones(2, 3), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3])
+    """
+    return torch.rand(weight.shape, generator=generator).to(weight.device)

@@ -1,0 +1,42 @@
+"""Sparsifiers that decide once, from the weights alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import scores
+from .sparsifier import Sparsifier, View
+
+
+@dataclass(frozen=True)
+class Magnitude(Sparsifier):
+    """Keep the largest |w|.
+
+    Example:
+        >>> import torch, sten
+        >>> model = sten.sparsify(torch.nn.Linear(4, 4), layout=sten.NM(2, 4), sparsifier=sten.Magnitude())
+        >>> model.weight.density
+        0.5
+    """
+
+    def score(self, view: View) -> Tensor:
+        return scores.magnitude(view.weight)
+
+
+@dataclass(frozen=True)
+class Random(Sparsifier):
+    """Keep entries drawn uniformly; the same ones for the same seed and name order, on every device.
+
+    Example:
+        >>> import torch, sten
+        >>> model = sten.sparsify(torch.nn.Linear(4, 4), layout=sten.CSR(), sparsifier=sten.Random(seed=1), sparsity=0.75)
+        >>> model.weight.density
+        0.25
+    """
+
+    seed: int = 0
+
+    def score(self, view: View) -> Tensor:
+        return scores.random(view.weight, view.generator)

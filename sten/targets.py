@@ -1,0 +1,211 @@
+"""Which parameters of a model become sparse, in which layout, and why the others do not."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .layout import Layout
+from .tensor import SparseTensor
+from .training.pattern import SparseWeight, holders
+
+Weights = str | Iterable[str] | Callable[[str, nn.Module, str], bool] | None
+ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass
+class Target:
+    """One weight: its name, the modules that own it (several where it is tied), and its current form.
+
+    Attributes:
+        name: full name, as `module.weight`; that of the first owner where it is tied.
+        owners: (module, attribute) pairs.
+        tensor: the Parameter, dense or a SparseTensor.
+        mask: the mask of torch.nn.utils.prune or torch.ao.pruning, if the weight has one.
+        layout: what it becomes.
+        why: what keeps it dense; empty for a target.
+    """
+
+    name: str
+    owners: list[tuple[nn.Module, str]]
+    tensor: Tensor
+    mask: Tensor | None = None
+    layout: Layout | None = None
+    why: str = ""
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the reduction runs along dimension 0, as in Hugging Face's Conv1D, so that the transpose is stored."""
+        return any(is_conv1d(module) for module, _ in self.owners)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D: a linear layer whose weight is (in, out)."""
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def is_default(module: nn.Module, name: str) -> bool:
+    """The weights that `sparsify` takes when it is not told which."""
+    if isinstance(module, nn.MultiheadAttention):
+        return name in ATTENTION
+    return name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module))
+
+
+def all_weights(model: nn.Module) -> dict[str, Target]:
+    """Every parameter of two or more dimensions by name, tied ones once for each owner, with pruning masks."""
+    found: dict[str, Target] = {}
+    for prefix, module in model.named_modules(remove_duplicate=True):
+        if isinstance(module, SparseWeight) or isinstance(module, nn.utils.parametrize.ParametrizationList):
+            continue
+        for name, tensor, mask, why in _of_module(module):
+            full = f"{prefix}.{name}" if prefix else name
+            found[full] = Target(full, [(module, name)], tensor, mask, why=why)
+    return found
+
+
+def _of_module(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None, str]]:
+    for name, tensor in module._parameters.items():
+        if tensor is None or tensor.dim() < 2:
+            continue
+        pruned = name.removesuffix("_orig")
+        if pruned != name and isinstance(module._buffers.get(pruned + "_mask"), Tensor):
+            yield pruned, tensor, module._buffers[pruned + "_mask"].bool(), ""
+        else:
+            yield name, tensor, None, ""
+    if nn.utils.parametrize.is_parametrized(module):
+        for name, steps in module.parametrizations.items():
+            masks = [step.mask for step in steps if type(step).__name__ == "FakeSparsity"]
+            if len(masks) == len(steps) == 1:
+                yield name, steps.original, masks[0].bool(), ""
+            elif getattr(steps, "original", torch.empty(0)).dim() >= 2:
+                kinds = ", ".join(type(step).__name__ for step in steps)
+                yield name, steps.original, None, f"it is parametrized by {kinds}: remove that first"
+
+
+def matches(pattern: str, name: str) -> bool:
+    """A glob over the whole name, or a regular expression after "re:"."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def _is_plain(pattern: str) -> bool:
+    return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
+
+
+def select(model: nn.Module, layout: Layout | dict[str, Layout | None], weights: Weights) -> tuple[list[Target], list[Target]]:
+    """(targets with their layout, the other weights with the reason); one sentence for what cannot be meant."""
+    _refuse_wrapped(model)
+    found = all_weights(model)
+    for name, _, _, holder in holders(model):
+        found[name] = Target(name, [], holder.values, why="it is in trainable form already: sten.finalize the model first")
+    layouts = _layouts(layout)
+    chosen, named = _chosen(found, weights, layouts)
+    for name, target in found.items():
+        if not target.why:
+            target.why = _reason(target, name in chosen, name in named, layouts)
+        elif name in named:
+            raise ValueError(f"{name} cannot be made sparse: {target.why}.")
+    groups = _tie(found, named)
+    targets = [t for t in groups if not t.why]
+    if not targets:
+        hints = "; ".join(sorted({t.why for t in groups}))[:300] or "the model has no parameter of two or more dimensions"
+        raise ValueError(f"No weight of {type(model).__name__} is left to make sparse ({hints}); choose some with weights=.")
+    for target in targets:
+        _check(target)
+    return targets, [t for t in groups if t.why]
+
+
+def _layouts(layout) -> list[tuple[str, Layout | None]]:
+    pairs = list(layout.items()) if isinstance(layout, dict) else [("*", layout)]
+    for pattern, value in pairs:
+        if not isinstance(pattern, str) or not (isinstance(value, Layout) or (value is None and isinstance(layout, dict))):
+            raise TypeError(f"layout= takes a layout such as sten.NM(2, 4), or a dict of pattern: layout (None: dense); got {layout!r}.")
+    return pairs
+
+
+def _chosen(found: dict[str, Target], weights: Weights, layouts) -> tuple[set[str], set[str]]:
+    """(names chosen, names written out in full): from `weights`, or the default kinds and full names in the layouts."""
+    patterns = [pattern for pattern, _ in layouts]
+    if weights is None or callable(weights):
+        named = {p for p in patterns if _is_plain(p)} - {"*"}
+        rule = weights or (lambda _, module, name: is_default(module, name))
+        chosen = {n for n, t in found.items() if any(rule(n, *owner) for owner in t.owners)} | (named & set(found))
+    else:
+        asked = [weights] if isinstance(weights, str) else list(weights)
+        if not all(isinstance(p, str) for p in asked):
+            raise TypeError(f"weights= takes a pattern, a list of them, or predicate(name, module, attribute); got {weights!r}.")
+        patterns = [*asked, *(p for p in patterns if p != "*")]
+        chosen = {n for n in found if any(matches(p, n) for p in asked)}
+        named = {p for p in asked if _is_plain(p)}
+    for pattern in patterns:
+        if pattern != "*" and not any(matches(pattern, n) for n in found):
+            raise ValueError(f"The pattern {pattern!r} matches no weight of two or more dimensions; there are {_some(found)}.")
+    return chosen, named & set(found)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "none"
+
+
+def _reason(target: Target, chosen: bool, named: bool, layouts) -> str:
+    """Why a weight stays dense; sets its layout where it does not."""
+    if not chosen:
+        return "not chosen by weights=" if not named else ""
+    if isinstance(target.tensor, SparseTensor) and not named:
+        return "it is sparse already"
+    for pattern, layout in layouts:
+        if matches(pattern, target.name):
+            target.layout = layout
+            return "" if layout is not None else f"the layout of {pattern!r} is None"
+    return "no pattern of layout= matches it"
+
+
+def _tie(found: dict[str, Target], named: set[str]) -> list[Target]:
+    """One Target a tensor. A tie between a target and another weight is no target, or an error if it was named."""
+    groups: dict[int, list[Target]] = {}
+    for target in found.values():
+        groups.setdefault(id(target.tensor), []).append(target)
+    out = []
+    for members in groups.values():
+        first = next((t for t in members if not t.why), members[0])
+        others = [t for t in members if t.why and t is not first]
+        if not first.why and others:
+            if first.name in named:
+                raise ValueError(
+                    f"{first.name} is tied to {others[0].name}, which is not chosen ({others[0].why}): name both, or untie them."
+                )
+            first.why = f"tied to {others[0].name}, which is not chosen"
+        first.owners = [owner for t in members for owner in t.owners]
+        first.names = [t.name for t in members]
+        out.append(first)
+    return out
+
+
+def _check(target: Target) -> None:
+    tensor, shape = target.tensor, tuple(target.tensor.shape)
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{target.name} holds {tensor.dtype}: only floating-point weights can be sparse; leave it out with weights=.")
+    try:
+        target.layout.check(shape[::-1] if target.transposed else shape)
+    except ValueError as error:
+        raise ValueError(f"{target.name}: {error}") from None
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sten works on an nn.Module; got {type(model).__name__}.")
+    names = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"}
+    for module in model.modules():
+        kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")} & names
+        sharded = any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
+        if kinds or sharded:
+            kind = kinds.pop() if kinds else "fully_shard"
+            raise TypeError(f"The model is wrapped in {kind} already: call sten first, then wrap the result.")

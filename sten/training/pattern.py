@@ -1,0 +1,167 @@
+"""The trainable form of a weight whose pattern is fixed between edits ("sparse to sparse").
+
+The Parameter is the plain tensor `values`, the pattern lies in buffers beside it, and the module's `weight` is put
+together as a SparseTensor at each use. So optimizers (foreach and fused), gradient clipping, GradScaler, EMA and DDP see
+nothing but plain tensors, and weight, gradient and optimizer state have the size of the pattern.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import fields
+from ..tensor import SparseTensor, checked, project
+
+PREFIX = "sparse_"  # the holder of `weight` is the submodule `sparse_weight`
+
+
+class SparseWeight(nn.Module):
+    """Holds the parts of one weight: `values` as a Parameter, the pattern as buffers. Calling it gives the SparseTensor.
+
+    In a state_dict its tensors bear the weight's own name: `fc.weight.values`, `fc.weight.crow`, ...
+
+    Example:
+        >>> import torch, sten
+        >>> holder = sten.training.SparseWeight(sten.from_dense(torch.eye(3), sten.CSR()))
+        >>> holder().shape, holder.values.shape
+        (torch.Size([3, 3]), torch.Size([3]))
+    """
+
+    def __init__(self, w: SparseTensor) -> None:
+        super().__init__()
+        self.spec, self.shape, self.transposed = w.spec, w.stored_shape, w.transposed
+        self.names = tuple(name for name in w.parts if name != "values")
+        self.values = nn.Parameter(w.parts["values"].detach(), requires_grad=w.requires_grad)
+        for name in self.names:
+            self.register_buffer(name, w.parts[name])
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        return {"values": self._parameters["values"], **{name: self._buffers[name] for name in self.names}}
+
+    def forward(self) -> SparseTensor:
+        if torch.compiler.is_compiling():
+            return _traced(self.values, self.spec, self.shape, self.transposed, self.names, *[self._buffers[n] for n in self.names])
+        values = self._parameters["values"]
+        if torch.is_grad_enabled() and values.requires_grad:
+            return _Assemble.apply(values, self.spec, self.shape, self.transposed, self.names, *self._buffers.values())
+        return SparseTensor(self.spec, self.parts, self.shape, self.transposed)
+
+    def tensor(self) -> SparseTensor:
+        """The weight as a SparseTensor that shares memory and is cut off from autograd; `requires_grad` as the values'."""
+        parts = {name: part.detach() for name, part in self.parts.items()}
+        return SparseTensor(self.spec, parts, self.shape, self.transposed, self.values.requires_grad)
+
+    def extra_repr(self) -> str:
+        flip = ", transposed" if self.transposed else ""
+        return f"{self.spec}, shape={self.shape}{flip}"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, _public(prefix), keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        given = {n: state_dict[prefix + n] for n in ("values", *self.names) if prefix + n in state_dict}
+        if len(given) == 1 + len(self.names):
+            try:
+                checked(type(self.spec).__name__, fields(self.spec), given, self.shape, self.transposed)
+            except ValueError as error:
+                errors.append(f"{_public(prefix)[:-1]}: {error}")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+
+class _Assemble(torch.autograd.Function):
+    """Values and pattern to the SparseTensor; its gradient, which has the same pattern, back to the values."""
+
+    @staticmethod
+    def forward(ctx, values, spec, shape, transposed, names, *pattern):
+        parts = {"values": values, **dict(zip(names, pattern, strict=True))}
+        ctx.like = (spec, parts, shape, transposed)
+        return SparseTensor(spec, parts, shape, transposed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        spec, parts, shape, transposed = ctx.like
+        if type(grad) is not SparseTensor:
+            grad = project(grad, SparseTensor(spec, {n: p.detach() for n, p in parts.items()}, shape, transposed))
+        return (_Values.apply(grad) if torch.is_grad_enabled() else grad.parts["values"], *[None] * (3 + len(parts)))
+
+
+class _Values(torch.autograd.Function):
+    """The values of a SparseTensor, as a step of a graph (needed for gradients of gradients alone)."""
+
+    @staticmethod
+    def forward(ctx, w):
+        ctx.like = w
+        return w.parts["values"].clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.like.with_values(grad)
+
+
+@torch._dynamo.allow_in_graph
+def _traced(*args):
+    return _Assemble.apply(*args)
+
+
+def _public(prefix: str) -> str:
+    """`fc.sparse_weight.` -> `fc.weight.`"""
+    owner, _, holder = prefix[:-1].rpartition(".")
+    return (owner + "." if owner else "") + holder.removeprefix(PREFIX) + "."
+
+
+@functools.cache
+def _with_weights(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of a module class whose attributes `names` are put together by their holders."""
+
+    def attribute(name: str) -> property:
+        holder = PREFIX + name
+        return property(lambda self: self._modules[holder]())
+
+    def reduce(self, protocol):
+        return _rebuild, (cls, names), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+    body = {name: attribute(name) for name in names}
+    return type(cls.__name__, (cls,), {**body, "__reduce_ex__": reduce, "__module__": cls.__module__, "plain_class": cls, "sparse_names": names})
+
+
+def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    new = _with_weights(cls, names)
+    return new.__new__(new)
+
+
+def install(module: nn.Module, name: str, holder: SparseWeight) -> None:
+    """Put the holder in the place of the Parameter `name`."""
+    module._parameters[name] = None  # keeps the place, so that the order of parameters survives finalize
+    module.add_module(PREFIX + name, holder)
+    _set_names(module, (*installed(module), name))
+
+
+def remove(module: nn.Module, name: str, param: nn.Parameter) -> None:
+    """Put a Parameter back in the place of its holder."""
+    names = tuple(n for n in installed(module) if n != name)
+    del module._modules[PREFIX + name]
+    _set_names(module, names)
+    module._parameters[name] = param
+
+
+def installed(module: nn.Module) -> tuple[str, ...]:
+    """The names of the module's weights that are in trainable form."""
+    return getattr(type(module), "sparse_names", ())
+
+
+def _set_names(module: nn.Module, names: tuple[str, ...]) -> None:
+    plain = getattr(type(module), "plain_class", type(module))
+    module.__class__ = _with_weights(plain, names) if names else plain
+
+
+def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SparseWeight]]:
+    """(full name of the weight, owner, name, holder) of every weight in trainable form; ties appear once an owner."""
+    for prefix, module in model.named_modules(remove_duplicate=True):
+        for name in installed(module):
+            yield (prefix + "." if prefix else "") + name, module, name, module._modules[PREFIX + name]
