@@ -9,7 +9,7 @@
 namespace sten::STEN_ISA {
 
 constexpr int kRows = kRegisters / 8;                        // 4 x 4 or 2 x 4 accumulators in a many-token kernel
-constexpr int kMaxLive = kRegisters == 32 ? 6 : 2;           // rows of a pattern that fit with four vectors each
+constexpr int kMaxLive = kRegisters == 32 ? 6 : 3;           // rows of a pattern that fit with four vectors each
 
 // ---- panels
 
@@ -37,6 +37,28 @@ STEN_FN void store_panel_v(const float* panel, int64_t rows, int64_t tokens, flo
       transpose(panel + r * S + t, S, n, c, y + t * ld + r, ld, false);
     }
   }
+}
+
+// ---- one row's sums: V registers
+
+template <int V>
+STEN_INLINE void begin_row(const float* start, int64_t row, const float* acc, vec* a) {
+  constexpr int S = V * kWidth;
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) a[v] = start ? broadcast(start + row) : load(acc + row * S + v * kWidth);
+}
+
+template <int V>
+STEN_INLINE void end_row(int64_t row, float* acc, const vec* a) {
+  constexpr int S = V * kWidth;
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store(acc + row * S + v * kWidth, a[v]);
+}
+
+template <int V>
+STEN_INLINE void add_line(const float* line, vec value, vec* a) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) a[v] = madd(value, load(line + v * kWidth), a[v]);
 }
 
 // ---- CSR
@@ -77,7 +99,7 @@ STEN_FN void csr_rows_v(const Csr& w, const float* bias, int64_t r0, int64_t r1,
 }
 
 template <int V>
-STEN_FN void csr_block_v(const CsrBlock& block, const float* panel, float* acc) {
+STEN_FN void csr_block_v(const CsrBlock& block, const float* start, const float* panel, float* acc) {
   constexpr int S = V * kWidth;
   const uint16_t* col = block.col;
   const float* value = block.value;
@@ -85,22 +107,16 @@ STEN_FN void csr_block_v(const CsrBlock& block, const float* panel, float* acc) 
     vec a[kRows][V];
     const int32_t* row = block.row + q * kRows;
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) a[r][v] = load(acc + static_cast<int64_t>(row[r]) * S + v * kWidth);
+    for (int r = 0; r < kRows; ++r) begin_row<V>(start, row[r], acc, a[r]);
     for (int32_t i = block.count[q]; i > 0; --i, col += kRows, value += kRows) {
+      uint64_t columns = 0;    // one load for all the rows: loads are what this loop waits for
+      __builtin_memcpy(&columns, col, kRows * sizeof(uint16_t));
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const float* line = panel + static_cast<int64_t>(col[r]) * S;
-        const vec s = broadcast(value + r);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) a[r][v] = madd(s, load(line + v * kWidth), a[r][v]);
-      }
+      for (int r = 0; r < kRows; ++r)
+        add_line<V>(panel + static_cast<int64_t>(columns >> 16 * r & 0xffff) * S, broadcast(value + r), a[r]);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) store(acc + static_cast<int64_t>(row[r]) * S + v * kWidth, a[r][v]);
+    for (int r = 0; r < kRows; ++r) end_row<V>(row[r], acc, a[r]);
   }
 }
 
@@ -113,59 +129,107 @@ STEN_FN void csr_token(const Csr& w, const float* bias, int64_t r0, int64_t r1, 
 
 // ---- GroupedNM
 
-// n = 1: a pattern is one row, so the chunk is R lists of g columns, one a row, with row-major lists.
+// n = 1: pattern p is row p, so that a chunk holds one list of g columns a row, row after row.
 template <int R, int V>
-STEN_INLINE void lists(const Grouped& w, int64_t c0, int64_t c1, int64_t list, const float* panel, float* acc) {
+STEN_INLINE void lists(const Grouped& w, const GroupedBlock& b, int64_t list, const float* panel, vec (*a)[V]) {
   constexpr int S = V * kWidth;
-  const int64_t step = w.strips * w.columns(), width = w.columns();
+  const int64_t step = w.strips * w.columns(), g = w.g;
+  for (int64_t c = b.c0; c < b.c1; ++c, panel += w.columns() * S) {
+    const int16_t* index = w.index + c * step + list * g;
+    const float* value = w.values + c * step + list * g;
+    int64_t j = 0;
+    for (; j + 4 <= g; j += 4) {
+      uint64_t columns[R];    // one load for four columns: loads are what this loop waits for
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) __builtin_memcpy(&columns[r], index + r * g + j, 4 * sizeof(int16_t));
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+          add_line<V>(panel + static_cast<int64_t>(columns[r] >> 16 * u & 0xffff) * S,
+                      broadcast(value + r * g + j + u), a[r]);
+    }
+    for (; j < g; ++j)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        add_line<V>(panel + static_cast<int64_t>(index[r * g + j]) * S, broadcast(value + r * g + j), a[r]);
+  }
+}
+
+template <int R, int V>
+STEN_INLINE void list_rows(const Grouped& w, const GroupedBlock& b, const float* start, int64_t row,
+                           const float* panel, float* acc) {
   vec a[R][V];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) a[r][v] = load(acc + r * S + v * kWidth);
-  for (int64_t c = c0; c < c1; ++c, panel += width * S) {
-    const int16_t* index = w.index + c * step + list * w.g;
-    const float* value = w.values + c * step + list * w.g;
-    for (int j = 0; j < w.g; ++j) {
+  for (int r = 0; r < R; ++r) begin_row<V>(start, row + r, acc, a[r]);
+  lists<R, V>(w, b, b.strip0 * w.m + row, panel, a);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const float* line = panel + static_cast<int64_t>(index[r * w.g + j]) * S;
-        const vec s = broadcast(value + r * w.g + j);
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) a[r][v] = madd(s, load(line + v * kWidth), a[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(acc + r * S + v * kWidth, a[r][v]);
+  for (int r = 0; r < R; ++r) end_row<V>(row + r, acc, a[r]);
 }
 
 template <int V>
-STEN_FN void grouped_lists(const Grouped& w, int64_t c0, int64_t c1, int64_t strip0, int64_t strip1,
-                           const float* panel, float* acc) {
-  constexpr int S = V * kWidth, R = V == 1 ? 2 * kRows : kRows;
-  int64_t r = strip0 * w.m;
-  const int64_t end = strip1 * w.m;
-  for (; r + R <= end; r += R, acc += R * S) lists<R, V>(w, c0, c1, r, panel, acc);
-  for (; r < end; ++r, acc += S) lists<1, V>(w, c0, c1, r, panel, acc);
+STEN_FN void grouped_lists(const Grouped& w, const GroupedBlock& b, const float* start, const float* panel,
+                           float* acc) {
+  constexpr int R = V == 1 ? 2 * kRows : kRows;
+  const int64_t rows = (b.strip1 - b.strip0) * w.m;
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) list_rows<R, V>(w, b, start, r, panel, acc);
+  for (; r < rows; ++r) list_rows<1, V>(w, b, start, r, panel, acc);
 }
 
-// N rows of one pattern, beginning with its row number `first`: every activation is loaded once for N products.
-template <int N, int V>
-STEN_INLINE void pattern_rows(const Grouped& w, int64_t c0, int64_t c1, int64_t slot, int first, const int32_t* rows,
-                              const float* panel, float* acc) {
-  constexpr int S = V * kWidth;
-  const int64_t step = w.strips * w.columns(), width = w.columns();
-  vec a[N][V];
+// One pattern of 2:4, rows A and B, in one chunk; G columns, or g when G is 0.
+template <int A, int B, int V, int G>
+STEN_INLINE void pair(const int16_t*& index, const float*& value, int g, const float* panel, vec (*a)[V]) {
+  const int count = G ? G : g;
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i)
+  for (int j = 0; j < count; ++j) {
+    const float* line = panel + static_cast<int64_t>(index[j]) * (V * kWidth);
+    const vec s = broadcast(value + 2 * j), t = broadcast(value + 2 * j + 1);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) a[i][v] = load(acc + static_cast<int64_t>(rows[first + i]) * S + v * kWidth);
-  for (int64_t c = c0; c < c1; ++c, panel += width * S) {
+    for (int v = 0; v < V; ++v) {
+      const vec x = load(line + v * kWidth);
+      a[A][v] = madd(s, x, a[A][v]);
+      a[B][v] = madd(t, x, a[B][v]);
+    }
+  }
+  index += count;
+  value += 2 * count;
+}
+
+// n = 2, m = 4: all four rows stay in registers.
+template <int V, int G>
+STEN_FN void grouped_pairs(const Grouped& w, const GroupedBlock& b, const float* start, const float* panel,
+                           float* acc) {
+  const int64_t step = w.strips * w.columns();
+  for (int64_t s = b.strip0, row = 0; s < b.strip1; ++s, row += 4) {
+    vec a[4][V];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) begin_row<V>(start, row + r, acc, a[r]);
+    const float* x = panel;
+    for (int64_t c = b.c0; c < b.c1; ++c, x += w.columns() * V * kWidth) {
+      const int16_t* index = w.index + c * step + s * w.columns();
+      const float* value = w.values + (c * step + s * w.columns()) * 2;
+      pair<0, 1, V, G>(index, value, w.g, x, a);    // the revolving-door order
+      pair<1, 2, V, G>(index, value, w.g, x, a);
+      pair<0, 2, V, G>(index, value, w.g, x, a);
+      pair<2, 3, V, G>(index, value, w.g, x, a);
+      pair<1, 3, V, G>(index, value, w.g, x, a);
+      pair<0, 3, V, G>(index, value, w.g, x, a);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) end_row<V>(row + r, acc, a[r]);
+  }
+}
+
+// N values a column for the N rows in registers; value[place[i]] belongs to row i.
+template <int N, int V>
+STEN_INLINE void columns(const Grouped& w, const GroupedBlock& b, int64_t slot, const int64_t* place,
+                         const float* panel, vec (*a)[V]) {
+  constexpr int S = V * kWidth;
+  const int64_t step = w.strips * w.columns();
+  for (int64_t c = b.c0; c < b.c1; ++c, panel += w.columns() * S) {
     const int16_t* index = w.index + c * step + slot;
-    const float* value = w.values + (c * step + slot) * w.n + first;
+    const float* value = w.values + (c * step + slot) * w.n;
     for (int j = 0; j < w.g; ++j, value += w.n) {
       const float* line = panel + static_cast<int64_t>(index[j]) * S;
       vec x[V];
@@ -173,38 +237,88 @@ STEN_INLINE void pattern_rows(const Grouped& w, int64_t c0, int64_t c1, int64_t 
       for (int v = 0; v < V; ++v) x[v] = load(line + v * kWidth);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
-        const vec s = broadcast(value + i);
+        const vec s = broadcast(value + place[i]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) a[i][v] = madd(s, x[v], a[i][v]);
       }
     }
   }
+}
+
+// n = N: the rows of a pattern stay in registers, and one of them is exchanged on the way to the next.
+template <int N, int V>
+STEN_FN void walk_strip(const Grouped& w, const GroupedBlock& b, int64_t strip, const float* panel, float* acc) {
+  vec a[N][V];
+  int64_t row[N], place[N];
 #pragma GCC unroll 8
-  for (int i = 0; i < N; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(acc + static_cast<int64_t>(rows[first + i]) * S + v * kWidth, a[i][v]);
+  for (int i = 0; i < N; ++i) begin_row<V>(nullptr, row[i] = i, acc, a[i]);
+  const int32_t* walk = w.walk;
+  for (int64_t p = 0; p < w.patterns; ++p, walk += 2 + N) {
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      place[i] = walk[2 + i];
+      if (p > 0 && walk[0] == i) {
+        end_row<V>(row[i], acc, a[i]);
+        begin_row<V>(nullptr, row[i] = walk[1], acc, a[i]);
+      }
+    }
+    columns<N, V>(w, b, (strip * w.patterns + p) * w.g, place, panel, a);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) end_row<V>(row[i], acc, a[i]);
+}
+
+// Any n: the rows of a pattern are read and written N at a time.
+template <int N, int V>
+STEN_INLINE void some_rows(const Grouped& w, const GroupedBlock& b, int64_t slot, int first, const int32_t* rows,
+                           const float* panel, float* acc) {
+  vec a[N][V];
+  int64_t place[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    place[i] = first + i;
+    begin_row<V>(nullptr, rows[first + i], acc, a[i]);
+  }
+  columns<N, V>(w, b, slot, place, panel, a);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) end_row<V>(rows[first + i], acc, a[i]);
 }
 
 template <int V>
-STEN_FN void grouped_patterns(const Grouped& w, int64_t c0, int64_t c1, int64_t strip0, int64_t strip1,
-                              const float* panel, float* acc) {
-  for (int64_t s = strip0; s < strip1; ++s, acc += static_cast<int64_t>(w.m) * V * kWidth) {
-    for (int64_t p = 0; p < w.patterns; ++p) {
-      const int64_t slot = (s * w.patterns + p) * w.g;
-      const int32_t* rows = w.rows + p * w.n;
-      int i = 0;
-      if constexpr (kMaxLive >= 6)
-        for (; i + 6 <= w.n; i += 6) pattern_rows<6, V>(w, c0, c1, slot, i, rows, panel, acc);
-      if constexpr (kMaxLive >= 4)
-        for (; i + 4 <= w.n; i += 4) pattern_rows<4, V>(w, c0, c1, slot, i, rows, panel, acc);
-      for (; i + 2 <= w.n; i += 2) pattern_rows<2, V>(w, c0, c1, slot, i, rows, panel, acc);
-      for (; i < w.n; ++i) pattern_rows<1, V>(w, c0, c1, slot, i, rows, panel, acc);
+STEN_FN void any_strip(const Grouped& w, const GroupedBlock& b, int64_t strip, const float* panel, float* acc) {
+  for (int64_t p = 0; p < w.patterns; ++p) {
+    const int64_t slot = (strip * w.patterns + p) * w.g;
+    const int32_t* rows = w.rows + p * w.n;
+    int i = 0;
+    for (; i + kMaxLive <= w.n; i += kMaxLive) some_rows<kMaxLive, V>(w, b, slot, i, rows, panel, acc);
+    for (; i < w.n; ++i) some_rows<1, V>(w, b, slot, i, rows, panel, acc);
+  }
+}
+
+template <int V>
+STEN_FN void grouped_patterns(const Grouped& w, const GroupedBlock& b, const float* start, const float* panel,
+                              float* acc) {
+  for (int64_t s = b.strip0; s < b.strip1; ++s, acc += static_cast<int64_t>(w.m) * V * kWidth) {
+    if (start) {
+      for (int r = 0; r < w.m; ++r, ++start)
+        for (int v = 0; v < V; ++v) store(acc + (r * V + v) * kWidth, broadcast(start));
+    }
+    switch (w.n <= kMaxLive ? w.n : 0) {
+      case 2: walk_strip<2, V>(w, b, s, panel, acc); break;
+      case 3: walk_strip<3, V>(w, b, s, panel, acc); break;
+      case 4: walk_strip<kMaxLive >= 4 ? 4 : 2, V>(w, b, s, panel, acc); break;
+      case 5: walk_strip<kMaxLive >= 5 ? 5 : 2, V>(w, b, s, panel, acc); break;
+      case 6: walk_strip<kMaxLive >= 6 ? 6 : 2, V>(w, b, s, panel, acc); break;
+      default: any_strip<V>(w, b, s, panel, acc);
     }
   }
 }
 
 STEN_FN void grouped_token(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, const float* x,
                            const int32_t* spread, float* gathered, float* acc) {
+#ifdef STEN_LOOKUP
+  if (lookup_token(w, chunk, strip0, strip1, x, acc)) return;
+#endif
   const int64_t width = w.columns(), block = width * w.n;
   for (int64_t s = strip0; s < strip1; ++s, acc += block) {
     const int64_t slot = (chunk * w.strips + s) * width;
@@ -236,26 +350,30 @@ STEN_FN void csr_rows(const Csr& w, const float* bias, int64_t r0, int64_t r1, c
   return csr_rows_v<4>(w, bias, r0, r1, panel, out);
 }
 
-STEN_FN void csr_block(const CsrBlock& block, const float* panel, int v, float* acc) {
-  if (v == 1) return csr_block_v<1>(block, panel, acc);
-  if (v == 2) return csr_block_v<2>(block, panel, acc);
-  if (v == 3) return csr_block_v<3>(block, panel, acc);
-  return csr_block_v<4>(block, panel, acc);
+STEN_FN void csr_block(const CsrBlock& block, const float* start, const float* panel, int v, float* acc) {
+  if (v == 1) return csr_block_v<1>(block, start, panel, acc);
+  if (v == 2) return csr_block_v<2>(block, start, panel, acc);
+  if (v == 3) return csr_block_v<3>(block, start, panel, acc);
+  return csr_block_v<4>(block, start, panel, acc);
 }
 
 template <int V>
-STEN_FN void grouped_block_v(const Grouped& w, int64_t c0, int64_t c1, int64_t strip0, int64_t strip1,
-                             const float* panel, float* acc) {
-  if (w.n == 1) return grouped_lists<V>(w, c0, c1, strip0, strip1, panel, acc);
-  return grouped_patterns<V>(w, c0, c1, strip0, strip1, panel, acc);
+STEN_FN void grouped_block_v(const Grouped& w, const GroupedBlock& b, const float* start, const float* panel,
+                             float* acc) {
+  if (w.n == 1) return grouped_lists<V>(w, b, start, panel, acc);
+  if constexpr (kRegisters == 32) {
+    if (w.n == 2 && w.m == 4 && w.g == 8) return grouped_pairs<V, 8>(w, b, start, panel, acc);
+    if (w.n == 2 && w.m == 4) return grouped_pairs<V, 0>(w, b, start, panel, acc);
+  }
+  return grouped_patterns<V>(w, b, start, panel, acc);
 }
 
-STEN_FN void grouped_block(const Grouped& w, int64_t c0, int64_t c1, int64_t strip0, int64_t strip1,
-                           const float* panel, int v, float* acc) {
-  if (v == 1) return grouped_block_v<1>(w, c0, c1, strip0, strip1, panel, acc);
-  if (v == 2) return grouped_block_v<2>(w, c0, c1, strip0, strip1, panel, acc);
-  if (v == 3) return grouped_block_v<3>(w, c0, c1, strip0, strip1, panel, acc);
-  return grouped_block_v<4>(w, c0, c1, strip0, strip1, panel, acc);
+STEN_FN void grouped_block(const Grouped& w, const GroupedBlock& b, const float* start, const float* panel, int v,
+                           float* acc) {
+  if (v == 1) return grouped_block_v<1>(w, b, start, panel, acc);
+  if (v == 2) return grouped_block_v<2>(w, b, start, panel, acc);
+  if (v == 3) return grouped_block_v<3>(w, b, start, panel, acc);
+  return grouped_block_v<4>(w, b, start, panel, acc);
 }
 
 constexpr Kernels make(const char* name) {

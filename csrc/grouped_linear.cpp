@@ -1,10 +1,7 @@
 // GroupedNM: y = x W^T + bias.
 //
-// Letters: a chunk holds P * g columns, a strip m rows; S floats in a panel line.
+// Letters: a chunk holds P * g columns, a strip m rows.
 #include <cstring>
-#include <map>
-#include <mutex>
-#include <utility>
 
 #include "linear.h"
 
@@ -12,26 +9,9 @@ namespace sten {
 namespace {
 
 constexpr int64_t kPanelBytes = 40 << 10;    // activations of one block: most of a 48 KB first-level cache
-constexpr int64_t kAccRows = 4096;           // rows of accumulators: 1 MB at 64 tokens, half a second-level cache
 constexpr int64_t kTokenFloats = 4096;       // one token: partial sums kept in the first-level cache
 
-// Appends A(m, n), reversed if asked, each with `high` (elements above m - 1, descending) added.
-void revolve(int m, int n, bool reversed, std::vector<int32_t>& high, std::vector<int32_t>& out) {
-  auto lowest = [&] {
-    for (int i = 0; i < n; ++i) out.push_back(i);
-    out.insert(out.end(), high.rbegin(), high.rend());
-  };
-  if (n == 0) return lowest();
-  if (!reversed) lowest();
-  for (int i = n; i < m; ++i) {
-    const int k = reversed ? m - 1 - (i - n) : i;
-    high.push_back(k);
-    revolve(k, n - 1, !reversed, high, out);
-    high.pop_back();
-  }
-  if (reversed) lowest();
-}
-
+// y of one token from its sums: acc is (strips, P, g, n)
 void token_rows(const Problem& p, const Grouped& w, int64_t strip0, int64_t strip1, const float* acc) {
   for (int64_t s = strip0; s < strip1; ++s) {
     const int64_t base = s * w.m;
@@ -49,84 +29,73 @@ void token_rows(const Problem& p, const Grouped& w, int64_t strip0, int64_t stri
 void one_token(const Problem& p, const Grouped& w, const Kernels& k, const Pool& pool) {
   const int64_t columns = w.columns(), block = columns * w.n, padded = w.chunks * columns;
   const int64_t together = std::max<int64_t>(1, kTokenFloats / block);
-  Buffer<int32_t> spread(static_cast<int64_t>(w.n) * k.width);
+  Scratch<int32_t> spread(Role::cuts, static_cast<int64_t>(w.n) * k.width);
   for (int phase = 0; phase < w.n; ++phase)
     for (int l = 0; l < k.width; ++l) spread.get()[phase * k.width + l] = (phase + l) / w.n;
-  Buffer<float> copy;
-  const float* x = p.x;
-  if (padded != p.in) {    // the last chunk's padding columns have a place of their own, and it is zero
-    copy = Buffer<float>(padded);
-    std::memcpy(copy.get(), p.x, p.in * sizeof(float));
-    std::memset(copy.get() + p.in, 0, (padded - p.in) * sizeof(float));
-    x = copy.get();
-  }
+  // Padding columns have a place of their own, and it is zero; a vector load may pass the end of a chunk.
+  Scratch<float> x(Role::small, padded + kTokenPadding);
+  std::memcpy(x.get(), p.x, p.in * sizeof(float));
+  std::memset(x.get() + p.in, 0, (padded + kTokenPadding - p.in) * sizeof(float));
   const int64_t tasks = std::min<int64_t>(pool.threads, w.strips);
   pool.each(tasks, [&](int64_t begin, int64_t end) {
-    Buffer<float> acc(together * block), gathered(columns + k.width);
+    Scratch<float> acc(Role::sums, together * block), gathered(Role::panel, columns + k.width);
     std::memset(gathered.get(), 0, (columns + k.width) * sizeof(float));
-    const int64_t last = w.strips * end / tasks;
-    for (int64_t s = w.strips * begin / tasks; s < last; s += together) {
+    const int64_t last = part(w.strips, tasks, end - 1).end;
+    for (int64_t s = part(w.strips, tasks, begin).begin; s < last; s += together) {
       const int64_t stop = std::min(s + together, last);
       std::memset(acc.get(), 0, (stop - s) * block * sizeof(float));
       for (int64_t c = 0; c < w.chunks; ++c)
-        k.grouped_token(w, c, s, stop, x + c * columns, spread.get(), gathered.get(), acc.get());
+        k.grouped_token(w, c, s, stop, x.get() + c * columns, spread.get(), gathered.get(), acc.get());
       token_rows(p, w, s, stop, acc.get());
     }
   });
 }
 
-// One panel of tokens, strips s0 to s1 - 1.
-void panel_task(const Problem& p, const Grouped& w, const Kernels& k, int64_t t0, int64_t tokens, int64_t s0,
-                int64_t s1, float* panel, float* acc, int64_t strips_at_once, int64_t panel_bytes) {
-  const int v = static_cast<int>(ceil_div(tokens, k.width));
-  const int64_t line = static_cast<int64_t>(v) * k.width, columns = w.columns();
-  const int64_t step = std::max<int64_t>(1, panel_bytes / (columns * line * static_cast<int64_t>(sizeof(float))));
-  for (int64_t s = s0; s < s1; s += strips_at_once) {
-    const int64_t stop = std::min(s + strips_at_once, s1), r0 = s * w.m, rows = (stop - s) * w.m;
-    fill_panel(p, r0, rows, line, acc);
-    for (int64_t c = 0; c < w.chunks; c += step) {
-      const int64_t end = std::min(c + step, w.chunks), k0 = c * columns, width = (end - c) * columns;
-      const int64_t real = std::min(width, p.in - k0);
-      k.load_panel(p.x + t0 * p.in + k0, p.in, tokens, real, v, panel);
-      std::memset(panel + real * line, 0, (width - real) * line * sizeof(float));
-      k.grouped_block(w, c, end, s, stop, panel, v, acc);
-    }
-    k.store_panel(acc, std::min(rows, p.out - r0), tokens, v, p.y + t0 * p.out + r0, p.out);
+void panel_task(const Problem& p, const Grouped& w, const Kernels& k, Range strips, Range tokens, float* panel,
+                float* start, float* acc) {
+  const int64_t count = tokens.end - tokens.begin, columns = w.columns();
+  const int v = static_cast<int>(ceil_div(count, k.width));
+  const int64_t line = static_cast<int64_t>(v) * k.width;
+  const int64_t most = std::max<int64_t>(1, kPanelBytes / (columns * line * static_cast<int64_t>(sizeof(float))));
+  const int64_t blocks = ceil_div(w.chunks, most);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const Range chunks = part(w.chunks, blocks, b);
+    const int64_t k0 = chunks.begin * columns, width = (chunks.end - chunks.begin) * columns;
+    const int64_t real = std::min(width, p.in - k0);
+    k.load_panel(p.x + tokens.begin * p.in + k0, p.in, count, real, v, panel);
+    std::memset(panel + real * line, 0, (width - real) * line * sizeof(float));
+    k.grouped_block(w, {chunks.begin, chunks.end, strips.begin, strips.end}, b == 0 ? start : nullptr, panel, v, acc);
   }
+  const int64_t r0 = strips.begin * w.m, rows = std::min(strips.end * w.m, p.out) - r0;
+  k.store_panel(acc, rows, count, v, p.y + tokens.begin * p.out + r0, p.out);
 }
 
 void many_tokens(const Problem& p, const Grouped& w, const Kernels& k, const Pool& pool) {
-  const Grid grid = make_grid(p, k, pool.threads, w.strips);
-  const int64_t most = kMaxVectors * k.width, columns = w.columns();
-  const int64_t panel_floats = std::max(kPanelBytes / static_cast<int64_t>(sizeof(float)), columns * most);
-  const int64_t strips_at_once =
-      std::min(ceil_div(w.strips, grid.pieces), std::max<int64_t>(1, kAccRows / w.m));
+  const Grid grid = make_grid(p, k, pool.threads, std::min(pieces_for_cache(p, k), w.strips), w.strips);
+  const int64_t most = grid.panel_tokens, most_rows = ceil_div(w.strips, grid.pieces) * w.m;
+  const int64_t panel_floats = std::max(kPanelBytes / static_cast<int64_t>(sizeof(float)), w.columns() * most);
   pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
-    Buffer<float> panel(panel_floats), acc(strips_at_once * w.m * most);
+    Scratch<float> panel(Role::panel, panel_floats), acc(Role::sums, most_rows * (most + 1));
+    float* start = acc.get() + most_rows * most;
+    // Piece after piece, so that its weights stay in the second-level cache from panel to panel.
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t t0 = task / grid.pieces * grid.panel_tokens, piece = task % grid.pieces;
-      const int64_t tokens = std::min(grid.panel_tokens, p.tokens - t0);
-      const int64_t s0 = w.strips * piece / grid.pieces, s1 = w.strips * (piece + 1) / grid.pieces;
-      panel_task(p, w, k, t0, tokens, s0, s1, panel.get(), acc.get(), strips_at_once, kPanelBytes);
+      const int64_t t0 = task % grid.panels * grid.panel_tokens;
+      const Range strips = part(w.strips, grid.pieces, task / grid.panels);
+      fill_start(p, strips.begin * w.m, (strips.end - strips.begin) * w.m, start);
+      panel_task(p, w, k, strips, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
     }
   });
 }
 
-}  // namespace
-
-const std::vector<int32_t>& patterns(int n, int m) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, int>, std::vector<int32_t>> made;    // references into a map stay valid
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto [found, fresh] = made.try_emplace({n, m});
-  if (fresh) {
-    std::vector<int32_t> high;
-    revolve(m, n, false, high, found->second);
-  }
-  return found->second;
+// A weight without columns: y is the bias.
+void no_columns(const Problem& p) {
+  for (int64_t t = 0; t < p.tokens; ++t) fill_start(p, 0, p.out, p.y + t * p.out);
 }
 
+}  // namespace
+
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool) {
+  if (w.chunks == 0) return no_columns(p);
   const double kept = static_cast<double>(w.chunks) * w.strips * w.columns() * w.n;
   pool.threads = useful_threads(pool.threads, kept * p.tokens);
   if (p.tokens == 1) return one_token(p, w, k, pool);

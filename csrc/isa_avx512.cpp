@@ -2,6 +2,7 @@
 // GCC 12 takes the undefined operands of its own intrinsics for a mistake of the caller.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include "lookup_avx512.h"
 #include "simd_avx512.h"
 #define STEN_ISA avx512
 #include "bodies.h"

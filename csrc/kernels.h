@@ -9,7 +9,8 @@
 
 namespace sten {
 
-constexpr int kMaxVectors = 4;    // vectors of tokens in a panel
+constexpr int kMaxVectors = 4;      // vectors of tokens in a panel
+constexpr int kTokenPadding = 128;  // floats that may be read beyond one token's activations
 
 struct Problem {
   const float* x;      // (tokens, in)
@@ -28,19 +29,26 @@ struct Grouped {
   const float* values;       // (chunks, strips, patterns, g, n)
   const int16_t* index;      // (chunks, strips, patterns, g)
   const int32_t* rows;       // (patterns, n): rows of a pattern inside its strip, ascending
+  // (patterns, 2 + n): for a kernel that keeps n rows in n places, the place whose row changes on the way to this
+  // pattern, the row it takes up, and each place's position among the pattern's rows
+  const int32_t* walk;
   int n, m, g;
   int64_t patterns, chunks, strips;
   int64_t columns() const { return patterns * g; }   // of one chunk
 };
 
+struct GroupedBlock {
+  int64_t c0, c1, strip0, strip1;
+};
+
 // Rows of one k-block, sorted by their count and cut into groups of `rows_at_once`; a shorter row of a group is filled
 // up with zeros that point at the panel's extra, always zero line, so that an infinite activation cannot leak in.
 struct CsrBlock {
-  int64_t groups = 0;
-  const int32_t* count = nullptr;    // (groups,) steps of a group
-  const int32_t* row = nullptr;      // (groups, rows_at_once) row of the accumulator panel
-  const uint16_t* col = nullptr;     // (sum count, rows_at_once) line of the activation panel
-  const float* value = nullptr;      // (sum count, rows_at_once)
+  int64_t groups;
+  const int32_t* count;    // (groups,) steps of a group
+  const int32_t* row;      // (groups, rows_at_once) row of the accumulator panel
+  const uint16_t* col;     // (sum count, rows_at_once) line of the activation panel
+  const float* value;      // (sum count, rows_at_once)
 };
 
 // One instruction set. `v` is the number of vectors a panel line has, 1 to kMaxVectors.
@@ -56,16 +64,18 @@ struct Kernels {
 
   // out[r - r0, :] = sum over row r of value * panel[col, :] + bias[r]; rows r0 to r1 - 1
   void (*csr_rows)(const Csr& w, const float* bias, int64_t r0, int64_t r1, const float* panel, int v, float* out);
-  // acc[row, :] += sum of value * panel[col, :]
-  void (*csr_block)(const CsrBlock& block, const float* panel, int v, float* acc);
+  // acc[row, :] += sum of value * panel[col, :]; with `start`, acc[row, :] = start[row] + that sum
+  void (*csr_block)(const CsrBlock& block, const float* start, const float* panel, int v, float* acc);
   // one token: y[r] for rows r0 to r1 - 1
   void (*csr_token)(const Csr& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* y);
 
-  // acc[row - strip0 * m, :] += chunks c0 to c1 - 1 of strips strip0 to strip1 - 1; panel begins at chunk c0
-  void (*grouped_block)(const Grouped& w, int64_t c0, int64_t c1, int64_t strip0, int64_t strip1, const float* panel,
-                        int v, float* acc);
-  // one token, one chunk: acc[strip - strip0, slot, i] += value * x[index]; x begins at the chunk, `gathered` has room
-  // for columns() + width floats, and spread[phase, lane] = (phase + lane) / n for phase < n
+  // acc[row - strip0 * m, :] += chunks c0 to c1 - 1 of strips strip0 to strip1 - 1; panel begins at chunk c0; `start`
+  // as in csr_block
+  void (*grouped_block)(const Grouped& w, const GroupedBlock& block, const float* start, const float* panel, int v,
+                        float* acc);
+  // one token, one chunk: acc[strip - strip0, slot, i] += value * x[index]; x begins at the chunk and kTokenPadding
+  // floats beyond it may be read, `gathered` has room for columns() + width floats, and
+  // spread[phase, lane] = (phase + lane) / n for phase < n
   void (*grouped_token)(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, const float* x,
                         const int32_t* spread, float* gathered, float* acc);
 };

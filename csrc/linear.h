@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -25,25 +24,27 @@ struct Pool {
   }
 };
 
-// Uninitialised memory that begins on a cache line.
+// Uninitialised memory that begins on a cache line. A thread keeps what it freed last, one piece a role, for its next
+// call: a fresh megabyte costs a page fault every 4 KB, which was a fifth of a whole call.
+enum class Role { panel, sums, repacked, cuts, small, count };
+
+void* take_scratch(Role role, size_t bytes, size_t* capacity);
+void give_scratch(Role role, void* memory, size_t capacity) noexcept;
+
 template <typename T>
-class Buffer {
+class Scratch {
  public:
-  Buffer() = default;
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(::operator new(n * sizeof(T) + 1, kLine))) {}
-  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    return *this;
-  }
-  ~Buffer() {
-    if (data_) ::operator delete(data_, kLine);
-  }
-  T* get() const { return data_; }
+  Scratch(Role role, int64_t n)
+      : role_(role), memory_(static_cast<T*>(take_scratch(role, static_cast<size_t>(n) * sizeof(T), &capacity_))) {}
+  ~Scratch() { give_scratch(role_, memory_, capacity_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return memory_; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
-  T* data_ = nullptr;
+  Role role_;
+  size_t capacity_ = 0;
+  T* memory_;
 };
 
 // The grid of tasks: panels of tokens times pieces of rows.
@@ -53,7 +54,16 @@ struct Grid {
   int64_t tasks() const { return panels * pieces; }
 };
 
-Grid make_grid(const Problem& p, const Kernels& k, int threads, int64_t most_pieces);
+// At least `least` pieces, and as many as keep the threads busy, up to `most`.
+Grid make_grid(const Problem& p, const Kernels& k, int threads, int64_t least, int64_t most);
+
+// Pieces of rows whose sums for a whole panel leave room in a second-level cache for the weights of the piece.
+int64_t pieces_for_cache(const Problem& p, const Kernels& k);
+
+struct Range {
+  int64_t begin, end;
+};
+inline Range part(int64_t all, int64_t parts, int64_t i) { return {all * i / parts, all * (i + 1) / parts}; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -63,13 +73,17 @@ inline int useful_threads(int threads, double work) {
   return static_cast<int>(std::max(1.0, std::min(static_cast<double>(threads), work / kWorkPerThread)));
 }
 
-// acc[r, :] = bias[r] for the rows from r0 on, zero where there is none
-void fill_panel(const Problem& p, int64_t r0, int64_t rows, int64_t line, float* acc);
+// start[r] = bias[r0 + r] for r < rows, zero where there is none
+void fill_start(const Problem& p, int64_t r0, int64_t rows, float* start);
 
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
 
-// All n-subsets of range(m) in revolving-door order, (patterns, n) flattened; made once for each (n, m).
-const std::vector<int32_t>& patterns(int n, int m);
+// All n-subsets of range(m) in revolving-door order; made once for each (n, m).
+struct Patterns {
+  std::vector<int32_t> rows;   // (patterns, n), see Grouped::rows
+  std::vector<int32_t> walk;   // (patterns, 2 + n), see Grouped::walk
+};
+const Patterns& patterns(int n, int m);
 
 }  // namespace sten

@@ -27,7 +27,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "patterns",
       [](int n, int m) {
         if (n < 1 || n > m || m > 32) throw std::invalid_argument("1 <= n <= m <= 32 is needed");
-        const std::vector<int32_t>& flat = sten::patterns(n, m);
+        const std::vector<int32_t>& flat = sten::patterns(n, m).rows;
         std::vector<std::vector<int>> rows;
         for (size_t i = 0; i < flat.size(); i += n) rows.emplace_back(flat.begin() + i, flat.begin() + i + n);
         return rows;

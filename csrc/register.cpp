@@ -101,9 +101,10 @@ Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor&
               at::IntArrayRef(slots), " for this x and out_features, but it is ", index.sizes());
   TORCH_CHECK(values.sizes() == at::IntArrayRef(full), op, ": values must be (chunks, strips, patterns, g, n) = ",
               at::IntArrayRef(full), " for this x and out_features, but it is ", values.sizes());
-  const Grouped w{values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(),
-                  patterns(static_cast<int>(n), static_cast<int>(m)).data(),
-                  static_cast<int>(n), static_cast<int>(m), static_cast<int>(g), count, chunks, strips};
+  const Patterns& order = patterns(static_cast<int>(n), static_cast<int>(m));
+  const Grouped w{values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), order.rows.data(),
+                  order.walk.data(), static_cast<int>(n), static_cast<int>(m), static_cast<int>(g), count, chunks,
+                  strips};
   Tensor kept, y;
   const Problem p = make_problem(op, x, bias, out, kept, y);
   if (p.tokens > 0 && out > 0) grouped_linear(p, w, kernels(), make_pool());
