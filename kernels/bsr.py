@@ -180,8 +180,8 @@ def _sampled_product(
             for s in range(S):
                 acc += tl.load(own + s * (BM * BN) + at, cache_modifier=".cg")
     if finish:
-        at = block.to(tl.int64) * (BH * BW) + (m0 + i)[:, None] * BW + (n0 + j)[None, :]
-        tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=(m0 + i < BH)[:, None] & (n0 + j < BW)[None, :])
+        out = out_ptr + block.to(tl.int64) * (BH * BW) + (m0 + i)[:, None] * BW + (n0 + j)[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m0 + i < BH)[:, None] & (n0 + j < BW)[None, :])
 
 
 @triton.jit

@@ -88,3 +88,45 @@ def wide(*tensors) -> bool:
 def power_of_two(size: int, low: int, high: int) -> int:
     """The power of two that holds ``size``, within ``low`` and ``high``."""
     return min(high, max(low, triton.next_power_of_2(max(size, 1))))
+
+
+class Launch:
+    """One kernel with its grid and compile-time constants settled.
+
+    The first call goes through Triton's front end, which takes tens of microseconds to find the compiled kernel; later
+    ones call that directly, so everything the front end specializes on (dtypes, alignment, which integers are 1 or
+    divisible by 16, the device) has to stay as it was. ``plan`` sees to that.
+    """
+
+    def __init__(self, kernel, grid, **constants):
+        self.kernel, self.grid, self.constants, self.run = kernel, grid, constants, None
+
+    def __call__(self, *args):
+        if self.run is not None:
+            stream = torch._C._cuda_getCurrentRawStream(self.device)
+            self.run(*self.grid, stream, self.function, self.metadata, None, None, None, *args, *self.tail)
+            return
+        compiled = self.kernel[self.grid](*args, **self.constants)
+        if not INTERPRET:
+            self.device = torch.cuda.current_device()
+            self.grid = (*self.grid, 1, 1)[:3]
+            self.function, self.metadata = compiled.function, compiled.packed_metadata
+            self.tail = tuple(self.constants[name] for name in self.kernel.arg_names[len(args) :])
+            self.run = compiled.run
+
+
+_plans: dict[tuple, object] = {}
+
+
+def plan(key: tuple, tensors: tuple, make):
+    """The callable that ``make()`` returned for this key: the launch decisions of earlier, equal calls.
+
+    ``tensors`` may include None; their layout and alignment are part of the key.
+    """
+    key += tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device.index, t.data_ptr() & 15) for t in tensors)
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) > 4096:
+            _plans.clear()
+        found = _plans[key] = make()
+    return found

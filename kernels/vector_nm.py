@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, describable, multiprocessors, operator, power_of_two, precision, wide
+from .library import INTERPRET, Launch, describable, multiprocessors, operator, plan, power_of_two, precision, wide
 from .tiles import grouped
 
 FEW = 64  # tokens up to which the split-K kernel reads the weight once
@@ -101,9 +101,9 @@ def _gather_gemm(
 @triton.jit
 def _few_tokens(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
-    T, I, O, K, stride_xt, stride_xi, stride_yo, stride_yt,
-    V: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    T, I, O, K, stride_xi, stride_yo, stride_yt,
+    V: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PIPE: tl.constexpr,
+    PDL: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     group, row0, limit = _group_rows(tile, O, V, BM)
@@ -115,28 +115,29 @@ def _few_tokens(
     t, k = tl.arange(0, BT), tl.arange(0, BK)
     index_row = index_ptr + group.to(tl.int64) * K
     steps = tl.cdiv(K, S * BK) * BK
-    stop = tl.minimum((split + 1) * steps, K)
+    first, stop = split * steps, tl.minimum((split + 1) * steps, K)
     acc = tl.zeros((BM, BK) if BT == 1 else (BM, BT), tl.float32)
-    for k0 in range(split * steps, stop, BK):
-        k_ok = k0 + k < K
+    if PDL:
+        gdc_wait()  # the transpose before this kernel may still run: all until here overlaps with its end
+    ahead = _columns(index_row, first, k, K, I, BK, EVEN_K)
+    for k0 in tl.range(first, stop, BK, num_stages=PIPE):
+        columns = ahead
+        ahead = _columns(index_row, k0 + BK, k, K, I, BK, EVEN_K)
         w_at = w_ptr + w_rows[:, None] * K + (k0 + k)[None, :]
-        if EVEN_K:
-            w = tl.load(w_at)
-            columns = tl.load(index_row + k0 + k)
-        else:
-            w = tl.load(w_at, mask=k_ok[None, :], other=0.0)
-            columns = tl.load(index_row + k0 + k, mask=k_ok, other=I)
-        ok = columns < I
+        w = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=(k0 + k < K)[None, :], other=0.0)
         if BT == 1:
             if EVEN_K and EVEN_I:
                 x = tl.load(x_ptr + columns * stride_xi)
             else:
-                x = tl.load(x_ptr + columns * stride_xi, mask=ok, other=0.0)
+                x = tl.load(x_ptr + columns * stride_xi, mask=columns < I, other=0.0)
             acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-        else:  # (BT, BK), slots last: a warp reads neighbouring columns of one token
-            x_at = x_ptr + columns[None, :] * stride_xi + t[:, None] * stride_xt
-            x = tl.load(x_at, mask=ok[None, :] & (t < T)[:, None], other=0.0)
-            acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+        else:
+            x_at = x_ptr + columns[:, None] * stride_xi + t[None, :]
+            if EVEN_K and EVEN_I:
+                x = tl.load(x_at)
+            else:
+                x = tl.load(x_at, mask=(columns < I)[:, None], other=0.0)
+            acc = tl.dot(w, x, acc, input_precision=PRECISION)
     if BT == 1:
         acc = tl.sum(acc, 1)[:, None]
 
@@ -254,11 +255,11 @@ def _many_configs(v: int, tokens: int) -> list[dict]:
 
 def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> list[dict]:
     if INTERPRET:
-        return [dict(BM=16, BK=16, S=2 if slots > 32 else 1, num_stages=1)]
+        return [dict(BM=16, BK=16, S=2 if slots > 32 else 1, PIPE=None)]
     if tokens == 1:
-        tiles = [(16, 256, 4, 2), (8, 512, 4, 2), (32, 256, 4, 2), (16, 512, 4, 2)]
+        tiles = [(16, 256, 4, None), (8, 512, 4, None), (32, 256, 4, None), (16, 512, 4, None)]
     else:
-        tiles = [(64, 128, 4, 3), (128, 64, 4, 4), (32, 128, 4, 3), (64, 64, 4, 4)]
+        tiles = [(64, 128, 4, 3), (128, 64, 4, 4), (64, 64, 4, 5), (128, 128, 4, 3)]
     found = []
     for height, depth, warps, stages in tiles:
         height = min(height, power_of_two(v, 1 if tokens == 1 else 16, 128))
@@ -266,7 +267,7 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> l
         split = 1
         while tiles_m * split < 3 * programs and split < 32 and slots // (2 * split) >= depth:
             split *= 2
-        found.append(dict(BM=height, BK=depth, S=split, num_stages=stages, num_warps=warps))
+        found.append(dict(BM=height, BK=depth, S=split, PIPE=stages, num_warps=warps))
     return [config for place, config in enumerate(found) if config not in found[:place]]
 
 
@@ -288,46 +289,59 @@ def _descriptor(values, config):
     return TensorDescriptor(values, values.shape, values.stride(), [config["BM"], config["BK"]])
 
 
-def _launch_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, activation):
+def _plan_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, activation):
     """x is feature-major (I, >= tokens), its rows contiguous; y is (T, O) when row_major, else (O, T)."""
     inputs, (outputs, slots) = x.shape[0], values.shape
+    strides = (x.stride(0), *((1, outputs) if row_major else (tokens, 1)))
 
-    def run(config):
+    def prepare(config):
         rows, width = config["BM"], config["BN"]
-        grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width),)
-        _gather_gemm[grid](
-            x, _descriptor(values, config), values, index, bias, gate, y, tokens, inputs, outputs, slots, x.stride(0),
-            1 if row_major else y.stride(0), y.stride(0) if row_major else 1,
+        launch = Launch(
+            _gather_gemm, (triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width),),
             V=v, ROW_MAJOR=row_major, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
             EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n, WIDE=wide(x, values, y),
             ACTIVATION=activation, PRECISION=precision(x), **config,
         )  # fmt: skip
 
+        def call(x, values, index, bias, gate, y):
+            launch(
+                x, _descriptor(values, config), values, index, bias, gate, y, tokens, inputs, outputs, slots, *strides
+            )
+
+        return call
+
     key = (x.dtype, outputs, inputs, slots, v, tokens.bit_length(), row_major)
-    run(autotune.pick("vector_nm_many", key, _many_configs(v, tokens), run, x))
+    configs = _many_configs(v, tokens)
+    return prepare(autotune.pick("vector_nm_many", key, configs, lambda c: prepare(c)(x, values, index, bias, gate, y), x))
 
 
-def _launch_few(x, strides, values, index, bias, gate, y, y_strides, tokens, inputs, n, m, v, activation):
-    """x and y lie in any order: strides are (token, feature)."""
+def _plan_few(x, values, index, bias, gate, y, tokens, inputs, row_major, n, m, v, activation):
+    """x is (1, I) in any order, or feature-major (I, W) with W >= the tile's tokens."""
     outputs, slots = values.shape
     width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    strides = (x.stride(1 if tokens == 1 else 0), *((1, outputs) if row_major else (tokens, 1)))
+    overlap = tokens > 1 and row_major and not INTERPRET  # then the kernel before this one is the transpose
 
-    def run(config):
-        tiles = triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"])
-        split = config["S"]
-        partial = count = x  # unused without a split, but a pointer is
-        if split > 1:
-            partial = torch.empty(tiles * split * config["BM"] * width, dtype=torch.float32, device=x.device)
-            count = epilogue.counters.take(x, tiles)
-        _few_tokens[(tiles, split)](
-            x, values, index, bias, gate, y, partial, count, tokens, inputs, outputs, slots, *strides, *y_strides,
-            V=v, BT=width, EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n,
-            WIDE=wide(x, values), ACTIVATION=activation, PRECISION=precision(x), **config,
+    def prepare(config):
+        tiles, split = triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]), config["S"]
+        launch = Launch(
+            _few_tokens, (tiles, split), V=v, BT=width, PDL=overlap, EVEN_K=slots % config["BK"] == 0,
+            EVEN_I=slots * m == inputs * n, WIDE=wide(x, values), ACTIVATION=activation, PRECISION=precision(x),
+            **config, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
+
+        def call(x, values, index, bias, gate, y):
+            partial = count = x  # unused without a split, but a pointer is
+            if split > 1:
+                partial = torch.empty(tiles * split * config["BM"] * width, dtype=torch.float32, device=x.device)
+                count = epilogue.counters.take(x, tiles)
+            launch(x, values, index, bias, gate, y, partial, count, tokens, inputs, outputs, slots, *strides)
+
+        return call
 
     key = (x.dtype, outputs, inputs, slots, v, width)
     configs = _few_configs(v, tokens, outputs, slots, multiprocessors(x))
-    run(autotune.pick("vector_nm_few", key, configs, run, x))
+    return prepare(autotune.pick("vector_nm_few", key, configs, lambda c: prepare(c)(x, values, index, bias, gate, y), x))
 
 
 def feature_major(x: torch.Tensor) -> torch.Tensor:
@@ -354,21 +368,47 @@ def _linear_fake(x, values, index, bias, gate, n, m, v, out_features, activation
 def _linear(x, values, index, bias, gate, n, m, v, out_features, activation):
     inputs = x.shape[-1]
     _check(x, values, index, inputs, n, m, v, out_features)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    flat = x.reshape(-1, inputs)
-    out = y.view(-1, out_features)
     gate = None if gate is None else gate.contiguous()
-    tokens = flat.shape[0]
-    variant, _ = choose(out_features, inputs, n, m, v, tokens, x.dtype)
-    if variant == "few":
-        strides = (flat.stride(0), flat.stride(1))
-        _launch_few(flat, strides, values, index, bias, gate, out, (1, out_features), tokens, inputs, n, m, v, activation)
-    elif variant == "gather":
-        _launch_many(feature_major(flat), values, index, bias, gate, out, tokens, True, n, m, v, activation)
-    elif variant == "expand":
-        dense = expand(values, index, n=n, m=m, v=v, in_features=inputs)
-        return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
-    return y
+    statics = ("vector_nm", n, m, v, out_features, activation, precision(x))
+    return plan(statics, (x, values, index, bias, gate), lambda: _plan_row_major(*statics[1:6], x, values, index, bias, gate))(
+        x, values, index, bias, gate
+    )
+
+
+def _plan_row_major(n, m, v, outputs, activation, x, values, index, bias, gate):
+    """The callable for ordinary activations; plans are made on the first call's tensors, whose output they overwrite."""
+    inputs, shape = x.shape[-1], (*x.shape[:-1], outputs)
+    _check(x, values, index, inputs, n, m, v, outputs)
+    tokens = x.numel() // inputs
+    variant, _ = choose(outputs, inputs, n, m, v, tokens, x.dtype)
+    if variant == "empty":
+        return lambda x, values, index, bias, gate: x.new_empty(shape)
+    if variant == "expand":
+
+        def call(x, values, index, bias, gate):
+            dense = expand(values, index, n=n, m=m, v=v, in_features=inputs)
+            return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
+
+        return call
+    direct = tokens == 1  # one token is row-major and feature-major at once
+    width = power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens)
+
+    def arrange(x):
+        flat = x.reshape(tokens, inputs)
+        return flat if direct and variant == "few" else transpose.transpose_now(flat, width)
+
+    make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs)
+    y = x.new_empty(tokens, outputs)
+    run = make(
+        arrange(x), values, index, bias, gate, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation
+    )
+
+    def call(x, values, index, bias, gate):
+        y = x.new_empty(shape)
+        run(arrange(x), values, index, bias, gate, y)
+        return y
+
+    return call
 
 
 def _feature_major_fake(x, values, index, bias, gate, n, m, v, activation):
@@ -388,16 +428,22 @@ def _linear_feature_major(x, values, index, bias, gate, n, m, v, activation):
     if tokens == 0 or outputs == 0:
         return y
     variant, _ = choose(outputs, inputs, n, m, v, tokens, x.dtype)
-    if variant == "few":
-        strides = (x.stride(1), x.stride(0))
-        _launch_few(x, strides, values, index, bias, gate, y, (tokens, 1), tokens, inputs, n, m, v, activation)
-    elif variant == "gather":
-        if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16 or x.data_ptr() % 16:
-            x = torch.nn.functional.pad(x, (0, transpose.padded(tokens) - tokens))
-        _launch_many(x, values, index, bias, gate, y, tokens, False, n, m, v, activation)
-    else:
+    if variant == "expand":
         y = torch.mm(expand(values, index, n=n, m=m, v=v, in_features=inputs), x)
         return epilogue.apply(y if bias is None else y + bias[:, None], activation, gate)
+    width = transpose.padded(tokens) if variant == "gather" else 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    whole = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    if not whole and tokens > 1 or variant == "few" and tokens < width:
+        x = torch.nn.functional.pad(x, (0, width - tokens))
+    statics = ("vector_nm feature-major", n, m, v, activation, precision(x), tokens)
+
+    def make():
+        given = dict(tokens=tokens, row_major=False, n=n, m=m, v=v, activation=activation)
+        if variant == "gather":
+            return _plan_many(x, values, index, bias, gate, y, **given)
+        return _plan_few(x.T if tokens == 1 else x, values, index, bias, gate, y, inputs=inputs, **given)
+
+    plan(statics, (x, values, index, bias, gate), make)(x, values, index, bias, gate, y)
     return y
 
 

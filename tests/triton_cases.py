@@ -89,7 +89,10 @@ def bsr_parts(outputs, inputs, bh, bw, density=0.4, keep=None, dtype=torch.float
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
-    """Every output buffer starts as NaN, so that an element that no program writes is seen."""
+    """Every output buffer starts as NaN, so that an element that no program writes is seen; and no plan is remembered."""
+    from sten.kernels import library
+
+    library._plans.clear()
     new_empty = torch.Tensor.new_empty
 
     def poisoned(self, *shape, **options):
