@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .layout import fields
-from .ops.structure import dense_to_values
+from .ops.pattern import dense_to_values
 from .tensor import SparseTensor, checked, from_dense
 from .training.pattern import PREFIX, installed
 

@@ -1,0 +1,73 @@
+"""The oracle of sparse training: the masked dense model, whose weights and gradients are masked.
+
+A helper of the tests, not a test: every comparison is by the names that a finalized model has in its state_dict.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+import sten
+from sten.training.pattern import holders
+
+
+def sparse_weights(model: nn.Module) -> dict[str, sten.SparseTensor]:
+    """Every sparse weight by the name of its Parameter, in either form; ties under the first name alone."""
+    found = {n: p.detach() for n, p in model.named_parameters() if isinstance(p, sten.SparseTensor)}
+    return found | {name: holder.tensor().detach() for name, holder in _untied(model).items()}
+
+
+def _untied(model: nn.Module) -> dict[str, sten.training.SparseWeight]:
+    return dict({id(holder): (name, holder) for name, _, _, holder in reversed(list(holders(model)))}.values())
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    return {name: w.mask() for name, w in sparse_weights(model).items()}
+
+
+def masked_twin(dense: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of the dense model with the masks of the sparse one on its weights and on their gradients."""
+    twin = copy.deepcopy(dense)
+    for name, mask in masks(model).items():
+        param = twin.get_parameter(name)
+        with torch.no_grad():
+            param.mul_(mask)
+        if param.requires_grad:
+            param.register_hook(lambda grad, mask=mask: grad * mask)
+    return twin
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, dense and detached."""
+    found = {n: p.detach() for n, p in model.named_parameters() if "sparse_" not in n} | sparse_weights(model)
+    return {n: t.to_dense() if isinstance(t, sten.SparseTensor) else t.clone() for n, t in found.items()}
+
+
+def grads(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by name, dense; no entry where there is none."""
+    found = {n: p.grad for n, p in model.named_parameters() if "sparse_" not in n and p.requires_grad}
+    for name, holder in _untied(model).items():
+        found[name] = None if holder.values.grad is None else holder.tensor().with_values(holder.values.grad)
+    return {n: g.to_dense() if isinstance(g, sten.SparseTensor) else g for n, g in found.items() if g is not None}
+
+
+def expect_close(got: dict[str, Tensor], want: dict[str, Tensor], rtol=1e-4, atol=1e-5, what="") -> None:
+    """The same names (a tie under one of them) and numbers."""
+    for name in got:
+        assert name in want, f"{what} {name} is too many"
+        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{what} {n}: {m}")
+    assert set(want) == set(got), f"{what}: {set(want) ^ set(got)}"
+
+
+def calls(model: nn.Module, seen: list) -> dict[str, list[str]]:
+    """Which kernels ran on each sparse weight, from `sten.dispatch.observe()`; all must be registered ones."""
+    owner = {w.parts["values"].data_ptr(): name for name, w in sparse_weights(model).items()}
+    found = defaultdict(list)
+    for operator, layout, parts, kernel in seen:
+        assert kernel is not None, f"{operator} on {layout} ran the fallback"
+        found[owner[parts["values"].data_ptr()]].append(operator)
+    return dict(found)
