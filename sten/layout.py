@@ -45,7 +45,7 @@ class Layout(ABC):
         known = REGISTERED.get(cls.__name__)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise TypeError(
-                f"A layout named {cls.__name__!r} is registered already (by {known.__module__}); choose another class name."
+                f"A layout named {cls.__name__!r} is registered already, by {known.__module__}; choose another name."
             )
         REGISTERED[cls.__name__] = cls
 
@@ -117,13 +117,16 @@ def expect_parts(layout: Layout, parts: Parts, expected: dict[str, tuple[tuple[i
         part = parts[name]
         if not isinstance(part, Tensor) or part.layout != torch.strided:
             raise ValueError(f"Part {name!r} of {layout} must be a plain dense tensor; got {type(part).__name__}.")
-        fits = part.dim() == len(shape) and all(want in (-1, have) for want, have in zip(shape, part.shape, strict=True))
-        if not fits:
-            raise ValueError(f"Part {name!r} of {layout} must have shape {tuple(shape)}; got {tuple(part.shape)}.")
+        have = tuple(part.shape)
+        if len(have) != len(shape) or any(want not in (-1, size) for want, size in zip(shape, have, strict=True)):
+            raise ValueError(f"Part {name!r} of {layout} must have shape {tuple(shape)}; got {have}.")
         if part.dtype != dtype if dtype is not None else not part.dtype.is_floating_point:
-            raise ValueError(f"Part {name!r} of {layout} must have dtype {dtype or 'floating point'}; got {part.dtype}.")
-        if part.device != parts["values"].device:
-            raise ValueError(f"Part {name!r} of {layout} lies on {part.device} but its values on {parts['values'].device}.")
+            raise ValueError(
+                f"Part {name!r} of {layout} must be {dtype or 'of a floating-point dtype'}; got {part.dtype}."
+            )
+        device = parts["values"].device
+        if part.device != device:
+            raise ValueError(f"Part {name!r} of {layout} lies on {part.device} but its values on {device}; move one.")
 
 
 def expect_range(layout: Layout, name: str, index: Tensor, low: int, high: int) -> None:
@@ -202,7 +205,7 @@ def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise ValueError(f"A mask is a bool tensor (True keeps the entry); got {mask.dtype}: compare with zero first.")
     if mask.shape != dense.shape:
-        raise ValueError(f"The mask has shape {tuple(mask.shape)} but the weight {tuple(dense.shape)}; make them equal.")
+        raise ValueError(f"The mask has shape {tuple(mask.shape)}, the weight {tuple(dense.shape)}; make them equal.")
 
 
 def expect_score(layout: Layout, score: Tensor, sparsity: float | None) -> None:
@@ -254,7 +257,7 @@ def reduction_width(shape: tuple[int, ...], m: int) -> int:
 
 
 def reduction_place(shape: tuple[int, ...], column: int, m: int) -> str:
-    """Words that name a column of `reduction_last`'s matrix, for error messages: 'input 3' or 'input 3, kernel (0, 1)'."""
+    """Words that name a column of `reduction_last`'s matrix, for error messages: 'input 3, kernel position (0, 1)'."""
     width = shape[1] + -shape[1] % m
     spot, where = column // width, []
     for size in reversed(shape[2:]):
@@ -294,13 +297,16 @@ def expect_compressed(layout: Layout, name: str, crow: Tensor, index_name: str, 
     falls = (row[1:] == row[:-1]) & (index[1:] <= index[:-1]) & (row[1:] < len(crow) - 1)
     if bool(falls.any()):
         slot = int(falls.nonzero()[0]) + 1
-        raise ValueError(f"Part {index_name!r} of {layout} must ascend within a row, each number once; slot {slot} does not.")
+        raise ValueError(f"Part {index_name!r} of {layout} must ascend within a row, without repeats; see slot {slot}.")
 
 
 def expect_zero(layout: Layout, padding: Tensor) -> None:
     """Raise ValueError unless these values, which belong to padding, are zero."""
-    if bool((padding != 0).any()):
-        raise ValueError(f"Part 'values' of {layout} must be zero in padded slots; {int((padding != 0).sum())} are not.")
+    wrong = int((padding != 0).sum())
+    if wrong:
+        raise ValueError(
+            f"Part 'values' of {layout} must be zero in slots that are padding or dropped; {wrong} are not."
+        )
 
 
 def fields(layout: Layout) -> dict[str, int | float | bool | tuple]:

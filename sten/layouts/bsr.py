@@ -117,17 +117,19 @@ class BSR(Layout):
         found = parts["values"][slot, (rows % bh)[which]]
         out = found.new_zeros(len(rows), self.grid(shape)[1], bw)
         out = out.index_put((which, parts["col"][slot].long()), found)
-        return cut(out.view(len(rows), -1), (len(rows), *shape[1:]))
+        return cut(out.flatten(1), (len(rows), *shape[1:]))
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
         rows, columns = self.grid(shape)
-        index = {name: ((-1,), torch.int32) for name in ("col", "t_row", "t_block")}
+        index = dict.fromkeys(("col", "t_row", "t_block"), ((-1,), torch.int32))
         offsets = {"crow": ((rows + 1,), torch.int32), "t_crow": ((columns + 1,), torch.int32)}
         expect_parts(self, parts, {"values": ((-1, *self.block), None), **index, **offsets})
         count = len(parts["values"])
         if any(len(parts[name]) != count for name in index):
-            raise ValueError(f"Parts 'col', 't_row' and 't_block' of {self} must have {count} entries, one for each block.")
+            raise ValueError(
+                f"Parts 'col', 't_row', 't_block' of {self} must have {count} entries, one for each block."
+            )
         for crow, col, size in (("crow", "col", columns), ("t_crow", "t_row", rows)):
             expect_compressed(self, crow, parts[crow], col, parts[col], size)
             if int(parts[crow][-1]) != count:
@@ -136,6 +138,6 @@ class BSR(Layout):
         t_col = row_of_slots(parts["t_crow"], count)
         same = [(parts["t_block"], by_column), (parts["t_row"], row[by_column]), (t_col, parts["col"][by_column])]
         if not all(bool((a == b).all()) for a, b in same):
-            raise ValueError(f"The transposed index of {self} (t_crow, t_row, t_block) does not list the blocks of crow, col.")
+            raise ValueError(f"Parts 't_crow', 't_row', 't_block' of {self} must list the blocks of 'crow' and 'col'.")
         padding = torch.ones(shape, dtype=torch.bool, device=row.device)
         expect_zero(self, parts["values"][~self.blocks(padding)[row, parts["col"].long()]])

@@ -88,8 +88,7 @@ class CSR(Layout):
         pattern = {"crow": ((rows + 1,), torch.int32), "col": ((-1,), torch.int32)}
         expect_parts(self, parts, {"values": ((-1,), None), **pattern})
         if len(parts["values"]) != len(parts["col"]):
-            raise ValueError(
-                f"Parts 'values' and 'col' of {self} must be equally long; got {len(parts['values'])} and {len(parts['col'])}."
-            )
+            slots = len(parts["values"]), len(parts["col"])
+            raise ValueError(f"Parts 'values' and 'col' of {self} must be equally long; got {slots[0]} and {slots[1]}.")
         expect_compressed(self, "crow", parts["crow"], "col", parts["col"], columns)
         expect_zero(self, parts["values"][int(parts["crow"][-1]) :])

@@ -35,7 +35,8 @@ class Masked(Layout):
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         # masked_fill, not a product: NaN * 0 is NaN, and the mask part must not alias the caller's.
-        return {"values": dense.masked_fill(~mask, 0).contiguous(), "mask": mask.clone(memory_format=torch.contiguous_format)}
+        copy = mask.clone(memory_format=torch.contiguous_format)
+        return {"values": dense.masked_fill(~mask, 0).contiguous(), "mask": copy}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         return parts["values"].masked_fill(~parts["mask"], 0)

@@ -78,7 +78,7 @@ class NM(Layout):
         if self.bits < 8:
             shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=index.device)
             index = (index.unsqueeze(-1) >> shift) & (2**self.bits - 1)
-        return index.reshape(len(index), -1)[:, : groups * self.n].reshape(len(index), groups, self.n).long()
+        return index.flatten(1)[:, : groups * self.n].reshape(len(index), groups, self.n).long()
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n highest scores of every group; all columns of a last group that has no more than n."""
@@ -97,8 +97,8 @@ class NM(Layout):
             row, group = (count > self.n).nonzero()[0].tolist()
             place = reduction_place(tuple(dense.shape), group * self.m, self.m)
             raise ValueError(
-                f"{self} holds {self.n} of {self.m} inputs, but the mask keeps {int(count[row, group])} in the group of "
-                f"output {row} that starts at {place}: use {self}.mask(score)."
+                f"{self} holds {self.n} of {self.m} inputs, but the mask keeps {int(count[row, group])} in the group "
+                f"of output {row} that starts at {place}: use {self}.mask(score)."
             )
         position = complete_groups(grouped, self.n).flatten().nonzero().view(*count.shape, self.n) % self.m
         values = self.groups(dense.masked_fill(~mask, 0)).gather(-1, position)

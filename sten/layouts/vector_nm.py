@@ -125,6 +125,8 @@ class VectorNM(Layout):
         expect_range(self, "index", index, 0, groups * self.m)
         owner = torch.arange(slots, device=index.device) // self.n
         if bool((index // self.m != owner).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
-            raise ValueError(f"Part 'index' of {self} must ascend in a row and have {self.n} columns in every group of {self.m}.")
+            raise ValueError(
+                f"Part 'index' of {self} must ascend in a row, {self.n} columns in each group of {self.m}."
+            )
         real = torch.ones(shape, dtype=torch.bool, device=index.device)
         expect_zero(self, parts["values"][~self.pack_like(real, parts)])
