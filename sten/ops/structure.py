@@ -1,12 +1,14 @@
-"""What torch asks of every tensor: detach, clone, copies to another dtype or device, transposes, empty twins, attributes."""
+"""What torch asks of every tensor: detach, clone, copies to another dtype or device, transposes, views, empty twins."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from ..tensor import SparseTensor, aten, function, project_now, unpack
+from ..dispatch import say_densified
+from ..tensor import SparseTensor, aten, unpack
+from .pattern import dense_to_values as dense_to_values
+from .pattern import only_live
 
 A = torch.ops.aten
 
@@ -40,7 +42,7 @@ def transpose(func, w, dim0, dim1):
     if dim0 == dim1:
         return return_and_correct_aliasing(func, (w, dim0, dim1), {}, w.with_values(w.parts["values"]))
     if w.dim() != 2:
-        raise NotImplementedError(f"Only a sparse matrix can be transposed; this {w.spec} weight has shape {tuple(w.shape)}.")
+        raise NotImplementedError(f"Only a matrix can be transposed in {w.spec}; this weight has shape {tuple(w.shape)}.")
     flipped = SparseTensor(w.spec, w.parts, w.stored_shape, not w.transposed)
     return return_and_correct_aliasing(func, (w, dim0, dim1), {}, flipped)
 
@@ -50,7 +52,7 @@ def permute(func, w, dims):
     dims = [d % w.dim() for d in dims]
     flip = dims == [1, 0]
     if not flip and dims != list(range(w.dim())):
-        raise NotImplementedError(f"Only a sparse matrix can be permuted; this {w.spec} weight has shape {tuple(w.shape)}.")
+        raise NotImplementedError(f"Only a matrix can be permuted in {w.spec}; this weight has shape {tuple(w.shape)}.")
     out = SparseTensor(w.spec, w.parts, w.stored_shape, w.transposed ^ flip)
     return return_and_correct_aliasing(func, (w, dims), {}, out)
 
@@ -61,6 +63,7 @@ def view(func, w, size, **kwargs):
     same = len(size) == w.dim() and all(want in (-1, have) for want, have in zip(size, w.shape, strict=True))
     if same:
         return return_and_correct_aliasing(func, (w, size), kwargs, w.with_values(w.parts["values"]))
+    say_densified("view", w.spec)
     return func(unpack(w).contiguous(), size, **kwargs)
 
 
@@ -68,7 +71,7 @@ def view(func, w, size, **kwargs):
 def to_copy(func, w, *, dtype=None, device=None, layout=None, pin_memory=None, non_blocking=False, memory_format=None):
     if dtype is not None and not dtype.is_floating_point:
         return func(unpack(w), dtype=dtype, device=device, non_blocking=non_blocking)
-    place = dict(device=device, non_blocking=non_blocking)
+    place = {"device": device, "non_blocking": non_blocking}
     parts = {n: p.to(**place) if device is not None else p for n, p in w.parts.items()}
     parts["values"] = func(w.parts["values"], dtype=dtype, **place)
     return SparseTensor(w.spec, parts, w.stored_shape, w.transposed)
@@ -100,36 +103,6 @@ def new_like(func, w, size, stride=None, *, dtype=None, device=None, **_):
     return func(plain, size, *([] if stride is None else [stride]))
 
 
-def only_live(w: SparseTensor, values: Tensor) -> SparseTensor:
-    """`w` with these values, padded slots zeroed: an operator that writes every slot must leave them as they were."""
-    live = w.spec.pack_like(torch.ones(w.stored_shape, dtype=torch.bool, device=values.device), w.parts)
-    return w.with_values(torch.where(live, values, 0))
-
-
-def dense_to_values(w: SparseTensor, dense: Tensor, name: str) -> Tensor:
-    """The values of a dense operand that an in-place operator writes; it must be zero off the pattern."""
-    dense = torch.broadcast_to(dense, w.shape)
-    gathered = project_now(dense, w)
-    if not torch.equal(unpack(gathered), dense.to(gathered.dtype)):
-        raise ValueError(
-            f"{name} would write a dense tensor with non-zeros off the pattern into a {w.spec} weight; "
-            "mask it first (tensor * w.mask()), or use sten.densify."
-        )
-    return gathered.parts["values"]
-
-
-@aten(A.copy_.default)
-def copy_(func, target, source, non_blocking=False):
-    if not isinstance(target, SparseTensor):
-        return func(target, unpack(source), non_blocking)
-    if isinstance(source, SparseTensor) and source.spec == target.spec and source.same_pattern(target):
-        values = source.parts["values"]
-    else:
-        values = dense_to_values(target, source.to_dense() if isinstance(source, SparseTensor) else source, "copy_")
-    target.parts["values"].copy_(values, non_blocking)
-    return target
-
-
 @aten(A.is_same_size.default)
 def is_same_size(func, a, b):
     return tuple(a.shape) == tuple(b.shape)
@@ -139,60 +112,3 @@ def is_same_size(func, a, b):
 def equal(func, a, b):
     dense = [unpack(x) if isinstance(x, SparseTensor) else x for x in (a, b)]
     return torch.equal(*dense)
-
-
-# Python-level attributes that torch answers from a storage, which a SparseTensor does not have
-
-
-@function(Tensor.data_ptr, Tensor.storage)
-def no_buffer(w, *args, **kwargs):
-    raise TypeError(f"A {w.spec} tensor has no single buffer; take those of its parts, for example w.parts['values'].data_ptr().")
-
-
-@function(Tensor.numpy, Tensor.__array__, Tensor.tolist)
-def to_numpy(w, *args, **kwargs):
-    raise TypeError("A SparseTensor is not converted to numpy or a list silently; call w.to_dense() first.")
-
-
-@function(Tensor.share_memory_)
-def share_memory_(w):
-    for part in w.parts.values():
-        part.share_memory_()
-    return w
-
-
-@function(Tensor.is_shared)
-def is_shared(w):
-    return all(part.is_shared() for part in w.parts.values())
-
-
-@function(Tensor.pin_memory)
-def pin_memory(w, *args):
-    return each_part(lambda p: p.pin_memory(*args), w)
-
-
-@function(Tensor.data.__set__)
-def set_data(w, new):
-    """`w.data = new`: the parts of another SparseTensor of the same shape, dtype and device; a dense one at the pattern."""
-    with torch.no_grad():
-        if not isinstance(w, SparseTensor):
-            w.data = unpack(new)
-            return
-        if (new.shape, new.dtype, new.device) != (w.shape, w.dtype, w.device):
-            raise TypeError(
-                f".data takes a tensor of shape {tuple(w.shape)}, {w.dtype} on {w.device}; "
-                f"got {tuple(new.shape)}, {new.dtype} on {new.device}: use .to() on the module instead."
-            )
-        if not isinstance(new, SparseTensor):
-            new = w.with_values(dense_to_values(w, new, ".data ="))
-        w._adopt(new.spec, dict(new.parts), new.stored_shape, new.transposed)
-
-
-@function(Tensor.grad.__get__)
-def get_grad(w):
-    """A dense gradient (of an operator whose formula gives one) is projected to the pattern when it is read."""
-    grad = w.grad
-    if grad is not None and isinstance(w, SparseTensor) and not isinstance(grad, SparseTensor):
-        with torch.no_grad():
-            w.grad = grad = project_now(grad, w)
-    return grad

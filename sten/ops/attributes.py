@@ -1,0 +1,116 @@
+"""What modules and state_dicts ask of a SparseTensor in Python: copy_, .data, .grad, its storage.
+
+Loading between sparse tensors takes over the entries: a Parameter takes on the pattern of the tensor that is loaded into
+it and keeps its own layout, dtype and device. A dense tensor goes in at the pattern, and is refused if it has non-zeros
+elsewhere: which of them to drop is a sparsifier's decision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tensor import SparseTensor, aten, function, project_now, unpack
+from .pattern import dense_to_values
+
+A = torch.ops.aten
+
+
+def entries_of(source: SparseTensor, target: SparseTensor) -> SparseTensor:
+    """A new tensor in the layout, orientation, dtype and device of `target` with the entries of `source`.
+
+    ValueError, with one sentence, if the parts of `source` are not valid or the layout cannot hold its pattern.
+    """
+    source.spec.validate(source.parts, source.stored_shape)
+    if source.spec == target.spec and source.transposed == target.transposed:
+        values = source.parts["values"].to(target.dtype)
+        parts = {name: part.to(target.device, copy=True) for name, part in {**source.parts, "values": values}.items()}
+    else:
+        dense, mask = (t.t() if target.transposed else t for t in (unpack(source), source.mask()))
+        parts = target.spec.pack(dense.to(target.device, target.dtype), mask.to(target.device))
+    return SparseTensor(target.spec, parts, target.stored_shape, target.transposed)
+
+
+def adopt(w: SparseTensor, new: SparseTensor) -> None:
+    """Make `w` store what `new` stores; everything that refers to `w` sees it."""
+    w._adopt(new.spec, dict(new.parts), new.stored_shape, new.transposed)
+
+
+@function(Tensor.copy_)
+def copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """target.copy_(source); a Parameter without gradients (as load_state_dict copies) takes on a sparse source's pattern."""
+    both = isinstance(target, SparseTensor) and isinstance(source, SparseTensor) and target.shape == source.shape
+    loading = both and getattr(target, "_is_param", False) and not torch.is_grad_enabled()
+    if loading and not target.same_pattern(source):
+        adopt(target, entries_of(source, target))
+        return target
+    return target.copy_(source, non_blocking)
+
+
+@aten(A.copy_.default)
+def copy_(func, target, source, non_blocking=False):
+    if not isinstance(target, SparseTensor):
+        return func(target, unpack(source), non_blocking)
+    if isinstance(source, SparseTensor) and target.same_pattern(source):
+        values = source.parts["values"]
+    else:
+        values = dense_to_values(target, unpack(source) if isinstance(source, SparseTensor) else source, "copy_")
+    target.parts["values"].copy_(values, non_blocking)
+    return target
+
+
+@function(Tensor.data.__set__)
+def set_data(w: SparseTensor, new: Tensor) -> None:
+    """`w.data = new`: what another SparseTensor of the same shape, dtype and device stores; a dense one at the pattern.
+
+    (`dense.data = sparse` never gets here: torch asks only the tensor on the left.)
+    """
+    mine, given = ((tuple(t.shape), t.dtype, t.device, getattr(t, "transposed", w.transposed)) for t in (w, new))
+    if mine != given:
+        raise TypeError(
+            f".data takes a tensor with the same (shape, dtype, device, transposed) {mine}; got {given}: assign a new "
+            "Parameter to the module, or use .to() on it."
+        )
+    with torch.no_grad():
+        adopt(w, new if isinstance(new, SparseTensor) else w.with_values(dense_to_values(w, new, ".data =")))
+
+
+@function(Tensor.grad.__get__)
+def get_grad(w: Tensor) -> Tensor | None:
+    """A dense gradient (of an operator whose formula gives one) is projected to the pattern when it is read."""
+    grad = w.grad
+    if grad is not None and isinstance(w, SparseTensor) and not isinstance(grad, SparseTensor):
+        with torch.no_grad():
+            w.grad = grad = project_now(grad, w)
+    return grad
+
+
+# what torch answers from a storage, which a SparseTensor does not have
+
+
+@function(Tensor.data_ptr, Tensor.storage)  # untyped_storage must answer: torch.compile asks every tensor for it
+def no_buffer(w: SparseTensor, *args):
+    raise TypeError(f"A {w.spec} tensor has no buffer of its own; take one of a part: w.parts['values'].data_ptr().")
+
+
+@function(Tensor.numpy, Tensor.__array__, Tensor.tolist)
+def to_numpy(w: SparseTensor, *args, **kwargs):
+    raise TypeError("A SparseTensor is not converted to numpy or a list silently; call w.to_dense() first.")
+
+
+@function(Tensor.share_memory_)
+def share_memory_(w: SparseTensor) -> SparseTensor:
+    for part in w.parts.values():
+        part.share_memory_()
+    return w
+
+
+@function(Tensor.is_shared)
+def is_shared(w: SparseTensor) -> bool:
+    return all(part.is_shared() for part in w.parts.values())
+
+
+@function(Tensor.pin_memory)
+def pin_memory(w: SparseTensor, *args) -> SparseTensor:
+    parts = {name: part.pin_memory(*args) for name, part in w.parts.items()}
+    return SparseTensor(w.spec, parts, w.stored_shape, w.transposed)

@@ -1,0 +1,38 @@
+"""Fixtures for every test: a fixed seed, poisoned memory where it matters, and one thread."""
+
+import warnings
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # the extension may not be built; tests that need it say so
+    import sten.native  # noqa: F401
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every test, in whatever order they run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has written holds NaN, in Python and in C++, so that reading it shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def strictly():
+    """Nothing may densify."""
+    with sten.strict():
+        yield
