@@ -1,7 +1,9 @@
 """sten: sparsity for PyTorch: layouts x operators x sparsifiers, on any nn.Module, in training and in inference."""
 
 from . import ops as ops
+from . import layout as layout
 from . import scores as scores
+from . import testing as testing
 from . import training as training
 from .allocation import ERK as ERK
 from .allocation import Allocation as Allocation
