@@ -40,12 +40,7 @@ def which(operator: str, x: Tensor | tuple[int, ...], weight: SparseTensor) -> C
     if not isinstance(weight, SparseTensor):
         raise TypeError(f"which() asks about a SparseTensor; got a {type(weight).__name__}, which runs as torch runs it.")
     shape = _shape(x)
-    expected, axis = _features(operator, weight)
-    if len(shape) < -axis or (expected is not None and shape[axis] != expected):
-        raise ValueError(
-            f"{operator} with a weight of shape {tuple(weight.shape)} takes a first operand of size {expected} in "
-            f"dimension {axis}; got shape {shape}."
-        )
+    _check(operator, shape, weight)
     name, spec = resolve(operator, weight)
     return choice(name, spec, weight.stored_shape, weight.parts, shape)
 
@@ -68,12 +63,24 @@ def _shape(x) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _features(operator: str, w: SparseTensor) -> tuple[int | None, int]:
-    """The size that the first operand must have, and in which dimension (groups of a convolution are not known)."""
+FEATURES = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weight": 0, "embedding_grad_weight": 1}
+
+
+def _check(operator: str, shape: tuple[int, ...], w: SparseTensor) -> None:
+    """ValueError unless a first operand of this shape goes with the weight (the groups of a convolution are not known)."""
     if operator.startswith("conv"):
-        return (None if operator == "conv2d" else w.shape[0]), 1 - w.dim()
-    sizes = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weight": 0, "embedding_grad_weight": 1}
-    return (w.shape[sizes[operator]] if operator in sizes else None), -1
+        fits = w.dim() > 2 and len(shape) in (w.dim() - 1, w.dim())
+        channels = w.shape[1] if operator == "conv2d" else w.shape[0]
+        fits, wanted = fits and shape[1 - w.dim()] % channels == 0, f"{channels} channels and {w.dim() - 2} more dimensions"
+    elif operator in FEATURES:
+        size = w.shape[FEATURES[operator]]
+        fits, wanted = shape[-1:] == (size,), f"{size} features, in its last dimension"
+    else:
+        return
+    if not fits:
+        raise ValueError(
+            f"{operator} with a weight of shape {tuple(w.shape)} takes a first operand with {wanted}; got shape {shape}."
+        )
 
 
 __all__ = ["resolve", "which"]
