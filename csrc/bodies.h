@@ -39,6 +39,14 @@ STEN_FN void store_panel_v(const float* panel, int64_t rows, int64_t tokens, flo
   }
 }
 
+// Weights lie in pieces of a few hundred bytes with a jump after each, which the processor's own prefetcher does not
+// follow well. Two kilobytes ahead is far enough for the third-level cache.
+template <typename T>
+STEN_INLINE void prefetch(const T* p, int64_t count) {
+  constexpr int64_t kAhead = 512, kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + kAhead + i);
+}
+
 // ---- one row's sums: V registers
 
 template <int V>
@@ -129,14 +137,16 @@ STEN_FN void csr_token(const Csr& w, const float* bias, int64_t r0, int64_t r1, 
 
 // ---- GroupedNM
 
-// n = 1: pattern p is row p, so that a chunk holds one list of g columns a row, row after row.
-template <int R, int V>
+// n = 1: pattern p is row p, so that a chunk holds one list of columns a row, row after row; G columns, or g when G is 0.
+template <int R, int V, int G>
 STEN_INLINE void lists(const Grouped& w, const GroupedBlock& b, int64_t list, const float* panel, vec (*a)[V]) {
   constexpr int S = V * kWidth;
-  const int64_t step = w.strips * w.columns(), g = w.g;
+  const int64_t step = w.strips * w.columns(), g = G ? G : w.g;
   for (int64_t c = b.c0; c < b.c1; ++c, panel += w.columns() * S) {
     const int16_t* index = w.index + c * step + list * g;
     const float* value = w.values + c * step + list * g;
+    prefetch(value, R * g);
+    prefetch(index, R * g);
     int64_t j = 0;
     for (; j + 4 <= g; j += 4) {
       uint64_t columns[R];    // one load for four columns: loads are what this loop waits for
@@ -156,38 +166,40 @@ STEN_INLINE void lists(const Grouped& w, const GroupedBlock& b, int64_t list, co
   }
 }
 
-template <int R, int V>
+template <int R, int V, int G>
 STEN_INLINE void list_rows(const Grouped& w, const GroupedBlock& b, const float* start, int64_t row,
                            const float* panel, float* acc) {
   vec a[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) begin_row<V>(start, row + r, acc, a[r]);
-  lists<R, V>(w, b, b.strip0 * w.m + row, panel, a);
+  lists<R, V, G>(w, b, b.strip0 * w.m + row, panel, a);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) end_row<V>(row + r, acc, a[r]);
 }
 
-template <int V>
+template <int V, int G>
 STEN_FN void grouped_lists(const Grouped& w, const GroupedBlock& b, const float* start, const float* panel,
                            float* acc) {
   constexpr int R = V == 1 ? 2 * kRows : kRows;
   const int64_t rows = (b.strip1 - b.strip0) * w.m;
   int64_t r = 0;
-  for (; r + R <= rows; r += R) list_rows<R, V>(w, b, start, r, panel, acc);
-  for (; r < rows; ++r) list_rows<1, V>(w, b, start, r, panel, acc);
+  for (; r + R <= rows; r += R) list_rows<R, V, G>(w, b, start, r, panel, acc);
+  for (; r < rows; ++r) list_rows<1, V, G>(w, b, start, r, panel, acc);
 }
 
 // One pattern of 2:4, rows A and B, in one chunk; G columns, or g when G is 0.
 template <int A, int B, int V, int G>
 STEN_INLINE void pair(const int16_t*& index, const float*& value, int g, const float* panel, vec (*a)[V]) {
   const int count = G ? G : g;
+  prefetch(value, 2 * count);
+  prefetch(index, count);
 #pragma GCC unroll 8
   for (int j = 0; j < count; ++j) {
     const float* line = panel + static_cast<int64_t>(index[j]) * (V * kWidth);
     const vec s = broadcast(value + 2 * j), t = broadcast(value + 2 * j + 1);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const vec x = load(line + v * kWidth);
+      const vec x = keep(load(line + v * kWidth));
       a[A][v] = madd(s, x, a[A][v]);
       a[B][v] = madd(t, x, a[B][v]);
     }
@@ -230,11 +242,13 @@ STEN_INLINE void columns(const Grouped& w, const GroupedBlock& b, int64_t slot, 
   for (int64_t c = b.c0; c < b.c1; ++c, panel += w.columns() * S) {
     const int16_t* index = w.index + c * step + slot;
     const float* value = w.values + (c * step + slot) * w.n;
+    prefetch(value, w.g * w.n);
+    prefetch(index, w.g);
     for (int j = 0; j < w.g; ++j, value += w.n) {
       const float* line = panel + static_cast<int64_t>(index[j]) * S;
       vec x[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) x[v] = load(line + v * kWidth);
+      for (int v = 0; v < V; ++v) x[v] = keep(load(line + v * kWidth));
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const vec s = broadcast(value + place[i]);
@@ -360,7 +374,9 @@ STEN_FN void csr_block(const CsrBlock& block, const float* start, const float* p
 template <int V>
 STEN_FN void grouped_block_v(const Grouped& w, const GroupedBlock& b, const float* start, const float* panel,
                              float* acc) {
-  if (w.n == 1) return grouped_lists<V>(w, b, start, panel, acc);
+  if (w.n == 1 && w.g == 8) return grouped_lists<V, 8>(w, b, start, panel, acc);
+  if (w.n == 1 && w.g == 16) return grouped_lists<V, 16>(w, b, start, panel, acc);
+  if (w.n == 1) return grouped_lists<V, 0>(w, b, start, panel, acc);
   if constexpr (kRegisters == 32) {
     if (w.n == 2 && w.m == 4 && w.g == 8) return grouped_pairs<V, 8>(w, b, start, panel, acc);
     if (w.n == 2 && w.m == 4) return grouped_pairs<V, 0>(w, b, start, panel, acc);

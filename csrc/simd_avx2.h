@@ -19,6 +19,11 @@ STEN_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
 STEN_INLINE void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
 STEN_INLINE vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+// Keeps a value in a register: the compiler would rather load it again for each use, and loads are scarcer.
+STEN_INLINE vec keep(vec a) {
+  __asm__("" : "+x"(a));
+  return a;
+}
 STEN_INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
 
 STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {

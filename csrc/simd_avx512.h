@@ -22,6 +22,11 @@ STEN_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
 STEN_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
 STEN_INLINE vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+// Keeps a value in a register: the compiler would rather load it again for each use, and loads are scarcer.
+STEN_INLINE vec keep(vec a) {
+  __asm__("" : "+v"(a));
+  return a;
+}
 STEN_INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
 
 // dst[c, r] = src[r, c] for r < rows, c < cols; lanes r >= rows are written as zero when `fill`, else left alone

@@ -22,6 +22,7 @@ STEN_INLINE vec load(const float* p) {
 STEN_INLINE void store(float* p, vec a) { std::memcpy(p, &a, sizeof a); }
 STEN_INLINE vec broadcast(const float* p) { return vec{*p, *p, *p, *p}; }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
+STEN_INLINE vec keep(vec a) { return a; }
 STEN_INLINE vec add(vec a, vec b) { return a + b; }
 
 STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
