@@ -223,6 +223,7 @@ void one_token(const Problem& p, const Csr& w, const Kernels& k, const Pool& poo
 }  // namespace
 
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool) {
+  if (p.tokens == 0 || p.out == 0) return;
   pool.threads = useful_threads(pool.threads, static_cast<double>(w.crow[p.out]) * p.tokens);
   if (p.tokens == 1) return one_token(p, w, k, pool);
   const Grid few = make_grid(p, k, pool.threads, 1, p.out);

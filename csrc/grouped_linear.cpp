@@ -95,6 +95,7 @@ void no_columns(const Problem& p) {
 }  // namespace
 
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool) {
+  if (p.tokens == 0 || p.out == 0) return;
   if (w.chunks == 0) return no_columns(p);
   const double kept = static_cast<double>(w.chunks) * w.strips * w.columns() * w.n;
   pool.threads = useful_threads(pool.threads, kept * p.tokens);

@@ -68,7 +68,7 @@ Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, 
               w.crow[out]);
   Tensor kept, y;
   const Problem p = make_problem(op, x, bias, out, kept, y);
-  if (p.tokens > 0 && out > 0) csr_linear(p, w, kernels(), make_pool());
+  csr_linear(p, w, kernels(), make_pool());
   return y;
 }
 
@@ -107,7 +107,7 @@ Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor&
                   strips};
   Tensor kept, y;
   const Problem p = make_problem(op, x, bias, out, kept, y);
-  if (p.tokens > 0 && out > 0) grouped_linear(p, w, kernels(), make_pool());
+  grouped_linear(p, w, kernels(), make_pool());
   return y;
 }
 

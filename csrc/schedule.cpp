@@ -1,5 +1,6 @@
 // What the drivers share: scratch memory, the grid of tasks, GroupedNM's patterns.
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <new>
@@ -57,21 +58,30 @@ std::vector<int32_t> walk_of(const std::vector<int32_t>& rows, int n) {
   return walk;
 }
 
+// The sanitizer build wants to see what reads memory that nobody wrote, and what leaves its own piece.
+#ifdef STEN_POISON
+constexpr bool kPoison = true;
+#else
+constexpr bool kPoison = false;
+#endif
+
 }  // namespace
 
 void* take_scratch(Role role, size_t bytes, size_t* capacity) {
   const int i = static_cast<int>(role);
-  if (kept.memory[i] && kept.capacity[i] >= bytes) {
+  if (!kPoison && kept.memory[i] && kept.capacity[i] >= bytes) {
     *capacity = kept.capacity[i];
     return std::exchange(kept.memory[i], nullptr);
   }
-  *capacity = std::max<size_t>(bytes, 64);
-  return ::operator new(*capacity, kLine);
+  *capacity = kPoison ? bytes : std::max<size_t>(bytes, 64);
+  void* memory = ::operator new(*capacity, kLine);
+  if (kPoison) std::memset(memory, 0xff, bytes);    // NaN, or -1
+  return memory;
 }
 
 void give_scratch(Role role, void* memory, size_t capacity) noexcept {
   const int i = static_cast<int>(role);
-  if (capacity <= kMostKept) {
+  if (!kPoison && capacity <= kMostKept) {
     std::swap(memory, kept.memory[i]);
     kept.capacity[i] = capacity;
   }

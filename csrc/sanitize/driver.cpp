@@ -1,0 +1,133 @@
+// Runs every driver and instruction set over odd shapes without torch, for the sanitizers; see run.sh. Inputs lie in
+// heap blocks of exactly their size, so that any access beyond them is found, and scratch memory begins as NaN.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <thread>
+
+#include "../linear.h"
+
+namespace {
+
+using namespace sten;
+
+std::mt19937 generator(0);
+int failures = 0;
+
+void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
+  std::vector<std::thread> threads;
+  const int64_t count = std::min<int64_t>(tasks, 3);
+  for (int64_t i = 0; i < count; ++i)
+    threads.emplace_back([=] { body(context, part(tasks, count, i).begin, part(tasks, count, i).end); });
+  for (std::thread& t : threads) t.join();
+}
+
+std::vector<float> random_floats(int64_t n) {
+  std::normal_distribution<float> normal;
+  std::vector<float> out(n);
+  for (float& v : out) v = normal(generator);
+  out.shrink_to_fit();
+  return out;
+}
+
+// Compares y with x W^T + bias in double precision, where dense is W, (out, in).
+void compare(const char* what, const Problem& p, const std::vector<double>& dense) {
+  for (int64_t t = 0; t < p.tokens; ++t)
+    for (int64_t r = 0; r < p.out; ++r) {
+      double sum = p.bias ? p.bias[r] : 0.0, scale = std::abs(sum);
+      for (int64_t k = 0; k < p.in; ++k) {
+        const double product = dense[r * p.in + k] * static_cast<double>(p.x[t * p.in + k]);
+        sum += product;
+        scale += std::abs(product);
+      }
+      if (std::abs(p.y[t * p.out + r] - sum) <= 2e-6 * scale) continue;
+      std::printf("%s: %ld tokens, %ld -> %ld, row %ld: %g instead of %g\n", what, static_cast<long>(p.tokens),
+                  static_cast<long>(p.in), static_cast<long>(p.out), static_cast<long>(r), p.y[t * p.out + r], sum);
+      ++failures;
+      return;
+    }
+}
+
+struct Data {
+  std::vector<float> x, bias, y;
+  Problem problem;
+  Data(int64_t tokens, int64_t in, int64_t out, bool biased)
+      : x(random_floats(tokens * in)),
+        bias(random_floats(out)),
+        y(tokens * out, NAN),
+        problem{x.data(), biased ? bias.data() : nullptr, y.data(), tokens, in, out} {}
+};
+
+void try_csr(const Kernels& k, int64_t tokens, int64_t in, int64_t out, double density, bool biased, int threads) {
+  Data data(tokens, in, out, biased);
+  std::bernoulli_distribution keep(density);
+  std::vector<double> dense(out * in);
+  std::vector<int32_t> crow{0}, col;
+  for (int64_t r = 0; r < out; ++r) {
+    for (int64_t c = 0; c < in; ++c)
+      if (r % 7 != 3 && keep(generator)) col.push_back(static_cast<int32_t>(c));
+    crow.push_back(static_cast<int32_t>(col.size()));
+  }
+  std::vector<float> values = random_floats(static_cast<int64_t>(col.size()));
+  col.shrink_to_fit();
+  for (int64_t r = 0; r < out; ++r)
+    for (int32_t i = crow[r]; i < crow[r + 1]; ++i) dense[r * in + col[i]] = values[i];
+  csr_linear(data.problem, {values.data(), crow.data(), col.data()}, k, {threads, run_tasks});
+  compare("csr", data.problem, dense);
+}
+
+void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int n, int m, int g, bool biased,
+                 int threads) {
+  Data data(tokens, in, out, biased);
+  const Patterns& order = patterns(n, m);
+  const int64_t count = static_cast<int64_t>(order.rows.size()) / n, width = count * g;
+  const int64_t chunks = ceil_div(in, width), strips = ceil_div(out, m);
+  std::vector<float> values = random_floats(chunks * strips * width * n);
+  std::vector<int16_t> index(chunks * strips * width);
+  std::vector<double> dense(out * in);
+  for (int64_t block = 0; block < chunks * strips; ++block) {
+    int16_t* begin = index.data() + block * width;
+    for (int64_t i = 0; i < width; ++i) begin[i] = static_cast<int16_t>(i);
+    std::shuffle(begin, begin + width, generator);
+    for (int64_t slot = 0; slot < width; ++slot)
+      for (int i = 0; i < n; ++i) {
+        const int64_t row = block % strips * m + order.rows[slot / g * n + i];
+        const int64_t column = block / strips * width + begin[slot];
+        float& value = values[(block * width + slot) * n + i];
+        if (row >= out || column >= in) value = 0.0f;
+        else dense[row * in + column] = value;
+      }
+  }
+  const Grouped w{values.data(), index.data(), order.rows.data(), order.walk.data(), n, m, g, count, chunks, strips};
+  grouped_linear(data.problem, w, k, {threads, run_tasks});
+  compare("grouped", data.problem, dense);
+}
+
+void try_all(const Kernels& k) {
+  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {3, 63}, {100, 37}, {63, 130}, {300, 65}, {0, 5}, {5, 0}};
+  const int groups[][3] = {{1, 10, 8}, {1, 4, 16}, {1, 3, 5}, {2, 4, 8}, {2, 4, 3}, {2, 5, 1},
+                           {3, 5, 2},  {4, 8, 4},  {5, 6, 2}, {7, 9, 1}, {4, 4, 3}};
+  for (const int64_t tokens : {1, 2, 15, 16, 17, 40, 64, 65, 200})
+    for (const auto& size : sizes)
+      for (const int threads : {1, 3}) {
+        for (const double density : {0.0, 0.1, 0.7, 1.0})
+          try_csr(k, tokens, size[0], size[1], density, threads == 1, threads);
+        for (const auto& nmg : groups)
+          try_grouped(k, tokens, size[0], size[1], nmg[0], nmg[1], nmg[2], threads == 1, threads);
+      }
+  try_csr(k, 130, 40, 2000, 0.1, true, 3);    // several pieces of rows
+  try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);
+}
+
+}  // namespace
+
+int main() {
+  for (const char* name : {"avx512", "avx2", "portable"}) {
+    if (!has_instruction_set(name)) continue;
+    set_instruction_set(name);
+    try_all(kernels());
+    std::printf("%s: done\n", name);
+  }
+  std::printf("%d wrong results\n", failures);
+  return failures != 0;
+}
