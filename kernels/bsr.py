@@ -11,19 +11,18 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import autotune, epilogue
 from .derived import derived
 from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, describable, multiprocessors, operator, power_of_two, precision, wide
+from .library import INTERPRET, Launch, describable, descriptor, multiprocessors, operator, plan, power_of_two, precision, wide
 
 FEW = 64
 
 
 @triton.jit
 def _many_tokens(
-    x_desc, x_ptr, w_desc, w_ptr, start_ptr, other_ptr, block_ptr, order_ptr, bias_ptr, gate_ptr, y_ptr,
+    x_desc, x_ptr, w_desc, w_ptr, other_ptr, block_ptr, schedule_ptr, bias_ptr, gate_ptr, y_ptr,
     T, I, O, lines, stride_x,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -33,14 +32,13 @@ def _many_tokens(
     STEPS: tl.constexpr = (BW + BK - 1) // BK
     # lines are walked for one token tile after another, so that its activations stay in L2; the longest line comes first
     pid = tl.program_id(0)
-    line = tl.load(order_ptr + pid % (lines * SUB) // SUB)
+    entry = schedule_ptr + pid % (lines * SUB) // SUB * 4
+    line, start, stop, other = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
     sub = pid % SUB
     token0 = pid // (lines * SUB) * BT
-    start, stop = tl.load(start_ptr + line), tl.load(start_ptr + line + 1)
     inside, t, k = sub * BO + tl.arange(0, BO), token0 + tl.arange(0, BT), tl.arange(0, BK)
     t64 = t.to(tl.int64) if WIDE else t
     acc = tl.zeros((BT, BO) if TOKENS_FIRST else (BO, BT), tl.float32)
-    other = tl.load(other_ptr + start, mask=start < stop, other=0)
     block = start
     if TRANSPOSED:
         block = tl.load(block_ptr + start, mask=start < stop, other=0)
@@ -270,55 +268,71 @@ def _descriptors(x, values, bt, bk, w_block):
     matrix = [values.shape[0] * values.shape[1], values.shape[2]]
     if not (describable(x) and describable(values.view(matrix))):
         return None, None
-    return (
-        TensorDescriptor(x, x.shape, x.stride(), [bt, bk]),
-        TensorDescriptor(values, matrix, [values.shape[2], 1], w_block),
-    )
+    return descriptor(x, [bt, bk]), descriptor(values.view(matrix), w_block)
 
 
-def _longest_first(start):
-    return derived("longest line first", start, lambda: start.diff().argsort(descending=True, stable=True).int())
+def _schedule(start, other):
+    """(line, its start, its stop, the first of ``other``) for each line, the longest first, so that none is left for last."""
+
+    def make():
+        line = start.diff().argsort(descending=True, stable=True)
+        first = other[start[line].long().clamp(max=len(other) - 1)] if len(other) else torch.zeros_like(start[1:])
+        return torch.stack([line.int(), start[line], start[line + 1], first], 1).contiguous()
+
+    return derived("bsr schedule", start, make)
 
 
-def _launch_many(x, values, start, other, block, bias, gate, y, transposed, activation):
+def _plan_many(x, values, start, other, block, bias, gate, y, transposed, activation):
     """y[:, line] = the sum over the line's blocks of x[:, other] @ block; ``transposed`` for grad @ W."""
-    (tokens, inputs), outputs, lines = x.shape, y.shape[1], start.numel() - 1
+    (tokens, inputs), outputs, lines, stride = x.shape, y.shape[1], start.numel() - 1, x.stride(0)
     bh, bw = values.shape[1:] if not transposed else values.shape[:0:-1]
-    order = _longest_first(start)
 
-    def run(config):
+    def prepare(config):
         bo, bt, bk = config["BO"], config["BT"], config["BK"]
         w_block = [bk, bo] if transposed else [bo, bk]
-        x_desc, w_desc = _descriptors(x, values, bt, bk, w_block) if bw % bk == 0 else (None, None)
-        _many_tokens[(lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),)](
-            x_desc, x, w_desc, values, start, other, block, order, bias, gate, y,
-            tokens, inputs, outputs, lines, x.stride(0),
-            BH=bh, BW=bw, TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
+        launch = Launch(
+            _many_tokens, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), BH=bh, BW=bw, TRANSPOSED=transposed,
+            WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
         )  # fmt: skip
 
+        def call(x, values, start, other, block, bias, gate, y):
+            x_desc, w_desc = _descriptors(x, values, bt, bk, w_block) if bw % bk == 0 else (None, None)
+            launch(
+                x_desc, x, w_desc, values, other, block, _schedule(start, other), bias, gate, y, tokens, inputs, outputs, lines, stride
+            )
+
+        return call
+
     key = (x.dtype, outputs, inputs, bh, bw, values.shape[0].bit_length(), tokens.bit_length(), transposed)
-    run(autotune.pick("bsr_many", key, _many_configs(bh, bw, x.element_size()), run, x))
+    configs = _many_configs(bh, bw, x.element_size())
+    given = (x, values, start, other, block, bias, gate, y)
+    return prepare(autotune.pick("bsr_many", key, configs, lambda config: prepare(config)(*given), x))
 
 
-def _launch_few(x, values, crow, col, bias, gate, y, activation):
-    (tokens, inputs), outputs, lines = x.shape, y.shape[1], crow.numel() - 1
+def _plan_few(x, values, crow, col, bias, gate, y, activation):
+    (tokens, inputs), outputs, lines, strides = x.shape, y.shape[1], crow.numel() - 1, x.stride()
     blocks, bh, bw = values.shape
     width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
 
-    def run(config):
+    def prepare(config):
         tiles, split = lines * triton.cdiv(bh, config["BO"]), config["S"]
-        partial = count = x
-        if split > 1:
-            partial = torch.empty(tiles * split * config["BO"] * width, dtype=torch.float32, device=x.device)
-            count = epilogue.counters.take(x, tiles)
-        _few_tokens[(tiles, split)](
-            x, values, crow, col, bias, gate, y, partial, count, tokens, inputs, outputs, x.stride(0), x.stride(1),
-            BH=bh, BW=bw, BT=width, ACTIVATION=activation, PRECISION=precision(x), **config,
-        )  # fmt: skip
+        launch = Launch(
+            _few_tokens, (tiles, split), BH=bh, BW=bw, BT=width, ACTIVATION=activation, PRECISION=precision(x), **config
+        )
+
+        def call(x, values, crow, col, bias, gate, y):
+            partial = count = x
+            if split > 1:
+                partial = torch.empty(tiles * split * config["BO"] * width, dtype=torch.float32, device=x.device)
+                count = epilogue.counters.take(x, tiles)
+            launch(x, values, crow, col, bias, gate, y, partial, count, tokens, inputs, outputs, *strides)
+
+        return call
 
     key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width)
     configs = _few_configs(bh, bw, lines, blocks, tokens, multiprocessors(x))
-    run(autotune.pick("bsr_few", key, configs, run, x))
+    given = (x, values, crow, col, bias, gate, y)
+    return prepare(autotune.pick("bsr_few", key, configs, lambda config: prepare(config)(*given), x))
 
 
 def _rows_contiguous(x):
@@ -342,20 +356,42 @@ def _linear_fake(x, values, crow, col, bias, gate, out_features, activation):
     _linear_fake,
 )
 def _linear(x, values, crow, col, bias, gate, out_features, activation):
-    (blocks, bh, bw), inputs = values.shape, x.shape[-1]
-    _check(x, values, out_features, crow.numel() - 1, bh)
-    y = x.new_empty(*x.shape[:-1], out_features)
-    flat, out = x.reshape(-1, inputs), y.view(-1, out_features)
     gate = None if gate is None else gate.contiguous()
-    variant, _ = choose(out_features, inputs, bh, bw, blocks, flat.shape[0], x.dtype)
+    tensors, statics = (x, values, crow, col, bias, gate), ("bsr", out_features, activation, precision(x))
+    return plan(statics, tensors, lambda: _plan_linear(*tensors, out_features, activation))(*tensors)
+
+
+def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
+    """The callable for one layout of arguments; it is made on the first call's tensors."""
+    (blocks, bh, bw), inputs, shape = values.shape, x.shape[-1], (*x.shape[:-1], outputs)
+    _check(x, values, outputs, crow.numel() - 1, bh)
+    tokens = x.numel() // inputs
+    variant, _ = choose(outputs, inputs, bh, bw, blocks, tokens, x.dtype)
+    if variant == "empty":
+        return lambda x, *parts: x.new_empty(shape)
+    if variant == "expand":
+
+        def call(x, values, crow, col, bias, gate):
+            dense = expand(values, crow, col, out_features=outputs, in_features=inputs)
+            return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
+
+        return call
+    flat, y = _rows_contiguous(x.reshape(tokens, inputs)), x.new_empty(tokens, outputs)
     if variant == "few":
-        _launch_few(flat, values, crow, col, bias, gate, out, activation)
-    elif variant == "blocks":
-        _launch_many(_rows_contiguous(flat), values, crow, col, None, bias, gate, out, False, activation)
-    elif variant == "expand":
-        dense = expand(values, crow, col, out_features=out_features, in_features=inputs)
-        return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
-    return y
+        few = _plan_few(flat, values, crow, col, bias, gate, y, activation)
+    else:
+        many = _plan_many(flat, values, crow, col, None, bias, gate, y, False, activation)
+
+    def call(x, values, crow, col, bias, gate):
+        y = x.new_empty(shape)
+        flat = _rows_contiguous(x.reshape(tokens, inputs))
+        if variant == "few":
+            few(flat, values, crow, col, bias, gate, y)
+        else:
+            many(flat, values, crow, col, None, bias, gate, y)
+        return y
+
+    return call
 
 
 def _grad_input_fake(grad, values, crow, col, t_crow, t_row, t_block, in_features):
@@ -377,7 +413,8 @@ def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
         return torch.matmul(grad, expand(values, crow, col, out_features=outputs, in_features=in_features))
     if variant != "empty":
         flat = _rows_contiguous(flat)
-        _launch_many(flat, values, t_crow, t_row, t_block, None, None, y.view(-1, in_features), True, "none")
+        given = (flat, values, t_crow, t_row, t_block, None, None, y.view(-1, in_features))
+        plan(("bsr grad",), given, lambda: _plan_many(*given, True, "none"))(*given)
     return y
 
 
@@ -406,8 +443,7 @@ def _grad_values(grad, x, col, t_row, t_block, bh, bw):
             count = epilogue.counters.take(x, tiles)
         x_desc = g_desc = None
         if describable(x) and describable(grad):
-            x_desc = TensorDescriptor(x, x.shape, x.stride(), [bk, bn])
-            g_desc = TensorDescriptor(grad, grad.shape, grad.stride(), [bk, bm])
+            x_desc, g_desc = descriptor(x, [bk, bn]), descriptor(grad, [bk, bm])
         _sampled_product[(tiles, split)](
             g_desc, grad, x_desc, x, col, t_row, t_block, out, partial, count, tokens, inputs, outputs, x.stride(0),
             BH=bh, BW=bw, WIDE=wide(x, grad), PRECISION=precision(x), **config,

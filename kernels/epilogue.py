@@ -53,6 +53,14 @@ def last_to_arrive(count_ptr, S: tl.constexpr):
     return last
 
 
+@triton.jit
+def prefetch(pointers):
+    """Asks for the cache lines of ``pointers`` to be brought into L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 class Counters:
     """Zeroed int32 counters, each launch in flight with its own, without a kernel that zeroes them.
 

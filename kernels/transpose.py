@@ -6,13 +6,16 @@ Letters: R rows, C columns of the source, L the leading dimension of the result.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import autotune
 from .library import INTERPRET, Launch, operator, plan, wide
 
 
 @triton.jit
-def _transpose(x_ptr, y_ptr, R, C, stride_x, L, BR: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr):
+def _transpose(x_ptr, y_ptr, R, C, stride_x, L, BR: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()  # the next kernel may begin on what does not depend on this one
     tiles_r = tl.cdiv(R, BR)
     pid = tl.program_id(0)
     r = (pid % tiles_r) * BR + tl.arange(0, BR)
@@ -43,8 +46,11 @@ def _fake(x, leading):
     return x.new_empty(x.shape[1], leading)
 
 
-def transpose_now(x, leading):
-    """The launch itself, for launchers that transpose on their way and need no operator of their own for it."""
+def transpose_now(x, leading, early=False):
+    """The launch itself, for launchers that transpose on their way and need no operator of their own for it.
+
+    With ``early``, a kernel launched with ``launch_pdl`` after this one starts at once, and waits by itself.
+    """
     if x.stride(1) != 1:
         x = x.contiguous()
     (rows, cols), stride = x.shape, x.stride(0)
@@ -53,14 +59,14 @@ def transpose_now(x, leading):
     def make():
         def prepare(config):
             grid = (triton.cdiv(rows, config["BR"]) * triton.cdiv(cols, config["BC"]),)
-            launch = Launch(_transpose, grid, WIDE=wide(x, y), **config)
+            launch = Launch(_transpose, grid, WIDE=wide(x, y), EARLY=early, **config)
             return lambda x, y: launch(x, y, rows, cols, stride, leading)
 
         key = (x.element_size(), rows.bit_length(), cols)
         return prepare(autotune.pick("transpose", key, CONFIGS, lambda c: prepare(c)(x, y), x))
 
     if y.numel() and rows:
-        plan(("transpose", leading), (x, y), make)(x, y)
+        plan(("transpose", leading, early), (x, y), make)(x, y)
     return y
 
 

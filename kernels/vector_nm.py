@@ -12,90 +12,16 @@ import functools
 import torch
 import triton
 import triton.language as tl
-
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from . import autotune, epilogue, transpose
-from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, Launch, describable, multiprocessors, operator, plan, power_of_two, precision, wide
-from .tiles import grouped
+from .epilogue import activate, last_to_arrive, prefetch
+from .library import INTERPRET, Launch, describable, descriptor, multiprocessors, operator, plan, power_of_two, precision, wide
+from .vector_nm_gemm import gather_gemm, group_rows, load_columns
+from .vector_nm_gradient import expand as expand_parts
+from .vector_nm_gradient import grad_values
 
 FEW = 64  # tokens up to which the split-K kernel reads the weight once
-
-
-@triton.jit
-def _group_rows(tile, O, V: tl.constexpr, BM: tl.constexpr):
-    """The pattern row of a row tile, its first row, and the row where its group or the matrix ends."""
-    SUB: tl.constexpr = (V + BM - 1) // BM
-    group = tile // SUB
-    return group, group * V + (tile % SUB) * BM, tl.minimum(O, (group + 1) * V)
-
-
-@triton.jit
-def _columns(index_row, k0, k, K, I, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """The columns of slots k0 + k; beyond the end, a column that is not there (or, without tails, unused ones)."""
-    if EVEN_K:
-        return tl.load(index_row + tl.minimum(k0, K - BK) + k)
-    return tl.load(index_row + k0 + k, mask=k0 + k < K, other=I)
-
-
-@triton.jit
-def _gather_gemm(
-    x_ptr, w_desc, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr,
-    T, I, O, K, stride_x, stride_yo, stride_yt,
-    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    TOKENS_FIRST: tl.constexpr, ROW_MAJOR: tl.constexpr, EVEN_T: tl.constexpr, EVEN_K: tl.constexpr,
-    EVEN_I: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tiles_m, tiles_n = tl.cdiv(O, V) * ((V + BM - 1) // BM), tl.cdiv(T, BN)
-    tile_m, tile_n = grouped(tl.program_id(0), tiles_m, tiles_n, GROUP)
-    group, row0, limit = _group_rows(tile_m, O, V, BM)
-    rows = row0 + tl.arange(0, BM)
-    t = tile_n * BN + tl.arange(0, BN)
-    k = tl.arange(0, BK)
-    if WIDE:
-        rows, t = rows.to(tl.int64), t.to(tl.int64)
-    row_ok = rows < limit
-    w_rows = tl.minimum(rows, limit - 1)  # no mask on loads; not for stores, where it would hide that rows are contiguous
-    index_row = index_ptr + group.to(tl.int64) * K
-    acc = tl.zeros((BN, BM) if TOKENS_FIRST else (BM, BN), tl.float32)
-    # The columns are loaded one step ahead, by hand: left to the compiler's pipeline, the chain index -> activations
-    # costs one of its buffers of both operands.
-    ahead = _columns(index_row, 0, k, K, I, BK, EVEN_K)
-    for k0 in range(0, K, BK):
-        columns = ahead
-        ahead = _columns(index_row, k0 + BK, k, K, I, BK, EVEN_K)
-        if WIDE:
-            columns = columns.to(tl.int64)
-        pointers = x_ptr + columns[:, None] * stride_x + t[None, :]
-        if EVEN_K and EVEN_I and EVEN_T:
-            x = tl.load(pointers)
-        elif EVEN_T:
-            x = tl.load(pointers, mask=(columns < I)[:, None], other=0.0)
-        else:
-            x = tl.load(pointers, mask=(columns < I)[:, None] & (t < T)[None, :], other=0.0)
-        if w_desc is not None:
-            w = w_desc.load([row0, k0])
-        elif EVEN_K:
-            w = tl.load(w_ptr + w_rows[:, None] * K + (k0 + k)[None, :])
-        else:
-            w = tl.load(w_ptr + w_rows[:, None] * K + (k0 + k)[None, :], mask=(k0 + k < K)[None, :], other=0.0)
-        if TOKENS_FIRST:
-            acc = tl.dot(tl.trans(x), tl.trans(w), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(w, x, acc, input_precision=PRECISION)
-
-    if TOKENS_FIRST != ROW_MAJOR:
-        acc = tl.trans(acc)
-    o_axis: tl.constexpr = 0 if ROW_MAJOR else 1  # the axis along which an output index is broadcast
-    offsets = tl.expand_dims(rows, o_axis) * stride_yo + tl.expand_dims(t, 1 - o_axis) * stride_yt
-    mask = tl.expand_dims(row_ok, o_axis) & tl.expand_dims(t < T, 1 - o_axis)
-    if bias_ptr is not None:
-        acc += tl.expand_dims(tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32), o_axis)
-    acc = activate(acc, ACTIVATION)
-    if gate_ptr is not None:
-        acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -106,7 +32,7 @@ def _few_tokens(
     PDL: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
-    group, row0, limit = _group_rows(tile, O, V, BM)
+    group, row0, limit = group_rows(tile, O, V, BM)
     rows = row0 + tl.arange(0, BM)
     if WIDE:
         rows = rows.to(tl.int64)
@@ -118,11 +44,16 @@ def _few_tokens(
     first, stop = split * steps, tl.minimum((split + 1) * steps, K)
     acc = tl.zeros((BM, BK) if BT == 1 else (BM, BT), tl.float32)
     if PDL:
-        gdc_wait()  # the transpose before this kernel may still run: all until here overlaps with its end
-    ahead = _columns(index_row, first, k, K, I, BK, EVEN_K)
+        # the transpose before this kernel still runs: meanwhile this program's weights come as near as L2
+        LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        for at in range(first, stop, 16 * LINE):
+            line = tl.minimum(at + tl.arange(0, 16) * LINE, stop - 1)
+            prefetch(w_ptr + w_rows[:, None] * K + line[None, :])
+        gdc_wait()
+    ahead = load_columns(index_row, first, k, K, I, BK, EVEN_K)
     for k0 in tl.range(first, stop, BK, num_stages=PIPE):
         columns = ahead
-        ahead = _columns(index_row, k0 + BK, k, K, I, BK, EVEN_K)
+        ahead = load_columns(index_row, k0 + BK, k, K, I, BK, EVEN_K)
         w_at = w_ptr + w_rows[:, None] * K + (k0 + k)[None, :]
         w = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=(k0 + k < K)[None, :], other=0.0)
         if BT == 1:
@@ -162,63 +93,6 @@ def _few_tokens(
         tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _values_gradient(
-    g_ptr, x_ptr, index_ptr, out_ptr, T, I, O, K, stride_g, stride_x,
-    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_T: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out[o, k] = sum_t g[t, o] * x[index[o//v, k], t]: here BN counts slots and BK tokens."""
-    tiles_m, tiles_n = tl.cdiv(O, V) * ((V + BM - 1) // BM), tl.cdiv(K, BN)
-    tile_m, tile_n = grouped(tl.program_id(0), tiles_m, tiles_n, GROUP)
-    group, row0, limit = _group_rows(tile_m, O, V, BM)
-    rows = row0 + tl.arange(0, BM)
-    slots = tile_n * BN + tl.arange(0, BN)
-    columns = tl.load(index_ptr + group.to(tl.int64) * K + slots, mask=slots < K, other=I)
-    column_ok = columns < I  # padded columns have no activation, and their gradient is zero
-    t = tl.arange(0, BK)
-    if WIDE:
-        columns, t, rows = columns.to(tl.int64), t.to(tl.int64), rows.to(tl.int64)
-    row_ok = rows < limit
-    x_at = x_ptr + tl.where(column_ok, columns, 0)[:, None] * stride_x + t[None, :]
-    g_at = g_ptr + t[:, None] * stride_g + rows[None, :]
-    acc = tl.zeros((BM, BN), tl.float32)
-    for t0 in range(0, T, BK):
-        if EVEN_T:
-            g = tl.load(g_at, mask=row_ok[None, :], other=0.0)
-            x = tl.load(x_at, mask=column_ok[:, None], other=0.0)
-        else:
-            g = tl.load(g_at, mask=(t0 + t < T)[:, None] & row_ok[None, :], other=0.0)
-            x = tl.load(x_at, mask=(t0 + t < T)[None, :] & column_ok[:, None], other=0.0)
-        acc = tl.dot(tl.trans(g), tl.trans(x), acc, input_precision=PRECISION)
-        g_at += BK * stride_g
-        x_at += BK
-    at = out_ptr + rows[:, None] * K + slots[None, :]
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (slots < K)[None, :])
-
-
-@triton.jit
-def _expand(
-    w_ptr, index_ptr, out_ptr, I, O, K,
-    N: tl.constexpr, M: tl.constexpr, V: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Writes every element of a dense tile once: a column looks at the N slots of its own group."""
-    group, row0, limit = _group_rows(tl.program_id(0), O, V, BM)
-    rows = row0 + tl.arange(0, BM)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
-    if WIDE:
-        rows, c = rows.to(tl.int64), c.to(tl.int64)
-    row_ok = rows < limit
-    w_rows = tl.minimum(rows, limit - 1)
-    dense = tl.zeros((BM, BC), w_ptr.dtype.element_ty)
-    for s in tl.static_range(N):
-        slot = c // M * N + s
-        mine = (tl.load(index_ptr + group.to(tl.int64) * K + slot, mask=slot < K, other=-1) == c) & (c < I)
-        w = tl.load(w_ptr + w_rows[:, None] * K + slot[None, :], mask=mine[None, :], other=0)
-        dense = tl.where(mine[None, :], w, dense)
-    tl.store(out_ptr + rows[:, None] * I + c[None, :], dense, mask=row_ok[:, None] & (c < I)[None, :])
-
-
 # ---- which variant, and with which tiles
 
 
@@ -239,18 +113,24 @@ def choose(out_features: int, in_features: int, n: int, m: int, v: int, tokens: 
 
 
 def _many_configs(v: int, tokens: int) -> list[dict]:
-    """TOKENS_FIRST: the tensor cores' 64 rows are tokens, for fewer output rows than that."""
+    """PER_SM: 0 for one tile a program, else how many persistent programs a multiprocessor holds.
+
+    TOKENS_FIRST: the tensor cores' 64 rows are tokens, for fewer output rows than that.
+    """
     if INTERPRET:
-        return [dict(BM=16, BN=16, BK=16, GROUP=2, TOKENS_FIRST=v < 16, num_stages=1)]
+        return [dict(BM=16, BN=16, BK=16, GROUP=2, TOKENS_FIRST=v < 16, PER_SM=tokens % 2, num_stages=1)]
     if v >= 128:
-        tiles = [(128, 256, 64, 4, 8), (128, 256, 64, 3, 8), (128, 128, 64, 3, 4), (128, 128, 64, 4, 8)]
+        tiles = [(128, 256, 1, 3, 8), (128, 128, 2, 3, 4), (128, 256, 0, 4, 8), (128, 128, 0, 3, 4)]
     elif v >= 64:
-        tiles = [(64, 256, 64, 3, 4), (64, 256, 64, 4, 8), (64, 128, 64, 4, 4), (64, 256, 32, 6, 4)]
+        tiles = [(64, 128, 0, 3, 4), (64, 256, 0, 4, 8), (64, 256, 1, 4, 8), (64, 128, 2, 4, 4)]
     else:
         rows = power_of_two(v, 16, 32)
-        tiles = [(rows, 256, 64, 3, 4), (rows, 256, 64, 4, 8), (rows, 128, 64, 4, 4)]
+        tiles = [(rows, 256, 0, 3, 4), (rows, 256, 0, 2, 4), (rows, 256, 2, 3, 4)]
     tiles = [tile for tile in tiles if tile[1] <= transpose.padded(tokens)]
-    return [dict(BM=a, BN=b, BK=c, GROUP=8, TOKENS_FIRST=a < 64, num_stages=d, num_warps=e) for a, b, c, d, e in tiles]
+    return [
+        dict(BM=rows, BN=width, BK=64, GROUP=32, TOKENS_FIRST=v < 128, PER_SM=p, num_stages=stages, num_warps=warps)
+        for rows, width, p, stages, warps in tiles
+    ]
 
 
 def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> list[dict]:
@@ -271,22 +151,11 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> l
     return [config for place, config in enumerate(found) if config not in found[:place]]
 
 
-def _gradient_configs(v: int, itemsize: int) -> list[dict]:
-    if INTERPRET:
-        return [dict(BM=16, BN=16, BK=16, GROUP=2, num_stages=1)]
-    rows = power_of_two(v, 16, 128)
-    depth = 64 if itemsize == 2 else 32
-    tiles = [(rows, 128, 4, 4), (rows, 256, 3, 8), (rows, 128, 4, 8)]
-    return [dict(BM=a, BN=b, BK=depth, GROUP=8, num_stages=c, num_warps=d) for a, b, c, d in tiles]
-
-
 # ---- launchers
 
 
 def _descriptor(values, config):
-    if not describable(values):
-        return None
-    return TensorDescriptor(values, values.shape, values.stride(), [config["BM"], config["BK"]])
+    return descriptor(values, [config["BM"], config["BK"]]) if describable(values) else None
 
 
 def _plan_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, activation):
@@ -295,18 +164,21 @@ def _plan_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, acti
     strides = (x.stride(0), *((1, outputs) if row_major else (tokens, 1)))
 
     def prepare(config):
-        rows, width = config["BM"], config["BN"]
+        config = dict(config)
+        rows, width, resident = config["BM"], config["BN"], config.pop("PER_SM")
+        tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width)
+        programs = min(tiles, resident * multiprocessors(x)) if resident else tiles
         launch = Launch(
-            _gather_gemm, (triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width),),
-            V=v, ROW_MAJOR=row_major, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
+            gather_gemm, (programs,), V=v, ROW_MAJOR=row_major, PERSISTENT=programs < tiles, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
             EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n, WIDE=wide(x, values, y),
             ACTIVATION=activation, PRECISION=precision(x), **config,
         )  # fmt: skip
 
         def call(x, values, index, bias, gate, y):
             launch(
-                x, _descriptor(values, config), values, index, bias, gate, y, tokens, inputs, outputs, slots, *strides
-            )
+                x, _descriptor(values, config), values, index, bias, gate, y,
+                tokens, inputs, outputs, slots, *strides, tiles, programs,
+            )  # fmt: skip
 
         return call
 
@@ -395,7 +267,7 @@ def _plan_row_major(n, m, v, outputs, activation, x, values, index, bias, gate):
 
     def arrange(x):
         flat = x.reshape(tokens, inputs)
-        return flat if direct and variant == "few" else transpose.transpose_now(flat, width)
+        return flat if direct and variant == "few" else transpose.transpose_now(flat, width, early=variant == "few" and not INTERPRET)
 
     make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs)
     y = x.new_empty(tokens, outputs)
@@ -447,52 +319,6 @@ def _linear_feature_major(x, values, index, bias, gate, n, m, v, activation):
     return y
 
 
-def _values_fake(grad, x, index, n, m, v, feature_major):
-    return x.new_empty(grad.shape[-1], index.shape[1])
-
-
-@operator(
-    "gpu_vector_nm_grad_values(Tensor grad, Tensor x, Tensor index, int n, int m, int v, bool feature_major) -> Tensor",
-    _values_fake,
-)
-def _grad_values(grad, x, index, n, m, v, feature_major_x):
-    outputs, slots = grad.shape[-1], index.shape[1]
-    grad = grad.reshape(-1, outputs).contiguous()
-    tokens = grad.shape[0]
-    out = grad.new_empty(outputs, slots)
-    if tokens == 0 or out.numel() == 0:
-        return out.zero_()
-    x = x if feature_major_x else feature_major(x.reshape(-1, x.shape[-1]))
-
-    def run(config):
-        grid = (triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]) * triton.cdiv(slots, config["BN"]),)
-        _values_gradient[grid](
-            grad, x, index, out, tokens, x.shape[0], outputs, slots, outputs, x.stride(0),
-            V=v, EVEN_T=tokens % config["BK"] == 0, WIDE=wide(grad, x, out), PRECISION=precision(x), **config,
-        )  # fmt: skip
-
-    key = (x.dtype, outputs, x.shape[0], slots, v, tokens.bit_length())
-    run(autotune.pick("vector_nm_grad_values", key, _gradient_configs(v, x.element_size()), run, x))
-    return out
-
-
-def _expand_fake(values, index, n, m, v, in_features):
-    return values.new_empty(values.shape[0], in_features)
-
-
-@operator("gpu_vector_nm_expand(Tensor values, Tensor index, int n, int m, int v, int in_features) -> Tensor", _expand_fake)
-def _expand_op(values, index, n, m, v, in_features):
-    outputs, slots = values.shape
-    dense = values.new_empty(outputs, in_features)
-    rows, width = (16, 32) if INTERPRET else (power_of_two(v, 4, 32), 256)
-    grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(in_features, width))
-    if dense.numel():
-        _expand[grid](
-            values, index, dense, in_features, outputs, slots, N=n, M=m, V=v, BM=rows, BC=width, WIDE=wide(dense)
-        )
-    return dense
-
-
 # ---- what the framework calls
 
 
@@ -519,9 +345,9 @@ def linear_grad_input(grad, values, index, *, n, m, v, in_features):
 
 def linear_grad_values(grad, x, index, *, n, m, v, feature_major=False):
     """grad (*, O), x (*, I) -> the gradient of ``values`` (O, K); with ``feature_major``, x is (I, T)."""
-    return _grad_values(grad, x, index, n, m, v, feature_major)
+    return grad_values(grad, x, index, n, m, v, feature_major)
 
 
 def expand(values, index, *, n, m, v, in_features):
     """The dense weight (O, I)."""
-    return _expand_op(values, index, n, m, v, in_features)
+    return expand_parts(values, index, n, m, v, in_features)

@@ -1,0 +1,67 @@
+"""The examples run as a user would run them, and the outside package builds, installs and works."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sten
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def run(*command, cwd, **environment):
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_quickstart(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    out = run(sys.executable, str(EXAMPLES / "quickstart.py"), "--tiny", "--out", str(tmp_path), cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert "test accuracy" in out and "latency, 1024 samples" in out
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    assert (tmp_path / "quickstart_model.safetensors").stat().st_size > 1_000
+
+
+def test_new_layout():
+    path = EXAMPLES / "new_layout.py"
+    assert len(path.read_text().splitlines()) < 40
+    columns = runpy.run_path(str(path))["Columns"]()
+    sten.testing.check_layout(columns)
+    sten.testing.check_kernel("linear", columns)
+    model = sten.sparsify(torch.nn.Linear(64, 32), layout=columns, sparsity=0.75)
+    assert sten.which("linear", torch.ones(1, 64), model.weight).kernel == "columns_linear"
+    model(torch.randn(3, 64)).sum().backward()
+    assert model.weight.grad.spec == columns
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_extension(tmp_path):
+    """Its own wheel, installed outside the checkout, used by a process that knows sten and the package alone."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(EXAMPLES / "extension", source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target", str(site)]
+    run(*pip, ".", cwd=source)
+    program = """
+import torch, sten, sten_bitmask
+layout = sten_bitmask.Bitmask()
+sten.testing.check_layout(layout, shapes=[(5, 3), (13, 17), (4, 3, 3, 3)])
+sten.testing.check_kernel("linear", layout)
+model = sten.sparsify(torch.nn.Linear(64, 32), layout=layout, sparsity=0.9)
+print(sten.which("linear", torch.ones(1, 64), model.weight))
+sten.save(model, "model.safetensors")
+again = sten.load(torch.nn.Linear(64, 32), "model.safetensors")
+x = torch.randn(3, 64)
+assert torch.equal(again(x), model(x))
+torch.testing.assert_close(model(x), sten.densify(again)(x))
+"""
+    out = run(sys.executable, "-c", program, cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(site), str(ROOT)]))
+    assert "bitmask_linear [cpp]" in out

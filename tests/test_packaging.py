@@ -1,0 +1,76 @@
+"""What a user installs: the wheel has every file, the core needs torch and numpy only, and no compiler is no obstacle."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HIDDEN = "rich safetensors triton matplotlib sklearn tqdm transformers accelerate hypothesis scipy"
+
+
+def run(command, cwd, **environment):
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of a clean copy, built where no C++ compiler can be found."""
+    base = tmp_path_factory.mktemp("wheel")
+    source = base / "source"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        if (ROOT / name).exists() and not name.startswith(("tests/", "benchmarks/", "docs/")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    empty = base / "bin"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", str(base), "."]
+    run(pip, source, CXX="/nonexistent/g++", CC="/nonexistent/gcc", PATH=str(empty))
+    (found,) = base.glob("*.whl")
+    return found
+
+
+def test_the_wheel_has_every_module(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {str(p.relative_to(ROOT)) for p in (ROOT / "sten").rglob("*.py")}
+    expected |= {"sten/kernels/" + p.name for p in (ROOT / "kernels").glob("*.py")} | {"sten/py.typed"}
+    assert not {n for n in expected if n not in names}
+    assert not [n for n in names if n.startswith(("tests", "kernels/", "benchmarks"))]
+
+
+def test_without_a_compiler_and_extras(wheel, tmp_path):
+    """The core alone: reference and expanding kernels, one warning, plain tables; extras are asked for by name."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    program = f"""
+import sys, warnings
+for name in {HIDDEN!r}.split():
+    sys.modules[name] = None
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import torch, sten
+    layers = [torch.nn.Linear(32, 16), torch.nn.Linear(16, 8)]
+    for layout, sparsity in ((sten.CSR(), 0.5), (sten.GroupedNM(1, 4, 4), None)):
+        model = sten.sparsify(torch.nn.Sequential(*layers), layout=layout, sparsity=sparsity)
+        model(torch.randn(2, 32)).sum().backward()
+        print(sten.summary(model))
+        layers = list(sten.densify(model))
+said = [str(w.message) for w in seen if "sten" in str(w.message)]
+assert len(said) == 1, said
+sten.testing.check_layout(sten.NM(2, 4), shapes=[(5, 8)])
+try:
+    sten.save(model, "x")
+except ImportError as error:
+    print(error)
+print(sten.__file__)
+"""
+    out = run([sys.executable, "-c", program], tmp_path, PYTHONPATH=str(site))
+    assert "energy kept" in out and "pip install safetensors" in out
+    assert str(site) in out
