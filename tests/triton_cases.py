@@ -64,6 +64,21 @@ def vector_nm_parts(outputs, inputs, n, m, v, dtype=torch.float32, seed=0):
     return values.to(DEVICE), index.to(DEVICE), dense.contiguous().to(DEVICE)
 
 
+def nm_parts(outputs, inputs, n, m, dtype=torch.float32, seed=0):
+    """Random (values, index, dense, n, m) of one NM weight, positions packed low bits first."""
+    g = torch.Generator().manual_seed(seed)
+    groups, bits = -(-inputs // m), 2 if m <= 4 else 4 if m <= 16 else 8
+    position = torch.rand(outputs, groups, m, generator=g).argsort(-1)[..., :n].sort(-1).values
+    column = (position + torch.arange(groups)[:, None] * m).reshape(outputs, -1)
+    values = torch.randn(outputs, groups * n, generator=g).to(dtype)
+    values[column >= inputs] = 0
+    dense = torch.zeros(outputs, groups * m, dtype=dtype).scatter_(1, column, values)[:, :inputs].contiguous()
+    each = 8 // bits
+    packed = torch.nn.functional.pad(position.reshape(outputs, -1), (0, -groups * n % each)).unflatten(1, (-1, each))
+    index = (packed << torch.arange(each) * bits).sum(-1).to(torch.uint8)
+    return values.to(DEVICE), index.to(DEVICE), dense.to(DEVICE), n, m
+
+
 def bsr_parts(outputs, inputs, bh, bw, density=0.4, keep=None, dtype=torch.float32, seed=0):
     """Random (parts, dense) of one BSR weight, the first block row and the last block column empty."""
     g = torch.Generator().manual_seed(seed)
