@@ -1,5 +1,6 @@
 """sten: sparsity for PyTorch: layouts x operators x sparsifiers, on any nn.Module, in training and in inference."""
 
+from . import native as native
 from . import ops as ops
 from . import layout as layout
 from . import scores as scores
@@ -30,6 +31,7 @@ from .layouts import NM as NM
 from .layouts import GroupedNM as GroupedNM
 from .layouts import Masked as Masked
 from .layouts import VectorNM as VectorNM
+from .ops.route import which as which
 from .report import summary as summary
 from .sparsifiers import Edit as Edit
 from .sparsifiers import Magnitude as Magnitude

@@ -59,7 +59,9 @@ def expect_close(got: dict[str, Tensor], want: dict[str, Tensor], rtol=1e-4, ato
     """The same names (a tie under one of them) and numbers."""
     for name in got:
         assert name in want, f"{what} {name} is too many"
-        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{what} {n}: {m}")
+        torch.testing.assert_close(
+            got[name], want[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{what} {n}: {m}"
+        )
     assert set(want) == set(got), f"{what}: {set(want) ^ set(got)}"
 
 

@@ -11,7 +11,7 @@ FLOORS = {
     1: {"layout", "layouts"},
     2: {"tensor", "dispatch"},
     3: {"ops", "native", "scores", "sparsifiers", "allocation", "schedule"},
-    4: {"convert", "engine", "report", "training", "optim", "io", "testing", "targets", "state", "integrations", "__main__"},
+    4: {"convert", "engine", "report", "training", "optim", "io", "testing", "targets", "state", "forms", "decision", "integrations", "__main__"},
 }
 SAME_FLOOR = {1: {"layout"}, 2: {"dispatch"}, 3: FLOORS[3], 4: FLOORS[4]}
 FILES = sorted(p for p in (ROOT / "sten").rglob("*.py") if "kernels" not in p.parts) + sorted((ROOT / "kernels").rglob("*.py"))

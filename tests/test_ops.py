@@ -192,7 +192,7 @@ def test_anything_else_densifies_aloud():
             warnings.simplefilter("ignore")
             close(call(w), call(dense))
     with pytest.raises(NotImplementedError, match="cannot write"):
-        w.masked_fill_(torch.ones(7, 5) > 0, 1.0)
+        w.cumsum_(0)
 
 
 def test_one_warning_for_an_operator_and_a_layout():
@@ -336,6 +336,13 @@ def test_dense_operands_in_place(layout, strictly):
         stored(twin)
     for change in (lambda t: t.mul_(plain), lambda t: t.div_(plain), lambda t: t.mul_(plain[:1])):
         torch.testing.assert_close(change(w.clone()).to_dense(), change(dense.clone()))
+    hit = plain > 0
+    stored(w.clone().masked_fill_(hit, 0.0))
+    torch.testing.assert_close(w.clone().masked_fill_(hit, 0).to_dense(), dense.masked_fill(hit, 0))
+    here = hit & w.mask()
+    torch.testing.assert_close(w.clone().masked_fill_(here, 2.0).to_dense(), dense.masked_fill(here, 2.0))
+    with pytest.raises(ValueError, match="off the pattern"):
+        w.clone().masked_fill_(~w.mask(), 2.0)
     plain.add_(w).mul_(w)
     assert not isinstance(plain, sten.SparseTensor)
 

@@ -77,7 +77,8 @@ def test_empty_twins_have_the_pattern_and_zero_padding(layout, poisoned):
             if not twin.to_dense().isnan().any():
                 stored(twin)
     assert not torch.zeros_like(w).to_dense().any()
-    assert torch.equal(torch.ones_like(w), torch.ones(7, 5))
+    assert torch.equal(torch.ones_like(w).to_dense(), w.mask().float())
+    assert torch.equal(torch.full_like(w, 3.0).to_dense(), 3.0 * w.mask())
 
 
 @every_layout

@@ -1,4 +1,4 @@
-"""Checks that any layout must pass, built-in or yours: `check_layout` tests every law of the contract.
+"""`check_layout`: the checks that any layout must pass, built-in or yours.
 
 The cases come from hypothesis where it is installed (it then also finds a small failing case), else from a fixed list.
 Tensors are made on torch's default device: `with torch.device("cuda"): check_layout(...)` checks a GPU.
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import REGISTERED, Layout, Parts, fields, layout_from
+from ..layout import REGISTERED, Layout, Parts, fields, layout_from
 
 SHAPES = ((1, 1), (1, 9), (8, 1), (13, 17), (16, 32), (63, 100), (5, 3, 3), (6, 7, 3, 3), (3, 4, 2, 2, 2))
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -227,6 +227,10 @@ def check_pack(layout: Layout, w: Tensor, mask: Tensor, where: str) -> Parts:
     good = same(out.masked_fill(~mask, 0), w.masked_fill(~mask, 0)) and not bool((out[~mask] != 0).any())
     claim(good, f"{where}: unpack(pack(w, m)) is not w * m, bit for bit")
     stored = layout.support(parts, shape)
+    claim(
+        stored.dtype == torch.bool,
+        f"{where}: support is {stored.dtype}, not bool: unpack must keep the dtype of values",
+    )
     claim(not bool((mask & ~stored).any()), f"{where}: support does not contain the mask that was packed")
     try:
         layout.validate(parts, shape)

@@ -1,0 +1,6 @@
+"""Checks for what you bring: each raises AssertionError, with a sentence that names the law that does not hold."""
+
+from .kernels import check_kernel
+from .layouts import check_layout
+
+__all__ = ["check_kernel", "check_layout"]
