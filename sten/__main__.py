@@ -1,0 +1,106 @@
+"""`python -m sten info`: versions, devices, instruction sets, kernels. `python -m sten bench`: layers against dense."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+
+import torch
+import torch.nn.functional as F
+
+import sten
+
+LAYOUTS = {
+    "GroupedNM(1, 10, 8)": (sten.GroupedNM(1, 10, 8), None),
+    "GroupedNM(1, 4, 16)": (sten.GroupedNM(1, 4, 16), None),
+    "CSR 75 %": (sten.CSR(), 0.75),
+    "CSR 90 %": (sten.CSR(), 0.9),
+    "CSR 95 %": (sten.CSR(), 0.95),
+    "BSR 64, 90 %": (sten.BSR((64, 64)), 0.9),
+    "NM(2, 4)": (sten.NM(2, 4), None),
+    "VectorNM(1, 4, 64)": (sten.VectorNM(1, 4, 64), None),
+}
+
+
+def info() -> None:
+    """What runs here."""
+    print(f"sten-torch {_version()}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    features = sten.cpp.features()
+    kinds = f"{features['instruction_set']} (of {', '.join(features['instruction_sets'])})" if features["available"] else "not built"
+    print(f"CPU: {torch.get_num_threads()} threads; C++ kernels: {kinds}")
+    for i in range(torch.cuda.device_count()):
+        print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
+    print("\nkernels registered (operator, device, layouts):")
+    for key, entry in sorted(sten.dispatch.KERNELS.items(), key=str):
+        name, device, *layouts = key
+        if not entry.function.__name__.endswith("_expand"):
+            titles = ", ".join("dense" if cls is None else cls.__name__ for cls in layouts)
+            print(f"  {name:20} {device:5} {titles:12} {entry.function.__name__}")
+    print("All other built-in combinations expand to dense; ask sten.which(operator, x, weight).")
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("sten-torch")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _median(run, repeats: int, synchronize) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[2:])[repeats // 2] * 1e3
+
+
+@torch.inference_mode()
+def bench(out: int, inputs: int, tokens: list[int], device: str, dtype: torch.dtype, repeats: int) -> None:
+    """One linear layer, every layout against dense in this process; correctness is checked before a time is printed."""
+    torch.manual_seed(0)
+    dense = torch.randn(out, inputs, device=device, dtype=dtype)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    print(f"linear {inputs} -> {out}, {dtype}, {device}: speed-up over dense (dense in ms); below 1 is a loss")
+    print(f"{'layout':22}" + "".join(f"{t:>10} tokens" for t in tokens) + "  kernel at the most tokens")
+    inputs_of = {t: torch.randn(t, inputs, device=device, dtype=dtype) for t in tokens}
+    base = {t: _median(lambda x=x: F.linear(x, dense), repeats, synchronize) for t, x in inputs_of.items()}
+    print(f"{'dense':22}" + "".join(f"{base[t]:>14.3f} ms" for t in tokens))
+    for title, (layout, sparsity) in LAYOUTS.items():
+        w = sten.from_dense(dense, layout, layout.mask(dense.abs(), sparsity))
+        cells = []
+        for t, x in inputs_of.items():
+            error = (F.linear(x, w) - F.linear(x, w.to_dense())).norm() / F.linear(x, w.to_dense()).norm()
+            if not error < 2e-2:
+                raise SystemExit(f"{title} is wrong at {t} tokens (relative error {float(error):.2g}): no times are reported.")
+            cells.append(base[t] / _median(lambda x=x, w=w: F.linear(x, w), repeats, synchronize))
+        choice = sten.which("linear", inputs_of[tokens[-1]], w)
+        print(f"{title:22}" + "".join(f"{c:>16.2f}x" for c in cells) + f"  {choice.kernel}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sten", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="versions, devices, kernels")
+    b = commands.add_parser("bench", help="layers side by side with dense")
+    b.add_argument("--out", type=int, default=3072)
+    b.add_argument("--in", dest="inputs", type=int, default=768)
+    b.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 1024])
+    b.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    b.add_argument("--dtype", default=None, help="float32, bfloat16, float16; default: bfloat16 on cuda, float32 on cpu")
+    b.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    if args.command == "info":
+        info()
+    else:
+        dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+        bench(args.out, args.inputs, args.tokens, args.device, dtype, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
