@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kBlock = 128;         // B: 32 KB at 64 tokens
 constexpr int64_t kRepackPanels = 2;    // from this many panels on, repacking pays
+constexpr int64_t kOwnRows = 256;       // rows worth a thread's own transpose of the activations
 
 // Where one k-block of one piece of rows is repacked to; row and count lie before it in memory, see Repacked.
 struct Packed {
@@ -55,14 +56,15 @@ void fill_group(const Csr& w, int64_t k0, int64_t steps, int group, const int32_
     }
 }
 
-// The whole weight: pieces of rows times k-blocks.
+// The rows `all`: pieces of rows times k-blocks.
 class Repacked {
  public:
-  Repacked(const Problem& p, const Csr& w, const Kernels& k, const Pool& pool, int64_t pieces)
-      : out_(p.out),
-        blocks_(ceil_div(p.in, kBlock)),
+  Repacked(const Csr& w, int64_t in, Range all, int group, const Pool& pool, int64_t pieces)
+      : r0_(all.begin),
+        out_(all.end - all.begin),
+        blocks_(ceil_div(in, kBlock)),
         pieces_(pieces),
-        group_(k.rows_at_once),
+        group_(group),
         packed_(pieces * blocks_),
         where_(Role::cuts, (blocks_ + 1) * out_),
         // a piece of n rows has at most n + L - 1 places and as many counts
@@ -91,7 +93,10 @@ class Repacked {
   }
 
   int64_t blocks() const { return blocks_; }
-  Range rows(int64_t piece) const { return part(out_, pieces_, piece); }
+  Range rows(int64_t piece) const {
+    const Range r = part(out_, pieces_, piece);
+    return {r0_ + r.begin, r0_ + r.end};
+  }
   CsrBlock block(int64_t piece, int64_t b) const {
     const Packed& q = packed_[piece * blocks_ + b];
     return {q.groups, q.count, q.row, q.col, q.value};
@@ -100,8 +105,8 @@ class Repacked {
  private:
   void find_blocks(const Csr& w, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      int32_t i = w.crow[r];
-      const int32_t stop = w.crow[r + 1];
+      int32_t i = w.crow[r0_ + r];
+      const int32_t stop = w.crow[r0_ + r + 1];
       for (int64_t b = 0; b < blocks_; ++b) {
         where_.get()[b * out_ + r] = i;
         const int64_t limit = (b + 1) * kBlock;
@@ -113,7 +118,7 @@ class Repacked {
 
   void plan(int64_t i) {
     const int64_t b = i % blocks_;
-    const Range r = rows(i / blocks_);
+    const Range r = part(out_, pieces_, i / blocks_);
     const int64_t groups = ceil_div(r.end - r.begin, group_);
     const int32_t *first = where_.get() + b * out_ + r.begin, *last = first + out_;
     Packed& q = packed_[i];
@@ -131,7 +136,7 @@ class Repacked {
 
   void fill(const Csr& w, int64_t i) {
     const int64_t b = i % blocks_;
-    const Range r = rows(i / blocks_);
+    const Range r = part(out_, pieces_, i / blocks_);
     const int32_t *first = where_.get() + b * out_ + r.begin, *last = first + out_;
     const Packed& q = packed_[i];
     uint16_t* col = q.col;
@@ -151,7 +156,7 @@ class Repacked {
   }
 
   static constexpr int kMostGroup = 8;
-  int64_t out_, blocks_, pieces_;
+  int64_t r0_, out_, blocks_, pieces_;
   int group_;
   std::vector<Packed> packed_;
   Scratch<int32_t> where_;     // (blocks + 1, out): where[b, r] = first entry of row r from column b * B on
@@ -174,22 +179,38 @@ void panel_task(const Problem& p, const Kernels& k, const Repacked& w, int64_t p
   k.store_panel(acc, rows.end - rows.begin, count, v, p.y + tokens.begin * p.out + rows.begin, p.out);
 }
 
-void many_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& pool, const Grid& grid) {
-  const Repacked repacked(p, w, k, pool, grid.pieces);
-  const int64_t most = kMaxVectors * k.width, most_rows = ceil_div(p.out, grid.pieces) + 1;    // and the dummy row
-  pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
-    Scratch<float> panel(Role::panel, (kBlock + 1) * most), acc(Role::sums, most_rows * (most + 1));
-    float* start = acc.get() + most_rows * most;
-    // Piece after piece, so that its weights stay in the second-level cache from panel to panel.
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t piece = task / grid.panels, t0 = task % grid.panels * grid.panel_tokens;
-      const Range rows = repacked.rows(piece);
-      fill_start(p, rows.begin, rows.end - rows.begin, start);
-      start[rows.end - rows.begin] = 0.0f;
-      panel_task(p, k, repacked, piece, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start,
-                 acc.get());
-    }
-  });
+// Tasks begin to end - 1 of the grid, piece after piece, so that the weights of a piece stay in the second-level cache
+// from panel to panel.
+void panel_tasks(const Problem& p, const Kernels& k, const Repacked& w, const Grid& grid, int64_t begin, int64_t end) {
+  const Range first = w.rows(0), last = w.rows(grid.pieces - 1);
+  const int64_t most = grid.panel_tokens, most_rows = ceil_div(last.end - first.begin, grid.pieces) + 1;
+  Scratch<float> panel(Role::panel, (kBlock + 1) * most), acc(Role::sums, most_rows * (most + 1));
+  float* start = acc.get() + most_rows * most;    // one more row than there are: the dummy
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t piece = task / grid.panels, t0 = task % grid.panels * grid.panel_tokens;
+    const Range rows = w.rows(piece);
+    fill_start(p, rows.begin, rows.end - rows.begin, start);
+    start[rows.end - rows.begin] = 0.0f;
+    panel_task(p, k, w, piece, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
+  }
+}
+
+void many_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& pool, Grid grid) {
+  const int64_t least = std::min(pieces_for_cache(p, k), p.out), own = ceil_div(least, pool.threads) * pool.threads;
+  // Where every thread can have rows enough, it repacks and keeps its own; nobody waits for anybody.
+  if (pool.threads == 1 || p.out >= own * kOwnRows) {
+    const Pool alone{1, nullptr};
+    grid.pieces = 1;
+    return pool.each(own, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Repacked repacked(w, p.in, part(p.out, own, i), k.rows_at_once, alone, 1);
+        panel_tasks(p, k, repacked, grid, 0, grid.tasks());
+      }
+    });
+  }
+  grid = make_grid(p, k, pool.threads, least, p.out);
+  const Repacked repacked(w, p.in, {0, p.out}, k.rows_at_once, pool, grid.pieces);
+  pool.each(grid.tasks(), [&](int64_t begin, int64_t end) { panel_tasks(p, k, repacked, grid, begin, end); });
 }
 
 void few_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& pool, const Grid& grid) {
@@ -228,8 +249,7 @@ void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool) {
   if (p.tokens == 1) return one_token(p, w, k, pool);
   const Grid few = make_grid(p, k, pool.threads, 1, p.out);
   if (p.in == 0 || few.panels < kRepackPanels) return few_tokens(p, w, k, pool, few);
-  const int64_t least = std::min(pieces_for_cache(p, k), p.out);
-  many_tokens(p, w, k, pool, make_grid(p, k, pool.threads, least, p.out));
+  many_tokens(p, w, k, pool, few);
 }
 
 }  // namespace sten

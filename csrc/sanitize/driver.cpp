@@ -115,7 +115,7 @@ void try_all(const Kernels& k) {
         for (const auto& nmg : groups)
           try_grouped(k, tokens, size[0], size[1], nmg[0], nmg[1], nmg[2], threads == 1, threads);
       }
-  try_csr(k, 130, 40, 2000, 0.1, true, 3);    // several pieces of rows
+  try_csr(k, 130, 140, 2000, 0.1, true, 3);    // several pieces of rows
   try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);
 }
 
