@@ -1,29 +1,32 @@
 """save and load: one safetensors file with the parts of every weight, and their layouts as JSON in its header.
 
 No pickle, no import of a name found in a file; a layout must be registered, and every index is checked before use. The
-file appears under its name only when it is complete.
+file appears under its name only when it is complete, and a checksum finds bytes that were changed later.
 
 Format: each part of a sparse weight `fc.weight` is a tensor `fc.weight.<part>`, all else a tensor of its own name. The
-header's `sten` entry is `{"version": 1, "sparse": {name: {"layout", "fields", "shape", "transposed"}}, "ties": {name: name}}`.
+header's `sten` entry is `{"version": 1, "sparse": {name: {"layout", "fields", "shape", "transposed"}}, "ties": {name:
+name}, "crc32": checksum of all tensors in the order of their names}`.
 """
 
 from __future__ import annotations
 
+import copy
+import ctypes
 import json
 import os
-import tempfile
+import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .convert import become_sparse, finalize_names
+from .forms import attached, move, settled_state, sparse_weights
 from .layout import fields
+from .targets import Target, all_weights, refuse_wrapped
 from .tensor import SparseTensor, checked
 
 VERSION = 1
-EXTRA = "io needs the package safetensors: pip install safetensors (or sten-torch[hf])."
+EXTRA = "sten.save and sten.load need the package safetensors: pip install safetensors (or sten-torch[hf])."
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -49,53 +52,78 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     except ImportError:
         raise ImportError(EXTRA) from None
     tensors, sparse, ties = _flatten(model)
-    header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties})
+    header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties, "crc32": _checksum(tensors)})
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {os.fspath(path.parent)!r} to write {path.name!r} in.")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, temporary, metadata={"format": "pt", "sten": header})
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, str]]:
+    """(plain tensors, what is sparse, what is tied to what) of a model's state."""
     tensors: dict[str, Tensor] = {}
     sparse: dict[str, dict] = {}
     ties: dict[str, str] = {}
-    seen: dict[Any, str] = {}
-    for name, value in finalize_names(model).items():
+    seen: dict[int, str] = {}
+    for name, value in settled_state(model).items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}, not a tensor: sten.save writes tensors only.")
-        key = id(value.parts["values"]) if isinstance(value, SparseTensor) else (value.data_ptr(), value.shape, value.stride())
-        if value.numel() and key in seen:
-            ties[name] = seen[key]
-            continue
-        seen[key] = name
-        if isinstance(value, SparseTensor):
+        if seen.setdefault(id(value), name) != name:
+            ties[name] = seen[id(value)]
+        elif isinstance(value, SparseTensor):
             about = {"layout": type(value.spec).__name__, "fields": fields(value.spec)}
             sparse[name] = {**about, "shape": list(value.stored_shape), "transposed": value.transposed}
-            tensors.update({f"{name}.{part}": tensor.detach().contiguous() for part, tensor in value.parts.items()})
+            tensors.update({f"{name}.{part}": _plain(tensor) for part, tensor in value.parts.items()})
         else:
-            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+            tensors[name] = _plain(value)
     return tensors, sparse, ties
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU; safetensors refuses tensors that share memory."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if size:
+            total = zlib.crc32((ctypes.c_ubyte * size).from_address(tensor.data_ptr()), total)
+    return total
 
 
 def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Read a file of `sten.save` into a model of the same architecture, dense or sparse, in place; it is returned.
 
-    All or nothing: names, shapes, layouts and indices are checked before the model is touched. Sparse weights become
-    SparseTensor Parameters; ties of the model stay.
+    All or nothing: names, shapes, layouts and indices are checked before the model is touched. Weights that are sparse
+    in the file become SparseTensor Parameters, the others dense ones, in the model's dtype and on its device. They
+    keep their identity, ties of the model stay, and optimizers that sten knows (`sten.attach`) follow.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: not a complete sten file, an unknown layout, an index out of range, or names and shapes that do not
             fit the model; one sentence.
+
+    Example:
+        >>> import tempfile, torch, sten
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> sten.save(sten.sparsify(torch.nn.Linear(8, 4)), path)
+        >>> model = sten.load(torch.nn.Linear(8, 4), path)
+        >>> model.weight.density
+        0.5
     """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError(EXTRA) from None
+    refuse_wrapped(model)
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
     try:
@@ -104,19 +132,15 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{os.fspath(path)!r} is not a complete safetensors file ({error}).") from None
-    state = _unflatten(tensors, _header(header, path))
-    current = finalize_names(model)
-    missing, surplus = sorted(set(current) - set(state)), sorted(set(state) - set(current))
-    if missing or surplus:
-        raise ValueError(f"The file does not fit the model: it lacks {missing[:5]} and has {surplus[:5]} too many.")
-    for name, value in state.items():
-        if value.shape != current[name].shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)} in the file and {tuple(current[name].shape)} in the model.")
-    become_sparse(model, {name: value for name, value in state.items() if isinstance(value, SparseTensor)})
-    with torch.no_grad():
-        for name, target in finalize_names(model).items():
-            if not isinstance(state[name], SparseTensor):
-                target.copy_(state[name])
+    header = _header(header, path)
+    if header.get("crc32") != _checksum(tensors):
+        raise ValueError(
+            f"The checksum of {os.fspath(path)!r} does not match its tensors: the file was damaged."
+        )
+    state = _unflatten(tensors, header)
+    current = settled_state(model)
+    _expect_fit(current, state)
+    _adopt(model, current, state)
     return model
 
 
@@ -125,24 +149,30 @@ def _header(text: str | None, path) -> dict:
         raise ValueError(f"{os.fspath(path)!r} was not written by sten.save: its header has no 'sten' entry.")
     try:
         header = json.loads(text)
-        fits = isinstance(header["sparse"], dict) and isinstance(header["ties"], dict)
-    except (ValueError, KeyError, TypeError):
+        version = header.get("version")
+        fits = version != VERSION or (isinstance(header["sparse"], dict) and isinstance(header["ties"], dict))
+    except (ValueError, KeyError, AttributeError, RecursionError):
         fits = False
     if not fits:
         raise ValueError(f"The 'sten' entry in the header of {os.fspath(path)!r} is damaged.")
-    if header.get("version") != VERSION:
-        raise ValueError(f"{os.fspath(path)!r} has format version {header.get('version')}; this sten reads {VERSION}.")
+    if version != VERSION:
+        raise ValueError(
+            f"{os.fspath(path)!r} has format version {version}; this sten reads {VERSION}: update sten-torch."
+        )
     return header
 
 
 def _unflatten(tensors: dict[str, Tensor], header: dict) -> dict[str, Tensor]:
+    """The state that a file holds, sparse weights validated."""
     state: dict[str, Tensor] = {}
     for name, about in header["sparse"].items():
         parts = {k.removeprefix(name + "."): tensors.pop(k) for k in list(tensors) if k.startswith(name + ".")}
         try:
             layout, values = str(about["layout"]), dict(about["fields"])
             state[name] = SparseTensor(*checked(layout, values, parts, about["shape"], about["transposed"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"The description of {name} in the file lacks {error}.") from None
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from None
     state.update(tensors)
     for name, other in header["ties"].items():
@@ -150,3 +180,61 @@ def _unflatten(tensors: dict[str, Tensor], header: dict) -> dict[str, Tensor]:
             raise ValueError(f"The file ties {name} to {other}, which it does not have.")
         state[name] = state[other]
     return state
+
+
+def _expect_fit(current: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """The file's names, shapes and kinds of numbers are the model's, and tied entries are equal."""
+    missing, surplus = sorted(set(current) - set(state)), sorted(set(state) - set(current))
+    if missing or surplus:
+        raise ValueError(f"The file does not fit the model: it lacks {missing[:5]} and has {surplus[:5]} too many.")
+    first: dict[int, str] = {}
+    for name, have in current.items():
+        value = state[name]
+        if not isinstance(have, Tensor):
+            raise ValueError(
+                f"{name} of the model is a {type(have).__name__}, not a tensor: sten.load reads tensors only."
+            )
+        if value.shape != have.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} in the file and {tuple(have.shape)} in the model.")
+        if value.is_floating_point() != have.is_floating_point() or value.is_complex() != have.is_complex():
+            raise ValueError(f"{name} holds {value.dtype} in the file and {have.dtype} in the model.")
+        if have.is_meta:
+            raise ValueError(f"{name} of the model is on the meta device: call model.to_empty(device=...) first.")
+        other = state[first.setdefault(id(have), name)]
+        if value is not other and not _same(value, other):
+            raise ValueError(f"{first[id(have)]} and {name} are one tied weight of the model, but differ in the file.")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    dense = [t.to_dense() if isinstance(t, SparseTensor) else t for t in (a, b)]
+    return torch.equal(*dense)
+
+
+@torch.no_grad()
+def _adopt(model: nn.Module, current: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Put a state that fits into the model: the weights that are sparse on either side move, all else is copied."""
+    moved, used = set(), set()
+    for target in [*sparse_weights(model), *_dense_weights(model)]:
+        value = state[target.names[0]]
+        if target.stored is None and not isinstance(value, SparseTensor):
+            continue
+        value = copy.deepcopy(value) if id(value) in used else value  # tied in the file, not in the model
+        used.add(id(value))
+        move(target, value.to(target.tensor.device, target.tensor.dtype), attached)
+        moved.update(target.names)
+    for name, have in current.items():
+        if name not in moved:
+            have.copy_(state[name])
+
+
+def _dense_weights(model: nn.Module) -> list[Target]:
+    """Every dense weight of two or more dimensions, once, with all its owners and names."""
+    found: dict[int, Target] = {}
+    for full, one in all_weights(model).items():
+        if not isinstance(one.tensor, SparseTensor):
+            target = found.setdefault(id(one.tensor), one)
+            target.names.append(full)
+            if target is not one:
+                target.owners.extend(one.owners)
+    trained = {id(t.tensor) for t in sparse_weights(model)}
+    return [t for t in found.values() if id(t.tensor) not in trained]

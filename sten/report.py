@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .targets import Target
 from .tensor import SparseTensor
-from .training.pattern import holders
+from .training.master import MasterWeight
+from .training.pattern import PREFIX, SparseWeight, installed
 
-NOTES = "_sten_notes"  # on a module: {weight name: energy kept}, and {None: [(name, shape, why)]} on the model
+NOTES = "_sten_notes"  # on a module: {weight name: energy kept at conversion, or why the weight stayed dense}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One weight of a summary or a plan; the last three are None (or empty) for what they do not apply to."""
+    """One weight of a summary or a plan; the last three are None or empty where they do not apply."""
 
     name: str
     layout: str
@@ -27,6 +29,7 @@ class Row:
     dense_bytes: int
     energy: float | None = None
     why: str = ""
+    tied_to: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Table:
         except ImportError:
             return self.plain()
         out = io.StringIO()
-        Console(file=out, width=max(100, 60 + max((len(r.name) for r in self.rows), default=0))).print(self.__rich__())
-        return out.getvalue().rstrip()
+        width = max(map(len, self.plain().splitlines())) + 8
+        Console(file=out, width=width, color_system=None).print(self.__rich__())
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
     def plain(self) -> str:
         """The table without rich."""
@@ -70,9 +74,10 @@ class Table:
         return [r.name, r.layout, "x".join(map(str, r.shape)), f"{r.density:.3f}", _size(r.stored_bytes), energy, r.why]
 
     def _total(self) -> list[str]:
-        stored, dense = sum(r.stored_bytes for r in self.rows), sum(r.dense_bytes for r in self.rows)
-        entries = sum(math.prod(r.shape) for r in self.rows)
-        live = sum(math.prod(r.shape) * r.density for r in self.rows)
+        once = [r for r in self.rows if not r.tied_to]
+        stored, dense = sum(r.stored_bytes for r in once), sum(r.dense_bytes for r in once)
+        entries = sum(math.prod(r.shape) for r in once)
+        live = sum(math.prod(r.shape) * r.density for r in once)
         ratio = f"{stored / dense:.2f} of dense" if dense else ""
         return ["total", "", "", f"{live / max(entries, 1):.3f}", _size(stored), "", ratio]
 
@@ -95,26 +100,30 @@ def _size(count: int) -> str:
 
 def rows_of(items: Iterable[tuple[str, Tensor, float | str | None]]) -> list[Row]:
     """Rows of (name, tensor, energy kept or the reason why it is dense)."""
-    rows = []
-    for name, w, remark in items:
-        dense = w.numel() * w.element_size()
-        sparse = isinstance(w, SparseTensor)
-        energy, why = (None, remark) if isinstance(remark, str) else (remark, "")
-        layout = f"{w.spec}{' transposed' if w.transposed else ''}" if sparse else "dense"
-        density, stored = (w.density, w.stored_bytes) if sparse else (1.0, dense)
-        rows.append(Row(name, layout, tuple(w.shape), density, stored, dense, energy, why))
-    return rows
+    return [_row(*item) for item in items]
 
 
-def note(module: nn.Module, name: str | None, remark) -> None:
-    """Remember the energy that a weight kept at conversion, or what was skipped, on the module that has it."""
-    module.__dict__.setdefault(NOTES, {})[name] = remark
+def _row(name: str, w: Tensor, remark: float | str | None, tied_to: str = "") -> Row:
+    dense = w.numel() * w.element_size()
+    sparse = isinstance(w, SparseTensor)
+    energy, why = (None, remark) if isinstance(remark, str) else (remark, "")
+    layout = f"{w.spec}{' transposed' if w.transposed else ''}" if sparse else "dense"
+    density, stored = (w.density, w.stored_bytes) if sparse else (1.0, dense)
+    why = "; ".join(filter(None, (tied_to and f"tied to {tied_to}", why)))
+    return Row(name, layout, tuple(w.shape), density, stored, dense, energy, why, tied_to)
+
+
+def note(target: Target, remark: float | str) -> None:
+    """Remember, on the modules that own a weight, the energy it kept at conversion, or why it stayed dense."""
+    for module, name in target.owners:
+        module.__dict__.setdefault(NOTES, {})[name] = remark
 
 
 def summary(model: nn.Module) -> Summary:
     """Per weight of two or more dimensions: layout, shape, density, bytes, energy kept at conversion, why it is dense.
 
-    Energy kept is sum |w kept| / sum |w|. The result prints as a table; `rows` has the numbers.
+    Energy kept is sum |w kept| / sum |w|. A tied weight is listed under each of its names and counted once. The result
+    prints as a table; `rows` has the numbers.
 
     Example:
         >>> import torch, sten
@@ -122,19 +131,17 @@ def summary(model: nn.Module) -> Summary:
         >>> table.rows[0].layout, table.rows[0].density
         ('NM(n=2, m=4)', 0.5)
     """
-    reasons = {name: why for name, _, why in model.__dict__.get(NOTES, {}).get(None, [])}
-    items, seen = [], {}
+    rows, seen = [], {}
     for prefix, module in model.named_modules():
-        for name, param in module._parameters.items():
-            if param is None or param.dim() < 2:
+        held = {name: module._modules[PREFIX + name] for name in installed(module)}
+        own = () if isinstance(module, (SparseWeight, MasterWeight)) else module._parameters.items()
+        for name, param in own:
+            w = held[name].tensor(param) if name in held else param
+            if w is None or w.dim() < 2:
                 continue
             full = f"{prefix}.{name}" if prefix else name
-            energy = module.__dict__.get(NOTES, {}).get(name)
-            if id(param) in seen:
-                items.append((full, param, f"tied to {seen[id(param)]}"))
-            else:
-                seen[id(param)] = full
-                items.append((full, param, energy if isinstance(param, SparseTensor) else reasons.get(full, "")))
-    for full, module, name, holder in holders(model):
-        items.append((full, holder.tensor(), module.__dict__.get(NOTES, {}).get(name)))
-    return Summary(rows_of(items))
+            first = seen.setdefault(id(held.get(name, param)), full)
+            remark = module.__dict__.get(NOTES, {}).get(name)
+            fits = isinstance(remark, str) != isinstance(w, SparseTensor)  # else it is of another form of the weight
+            rows.append(_row(full, w, remark if fits else None, first if first != full else ""))
+    return Summary(rows)

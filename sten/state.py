@@ -11,7 +11,7 @@ from .training.pattern import PREFIX, installed
 
 
 def keep_loadable(module: nn.Module) -> None:
-    """Let `load_state_dict` of a module with sparse weights take dense, sparse and part-wise entries (once a module)."""
+    """Let `load_state_dict` of a module with sparse weights take dense, sparse and part-wise entries."""
     if not any(getattr(hook, "hook", None) is _fit_state for hook in module._load_state_dict_pre_hooks.values()):
         module.register_load_state_dict_pre_hook(_fit_state)
 
@@ -35,7 +35,7 @@ def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing,
 
 
 def _given(state_dict, key: str, current: SparseTensor) -> SparseTensor | None:
-    """The weight that a state_dict holds under this name in any form, with the layout of `current`; it leaves the dict."""
+    """The weight that a state_dict holds under this name, in the layout of `current`; it leaves the dict."""
     parts = {k.removeprefix(key + "."): state_dict.pop(k) for k in list(state_dict) if k.startswith(key + ".")}
     entry = state_dict.pop(key, None)
     if parts:
@@ -44,7 +44,9 @@ def _given(state_dict, key: str, current: SparseTensor) -> SparseTensor | None:
     if entry is None:
         return None
     if not isinstance(entry, Tensor) or entry.shape != current.shape:
-        raise ValueError(f"the entry must be a tensor of shape {tuple(current.shape)}; got {tuple(getattr(entry, 'shape', ()))}.")
+        raise ValueError(
+            f"the entry must be a tensor of shape {tuple(current.shape)}; got {tuple(getattr(entry, 'shape', ()))}."
+        )
     entry = entry.detach()
     if not isinstance(entry, SparseTensor):
         return current.with_values(dense_to_values(current, entry.to(current.device), "load_state_dict"))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .layout import Layout
 from .tensor import SparseTensor
+from .training.master import MasterWeight
 from .training.pattern import SparseWeight, holders
 
 Weights = str | Iterable[str] | Callable[[str, nn.Module, str], bool] | None
@@ -25,10 +26,12 @@ class Target:
     Attributes:
         name: full name, as `module.weight`; that of the first owner where it is tied.
         owners: (module, attribute) pairs.
-        tensor: the Parameter, dense or a SparseTensor.
+        tensor: the Parameter: dense, a SparseTensor, or what is trained in its place.
         mask: the mask of torch.nn.utils.prune or torch.ao.pruning, if the weight has one.
         layout: what it becomes.
         why: what keeps it dense; empty for a target.
+        holder: of the trainable form; None in the others.
+        stored: the weight as a SparseTensor, where it is sparse already.
     """
 
     name: str
@@ -38,10 +41,12 @@ class Target:
     layout: Layout | None = None
     why: str = ""
     names: list[str] = field(default_factory=list)
+    holder: nn.Module | None = None
+    stored: SparseTensor | None = None
 
     @property
     def transposed(self) -> bool:
-        """Whether the reduction runs along dimension 0, as in Hugging Face's Conv1D, so that the transpose is stored."""
+        """Whether the reduction runs along dimension 0, as in Hugging Face's Conv1D: the transpose is stored."""
         return any(is_conv1d(module) for module, _ in self.owners)
 
 
@@ -61,7 +66,7 @@ def all_weights(model: nn.Module) -> dict[str, Target]:
     """Every parameter of two or more dimensions by name, tied ones once for each owner, with pruning masks."""
     found: dict[str, Target] = {}
     for prefix, module in model.named_modules(remove_duplicate=True):
-        if isinstance(module, SparseWeight) or isinstance(module, nn.utils.parametrize.ParametrizationList):
+        if isinstance(module, (SparseWeight, MasterWeight, nn.utils.parametrize.ParametrizationList)):
             continue
         for name, tensor, mask, why in _of_module(module):
             full = f"{prefix}.{name}" if prefix else name
@@ -99,24 +104,31 @@ def _is_plain(pattern: str) -> bool:
     return not pattern.startswith("re:") and not any(c in pattern for c in "*?[")
 
 
-def select(model: nn.Module, layout: Layout | dict[str, Layout | None], weights: Weights) -> tuple[list[Target], list[Target]]:
+def select(
+    model: nn.Module, layout: Layout | dict[str, Layout | None], weights: Weights
+) -> tuple[list[Target], list[Target]]:
     """(targets with their layout, the other weights with the reason); one sentence for what cannot be meant."""
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     found = all_weights(model)
-    for name, _, _, holder in holders(model):
-        found[name] = Target(name, [], holder.values, why="it is in trainable form already: sten.finalize the model first")
+    for full, module, name, holder in holders(model):
+        why = "it is in trainable form already: sten.finalize the model first"
+        found[full] = Target(full, [(module, name)], trained(module, name, holder), why=why)
     layouts = _layouts(layout)
     chosen, named = _chosen(found, weights, layouts)
     for name, target in found.items():
         if not target.why:
-            target.why = _reason(target, name in chosen, name in named, layouts)
+            target.why = _reason(target, name in chosen, name in named, layouts, weights is None)
         elif name in named:
             raise ValueError(f"{name} cannot be made sparse: {target.why}.")
     groups = _tie(found, named)
     targets = [t for t in groups if not t.why]
     if not targets:
-        hints = "; ".join(sorted({t.why for t in groups}))[:300] or "the model has no parameter of two or more dimensions"
-        raise ValueError(f"No weight of {type(model).__name__} is left to make sparse ({hints}); choose some with weights=.")
+        hints = (
+            "; ".join(sorted({t.why for t in groups}))[:300] or "the model has no parameter of two or more dimensions"
+        )
+        raise ValueError(
+            f"No weight of {type(model).__name__} is left to make sparse ({hints}): choose with weights=."
+        )
     for target in targets:
         _check(target)
     return targets, [t for t in groups if t.why]
@@ -125,8 +137,12 @@ def select(model: nn.Module, layout: Layout | dict[str, Layout | None], weights:
 def _layouts(layout) -> list[tuple[str, Layout | None]]:
     pairs = list(layout.items()) if isinstance(layout, dict) else [("*", layout)]
     for pattern, value in pairs:
-        if not isinstance(pattern, str) or not (isinstance(value, Layout) or (value is None and isinstance(layout, dict))):
-            raise TypeError(f"layout= takes a layout such as sten.NM(2, 4), or a dict of pattern: layout (None: dense); got {layout!r}.")
+        if not isinstance(pattern, str) or not (
+            isinstance(value, Layout) or (value is None and isinstance(layout, dict))
+        ):
+            raise TypeError(
+                f"layout= takes a layout such as sten.NM(2, 4), or a dict of pattern: layout (None: dense); got {layout!r}."
+            )
     return pairs
 
 
@@ -140,13 +156,17 @@ def _chosen(found: dict[str, Target], weights: Weights, layouts) -> tuple[set[st
     else:
         asked = [weights] if isinstance(weights, str) else list(weights)
         if not all(isinstance(p, str) for p in asked):
-            raise TypeError(f"weights= takes a pattern, a list of them, or predicate(name, module, attribute); got {weights!r}.")
+            raise TypeError(
+                f"weights= takes a pattern, a list of them, or predicate(name, module, attribute); got {weights!r}."
+            )
         patterns = [*asked, *(p for p in patterns if p != "*")]
         chosen = {n for n in found if any(matches(p, n) for p in asked)}
         named = {p for p in asked if _is_plain(p)}
     for pattern in patterns:
         if pattern != "*" and not any(matches(pattern, n) for n in found):
-            raise ValueError(f"The pattern {pattern!r} matches no weight of two or more dimensions; there are {_some(found)}.")
+            raise ValueError(
+                f"The pattern {pattern!r} matches no weight of two or more dimensions; there are {_some(found)}."
+            )
     return chosen, named & set(found)
 
 
@@ -155,10 +175,16 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "none"
 
 
-def _reason(target: Target, chosen: bool, named: bool, layouts) -> str:
+def _reason(target: Target, chosen: bool, named: bool, layouts, default: bool) -> str:
     """Why a weight stays dense; sets its layout where it does not."""
     if not chosen:
-        return "not chosen by weights=" if not named else ""
+        kind, dims = type(target.owners[0][0]).__name__, target.tensor.dim()
+        stack = f" but a {dims}-D one" if dims > 2 else ""
+        return (
+            f"{kind} has no linear weight{stack}: name it in weights= to choose it"
+            if default
+            else "not chosen by weights="
+        )
     if isinstance(target.tensor, SparseTensor) and not named:
         return "it is sparse already"
     for pattern, layout in layouts:
@@ -180,9 +206,11 @@ def _tie(found: dict[str, Target], named: set[str]) -> list[Target]:
         if not first.why and others:
             if first.name in named:
                 raise ValueError(
-                    f"{first.name} is tied to {others[0].name}, which is not chosen ({others[0].why}): name both, or untie them."
+                    f"{first.name} is tied to {others[0].name}, which is not chosen: name both, or untie them."
                 )
             first.why = f"tied to {others[0].name}, which is not chosen"
+        if not first.why and len({t.layout for t in members}) > 1:
+            raise ValueError(f"{first.name} and {members[-1].name} are one tied weight: give both the same layout.")
         first.owners = [owner for t in members for owner in t.owners]
         first.names = [t.name for t in members]
         out.append(first)
@@ -191,15 +219,24 @@ def _tie(found: dict[str, Target], named: set[str]) -> list[Target]:
 
 def _check(target: Target) -> None:
     tensor, shape = target.tensor, tuple(target.tensor.shape)
+    if tensor.is_meta:
+        raise ValueError(f"{target.name} is on the meta device, without numbers to choose by: load the model first.")
     if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{target.name} holds {tensor.dtype}: only floating-point weights can be sparse; leave it out with weights=.")
+        raise TypeError(f"{target.name} holds {tensor.dtype}: only floating-point weights can be sparse; leave it out.")
     try:
         target.layout.check(shape[::-1] if target.transposed else shape)
     except ValueError as error:
         raise ValueError(f"{target.name}: {error}") from None
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def trained(module: nn.Module, name: str, holder: nn.Module) -> Tensor:
+    """The Parameter that is trained for a weight in trainable form: the dense master, or the values of the layout."""
+    param = module._parameters[name]
+    return holder.values if param is None else param
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """TypeError unless this is a module, and one that neither DDP nor FSDP holds references into."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"sten works on an nn.Module; got {type(model).__name__}.")
     names = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"}
@@ -208,4 +245,6 @@ def _refuse_wrapped(model: nn.Module) -> None:
         sharded = any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
         if kinds or sharded:
             kind = kinds.pop() if kinds else "fully_shard"
-            raise TypeError(f"The model is wrapped in {kind} already: call sten first, then wrap the result.")
+            raise TypeError(
+                f"The model is wrapped in {kind} already: call sten on the inner model first, then wrap the result."
+            )

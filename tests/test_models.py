@@ -1,4 +1,4 @@
-"""Whole models: which weights become sparse, that their kernels run and nothing densifies, that they train as masked dense."""
+"""Whole models: which weights become sparse, that kernels run and nothing densifies, that they train as masked dense."""
 
 from __future__ import annotations
 
