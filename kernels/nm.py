@@ -116,7 +116,8 @@ def _few_tokens_24(
     w_rows = tl.minimum(rows, O - 1)
     if WIDE:
         w_rows = w_rows.to(tl.int64)
-    t, dtype = tl.program_id(2) * BT + tl.arange(0, BT), x_ptr.dtype.element_ty
+    t = tl.program_id(2) * BT + tl.arange(0, BT)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     share = tl.cdiv(words, S * BW) * BW
     first = tl.program_id(1) * share
     acc = tl.zeros((BM, BT), tl.float32)

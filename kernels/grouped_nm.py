@@ -1,0 +1,293 @@
+"""GroupedNM(n, m, g): strips of m rows; in a chunk of P*g columns, each pattern of n rows belongs to g columns.
+
+Letters: T tokens, I inputs, O outputs; P patterns, Q = P * g slots a chunk; slot (chunk c, strip s, q = p * g + j) holds
+n values, at rows m*s + pattern[p] of column Q*c + index[c, s, q]. MP: m rounded up to what a tile may be.
+``pattern`` (P, n) int32 is the layout's own table: kernels read it, so the order of patterns is settled in one place.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from . import autotune, epilogue, transpose
+from .epilogue import activate, last_to_arrive
+from .library import INTERPRET, Launch, multiprocessors, operator, plan, power_of_two, precision, wide
+
+FEW = 16  # tokens up to which every strip's own gather of all activations is affordable
+
+
+@triton.jit
+def _slot_rows(
+    values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G: tl.constexpr, N: tl.constexpr, MP: tl.constexpr
+):
+    """The dense (BQ, MP) tile of slots q of one (chunk, strip), in fp32, and their columns (I or more: not there)."""
+    ok = q < Q
+    column = c * Q + tl.load(index_ptr + base + q, mask=ok, other=0).to(tl.int32)
+    column = tl.where(ok, column, I)
+    r = tl.arange(0, MP)
+    dense = tl.zeros((q.shape[0], MP), tl.float32)
+    for i in tl.static_range(N):
+        row = tl.load(pattern_ptr + q // G * N + i, mask=ok, other=0)
+        value = tl.load(values_ptr + (base + q) * N + i, mask=ok, other=0.0).to(tl.float32)
+        dense += tl.where(row[:, None] == r[None, :], value[:, None], 0.0)
+    return dense, column
+
+
+@triton.jit
+def _few_tokens(
+    x_ptr, values_ptr, index_ptr, pattern_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
+    T, I, O, Q, chunks, strips, stride_x,
+    G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
+    S: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One strip, a share of its slots. x is feature-major (I, >= BT), or one token."""
+    strip, split = tl.program_id(0), tl.program_id(1)
+    t, tiles = tl.arange(0, BT), tl.cdiv(Q, BQ)
+    share = tl.cdiv(chunks * tiles, S)
+    acc = tl.zeros((BQ, MP) if BT == 1 else (MP, BT), tl.float32)
+    for step in range(split * share, tl.minimum((split + 1) * share, chunks * tiles)):
+        c = step // tiles
+        q = step % tiles * BQ + tl.arange(0, BQ)
+        base = (c * strips + strip).to(tl.int64) * Q
+        dense, column = _slot_rows(values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G, N, MP)
+        ok = column < I
+        if BT == 1:
+            x = tl.load(x_ptr + column * stride_x, mask=ok, other=0.0).to(tl.float32)
+            acc += dense * x[:, None]
+        else:
+            x = tl.load(x_ptr + column.to(tl.int64)[:, None] * stride_x + t[None, :], mask=ok[:, None], other=0.0)
+            acc = tl.dot(tl.trans(dense.to(x_ptr.dtype.element_ty)), x, acc, input_precision=PRECISION)
+    if BT == 1:
+        acc = tl.sum(acc, 0)[:, None]
+    r = tl.arange(0, MP)
+    finish = True
+    if S > 1:
+        inside = r[:, None] * BT + t[None, :]
+        own = partial_ptr + (strip * S).to(tl.int64) * (MP * BT)
+        tl.store(own + split * (MP * BT) + inside, acc)
+        finish = last_to_arrive(count_ptr + strip, S)
+        if finish:
+            acc = tl.zeros((MP, BT), tl.float32)
+            for s in range(S):
+                acc += tl.load(own + s * (MP * BT) + inside, cache_modifier=".cg")
+    if finish:
+        rows = strip * M + r
+        row_ok = (r < M) & (rows < O)
+        offsets, mask = t[None, :] * O + rows[:, None], row_ok[:, None] & (t < T)[None, :]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+        acc = activate(acc, ACTIVATION)
+        if gate_ptr is not None:
+            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _expand_slots(
+    values_ptr, index_ptr, pattern_ptr, out_ptr, I, O, Q, strips,
+    G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """Each column of a (chunk, strip) belongs to one slot, so the slots together write every element once."""
+    strip, c = tl.program_id(0), tl.program_id(1)
+    base = (c * strips + strip).to(tl.int64) * Q
+    r = tl.arange(0, MP)
+    rows = (strip * M + r).to(tl.int64)
+    for q0 in range(0, Q, BQ):
+        q = q0 + tl.arange(0, BQ)
+        dense, column = _slot_rows(values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G, N, MP)
+        at = out_ptr + rows[None, :] * I + column[:, None]
+        mask = (column < I)[:, None] & ((r < M) & (rows < O))[None, :]
+        tl.store(at, dense.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _collect_slots(
+    dense_ptr, index_ptr, pattern_ptr, out_ptr, I, O, Q, strips,
+    G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """The dense matrix at the pattern; zero in slots beyond the matrix."""
+    strip, c = tl.program_id(0), tl.program_id(1)
+    base = (c * strips + strip).to(tl.int64) * Q
+    for q0 in range(0, Q, BQ):
+        q = q0 + tl.arange(0, BQ)
+        ok = q < Q
+        column = c * Q + tl.load(index_ptr + base + q, mask=ok, other=0).to(tl.int32)
+        for i in tl.static_range(N):
+            row = (strip * M + tl.load(pattern_ptr + q // G * N + i, mask=ok, other=0)).to(tl.int64)
+            value = tl.load(dense_ptr + row * I + column, mask=ok & (row < O) & (column < I), other=0.0)
+            tl.store(out_ptr + (base + q) * N + i, value, mask=ok)
+
+
+# ---- which variant
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype) -> tuple[str, str]:
+    """(variant, reason): ``empty``, ``few`` (from the slots) or ``expand`` (dense, then cuBLAS)."""
+    if tokens == 0 or out_features == 0:
+        return "empty", "nothing to compute"
+    if tokens <= FEW:
+        return "few", f"{tokens} tokens: the weight is read compressed, {n} of {m}; each strip gathers the activations itself"
+    return "expand", f"strips of {m} rows are too low for tensor cores at {tokens} tokens; expanded, cuBLAS runs"
+
+
+def _configs(tokens: int, strips: int, slots: int, programs: int) -> list[dict]:
+    if INTERPRET:
+        return [dict(BQ=16, S=2)]
+    found = []
+    for depth, warps in ((128, 2), (256, 4), (64, 1)) if tokens == 1 else ((64, 2), (128, 4)):
+        split = 1
+        while strips * split < 8 * programs and split < 8 and slots // (2 * split) >= 4 * depth:
+            split *= 2
+        found.append(dict(BQ=depth, S=split, num_warps=warps))
+    return found
+
+
+# ---- launchers
+
+
+def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation):
+    chunks, strips, patterns, g, _ = values.shape
+    outputs, width = y.shape[1], 1 if tokens == 1 else 16
+    height = power_of_two(m, 1 if tokens == 1 else 16, 256)
+    stride = x.stride(1 if tokens == 1 else 0)
+
+    def prepare(config):
+        split = config["S"]
+        launch = Launch(
+            _few_tokens, (strips, split), G=g, N=n, M=m, MP=height, BT=width, ACTIVATION=activation,
+            PRECISION=precision(x), **config,
+        )  # fmt: skip
+
+        def call(x, values, index, pattern, bias, gate, y):
+            partial = count = y
+            if split > 1:
+                partial = torch.empty(strips * split * height * width, dtype=torch.float32, device=x.device)
+                count = epilogue.counters.take(x, strips)
+            launch(
+                x, values, index, pattern, bias, gate, y, partial, count,
+                tokens, inputs, outputs, patterns * g, chunks, strips, stride,
+            )  # fmt: skip
+
+        return call
+
+    key = (x.dtype, outputs, inputs, n, m, g, width)
+    configs = _configs(tokens, strips, chunks * patterns * g, multiprocessors(x))
+    given = (x, values, index, pattern, bias, gate, y)
+    return prepare(autotune.pick("grouped_nm_few", key, configs, lambda config: prepare(config)(*given), x))
+
+
+def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activation):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@operator(
+    "gpu_grouped_nm_linear(Tensor x, Tensor values, Tensor index, Tensor pattern, Tensor? bias, Tensor? gate, int m,"
+    " int out_features, str activation) -> Tensor",
+    _linear_fake,
+)
+def _linear(x, values, index, pattern, bias, gate, m, out_features, activation):
+    gate = None if gate is None else gate.contiguous()
+    tensors, statics = (x, values, index, pattern, bias, gate), ("grouped_nm", m, out_features, activation, precision(x))
+    return plan(statics, tensors, lambda: _plan_linear(*tensors, m, out_features, activation))(*tensors)
+
+
+def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation):
+    """The callable for one layout of arguments; it is made on the first call's tensors."""
+    inputs, shape, n = x.shape[-1], (*x.shape[:-1], outputs), values.shape[-1]
+    if x.dtype != values.dtype or index.dtype != torch.int16 or pattern.dtype != torch.int32:
+        raise TypeError(f"x {x.dtype}, values {values.dtype}, index {index.dtype} and pattern {pattern.dtype} do not fit")
+    if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
+        raise ValueError(f"values {tuple(values.shape)} do not hold ({outputs}, {inputs}) in strips of {m}")
+    tokens = x.numel() // inputs
+    variant, _ = choose(outputs, inputs, n, m, tokens, x.dtype)
+    if variant == "empty":
+        return lambda x, *rest: x.new_empty(shape)
+    if variant == "expand":
+
+        def call(x, values, index, pattern, bias, gate):
+            dense = expand(values, index, pattern, m=m, out_features=outputs, in_features=inputs)
+            return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
+
+        return call
+
+    def arrange(x):
+        flat = x.reshape(tokens, inputs)
+        return flat if tokens == 1 else transpose.transpose_now(flat, 16)
+
+    y = x.new_empty(tokens, outputs)
+    run = _plan_few(arrange(x), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
+
+    def call(x, values, index, pattern, bias, gate):
+        y = x.new_empty(shape)
+        run(arrange(x), values, index, pattern, bias, gate, y)
+        return y
+
+    return call
+
+
+def _expand_fake(values, index, pattern, m, out_features, in_features):
+    return values.new_empty(out_features, in_features)
+
+
+@operator(
+    "gpu_grouped_nm_expand(Tensor values, Tensor index, Tensor pattern, int m, int out_features, int in_features) -> Tensor",
+    _expand_fake,
+)
+def _expand(values, index, pattern, m, out_features, in_features):
+    chunks, strips, patterns, g, n = values.shape
+    dense = values.new_empty(out_features, in_features)
+    if dense.numel():
+        _expand_slots[(strips, chunks)](
+            values, index, pattern, dense, in_features, out_features, patterns * g, strips,
+            G=g, N=n, M=m, MP=power_of_two(m, 1, 256), BQ=16 if INTERPRET else 128,
+        )  # fmt: skip
+    return dense
+
+
+def _collect_fake(dense, index, pattern, m):
+    return dense.new_empty(*index.shape, pattern.shape[1])
+
+
+@operator("gpu_grouped_nm_collect(Tensor dense, Tensor index, Tensor pattern, int m) -> Tensor", _collect_fake)
+def _collect(dense, index, pattern, m):
+    chunks, strips, patterns, g = index.shape
+    dense, n = dense.contiguous(), pattern.shape[1]
+    values = dense.new_empty(*index.shape, n)
+    if values.numel():
+        _collect_slots[(strips, chunks)](
+            dense, index, pattern, values, dense.shape[1], dense.shape[0], patterns * g, strips,
+            G=g, N=n, M=m, BQ=16 if INTERPRET else 128,
+        )  # fmt: skip
+    return values
+
+
+# ---- what the framework calls
+
+
+def linear(x, values, index, pattern, bias=None, *, m, out_features, activation=None, gate=None):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``pattern`` (P, n) int32 lies on the same device."""
+    return _linear(x, values, index, pattern, bias, gate, m, out_features, epilogue.activation_name(activation))
+
+
+def linear_grad_input(grad, values, index, pattern, *, m, in_features):
+    """grad (*, O) -> grad @ W, (*, I)."""
+    dense = expand(values, index, pattern, m=m, out_features=grad.shape[-1], in_features=in_features)
+    return torch.matmul(grad, dense)
+
+
+def linear_grad_values(grad, x, index, pattern, *, m):
+    """grad (*, O), x (*, I) -> the gradient of ``values``: a dense product, collected at the pattern."""
+    return collect(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]), index, pattern, m=m)
+
+
+def expand(values, index, pattern, *, m, out_features, in_features):
+    """The dense weight (O, I)."""
+    return _expand(values, index, pattern, m, out_features, in_features)
+
+
+def collect(dense, index, pattern, *, m):
+    """A dense matrix (O, I) at the pattern: values (chunks, strips, P, g, n)."""
+    return _collect(dense, index, pattern, m)
