@@ -59,6 +59,7 @@ OPERATORS: dict[str, Operator] = {}
 _warned: set[tuple] = set()
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("sten_strict", default=False)
 _observers: list[Callable[[str, Layout, Parts, Kernel | None], None]] = []
+TAPS: dict[int, Callable] = {}  # id of a pattern part -> who wants that weight's gradient dense (sten/training/tap.py)
 
 
 class DensifyError(RuntimeError):
@@ -147,10 +148,24 @@ def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, *
     if _observers:
         for observe in _observers:
             observe(name, spec, parts, entry)
+    if TAPS and name.endswith("grad_weight"):
+        tap = next((TAPS[id(part)] for part in parts.values() if id(part) in TAPS), None)
+        if tap is not None:
+            dense = OPERATORS[name].reference(*args, spec=_EveryEntry, shape=shape, **kwargs)
+            tap(dense)
+            return spec.pack_like(dense, parts)
     if entry is None:
         _say_reference(name, (type(spec),), values.device.type)
         return OPERATORS[name].reference(*args, spec=spec, shape=shape, **kwargs)
     return run(entry, name, shape, values.dtype, spec, *args, spec=spec, shape=shape, **kwargs)
+
+
+class _EveryEntry:
+    """Stands for a layout where a reference computes a gradient: nothing is left out."""
+
+    @staticmethod
+    def pack_like(dense, parts):
+        return dense
 
 
 def call_both(name: str, specs: tuple, shapes: tuple, *args) -> Any:

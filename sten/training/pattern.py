@@ -9,14 +9,36 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..allocation import Allocation
 from ..layout import fields
+from ..sparsifiers import Sparsifier
 from ..tensor import SparseTensor, checked, project
 
 PREFIX = "sparse_"  # the holder of `weight` is the submodule `sparse_weight`
+
+
+@dataclass(frozen=True)
+class Method:
+    """What an engine must know of a weight: who decides, and how much of it lives.
+
+    Attributes:
+        name: full name of the weight when it was chosen.
+        sparsifier: the dynamic method.
+        sparsity: the weight's share of the budget; None where the layout has a rate.
+        spread: the allocation of the whole model.
+        last: whether it was the last of the chosen weights.
+    """
+
+    name: str
+    sparsifier: Sparsifier
+    sparsity: float | None
+    spread: Allocation | None
+    last: bool
 
 
 class SparseWeight(nn.Module):
@@ -38,20 +60,38 @@ class SparseWeight(nn.Module):
         self.values = nn.Parameter(w.parts["values"].detach(), requires_grad=w.requires_grad)
         for name in self.names:
             self.register_buffer(name, w.parts[name])
+        self.method: Method | None = None
+        self.extra: tuple[str, ...] = ()
+        self.probe: Tensor | None = None  # set while a dense gradient is wanted (tap.py)
+
+    @property
+    def pattern(self) -> dict[str, Tensor]:
+        return {name: self._buffers[name] for name in self.names}
 
     @property
     def parts(self) -> dict[str, Tensor]:
-        return {"values": self._parameters["values"], **{name: self._buffers[name] for name in self.names}}
+        return {"values": self._parameters["values"], **self.pattern}
 
-    def forward(self) -> SparseTensor:
+    def adopt(self, method: Method, state: dict[str, Tensor]) -> None:
+        """Take a dynamic method and its tensors; they are not in the model's state_dict (`sten.state_dict` has them)."""
+        self.method, self.extra = method, tuple(state)
+        for name, value in state.items():
+            self.register_buffer("state_" + name, value, persistent=False)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {name: self._buffers["state_" + name] for name in self.extra}
+
+    def forward(self, param: Tensor | None = None) -> SparseTensor:
         if torch.compiler.is_compiling():
-            return _traced(self.values, self.spec, self.shape, self.transposed, self.names, *[self._buffers[n] for n in self.names])
+            w = _traced(self.values, self.spec, self.shape, self.transposed, self.names, *[self._buffers[n] for n in self.names])
+            return w if self.probe is None else w.to_dense() + self.probe
         values = self._parameters["values"]
         if torch.is_grad_enabled() and values.requires_grad:
-            return _Assemble.apply(values, self.spec, self.shape, self.transposed, self.names, *self._buffers.values())
+            return _Assemble.apply(values, self.spec, self.shape, self.transposed, self.names, *self.pattern.values())
         return SparseTensor(self.spec, self.parts, self.shape, self.transposed)
 
-    def tensor(self) -> SparseTensor:
+    def tensor(self, param: Tensor | None = None) -> SparseTensor:
         """The weight as a SparseTensor that shares memory and is cut off from autograd; `requires_grad` as the values'."""
         parts = {name: part.detach() for name, part in self.parts.items()}
         return SparseTensor(self.spec, parts, self.shape, self.transposed, self.values.requires_grad)
@@ -121,7 +161,7 @@ def _with_weights(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
     def attribute(name: str) -> property:
         holder = PREFIX + name
-        return property(lambda self: self._modules[holder]())
+        return property(lambda self: self._modules[holder](self._parameters[name]))
 
     def reduce(self, protocol):
         return _rebuild, (cls, names), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
@@ -135,9 +175,10 @@ def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return new.__new__(new)
 
 
-def install(module: nn.Module, name: str, holder: SparseWeight) -> None:
-    """Put the holder in the place of the Parameter `name`."""
-    module._parameters[name] = None  # keeps the place, so that the order of parameters survives finalize
+def install(module: nn.Module, name: str, holder: nn.Module) -> None:
+    """Let the holder answer for `name`; a SparseWeight takes the place of the Parameter, a MasterWeight reads it."""
+    if isinstance(holder, SparseWeight):
+        module._parameters[name] = None  # keeps the place, so that the order of parameters survives finalize
     module.add_module(PREFIX + name, holder)
     _set_names(module, (*installed(module), name))
 
@@ -160,7 +201,7 @@ def _set_names(module: nn.Module, names: tuple[str, ...]) -> None:
     module.__class__ = _with_weights(plain, names) if names else plain
 
 
-def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, SparseWeight]]:
+def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """(full name of the weight, owner, name, holder) of every weight in trainable form; ties appear once an owner."""
     for prefix, module in model.named_modules(remove_duplicate=True):
         for name in installed(module):

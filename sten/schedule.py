@@ -1,0 +1,155 @@
+"""Schedule: when a method acts, and with what number.
+
+The contract, in one line: `due(step) -> bool` and `value(step) -> float`. A step is counted from 1, the first call of
+`optimizer.step()`; 0 is the state before it. `value` also takes a 0-d tensor and then answers with one, so that compiled
+models do not recompile as the number moves.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FOREVER = 2**62
+
+
+@dataclass(frozen=True)
+class Schedule(ABC):
+    """Every `every` steps from `start` to `stop`, both included; the value goes from `first` to `last` in between.
+
+    Before `start` the value is `first`, after `stop` it is `last`. With `closing`, the step `stop` itself is always due,
+    so that a curve arrives at `last` also where `every` does not divide the length.
+
+    Raises:
+        ValueError: stop before start, or every below 1.
+
+    Example:
+        >>> import sten
+        >>> plan = sten.schedule.Linear(0.0, 1.0, start=10, stop=20, every=4, closing=True)
+        >>> [step for step in range(30) if plan.due(step)], plan.value(15)
+        ([10, 14, 18, 20], 0.5)
+    """
+
+    first: float
+    last: float
+    start: int = 0
+    stop: int = FOREVER
+    every: int = 1
+    closing: bool = False
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.start, self.stop, self.every))
+        if not whole or not 0 <= self.start <= self.stop or self.every < 1:
+            raise ValueError(
+                f"{type(self).__name__} takes whole numbers 0 <= start <= stop and every >= 1; "
+                f"got start={self.start}, stop={self.stop}, every={self.every}."
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether the method acts at this step."""
+        inside = self.start <= step <= self.stop
+        return inside and ((step - self.start) % self.every == 0 or (self.closing and step == self.stop))
+
+    def value(self, step: int | Tensor) -> float | Tensor:
+        """The number at this step."""
+        length = max(self.stop - self.start, 1)
+        part = (step - self.start) / length
+        part = part.clamp(0, 1) if isinstance(step, Tensor) else min(max(part, 0.0), 1.0)
+        return self.first + (self.last - self.first) * self.curve(part)
+
+    @abstractmethod
+    def curve(self, part: float | Tensor) -> float | Tensor:
+        """How much of the way from `first` to `last` is done, 0 to 1, when `part` of the time has passed."""
+
+
+@dataclass(frozen=True)
+class Linear(Schedule):
+    """A straight line.
+
+    Example:
+        >>> import sten
+        >>> sten.schedule.Linear(1.0, 0.0, stop=4).value(1)
+        0.75
+    """
+
+    def curve(self, part):
+        return part
+
+
+@dataclass(frozen=True)
+class Cubic(Schedule):
+    """last + (first - last) * (1 - part)**3: fast while much is there to prune, slow at the end.
+
+    Source: Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878, section 3.
+
+    Example:
+        >>> import sten
+        >>> [sten.schedule.Cubic(0.0, 0.8, stop=2).value(step) for step in (0, 1, 2)]
+        [0.0, 0.7000000000000001, 0.8]
+    """
+
+    def curve(self, part):
+        return 1 - (1 - part) ** 3
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """last + (first - last) / 2 * (1 + cos(pi * part)).
+
+    Source: Evci et al., Rigging the Lottery, https://arxiv.org/abs/1911.11134, section 3 (2), with last = 0.
+
+    Example:
+        >>> import sten
+        >>> round(sten.schedule.Cosine(0.5, 0.0, stop=2).value(1), 6)
+        0.25
+    """
+
+    def curve(self, part):
+        cosine = torch.cos(math.pi * part) if isinstance(part, Tensor) else math.cos(math.pi * part)
+        return (1 - cosine) / 2
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same number at every step; `Constant(0.3, every=100)`.
+
+    Example:
+        >>> import sten
+        >>> sten.schedule.Constant(0.3, every=100).value(7)
+        0.3
+    """
+
+    last: float = 0.0
+
+    def value(self, step: int | Tensor) -> float:
+        return self.first
+
+    def curve(self, part):
+        return 0.0 * part
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """first * exp(-rate * (step - start)), and exactly `last` from `stop` on: an exponential alone never arrives.
+
+    Example:
+        >>> import sten
+        >>> plan = sten.schedule.Exponential(1.0, 0.0, stop=100, rate=0.5)
+        >>> round(plan.value(2), 4), plan.value(100)
+        (0.3679, 0.0)
+    """
+
+    rate: float = 1.0
+
+    def value(self, step):
+        if isinstance(step, Tensor):
+            past = (step - self.start).clamp(min=0)
+            return torch.where(step >= self.stop, self.last, self.first * torch.exp(-self.rate * past))
+        return self.last if step >= self.stop else self.first * math.exp(-self.rate * max(step - self.start, 0))
+
+    def curve(self, part):
+        return part

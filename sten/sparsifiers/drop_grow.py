@@ -1,0 +1,166 @@
+"""Static, SET, RigL, DST-EE: sparse from the first step to the last; weights of small magnitude give way to new ones."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import scores
+from ..schedule import Constant, Cosine, Schedule
+from .sparsifier import Edit, Sparsifier, State, View
+from .units import expect_free_units, fill_up, keep_largest
+
+
+@dataclass(frozen=True)
+class Static(Sparsifier):
+    """A random pattern that stays: the baseline of dynamic methods. Use `sparsity=sten.ERK(...)`.
+
+    Source: Mocanu et al., https://arxiv.org/abs/1707.04780 (the random initialisation of SET).
+
+    Example:
+        >>> import torch, sten
+        >>> model = sten.sparsify(torch.nn.Linear(8, 8), layout=sten.CSR(), sparsifier=sten.Static(), sparsity=0.75)
+        >>> model.weight.density
+        0.25
+    """
+
+    seed: int = 0
+
+    def score(self, view: View) -> Tensor:
+        return scores.random(view.weight, view.generator)
+
+
+@dataclass(frozen=True)
+class DropGrow(Sparsifier):
+    """Every `every` steps, drop a fraction of the living weights, those of the smallest |w|, and grow as many elsewhere.
+
+    The count of a weight never changes, nor its n:m groups. New entries start at zero, in the weight and in every slot of
+    the optimizer. A layout of blocks or vectors drops and grows whole ones, by the sums of their scores.
+
+    Attributes:
+        total_steps: optimizer steps of the whole training.
+        drop_fraction: at the start.
+        every: steps between two ticks.
+        stop: the last tick, as a fraction of total_steps.
+    """
+
+    total_steps: int
+    drop_fraction: float = 0.3
+    every: int = 100
+    stop: float = 1.0
+    seed: int = 0
+
+    one_shot: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.drop_fraction <= 1 or not 0 < self.stop <= 1:
+            raise ValueError(f"{type(self).__name__} takes drop_fraction and stop between 0 and 1; got {self}.")
+        if not 1 <= self.every <= int(self.stop * self.total_steps):
+            raise ValueError(f"{type(self).__name__} never acts: every={self.every} is beyond {self.stop:g} * {self.total_steps} steps.")
+
+    @property
+    def ticks(self) -> Schedule:
+        return Cosine(self.drop_fraction, 0.0, 0, int(self.stop * self.total_steps), self.every)
+
+    def check(self, layout) -> None:
+        expect_free_units(layout)
+
+    def score(self, view: View) -> Tensor:
+        return scores.random(view.weight, view.generator)
+
+    @abstractmethod
+    def growth(self, view: View, state: State) -> Tensor:
+        """How much each entry deserves to grow; read where nothing is kept."""
+
+    def update(self, view: View, state: State) -> Edit:
+        keep = keep_largest(view, self.ticks.value(view.step))
+        return Edit(mask=fill_up(view, keep, self.growth(view, state)))
+
+
+@dataclass(frozen=True)
+class SET(DropGrow):
+    """Sparse evolutionary training: grow at random, a constant fraction each time. The tick follows the optimizer step.
+
+    Source: Mocanu et al., https://arxiv.org/abs/1707.04780, section "SET"; drop_fraction 0.3 is theirs (zeta).
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> method = sten.SET(total_steps=100, every=10)
+        >>> model = sten.sparsify(model, sten.CSR(), method, sparsity=0.75, optimizer=optimizer)
+        >>> model.weight.density
+        0.25
+    """
+
+    @property
+    def ticks(self) -> Schedule:
+        return Constant(self.drop_fraction, start=self.every, stop=int(self.stop * self.total_steps), every=self.every)
+
+    def growth(self, view: View, state: State) -> Tensor:
+        return scores.random(view.weight, view.generator).masked_fill(view.mask, -1)  # what was just dropped comes last
+
+
+@dataclass(frozen=True)
+class RigL(DropGrow):
+    """Rigged lottery: grow where the dense gradient is largest. A tick takes the place of the optimizer step.
+
+    Just-dropped entries may come back; then they keep their value and their slots.
+
+    Source: Evci et al., https://arxiv.org/abs/1911.11134, section 3 (drop fraction by cosine, 0 from 75 % of training on).
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> method = sten.RigL(total_steps=1000)
+        >>> model = sten.sparsify(model, sten.CSR(), method, sparsity=sten.ERK(0.75), optimizer=optimizer)
+        >>> [step for step in range(1, 1000) if method.ticks.due(step)]
+        [100, 200, 300, 400, 500, 600, 700]
+    """
+
+    stop: float = 0.75
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+    replaces_step: ClassVar[bool] = True
+    ranks_only: ClassVar[bool] = True
+
+    def growth(self, view: View, state: State) -> Tensor:
+        return view.grad.abs()
+
+
+@dataclass(frozen=True)
+class DSTEE(DropGrow):
+    """RigL with exploration: growth |g| + c * ln(t) / (N + eps), N = ticks that an entry has lived through so far.
+
+    Source: Huang et al., Dynamic Sparse Training via Balancing the Exploration-Exploitation Trade-off,
+    https://arxiv.org/abs/2211.16667. UNVERIFIED: the formula's constants c and eps.
+
+    Example:
+        >>> import sten
+        >>> sten.DSTEE(total_steps=1000).ticks.every
+        100
+    """
+
+    stop: float = 0.75
+    c: float = 1e-3
+    eps: float = 1.0
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+    replaces_step: ClassVar[bool] = True
+
+    def init(self, view: View) -> State:
+        return {"lived": view.mask.to(torch.int32)}
+
+    def growth(self, view: View, state: State) -> Tensor:
+        return view.grad.abs() + self.c * math.log(view.step) / (state["lived"] + self.eps)
+
+    def update(self, view: View, state: State) -> Edit:
+        keep = keep_largest(view, self.ticks.value(view.step))
+        mask = fill_up(view, keep, self.growth(view, state))
+        return Edit(mask=mask, state={"lived": state["lived"] + mask})

@@ -1,0 +1,108 @@
+"""Gradual magnitude pruning, and iterative magnitude pruning with rewinding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..allocation import Allocation
+from ..layout import Layout
+from ..schedule import Cubic, Schedule
+from .masks import DenseMaster
+from .sparsifier import Edit, State, View
+
+
+@dataclass(frozen=True)
+class Gradual(DenseMaster):
+    """Prune the smallest |w| step by step: from dense at `start` to sparsify's sparsity at `stop`, by a cubic.
+
+    s(t) = s_final * (1 - (1 - (t - start) / (stop - start))**3), every `every` steps and at `stop`. Pruned weights are zero from
+    then on, after every optimizer step: momentum would revive them. With `sten.Global` the budget is shared anew at each
+    tick.
+
+    Source: Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878, section 3.
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        >>> model = sten.sparsify(model, sten.CSR(), sten.Gradual(start=1, stop=3, every=1), sparsity=0.75, optimizer=optimizer)
+        >>> for step in range(3):
+        ...     model(torch.randn(2, 8)).sum().backward()
+        ...     optimizer.step()
+        ...     print(int((model.weight != 0).sum()))
+        64
+        22
+        16
+    """
+
+    start: int
+    stop: int
+    every: int = 100
+
+    hard: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _ = self.ticks  # refuses what is no schedule
+
+    @property
+    def ticks(self) -> Schedule:
+        return Cubic(0.0, 1.0, self.start, self.stop, self.every, closing=True)
+
+    def check(self, layout: Layout) -> None:
+        if layout.rate is not None:
+            raise ValueError(f"Gradual raises the sparsity step by step, but {layout} has one rate: use sten.DecayingMask or sten.SRSTE.")
+
+    def apply(self, w: Tensor, view: View, state: State) -> Tensor:
+        return w * view.mask
+
+    def allocate(self, views: Mapping[str, View], spread: Allocation) -> dict[str, int]:
+        shapes = {name: tuple(view.weight.shape) for name, view in views.items()}
+        done = self.ticks.value(next(iter(views.values())).step)
+        now = dataclasses.replace(spread, sparsity=spread.sparsity * done)
+        return now.assign(shapes, lambda name: self.score(views[name]))
+
+    def update(self, view: View, state: State) -> Edit:
+        return Edit(mask=view.layout.mask(self.score(view).masked_fill(~view.mask, -1), view.sparsity))
+
+
+class Rewind:
+    """Iterative magnitude pruning: a plan of sparsities, and the weights to return to between rounds.
+
+    A helper for a loop that the user writes: each round trains, prunes the same share of what is left, and starts again
+    from the weights of step `k`, in the new mask. Round r of K has sparsity 1 - (1 - sparsity)**(r / K).
+
+    Source: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, https://arxiv.org/abs/1912.05671.
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(16, 16)
+        >>> rewind = sten.Rewind(model, sparsity=0.75, rounds=2)   # after the first k steps
+        >>> for sparsity in rewind:
+        ...     masks = {"weight": sten.CSR().mask(model.weight.detach().abs(), sparsity)}  # ... after training
+        ...     rewind.apply(masks)
+        >>> int((model.weight == 0).sum())
+        192
+    """
+
+    def __init__(self, model: nn.Module, sparsity: float, rounds: int) -> None:
+        if not 0 < sparsity < 1 or rounds < 1:
+            raise ValueError(f"Rewind takes a sparsity between 0 and 1 and rounds >= 1; got {sparsity} and {rounds}.")
+        self.model, self.sparsity, self.rounds = model, sparsity, rounds
+        self.start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    def __iter__(self):
+        return iter([1 - (1 - self.sparsity) ** (r / self.rounds) for r in range(1, self.rounds + 1)])
+
+    @torch.no_grad()
+    def apply(self, masks: dict[str, Tensor]) -> None:
+        """Put the first weights back, those that the masks (by name) drop as zeros."""
+        if any(mask.dtype != torch.bool for mask in masks.values()):
+            raise TypeError("Masks are bool: True keeps the entry.")
+        state = {name: value * masks[name] if name in masks else value for name, value in self.start.items()}
+        self.model.load_state_dict(state)

@@ -1,0 +1,33 @@
+"""The start of training under a dynamic method: its trainable form, with what the method keeps beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.optim import Optimizer
+
+from ..decision import Change
+from ..forms import move, take_off
+from ..state import keep_loadable
+from .master import MasterWeight
+from .pattern import PREFIX, install
+
+
+def begin(change: Change, optimizers: Iterable[Optimizer]) -> None:
+    """Give a chosen weight the form that its method trains."""
+    method, target = change.method.sparsifier, change.target
+    if not method.master:
+        move(target, change.tensor, optimizers, trainable=True)
+        for module, name in target.owners:
+            module._modules[PREFIX + name].adopt(change.method, method.init(change.view))
+        return
+    holder = MasterWeight(change.method, target.layout, target.transposed, change.view)
+    take_off(target)
+    for module, name in target.owners:
+        install(module, name, holder)
+        keep_loadable(module)
+    extra = list(holder.parameters())
+    groups = [(o, g) for o in optimizers for g in o.param_groups if any(p is target.tensor for p in g["params"])]
+    for optimizer, group in groups if extra else ():
+        alike = {key: value for key, value in group.items() if key != "params"}
+        optimizer.add_param_group({**alike, "params": extra, "weight_decay": 0.0})

@@ -1,0 +1,57 @@
+"""What ranks must agree on: dense gradients, averaged; masks, taken from rank 0; shards of a weight, put together."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def ranks() -> int:
+    """How many processes train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sharded(t: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as FSDP2 makes them."""
+    return dist.is_available() and type(t).__name__ == "DTensor"
+
+
+def whole(t: Tensor) -> Tensor:
+    """The tensor itself, or all shards of a DTensor together (every rank must ask)."""
+    return t.full_tensor() if sharded(t) else t
+
+
+def shard_like(t: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has, placed as `like` is; itself if `like` is whole."""
+    if not sharded(like):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def mean(t: Tensor) -> Tensor:
+    """The average over all ranks, as DDP averages gradients."""
+    if ranks() > 1:
+        dist.all_reduce(t)
+        t /= ranks()
+    return t
+
+
+def agreed(mask: Tensor) -> Tensor:
+    """Rank 0's mask."""
+    if ranks() == 1:
+        return mask
+    sent = mask.to(torch.uint8)
+    dist.broadcast(sent, 0)
+    return sent.bool()
+
+
+def everywhere(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank."""
+    if ranks() == 1:
+        return flag
+    sent = torch.tensor(int(flag), device=device)
+    dist.all_reduce(sent, op=dist.ReduceOp.MAX)
+    return bool(sent)
