@@ -203,11 +203,11 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.to_dense(), None
+        return project(grad, ctx.saved_tensors[0]).to_dense(), None
 
 
 def project_now(grad: Tensor, like: SparseTensor) -> SparseTensor:

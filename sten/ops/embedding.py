@@ -100,15 +100,21 @@ def embedding(
     if not isinstance(weight, SparseTensor):
         raise TypeError("The index of an embedding must be a dense integer tensor.")
     if max_norm is not None:
-        raise NotImplementedError(f"max_norm would renormalise rows of a {weight.spec} table in place; clip them before sparsify.")
+        raise NotImplementedError(f"max_norm writes into the table, {weight.spec} here: clip its rows beforehand.")
     if scale_grad_by_freq or weight.transposed:
         say_densified("embedding", weight.spec)
         return F.embedding(input, weight.to_dense(), padding_idx, None, norm_type, scale_grad_by_freq)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
-    if input.numel() and not torch.compiler.is_compiling() and not traced(input):
-        low, high = torch.aminmax(input)
-        if input.device.type == "cpu" and (int(low) < 0 or int(high) >= weight.shape[0]):
-            raise IndexError(f"Embedding index out of range: got {int(low)} to {int(high)}, the table has {weight.shape[0]} rows.")
+    _check(input, weight)
     if tracked(weight):
         return Embedding.apply(input, weight, padding)
     return look_up(input, weight)
+
+
+def _check(index: Tensor, w: SparseTensor) -> None:
+    """IndexError for an index out of range, where looking does not wait for a GPU or stop a compiler."""
+    looks = index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling() and not traced(index)
+    if looks and not torch._C._are_functorch_transforms_active():
+        low, high = map(int, torch.aminmax(index))
+        if low < 0 or high >= w.shape[0]:
+            raise IndexError(f"Embedding indices go from {low} to {high}, but the table has {w.shape[0]} rows.")

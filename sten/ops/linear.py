@@ -55,11 +55,12 @@ def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
     return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias)
 
 
-def matmul_now(x: Tensor, w: SparseTensor) -> Tensor:
-    """x @ w."""
+def matmul_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
+    """x @ w + bias."""
     if w.transposed:
-        return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, None)
-    return _times(x, w)
+        return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias)
+    y = _times(x, w)
+    return y if bias is None else y + bias
 
 
 def _times(x: Tensor, w: SparseTensor) -> Tensor:
@@ -80,10 +81,10 @@ def grad_weight_now(grad: Tensor, x: Tensor, w: SparseTensor) -> SparseTensor:
 # what torch.compile sees: opaque operators on the SparseTensor, which __torch_dispatch__ answers
 
 LIBRARY.define("sparse_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-LIBRARY.define("sparse_matmul(Tensor input, Tensor other) -> Tensor")
+LIBRARY.define("sparse_matmul(Tensor input, Tensor other, Tensor? bias) -> Tensor")
 LIBRARY.define("sparse_grad_weight(Tensor grad, Tensor input, Tensor weight) -> Tensor")
 aten(OPS.sparse_linear.default)(lambda _, x, w, bias: linear_now(x, w, bias))
-aten(OPS.sparse_matmul.default)(lambda _, x, w: matmul_now(x, w))
+aten(OPS.sparse_matmul.default)(lambda _, x, w, bias: matmul_now(x, w, bias))
 aten(OPS.sparse_grad_weight.default)(lambda _, grad, x, w: grad_weight_now(grad, x, w))
 
 
@@ -92,6 +93,10 @@ def over_batch(apply, info, in_dims, x, *rest):
     if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
         raise NotImplementedError("torch.vmap over a sparse weight or its bias has no rule; map over the input only.")
     return apply(x.movedim(in_dims[0], 0), *rest), 0
+
+
+def _sum_rows(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
 class Linear(torch.autograd.Function):
@@ -103,18 +108,16 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, bias = inputs
-        ctx.save_for_backward(x, w)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
         return (
-            Matmul.apply(grad, w) if needs_x else None,
+            Matmul.apply(grad, w, None) if needs_x else None,
             GradWeight.apply(grad, x, w) if needs_w else None,
-            grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and needs_bias else None,
+            _sum_rows(grad) if needs_bias else None,
         )
 
     @staticmethod
@@ -123,25 +126,29 @@ class Linear(torch.autograd.Function):
 
 
 class Matmul(torch.autograd.Function):
-    """y = x @ w."""
+    """y = x @ w + bias."""
 
     @staticmethod
-    def forward(x, w):
-        return OPS.sparse_matmul(x, w) if torch.compiler.is_compiling() else matmul_now(x, w)
+    def forward(x, w, bias):
+        return OPS.sparse_matmul(x, w, bias) if torch.compiler.is_compiling() else matmul_now(x, w, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
-        needs_x, needs_w = ctx.needs_input_grad
-        return Linear.apply(grad, w, None) if needs_x else None, GradWeight.apply(x, grad, w) if needs_w else None
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad
+        return (
+            Linear.apply(grad, w, None) if needs_x else None,
+            GradWeight.apply(x, grad, w) if needs_w else None,
+            _sum_rows(grad) if needs_bias else None,
+        )
 
     @staticmethod
-    def vmap(info, in_dims, x, w):
-        return over_batch(Matmul.apply, info, in_dims, x, w)
+    def vmap(info, in_dims, x, w, bias):
+        return over_batch(Matmul.apply, info, in_dims, x, w, bias)
 
 
 class GradWeight(torch.autograd.Function):
@@ -163,7 +170,7 @@ class GradWeight(torch.autograd.Function):
         needs_grad, needs_x, _ = ctx.needs_input_grad
         return (
             Linear.apply(x, grad_values, None) if needs_grad else None,
-            Matmul.apply(grad, grad_values) if needs_x else None,
+            Matmul.apply(grad, grad_values, None) if needs_x else None,
             None,
         )
 
@@ -185,11 +192,13 @@ def tracked(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check(x: Tensor, size: int, w: SparseTensor, bias: Tensor | None = None) -> None:
+def _check(x: Tensor, size: int, w: SparseTensor, bias: Tensor | None) -> None:
     if x.shape[-1] != size:
-        raise RuntimeError(f"The last dimension of the input is {x.shape[-1]}, but a weight of shape {tuple(w.shape)} needs {size}.")
+        shapes = f"Input {tuple(x.shape)} and weight {tuple(w.shape)}"
+        raise RuntimeError(f"{shapes} do not fit: the last dimension of the input must be {size}.")
     if x.dtype != w.dtype or (bias is not None and bias.dtype != w.dtype):
-        raise RuntimeError(f"Input ({x.dtype}), weight ({w.dtype}) and bias must have the same dtype; convert one or use autocast.")
+        kinds = f"Input ({x.dtype}), weight ({w.dtype}) and bias ({w.dtype if bias is None else bias.dtype})"
+        raise RuntimeError(f"{kinds} must have the same dtype; convert one or use autocast.")
 
 
 @function(F.linear)
@@ -199,18 +208,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return matmul(input, weight.t()) if bias is None else matmul(input, weight.t()) + bias
     input, weight, bias = autocast(input, weight, bias)
     _check(input, weight.shape[1], weight, bias)
-    if tracked(input, weight, bias):
-        return Linear.apply(input, weight, bias)
-    return linear_now(input, weight, bias)
+    return Linear.apply(input, weight, bias) if tracked(input, weight, bias) else linear_now(input, weight, bias)
 
 
-def _right(x: Tensor, w: SparseTensor) -> Tensor:
-    """x @ w for x of any number of dimensions."""
-    x, w, _ = autocast(x, w)
-    _check(x, w.shape[0], w)
-    if tracked(x, w):
-        return Matmul.apply(x, w)
-    return matmul_now(x, w)
+def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
+    """x @ w + bias for x of any number of dimensions: linear with the weight the other way round."""
+    x, w, bias = autocast(x, w, bias)
+    _check(x, w.shape[0], w, bias)
+    return Matmul.apply(x, w, bias) if tracked(x, w, bias) else matmul_now(x, w, bias)
 
 
 @function(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
@@ -222,7 +227,7 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     if left and right:
         return _both(input, other)
     if right:
-        return _right(input, other)
+        return times(input, other)
     if other.dim() == 1:
         return linear(other, input)
     return linear(other.transpose(-2, -1), input).transpose(-2, -1)
@@ -244,9 +249,10 @@ def rmatmul(other: Tensor, input: Tensor) -> Tensor:
 
 @function(torch.addmm, Tensor.addmm)
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1) -> Tensor:
-    """beta * input + alpha * mat1 @ mat2; a bias vector and factors of one go into the kernel."""
-    if beta == alpha == 1 and input.dim() == 1 and not isinstance(mat1, SparseTensor) and not isinstance(input, SparseTensor):
-        return linear(mat1, mat2.t(), input)
+    """beta * input + alpha * mat1 @ mat2; a bias vector, without factors, goes into the kernel."""
+    dense = not isinstance(input, SparseTensor) and not isinstance(mat1, SparseTensor)
+    if dense and beta == alpha == 1 and input.shape == mat2.shape[1:]:
+        return times(mat1, mat2, input)
     product = matmul(mat1, mat2)
     return beta * input + (product if alpha == 1 else alpha * product)
 

@@ -24,7 +24,8 @@ TO_DENSE = """exp exp2 cos cosh acos log log2 log10 sigmoid reciprocal rsqrt rsu
 IN_PLACE = """add sub mul div lerp addcmul addcdiv sqrt neg abs clamp clamp_min clamp_max pow square sign zero fill normal
     uniform exp reciprocal rsqrt nan_to_num relu bernoulli erfinv"""
 ZERO_STAYS = "mul zero sqrt neg abs addcmul lerp square sign relu erfinv nan_to_num"  # in place, whatever the operands
-FOREACH = """add_ sub_ mul_ div_ lerp_ addcmul_ addcdiv_ sqrt_ neg_ abs_ zero_ copy_ clamp_min_ reciprocal_ sign_
+FOREACH = """add_ sub_ mul_ div_ lerp_ addcmul_ addcdiv_ sqrt_ neg_ abs_ zero_ copy_ maximum_ minimum_ reciprocal_
+    sign_
     add sub mul div lerp addcmul addcdiv sqrt neg abs norm maximum sign reciprocal"""
 
 
@@ -147,6 +148,31 @@ def _operand(func, w: SparseTensor, a: Tensor) -> Tensor:
     return dense_to_values(w, unpack(a) if isinstance(a, SparseTensor) else a, func._schema.name.removeprefix("aten::"))
 
 
+@aten(A.masked_fill_.Scalar, A.masked_fill_.Tensor)
+def masked_fill_(func, w, mask, value):
+    """Zero goes anywhere; any other number onto stored entries alone, so the mask must be off elsewhere."""
+    if not isinstance(w, SparseTensor):
+        return dense_result(func, w, mask, value)
+    if not is_scalar(mask):
+        gather = value == 0 or isinstance(mask, SparseTensor)
+        mask = gathered(mask, w).parts["values"] if gather else dense_to_values(w, mask, "masked_fill_")
+    w.parts["values"].masked_fill_(mask, value)
+    clear_padding(w)
+    return w
+
+
+@aten(A.masked_fill.Scalar, A.masked_fill.Tensor)
+def masked_fill(func, w, mask, value):
+    zero = isinstance(w, SparseTensor) and value == 0
+    return masked_fill_(func, w.clone(), mask, value) if zero else dense_result(func, w, mask, value)
+
+
+@aten(A.maximum.out, A.minimum.out)
+def extremum_out(func, a, b, *, out):
+    """As amsgrad keeps its state: into a tensor of the same pattern."""
+    return out.copy_(torch.maximum(a, b) if func is A.maximum.out else torch.minimum(a, b))
+
+
 # reductions over everything need the stored entries alone
 
 
@@ -187,8 +213,11 @@ def unscale(func, grads, found_inf, inv_scale):
     return func([values_of(g) for g in grads], found_inf, inv_scale)
 
 
+SINGLE = {"maximum_": "clamp_min_", "minimum_": "clamp_max_"}
+
+
 def _one_by_one(name: str):
-    single = torch.linalg.vector_norm if name == "norm" else getattr(A, name)
+    single = torch.linalg.vector_norm if name == "norm" else getattr(A, SINGLE.get(name, name))
 
     def rule(func, tensors, *rest, **kwargs):
         """The operator that a foreach operator stands for, tensor by tensor."""

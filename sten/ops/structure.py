@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
@@ -18,9 +20,21 @@ def each_part(change, w: SparseTensor) -> SparseTensor:
     return SparseTensor(w.spec, {n: change(p) for n, p in w.parts.items()}, w.stored_shape, w.transposed)
 
 
+def alias(func, args: tuple, transposed: bool) -> SparseTensor:
+    """The result of a view: the same parts in a new tensor, that autograd knows as a view.
+
+    In inference mode a view of an ordinary tensor is ordinary, but a new wrapper would not be.
+    """
+    w = args[0]
+    with torch.inference_mode(w.is_inference()) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+        parts = {**w.parts, "values": w.parts["values"].detach()}
+        view = SparseTensor(w.spec, parts, w.stored_shape, transposed)
+    return return_and_correct_aliasing(func, args, {}, view)
+
+
 @aten(A.detach.default, A.alias.default)
 def detach(func, w):
-    return return_and_correct_aliasing(func, (w,), {}, w.with_values(func(w.parts["values"])))
+    return alias(func, (w,), w.transposed)
 
 
 @aten(A.clone.default)
@@ -32,37 +46,34 @@ def clone(func, w, *, memory_format=None):
 def t(func, w):
     if w.dim() != 2:
         raise RuntimeError(f"t() transposes a matrix; this weight has shape {tuple(w.shape)}.")
-    flipped = SparseTensor(w.spec, w.parts, w.stored_shape, not w.transposed)
-    return return_and_correct_aliasing(func, (w,), {}, flipped)
+    return alias(func, (w,), not w.transposed)
 
 
 @aten(A.transpose.int)
 def transpose(func, w, dim0, dim1):
-    dim0, dim1 = dim0 % w.dim(), dim1 % w.dim()
-    if dim0 == dim1:
-        return return_and_correct_aliasing(func, (w, dim0, dim1), {}, w.with_values(w.parts["values"]))
-    if w.dim() != 2:
-        raise NotImplementedError(f"Only a matrix can be transposed in {w.spec}; this weight has shape {tuple(w.shape)}.")
-    flipped = SparseTensor(w.spec, w.parts, w.stored_shape, not w.transposed)
-    return return_and_correct_aliasing(func, (w, dim0, dim1), {}, flipped)
+    dims = list(range(w.dim()))
+    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    return alias(func, (w, dim0, dim1), w.transposed ^ _flips(w, dims))
 
 
 @aten(A.permute.default)
 def permute(func, w, dims):
-    dims = [d % w.dim() for d in dims]
-    flip = dims == [1, 0]
-    if not flip and dims != list(range(w.dim())):
-        raise NotImplementedError(f"Only a matrix can be permuted in {w.spec}; this weight has shape {tuple(w.shape)}.")
-    out = SparseTensor(w.spec, w.parts, w.stored_shape, w.transposed ^ flip)
-    return return_and_correct_aliasing(func, (w, dims), {}, out)
+    return alias(func, (w, dims), w.transposed ^ _flips(w, [d % w.dim() for d in dims]))
+
+
+def _flips(w: SparseTensor, dims: list[int]) -> bool:
+    """Whether this order of dimensions is a transposition (or no change); an error where it is neither."""
+    same = dims == list(range(w.dim()))
+    if not same and w.dim() != 2:
+        raise NotImplementedError(f"Only a matrix can be transposed in {w.spec}; this weight has shape {tuple(w.shape)}.")
+    return not same
 
 
 @aten(A.view.default, A._unsafe_view.default, A.reshape.default, A.expand.default)
 def view(func, w, size, **kwargs):
     """To its own shape, as gradients are; any other shape is dense."""
-    same = len(size) == w.dim() and all(want in (-1, have) for want, have in zip(size, w.shape, strict=True))
-    if same:
-        return return_and_correct_aliasing(func, (w, size), kwargs, w.with_values(w.parts["values"]))
+    if len(size) == w.dim() and all(want in (-1, have) for want, have in zip(size, w.shape, strict=True)):
+        return alias(func, (w, size), w.transposed)
     say_densified("view", w.spec)
     return func(unpack(w).contiguous(), size, **kwargs)
 
@@ -77,21 +88,20 @@ def to_copy(func, w, *, dtype=None, device=None, layout=None, pin_memory=None, n
     return SparseTensor(w.spec, parts, w.stored_shape, w.transposed)
 
 
-@aten(A.zeros_like.default)
-def zeros_like(func, w, *, dtype=None, device=None, **_):
-    return _twin(torch.zeros_like, w, dtype, device)
+@aten(A.zeros_like.default, A.empty_like.default, A.ones_like.default, A.rand_like.default, A.randn_like.default)
+def like(func, w, *, dtype=None, device=None, **_):
+    """A twin with the same pattern, its padding zero as the layout's law asks; optimizers make their state so."""
+    return _twin(getattr(torch, func._schema.name.removeprefix("aten::")), w, dtype, device)
 
 
-@aten(A.empty_like.default, A.rand_like.default, A.randn_like.default)
-def empty_like(func, w, *, dtype=None, device=None, **_):
-    """A twin with the same pattern; its padding is zero as the layout's law asks."""
-    twin = _twin(getattr(torch, func._schema.name.removeprefix("aten::")), w, dtype, device)
-    return only_live(twin, twin.parts["values"])
+@aten(A.full_like.default)
+def full_like(func, w, value, *, dtype=None, device=None, **_):
+    return _twin(lambda values, dtype: torch.full_like(values, value, dtype=dtype), w, dtype, device)
 
 
 def _twin(make, w: SparseTensor, dtype, device) -> SparseTensor:
     source = w if device is None else each_part(lambda p: p.to(device), w)
-    return source.with_values(make(source.parts["values"], dtype=dtype))
+    return only_live(source, make(source.parts["values"], dtype=dtype))
 
 
 @aten(A.new_empty_strided.default, A.new_empty.default, A.new_zeros.default)
