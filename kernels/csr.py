@@ -150,15 +150,13 @@ def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
 
         return call
 
-    def arrange(x):
-        flat = x.reshape(tokens, inputs)
-        return flat if tokens == 1 else transpose.transpose_now(flat, -(-tokens // 16) * 16)
-
-    run = _plan_few(arrange(x), values, crow, col, bias, gate, x.new_empty(tokens, outputs), tokens, activation)
+    flat = x.reshape(tokens, inputs)
+    turn = (lambda flat: flat) if tokens == 1 else transpose.prepared(flat, -(-tokens // 16) * 16)
+    run = _plan_few(turn(flat), values, crow, col, bias, gate, x.new_empty(tokens, outputs), tokens, activation)
 
     def call(x, values, crow, col, bias, gate):
         y = x.new_empty(shape)
-        run(arrange(x), values, crow, col, bias, gate, y)
+        run(turn(x.reshape(tokens, inputs)), values, crow, col, bias, gate, y)
         return y
 
     return call

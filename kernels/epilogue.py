@@ -7,8 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .library import capturing
-
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -53,14 +51,6 @@ def last_to_arrive(count_ptr, S: tl.constexpr):
     return last
 
 
-@triton.jit
-def prefetch(pointers):
-    """Asks for the cache lines of ``pointers`` to be brought into L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 class Counters:
     """Zeroed int32 counters, each launch in flight with its own, without a kernel that zeroes them.
 
@@ -76,16 +66,16 @@ class Counters:
     def take(self, x: torch.Tensor, size: int) -> torch.Tensor:
         if not x.is_cuda:
             return torch.zeros(size, dtype=torch.int32)
-        if capturing(x):
-            return self._cut(x.device, size) if x.device in self._slabs else self._zeros(x.device, size)
-        place = (x.device, torch.cuda.current_stream(x.device).cuda_stream)
+        device = x.device.index
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return self._cut(device, size) if device in self._slabs else self._zeros(device, size)
+        place = (device, torch._C._cuda_getCurrentRawStream(device))
         held = self._by_stream.get(place)
         if held is None or held.numel() < size:
-            if x.device not in self._slabs:
-                self._slabs[x.device] = self._zeros(x.device, self.SLAB)
-                self._used[x.device] = 0
-                torch.cuda.synchronize(x.device)  # once: other streams use the slab as well
-            held = self._by_stream[place] = self._cut(x.device, max(size, 4096))
+            if device not in self._slabs:
+                self._slabs[device], self._used[device] = self._zeros(device, self.SLAB), 0
+                torch.cuda.synchronize(device)  # once: other streams use the slab as well
+            held = self._by_stream[place] = self._cut(device, max(size, 4096))
         return held
 
     def _cut(self, device, size):

@@ -213,16 +213,13 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation):
 
         return call
 
-    def arrange(x):
-        flat = x.reshape(tokens, inputs)
-        return flat if tokens == 1 else transpose.transpose_now(flat, 16)
-
-    y = x.new_empty(tokens, outputs)
-    run = _plan_few(arrange(x), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
+    flat, y = x.reshape(tokens, inputs), x.new_empty(tokens, outputs)
+    turn = (lambda flat: flat) if tokens == 1 else transpose.prepared(flat, 16)
+    run = _plan_few(turn(flat), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
 
     def call(x, values, index, pattern, bias, gate):
         y = x.new_empty(shape)
-        run(arrange(x), values, index, pattern, bias, gate, y)
+        run(turn(x.reshape(tokens, inputs)), values, index, pattern, bias, gate, y)
         return y
 
     return call

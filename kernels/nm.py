@@ -107,6 +107,15 @@ def _dense_group(values, nibble, dtype: tl.constexpr):
 
 
 @triton.jit
+def _dense_words(w, p, dtype: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
+    """The (BM, 8 * BW) dense elements of words w and their position bytes p."""
+    a0, a1, a2, a3 = _dense_group(w.to(tl.int32), p, dtype)
+    b0, b1, b2, b3 = _dense_group((w >> 32).to(tl.int32), p >> 4, dtype)
+    even, odd = tl.join(tl.join(a0, b0), tl.join(a2, b2)), tl.join(tl.join(a1, b1), tl.join(a3, b3))
+    return tl.reshape(tl.join(even, odd), (BM, BW * 8))
+
+
+@triton.jit
 def _few_tokens_24(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, words, stride_x,
     BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -126,11 +135,7 @@ def _few_tokens_24(
         w = tl.load(w_ptr + w_rows[:, None] * words + j[None, :], mask=(j < words)[None, :], other=0)
         p = tl.load(index_ptr + w_rows[:, None] * words + j[None, :], mask=(j < words)[None, :], other=0).to(tl.int32)
         x = tl.load(x_ptr + t[:, None] * stride_x + c[None, :], mask=(t < T)[:, None] & (c < words * 8)[None, :], other=0.0)
-        a0, a1, a2, a3 = _dense_group(w.to(tl.int32), p, dtype)
-        b0, b1, b2, b3 = _dense_group((w >> 32).to(tl.int32), p >> 4, dtype)
-        even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
-        odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
-        acc = tl.dot(tl.reshape(tl.join(even, odd), (BM, BW * 8)), tl.trans(x), acc)
+        acc = tl.dot(_dense_words(w, p, dtype, BM, BW), tl.trans(x), acc)
     _finish(acc, rows, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, BM, BT, S, ACTIVATION)
 
 
@@ -188,6 +193,19 @@ def _expand_tile(
 
 
 @triton.jit
+def _expand_words(w_ptr, index_ptr, out_ptr, O, words, BM: tl.constexpr, BW: tl.constexpr):
+    """2:4 in 16-bit types, 64-bit word by word: eight elements of the dense weight each."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    rows, j = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.program_id(1) * BW + tl.arange(0, BW)
+    c = tl.program_id(1) * BW * 8 + tl.arange(0, BW * 8)
+    ok = (rows < O)[:, None] & (j < words)[None, :]
+    w = tl.load(w_ptr + rows[:, None] * words + j[None, :], mask=ok, other=0)
+    p = tl.load(index_ptr + rows[:, None] * words + j[None, :], mask=ok, other=0).to(tl.int32)
+    dense = _dense_words(w, p, dtype, BM, BW)
+    tl.store(out_ptr + rows[:, None] * words * 8 + c[None, :], dense, mask=(rows < O)[:, None] & (c < words * 8)[None, :])
+
+
+@triton.jit
 def _collect(
     dense_ptr, index_ptr, out_ptr, I, O, K, BYTES,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -209,6 +227,11 @@ def bits(m: int) -> int:
     return 2 if m <= 4 else 4 if m <= 16 else 8
 
 
+def _has_words(n: int, m: int, dtype: torch.dtype, in_features: int) -> bool:
+    """Whether two groups fill a 64-bit word; values whose storage is not so aligned are copied first."""
+    return (n, m) == (2, 4) and dtype in (torch.float16, torch.bfloat16) and in_features % 8 == 0
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(
     out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype, save_memory: bool = False
@@ -216,7 +239,7 @@ def choose(
     """(variant, reason): ``empty``, ``word`` and ``few`` (2:4 from its words), ``tiles``, ``cusparselt`` or ``expand``."""
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
-    words = (n, m) == (2, 4) and dtype in (torch.float16, torch.bfloat16) and in_features % 8 == 0
+    words = _has_words(n, m, dtype, in_features)
     if tokens == 1 and words:
         return "word", "one token of 2:4: 0.5625 of the dense bytes are read, a position is a shift"
     if tokens <= FEW:
@@ -251,7 +274,7 @@ def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, 
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int64)
+    return (x if x.data_ptr() % 8 == 0 else x.clone()).view(torch.int64)
 
 
 def _plan_few(variant, x, values, index, bias, gate, y, n, m, activation):
@@ -356,7 +379,12 @@ def _expand(values, index, n, m, in_features):
     outputs, slots = values.shape
     dense = values.new_empty(outputs, in_features)
     height, width = (16, 32) if INTERPRET else (8, 512)
-    if dense.numel():
+    if dense.numel() and _has_words(n, m, values.dtype, in_features) and not INTERPRET:
+        words = in_features // 8
+        _expand_words[(triton.cdiv(outputs, 8), triton.cdiv(words, 128))](
+            _words(values), index, dense, outputs, words, BM=8, BW=128
+        )
+    elif dense.numel():
         _expand_tile[(triton.cdiv(outputs, height), triton.cdiv(in_features, width))](
             values, index, dense, in_features, outputs, slots, index.shape[1], N=n, M=m, BITS=bits(m), BM=height, BC=width
         )

@@ -46,33 +46,36 @@ def _fake(x, leading):
     return x.new_empty(x.shape[1], leading)
 
 
-def transpose_now(x, leading, early=False):
-    """The launch itself, for launchers that transpose on their way and need no operator of their own for it.
+def prepared(x, leading, early=False):
+    """The launch itself, x -> (C, leading), for matrices of this shape, stride and alignment.
 
     With ``early``, a kernel launched with ``launch_pdl`` after this one starts at once, and waits by itself.
     """
     if x.stride(1) != 1:
-        x = x.contiguous()
+        after = prepared(x.contiguous(), leading, early)
+        return lambda x: after(x.contiguous())
     (rows, cols), stride = x.shape, x.stride(0)
-    y = x.new_empty(cols, leading)
 
-    def make():
-        def prepare(config):
-            grid = (triton.cdiv(rows, config["BR"]) * triton.cdiv(cols, config["BC"]),)
-            launch = Launch(_transpose, grid, WIDE=wide(x, y), EARLY=early, **config)
-            return lambda x, y: launch(x, y, rows, cols, stride, leading)
+    def prepare(config):
+        grid = (triton.cdiv(rows, config["BR"]) * triton.cdiv(cols, config["BC"]),)
+        launch = Launch(_transpose, grid, WIDE=wide(x) or cols * leading >= 2**31, EARLY=early, **config)
 
-        key = (x.element_size(), rows.bit_length(), cols)
-        return prepare(autotune.pick("transpose", key, CONFIGS, lambda c: prepare(c)(x, y), x))
+        def call(x):
+            y = x.new_empty(cols, leading)
+            launch(x, y, rows, cols, stride, leading)
+            return y
 
-    if y.numel() and rows:
-        plan(("transpose", leading, early), (x, y), make)(x, y)
-    return y
+        return call
+
+    if rows == 0 or cols == 0:
+        return lambda x: x.new_empty(cols, leading)
+    key = (x.element_size(), rows.bit_length(), cols)
+    return prepare(autotune.pick("transpose", key, CONFIGS, lambda config: prepare(config)(x), x))
 
 
 @operator("gpu_transpose(Tensor x, int leading) -> Tensor", _fake)
 def _transpose_op(x, leading):
-    return transpose_now(x, leading)
+    return plan(("transpose", leading), (x,), lambda: prepared(x, leading))(x)
 
 
 def transpose(x: torch.Tensor, leading: int | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from . import autotune, epilogue, transpose
-from .epilogue import activate, last_to_arrive, prefetch
+from .epilogue import activate, last_to_arrive
 from .library import INTERPRET, Launch, describable, descriptor, multiprocessors, operator, plan, power_of_two, precision, wide
 from .vector_nm_gemm import gather_gemm, group_rows, load_columns
 from .vector_nm_gradient import expand as expand_parts
@@ -44,12 +44,7 @@ def _few_tokens(
     first, stop = split * steps, tl.minimum((split + 1) * steps, K)
     acc = tl.zeros((BM, BK) if BT == 1 else (BM, BT), tl.float32)
     if PDL:
-        # the transpose before this kernel still runs: meanwhile this program's weights come as near as L2
-        LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        for at in range(first, stop, 16 * LINE):
-            line = tl.minimum(at + tl.arange(0, 16) * LINE, stop - 1)
-            prefetch(w_ptr + w_rows[:, None] * K + line[None, :])
-        gdc_wait()
+        gdc_wait()  # the transpose before this kernel may still run: all until here overlaps with its end
     ahead = load_columns(index_row, first, k, K, I, BK, EVEN_K)
     for k0 in tl.range(first, stop, BK, num_stages=PIPE):
         columns = ahead
@@ -265,56 +260,62 @@ def _plan_row_major(n, m, v, outputs, activation, x, values, index, bias, gate):
     direct = tokens == 1  # one token is row-major and feature-major at once
     width = power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens)
 
-    def arrange(x):
-        flat = x.reshape(tokens, inputs)
-        return flat if direct and variant == "few" else transpose.transpose_now(flat, width, early=variant == "few" and not INTERPRET)
+    flat = x.reshape(tokens, inputs)
+    if direct and variant == "few":
+        turn = lambda flat: flat  # noqa: E731
+    else:
+        turn = transpose.prepared(flat, width, early=variant == "few" and not INTERPRET)
 
     make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs)
     y = x.new_empty(tokens, outputs)
     run = make(
-        arrange(x), values, index, bias, gate, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation
+        turn(flat), values, index, bias, gate, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation
     )
 
     def call(x, values, index, bias, gate):
         y = x.new_empty(shape)
-        run(arrange(x), values, index, bias, gate, y)
+        run(turn(x.reshape(tokens, inputs)), values, index, bias, gate, y)
         return y
 
     return call
 
 
-def _feature_major_fake(x, values, index, bias, gate, n, m, v, activation):
-    return x.new_empty(values.shape[0], x.shape[1])
+def _feature_major_fake(x, values, index, bias, gate, n, m, v, activation, tokens, row_major):
+    outputs = values.shape[0]
+    return x.new_empty((tokens, outputs) if row_major else (outputs, tokens))
 
 
 @operator(
     "gpu_vector_nm_linear_feature_major(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? gate, int n, int m,"
-    " int v, str activation) -> Tensor",
+    " int v, str activation, SymInt tokens, bool row_major) -> Tensor",
     _feature_major_fake,
 )
-def _linear_feature_major(x, values, index, bias, gate, n, m, v, activation):
-    (inputs, tokens), outputs = x.shape, values.shape[0]
+def _linear_feature_major(x, values, index, bias, gate, n, m, v, activation, tokens, row_major):
+    inputs, outputs = x.shape[0], values.shape[0]
     _check(x, values, index, inputs, n, m, v, outputs)
-    y = x.new_empty(outputs, tokens)
-    gate = None if gate is None else gate.contiguous()
+    y = x.new_empty((tokens, outputs) if row_major else (outputs, tokens))
     if tokens == 0 or outputs == 0:
         return y
+    gate = None if gate is None else gate.contiguous()
     variant, _ = choose(outputs, inputs, n, m, v, tokens, x.dtype)
     if variant == "expand":
-        y = torch.mm(expand(values, index, n=n, m=m, v=v, in_features=inputs), x)
+        dense, x = expand(values, index, n=n, m=m, v=v, in_features=inputs), x[:, :tokens]
+        if row_major:
+            return epilogue.apply(torch.nn.functional.linear(x.T, dense, bias), activation, gate)
+        y = torch.mm(dense, x)
         return epilogue.apply(y if bias is None else y + bias[:, None], activation, gate)
     width = transpose.padded(tokens) if variant == "gather" else 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
     whole = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    if not whole and tokens > 1 or variant == "few" and tokens < width:
-        x = torch.nn.functional.pad(x, (0, width - tokens))
-    statics = ("vector_nm feature-major", n, m, v, activation, precision(x), tokens)
+    if tokens > 1 and (not whole or (variant == "few" and x.shape[1] < width)):
+        x = torch.nn.functional.pad(x[:, :tokens], (0, width - tokens))
 
     def make():
-        given = dict(tokens=tokens, row_major=False, n=n, m=m, v=v, activation=activation)
+        given = {"tokens": tokens, "row_major": row_major, "n": n, "m": m, "v": v, "activation": activation}
         if variant == "gather":
             return _plan_many(x, values, index, bias, gate, y, **given)
-        return _plan_few(x.T if tokens == 1 else x, values, index, bias, gate, y, inputs=inputs, **given)
+        return _plan_few(x[:, :1].T if tokens == 1 else x, values, index, bias, gate, y, inputs=inputs, **given)
 
+    statics = ("vector_nm feature-major", n, m, v, activation, precision(x), tokens, row_major)
     plan(statics, (x, values, index, bias, gate), make)(x, values, index, bias, gate, y)
     return y
 
@@ -327,15 +328,29 @@ def linear(x, values, index, bias=None, *, n, m, v, out_features, activation=Non
     return _linear(x, values, index, bias, gate, n, m, v, out_features, epilogue.activation_name(activation))
 
 
-def linear_feature_major(x, values, index, bias=None, *, n, m, v, activation=None, gate=None):
-    """x (I, T) -> activation(W @ x + bias) * gate, (O, T): a chain of such layers transposes once, at its start."""
-    return _linear_feature_major(x, values, index, bias, gate, n, m, v, epilogue.activation_name(activation))
+def linear_feature_major(
+    x, values, index, bias=None, *, n, m, v, activation=None, gate=None, tokens=None, row_major=False
+):
+    """x (I, T) -> activation(W @ x + bias) * gate, (O, T): a chain of such layers transposes once, at its start.
+
+    ``tokens`` when x is a wider buffer, as ``feature_major`` gives; with ``row_major`` the output is (T, O), for the
+    end of a chain. ``gate`` is in the output's order.
+    """
+    name, tokens = epilogue.activation_name(activation), x.shape[1] if tokens is None else tokens
+    return _linear_feature_major(x, values, index, bias, gate, n, m, v, name, tokens, row_major)
 
 
 def gated_linear(x, up, gate, *, n, m, v, out_features, activation="silu"):
-    """activation(x @ W_gate.T) * (x @ W_up.T), where ``up`` and ``gate`` are each (values, index)."""
-    other = linear(x, *up, n=n, m=m, v=v, out_features=out_features)
-    return linear(x, *gate, n=n, m=m, v=v, out_features=out_features, activation=activation, gate=other)
+    """activation(x @ W_gate.T) * (x @ W_up.T), where ``up`` and ``gate`` are each (values, index).
+
+    Two launches on one transpose: a single kernel would hold two accumulators, so half the tokens a tile, and would
+    read a third more from L2 than the product of the first launch costs to store and load.
+    """
+    shape, given = (*x.shape[:-1], out_features), {"n": n, "m": m, "v": v, "row_major": True}
+    tokens = x.numel() // x.shape[-1]
+    turned = feature_major(x.reshape(tokens, x.shape[-1]))
+    other = linear_feature_major(turned, *up, tokens=tokens, **given)
+    return linear_feature_major(turned, *gate, tokens=tokens, activation=activation, gate=other, **given).view(shape)
 
 
 def linear_grad_input(grad, values, index, *, n, m, v, in_features):
@@ -344,7 +359,7 @@ def linear_grad_input(grad, values, index, *, n, m, v, in_features):
 
 
 def linear_grad_values(grad, x, index, *, n, m, v, feature_major=False):
-    """grad (*, O), x (*, I) -> the gradient of ``values`` (O, K); with ``feature_major``, x is (I, T)."""
+    """grad (*, O), x (*, I) -> the gradient of ``values`` (O, K); with ``feature_major``, x is (I, T or wider)."""
     return grad_values(grad, x, index, n, m, v, feature_major)
 
 

@@ -3,7 +3,6 @@
 Letters as in ``vector_nm``: T tokens, I inputs, O outputs, K slots a row; tiles as each kernel says.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -95,7 +94,7 @@ def grad_values(grad, x, index, n, m, v, feature_major_x):
     if tokens == 0 or out.numel() == 0:
         return out.zero_()
     if not feature_major_x:
-        x = transpose.transpose_now(x.reshape(tokens, x.shape[-1]), transpose.padded(tokens))
+        x = transpose.transpose(x.reshape(tokens, x.shape[-1]), transpose.padded(tokens))
 
     def run(config):
         grid = (triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]) * triton.cdiv(slots, config["BN"]),)
