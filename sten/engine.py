@@ -176,7 +176,9 @@ class Engine:
         view = views.of(site, None if counts is None else counts[site.name])
         needed = [getattr(view, name) for name in ("grad", "momentum") if name in self.method.needs]
         if any(x is None for x in needed):
-            warnings.warn(f"sten: no gradient reached {site.name} on the tick of step {views.step}: its mask stays.", stacklevel=6)
+            warnings.warn(
+                f"sten: no gradient reached {site.name} on the tick of step {views.step}: its mask stays.", stacklevel=6
+            )
             return None
         return self.method.update(view, site.holder.state)
 
@@ -229,17 +231,19 @@ def checked(edit: Edit, site: Site, method: Sparsifier) -> Edit:
             raise TypeError(f"{method} answered a {given.dtype} {name} for {site.name}: masks are bool.")
     if edit.mask is None:
         return edit
-    warn_if_empty(edit.mask, site.name)
+    if not site.warned:
+        site.warned = warn_if_empty(edit.mask, site.name)
     return edit if ranks() == 1 else Edit(agreed(edit.mask), edit.value, edit.fresh, edit.state)
 
 
-def warn_if_empty(mask: Tensor, name: str) -> None:
+def warn_if_empty(mask: Tensor, name: str) -> bool:
     """Warn if no entry, or no entry of some row, lives: such outputs are constant."""
     rows = mask.flatten(1).any(1)
     if not bool(rows.any()):
-        warnings.warn(f"sten: the mask leaves {name} empty: lower its sparsity, or use sten.ERK.", stacklevel=2)
+        warnings.warn(f"sten: the mask leaves {name} empty: lower its sparsity, or use sten.ERK.", stacklevel=6)
     elif not bool(rows.all()):
-        warnings.warn(f"sten: the mask leaves {int((~rows).sum())} of {len(rows)} rows of {name} empty.", stacklevel=2)
+        warnings.warn(f"sten: the mask leaves {int((~rows).sum())} of {len(rows)} rows of {name} empty.", stacklevel=6)
+    return not bool(rows.all())
 
 
 def expect_method(method: Sparsifier | None, targets: list[Target], optimizers: Iterable[Optimizer]) -> None:
@@ -250,7 +254,9 @@ def expect_method(method: Sparsifier | None, targets: list[Target], optimizers: 
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
         if any(target.tensor is site.param for engine in ENGINES for site in engine.sites):
-            raise ValueError(f"{target.name} is trained by an engine already: sten.finalize the model before a second one.")
+            raise ValueError(
+                f"{target.name} is trained by an engine already: sten.finalize the model before a second one."
+            )
     for optimizer in optimizers if method is not None else ():
         if method.optimizer not in (None, type(optimizer).__name__):
             kind = type(method).__name__
@@ -262,9 +268,13 @@ def expect(method: Sparsifier, sites: list[Site], optimizer: Optimizer) -> None:
     expect_method(method, [], [optimizer])
     for site in sites:
         if any(site.param is other.param for engine in ENGINES for other in engine.sites):
-            raise ValueError(f"{site.name} is trained by an engine already: sten.finalize the model before a second one.")
+            raise ValueError(
+                f"{site.name} is trained by an engine already: sten.finalize the model before a second one."
+            )
         if sharded(site.param) and not site.master:
-            raise TypeError(f"{site.name} is compressed and cannot be sharded by FSDP: use DDP, or a method with a dense master.")
+            raise TypeError(
+                f"{site.name} is compressed and cannot be sharded by FSDP: use DDP, or a method with a dense master."
+            )
 
 
 def sites_of(model: nn.Module) -> list[Site]:
@@ -282,9 +292,13 @@ def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
     known = {id(site.holder) for engine in ENGINES for site in engine.sites}
     sites = sites_of(model)
     for site in [site for site in sites if id(site.holder) not in known] or sites:
-        owner = next((i for i, o in enumerate(optimizers) for g in o.param_groups for p in g["params"] if p is site.param), None)
+        owner = next(
+            (i for i, o in enumerate(optimizers) for g in o.param_groups for p in g["params"] if p is site.param), None
+        )
         if owner is None and site.param.requires_grad:
-            raise ValueError(f"{site.name} is not in the optimizer: make the optimizer from this model's parameters first.")
+            raise ValueError(
+                f"{site.name} is not in the optimizer: make the optimizer from this model's parameters first."
+            )
         if owner is not None:
             groups.setdefault((owner, site.about.sparsifier), []).append(site)
     for (owner, method), sites in groups.items():

@@ -61,7 +61,9 @@ class DropGrow(Sparsifier):
         if not 0 < self.drop_fraction <= 1 or not 0 < self.stop <= 1:
             raise ValueError(f"{type(self).__name__} takes drop_fraction and stop between 0 and 1; got {self}.")
         if not 1 <= self.every <= int(self.stop * self.total_steps):
-            raise ValueError(f"{type(self).__name__} never acts: every={self.every} is beyond {self.stop:g} * {self.total_steps} steps.")
+            raise ValueError(
+                f"{type(self).__name__} never acts: every={self.every} is beyond {self.stop:g} * {self.total_steps} steps."
+            )
 
     @property
     def ticks(self) -> Schedule:

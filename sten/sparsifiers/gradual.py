@@ -56,7 +56,9 @@ class Gradual(DenseMaster):
 
     def check(self, layout: Layout) -> None:
         if layout.rate is not None:
-            raise ValueError(f"Gradual raises the sparsity step by step, but {layout} has one rate: use sten.DecayingMask or sten.SRSTE.")
+            raise ValueError(
+                f"Gradual raises the sparsity step by step, but {layout} has one rate: use sten.DecayingMask or sten.SRSTE."
+            )
 
     def apply(self, w: Tensor, view: View, state: State) -> Tensor:
         return w * view.mask

@@ -56,7 +56,7 @@ class Edit:
     Attributes:
         mask: bool, which entries live from now on. Entries that did not live before start at zero, in the weight and in
             every optimizer slot.
-        value: dense, new values of the weight.
+        value: dense, new values of the weight, also where entries are new.
         fresh: bool, further entries whose weight and every optimizer slot become zero.
         state: the method's new state.
     """

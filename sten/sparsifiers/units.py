@@ -53,7 +53,9 @@ def _(layout: VectorNM, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
 def expect_free_units(layout: Layout) -> None:
     """Raise ValueError for a layout in which a unit cannot move without moving others."""
     if isinstance(layout, GroupedNM):
-        raise ValueError(f"{layout} ties the patterns of its columns together, so entries cannot move one by one: use sten.VectorNM.")
+        raise ValueError(
+            f"{layout} ties the patterns of its columns together, so entries cannot move one by one: use sten.VectorNM."
+        )
 
 
 def keep_largest(view: View, fraction: float) -> Tensor:

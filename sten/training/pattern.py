@@ -84,7 +84,9 @@ class SparseWeight(nn.Module):
 
     def forward(self, param: Tensor | None = None) -> SparseTensor:
         if torch.compiler.is_compiling():
-            w = _traced(self.values, self.spec, self.shape, self.transposed, self.names, *[self._buffers[n] for n in self.names])
+            w = _traced(
+                self.values, self.spec, self.shape, self.transposed, self.names, *[self._buffers[n] for n in self.names]
+            )
             return w if self.probe is None else w.to_dense() + self.probe
         values = self._parameters["values"]
         if torch.is_grad_enabled() and values.requires_grad:
@@ -111,7 +113,12 @@ class SparseWeight(nn.Module):
             except ValueError as error:
                 errors.append(f"{_public(prefix)[:-1]}: {error}")
                 return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            for own, part in ((self.parts[n], part) for n, part in given.items()):
+                if own.shape != part.shape:  # a pattern with another number of entries
+                    own.data, own.grad = own.new_zeros(part.shape), None
+        lost: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, lost, unexpected, errors)
+        missing.extend(_public(prefix) + name.removeprefix(prefix) for name in lost)
 
 
 class _Assemble(torch.autograd.Function):
@@ -167,7 +174,11 @@ def _with_weights(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
         return _rebuild, (cls, names), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
 
     body = {name: attribute(name) for name in names}
-    return type(cls.__name__, (cls,), {**body, "__reduce_ex__": reduce, "__module__": cls.__module__, "plain_class": cls, "sparse_names": names})
+    return type(
+        cls.__name__,
+        (cls,),
+        {**body, "__reduce_ex__": reduce, "__module__": cls.__module__, "plain_class": cls, "sparse_names": names},
+    )
 
 
 def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

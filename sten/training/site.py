@@ -31,6 +31,7 @@ class Site:
     module: nn.Module
     attribute: str
     holder: SparseWeight | MasterWeight
+    warned: bool = False
     _shard: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -92,6 +93,7 @@ class Site:
 
     # edits
 
+    @torch.no_grad()
     def rewrite(self, edit: Edit, optimizer: Optimizer) -> Commit:
         """All that the edit changes, computed; calling the result writes it."""
         if self.master and not self.about.sparsifier.hard and edit.value is None and edit.fresh is None:
@@ -102,8 +104,8 @@ class Site:
         fresh = torch.zeros_like(mask) if edit.fresh is None else edit.fresh
         if edit.mask is not None and old is not None and (self.about.sparsifier.hard or not self.master):
             fresh = fresh | (mask & ~old)
-        off = fresh | ~mask if self.about.sparsifier.hard or not self.master else fresh
-        value = value.masked_fill(off, 0)
+        off = ~mask if self.about.sparsifier.hard or not self.master else torch.zeros_like(mask)
+        value = value.masked_fill(off | fresh if edit.value is None else off, 0)
         parts = {} if self.master else fitted(self.holder.spec, self.holder.spec.pack(value, mask), len(self.param))
         new = parts["values"] if parts else self.stored(value, parts)
         slots = {}
@@ -112,6 +114,7 @@ class Site:
         grad = self.param.grad
         grad = None if grad is None else grad if self.master else self.stored(self.dense(grad), parts)
 
+        @torch.no_grad()
         def commit() -> None:
             write(self.param, new)
             for key, slot in slots.items():
@@ -125,7 +128,9 @@ class Site:
     def slots(self, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
         """The optimizer's tensors that go with each entry of the parameter."""
         state = optimizer.state.get(self.param, {})
-        return [(k, t) for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0 and t.shape == self.param.shape]
+        return [
+            (k, t) for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0 and t.shape == self.param.shape
+        ]
 
     def _write_pattern(self, mask: Tensor, parts: Parts) -> None:
         if self.master and mask is not None:

@@ -1,0 +1,415 @@
+"""The engine: hooks, ticks, edits, masks; what every method relies on."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from training_models import OPTIMIZERS, batch, dense_weights, engine_of, loss_of, masks, mlp, sparse, train
+
+import sten
+from sten.layouts import BSR, CSR, NM, Masked, VectorNM
+
+LAYOUTS = [Masked(), CSR(), BSR((4, 4)), NM(1, 4), VectorNM(1, 4, 4)]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def rigl_by_hand(model, start, optimizer, method, steps):
+    """RigL on dense tensors: masked weights, masked gradients, masked slots; a transcription of the paper."""
+    layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+    with torch.no_grad():
+        for layer, mask in zip(layers, start, strict=True):
+            layer.weight.mul_(mask)
+    now = [mask.clone() for mask in start]
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss_of(model, step - 1).backward()
+        if method.ticks.due(step):
+            for i, layer in enumerate(layers):
+                n = int(now[i].sum())
+                k = int(method.ticks.value(step) * n)
+                size = torch.where(now[i], layer.weight.detach().abs(), -1.0).flatten()
+                keep = torch.zeros_like(now[i].flatten())
+                keep[size.topk(n - k).indices] = True
+                growth = torch.where(keep, -1.0, layer.weight.grad.abs().flatten())
+                new = keep.clone()
+                new[growth.topk(k).indices] = True
+                new = new.view_as(now[i])
+                with torch.no_grad():
+                    layer.weight[new & ~now[i]] = 0
+                    layer.weight.mul_(new)
+                    for slot in optimizer.state[layer.weight].values():
+                        if slot.dim():
+                            slot.mul_(new & now[i])
+                now[i] = new
+            continue
+        for layer, mask in zip(layers, now, strict=True):
+            layer.weight.grad.mul_(mask)
+        optimizer.step()
+        with torch.no_grad():
+            for layer, mask in zip(layers, now, strict=True):
+                layer.weight.mul_(mask)
+    return now
+
+
+@every_optimizer
+def test_rigl_is_the_paper_on_dense_tensors(name):
+    method = sten.RigL(total_steps=24, every=4, drop_fraction=0.5)
+    model, optimizer, engine = sparse(method, optimizer=name)
+    twin = mlp()
+    expected = rigl_by_hand(twin, masks(model), OPTIMIZERS[name](twin.parameters()), method, 20)
+    train(model, optimizer, 20)
+    assert engine.ticks == 4 and engine.step == 20
+    for have, want in zip(masks(model), expected, strict=True):
+        assert torch.equal(have, want)
+    for have, want in zip(dense_weights(model), (twin[0].weight, twin[2].weight), strict=True):
+        torch.testing.assert_close(have, want.detach(), rtol=2e-4, atol=2e-5)
+
+
+def test_rigl_on_four_by_four_computed_by_hand():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    w = torch.tensor([[5.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 3, 0], [1, 0, 0, 2]])
+    with torch.no_grad():
+        model[0].weight.copy_(w)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    sten.sparsify(model, CSR(), sten.RigL(4, drop_fraction=1.0, every=2, stop=1.0), 1 - 5 / 16, optimizer=optimizer)
+    site = engine_of(model).sites[0]
+    site.rewrite(sten.Edit(mask=w != 0, value=w), optimizer)()  # from the pattern of w
+    engine_of(model).step = 1  # the next step is a tick; alpha = 1/2 * (1 + cos(pi / 2)) = 1/2, k = int(2.5) = 2
+    engine_of(model).prepare_next()
+    # the gradient of sum_o y_o * c_o at x is c_o * x_i
+    x, c = torch.tensor([1.0, 2, 4, 8]), torch.tensor([1.0, 0, 0.5, 0])
+    (model(x) * c).sum().backward()
+    optimizer.step()
+    # dropped: 1 and 2 (the smallest); grown: the largest |g| outside what is kept: g[0, 3] = 8, and of the two 4s, g[0, 2]
+    expected = torch.tensor([[5.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
+    grown = torch.zeros(4, 4, dtype=torch.bool)
+    grown[0, 2] = grown[0, 3] = True
+    assert torch.equal(model[0].weight.to_dense(), expected)
+    assert torch.equal(masks(model)[0], (expected != 0) | grown)
+
+
+def snapshot(engine, optimizer):
+    """Dense (weight, mask, slots) of every site."""
+    out = []
+    for site in engine.sites:
+        slots = {k: site.dense(t).clone() for k, t in site.slots(optimizer)}
+        out.append((site.dense(site.param).clone(), site.mask.clone(), slots))
+    return out
+
+
+@every_layout
+@every_optimizer
+def test_a_tick_keeps_kept_weights_bit_by_bit_and_zeroes_new_ones(layout, name):
+    model, optimizer, engine = sparse(sten.RigL(40, every=5, drop_fraction=0.5), layout, optimizer=name)
+    train(model, optimizer, 4)
+    before = snapshot(engine, optimizer)
+    train(model, optimizer, 1, first=4)
+    assert engine.ticks == 1
+    moved = False
+    for (w, mask, slots), (new_w, new_mask, new_slots) in zip(before, snapshot(engine, optimizer), strict=True):
+        assert int(mask.sum()) == int(new_mask.sum())
+        both, grown = mask & new_mask, new_mask & ~mask
+        moved |= bool(grown.any())
+        assert torch.equal(w[both], new_w[both]) and not new_w[~both].any()
+        for key, slot in new_slots.items():
+            assert torch.equal(slot[both], slots[key][both]) and not slot[grown].any(), key
+    assert moved
+    for site in engine.sites:
+        site.holder.spec.validate(site.holder.parts, site.holder.shape)
+
+
+@every_layout
+@pytest.mark.parametrize("method", [sten.SET(60, every=5), sten.RigL(60, every=5), sten.DSTEE(60, every=5)], ids=lambda m: type(m).__name__)
+def test_the_count_is_exact_after_every_tick(layout, method):
+    model, optimizer, engine = sparse(method, layout, optimizer="adamw")
+    counts = [int(mask.sum()) for mask in masks(model)]
+    first = masks(model)
+    for step in range(20):
+        train(model, optimizer, 1, first=step)
+        assert [int(mask.sum()) for mask in masks(model)] == counts
+        for site in engine.sites:
+            assert site.param.grad is None or site.param.grad.shape == site.param.shape
+    assert not torch.equal(first[0], masks(model)[0])
+    sten.finalize(model)
+    assert [int(w.weight.mask().sum()) for w in (model[0], model[2])] == counts
+
+
+@pytest.mark.parametrize("method", [sten.RigL(24, every=4), sten.SRSTE(decay=0.1)], ids=lambda m: type(m).__name__)
+@every_optimizer
+def test_microbatches_equal_one_batch(method, name):
+    layout = CSR() if isinstance(method, sten.RigL) else NM(2, 4)
+    whole, optimizer, _ = sparse(method, layout, optimizer=name, dtype=torch.float64)
+    parts, other, engine = sparse(method, layout, optimizer=name, dtype=torch.float64)
+    train(whole, optimizer, 12, dtype=torch.float64)
+    train(parts, other, 12, microbatches=4, dtype=torch.float64)
+    assert engine.step == 12
+    for have, want in zip(dense_weights(parts), dense_weights(whole), strict=True):
+        torch.testing.assert_close(have, want)
+
+
+@every_optimizer
+def test_a_hard_mask_survives_momentum_for_a_thousand_steps(name):
+    model, optimizer, engine = sparse(sten.Gradual(start=5, stop=20, every=5), optimizer=name)
+    train(model, optimizer, 21)
+    dead = [weight == 0 for weight in dense_weights(model)]
+    assert [int((~d).sum()) for d in dead] == [128, 64]
+    for step in range(1000 if name == "momentum" else 50):
+        train(model, optimizer, 1, first=step % 7)
+        assert not any(bool(site.param[d].any()) for site, d in zip(engine.sites, dead, strict=True))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("method", [sten.SRSTE(decay=0.1), sten.RigL(24, every=4)], ids=lambda m: type(m).__name__)
+def test_grad_scaler_changes_nothing(method, fused):
+    layout = CSR() if isinstance(method, sten.RigL) else NM(2, 4)
+    runs = []
+    for scale in (None, 2.0**10):
+        model = mlp(dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+        sten.sparsify(model, layout, method, 0.75 if layout == CSR() else None, optimizer=optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=5, enabled=scale is not None)
+        for step in range(12):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step, dtype=torch.float64)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        runs.append(dense_weights(model))
+    for have, want in zip(*runs, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_with_infinities_neither_ticks_nor_counts(fused):
+    runs = []
+    for broken in (False, True):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=fused)
+        sten.sparsify(model, CSR(), sten.RigL(24, every=4), 0.75, optimizer=optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+        for step in range(10):
+            if broken and step in (2, 3):  # step 4 is a tick
+                optimizer.zero_grad()
+                scaler.scale(loss_of(model, step) * torch.inf).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert (engine_of(model).step, engine_of(model).ticks) == (10, 2)
+        runs.append((masks(model), dense_weights(model)))
+    for have, want in zip(runs[1][0] + runs[1][1], runs[0][0] + runs[0][1], strict=True):
+        assert torch.equal(have, want)
+
+
+def test_nan_gradients_skip_the_tick_and_say_so():
+    model, optimizer, engine = sparse(sten.RigL(24, every=4))
+    train(model, optimizer, 3)
+    before = masks(model)
+    optimizer.zero_grad()
+    (loss_of(model, 3) * torch.nan).backward()
+    with pytest.warns(UserWarning, match="not finite: the tick of step 4 is skipped"):
+        optimizer.step()
+    assert engine.ticks == 0 and all(map(torch.equal, before, masks(model)))
+
+
+@pytest.mark.parametrize("method", [sten.SRSTE(decay=0.1), sten.RigL(24, every=4)], ids=lambda m: type(m).__name__)
+def test_closures(method):
+    layout = CSR() if isinstance(method, sten.RigL) else NM(2, 4)
+    plain, first, _ = sparse(method, layout)
+    train(plain, first, 9)
+    model, optimizer, engine = sparse(method, layout)
+    for step in range(9):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        assert torch.is_tensor(optimizer.step(closure))
+    assert engine.step == 9 and all(map(torch.equal, dense_weights(plain), dense_weights(model)))
+
+
+def test_groups_clipping_and_several_models():
+    models = []
+    for seed in (0, 1):
+        model = mlp(seed)
+        groups = [{"params": model[0].parameters(), "lr": 0.01}, {"params": model[2].parameters(), "weight_decay": 0.1}]
+        optimizer = torch.optim.AdamW(groups, lr=0.02)
+        sten.sparsify(model, CSR(), sten.RigL(24, every=4 + seed), 0.75, optimizer=optimizer)
+        models.append((model, optimizer))
+    for step in range(10):
+        for model, optimizer in models:
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+    assert [(engine_of(m).step, engine_of(m).ticks) for m, _ in models] == [(10, 2), (10, 2)]
+    alone = mlp(1)
+    optimizer = torch.optim.AdamW([{"params": alone[0].parameters(), "lr": 0.01}, {"params": alone[2].parameters(), "weight_decay": 0.1}], lr=0.02)
+    sten.sparsify(alone, CSR(), sten.RigL(24, every=5), 0.75, optimizer=optimizer)
+    for step in range(10):
+        optimizer.zero_grad()
+        loss_of(alone, step).backward()
+        nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+        optimizer.step()
+    assert all(map(torch.equal, dense_weights(alone), dense_weights(models[1][0])))
+
+
+def test_two_optimizers():
+    model = mlp()
+    optimizers = [torch.optim.SGD(model[0].parameters(), 0.1, momentum=0.9), torch.optim.AdamW(model[2].parameters(), 1e-2)]
+    sten.sparsify(model, CSR(), sten.RigL(24, every=4), 0.75, optimizer=optimizers)
+    before = masks(model)
+    for step in range(5):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss_of(model, step).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(not torch.equal(a, b) and a.sum() == b.sum() for a, b in zip(before, masks(model), strict=True))
+
+
+def test_nothing_dense_is_kept_between_ticks_and_one_gradient_at_a_time_on_them():
+    model, optimizer, engine = sparse(sten.RigL(24, every=4))
+    train(model, optimizer, 2)
+    assert not engine.gather.taps
+    for site in engine.sites:
+        sizes = [site.param.numel(), site.param.grad.numel(), *(t.numel() for _, t in site.slots(optimizer))]
+        assert sizes == [int(site.mask.sum())] * 3
+    train(model, optimizer, 1, first=2)  # the next step is a tick
+    optimizer.zero_grad()
+    loss_of(model, 3).backward()
+    assert all(tap.at_once is not None and tap.total is None and tap.deliveries == 1 for tap in engine.gather.taps.values())
+    optimizer.step()
+    assert engine.ticks == 1
+
+
+def test_a_weight_used_twice_ticks_a_step_later():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.head(self.layer(self.layer(x).relu()))
+
+    model = Twice()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sten.sparsify(model, CSR(), sten.RigL(24, every=4), 0.75, optimizer=optimizer)
+    engine = engine_of(model)
+    train(model, optimizer, 4)
+    assert engine.ticks == 0 and engine.owed == 5
+    train(model, optimizer, 1, first=4)
+    assert engine.ticks == 1 and engine.owed is None
+
+
+def test_an_error_of_a_method_leaves_everything_as_it_was():
+    class Broken(sten.SET):
+        def update(self, view, state):
+            if view.last:
+                raise RuntimeError("no")
+            return super().update(view, state)
+
+    model, optimizer, engine = sparse(Broken(24, every=2))
+    train(model, optimizer, 1)
+    before = masks(model)
+    with pytest.raises(RuntimeError, match="no"):
+        train(model, optimizer, 1)
+    assert all(map(torch.equal, before, masks(model)))
+
+
+def test_masks_must_be_bool():
+    class Ints(sten.SET):
+        def update(self, view, state):
+            return sten.Edit(mask=view.mask.int())
+
+    model, optimizer, _ = sparse(Ints(24, every=2))
+    with pytest.raises(TypeError, match="masks are bool"):
+        train(model, optimizer, 2)
+
+
+def test_attach_starts_what_sparsify_prepared():
+    plain, first, _ = sparse(sten.RigL(24, every=4))
+    train(plain, first, 9)
+    model = sten.sparsify(mlp(), CSR(), sten.RigL(24, every=4), 0.75)
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    sten.attach(model, optimizer)
+    train(model, optimizer, 9)
+    assert all(map(torch.equal, dense_weights(plain), dense_weights(model)))
+    with pytest.raises(ValueError, match="trained by an engine already"):
+        sten.attach(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_finalize_ends_the_engine():
+    model, optimizer, engine = sparse(sten.RigL(24, every=4))
+    train(model, optimizer, 5)
+    want = dense_weights(model)
+    sten.finalize(model)
+    assert not engine.sites and not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert all(map(torch.equal, want, dense_weights(model)))
+
+
+def test_a_master_keeps_its_key_and_a_dense_checkpoint_fits():
+    model, optimizer, _ = sparse(sten.Gradual(2, 8, 2))
+    assert list(model.state_dict()) == list(mlp().state_dict()) == [n for n, _ in model.named_parameters()]
+    model.load_state_dict(mlp(3).state_dict())
+    train(model, optimizer, 9)
+    twin = copy.deepcopy(model)
+    assert all(map(torch.equal, dense_weights(twin), dense_weights(model)))
+    sten.finalize(twin)
+    assert twin[0].weight.spec == CSR() and twin[0].weight.density == 0.25
+    assert torch.equal(twin(batch(0)[0]), sten.finalize(model)(batch(0)[0]))
+
+
+@pytest.mark.parametrize("method", [sten.SET(24, every=4), sten.Gradual(2, 8, 2)], ids=lambda m: type(m).__name__)
+def test_conv1d_like_transposes_tick_in_the_layouts_orientation(method):
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    model = nn.Sequential(Conv1D(32, 16), nn.ReLU(), Conv1D(8, 32))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    sten.sparsify(model, CSR(), method, 0.75, optimizer=optimizer)
+    train(model, optimizer, 10)
+    assert engine_of(model).ticks >= 2
+    sten.finalize(model)
+    assert model[0].weight.shape == (16, 32) and model[0].weight.transposed and model[0].weight.density == 0.25
+
+
+BAD = {
+    "no lbfgs": (lambda m: torch.optim.LBFGS(m.parameters()), CSR(), sten.SET(9, every=2), 0.5, "LBFGS"),
+    "not in optimizer": (lambda m: torch.optim.SGD([m[0].bias], 0.1), CSR(), sten.SET(9, every=2), 0.5, "not in the optimizer"),
+    "rate": (lambda m: torch.optim.SGD(m.parameters(), 0.1), NM(2, 4), sten.Gradual(0, 9), None, "one rate"),
+    "grouped": (lambda m: torch.optim.SGD(m.parameters(), 0.1), sten.GroupedNM(2, 4, 1), sten.SET(9, every=2), None, "cannot move"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_changes_nothing(case):
+    make, layout, method, sparsity, match = BAD[case]
+    model = mlp()
+    optimizer = make(model)
+    with pytest.raises((ValueError, TypeError), match=match) as error:
+        sten.sparsify(model, layout, method, sparsity, optimizer=optimizer)
+    assert str(error.value).count("\n") == 0
+    assert type(model[0]) is nn.Linear and not optimizer._optimizer_step_pre_hooks
+
+
+def test_empty_rows_are_named():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sten.sparsify(model, CSR(), sten.SET(24, every=2), 0.99, optimizer=optimizer)
+    with pytest.warns(UserWarning, match="rows of 0.weight empty"):
+        train(model, optimizer, 2)
+
+
+def test_fixed_patterns_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, optimizer, _ = sparse(sten.SET(24, every=4), Masked())
+        train(model, optimizer, 5)
