@@ -150,9 +150,10 @@ def _expect_held(optimizers: list[Optimizer] | None, targets: list[Target]) -> N
         for optimizer in optimizers:
             for key, slot in optimizer.state.get(param, {}).items():
                 if isinstance(slot, Tensor) and slot.numel() > 1 and slot.shape != param.shape:
+                    kind = type(optimizer).__name__
                     raise ValueError(
-                        f"The slot {key!r} of {type(optimizer).__name__} for {target.name} has shape {tuple(slot.shape)}, "
-                        "which has no sparse form: call sten before its first step."
+                        f"The slot {key!r} of {kind} for {target.name} has shape {tuple(slot.shape)}, which has no sparse "
+                        "form: call sten before the optimizer's first step."
                     )
 
 
