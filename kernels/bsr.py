@@ -15,7 +15,7 @@ import triton.language as tl
 from . import autotune, epilogue
 from .derived import derived
 from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, Launch, describable, descriptor, multiprocessors, operator, plan, power_of_two, precision, wide
+from .library import INTERPRET, Launch, describable, multiprocessors, operator, plan, power_of_two, precision, wide
 
 FEW = 64
 
@@ -227,21 +227,23 @@ def _many_configs(side_out: int, side_in: int, itemsize: int) -> list[dict]:
     depth = power_of_two(side_in, 16, 64 if itemsize == 2 else 32)
     first = out < 64
     if out >= 128:
-        tiles = [(128, 4, 4, True), (256, 4, 8, False), (256, 3, 8, True), (128, 3, 4, False)]
+        tiles = [(128, 3, 4, True), (256, 4, 8, True), (128, 3, 8, True)]
     else:
-        tiles = [(128, 4, 4, True), (256, 4, 8, first), (256, 4, 4, first), (128, 5, 4, first)]
+        tiles = [(128, 4, 4, True), (256, 4, 8, True), (256, 3, 4, True), (128, 3, 4, first)]
     return [dict(BO=out, BT=t, BK=depth, TOKENS_FIRST=f, num_stages=s, num_warps=w) for t, s, w, f in tiles]
 
 
 def _few_configs(bh: int, bw: int, lines: int, blocks: int, tokens: int, programs: int) -> list[dict]:
     if INTERPRET:
         return [dict(BO=16, BK=16, S=2, num_stages=1)]
-    tiles = [(32, 256, 4, 2), (16, 256, 4, 2), (64, 128, 4, 2)] if tokens == 1 else [(64, 128, 4, 3), (128, 64, 4, 4), (32, 128, 4, 3)]
+    tiles = [(64, 128, 4, 3), (64, 64, 4, 4), (32, 128, 4, 3)]
+    if tokens == 1:
+        tiles = [(16, 256, 4, 2), (32, 256, 4, 2), (8, 256, 4, 2)]
     found = []
     for rows, depth, warps, stages in tiles:
         rows = min(rows, power_of_two(bh, 1 if tokens == 1 else 16, 128))
         tiles_o, length, split = lines * -(-bh // rows), blocks * bw // max(lines, 1), 1
-        while tiles_o * split < 3 * programs and split < 16 and length // (2 * split) >= depth:
+        while tiles_o * split < 2 * programs and split < 16 and length // (2 * split) >= depth:
             split *= 2
         found.append(dict(BO=rows, BK=depth, S=split, num_stages=stages, num_warps=warps))
     return [config for place, config in enumerate(found) if config not in found[:place]]
@@ -263,12 +265,12 @@ def _gradient_configs(bh: int, bw: int, blocks: int, tokens: int, itemsize: int,
 # ---- launchers
 
 
-def _descriptors(x, values, bt, bk, w_block):
-    """TMA descriptors of the activations and of the blocks as one matrix; (None, None) where rows are not aligned."""
-    matrix = [values.shape[0] * values.shape[1], values.shape[2]]
-    if not (describable(x) and describable(values.view(matrix))):
-        return None, None
-    return descriptor(x, [bt, bk]), descriptor(values.view(matrix), w_block)
+def _described(x, values, bt, bk, w_block):
+    """How the copy engine sees the activations and the blocks as one matrix; nothing where rows are not aligned."""
+    matrix = values.view(-1, values.shape[2])
+    if not (describable(x) and describable(matrix)):
+        return {}
+    return {0: ([bt, bk], x.shape, x.stride()), 2: (w_block, matrix.shape, matrix.stride())}
 
 
 def _schedule(start, other):
@@ -290,16 +292,18 @@ def _plan_many(x, values, start, other, block, bias, gate, y, transposed, activa
     def prepare(config):
         bo, bt, bk = config["BO"], config["BT"], config["BK"]
         w_block = [bk, bo] if transposed else [bo, bk]
+        described = _described(x, values, bt, bk, w_block) if bw % bk == 0 else {}
         launch = Launch(
-            _many_tokens, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), BH=bh, BW=bw, TRANSPOSED=transposed,
+            _many_tokens, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw, TRANSPOSED=transposed,
             WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
         )  # fmt: skip
 
         def call(x, values, start, other, block, bias, gate, y):
-            x_desc, w_desc = _descriptors(x, values, bt, bk, w_block) if bw % bk == 0 else (None, None)
+            x_desc, w_desc = (x, values) if described else (None, None)
             launch(
-                x_desc, x, w_desc, values, other, block, _schedule(start, other), bias, gate, y, tokens, inputs, outputs, lines, stride
-            )
+                x_desc, x, w_desc, values, other, block, _schedule(start, other), bias, gate, y,
+                tokens, inputs, outputs, lines, stride,
+            )  # fmt: skip
 
         return call
 
@@ -441,12 +445,14 @@ def _grad_values(grad, x, col, t_row, t_block, bh, bw):
         if split > 1:
             partial = torch.empty(tiles * split * bm * bn, dtype=torch.float32, device=x.device)
             count = epilogue.counters.take(x, tiles)
-        x_desc = g_desc = None
+        described = {}
         if describable(x) and describable(grad):
-            x_desc, g_desc = descriptor(x, [bk, bn]), descriptor(grad, [bk, bm])
-        _sampled_product[(tiles, split)](
-            g_desc, grad, x_desc, x, col, t_row, t_block, out, partial, count, tokens, inputs, outputs, x.stride(0),
-            BH=bh, BW=bw, WIDE=wide(x, grad), PRECISION=precision(x), **config,
+            described = {0: ([bk, bm], grad.shape, grad.stride()), 2: ([bk, bn], x.shape, x.stride())}
+        Launch(
+            _sampled_product, (tiles, split), described, BH=bh, BW=bw, WIDE=wide(x, grad), PRECISION=precision(x), **config
+        )(
+            grad if described else None, grad, x if described else None, x, col, t_row, t_block, out, partial, count,
+            tokens, inputs, outputs, x.stride(0),
         )  # fmt: skip
 
     key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length())

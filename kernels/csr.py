@@ -77,7 +77,7 @@ def choose(out_features: int, in_features: int, entries: int, tokens: int, dtype
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
     density = entries / max(1, out_features * in_features)
-    if tokens <= FEW and density * tokens ** 0.5 <= 0.6:
+    if density <= (0.35 if tokens == 1 else 0.1 if tokens <= 16 else 0.05 if tokens <= FEW else 0.0):
         return "few", f"{tokens} tokens: each of the {entries} entries ({density:.2g}) is read once, and gathers its activations"
     if dtype == torch.float32 and density <= 0.01:
         return "cusparse", f"density {density:.2g} in fp32: cuSPARSE beats a dense product at 1 % and below"
@@ -88,8 +88,8 @@ def _configs(tokens: int) -> list[dict]:
     if INTERPRET:
         return [dict(BE=16, BT=1 if tokens == 1 else 16)]
     if tokens == 1:
-        return [dict(BE=e, BT=1, num_warps=w) for e, w in ((256, 1), (512, 2), (512, 1), (1024, 4))]
-    return [dict(BE=e, BT=16, num_warps=w) for e, w in ((64, 2), (128, 4), (64, 1))]
+        return [dict(BE=e, BT=1, num_warps=w) for e, w in ((256, 1), (512, 1), (1024, 4))]
+    return [dict(BE=e, BT=16, num_warps=w) for e, w in ((32, 1), (64, 1))]
 
 
 # ---- launchers

@@ -15,7 +15,6 @@ from . import autotune, epilogue, transpose
 from .epilogue import activate, last_to_arrive
 from .library import INTERPRET, Launch, multiprocessors, operator, plan, power_of_two, precision, wide
 
-FEW = 16  # tokens up to which every strip's own gather of all activations is affordable
 
 
 @triton.jit
@@ -42,9 +41,10 @@ def _few_tokens(
     G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
     S: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One strip, a share of its slots. x is feature-major (I, >= BT), or one token."""
+    """One strip, a share of its slots, one tile of tokens. x is feature-major (I, whole tiles), or one token."""
     strip, split = tl.program_id(0), tl.program_id(1)
-    t, tiles = tl.arange(0, BT), tl.cdiv(Q, BQ)
+    t, tiles = tl.program_id(2) * BT + tl.arange(0, BT), tl.cdiv(Q, BQ)
+    place = strip * tl.num_programs(2) + tl.program_id(2)
     share = tl.cdiv(chunks * tiles, S)
     acc = tl.zeros((BQ, MP) if BT == 1 else (MP, BT), tl.float32)
     for step in range(split * share, tl.minimum((split + 1) * share, chunks * tiles)):
@@ -64,10 +64,10 @@ def _few_tokens(
     r = tl.arange(0, MP)
     finish = True
     if S > 1:
-        inside = r[:, None] * BT + t[None, :]
-        own = partial_ptr + (strip * S).to(tl.int64) * (MP * BT)
+        inside = r[:, None] * BT + tl.arange(0, BT)[None, :]
+        own = partial_ptr + (place * S).to(tl.int64) * (MP * BT)
         tl.store(own + split * (MP * BT) + inside, acc)
-        finish = last_to_arrive(count_ptr + strip, S)
+        finish = last_to_arrive(count_ptr + place, S)
         if finish:
             acc = tl.zeros((MP, BT), tl.float32)
             for s in range(S):
@@ -75,7 +75,7 @@ def _few_tokens(
     if finish:
         rows = strip * M + r
         row_ok = (r < M) & (rows < O)
-        offsets, mask = t[None, :] * O + rows[:, None], row_ok[:, None] & (t < T)[None, :]
+        offsets, mask = t.to(tl.int64)[None, :] * O + rows[:, None], row_ok[:, None] & (t < T)[None, :]
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
         acc = activate(acc, ACTIVATION)
@@ -124,12 +124,16 @@ def _collect_slots(
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (from the slots) or ``expand`` (dense, then cuBLAS)."""
+def choose(
+    out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype, save_memory: bool = False
+) -> tuple[str, str]:
+    """(variant, reason): ``empty``, ``slots`` (straight from the stored slots) or ``expand`` (dense, then cuBLAS)."""
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
-    if tokens <= FEW:
-        return "few", f"{tokens} tokens: the weight is read compressed, {n} of {m}; each strip gathers the activations itself"
+    if tokens == 1:
+        return "slots", f"one token: the weight is read compressed, {n} of {m}"
+    if save_memory:
+        return "slots", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
     return "expand", f"strips of {m} rows are too low for tensor cores at {tokens} tokens; expanded, cuBLAS runs"
 
 
@@ -137,9 +141,9 @@ def _configs(tokens: int, strips: int, slots: int, programs: int) -> list[dict]:
     if INTERPRET:
         return [dict(BQ=16, S=2)]
     found = []
-    for depth, warps in ((128, 2), (256, 4), (64, 1)) if tokens == 1 else ((64, 2), (128, 4)):
+    for depth, warps in ((64, 1), (128, 1), (128, 2)) if tokens == 1 else ((64, 2), (128, 4)):
         split = 1
-        while strips * split < 8 * programs and split < 8 and slots // (2 * split) >= 4 * depth:
+        while strips * split < 32 * programs and split < 8 and slots // (2 * split) >= 4 * depth:
             split *= 2
         found.append(dict(BQ=depth, S=split, num_warps=warps))
     return found
@@ -152,20 +156,20 @@ def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, ac
     chunks, strips, patterns, g, _ = values.shape
     outputs, width = y.shape[1], 1 if tokens == 1 else 16
     height = power_of_two(m, 1 if tokens == 1 else 16, 256)
-    stride = x.stride(1 if tokens == 1 else 0)
+    stride, tiles = x.stride(1 if tokens == 1 else 0), triton.cdiv(tokens, width)
 
     def prepare(config):
         split = config["S"]
         launch = Launch(
-            _few_tokens, (strips, split), G=g, N=n, M=m, MP=height, BT=width, ACTIVATION=activation,
+            _few_tokens, (strips, split, tiles), G=g, N=n, M=m, MP=height, BT=width, ACTIVATION=activation,
             PRECISION=precision(x), **config,
         )  # fmt: skip
 
         def call(x, values, index, pattern, bias, gate, y):
             partial = count = y
             if split > 1:
-                partial = torch.empty(strips * split * height * width, dtype=torch.float32, device=x.device)
-                count = epilogue.counters.take(x, strips)
+                partial = torch.empty(strips * tiles * split * height * width, dtype=torch.float32, device=x.device)
+                count = epilogue.counters.take(x, strips * tiles)
             launch(
                 x, values, index, pattern, bias, gate, y, partial, count,
                 tokens, inputs, outputs, patterns * g, chunks, strips, stride,
@@ -179,22 +183,23 @@ def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, ac
     return prepare(autotune.pick("grouped_nm_few", key, configs, lambda config: prepare(config)(*given), x))
 
 
-def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activation):
+def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @operator(
     "gpu_grouped_nm_linear(Tensor x, Tensor values, Tensor index, Tensor pattern, Tensor? bias, Tensor? gate, int m,"
-    " int out_features, str activation) -> Tensor",
+    " int out_features, str activation, bool save_memory) -> Tensor",
     _linear_fake,
 )
-def _linear(x, values, index, pattern, bias, gate, m, out_features, activation):
+def _linear(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):
     gate = None if gate is None else gate.contiguous()
-    tensors, statics = (x, values, index, pattern, bias, gate), ("grouped_nm", m, out_features, activation, precision(x))
-    return plan(statics, tensors, lambda: _plan_linear(*tensors, m, out_features, activation))(*tensors)
+    tensors = (x, values, index, pattern, bias, gate)
+    statics = ("grouped_nm", m, out_features, activation, save_memory, precision(x))
+    return plan(statics, tensors, lambda: _plan_linear(*tensors, *statics[1:5]))(*tensors)
 
 
-def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation):
+def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, save_memory):
     """The callable for one layout of arguments; it is made on the first call's tensors."""
     inputs, shape, n = x.shape[-1], (*x.shape[:-1], outputs), values.shape[-1]
     if x.dtype != values.dtype or index.dtype != torch.int16 or pattern.dtype != torch.int32:
@@ -202,7 +207,7 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation):
     if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
         raise ValueError(f"values {tuple(values.shape)} do not hold ({outputs}, {inputs}) in strips of {m}")
     tokens = x.numel() // inputs
-    variant, _ = choose(outputs, inputs, n, m, tokens, x.dtype)
+    variant, _ = choose(outputs, inputs, n, m, tokens, x.dtype, save_memory)
     if variant == "empty":
         return lambda x, *rest: x.new_empty(shape)
     if variant == "expand":
@@ -214,7 +219,7 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation):
         return call
 
     flat, y = x.reshape(tokens, inputs), x.new_empty(tokens, outputs)
-    turn = (lambda flat: flat) if tokens == 1 else transpose.prepared(flat, 16)
+    turn = (lambda flat: flat) if tokens == 1 else transpose.prepared(flat, -(-tokens // 16) * 16)
     run = _plan_few(turn(flat), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
 
     def call(x, values, index, pattern, bias, gate):
@@ -264,9 +269,13 @@ def _collect(dense, index, pattern, m):
 # ---- what the framework calls
 
 
-def linear(x, values, index, pattern, bias=None, *, m, out_features, activation=None, gate=None):
-    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``pattern`` (P, n) int32 lies on the same device."""
-    return _linear(x, values, index, pattern, bias, gate, m, out_features, epilogue.activation_name(activation))
+def linear(x, values, index, pattern, bias=None, *, m, out_features, activation=None, gate=None, save_memory=False):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``pattern`` (P, n) int32 lies on the same device.
+
+    ``save_memory`` rules out a dense weight, at a cost in time.
+    """
+    name = epilogue.activation_name(activation)
+    return _linear(x, values, index, pattern, bias, gate, m, out_features, name, save_memory)
 
 
 def linear_grad_input(grad, values, index, pattern, *, m, in_features):

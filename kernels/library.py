@@ -11,6 +11,11 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+try:
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+except ImportError:  # another version of Triton: its own front end encodes the descriptors
+    make_tensordesc_arg = None
+
 LIB = torch.library.Library("sten", "FRAGMENT")
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -66,13 +71,6 @@ def describable(matrix: torch.Tensor) -> bool:
     return matrix.stride(1) == 1 and _capability(matrix.device)[0] >= 9
 
 
-def descriptor(matrix: torch.Tensor, block: list[int]) -> TensorDescriptor:
-    """A descriptor without the constructor's checks, which cost the host more than all the rest of a launch."""
-    made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape, made.padding = matrix, matrix.shape, matrix.stride(), block, "zero"
-    return made
-
-
 @functools.cache
 def _capability(device):
     return torch.cuda.get_device_capability(device)
@@ -101,26 +99,69 @@ def power_of_two(size: int, low: int, high: int) -> int:
 class Launch:
     """One kernel with its grid and compile-time constants settled.
 
-    The first call goes through Triton's front end, which takes tens of microseconds to find the compiled kernel; later
-    ones call that directly, so everything the front end specializes on (dtypes, alignment, which integers are 1 or
-    divisible by 16, the device) has to stay as it was. ``plan`` sees to that.
+    ``described`` names arguments that are fetched by the copy engine, {position: (block, shape, strides)}: they are given
+    as tensors, and their descriptors are kept by address. The first call goes through Triton's front end, which takes
+    tens of microseconds to find the compiled kernel; later ones call its launcher directly, so everything the front end
+    specializes on (dtypes, alignment, which integers are 1 or divisible by 16, the device) has to stay as it was.
+    ``plan`` sees to that.
     """
 
-    def __init__(self, kernel, grid, **constants):
-        self.kernel, self.grid, self.constants, self.run = kernel, grid, constants, None
+    def __init__(self, kernel, grid, described=None, **constants):
+        self.kernel, self.grid, self.constants, self.described = kernel, grid, constants, described or {}
+        self.start, self.encoded = None, {}
 
     def __call__(self, *args):
-        if self.run is not None:
-            stream = torch._C._cuda_getCurrentRawStream(self.device)
-            self.run(*self.grid, stream, self.function, self.metadata, None, None, None, *args, *self.tail)
+        if self.start is None:
+            self._first(args)
             return
-        compiled = self.kernel[self.grid](*args, **self.constants)
-        if not INTERPRET:
-            self.device = torch.cuda.current_device()
-            self.grid = (*self.grid, 1, 1)[:3]
-            self.function, self.metadata = compiled.function, compiled.packed_metadata
-            self.tail = tuple(self.constants[name] for name in self.kernel.arg_names[len(args) :])
-            self.run = compiled.run
+        if self.described:
+            args = self._with_descriptors(args)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        self.start(*self.grid, stream, *self.fixed, *args, *self.tail)
+
+    def _first(self, args):
+        told = [
+            TensorDescriptor(a, *self.described[i][1:], self.described[i][0]) if i in self.described else a
+            for i, a in enumerate(args)
+        ]
+        compiled = self.kernel[self.grid](*told, **self.constants)
+        if INTERPRET:
+            return
+        launcher = compiled.run
+        start, self.metas = _raw(launcher.launch), getattr(compiled.metadata, "tensordesc_meta", None)
+        if start is None or launcher.global_scratch_size or launcher.profile_scratch_size:
+            return  # a Triton that launches differently: the front end serves every call
+        self.device, self.grid = torch.cuda.current_device(), (*self.grid, 1, 1)[:3]
+        self.tail = tuple(self.constants[name] for name in self.kernel.arg_names[len(args) :])
+        settings = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
+        self.fixed = (compiled.function, *settings, compiled.packed_metadata, None, None, None)
+        self.start = start
+
+    def _with_descriptors(self, args):
+        told, at = [], 0
+        for number, place in enumerate(self.described):
+            address = (number, args[place].data_ptr())
+            found = self.encoded.get(address)
+            if found is None:
+                if len(self.encoded) > 64:
+                    self.encoded.clear()
+                block, shape, strides = self.described[place]
+                made = TensorDescriptor(args[place], shape, strides, block)
+                found = self.encoded[address] = make_tensordesc_arg(made, self.metas[number] if self.metas else None)
+                if not self.metas:  # then the list holds the tensor itself, which must not be kept alive
+                    del self.encoded[address]
+            told += args[at:place]
+            told += found
+            at = place + 1
+        return told + list(args[at:])
+
+
+def _raw(launch):
+    """Triton's C launcher, under the wrapper that encodes descriptors at each call."""
+    if not hasattr(launch, "__code__"):
+        return launch
+    cells = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))
+    return cells["launcher"].cell_contents if "launcher" in cells and make_tensordesc_arg else None
 
 
 _plans: dict[tuple, object] = {}

@@ -260,10 +260,14 @@ def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, 
     if variant == "word":
         return [dict(BM=a, BW=b, S=1, num_warps=c) for a, b, c in ((4, 256, 4), (8, 128, 4), (4, 512, 4), (4, 128, 2))]
     width, found = power_of_two(tokens, 16, 64), []
-    tiles = ((64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3)) if variant == "few" else ((64, 64, 4, 2), (32, 64, 4, 2))
-    for height, depth, warps, stages in tiles:
+    tiles = ((64, 64, 4, 2, 2), (32, 64, 4, 2, 2))
+    if variant == "few":
+        tiles = ((64, 128, 4, 3, 2), (64, 128, 4, 3, 1), (64, 64, 4, 3, 2))
+        if tokens <= 16:
+            tiles = ((32, 128, 4, 3, 3), (32, 128, 4, 3, 2), (32, 128, 2, 3, 2), (32, 128, 4, 4, 2))
+    for height, depth, warps, stages, waves in tiles:
         split = 1
-        while -(-rows // height) * split < 2 * programs and split < 8 and columns // (2 * split) >= 2 * depth:
+        while -(-rows // height) * split < waves * programs and split < 8 and columns // (2 * split) >= 2 * depth:
             split *= 2
         inside = {"BW": depth // 8} if variant == "few" else {"BK": depth // (itemsize // 2)}
         found.append(dict(BM=height, BT=width, S=split, num_warps=warps, num_stages=stages, **inside))

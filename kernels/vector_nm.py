@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, Launch, describable, descriptor, multiprocessors, operator, plan, power_of_two, precision, wide
+from .library import INTERPRET, Launch, describable, multiprocessors, operator, plan, power_of_two, precision, wide
 from .vector_nm_gemm import gather_gemm, group_rows, load_columns
 from .vector_nm_gradient import expand as expand_parts
 from .vector_nm_gradient import grad_values
@@ -115,15 +115,15 @@ def _many_configs(v: int, tokens: int) -> list[dict]:
     if INTERPRET:
         return [dict(BM=16, BN=16, BK=16, GROUP=2, TOKENS_FIRST=v < 16, PER_SM=tokens % 2, num_stages=1)]
     if v >= 128:
-        tiles = [(128, 256, 1, 3, 8), (128, 128, 2, 3, 4), (128, 256, 0, 4, 8), (128, 128, 0, 3, 4)]
+        tiles = [(128, 256, 0, 4, 8), (128, 256, 1, 3, 8), (128, 128, 2, 3, 4), (128, 128, 0, 3, 4)]
     elif v >= 64:
-        tiles = [(64, 128, 0, 3, 4), (64, 256, 0, 4, 8), (64, 256, 1, 4, 8), (64, 128, 2, 4, 4)]
+        tiles = [(64, 256, 1, 3, 4), (64, 128, 3, 3, 4), (64, 256, 0, 4, 8), (64, 128, 0, 3, 4)]
     else:
         rows = power_of_two(v, 16, 32)
-        tiles = [(rows, 256, 0, 3, 4), (rows, 256, 0, 2, 4), (rows, 256, 2, 3, 4)]
+        tiles = [(rows, 256, 0, 3, 4), (rows, 128, 3, 3, 4), (rows, 256, 0, 2, 4), (rows, 128, 0, 3, 4)]
     tiles = [tile for tile in tiles if tile[1] <= transpose.padded(tokens)]
     return [
-        dict(BM=rows, BN=width, BK=64, GROUP=32, TOKENS_FIRST=v < 128, PER_SM=p, num_stages=stages, num_warps=warps)
+        dict(BM=rows, BN=width, BK=64, GROUP=32, TOKENS_FIRST=rows < 64 or (v < 128 and width < 256), PER_SM=p, num_stages=stages, num_warps=warps)
         for rows, width, p, stages, warps in tiles
     ]
 
@@ -132,25 +132,22 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> l
     if INTERPRET:
         return [dict(BM=16, BK=16, S=2 if slots > 32 else 1, PIPE=None)]
     if tokens == 1:
-        tiles = [(16, 256, 4, None), (8, 512, 4, None), (32, 256, 4, None), (16, 512, 4, None)]
+        tiles = [(8, 512, 4, None), (4, 512, 4, None), (8, 256, 2, None), (4, 512, 2, None)]
     else:
-        tiles = [(64, 128, 4, 3), (128, 64, 4, 4), (64, 64, 4, 5), (128, 128, 4, 3)]
+        tiles = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3)]
     found = []
     for height, depth, warps, stages in tiles:
         height = min(height, power_of_two(v, 1 if tokens == 1 else 16, 128))
-        tiles_m = -(-rows // v) * -(-v // height)
-        split = 1
-        while tiles_m * split < 3 * programs and split < 32 and slots // (2 * split) >= depth:
+        tiles_m, split = -(-rows // v) * -(-v // height), 1
+        # enough programs for every multiprocessor; a split more than that only writes and reads more partial sums
+        while tiles_m * split < programs and split < 16 and slots // (2 * split) >= depth:
             split *= 2
-        found.append(dict(BM=height, BK=depth, S=split, PIPE=stages, num_warps=warps))
+        for s in (split,) if stages != 3 or tokens == 1 else (split, 2 * split):
+            found.append(dict(BM=height, BK=depth, S=s, PIPE=stages, num_warps=warps))
     return [config for place, config in enumerate(found) if config not in found[:place]]
 
 
 # ---- launchers
-
-
-def _descriptor(values, config):
-    return descriptor(values, [config["BM"], config["BK"]]) if describable(values) else None
 
 
 def _plan_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, activation):
@@ -163,15 +160,16 @@ def _plan_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, acti
         rows, width, resident = config["BM"], config["BN"], config.pop("PER_SM")
         tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width)
         programs = min(tiles, resident * multiprocessors(x)) if resident else tiles
+        described = {1: ([rows, config["BK"]], values.shape, values.stride())} if describable(values) else {}
         launch = Launch(
-            gather_gemm, (programs,), V=v, ROW_MAJOR=row_major, PERSISTENT=programs < tiles, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
+            gather_gemm, (programs,), described, V=v, ROW_MAJOR=row_major, PERSISTENT=programs < tiles, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
             EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n, WIDE=wide(x, values, y),
             ACTIVATION=activation, PRECISION=precision(x), **config,
         )  # fmt: skip
 
         def call(x, values, index, bias, gate, y):
             launch(
-                x, _descriptor(values, config), values, index, bias, gate, y,
+                x, values if described else None, values, index, bias, gate, y,
                 tokens, inputs, outputs, slots, *strides, tiles, programs,
             )  # fmt: skip
 

@@ -83,7 +83,9 @@ def test_epilogue(activation):
 def test_grouped_linear(outputs, inputs, n, m, g, tokens):
     parts, dense = grouped_parts(outputs, inputs, n, m, g)
     x, bias = random(tokens, inputs), random(outputs)
-    close(grouped_nm.linear(x, *parts, bias, m=m, out_features=outputs), x @ dense.T + bias)
+    for save_memory in (False, True):
+        got = grouped_nm.linear(x, *parts, bias, m=m, out_features=outputs, save_memory=save_memory)
+        close(got, x @ dense.T + bias)
 
 
 @pytest.mark.parametrize("outputs, inputs, n, m, g", GROUPED)
