@@ -130,7 +130,7 @@ def main():
     layout = sten.GroupedNM(1, 10, 8)
     sparse = sparse_copy(dense, layout, None, data, epochs, f"{layout}")
     print(sten.summary(sparse))
-    print(sten.which("linear", data[0], sparse[2].weight))
+    print(sten.which("linear", (1024, width), sparse[2].weight))
     sten.save(sparse, args.out / "quickstart_model.safetensors")
     sparse = sten.load(mlp(width), args.out / "quickstart_model.safetensors").eval()
     results = {"GroupedNM(1, 10, 8)": table(dense, sparse, data, args.out, repeats)}

@@ -78,7 +78,7 @@ class ERK(Allocation):
     Example:
         >>> import sten
         >>> sten.ERK(0.5).assign({"wide": (16, 16), "narrow": (2, 16)}, None)
-        {'wide': 116, 'narrow': 28}
+        {'wide': 112, 'narrow': 32}
     """
 
     def assign(self, shapes, score):
@@ -113,5 +113,7 @@ def allocation(sparsity: float | Allocation | None) -> Allocation | None:
     if sparsity is None or isinstance(sparsity, Allocation):
         return sparsity
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
-        raise TypeError(f"sparsity= takes a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one; got {sparsity!r}.")
+        raise TypeError(
+            f"sparsity= takes a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one; got {sparsity!r}."
+        )
     return Uniform(sparsity)

@@ -88,6 +88,15 @@ def operator(
         sparse: the operands that may be sparse.
         required: those of them that are sparse in every kernel.
         tokens: the size of the work, from the shape of the first operand; `choose` gets it.
+
+    Example:
+        >>> import torch, sten
+        >>> @sten.operator("row_norms")
+        ... def row_norms(weight, *, spec, shape):
+        ...     return torch.linalg.vector_norm(spec.unpack(weight, shape), dim=1)
+        >>> w = sten.from_dense(torch.eye(2), sten.CSR())
+        >>> sten.dispatch.call("row_norms", w.spec, w.stored_shape, w.parts, w.parts)
+        tensor([1., 1.])
     """
 
     def register(function: Callable) -> Callable:
