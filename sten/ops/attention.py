@@ -57,7 +57,7 @@ def attend(q, k, v, mask, dropout: float, need_weights: bool) -> tuple[Tensor, T
     return weights @ v, weights
 
 
-def _merge_masks(attn_mask, key_padding_mask, causal, batch, heads, length, source, q) -> Tensor | None:
+def _merge_masks(attn_mask, key_padding_mask, batch, heads, length, source, q) -> Tensor | None:
     """One additive mask that broadcasts to (N, H, L, S)."""
     mask = _as_float(attn_mask, q.dtype)
     if mask is not None and mask.dim() == 3:
@@ -66,8 +66,6 @@ def _merge_masks(attn_mask, key_padding_mask, causal, batch, heads, length, sour
     if padding is not None:
         padding = padding.view(batch, 1, 1, source)
         mask = padding if mask is None else mask + padding
-    if causal and mask is None:
-        mask = _as_float(torch.ones(length, source, dtype=torch.bool, device=q.device).triu(1), q.dtype)
     return mask
 
 
@@ -81,10 +79,12 @@ def multi_head_attention_forward(
     """F.multi_head_attention_forward, for weights of which some are sparse."""
     if static_k is not None or static_v is not None:
         raise NotImplementedError("static_k and static_v have no rule with sparse projections.")
-    if is_causal and attn_mask is None:
+    if attn_mask is None and is_causal:
         raise RuntimeError("is_causal is a hint about attn_mask: pass the mask as well.")
     if query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
-        raise RuntimeError(f"The embedding has {query.shape[-1]} features; expected {embed_dim_to_check}, a multiple of {num_heads} heads.")
+        raise RuntimeError(
+            f"The embedding has {query.shape[-1]} features; expected {embed_dim_to_check}, a multiple of {num_heads} heads."
+        )
     batched = query.dim() == 3
     if not batched:
         same_kv, same_qk = key is value, query is key
@@ -102,8 +102,10 @@ def multi_head_attention_forward(
     for extra in ((bias_k, bias_v), (0, 0) if add_zero_attn else (None, None)):
         if extra[0] is not None:
             k, v = (torch.cat([x, _extra_row(x, e)]) for x, e in zip((k, v), extra, strict=True))
-            attn_mask, key_padding_mask = (None if m is None else F.pad(m, (0, 1)) for m in (attn_mask, key_padding_mask))
-    mask = _merge_masks(attn_mask, key_padding_mask, is_causal, batch, width, length, k.shape[0], q)
+            attn_mask, key_padding_mask = (
+                None if m is None else F.pad(m, (0, 1)) for m in (attn_mask, key_padding_mask)
+            )
+    mask = _merge_masks(attn_mask, key_padding_mask, batch, width, length, k.shape[0], q)
     q, k, v = (_heads(x, num_heads) for x in (q, k, v))
     out, weights = attend(q, k, v, mask, dropout_p if training else 0.0, need_weights)
     out = _project(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
