@@ -21,7 +21,7 @@ from ..layout import REGISTERED, Layout, Parts, fields, layout_from
 SHAPES = ((1, 1), (1, 9), (8, 1), (13, 17), (16, 32), (63, 100), (5, 3, 3), (6, 7, 3, 3), (3, 4, 2, 2, 2))
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SCORES = ("magnitude", "random", "ties", "constant", "negative", "nan")
-EXAMPLES = 60
+EXAMPLES = 40
 
 
 class Case(NamedTuple):
@@ -91,8 +91,8 @@ def check_layout(
     for shape in shapes:
         claim(accepts(layout, shape), f"{layout}.check refuses the shape {shape}")
     check_arguments(layout, shapes[0])
-    check_corrupt(layout, Case(shapes[-1], dtypes[0], "random", 0.5, 0))
     for_cases(shapes, dtypes, lambda case: check_case(layout, case))
+    check_corrupt(layout, Case(shapes[-1], dtypes[0], "random", 0.5, 0))
 
 
 def for_cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], check: Callable[[Case], None]) -> None:
@@ -101,7 +101,7 @@ def for_cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], 
         from hypothesis import HealthCheck, given, settings
         from hypothesis import strategies as st
     except ImportError:
-        for i, scores in enumerate(SCORES * 2):
+        for i, scores in enumerate(SCORES):
             for j, shape in enumerate(shapes):
                 check(Case(shape, dtypes[(i + j) % len(dtypes)], scores, (0.5, 0.0, 0.9, 1.0)[(i + j) % 4], i))
         return

@@ -1,0 +1,83 @@
+"""FanIn: the same number of inputs for every living output, as SRigL trains; outputs without inputs are left out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sten.layout import (
+    Layout,
+    Parts,
+    complete_groups,
+    expect_dense,
+    expect_parts,
+    expect_range,
+    expect_score,
+    kept,
+    top_of_groups,
+)
+
+
+@dataclass(frozen=True)
+class FanIn(Layout):
+    """Constant fan-in: every living row of the weight seen as a matrix (R, C) = (O, prod(rest)) has f entries.
+
+    Parts, with L living rows: `values` (L, f); `index` (L, f) int32, columns, ascending in a row; `row` (L,) int32, which
+    rows they are, ascending. Rows that a mask leaves empty are not stored ("ablated neurons"). Where living rows have
+    different counts, f is the highest, and the lowest free columns are stored as explicit zeros.
+
+    Example:
+        >>> import torch, sten
+        >>> w = torch.tensor([[0.0, 3.0, 1.0], [0.0, 0.0, 0.0], [2.0, 0.0, 4.0]])
+        >>> parts = sten.FanIn().pack(w, w != 0)
+        >>> parts["row"].tolist(), parts["index"].tolist(), parts["values"].tolist()
+        ([0, 2], [[1, 2], [0, 2]], [[3.0, 1.0], [2.0, 4.0]])
+
+    Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity, https://arxiv.org/abs/2305.02299, section 3.
+    """
+
+    pattern: ClassVar[tuple[str, ...]] = ("index", "row")
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        if max(shape[0], math.prod(shape[1:])) >= 2**31:
+            raise ValueError(f"{self} holds fewer than 2**31 rows and columns; got shape {tuple(shape)}.")
+
+    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
+        """The f highest scores of every row; f = round((1 - sparsity) * numel) // R."""
+        expect_score(self, score, sparsity)
+        matrix = score.reshape(len(score), -1)
+        return top_of_groups(matrix, kept(matrix.numel(), sparsity, self) // len(matrix)).view(score.shape)
+
+    def pack(self, dense: Tensor, mask: Tensor) -> Parts:
+        expect_dense(self, dense, mask)
+        matrix = mask.reshape(len(mask), -1)
+        row = matrix.any(1).nonzero()[:, 0]
+        live = matrix[row]
+        fan_in = int(live.sum(1).max()) if len(row) else 0
+        index = complete_groups(live, fan_in).nonzero()[:, 1].view(len(row), fan_in).int()
+        parts = {"index": index, "row": row.int()}
+        return {"values": self.pack_like(dense.masked_fill(~mask, 0), parts), **parts}
+
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        values, row = parts["values"], parts["row"].long()
+        rows = values.new_zeros(len(row), math.prod(shape[1:])).scatter(1, parts["index"].long(), values)
+        return values.new_zeros(shape[0], rows.shape[1]).index_copy(0, row, rows).view(shape)
+
+    def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
+        return dense.reshape(len(dense), -1)[parts["row"].long()].gather(1, parts["index"].long())
+
+    def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        self.check(shape)
+        size = tuple(parts["values"].shape) if "values" in parts and parts["values"].dim() == 2 else (-1, -1)
+        pattern = {"index": (size, torch.int32), "row": (size[:1], torch.int32)}
+        expect_parts(self, parts, {"values": (size, None), **pattern})
+        expect_range(self, "index", parts["index"], 0, math.prod(shape[1:]))
+        expect_range(self, "row", parts["row"], 0, shape[0])
+        for name in ("index", "row"):
+            if bool((parts[name][..., 1:] <= parts[name][..., :-1]).any()):
+                raise ValueError(f"Part {name!r} of {self} must ascend, each number once.")
