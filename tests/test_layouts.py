@@ -88,6 +88,21 @@ def test_no_shape_depends_on_data(layout, shape):
         assert layout.pack_like(mode.from_tensor(dense), fake).shape == parts["values"].shape
 
 
+@every_layout
+@pytest.mark.parametrize("shape", [(23, 100), (7, 5, 3, 3)], ids=str)
+def test_every_tensor_is_made_on_the_device_of_its_inputs(layout, shape):
+    dense, mask, parts = random_sparse_case(layout, shape)
+    subset, rows = mask & (torch.rand(shape) < 0.5), torch.tensor([3, 3, 0])
+    with torch.device("meta"):  # what forgets to say its device lands there, and nothing comes back from there
+        assert torch.equal(layout.mask(dense.abs(), sparsity_of(layout)), mask)
+        layout.validate(layout.pack(dense, mask), shape)
+        layout.validate(layout.pack(dense, subset), shape)
+        assert same(layout.unpack(parts, shape), dense)
+        assert same(layout.unpack_rows(parts, shape, rows), dense[rows])
+        assert same(layout.pack_like(dense, parts), parts["values"])
+        assert torch.equal(layout.support(parts, shape), mask)
+
+
 @pytest.mark.parametrize("layout", [CSR(), BSR((4, 8)), NM(2, 4), VectorNM(1, 4, 8), GroupedNM(2, 4, 8)], ids=str)
 @pytest.mark.filterwarnings("error::UserWarning:torch._dynamo")
 def test_compiles_in_one_graph(layout):

@@ -97,8 +97,11 @@ class GroupedNM(Layout):
         return -(-math.prod(shape[1:]) // self.width), -(-shape[0] // self.m)
 
     def rows(self, device: torch.device) -> Tensor:
-        """The patterns as a tensor (P, n). Made anew: a cached tensor would leak between tracing modes."""
-        return torch.tensor(self.order).to(device, non_blocking=True)
+        """The patterns as a tensor (P, n). Made anew: a cached tensor would leak between tracing modes.
+
+        Copied without waiting: `torch.tensor(..., device=)` would make the host wait for the GPU at every call.
+        """
+        return torch.tensor(self.order, device="cpu").to(device, non_blocking=True)
 
     def padded(self, weight: Tensor) -> Tensor:
         """The weight as a zero-padded matrix (strips * m, chunks * N)."""
@@ -225,7 +228,7 @@ class GroupedNM(Layout):
         values, index = parts["values"], parts["index"]
         # For each row of a strip: the patterns that contain it, and its place in each of them.
         having = [[(p, s.index(r)) for p, s in enumerate(self.order) if r in s] for r in range(self.m)]
-        table = torch.tensor(having).to(rows.device, non_blocking=True)[rows % self.m]
+        table = torch.tensor(having, device="cpu").to(rows.device, non_blocking=True)[rows % self.m]
         strip, p, nth = (rows // self.m).unsqueeze(1), table[..., 0], table[..., 1]
         first = torch.arange(0, len(index) * self.width, self.width, device=rows.device)
         column = (index[:, strip, p] + first.view(-1, 1, 1, 1)).transpose(0, 1).flatten(1)

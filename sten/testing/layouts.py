@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     def weight(self) -> Tensor:
         """Normal numbers with some zeros, among them negative ones, infinities and NaN."""
-        random = torch.Generator().manual_seed(self.seed)
+        random = torch.Generator("cpu").manual_seed(self.seed)
         w = torch.randn(self.shape, generator=random, device="cpu").to(self.dtype)
         special = torch.randint(0, 40, self.shape, generator=random, device="cpu")
         for code, value in enumerate((0.0, -0.0, math.inf, -math.inf, math.nan)):
@@ -46,7 +46,7 @@ class Case(NamedTuple):
         """A score of the kind that the case names."""
         if self.scores == "magnitude":
             return weight.abs()
-        random = torch.Generator().manual_seed(self.seed + 1)
+        random = torch.Generator("cpu").manual_seed(self.seed + 1)
         score = torch.rand(self.shape, generator=random, device="cpu")
         if self.scores == "ties":
             score = (score * 3).floor()
@@ -179,7 +179,7 @@ def check_case(layout: Layout, case: Case) -> None:
         parts = check_pack(layout, w, mask, where)
         claim(torch.equal(layout.support(parts, case.shape), mask), f"{where}: support(pack(w, m)) is not m")
         check_parts(layout, w, parts, where)
-        random = torch.Generator().manual_seed(case.seed)
+        random = torch.Generator("cpu").manual_seed(case.seed)
         some = (torch.rand(case.shape, generator=random, device="cpu") < 0.5).to(w.device)
         for other in (mask & some, torch.zeros_like(mask), torch.ones_like(mask), some):
             # Masks that `mask` does not make: refused or stored exactly, never changed.
