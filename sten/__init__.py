@@ -1,8 +1,9 @@
 """sten: sparsity for PyTorch: layouts x operators x sparsifiers, on any nn.Module, in training and in inference."""
 
+from . import layout as layout
 from . import native as native
 from . import ops as ops
-from . import layout as layout
+from . import optim as optim
 from . import schedule as schedule
 from . import scores as scores
 from . import testing as testing
@@ -29,15 +30,20 @@ from .layout import Layout as Layout
 from .layouts import BSR as BSR
 from .layouts import CSR as CSR
 from .layouts import NM as NM
+from .layouts import FanIn as FanIn
 from .layouts import GroupedNM as GroupedNM
 from .layouts import Masked as Masked
 from .layouts import VectorNM as VectorNM
 from .ops.route import which as which
 from .report import summary as summary
+from .sparsifiers import BDWP as BDWP
+from .sparsifiers import CAST as CAST
 from .sparsifiers import DSTEE as DSTEE
 from .sparsifiers import SET as SET
 from .sparsifiers import SRSTE as SRSTE
 from .sparsifiers import STE as STE
+from .sparsifiers import BiMask as BiMask
+from .sparsifiers import BlockPruneGrow as BlockPruneGrow
 from .sparsifiers import DecayingMask as DecayingMask
 from .sparsifiers import DecayingStructure as DecayingStructure
 from .sparsifiers import Edit as Edit
@@ -46,8 +52,12 @@ from .sparsifiers import Magnitude as Magnitude
 from .sparsifiers import Random as Random
 from .sparsifiers import Rewind as Rewind
 from .sparsifiers import RigL as RigL
+from .sparsifiers import SparseMomentum as SparseMomentum
 from .sparsifiers import Sparsifier as Sparsifier
+from .sparsifiers import SRigL as SRigL
 from .sparsifiers import Static as Static
+from .sparsifiers import Transposable as Transposable
 from .sparsifiers import View as View
 from .tensor import SparseTensor as SparseTensor
 from .tensor import from_dense as from_dense
+from .training.distill import distill_loss as distill_loss

@@ -99,6 +99,28 @@ class ERK(Allocation):
         return _rounded(exact, budget, sizes)
 
 
+def proportional(shares: dict[str, float], total: int, caps: dict[str, int]) -> dict[str, int]:
+    """`total` entries in proportion to `shares`, no weight above its cap; what a cap turns away goes to the others.
+
+    Exact in sum, as far as the caps have room; equal shares where all are zero.
+
+    Source: Dettmers and Zettlemoyer, https://arxiv.org/abs/1907.04840, section 4 (shares are mean momenta).
+
+    Example:
+        >>> sten.allocation.proportional({"a": 3.0, "b": 1.0, "c": 0.0}, 8, {"a": 4, "b": 9, "c": 9})
+        {'a': 4, 'b': 4, 'c': 0}
+    """
+    counts, left = dict.fromkeys(shares, 0), min(total, sum(caps.values()))
+    while left:
+        open_ = [name for name in shares if counts[name] < caps[name]]
+        whole = sum(shares[name] for name in open_)
+        part = {name: left * (shares[name] / whole if whole > 0 else 1 / len(open_)) for name in open_}
+        more = _rounded(part, left, {name: caps[name] - counts[name] for name in open_})
+        counts.update({name: counts[name] + more[name] for name in open_})
+        left = left - sum(more.values())
+    return counts
+
+
 def _rounded(exact: dict[str, float], budget: int, sizes: dict[str, int]) -> dict[str, int]:
     """Whole numbers near `exact` that sum to `budget`: floors, then one more for the largest remainders."""
     counts = {name: min(math.floor(x + 1e-9), sizes[name]) for name, x in exact.items()}

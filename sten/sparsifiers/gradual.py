@@ -18,7 +18,31 @@ from .sparsifier import Edit, State, View
 
 
 @dataclass(frozen=True)
-class Gradual(DenseMaster):
+class Cubically(DenseMaster):
+    """A hard mask whose sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`, every `every` steps and at `stop`."""
+
+    start: int
+    stop: int
+    every: int = 100
+
+    hard: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _ = self.ticks  # refuses what is no schedule
+
+    @property
+    def ticks(self) -> Schedule:
+        return Cubic(0.0, 1.0, self.start, self.stop, self.every, closing=True)
+
+    def allocate(self, views: Mapping[str, View], spread: Allocation) -> dict[str, int]:
+        shapes = {name: tuple(view.weight.shape) for name, view in views.items()}
+        done = self.ticks.value(next(iter(views.values())).step)
+        now = dataclasses.replace(spread, sparsity=spread.sparsity * done)
+        return now.assign(shapes, lambda name: self.score(views[name]))
+
+
+@dataclass(frozen=True)
+class Gradual(Cubically):
     """Prune the smallest |w| step by step: from dense at `start` to sparsify's sparsity at `stop`, by a cubic.
 
     s(t) = s_final * (1 - (1 - (t - start) / (stop - start))**3), every `every` steps and at `stop`. Pruned weights are zero from
@@ -41,33 +65,12 @@ class Gradual(DenseMaster):
         16
     """
 
-    start: int
-    stop: int
-    every: int = 100
-
-    hard: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _ = self.ticks  # refuses what is no schedule
-
-    @property
-    def ticks(self) -> Schedule:
-        return Cubic(0.0, 1.0, self.start, self.stop, self.every, closing=True)
-
     def check(self, layout: Layout) -> None:
         if layout.rate is not None:
-            raise ValueError(
-                f"Gradual raises the sparsity step by step, but {layout} has one rate: use sten.DecayingMask or sten.SRSTE."
-            )
+            raise ValueError(f"Gradual raises the sparsity step by step, but {layout} has one rate: use sten.DecayingMask or sten.SRSTE.")
 
     def apply(self, w: Tensor, view: View, state: State) -> Tensor:
         return w * view.mask
-
-    def allocate(self, views: Mapping[str, View], spread: Allocation) -> dict[str, int]:
-        shapes = {name: tuple(view.weight.shape) for name, view in views.items()}
-        done = self.ticks.value(next(iter(views.values())).step)
-        now = dataclasses.replace(spread, sparsity=spread.sparsity * done)
-        return now.assign(shapes, lambda name: self.score(views[name]))
 
     def update(self, view: View, state: State) -> Edit:
         return Edit(mask=view.layout.mask(self.score(view).masked_fill(~view.mask, -1), view.sparsity))

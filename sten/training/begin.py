@@ -9,15 +9,23 @@ from torch.optim import Optimizer
 from ..decision import Change
 from ..forms import move, take_off
 from ..state import keep_loadable
+from ..tensor import SparseTensor
 from .master import MasterWeight
 from .pattern import PREFIX, install
+from .site import fitted
+
+
+def _roomy(w: SparseTensor, capacity: float) -> SparseTensor:
+    """The weight with free slots, for a method that moves entries between weights."""
+    slots = min(round(capacity * len(w.parts["values"])), w.numel())
+    return SparseTensor(w.spec, fitted(w.spec, w.parts, slots), w.stored_shape, w.transposed, w.requires_grad)
 
 
 def begin(change: Change, optimizers: Iterable[Optimizer]) -> None:
     """Give a chosen weight the form that its method trains."""
     method, target = change.method.sparsifier, change.target
     if not method.master:
-        move(target, change.tensor, optimizers, trainable=True)
+        move(target, _roomy(change.tensor, method.capacity), optimizers, trainable=True)
         for module, name in target.owners:
             module._modules[PREFIX + name].adopt(change.method, method.init(change.view))
         return

@@ -116,7 +116,10 @@ class Site:
 
         @torch.no_grad()
         def commit() -> None:
-            write(self.param, new)
+            if self.param.shape == new.shape:
+                self.param.copy_(new)
+            else:
+                self._replace(nn.Parameter(new, requires_grad=self.param.requires_grad), optimizer)
             for key, slot in slots.items():
                 optimizer.state[self.param][key] = fill(optimizer.state[self.param][key], slot)
             self.param.grad = grad
@@ -131,6 +134,17 @@ class Site:
         return [
             (k, t) for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0 and t.shape == self.param.shape
         ]
+
+    def _replace(self, param: nn.Parameter, optimizer: Optimizer) -> None:
+        """Another Parameter, of another shape: a graph that is still alive holds the old one to its shape."""
+        old, self.holder._parameters["values"] = self.param, param
+        for group in optimizer.param_groups:
+            group["params"] = [param if p is old else p for p in group["params"]]
+        if old in optimizer.state:
+            optimizer.state[param] = optimizer.state.pop(old)
+        if old._post_accumulate_grad_hooks:
+            for hook in old._post_accumulate_grad_hooks.values():
+                param.register_post_accumulate_grad_hook(hook)
 
     def _write_pattern(self, mask: Tensor, parts: Parts) -> None:
         if self.master and mask is not None:
@@ -156,11 +170,3 @@ def fill(old: Tensor | None, new: Tensor) -> Tensor:
     if old is None or old.shape != new.shape:
         return new
     return old.copy_(new)
-
-
-def write(param: nn.Parameter, new: Tensor) -> None:
-    """New numbers for a Parameter, of another shape if need be."""
-    if param.shape == new.shape:
-        param.copy_(new)
-    else:
-        param.data = new

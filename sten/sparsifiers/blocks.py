@@ -1,0 +1,58 @@
+"""BlockPruneGrow: blocks are pruned more and more, and some grow back where the gradient asks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from ..layouts import BSR
+from .gradual import Cubically
+from .masks import masked
+from .sparsifier import Edit, State, View
+from .units import fill_up, keep_largest
+
+
+@dataclass(frozen=True)
+class BlockPruneGrow(Cubically):
+    """Gradual on blocks of BSR: at each tick the smallest blocks go, and a part of the kept ones gives way to grown blocks.
+
+    The block sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`. At a tick, drop_fraction (falling to 0 with the
+    same cubic) of the blocks that would stay, those with the smallest sum |w|, are exchanged for those with the largest sum |g|.
+
+    Source: Okanovic et al., BLaST, https://arxiv.org/abs/2507.03117. UNVERIFIED: its schedule, its growth score (block-gradient
+    norms), its block sizes.
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> method = sten.BlockPruneGrow(start=1, stop=2, every=1)
+        >>> model = sten.sparsify(model, sten.BSR((4, 4)), method, sparsity=0.75, optimizer=optimizer)
+        >>> for step in range(2):
+        ...     model(torch.randn(2, 8)).sum().backward()
+        ...     optimizer.step()
+        >>> sten.finalize(model).weight.density
+        0.25
+    """
+
+    drop_fraction: float = 0.1
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+
+    def check(self, layout: Layout) -> None:
+        if not isinstance(layout, BSR):
+            raise ValueError(f"BlockPruneGrow prunes blocks: use layout=sten.BSR(block=...); got {layout}.")
+
+    def apply(self, w: Tensor, view: View, state: State) -> Tensor:
+        return masked(w, view.mask)  # the gradient of dropped blocks is what they grow by
+
+    def update(self, view: View, state: State) -> Edit:
+        left = view.layout.mask(view.weight.abs().masked_fill(~view.mask, -torch.inf), view.sparsity)
+        fraction = self.drop_fraction * (1 - self.ticks.value(view.step))
+        keep = keep_largest(dataclasses.replace(view, mask=left), fraction)
+        return Edit(mask=fill_up(view, keep, view.grad.abs()))

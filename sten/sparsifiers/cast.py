@@ -1,0 +1,67 @@
+"""CAST: dense all the way; an adaptive L1 decay drives what the mask prunes to zero, and scales win back the norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..schedule import FOREVER, Constant, Schedule
+from .masks import DenseMaster
+from .sparsifier import Edit, State, View
+
+
+@dataclass(frozen=True)
+class CAST(DenseMaster):
+    """Continuous, adaptive sparse training: train with `sten.optim.AdamS` and add `sten.distill_loss` to the loop.
+
+    The model computes densely, with A * w: A (rows, groups), trained from ones, scales contiguous blocks of columns. Every
+    `refresh` steps the mask is the n:m of |w|; AdamS decays what it drops, with strength decay * t / total_steps.
+    `sten.finalize` masks and folds A into the weight. The decay should be of the gradient's order of magnitude; what is
+    reachable is sum_t lr_t * t / total_steps, so check that against typical |w|.
+
+    Source: Huang et al., CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware Training for Large Language Models,
+    https://arxiv.org/abs/2509.25996, algorithm 1 and equations 11-13, read through a reproduction's citations. UNVERIFIED: the
+    contiguous blocks, which tensors, betas, the learning rate's schedule. decay 4e-7 and refresh 10 are cited for a 7B model.
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 4)
+        >>> optimizer = sten.optim.AdamS(model.parameters(), lr=1e-3)
+        >>> model = sten.sparsify(model, sten.NM(2, 4), sten.CAST(total_steps=100, decay=1e-2), optimizer=optimizer)
+        >>> model(torch.ones(1, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> sten.finalize(model).weight.density
+        0.5
+    """
+
+    total_steps: int
+    decay: float = 4e-7
+    refresh: int = 10
+    groups: int = 2
+
+    optimizer: ClassVar[str | None] = "AdamS"
+
+    @property
+    def ticks(self) -> Schedule:
+        return Constant(0.0, start=self.refresh, stop=FOREVER, every=self.refresh)
+
+    def init(self, view: View) -> State:
+        return {"scale": nn.Parameter(torch.ones(len(view.weight), self.groups, dtype=view.weight.dtype, device=view.weight.device))}
+
+    def update(self, view: View, state: State) -> Edit:
+        return Edit(mask=self.chosen(view))
+
+    def apply(self, w: Tensor, view: View, state: State) -> Tensor:
+        columns = w[0].numel()
+        scale = state["scale"].repeat_interleave(-(-columns // self.groups), 1)[:, :columns]
+        return scale.reshape(w.shape) * w
+
+    def strength(self, step: int) -> tuple[float, float]:
+        """For AdamS: the decay, and how far its ramp is after `step` steps."""
+        return self.decay, min(step / self.total_steps, 1.0)
+
+    def finish(self, view: View, state: State) -> Edit:
+        return Edit(mask=self.chosen(view), value=self.apply(view.weight, view, state).detach())

@@ -1,0 +1,75 @@
+"""SRigL: RigL with a constant fan-in and with neurons that may die."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..layout import Layout, kept, top, top_of_groups
+from ..layouts import FanIn
+from .drop_grow import DropGrow
+from .sparsifier import Edit, State, View
+
+
+@dataclass(frozen=True)
+class SRigL(DropGrow):
+    """RigL on rows of equal fan-in. A neuron (row) with too few salient weights is ablated; the others take its share.
+
+    Salient are the largest |w| that survive the drop and the largest |g| that would grow, over the whole layer. A neuron with
+    fewer than max(1, int(ablate * fan_in)) of them is ablated; it may return. The last of the chosen weights, mostly the
+    classifier, never loses a neuron. New entries start at zero.
+
+    Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity, https://arxiv.org/abs/2305.02299, section 3 and
+    appendix; ablate 0.3 is theirs for conv nets (0.95 for transformers).
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> model = sten.sparsify(model, sten.FanIn(), sten.SRigL(total_steps=1000), sparsity=0.75, optimizer=optimizer)
+        >>> model.weight.mask().sum(1).tolist()
+        [2, 2, 2, 2, 2, 2, 2, 2]
+    """
+
+    stop: float = 0.75
+    ablate: float = 0.3
+
+    needs: ClassVar[frozenset[str]] = frozenset({"grad"})
+    replaces_step: ClassVar[bool] = True
+    ranks_only: ClassVar[bool] = True
+
+    def check(self, layout: Layout) -> None:
+        if not isinstance(layout, FanIn):
+            raise ValueError(f"SRigL keeps a constant fan-in: use layout=sten.FanIn(); got {layout}.")
+
+    def growth(self, view: View, state: State) -> Tensor:
+        return view.grad.abs()
+
+    def update(self, view: View, state: State) -> Edit:
+        size, grad = view.weight.abs().flatten(1), self.growth(view, state).flatten(1)
+        alive = view.mask.flatten(1)
+        rows, columns = alive.shape
+        budget = kept(alive.numel(), view.sparsity, view.layout)
+        count = int(alive.sum())
+        grown = int(self.ticks.value(view.step) * count)
+        survivors = top(size.masked_fill(~alive, -torch.inf), count - grown)
+        live = self._live(survivors | top(grad, grown), budget, view.last)
+        fan_in = min(budget // max(int(live.sum()), 1), columns)
+        keep = top(size.masked_fill(~(alive & live), -torch.inf), count - grown) & alive & live
+        # Kept entries come first, by |w|; then growth, by |g|.
+        order = torch.where(keep, 2 + size / size.max(), grad / grad.max().clamp(min=1e-30))
+        return Edit(mask=(top_of_groups(order, fan_in) & live).view(view.weight.shape))
+
+    def _live(self, salient: Tensor, budget: int, exempt: bool) -> Tensor:
+        """(R, 1), which neurons live: enough of them to hold the budget at full fan-in."""
+        rows, columns = salient.shape
+        counts = salient.sum(1)
+        fewest = max(-(-budget // columns), 1)
+        least = max(1, int(self.ablate * (budget // rows)))
+        least = min(least, int(counts.sort(descending=True).values[fewest - 1]))
+        return (torch.ones_like(counts, dtype=torch.bool) if exempt else counts >= max(least, 0)).unsqueeze(1)
+
+
