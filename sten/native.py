@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import cpp, ops
+from . import cpp
+from . import ops as ops  # declares the operators
 from .dispatch import OPERATORS, kernel
 from .layout import Layout
 from .layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
@@ -21,16 +23,17 @@ LAYOUTS = (Masked, CSR, BSR, NM, GroupedNM, VectorNM)
 DEVICES = ("cpu", "cuda")
 
 EXPANDS = "expands to dense: no faster kernel for this layout here; saves memory, not time"
+GATHERS = "makes the dense gradient and gathers it at the pattern: no faster kernel for this layout here"
 REASONS = {
-    "linear_grad_weight": "makes the dense gradient and gathers it at the pattern: no faster kernel for this layout here",
-    "conv2d_grad_weight": "makes the dense gradient and gathers it at the pattern: no faster kernel for this layout here",
+    "linear_grad_weight": GATHERS,
+    "conv2d_grad_weight": GATHERS,
     "embedding": "unpacks the rows that are looked up, and no others",
-    "embedding_grad_weight": "makes the dense gradient and gathers it at the pattern: no faster kernel for this layout here",
+    "embedding_grad_weight": GATHERS,
 }
 
 
 def expand(name: str, layout: type[Layout], device: str) -> None:
-    """Register the reference implementation of an operator as the kernel of a layout, with the reason it is no faster."""
+    """Register an operator's reference implementation as the kernel of a layout, with the reason it is no faster."""
     reference = OPERATORS[name].reference
 
     def kernel_of(*args, **kwargs):
@@ -55,6 +58,14 @@ def choose_linear(shape: tuple[int, ...], dtype: torch.dtype, spec: Layout) -> t
     return "reference", f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
 
 
+def choose_conv(shape: tuple[int, ...], dtype: torch.dtype, spec: Layout) -> tuple[str, str]:
+    """A window of one pixel is a product; torch's convolution has no sparse form otherwise."""
+    if any(size != 1 for size in shape[3:]):
+        return "reference", "expands to dense: only a convolution with a window of 1 has a faster kernel here"
+    variant, reason = choose_linear(shape, dtype, spec)
+    return variant, reason if variant == "reference" else f"{reason}, as linear does (with groups=1)"
+
+
 def csr_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None, *, spec, shape, variant) -> Tensor:
     """C++: a row of the weight at a time, its entries gathered from a panel of activations."""
     return torch.ops.sten.csr_linear.default(x, weight["values"], weight["crow"], weight["col"], bias, shape[0])
@@ -66,9 +77,28 @@ def grouped_nm_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None,
     return torch.ops.sten.grouped_nm_linear.default(*operands, spec.n, spec.m, spec.g, shape[0])
 
 
+def pointwise_conv(linear: Callable) -> Callable:
+    """The convolution with a window of one pixel that a kernel of linear gives."""
+
+    def conv(x, weight, bias, *, spec, shape, variant, stride, padding, dilation, groups):
+        if groups != 1:
+            geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+            return OPERATORS["conv2d"].reference(x, weight, bias, spec=spec, shape=shape, **geometry)
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        if any(padding):
+            x = torch.nn.functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
+        x = x[(..., *(slice(None, None, s) for s in stride))].movedim(1, -1)
+        y = linear(x, weight, bias, spec=spec, shape=shape[:2], variant=variant).movedim(-1, 1)
+        return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    conv.__name__ = linear.__name__.replace("linear", "conv")
+    return conv
+
+
 if cpp.available():
-    kernel("linear", weight=CSR, device="cpu", choose=choose_linear)(csr_linear)
-    kernel("linear", weight=GroupedNM, device="cpu", choose=choose_linear)(grouped_nm_linear)
+    for _layout, _linear in ((CSR, csr_linear), (GroupedNM, grouped_nm_linear)):
+        kernel("linear", weight=_layout, device="cpu", choose=choose_linear)(_linear)
+        kernel("conv2d", weight=_layout, device="cpu", choose=choose_conv)(pointwise_conv(_linear))
 else:
     _why = f"they do not load here ({cpp.load_error()})" if cpp.load_error() else "they are not built"
     warnings.warn(
@@ -76,5 +106,3 @@ else:
         "`python setup.py build_ext --inplace`, or a reinstallation where g++ is present, builds them.",
         stacklevel=2,
     )
-
-__all__ = ["EXPANDS", "choose_linear", "expand", "ops"]

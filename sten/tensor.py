@@ -103,7 +103,7 @@ class SparseTensor(torch.Tensor):
     def to_dense(self) -> Tensor:
         """The plain dense tensor. Differentiable: its gradient is gathered at the pattern."""
         with no_function():
-            return ToDense.apply(self)
+            return ToDense.run(self)
 
     @property
     def density(self) -> float:
@@ -163,7 +163,19 @@ class SparseTensor(torch.Tensor):
         return _load, (type(self.spec).__name__, fields(self.spec), dict(self.parts), *state)
 
 
-class ToDense(torch.autograd.Function):
+class Rule(torch.autograd.Function):
+    """An autograd.Function with `setup_context` (torch.func needs it) whose call is cheap: torch's own `apply` reads the
+    signature of `forward` each time, which takes longer than a small product.
+    """
+
+    @classmethod
+    def run(cls, *args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+class ToDense(Rule):
     """Sparse to dense; the gradient is gathered at the pattern."""
 
     @staticmethod
@@ -189,10 +201,10 @@ def project(grad: Tensor, w: SparseTensor) -> Tensor:
     """`grad` with the pattern of `w`; a sparse one of that pattern is returned as it is. Differentiable."""
     if isinstance(grad, SparseTensor) and grad.same_pattern(w):
         return grad
-    return Project.apply(grad, w)
+    return Project.run(grad, w)
 
 
-class Project(torch.autograd.Function):
+class Project(Rule):
     """Dense to sparse at a given pattern: the transpose of ToDense, and each is the other's gradient."""
 
     @staticmethod

@@ -435,3 +435,22 @@ def test_float32_on_the_cpu_runs_compiled(layout):
     w = make(layout, (7, 5))[0]
     assert which("linear", (2, 5), w).variant == "float32"
     assert which("linear", (2, 5), w.double()).kernel == "reference"
+
+
+@pytest.mark.parametrize("layout", [CSR(), GroupedNM(2, 4, 1)], ids=str)
+def test_a_window_of_one_is_a_product(layout):
+    if not sten.cpp.available():
+        pytest.skip("the extension is not built")
+    w, dense = make(layout, (8, 12, 1, 1))
+    assert which("conv2d", (2, 12, 5, 4), w).variant == "float32"
+    assert which("conv2d", (2, 12, 5, 4), make(layout, (8, 12, 3, 3))[0]).kernel == "reference"
+    x, bias = torch.randn(2, 12, 5, 4), torch.randn(8)
+    for picture in (x, x.to(memory_format=torch.channels_last), x[:, :, ::2], x[:0]):
+        for geometry in ({}, {"stride": (2, 1), "padding": (1, 0)}):
+            got, want = F.conv2d(picture, w, bias, **geometry), F.conv2d(picture, dense, bias, **geometry)
+            close(got, want)
+            assert got.is_contiguous() == want.is_contiguous() or not picture.is_contiguous()
+    w, dense = make(layout, (8, 3, 1))
+    x = torch.randn(2, 6, 5)
+    close(F.conv1d(x, w, groups=2), F.conv1d(x, dense, groups=2))
+    close(F.conv1d(x[:, :3], w), F.conv1d(x[:, :3], dense))

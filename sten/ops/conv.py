@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
 from ..dispatch import call, operator
-from ..tensor import LIBRARY, OPS, SparseTensor, aten, function
+from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function
 from .linear import autocast, tracked
 
 FORWARD = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -68,7 +68,7 @@ aten(OPS.sparse_conv_grad_input.default)(lambda _, *args: grad_input_now(*args))
 aten(OPS.sparse_conv_grad_weight.default)(lambda _, *args: grad_weight_now(*args))
 
 
-class Conv(torch.autograd.Function):
+class Conv(Rule):
     """y = conv(x, w) + bias."""
 
     @staticmethod
@@ -87,8 +87,8 @@ class Conv(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         return (
-            ConvGradInput.apply(grad, w, x.shape, *ctx.geometry) if needs_x else None,
-            ConvGradWeight.apply(grad, x, w, *ctx.geometry) if needs_w else None,
+            ConvGradInput.run(grad, w, x.shape, *ctx.geometry) if needs_x else None,
+            ConvGradWeight.run(grad, x, w, *ctx.geometry) if needs_w else None,
             grad.sum([d for d in range(grad.dim()) if d != 1]) if ctx.has_bias and needs_bias else None,
             *[None] * 4,
         )
@@ -98,10 +98,10 @@ class Conv(torch.autograd.Function):
         if in_dims[0] is None or any(dim is not None for dim in in_dims[1:3]):
             raise NotImplementedError("torch.vmap over a sparse weight or its bias has no rule; map over the input only.")
         x = x.movedim(in_dims[0], 0)
-        return Conv.apply(x.flatten(0, 1), w, bias, *geometry).unflatten(0, x.shape[:2]), 0
+        return Conv.run(x.flatten(0, 1), w, bias, *geometry).unflatten(0, x.shape[:2]), 0
 
 
-class ConvGradInput(torch.autograd.Function):
+class ConvGradInput(Rule):
     """The transposed convolution of `grad` by w, of shape `size`."""
 
     @staticmethod
@@ -118,8 +118,8 @@ class ConvGradInput(torch.autograd.Function):
     def backward(ctx, grad_input):
         grad, w = ctx.saved_tensors
         return (
-            Conv.apply(grad_input, w, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
-            ConvGradWeight.apply(grad, grad_input, w, *ctx.geometry) if ctx.needs_input_grad[1] else None,
+            Conv.run(grad_input, w, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
+            ConvGradWeight.run(grad, grad_input, w, *ctx.geometry) if ctx.needs_input_grad[1] else None,
             *[None] * 5,
         )
 
@@ -129,11 +129,11 @@ class ConvGradInput(torch.autograd.Function):
             raise NotImplementedError("torch.vmap over a sparse weight has no rule; map over the input only.")
         grad = grad.movedim(in_dims[0], 0)
         whole = (grad.shape[0] * size[0], *size[1:])
-        out = ConvGradInput.apply(grad.flatten(0, 1), w, whole, *geometry)
+        out = ConvGradInput.run(grad.flatten(0, 1), w, whole, *geometry)
         return out.unflatten(0, (grad.shape[0], size[0])), 0
 
 
-class ConvGradWeight(torch.autograd.Function):
+class ConvGradWeight(Rule):
     """The gradient of w at its pattern; the values of `like` do not matter."""
 
     @staticmethod
@@ -150,8 +150,8 @@ class ConvGradWeight(torch.autograd.Function):
     def backward(ctx, grad_values):
         grad, x = ctx.saved_tensors
         return (
-            Conv.apply(x, grad_values, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
-            ConvGradInput.apply(grad, grad_values, x.shape, *ctx.geometry) if ctx.needs_input_grad[1] else None,
+            Conv.run(x, grad_values, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
+            ConvGradInput.run(grad, grad_values, x.shape, *ctx.geometry) if ctx.needs_input_grad[1] else None,
             *[None] * 5,
         )
 
@@ -174,7 +174,7 @@ def conv(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, pa
     input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
     single = input.dim() == dims + 1
     args = (input.unsqueeze(0) if single else input, weight, bias, stride, padding, dilation, groups)
-    out = Conv.apply(*args) if tracked(input, weight, bias) else conv_now(*args)
+    out = Conv.run(*args) if tracked(input, weight, bias) else conv_now(*args)
     return out.squeeze(0) if single else out
 
 

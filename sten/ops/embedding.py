@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import call, operator, rows, say_densified
-from ..tensor import LIBRARY, OPS, SparseTensor, aten, function, traced
+from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, traced
 from .linear import tracked
 
 LIBRARY.define("sparse_embedding(Tensor index, Tensor weight) -> Tensor")
@@ -43,7 +43,7 @@ aten(OPS.sparse_embedding.default)(lambda _, index, w: look_up(index, w))
 aten(OPS.sparse_embedding_grad.default)(lambda _, *args: grad_now(*args))
 
 
-class Embedding(torch.autograd.Function):
+class Embedding(Rule):
     """Rows of a sparse table."""
 
     @staticmethod
@@ -57,16 +57,16 @@ class Embedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, EmbeddingGrad.apply(grad, *ctx.saved_tensors, ctx.padding), None
+        return None, EmbeddingGrad.run(grad, *ctx.saved_tensors, ctx.padding), None
 
     @staticmethod
     def vmap(info, in_dims, index, w, padding):
         if in_dims[1] is not None:
             raise NotImplementedError("torch.vmap over a sparse table has no rule; map over the index only.")
-        return Embedding.apply(index.movedim(in_dims[0], 0), w, padding), 0
+        return Embedding.run(index.movedim(in_dims[0], 0), w, padding), 0
 
 
-class EmbeddingGrad(torch.autograd.Function):
+class EmbeddingGrad(Rule):
     """The gradient of the table at its pattern; rows of the index `padding` get none."""
 
     @staticmethod
@@ -82,7 +82,7 @@ class EmbeddingGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_values):
         (index,) = ctx.saved_tensors
-        found = Embedding.apply(index, grad_values, ctx.padding)
+        found = Embedding.run(index, grad_values, ctx.padding)
         return found.masked_fill((index == ctx.padding).unsqueeze(-1), 0), None, None, None
 
 
@@ -107,7 +107,7 @@ def embedding(
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     _check(input, weight)
     if tracked(weight):
-        return Embedding.apply(input, weight, padding)
+        return Embedding.run(input, weight, padding)
     return look_up(input, weight)
 
 

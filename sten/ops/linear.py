@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import call, call_both, find, operator, say_densified
-from ..tensor import LIBRARY, OPS, SparseTensor, aten, function
+from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function
 
 
 @operator("linear")
@@ -99,7 +99,7 @@ def _sum_rows(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-class Linear(torch.autograd.Function):
+class Linear(Rule):
     """y = x @ w.T + bias."""
 
     @staticmethod
@@ -115,17 +115,17 @@ class Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
         return (
-            Matmul.apply(grad, w, None) if needs_x else None,
-            GradWeight.apply(grad, x, w) if needs_w else None,
+            Matmul.run(grad, w, None) if needs_x else None,
+            GradWeight.run(grad, x, w) if needs_w else None,
             _sum_rows(grad) if needs_bias else None,
         )
 
     @staticmethod
     def vmap(info, in_dims, x, w, bias):
-        return over_batch(Linear.apply, info, in_dims, x, w, bias)
+        return over_batch(Linear.run, info, in_dims, x, w, bias)
 
 
-class Matmul(torch.autograd.Function):
+class Matmul(Rule):
     """y = x @ w + bias."""
 
     @staticmethod
@@ -141,17 +141,17 @@ class Matmul(torch.autograd.Function):
         x, w = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
         return (
-            Linear.apply(grad, w, None) if needs_x else None,
-            GradWeight.apply(x, grad, w) if needs_w else None,
+            Linear.run(grad, w, None) if needs_x else None,
+            GradWeight.run(x, grad, w) if needs_w else None,
             _sum_rows(grad) if needs_bias else None,
         )
 
     @staticmethod
     def vmap(info, in_dims, x, w, bias):
-        return over_batch(Matmul.apply, info, in_dims, x, w, bias)
+        return over_batch(Matmul.run, info, in_dims, x, w, bias)
 
 
-class GradWeight(torch.autograd.Function):
+class GradWeight(Rule):
     """g.T @ x at the pattern of `like` (whose values do not matter)."""
 
     @staticmethod
@@ -169,8 +169,8 @@ class GradWeight(torch.autograd.Function):
         grad, x = ctx.saved_tensors
         needs_grad, needs_x, _ = ctx.needs_input_grad
         return (
-            Linear.apply(x, grad_values, None) if needs_grad else None,
-            Matmul.apply(grad, grad_values, None) if needs_x else None,
+            Linear.run(x, grad_values, None) if needs_grad else None,
+            Matmul.run(grad, grad_values, None) if needs_x else None,
             None,
         )
 
@@ -208,14 +208,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return matmul(input, weight.t()) if bias is None else matmul(input, weight.t()) + bias
     input, weight, bias = autocast(input, weight, bias)
     _check(input, weight.shape[1], weight, bias)
-    return Linear.apply(input, weight, bias) if tracked(input, weight, bias) else linear_now(input, weight, bias)
+    return Linear.run(input, weight, bias) if tracked(input, weight, bias) else linear_now(input, weight, bias)
 
 
 def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     """x @ w + bias for x of any number of dimensions: linear with the weight the other way round."""
     x, w, bias = autocast(x, w, bias)
     _check(x, w.shape[0], w, bias)
-    return Matmul.apply(x, w, bias) if tracked(x, w, bias) else matmul_now(x, w, bias)
+    return Matmul.run(x, w, bias) if tracked(x, w, bias) else matmul_now(x, w, bias)
 
 
 @function(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
