@@ -1,0 +1,301 @@
+"""Every layout's linear layer on a GPU against cuBLAS, cuSPARSELt through torch, torch's BSR and stk.
+
+    python benchmarks/gpu_linear.py [--layouts VectorNM BSR ...] [--tokens 1 16 ...] [--output DIR] [--plot]
+
+Layers of an 8B model in bfloat16; each result is checked first; CUDA-graph timing over rotating weights. A ratio over 1
+means faster than dense. "chain" is feature-major in and out; everything else is ordinary (tokens, features) order, and
+includes the transpose where the kernel needs one.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import time
+
+import torch
+from gpu_timing import check, copies, geometric_mean, graph_time, write
+
+from sten.kernels import bsr, csr, grouped_nm, nm, vector_nm
+
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
+TOKENS = [1, 16, 64, 1024, 4096, 16384]
+DTYPE, DEVICE = torch.bfloat16, "cuda"
+
+
+def _generator(seed):
+    return torch.Generator(device=DEVICE).manual_seed(seed)
+
+
+def _values(*shape, seed):
+    return torch.randn(*shape, generator=_generator(seed), device=DEVICE, dtype=DTYPE) / 64
+
+
+class VectorNM:
+    def __init__(self, n, m, v, chain):
+        self.n, self.m, self.v, self.chain = n, m, v, chain
+        self.name, self.label = "VectorNM", f"{n}:{m} v={v}" + (" chain" if chain else "")
+        self.density = n / m
+
+    def make(self, out, inputs, seed):
+        bands, groups = -(-out // self.v), inputs // self.m
+        order = torch.rand(bands, groups, self.m, generator=_generator(seed), device=DEVICE).argsort(-1)
+        index = order[..., : self.n].sort(-1).values + torch.arange(groups, device=DEVICE)[:, None] * self.m
+        return _values(out, groups * self.n, seed=seed), index.reshape(bands, -1).int().contiguous()
+
+    def dense(self, weight, out, inputs):
+        columns = weight[1].long().repeat_interleave(self.v, 0)[:out]
+        return torch.zeros(out, inputs, device=DEVICE, dtype=DTYPE).scatter_(1, columns, weight[0])
+
+    def prepare(self, x):
+        return x.T.contiguous() if self.chain else x
+
+    def call(self, x, weight, out):
+        given = {"n": self.n, "m": self.m, "v": self.v}
+        if self.chain:
+            return vector_nm.linear_feature_major(x, *weight, **given)
+        return vector_nm.linear(x, *weight, out_features=out, **given)
+
+    def ordinary(self, y):
+        return y.T if self.chain else y
+
+    def which(self, out, inputs, tokens, weight):
+        return vector_nm.choose(out, inputs, self.n, self.m, self.v, tokens, DTYPE)[0]
+
+
+class Ordinary:
+    """What the layouts without a feature-major form share."""
+
+    def prepare(self, x):
+        return x
+
+    def ordinary(self, y):
+        return y
+
+
+class BSR(Ordinary):
+    def __init__(self, block, density):
+        self.block, self.density, self.name = block, density, "BSR"
+        self.label = f"block {block}, {1 - density:.0%} sparse"
+
+    def make(self, out, inputs, seed):
+        lines, columns = out // self.block, inputs // self.block
+        count = max(1, round(lines * columns * self.density))
+        keep = torch.zeros(lines * columns, dtype=torch.bool, device=DEVICE)
+        keep[torch.randperm(lines * columns, generator=_generator(seed), device=DEVICE)[:count]] = True
+        row, col = keep.view(lines, columns).nonzero(as_tuple=True)
+        crow = torch.nn.functional.pad(keep.view(lines, columns).sum(1).cumsum(0), (1, 0)).int()
+        return _values(count, self.block, self.block, seed=seed), crow, col.int(), row
+
+    def dense(self, weight, out, inputs):
+        b = self.block
+        dense = torch.zeros(out // b, inputs // b, b, b, device=DEVICE, dtype=DTYPE)
+        dense[weight[3], weight[2].long()] = weight[0]
+        return dense.transpose(1, 2).reshape(out, inputs)
+
+    def call(self, x, weight, out):
+        return bsr.linear(x, *weight[:3], out_features=out)
+
+    def which(self, out, inputs, tokens, weight):
+        return bsr.choose(out, inputs, self.block, self.block, len(weight[0]), tokens, DTYPE)[0]
+
+    def peers(self, x, dense):
+        """{name: (call, weights)} of other libraries on the same pattern; ``dense`` are the dense weights."""
+        found = {}
+        weights = [w.to_sparse_bsr((self.block, self.block)) for w in dense[:2]]
+        found["torch BSR"] = (lambda w: torch.nn.functional.linear(x, w), weights)
+        if self.block == 128 and importlib.util.find_spec("stk"):
+            import stk
+
+            weights = [stk.ops.to_sparse(w.half(), self.block) for w in dense[:2]]
+            half = x.half()
+            found["stk"] = (lambda w: stk.ops.dds(half, w.t()), weights)
+        return found
+
+
+class NM(Ordinary):
+    def __init__(self):
+        self.name, self.label, self.density = "NM", "2:4", 0.5
+
+    def make(self, out, inputs, seed):
+        order = torch.rand(out, inputs // 4, 4, generator=_generator(seed), device=DEVICE).argsort(-1)[..., :2]
+        position = order.sort(-1).values.reshape(out, -1, 4)
+        index = (position << (2 * torch.arange(4, device=DEVICE))).sum(-1).to(torch.uint8)
+        return _values(out, inputs // 2, seed=seed), index
+
+    def dense(self, weight, out, inputs):
+        position = (weight[1][..., None] >> (2 * torch.arange(4, device=DEVICE))) & 3
+        column = position.reshape(out, -1, 2).long() + torch.arange(inputs // 4, device=DEVICE)[:, None] * 4
+        return torch.zeros(out, inputs, device=DEVICE, dtype=DTYPE).scatter_(1, column.view(out, -1), weight[0])
+
+    def call(self, x, weight, out):
+        return nm.linear(x, *weight, n=2, m=4, out_features=out)
+
+    def which(self, out, inputs, tokens, weight):
+        return nm.choose(out, inputs, 2, 4, tokens, DTYPE)[0]
+
+    def peers(self, x, dense):
+        weights = [torch._cslt_compress(w) for w in dense[:2]]
+        padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16))
+        return {"torch cuSPARSELt": (lambda w: torch._cslt_sparse_mm(w, padded.T, transpose_result=True), weights)}
+
+
+class CSR(Ordinary):
+    def __init__(self, density):
+        self.name, self.label, self.density = "CSR", f"{1 - density:.0%} sparse", density
+
+    def make(self, out, inputs, seed):
+        keep = torch.rand(out, inputs, generator=_generator(seed), device=DEVICE) < self.density
+        row, col = keep.nonzero(as_tuple=True)
+        return _values(len(row), seed=seed), torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int(), col.int(), row
+
+    def dense(self, weight, out, inputs):
+        dense = torch.zeros(out, inputs, device=DEVICE, dtype=DTYPE)
+        dense[weight[3], weight[2].long()] = weight[0]
+        return dense
+
+    def call(self, x, weight, out):
+        return csr.linear(x, *weight[:3], out_features=out)
+
+    def which(self, out, inputs, tokens, weight):
+        return csr.choose(out, inputs, len(weight[0]), tokens, DTYPE)[0]
+
+
+class GroupedNM(Ordinary):
+    def __init__(self, n, m, g):
+        self.n, self.m, self.g, self.name, self.label, self.density = n, m, g, "GroupedNM", f"{n}:{m}:{g}", n / m
+        patterns = list(itertools.combinations(range(m), n))
+        self.pattern = torch.tensor(patterns, dtype=torch.int32, device=DEVICE)
+
+    def make(self, out, inputs, seed):
+        slots = len(self.pattern) * self.g
+        chunks, strips = -(-inputs // slots), -(-out // self.m)
+        order = torch.rand(chunks, strips, slots, generator=_generator(seed), device=DEVICE).argsort(-1)
+        return _values(chunks, strips, len(self.pattern), self.g, self.n, seed=seed), order.short().view(
+            chunks, strips, -1, self.g
+        )
+
+    def dense(self, weight, out, inputs):
+        return grouped_nm.expand(*weight, self.pattern, m=self.m, out_features=out, in_features=inputs)
+
+    def call(self, x, weight, out):
+        return grouped_nm.linear(x, *weight, self.pattern, m=self.m, out_features=out)
+
+    def which(self, out, inputs, tokens, weight):
+        return grouped_nm.choose(out, inputs, self.n, self.m, tokens, DTYPE)[0]
+
+
+def cases():
+    for chain in (True, False):
+        for n, m in ((2, 4), (1, 4), (1, 8), (1, 16)):
+            yield VectorNM(n, m, 128, chain)
+        for v in (64, 32):
+            for m in (4, 8):
+                yield VectorNM(1, m, v, chain)
+    for block in (128, 64):
+        for density in (0.2, 0.1, 0.05):
+            yield BSR(block, density)
+    yield NM()
+    for density in (0.25, 0.1, 0.05):
+        yield CSR(density)
+    yield from (GroupedNM(2, 4, 8), GroupedNM(1, 4, 16), GroupedNM(1, 10, 8))
+
+
+def dense_times(tokens):
+    times = {}
+    for (out, inputs), t in itertools.product(SHAPES, tokens):
+        x = torch.randn(t, inputs, device=DEVICE, dtype=DTYPE)
+        weights = [_values(out, inputs, seed=i) for i in range(copies(out * inputs * 2))]
+        times[out, inputs, t] = graph_time(lambda w, x=x: torch.nn.functional.linear(x, w), weights, calls=12)
+    return times
+
+
+def measure(case, out, inputs, tokens, dense_time, peers):
+    """One row per token count, for one case and shape."""
+    weights = [case.make(out, inputs, seed) for seed in range(copies(out * inputs * 2 * case.density))]
+    dense = [case.dense(w, out, inputs) for w in weights[:2]]
+    for t in tokens:
+        x = torch.randn(t, inputs, device=DEVICE, dtype=DTYPE)
+        given = case.prepare(x)
+        got = case.ordinary(case.call(given, weights[0], out))
+        check(got, x.float() @ dense[0].float().T, f"{case.name} {case.label} {out}x{inputs} tokens {t}")
+        del got
+        spent = graph_time(lambda w, given=given: case.call(given, w, out), weights, calls=12 if t > 64 else 24)
+        row = {"layout": case.name, "case": case.label, "out": out, "in": inputs, "tokens": t, "us": spent}
+        row |= {"variant": case.which(out, inputs, t, weights[0]), "dense_us": dense_time[out, inputs, t]}
+        row["ratio"] = row["dense_us"] / spent
+        if peers and t >= 16 and hasattr(case, "peers"):
+            row["peers"] = peer_times(case, x, dense, row["dense_us"])
+        yield row
+
+
+def peer_times(case, x, dense, dense_us):
+    found = {}
+    for name, (call, weights) in case.peers(x, dense).items():
+        try:
+            found[name] = dense_us / graph_time(call, weights, calls=8, replays=3)
+        except RuntimeError as problem:  # a library that refuses this shape is no peer for it
+            found[name] = str(problem).splitlines()[0][:80]
+            torch.cuda.synchronize()
+    return found
+
+
+def table(rows, tokens):
+    print(f"{'geometric mean over shapes, dense = 1':40}" + "".join(f"{t:>9}" for t in tokens))
+    for key in dict.fromkeys((r["layout"], r["case"]) for r in rows):
+        line = f"{key[0] + ' ' + key[1]:40}"
+        for t in tokens:
+            ratios = [r["ratio"] for r in rows if (r["layout"], r["case"], r["tokens"]) == (*key, t)]
+            line += f"{geometric_mean(ratios):9.2f}" if ratios else " " * 9
+        print(line)
+        for name in dict.fromkeys(name for r in rows if (r["layout"], r["case"]) == key for name in r.get("peers", {})):
+            line = f"    {name:36}"
+            for t in tokens:
+                mine = [r["peers"].get(name) for r in rows if (r["layout"], r["case"], r["tokens"]) == (*key, t) and "peers" in r]
+                mine = [ratio for ratio in mine if isinstance(ratio, float)]
+                line += f"{geometric_mean(mine):9.2f}" if mine else " " * 9
+            print(line)
+
+
+def plot(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    for key in dict.fromkeys((r["layout"], r["case"]) for r in rows):
+        mine = [r for r in rows if (r["layout"], r["case"]) == key]
+        tokens = sorted({r["tokens"] for r in mine})
+        means = [geometric_mean(r["ratio"] for r in mine if r["tokens"] == t) for t in tokens]
+        axes.plot(tokens, means, marker="o", label=" ".join(key))
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed, dense cuBLAS = 1")
+    axes.legend(fontsize=6, ncol=2)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="*", help="only these")
+    parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--output", help="directory of the JSON; benchmarks/results by default")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long, with what there is")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    begun, rows, dense_time = time.monotonic(), [], dense_times(given.tokens)
+    for case in cases():
+        if given.layouts and case.name not in given.layouts:
+            continue
+        for out, inputs in SHAPES:
+            if time.monotonic() - begun < given.seconds:
+                rows += measure(case, out, inputs, given.tokens, dense_time, not given.no_peers)
+    table(rows, given.tokens)
+    write("gpu_linear", {"rows": rows}, given.output)
+    if given.plot:
+        plot(rows, (given.output or "benchmarks/results") + "/gpu_linear.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Timing on a GPU such that the number means something: CUDA graphs over rotating weights larger than L2, after a check.
+
+Shared by the gpu_* benchmarks. Times are microseconds a call, the median of several replays.
+"""
+
+import json
+import pathlib
+import statistics
+
+import torch
+import triton
+
+ROTATE_BYTES = 200 << 20  # several times the L2 of any GPU
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def copies(stored_bytes: float) -> int:
+    """How many weights to rotate among, so that none is found in L2."""
+    return max(2, min(24, int(ROTATE_BYTES // stored_bytes) + 1))
+
+
+def graph_time(call, weights, calls: int = 24, replays: int = 7) -> float:
+    """Microseconds of one ``call(weight)``, captured ``calls`` times over rotating ``weights``."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for weight in weights:
+            call(weight)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph, calls = torch.cuda.CUDAGraph(), max(calls, len(weights))
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(weights[i % len(weights)])
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / calls)
+    return statistics.median(times)
+
+
+def check(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = 1e-2) -> None:
+    """Refuses to go on where the result is wrong; NaN is wrong."""
+    error = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+    if not error < tolerance:
+        raise SystemExit(f"{what}: relative error {error:.3g}; a wrong result is not timed")
+
+
+def geometric_mean(numbers) -> float:
+    return statistics.geometric_mean(list(numbers))
+
+
+def write(name: str, content: dict, directory=None) -> None:
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+    content = {"device": torch.cuda.get_device_name(), **versions, **content}
+    path = pathlib.Path(directory or RESULTS) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1))
+    print(f"wrote {path.name}")
