@@ -71,7 +71,7 @@ def sparsify(
         )
         note(change.target, change.energy)
     for target in skipped:
-        note(target, target.why)
+        note(target, why=target.why)
     if optimizers is not None:
         engine.start(model, optimizers)
     return model
@@ -152,8 +152,8 @@ def _expect_held(optimizers: list[Optimizer] | None, targets: list[Target]) -> N
                 if isinstance(slot, Tensor) and slot.numel() > 1 and slot.shape != param.shape:
                     kind = type(optimizer).__name__
                     raise ValueError(
-                        f"The slot {key!r} of {kind} for {target.name} has shape {tuple(slot.shape)}, which has no sparse "
-                        "form: call sten before the optimizer's first step."
+                        f"The slot {key!r} of {kind} for {target.name} has shape {tuple(slot.shape)}, which has no "
+                        "sparse form: call sten before the optimizer's first step."
                     )
 
 

@@ -53,7 +53,8 @@ def _choose(
             scores[name] = _score(by_name[name], sparsifier, generator)
         return scores[name]
 
-    counts = spread.assign({t.name: tuple(_dense(t).shape) for t in free}, score) if free and spread else {}
+    shapes = {t.name: tuple(_dense(t).shape) for t in free}
+    counts = spread.assign(shapes, score) if free and spread else {}
     changes = []
     for target in targets:
         sparsity = 1 - counts[target.name] / target.tensor.numel() if target.name in counts else None
@@ -68,7 +69,7 @@ def _choose(
 
 
 def _start(target: Target, method: Method, mask: Tensor) -> View:
-    """What a dynamic method sees first. A hard master starts dense, or from an earlier pruning; others with their mask."""
+    """What a dynamic method sees first: a hard master all (or an earlier pruning's rest), others their mask."""
     if method.sparsifier.hard:
         mask = torch.ones_like(mask) if target.mask is None else _oriented(target, target.mask)
     return View(target.name, _dense(target), target.layout, method.sparsity, mask, last=method.last)
@@ -100,9 +101,7 @@ def _existing(target: Target) -> Tensor:
         return mask
     full = target.layout.mask(torch.where(mask, dense.abs(), -torch.ones_like(dense)))
     if bool((mask & ~full).any()):
-        raise ValueError(
-            f"The non-zeros of {target.name} do not fit {target.layout}: pass a sparsifier to choose."
-        )
+        raise ValueError(f"The non-zeros of {target.name} do not fit {target.layout}: pass a sparsifier to choose.")
     return full
 
 

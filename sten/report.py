@@ -14,7 +14,7 @@ from .tensor import SparseTensor
 from .training.master import MasterWeight
 from .training.pattern import PREFIX, SparseWeight, installed
 
-NOTES = "_sten_notes"  # on a module: {weight name: energy kept at conversion, or why the weight stayed dense}
+NOTES = "_sten_notes"  # on a module: {weight name: (energy kept at conversion, why the weight was skipped)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Table:
     def __rich__(self):
         from rich.table import Table as RichTable
 
-        table = RichTable(box=None, header_style="bold")
+        table = RichTable(box=None, pad_edge=False, header_style="bold")
         for i, title in enumerate(self._header()):
             table.add_column(title, justify="right" if i in (3, 4, 5) else "left", no_wrap=i == 0)
         for row in self.rows:
@@ -113,10 +113,11 @@ def _row(name: str, w: Tensor, remark: float | str | None, tied_to: str = "") ->
     return Row(name, layout, tuple(w.shape), density, stored, dense, energy, why, tied_to)
 
 
-def note(target: Target, remark: float | str) -> None:
-    """Remember, on the modules that own a weight, the energy it kept at conversion, or why it stayed dense."""
+def note(target: Target, energy: float | None = None, why: str = "") -> None:
+    """Remember, on the modules that own a weight, the energy it kept at conversion, or why it stayed as it was."""
     for module, name in target.owners:
-        module.__dict__.setdefault(NOTES, {})[name] = remark
+        notes = module.__dict__.setdefault(NOTES, {})
+        notes[name] = (notes.get(name, (None, ""))[0] if energy is None else energy, why)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -141,7 +142,7 @@ def summary(model: nn.Module) -> Summary:
                 continue
             full = f"{prefix}.{name}" if prefix else name
             first = seen.setdefault(id(held.get(name, param)), full)
-            remark = module.__dict__.get(NOTES, {}).get(name)
-            fits = isinstance(remark, str) != isinstance(w, SparseTensor)  # else it is of another form of the weight
-            rows.append(_row(full, w, remark if fits else None, first if first != full else ""))
+            energy, why = module.__dict__.get(NOTES, {}).get(name, (None, ""))
+            remark = energy if isinstance(w, SparseTensor) else why
+            rows.append(_row(full, w, remark, first if first != full else ""))
     return Summary(rows)

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from .layout import Layout
@@ -88,9 +87,11 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None, 
             masks = [step.mask for step in steps if type(step).__name__ == "FakeSparsity"]
             if len(masks) == len(steps) == 1:
                 yield name, steps.original, masks[0].bool(), ""
-            elif getattr(steps, "original", torch.empty(0)).dim() >= 2:
+                continue
+            originals = [p for p in steps.parameters(recurse=False) if p.dim() >= 2]
+            if originals:
                 kinds = ", ".join(type(step).__name__ for step in steps)
-                yield name, steps.original, None, f"it is parametrized by {kinds}: remove that first"
+                yield name, max(originals, key=Tensor.numel), None, f"it is parametrized by {kinds}: remove that first"
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -141,7 +142,7 @@ def _layouts(layout) -> list[tuple[str, Layout | None]]:
             isinstance(value, Layout) or (value is None and isinstance(layout, dict))
         ):
             raise TypeError(
-                f"layout= takes a layout such as sten.NM(2, 4), or a dict of pattern: layout (None: dense); got {layout!r}."
+                f"layout= takes a layout such as sten.NM(2, 4), or a dict of pattern: layout or None; got {value!r}."
             )
     return pairs
 

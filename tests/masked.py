@@ -73,3 +73,19 @@ def calls(model: nn.Module, seen: list) -> dict[str, list[str]]:
         assert kernel is not None, f"{operator} on {layout} ran the fallback"
         found[owner[parts["values"].data_ptr()]].append(operator)
     return dict(found)
+
+
+def slots(model: nn.Module, opt) -> dict[str, Tensor]:
+    """Every slot by parameter and name, dense."""
+    found = {}
+    names = {id(p): (n, None) for n, p in model.named_parameters()}
+    for name, w in sparse_weights(model).items():
+        holder = model.get_submodule(name.rpartition(".")[0])._modules.get("sparse_weight")
+        if holder is not None:
+            names[id(holder.values)] = name, w
+    for param, own in opt.state.items():
+        name, w = names[id(param)]
+        for key, slot in own.items():
+            slot = w.with_values(slot) if w is not None and slot.shape == param.shape else slot
+            found[f"{name}/{key}"] = slot.to_dense() if isinstance(slot, sten.SparseTensor) else slot.clone()
+    return found
