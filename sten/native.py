@@ -63,7 +63,7 @@ def choose_conv(shape: tuple[int, ...], dtype: torch.dtype, spec: Layout) -> tup
     if any(size != 1 for size in shape[3:]):
         return "reference", "expands to dense: only a convolution with a window of 1 has a faster kernel here"
     variant, reason = choose_linear(shape, dtype, spec)
-    return variant, reason if variant == "reference" else f"{reason}, as linear does (with groups=1)"
+    return variant, reason if variant == "reference" else f"{reason} where channels lie last (channels_last) and groups=1, and expands to dense elsewhere"
 
 
 def csr_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None, *, spec, shape, variant) -> Tensor:
@@ -78,18 +78,18 @@ def grouped_nm_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None,
 
 
 def pointwise_conv(linear: Callable) -> Callable:
-    """The convolution with a window of one pixel that a kernel of linear gives."""
+    """The convolution with a window of one pixel that a kernel of linear gives, for images whose channels lie last.
+
+    Turning others around takes longer than the product saves, so they go to the reference.
+    """
 
     def conv(x, weight, bias, *, spec, shape, variant, stride, padding, dilation, groups):
-        if groups != 1:
+        if groups != 1 or not x.movedim(1, -1).is_contiguous():
             geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
             return OPERATORS["conv2d"].reference(x, weight, bias, spec=spec, shape=shape, **geometry)
-        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        if any(padding):
-            x = torch.nn.functional.pad(x, [p for p in reversed(padding) for _ in range(2)])
-        x = x[(..., *(slice(None, None, s) for s in stride))].movedim(1, -1)
-        y = linear(x, weight, bias, spec=spec, shape=shape[:2], variant=variant).movedim(-1, 1)
-        return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        x = torch.nn.functional.pad(x, [p for p in reversed(padding) for _ in range(2)]) if any(padding) else x
+        pixels = x[(..., *(slice(None, None, s) for s in stride))].movedim(1, -1)
+        return linear(pixels, weight, bias, spec=spec, shape=shape[:2], variant=variant).movedim(-1, 1)
 
     conv.__name__ = linear.__name__.replace("linear", "conv")
     return conv

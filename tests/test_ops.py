@@ -449,7 +449,7 @@ def test_a_window_of_one_is_a_product(layout):
         for geometry in ({}, {"stride": (2, 1), "padding": (1, 0)}):
             got, want = F.conv2d(picture, w, bias, **geometry), F.conv2d(picture, dense, bias, **geometry)
             close(got, want)
-            assert got.is_contiguous() == want.is_contiguous() or not picture.is_contiguous()
+            assert got.stride() == want.stride() or 0 in got.shape or not picture.is_contiguous()
     w, dense = make(layout, (8, 3, 1))
     x = torch.randn(2, 6, 5)
     close(F.conv1d(x, w, groups=2), F.conv1d(x, dense, groups=2))
