@@ -112,27 +112,31 @@ class Vector:
 class Block:
     def __init__(self, qkv, out, gate, up, down):
         self.qkv, self.out, self.gate, self.up, self.down = qkv, out, gate, up, down
+        self.tables = {}
         self.norms = [torch.ones(HIDDEN, device=DEVICE, dtype=DTYPE) for _ in range(2)]
 
     def layers(self):
         return [self.qkv, self.out, self.gate, self.up, self.down]
 
     def attention(self, x, cache):
-        """x (batch, tokens, HIDDEN); with a cache, each sequence adds one token to its CONTEXT."""
+        """x (batch, tokens, HIDDEN); with a cache, each sequence puts one token at the end of its CONTEXT."""
         batch, tokens, _ = x.shape
         heads = self.qkv(rms_norm(x, (HIDDEN,), self.norms[0]).view(-1, HIDDEN)).view(batch, tokens, -1, HEAD).transpose(1, 2)
-        q, k, v = heads.split([HEADS, KV_HEADS, KV_HEADS], 1)
-        q, k = self.rotate(q), self.rotate(k)
+        turned, v = heads.split([HEADS + KV_HEADS, KV_HEADS], 1)
+        cos, sin = self.angles(tokens)
+        q, k = torch.addcmul(turned * cos, turned.roll(HEAD // 2, -1), sin).split([HEADS, KV_HEADS], 1)
         if cache is not None:
-            k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
+            cache[0][:, :, -1:], cache[1][:, :, -1:] = k, v
+            k, v = cache
         mixed = scaled_dot_product_attention(q, k, v, is_causal=cache is None, enable_gqa=True)
         return x + self.out(mixed.transpose(1, 2).reshape(-1, HIDDEN)).view_as(x)
 
-    def rotate(self, heads):
-        angle = torch.arange(heads.shape[2], device=DEVICE)[:, None] * torch.ones(HEAD // 2, device=DEVICE) * 1e-3
-        cos, sin = angle.cos().to(DTYPE), angle.sin().to(DTYPE)
-        first, second = heads.chunk(2, -1)
-        return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+    def angles(self, tokens):
+        """Rotary tables, the sine with the sign of the half that it is rolled into; made once."""
+        if tokens not in self.tables:
+            angle = torch.arange(tokens, device=DEVICE)[:, None] * torch.ones(HEAD // 2, device=DEVICE) * 1e-3
+            self.tables[tokens] = (angle.cos().repeat(1, 2).to(DTYPE), torch.cat([-angle.sin(), angle.sin()], 1).to(DTYPE))
+        return self.tables[tokens]
 
     def mlp(self, x):
         y = rms_norm(x, (HIDDEN,), self.norms[1]).view(-1, HIDDEN)

@@ -239,6 +239,34 @@ def peer_times(case, x, dense, dense_us):
     return found
 
 
+def training_rows(tokens):
+    """Forward and both gradients of VectorNM 1:4, v=128, which keeps its feature-major activations, against dense."""
+    case = VectorNM(1, 4, 128, False)
+    given = {"n": 1, "m": 4, "v": 128}
+    for (out, inputs), t in itertools.product(SHAPES, tokens):
+        values, index = case.make(out, inputs, 0)
+        dense = case.dense((values, index), out, inputs)
+        x, grad = torch.randn(t, inputs, device=DEVICE, dtype=DTYPE), torch.randn(t, out, device=DEVICE, dtype=DTYPE)
+
+        def sparse_step(_, x=x, grad=grad, values=values, index=index, t=t, inputs=inputs):
+            turned = vector_nm.feature_major(x)
+            y = vector_nm.linear_feature_major(turned, values, index, tokens=t, row_major=True, **given)
+            grad_x = vector_nm.linear_grad_input(grad, values, index, in_features=inputs, **given)
+            return y, grad_x, vector_nm.linear_grad_values(grad, turned, index, feature_major=True, **given)
+
+        def dense_step(_, x=x, grad=grad, dense=dense):
+            return torch.nn.functional.linear(x, dense), grad @ dense, grad.T @ x
+
+        got, expected = sparse_step(None), dense_step(None)
+        columns = index.long().repeat_interleave(128, 0)
+        for name, a, b in zip(("y", "x", "values"), got, (*expected[:2], expected[2].gather(1, columns)), strict=False):
+            check(a, b, f"training {name} {out}x{inputs} tokens {t}")
+        del got, expected
+        spent, dense_us = graph_time(sparse_step, [None], calls=4), graph_time(dense_step, [None], calls=4)
+        yield {"layout": "VectorNM", "case": "1:4 v=128, forward and both gradients", "out": out, "in": inputs, "tokens": t,
+               "us": spent, "variant": "gather, expand, gather", "dense_us": dense_us, "ratio": dense_us / spent}  # fmt: skip
+
+
 def table(rows, tokens):
     print(f"{'geometric mean over shapes, dense = 1':40}" + "".join(f"{t:>9}" for t in tokens))
     for key in dict.fromkeys((r["layout"], r["case"]) for r in rows):
@@ -291,6 +319,8 @@ def main():
         for out, inputs in SHAPES:
             if time.monotonic() - begun < given.seconds:
                 rows += measure(case, out, inputs, given.tokens, dense_time, not given.no_peers)
+    if not given.layouts or "VectorNM" in given.layouts:
+        rows += training_rows([t for t in given.tokens if t >= 1024])
     table(rows, given.tokens)
     write("gpu_linear", {"rows": rows}, given.output)
     if given.plot:

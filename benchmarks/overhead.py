@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--size 16] [--out overhead.json]
 
-Every layout is checked against the masked dense product first. The two sides run alternately in one process; the number
-is the difference of the medians, in microseconds above dense. `no_grad` is a finalized weight in inference, `forward` and
-`step` (forward and backward) the same weight as a hand-made Parameter under autograd.
+Every layout is checked against the masked dense product first. The two sides run alternately in one process; the
+number is the difference of the medians, in microseconds above dense. `no_grad` is a finalized weight in inference,
+`forward` and `step` (forward and backward) the same weight as a hand-made Parameter under autograd.
 """
 
 from __future__ import annotations

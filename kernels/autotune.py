@@ -1,7 +1,8 @@
 """Bounded autotuning: a few configurations, timed once per key, remembered on disk.
 
-``pick(kernel, key, configs, run, x)`` returns one of ``configs`` (dicts, the likeliest first). The first of them is
-taken without timing in the interpreter, during a CUDA graph capture, and when ``STEN_AUTOTUNE=0``.
+``pick(kernel, key, configs, prepare, given)`` returns ``prepare(config)``, a callable, for one of ``configs`` (dicts, the
+likeliest first). The first of them is taken without timing in the interpreter, during a CUDA graph capture, and when
+``STEN_AUTOTUNE=0``.
 """
 
 import json
@@ -17,51 +18,57 @@ from .library import INTERPRET, capturing
 _chosen: dict[tuple, dict] = {}
 _disk: dict[str, dict] | None = None
 _ENABLED = os.environ.get("STEN_AUTOTUNE", "1") != "0"
-REPEATS = 5
+REPEATS = 7
 FLUSH_BYTES = 128 << 20  # larger than any L2, so that a small weight is timed from memory, as in a model
 
 
-def pick(kernel: str, key: tuple, configs: list[dict], run, x: torch.Tensor) -> dict:
-    """The fastest of ``configs`` for ``key``; ``run(config)`` launches the kernel once on the caller's tensors."""
+def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
+    """``prepare`` of the fastest of ``configs`` for ``key``; the first of the tensors ``given`` says the device.
+
+    ``prepare(config)(*given)`` has to be one call of the kernel that may be repeated.
+    """
+    x = given[0]
     place = (kernel, key, x.device)
     found = _chosen.get(place)
-    if found is not None:
-        return found
-    if INTERPRET or not _ENABLED or len(configs) == 1 or not x.is_cuda:
-        _chosen[place] = configs[0]
-        return configs[0]
-    name = f"{kernel} {key} {torch.cuda.get_device_name(x.device)} triton {triton.__version__}"
-    stored = _read().get(name)
-    if stored in configs:  # a configuration that this version no longer offers is timed anew
-        _chosen[place] = stored
-        return stored
-    if capturing(x):
-        return configs[0]
-    _chosen[place] = _fastest(configs, run, x)
-    _write(name, _chosen[place])
-    return _chosen[place]
+    if found is None:
+        if INTERPRET or not _ENABLED or len(configs) == 1:
+            found = configs[0]
+        else:
+            name = f"{kernel} {key} {torch.cuda.get_device_name(x.device)} triton {triton.__version__}"
+            found = _read().get(name)
+            if found not in configs:  # never timed, or a configuration that this version no longer offers
+                if capturing(x):
+                    return prepare(configs[0])
+                found = _fastest(configs, prepare, given)
+                _write(name, found)
+        _chosen[place] = found
+    return prepare(found)
 
 
-def _fastest(configs, run, x):
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=x.device)
-    best, best_time = configs[0], float("inf")
+def _fastest(configs, prepare, given):
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=given[0].device)
+    times = []
     for config in configs:
         try:
-            run(config)
+            call = prepare(config)
+            for _ in range(2):  # the first call compiles, the second is launched as all later ones
+                call(*given)
+            times.append(sorted(_once(call, given, flush) for _ in range(REPEATS))[REPEATS // 2])
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
-            continue
-        times = []
-        for _ in range(REPEATS):
-            flush.zero_()
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run(config)
-            stop.record()
-            stop.synchronize()
-            times.append(start.elapsed_time(stop))
-        if sorted(times)[REPEATS // 2] < best_time:
-            best, best_time = config, sorted(times)[REPEATS // 2]
-    return best
+            times.append(float("inf"))
+    return configs[times.index(min(times))]
+
+
+def _once(call, given, flush):
+    """Milliseconds of one call; the flush before it is long enough that the host has queued the call by its end."""
+    flush.zero_()
+    flush.zero_()
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call(*given)
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
 
 
 def _path() -> pathlib.Path:

@@ -100,10 +100,15 @@ def _few_tokens(
     base = w_ptr + start.to(tl.int64) * (BH * BW)
     acc = tl.zeros((BO, BK) if BT == 1 else (BO, BT), tl.float32)
     for step in range(split * share, tl.minimum((split + 1) * share, length), BK):
-        slot = step + k
-        ok = slot < length
-        column = tl.load(other_ptr + start + slot // BW, mask=ok, other=0) * BW + slot % BW
-        w_at = base + (slot // BW)[None, :] * (BH * BW) + inside[:, None] * BW + (slot % BW)[None, :]
+        if BW % BK == 0:  # a step stays inside one block: its columns are contiguous, which the compiler can see
+            inner, ok = step % BW + k, k < BK
+            column = tl.load(other_ptr + start + step // BW) * BW + inner
+            w_at = base + step // BW * (BH * BW) + inside[:, None] * BW + inner[None, :]
+        else:
+            slot = step + k
+            ok = slot < length
+            column = tl.load(other_ptr + start + slot // BW, mask=ok, other=0) * BW + slot % BW
+            w_at = base + (slot // BW)[None, :] * (BH * BW) + inside[:, None] * BW + (slot % BW)[None, :]
         w = tl.load(w_at, mask=ok[None, :] & (inside < BH)[:, None], other=0.0)
         ok = ok & (column < I)
         if BT == 1:
@@ -236,14 +241,15 @@ def _many_configs(side_out: int, side_in: int, itemsize: int) -> list[dict]:
 def _few_configs(bh: int, bw: int, lines: int, blocks: int, tokens: int, programs: int) -> list[dict]:
     if INTERPRET:
         return [dict(BO=16, BK=16, S=2, num_stages=1)]
-    tiles = [(64, 128, 4, 3), (64, 64, 4, 4), (32, 128, 4, 3)]
+    depth = power_of_two(bw, 16, 128)
+    tiles = [(64, min(depth, 64), 4, 4), (64, depth, 4, 3), (32, depth, 4, 3), (32, min(depth, 64), 4, 5)]
     if tokens == 1:
-        tiles = [(16, 256, 4, 2), (32, 256, 4, 2), (8, 256, 4, 2)]
+        tiles = [(8, 512, 4, 2), (16, 256, 4, 2), (8, 256, 2, 2)]
     found = []
     for rows, depth, warps, stages in tiles:
         rows = min(rows, power_of_two(bh, 1 if tokens == 1 else 16, 128))
         tiles_o, length, split = lines * -(-bh // rows), blocks * bw // max(lines, 1), 1
-        while tiles_o * split < 2 * programs and split < 16 and length // (2 * split) >= depth:
+        while tiles_o * split < programs and split < 16 and length // (2 * split) >= depth:
             split *= 2
         found.append(dict(BO=rows, BK=depth, S=split, num_stages=stages, num_warps=warps))
     return [config for place, config in enumerate(found) if config not in found[:place]]
@@ -310,7 +316,7 @@ def _plan_many(x, values, start, other, block, bias, gate, y, transposed, activa
     key = (x.dtype, outputs, inputs, bh, bw, values.shape[0].bit_length(), tokens.bit_length(), transposed)
     configs = _many_configs(bh, bw, x.element_size())
     given = (x, values, start, other, block, bias, gate, y)
-    return prepare(autotune.pick("bsr_many", key, configs, lambda config: prepare(config)(*given), x))
+    return autotune.pick("bsr_many", key, configs, prepare, given)
 
 
 def _plan_few(x, values, crow, col, bias, gate, y, activation):
@@ -336,7 +342,7 @@ def _plan_few(x, values, crow, col, bias, gate, y, activation):
     key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width)
     configs = _few_configs(bh, bw, lines, blocks, tokens, multiprocessors(x))
     given = (x, values, crow, col, bias, gate, y)
-    return prepare(autotune.pick("bsr_few", key, configs, lambda config: prepare(config)(*given), x))
+    return autotune.pick("bsr_few", key, configs, prepare, given)
 
 
 def _rows_contiguous(x):
@@ -438,27 +444,38 @@ def _grad_values(grad, x, col, t_row, t_block, bh, bw):
     if tokens == 0 or blocks == 0:
         return out.zero_()
 
-    def run(config):
+    given = (grad, x, col, t_row, t_block, out)
+    plan(("bsr grad values", bh, bw, precision(x)), given, lambda: _plan_grad_values(*given))(*given)
+    return out
+
+
+def _plan_grad_values(grad, x, col, t_row, t_block, out):
+    (blocks, bh, bw), (tokens, inputs), outputs, stride = out.shape, x.shape, grad.shape[1], x.stride(0)
+
+    def prepare(config):
         bm, bn, bk, split = (config[name] for name in ("BM", "BN", "BK", "S"))
-        tiles = blocks * triton.cdiv(bh, bm) * triton.cdiv(bw, bn)
-        partial = count = x
-        if split > 1:
-            partial = torch.empty(tiles * split * bm * bn, dtype=torch.float32, device=x.device)
-            count = epilogue.counters.take(x, tiles)
-        described = {}
+        tiles, described = blocks * triton.cdiv(bh, bm) * triton.cdiv(bw, bn), {}
         if describable(x) and describable(grad):
             described = {0: ([bk, bm], grad.shape, grad.stride()), 2: ([bk, bn], x.shape, x.stride())}
-        Launch(
+        launch = Launch(
             _sampled_product, (tiles, split), described, BH=bh, BW=bw, WIDE=wide(x, grad), PRECISION=precision(x), **config
-        )(
-            grad if described else None, grad, x if described else None, x, col, t_row, t_block, out, partial, count,
-            tokens, inputs, outputs, x.stride(0),
-        )  # fmt: skip
+        )
+
+        def call(grad, x, col, t_row, t_block, out):
+            partial = count = x
+            if split > 1:
+                partial = torch.empty(tiles * split * bm * bn, dtype=torch.float32, device=x.device)
+                count = epilogue.counters.take(x, tiles)
+            g_desc, x_desc = (grad, x) if described else (None, None)
+            launch(
+                g_desc, grad, x_desc, x, col, t_row, t_block, out, partial, count, tokens, inputs, outputs, stride
+            )
+
+        return call
 
     key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length())
     configs = _gradient_configs(bh, bw, blocks, tokens, x.element_size(), multiprocessors(x))
-    run(autotune.pick("bsr_grad_values", key, configs, run, x))
-    return out
+    return autotune.pick("bsr_grad_values", key, configs, prepare, (grad, x, col, t_row, t_block, out))
 
 
 def _expand_fake(values, crow, col, out_features, in_features):
@@ -469,9 +486,15 @@ def _expand_fake(values, crow, col, out_features, in_features):
 def _expand_op(values, crow, col, out_features, in_features):
     _, bh, bw = values.shape
     dense = values.new_empty(out_features, in_features)
+    given = (values, crow, col, dense)
+
+    def make():
+        grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
+        launch = Launch(_expand, grid, BH=bh, BW=bw, BM=16, BC=width)
+        return lambda values, crow, col, dense: launch(values, crow, col, dense, in_features, out_features)
+
     if dense.numel():
-        grid = (crow.numel() - 1, triton.cdiv(bh, 16))
-        _expand[grid](values, crow, col, dense, in_features, out_features, BH=bh, BW=bw, BM=16, BC=32 if INTERPRET else 256)
+        plan(("bsr expand",), given, make)(*given)
     return dense
 
 

@@ -13,7 +13,7 @@ from . import autotune, epilogue, transpose
 from .epilogue import activate
 from .library import INTERPRET, Launch, operator, plan, power_of_two, wide
 
-FEW = 32  # tokens up to which an entry is read once for each 16 of them
+FEW = 64  # tokens up to which reading the entries, once for each 16 tokens, can cost less than a dense expansion
 
 
 @triton.jit
@@ -77,10 +77,10 @@ def choose(out_features: int, in_features: int, entries: int, tokens: int, dtype
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
     density = entries / max(1, out_features * in_features)
-    if density <= (0.35 if tokens == 1 else 0.1 if tokens <= 16 else 0.05 if tokens <= FEW else 0.0):
+    if tokens <= FEW and density * -(-tokens // 16) <= (0.6 if tokens == 1 else 0.3):
         return "few", f"{tokens} tokens: each of the {entries} entries ({density:.2g}) is read once, and gathers its activations"
-    if dtype == torch.float32 and density <= 0.01:
-        return "cusparse", f"density {density:.2g} in fp32: cuSPARSE beats a dense product at 1 % and below"
+    if dtype == torch.float32 and density <= 0.002:
+        return "cusparse", f"density {density:.2g} in fp32: so few entries that cuSPARSE beats a dense product"
     return "expand", f"density {density:.2g} at {tokens} tokens: no tensor core reads single entries; expanded, cuBLAS runs"
 
 
@@ -110,7 +110,7 @@ def _plan_few(x, values, crow, col, bias, gate, y, tokens, activation):
 
     key = (x.dtype, outputs, values.numel().bit_length(), power_of_two(tokens, 1, 64))
     given = (x, values, crow, col, bias, gate, y)
-    return prepare(autotune.pick("csr_few", key, _configs(tokens), lambda config: prepare(config)(*given), x))
+    return autotune.pick("csr_few", key, _configs(tokens), prepare, given)
 
 
 def _linear_fake(x, values, crow, col, bias, gate, out_features, activation):

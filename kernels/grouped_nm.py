@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, Launch, multiprocessors, operator, plan, power_of_two, precision, wide
+from .library import INTERPRET, Launch, multiprocessors, operator, plan, power_of_two, precision
 
 
 
@@ -39,7 +39,7 @@ def _few_tokens(
     x_ptr, values_ptr, index_ptr, pattern_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
     T, I, O, Q, chunks, strips, stride_x,
     G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
-    S: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One strip, a share of its slots, one tile of tokens. x is feature-major (I, whole tiles), or one token."""
     strip, split = tl.program_id(0), tl.program_id(1)
@@ -47,7 +47,7 @@ def _few_tokens(
     place = strip * tl.num_programs(2) + tl.program_id(2)
     share = tl.cdiv(chunks * tiles, S)
     acc = tl.zeros((BQ, MP) if BT == 1 else (MP, BT), tl.float32)
-    for step in range(split * share, tl.minimum((split + 1) * share, chunks * tiles)):
+    for step in tl.range(split * share, tl.minimum((split + 1) * share, chunks * tiles), loop_unroll_factor=UNROLL):
         c = step // tiles
         q = step % tiles * BQ + tl.arange(0, BQ)
         base = (c * strips + strip).to(tl.int64) * Q
@@ -139,13 +139,13 @@ def choose(
 
 def _configs(tokens: int, strips: int, slots: int, programs: int) -> list[dict]:
     if INTERPRET:
-        return [dict(BQ=16, S=2)]
+        return [dict(BQ=16, S=2, UNROLL=1)]
     found = []
     for depth, warps in ((64, 1), (128, 1), (128, 2)) if tokens == 1 else ((64, 2), (128, 4)):
         split = 1
         while strips * split < 32 * programs and split < 8 and slots // (2 * split) >= 4 * depth:
             split *= 2
-        found.append(dict(BQ=depth, S=split, num_warps=warps))
+        found.append(dict(BQ=depth, S=split, UNROLL=4, num_warps=warps))
     return found
 
 
@@ -180,7 +180,7 @@ def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, ac
     key = (x.dtype, outputs, inputs, n, m, g, width)
     configs = _configs(tokens, strips, chunks * patterns * g, multiprocessors(x))
     given = (x, values, index, pattern, bias, gate, y)
-    return prepare(autotune.pick("grouped_nm_few", key, configs, lambda config: prepare(config)(*given), x))
+    return autotune.pick("grouped_nm_few", key, configs, prepare, given)
 
 
 def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):

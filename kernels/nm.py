@@ -312,7 +312,7 @@ def _plan_few(variant, x, values, index, bias, gate, y, n, m, activation):
     key = (variant, x.dtype, outputs, inputs, n, m, power_of_two(tokens, 1, 1 << 20))
     configs = _configs(variant, tokens, outputs, inputs, multiprocessors(x), size)
     given = (x, values, index, bias, gate, y)
-    return prepare(autotune.pick("nm", key, configs, lambda config: prepare(config)(*given), x))
+    return autotune.pick("nm", key, configs, prepare, given)
 
 
 def _check(x, values, index, n, m, out_features):
@@ -380,19 +380,23 @@ def _expand_fake(values, index, n, m, in_features):
 
 @operator("gpu_nm_expand(Tensor values, Tensor index, int n, int m, int in_features) -> Tensor", _expand_fake)
 def _expand(values, index, n, m, in_features):
-    outputs, slots = values.shape
-    dense = values.new_empty(outputs, in_features)
-    height, width = (16, 32) if INTERPRET else (8, 512)
-    if dense.numel() and _has_words(n, m, values.dtype, in_features) and not INTERPRET:
-        words = in_features // 8
-        _expand_words[(triton.cdiv(outputs, 8), triton.cdiv(words, 128))](
-            _words(values), index, dense, outputs, words, BM=8, BW=128
-        )
-    elif dense.numel():
-        _expand_tile[(triton.cdiv(outputs, height), triton.cdiv(in_features, width))](
-            values, index, dense, in_features, outputs, slots, index.shape[1], N=n, M=m, BITS=bits(m), BM=height, BC=width
-        )
+    dense = values.new_empty(values.shape[0], in_features)
+    given = (values, index, dense)
+    if dense.numel():
+        plan(("nm expand", n, m), given, lambda: _plan_expand(*given, n, m))(*given)
     return dense
+
+
+def _plan_expand(values, index, dense, n, m):
+    (outputs, inputs), words = dense.shape, dense.shape[1] // 8
+    height, width = (16, 32) if INTERPRET else (8, 512)
+    if _has_words(n, m, values.dtype, inputs) and not INTERPRET:
+        launch = Launch(_expand_words, (triton.cdiv(outputs, 8), triton.cdiv(words, 128)), BM=8, BW=128)
+        return lambda values, index, dense: launch(_words(values), index, dense, outputs, words)
+    grid = (triton.cdiv(outputs, height), triton.cdiv(inputs, width))
+    launch = Launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
+    integers = (inputs, outputs, values.shape[1], index.shape[1])
+    return lambda values, index, dense: launch(values, index, dense, *integers)
 
 
 def _collect_fake(dense, index, n, m):

@@ -70,7 +70,7 @@ def prepared(x, leading, early=False):
     if rows == 0 or cols == 0:
         return lambda x: x.new_empty(cols, leading)
     key = (x.element_size(), rows.bit_length(), cols)
-    return prepare(autotune.pick("transpose", key, CONFIGS, lambda config: prepare(config)(x), x))
+    return autotune.pick("transpose", key, CONFIGS, prepare, (x,))
 
 
 @operator("gpu_transpose(Tensor x, int leading) -> Tensor", _fake)

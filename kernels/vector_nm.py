@@ -177,7 +177,7 @@ def _plan_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, acti
 
     key = (x.dtype, outputs, inputs, slots, v, tokens.bit_length(), row_major)
     configs = _many_configs(v, tokens)
-    return prepare(autotune.pick("vector_nm_many", key, configs, lambda c: prepare(c)(x, values, index, bias, gate, y), x))
+    return autotune.pick("vector_nm_many", key, configs, prepare, (x, values, index, bias, gate, y))
 
 
 def _plan_few(x, values, index, bias, gate, y, tokens, inputs, row_major, n, m, v, activation):
@@ -206,7 +206,7 @@ def _plan_few(x, values, index, bias, gate, y, tokens, inputs, row_major, n, m, 
 
     key = (x.dtype, outputs, inputs, slots, v, width)
     configs = _few_configs(v, tokens, outputs, slots, multiprocessors(x))
-    return prepare(autotune.pick("vector_nm_few", key, configs, lambda c: prepare(c)(x, values, index, bias, gate, y), x))
+    return autotune.pick("vector_nm_few", key, configs, prepare, (x, values, index, bias, gate, y))
 
 
 def feature_major(x: torch.Tensor) -> torch.Tensor:

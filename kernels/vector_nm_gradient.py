@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import autotune, transpose
-from .library import INTERPRET, operator, power_of_two, precision, wide
+from .library import INTERPRET, Launch, operator, plan, power_of_two, precision, wide
 from .tiles import grouped
 from .vector_nm_gemm import group_rows
 
@@ -74,7 +74,7 @@ def _gradient_configs(v: int, itemsize: int) -> list[dict]:
         return [dict(BM=16, BN=16, BK=16, GROUP=2, num_stages=1)]
     rows = power_of_two(v, 16, 128)
     depth = 64 if itemsize == 2 else 32
-    tiles = [(rows, 128, 4, 4), (rows, 256, 3, 8), (rows, 128, 4, 8)]
+    tiles = [(rows, 256, 4, 8), (rows, 128, 4, 4), (rows, 128, 4, 8)]
     return [dict(BM=a, BN=b, BK=depth, GROUP=8, num_stages=c, num_warps=d) for a, b, c, d in tiles]
 
 
@@ -96,16 +96,28 @@ def grad_values(grad, x, index, n, m, v, feature_major_x):
     if not feature_major_x:
         x = transpose.transpose(x.reshape(tokens, x.shape[-1]), transpose.padded(tokens))
 
-    def run(config):
+    given, statics = (grad, x, index, out), ("vector_nm grad values", v, precision(x))
+    plan(statics, given, lambda: _plan_grad_values(*given, v))(*given)
+    return out
+
+
+def _plan_grad_values(grad, x, index, out, v):
+    (tokens, outputs), slots, inputs, stride = grad.shape, index.shape[1], x.shape[0], x.stride(0)
+
+    def prepare(config):
         grid = (triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]) * triton.cdiv(slots, config["BN"]),)
-        _values_gradient[grid](
-            grad, x, index, out, tokens, x.shape[0], outputs, slots, outputs, x.stride(0),
-            V=v, EVEN_T=tokens % config["BK"] == 0, WIDE=wide(grad, x, out), PRECISION=precision(x), **config,
+        launch = Launch(
+            _values_gradient, grid, V=v, EVEN_T=tokens % config["BK"] == 0, WIDE=wide(grad, x, out), PRECISION=precision(x),
+            **config,
         )  # fmt: skip
 
-    key = (x.dtype, outputs, x.shape[0], slots, v, tokens.bit_length())
-    run(autotune.pick("vector_nm_grad_values", key, _gradient_configs(v, x.element_size()), run, x))
-    return out
+        def call(grad, x, index, out):
+            launch(grad, x, index, out, tokens, inputs, outputs, slots, outputs, stride)
+
+        return call
+
+    key = (x.dtype, outputs, inputs, slots, v, tokens.bit_length())
+    return autotune.pick("vector_nm_grad_values", key, _gradient_configs(v, x.element_size()), prepare, (grad, x, index, out))
 
 
 def _expand_fake(values, index, n, m, v, in_features):
@@ -114,12 +126,15 @@ def _expand_fake(values, index, n, m, v, in_features):
 
 @operator("gpu_vector_nm_expand(Tensor values, Tensor index, int n, int m, int v, int in_features) -> Tensor", _expand_fake)
 def expand(values, index, n, m, v, in_features):
-    outputs, slots = values.shape
-    dense = values.new_empty(outputs, in_features)
-    rows, width = (16, 32) if INTERPRET else (power_of_two(v, 4, 32), 256)
-    grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(in_features, width))
+    dense = values.new_empty(values.shape[0], in_features)
+    given = (values, index, dense)
+
+    def make():
+        (outputs, slots), (rows, width) = values.shape, (16, 32) if INTERPRET else (power_of_two(v, 4, 32), 256)
+        grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(in_features, width))
+        launch = Launch(_expand_tile, grid, N=n, M=m, V=v, BM=rows, BC=width, WIDE=wide(dense))
+        return lambda values, index, dense: launch(values, index, dense, in_features, outputs, slots)
+
     if dense.numel():
-        _expand_tile[grid](
-            values, index, dense, in_features, outputs, slots, N=n, M=m, V=v, BM=rows, BC=width, WIDE=wide(dense)
-        )
+        plan(("vector_nm expand", n, m, v), given, make)(*given)
     return dense
