@@ -112,8 +112,8 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
     Args:
         operator: "linear", "linear_grad_input", "linear_grad_weight", "conv2d", "embedding", ... (`sten.OPERATORS`).
         device: "cpu", "cuda", ...
-        choose: pure function `choose(shape, dtype, spec) -> (variant, reason)`, shape = (tokens, *stored weight shape). The
-            kernel then receives `variant=`; the variant "reference" runs the reference implementation instead.
+        choose: pure function `choose(shape, dtype, spec) -> (variant, reason)`; shape: (tokens, *stored weight shape).
+            The kernel then receives `variant=`; the variant "reference" runs the reference implementation instead.
         **operands: the layout class of each sparse operand by name, mostly `weight=`.
 
     Raises:
@@ -128,10 +128,12 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
     """
     known = OPERATORS.get(operator)
     if known is None:
-        raise ValueError(f"No operator named {operator!r}; sten has {', '.join(sorted(OPERATORS))}; declare it with sten.operator.")
+        names = ", ".join(sorted(OPERATORS))
+        raise ValueError(f"No operator named {operator!r}; sten has {names}; declare it with sten.operator.")
     if not operands or not set(known.required) <= set(operands) <= set(known.sparse):
         must = f" and needs {', '.join(known.required)}" if known.required else ""
-        raise ValueError(f"Operator {operator!r} takes the sparse operands {', '.join(known.sparse)}{must}; got {', '.join(operands)}.")
+        takes, got = ", ".join(known.sparse), ", ".join(operands)
+        raise ValueError(f"Operator {operator!r} takes the sparse operands {takes}{must}; got {got}.")
     for name, layout in operands.items():
         if not (isinstance(layout, type) and issubclass(layout, Layout)):
             raise ValueError(f"{name}= takes a layout class such as sten.CSR; got {layout!r}.")
@@ -197,7 +199,7 @@ def run(entry: Kernel, name: str, weight_shape: tuple[int, ...], dtype, layout: 
     return entry.function(*args, variant=variant, **kwargs)
 
 
-def choice(name: str, spec: Layout | tuple[Layout | None, ...], shape: tuple[int, ...], parts: Parts, x_shape) -> Choice:
+def choice(name: str, spec: Layout | tuple, shape: tuple[int, ...], parts: Parts, x_shape: tuple[int, ...]) -> Choice:
     """Which kernel and variant `call` would run for a first operand of shape `x_shape`, and why, without running it."""
     values = parts["values"]
     layouts = tuple(s for s in (spec if isinstance(spec, tuple) else (spec,)) if s is not None)
@@ -218,7 +220,8 @@ def stub(name: str, layouts: tuple[type[Layout], ...], device: str) -> str:
     known = OPERATORS[name]
     operands = ", ".join(f"{n}={cls.__name__}" for n, cls in zip(known.sparse, layouts, strict=True))
     signature = inspect.signature(known.reference)
-    return f'@sten.kernel("{name}", {operands}, device="{device}")\ndef {name}{signature}:\n    ...  # a sparse operand is the dict of its parts'
+    head = f'@sten.kernel("{name}", {operands}, device="{device}")'
+    return f"{head}\ndef {name}{signature}:\n    ...  # a sparse operand is the dict of its parts"
 
 
 def _say_reference(name: str, layouts: tuple[type[Layout], ...], device: str) -> None:
@@ -236,7 +239,7 @@ def _say_reference(name: str, layouts: tuple[type[Layout], ...], device: str) ->
 def say_densified(name: str, layout: Layout) -> None:
     """Warn, once for each (operator, layout type), that an operator without a rule runs dense; raise under strict."""
     if _strict.get():
-        raise DensifyError(f"Operator {name!r} has no rule for {layout}: it would run on a dense copy (sten.strict() is on).")
+        raise DensifyError(f"Operator {name!r} has no rule for {layout}: it would run dense, and sten.strict() is on.")
     key = (name, type(layout))
     if key not in _warned:
         _warned.add(key)

@@ -63,7 +63,8 @@ def choose_conv(shape: tuple[int, ...], dtype: torch.dtype, spec: Layout) -> tup
     if any(size != 1 for size in shape[3:]):
         return "reference", "expands to dense: only a convolution with a window of 1 has a faster kernel here"
     variant, reason = choose_linear(shape, dtype, spec)
-    return variant, reason if variant == "reference" else f"{reason} where channels lie last (channels_last) and groups=1, and expands to dense elsewhere"
+    where = " where channels lie last (channels_last) and groups=1, and expands to dense elsewhere"
+    return variant, reason if variant == "reference" else reason + where
 
 
 def csr_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None, *, spec, shape, variant) -> Tensor:

@@ -1,8 +1,8 @@
 """SparseTensor: the one class that torch sees.
 
-A wrapper subclass with the true shape, dtype and device. It carries `spec` (the layout), and the parts as plain tensors.
-What an operator does with it stands in two tables that `sten/ops/` fills: FUNCTIONS by Python function (the operators with
-a gradient rule of their own) and ATEN by aten operator (all that autograd and torch.compile ask for below).
+A wrapper subclass with the true shape, dtype and device. It carries `spec` (the layout), and the parts as plain
+tensors. What an operator does with it stands in two tables that `sten/ops/` fills: FUNCTIONS by Python function (the
+operators with a gradient rule of their own) and ATEN by aten operator (what autograd and torch.compile ask for below).
 """
 
 from __future__ import annotations
@@ -164,8 +164,9 @@ class SparseTensor(torch.Tensor):
 
 
 class Rule(torch.autograd.Function):
-    """An autograd.Function with `setup_context` (torch.func needs it) whose call is cheap: torch's own `apply` reads the
-    signature of `forward` each time, which takes longer than a small product.
+    """An autograd.Function with `setup_context` (torch.func needs it) whose call, `run`, is cheap.
+
+    torch's own `apply` reads the signature of `forward` each time, which takes longer than a small product.
     """
 
     @classmethod
@@ -255,7 +256,7 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
     if not isinstance(tensor, Tensor) or isinstance(tensor, SparseTensor) or tensor.layout != torch.strided:
         raise TypeError(f"from_dense stores a plain dense tensor; got {type(tensor).__name__}.")
     if not tensor.dtype.is_floating_point:
-        raise TypeError(f"Sparse layouts store floating-point weights; got {tensor.dtype}: convert it with .float() first.")
+        raise TypeError(f"Sparse layouts store floating-point weights; got {tensor.dtype}: call .float() on it first.")
     shape = tuple(tensor.shape)
     layout.check(shape)
     with torch.no_grad():
@@ -298,7 +299,7 @@ def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
         for argument, given in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and any(isinstance(a, SparseTensor) for a in torch.utils._pytree.tree_leaves(given)):
                 raise NotImplementedError(
-                    f"{name} cannot write into a {sparse[0].spec} tensor; change its parts['values'], or use to_dense()."
+                    f"{name} cannot write into a {sparse[0].spec} tensor; change its parts['values'], or densify it."
                 )
     say_densified(name, sparse[0].spec)
     args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))

@@ -36,3 +36,8 @@ def strictly():
     """Nothing may densify."""
     with sten.strict():
         yield
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Functions get their name: an address in a test's name would differ between the processes that share the work."""
+    return val.__name__ if callable(val) and hasattr(val, "__name__") else None

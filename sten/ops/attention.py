@@ -83,7 +83,7 @@ def multi_head_attention_forward(
         raise RuntimeError("is_causal is a hint about attn_mask: pass the mask as well.")
     if query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
         raise RuntimeError(
-            f"The embedding has {query.shape[-1]} features; expected {embed_dim_to_check}, a multiple of {num_heads} heads."
+            f"The query has {query.shape[-1]} features; expected {embed_dim_to_check}, a multiple of {num_heads} heads."
         )
     batched = query.dim() == 3
     if not batched:
@@ -121,7 +121,7 @@ def _extra_row(x: Tensor, row) -> Tensor:
 
 
 def _fused_attention(x, heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type) -> Tensor:
-    """Self-attention on (N, L, E) as torch's fused layer means it; mask_type: 0 source, 1 key padding, 2 both merged."""
+    """Self-attention on (N, L, E) as torch's fused layer means it; mask_type: 0 source, 1 key padding, 2 both."""
     x = x.transpose(0, 1)
     q, k, v = in_projection(x, x, x, qkv_weight, qkv_bias)
     mask = _as_float(mask, x.dtype)
@@ -133,8 +133,9 @@ def _fused_attention(x, heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mas
 
 @aten(A._transformer_encoder_layer_fwd.default)
 def transformer_encoder_layer(
-    _, src, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, use_gelu, norm_first, eps, norm_weight_1,
-    norm_bias_1, norm_weight_2, norm_bias_2, ffn_weight_1, ffn_bias_1, ffn_weight_2, ffn_bias_2, mask=None, mask_type=None,
+    _, src, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, use_gelu, norm_first, eps,
+    norm_weight_1, norm_bias_1, norm_weight_2, norm_bias_2, ffn_weight_1, ffn_bias_1, ffn_weight_2, ffn_bias_2,
+    mask=None, mask_type=None,
 ):  # fmt: skip
     """The fused encoder layer, which torch.compile enters without asking whether the weights are plain."""
     activation = F.gelu if use_gelu else F.relu
@@ -160,8 +161,8 @@ def transformer_encoder_layer(
 
 @aten(A._native_multi_head_attention.default)
 def native_multi_head_attention(
-    _, query, key, value, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask=None, need_weights=True,
-    average_attn_weights=True, mask_type=None,
+    _, query, key, value, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask=None,
+    need_weights=True, average_attn_weights=True, mask_type=None,
 ):  # fmt: skip
     """The fused attention on (N, L, E); torch calls it for self-attention alone."""
     padding, source = (mask, None) if mask_type == 1 else (None, mask)

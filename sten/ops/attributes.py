@@ -1,8 +1,8 @@
 """What modules and state_dicts ask of a SparseTensor in Python: copy_, .data, .grad, its storage.
 
-Loading between sparse tensors takes over the entries: a Parameter takes on the pattern of the tensor that is loaded into
-it and keeps its own layout, dtype and device. A dense tensor goes in at the pattern, and is refused if it has non-zeros
-elsewhere: which of them to drop is a sparsifier's decision.
+Loading between sparse tensors takes over the entries: a Parameter takes on the pattern of the tensor that is loaded
+into it and keeps its own layout, dtype and device. A dense tensor goes in at the pattern, and is refused if it has
+non-zeros elsewhere: which of them to drop is a sparsifier's decision.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def adopt(w: SparseTensor, new: SparseTensor) -> None:
 
 @function(Tensor.copy_)
 def copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """target.copy_(source); a Parameter without gradients (as load_state_dict copies) takes on a sparse source's pattern."""
+    """target.copy_(source); a Parameter under no_grad (as load_state_dict copies) takes on the source's pattern."""
     both = isinstance(target, SparseTensor) and isinstance(source, SparseTensor) and target.shape == source.shape
     loading = both and getattr(target, "_is_param", False) and not torch.is_grad_enabled()
     if loading and not target.same_pattern(source):

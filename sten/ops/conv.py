@@ -96,7 +96,7 @@ class Conv(Rule):
     @staticmethod
     def vmap(info, in_dims, x, w, bias, *geometry):
         if in_dims[0] is None or any(dim is not None for dim in in_dims[1:3]):
-            raise NotImplementedError("torch.vmap over a sparse weight or its bias has no rule; map over the input only.")
+            raise NotImplementedError("torch.vmap has no rule over a sparse weight or its bias; map over the input.")
         x = x.movedim(in_dims[0], 0)
         return Conv.run(x.flatten(0, 1), w, bias, *geometry).unflatten(0, x.shape[:2]), 0
 
@@ -157,19 +157,22 @@ class ConvGradWeight(Rule):
 
 
 @function(F.conv1d, F.conv2d, F.conv3d)
-def conv(input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+def conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1
+) -> Tensor:
     """A convolution with a sparse weight; `padding` may be "same" or "valid"."""
     if isinstance(input, SparseTensor) or not isinstance(weight, SparseTensor):
         raise TypeError("A convolution takes a dense input and a sparse weight; call to_dense() on the input.")
     dims = weight.dim() - 2
     if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != weight.shape[1] * groups:
         raise RuntimeError(
-            f"A weight of shape {tuple(weight.shape)} with groups={groups} takes an input with {weight.shape[1] * groups} "
-            f"channels and {dims} more dimensions; got shape {tuple(input.shape)}."
+            f"A weight of shape {tuple(weight.shape)} with groups={groups} takes an input with "
+            f"{weight.shape[1] * groups} channels and {dims} more dimensions; got shape {tuple(input.shape)}."
         )
     input, weight, bias = autocast(input, weight, bias)
     if input.dtype != weight.dtype:
-        raise RuntimeError(f"Input ({input.dtype}) and weight ({weight.dtype}) must have the same dtype; convert one or use autocast.")
+        kinds = f"Input ({input.dtype}) and weight ({weight.dtype})"
+        raise RuntimeError(f"{kinds} must have the same dtype; convert one or use autocast.")
     stride, dilation = (list(s) if isinstance(s, (tuple, list)) else [s] * dims for s in (stride, dilation))
     input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
     single = input.dim() == dims + 1

@@ -176,7 +176,7 @@ class GradWeight(Rule):
 
 
 def autocast(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> tuple[Tensor, SparseTensor, Tensor | None]:
-    """The operands in autocast's dtype, where autocast is on; linear and convolutions are on its lower-precision list."""
+    """The operands in autocast's dtype, where it is on; linear and convolutions are on its lower-precision list."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

@@ -15,14 +15,14 @@ from .pattern import clear_padding, dense_to_values, only_live
 
 A = torch.ops.aten
 
-KEEP_ZERO = """neg abs sign sgn sqrt square relu tanh sin tan asin atan sinh asinh atanh erf erfinv expm1 log1p trunc floor
-    ceil round gelu silu leaky_relu elu nan_to_num"""
+KEEP_ZERO = """neg abs sign sgn sqrt square relu tanh sin tan asin atan sinh asinh atanh erf erfinv expm1 log1p trunc
+    floor ceil round gelu silu leaky_relu elu nan_to_num"""
 SAME_PATTERN = "add sub maximum minimum lerp addcmul addcdiv atan2 hypot"
 TO_DENSE = """exp exp2 cos cosh acos log log2 log10 sigmoid reciprocal rsqrt rsub eq ne lt le gt ge isnan isfinite isinf
     logical_not clamp clamp_min clamp_max max min amax amin any all remainder softmax _softmax where threshold_backward
     tanh_backward sigmoid_backward gelu_backward silu_backward leaky_relu_backward elu_backward"""
-IN_PLACE = """add sub mul div lerp addcmul addcdiv sqrt neg abs clamp clamp_min clamp_max pow square sign zero fill normal
-    uniform exp reciprocal rsqrt nan_to_num relu bernoulli erfinv"""
+IN_PLACE = """add sub mul div lerp addcmul addcdiv sqrt neg abs clamp clamp_min clamp_max pow square sign zero fill
+    normal uniform exp reciprocal rsqrt nan_to_num relu bernoulli erfinv"""
 ZERO_STAYS = "mul zero sqrt neg abs addcmul lerp square sign relu erfinv nan_to_num"  # in place, whatever the operands
 FOREACH = """add_ sub_ mul_ div_ lerp_ addcmul_ addcdiv_ sqrt_ neg_ abs_ zero_ copy_ maximum_ minimum_ reciprocal_
     sign_
@@ -115,10 +115,12 @@ def _factor_function(func):
         """A dense factor that is trained gets a dense gradient: it goes through a differentiable gather."""
         w = first_sparse((a, b))
         other = b if w is a else a
-        if isinstance(other, Tensor) and not isinstance(other, SparseTensor) and other.requires_grad and w is a:
-            if torch.broadcast_shapes(other.shape, w.shape) == w.shape:
-                b = project(torch.broadcast_to(other, w.shape), w)
-        return func(a, b, **kwargs)
+        trained = isinstance(other, Tensor) and not isinstance(other, SparseTensor) and other.requires_grad
+        divided = w is b and "div" in func.__name__
+        if not trained or divided or torch.broadcast_shapes(other.shape, w.shape) != w.shape:
+            return func(a, b, **kwargs)
+        other = project(torch.broadcast_to(other, w.shape), w)
+        return func(w, other, **kwargs) if w is a else func(other, w, **kwargs)
 
     return rule
 
@@ -213,6 +215,14 @@ def unscale(func, grads, found_inf, inv_scale):
     return func([values_of(g) for g in grads], found_inf, inv_scale)
 
 
+def _add_products(func, single, tensors, first, second, values):
+    """addcmul and addcdiv take their factor by keyword, where the foreach operators have it in the third place."""
+    values = list(values) if isinstance(values, (list, tuple, Tensor)) else [values] * len(tensors)
+    rows = zip(tensors, first, second, values, strict=True)
+    out = [single(t, a, b, value=v) for t, a, b, v in rows]
+    return None if func._schema.is_mutable else out
+
+
 SINGLE = {"maximum_": "clamp_min_", "minimum_": "clamp_max_"}
 
 
@@ -221,11 +231,10 @@ def _one_by_one(name: str):
 
     def rule(func, tensors, *rest, **kwargs):
         """The operator that a foreach operator stands for, tensor by tensor."""
-        if name.startswith("addc") and len(rest) == 3 and not isinstance(rest[2], Tensor):
-            *rest, kwargs["value"] = rest
+        if name.startswith("addc") and len(rest) == 3:
+            return _add_products(func, single, tensors, *rest)
         rows = [[a[i] if isinstance(a, (list, tuple)) else a for a in rest] for i in range(len(tensors))]
-        keys = [{k: v[i] if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()} for i in range(len(tensors))]
-        out = [single(t, *row, **key) for t, row, key in zip(tensors, rows, keys, strict=True)]
+        out = [single(t, *row, **kwargs) for t, row in zip(tensors, rows, strict=True)]
         return None if func._schema.is_mutable else out
 
     return rule

@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..dispatch import say_densified
 from ..tensor import SparseTensor, function
 
-FUSED = [_VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu, _VF.lstm_cell, _VF.gru_cell, _VF.rnn_tanh_cell, _VF.rnn_relu_cell]
+KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+FUSED = [getattr(_VF, kind + ending) for kind in KINDS for ending in ("", "_cell")]
 
 
 def _dense_rule(fused):

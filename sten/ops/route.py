@@ -38,7 +38,7 @@ def which(operator: str, x: Tensor | tuple[int, ...], weight: SparseTensor) -> C
     if operator not in OPERATORS:
         raise ValueError(f"No operator named {operator!r}; sten has {', '.join(sorted(OPERATORS))}.")
     if not isinstance(weight, SparseTensor):
-        raise TypeError(f"which() asks about a SparseTensor; got a {type(weight).__name__}, which runs as torch runs it.")
+        raise TypeError(f"which() asks about a SparseTensor; got a {type(weight).__name__}, which torch runs.")
     shape = _shape(x)
     _check(operator, shape, weight)
     name, spec = resolve(operator, weight)
@@ -67,11 +67,12 @@ FEATURES = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weigh
 
 
 def _check(operator: str, shape: tuple[int, ...], w: SparseTensor) -> None:
-    """ValueError unless a first operand of this shape goes with the weight (the groups of a convolution are not known)."""
+    """ValueError unless a first operand of this shape goes with the weight (a convolution's groups are not known)."""
     if operator.startswith("conv"):
         fits = w.dim() > 2 and len(shape) in (w.dim() - 1, w.dim())
         channels = w.shape[1] if operator == "conv2d" else w.shape[0]
-        fits, wanted = fits and shape[1 - w.dim()] % channels == 0, f"{channels} channels and {w.dim() - 2} more dimensions"
+        fits = fits and shape[1 - w.dim()] % channels == 0
+        wanted = f"{channels} channels and {w.dim() - 2} more dimensions"
     elif operator in FEATURES:
         size = w.shape[FEATURES[operator]]
         fits, wanted = shape[-1:] == (size,), f"{size} features, in its last dimension"
@@ -79,7 +80,7 @@ def _check(operator: str, shape: tuple[int, ...], w: SparseTensor) -> None:
         return
     if not fits:
         raise ValueError(
-            f"{operator} with a weight of shape {tuple(w.shape)} takes a first operand with {wanted}; got shape {shape}."
+            f"{operator} with a weight of shape {tuple(w.shape)} takes a first operand with {wanted}; got {shape}."
         )
 
 

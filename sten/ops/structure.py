@@ -65,7 +65,7 @@ def _flips(w: SparseTensor, dims: list[int]) -> bool:
     """Whether this order of dimensions is a transposition (or no change); an error where it is neither."""
     same = dims == list(range(w.dim()))
     if not same and w.dim() != 2:
-        raise NotImplementedError(f"Only a matrix can be transposed in {w.spec}; this weight has shape {tuple(w.shape)}.")
+        raise NotImplementedError(f"Only a matrix can be transposed in {w.spec}; this has shape {tuple(w.shape)}.")
     return not same
 
 
