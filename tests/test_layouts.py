@@ -294,24 +294,23 @@ ENERGIES = [
 
 @pytest.mark.parametrize(("layout", "energy"), ENERGIES, ids=str)
 def test_grouped_nm_keeps_energy_and_packs_fast(layout, energy):
-    w = torch.randn(3072, 768)
-    times = {"mask": math.inf, "pack": math.inf}
-    for _ in range(3):
-        start = time.perf_counter()
+    # One thread's own time: on a busy machine the clock on the wall measures the neighbours.
+    w, times = torch.randn(3072, 768), []
+    for _ in range(1 if layout.n == 4 else 2):
+        start, wall = time.process_time(), time.perf_counter()
         mask = layout.mask(w.abs())
-        middle = time.perf_counter()
+        middle = time.process_time()
         parts = layout.pack(w, mask)
-        times["mask"] = min(times["mask"], middle - start)
-        times["pack"] = min(times["pack"], time.perf_counter() - middle)
-        if sum(times.values()) < 1 or layout.n == 4:
-            break
+        times.append((middle - start, time.process_time() - middle, time.perf_counter() - wall))
+    masking, packing, wall = min(times)
     reached = float((w.abs() * mask).sum(dtype=torch.float64) / w.abs().sum(dtype=torch.float64))
-    print(f"{layout}: kept {reached:.4f}, mask {times['mask']:.2f} s, pack {times['pack']:.2f} s")
+    print(
+        f"{layout}: kept {reached:.4f}; mask {masking:.2f} s, pack {packing:.2f} s of one thread, {wall:.2f} s elapsed"
+    )
     assert reached >= energy
-    assert same(layout.unpack(parts, w.shape), w.masked_fill(~mask, 0).add(0.0))
+    assert torch.equal(layout.unpack(parts, w.shape), w.masked_fill(~mask, 0))
     if layout.n < 4:
-        # Under a second by itself; the machine may be busy with other things.
-        assert times["mask"] < 3 and times["pack"] < 3
+        assert masking < 3 and packing < 3  # 0.2 to 0.3 s on an idle machine
 
 
 @pytest.mark.parametrize("layout", [GroupedNM(2, 4, 2), GroupedNM(1, 10, 8), GroupedNM(3, 7, 1)], ids=str)
@@ -451,7 +450,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "name", "change", "words"), WRONG, ids=str)
+@pytest.mark.parametrize(("layout", "name", "change", "words"), WRONG, ids=lambda v: None if callable(v) else str(v))
 def test_validate_finds_what_is_wrong(layout, name, change, words):
     _, _, parts = random_sparse_case(layout, (13, 50))
     with pytest.raises(ValueError, match=words):

@@ -163,10 +163,15 @@ class GroupedNM(Layout):
                 f"{self.order[pattern]} for {int(load[problem, pattern])} "
                 f"{self.place(problem, shape)}: use {self}.mask(score)."
             )
-        short = (load[:, -1] > 0).nonzero()[:, 0]
+        if bool(full.all()):
+            return chosen
+        # Padding columns take what room is left, in order; other columns of fewer than n entries have to look for it.
+        left = (self.g - load[:, :-1]).cumsum(1)
+        chosen = torch.where(full, chosen, torch.searchsorted(left, (~full).cumsum(1) - 1, right=True))
+        real = self.columns(torch.ones(shape, dtype=torch.bool, device=live.device))
+        short = (~full & real.any(-1)).any(-1).nonzero()[:, 0]
         for part in short.split(self.batch) if len(short) else ():
-            real = self.columns(torch.ones(shape, dtype=torch.bool, device=live.device))[part]
-            chosen[part] = self.fit(live[part], real, part, shape)
+            chosen[part] = self.fit(live[part], real[part], part, shape)
         return chosen
 
     def rank(self, live: Tensor) -> Tensor:
