@@ -61,3 +61,7 @@ from .sparsifiers import View as View
 from .tensor import SparseTensor as SparseTensor
 from .tensor import from_dense as from_dense
 from .training.distill import distill_loss as distill_loss
+from .training.resume import load_run as load_run
+from .training.resume import load_state_dict as load_state_dict
+from .training.resume import save_run as save_run
+from .training.resume import state_dict as state_dict

@@ -52,6 +52,8 @@ class Uniform(Allocation):
 class Global(Allocation):
     """The highest scores of all weights together stay: round((1 - sparsity) * total), ties by order of the weights.
 
+    With `floor`, every weight keeps at least that fraction of its entries, so that no layer collapses.
+
     Example:
         >>> import torch, sten
         >>> scores = {"a": torch.tensor([[4.0, 3]]), "b": torch.tensor([[2.0, 1]])}
@@ -59,9 +61,18 @@ class Global(Allocation):
         {'a': 2, 'b': 0}
     """
 
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        Allocation.__post_init__(self)
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"Global takes a floor from 0 to 1; got {self.floor}.")
+
     def assign(self, shapes, score):
         sizes = [math.prod(shape) for shape in shapes.values()]
-        scores = torch.cat([score(name).detach().flatten().float() for name in shapes])
+        floor = min(self.floor, 1 - self.sparsity)
+        flat = [score(name).detach().flatten().float() for name in shapes]
+        scores = torch.cat([s.masked_fill(top(s, math.floor(floor * len(s))), torch.inf) for s in flat])
         chosen = top(scores, round((1 - self.sparsity) * sum(sizes)))
         return {name: int(part.sum()) for name, part in zip(shapes, chosen.split(sizes), strict=True)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,10 @@ def _start(target: Target, method: Method, mask: Tensor) -> View:
     """What a dynamic method sees first: a hard master all (or an earlier pruning's rest), others their mask."""
     if method.sparsifier.hard:
         mask = torch.ones_like(mask) if target.mask is None else _oriented(target, target.mask)
-    return View(target.name, _dense(target), target.layout, method.sparsity, mask, last=method.last)
+    view = View(target.name, _dense(target), target.layout, method.sparsity, mask, last=method.last)
+    if method.sparsifier.hard or not method.sparsifier.master or method.sparsifier.ticks is None:
+        return view
+    return dataclasses.replace(view, mask=method.sparsifier.update(view, method.sparsifier.init(view)).mask)
 
 
 def _score(target: Target, sparsifier: Sparsifier, generator: torch.Generator) -> Tensor:

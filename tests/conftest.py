@@ -41,3 +41,12 @@ def strictly():
 def pytest_make_parametrize_id(config, val, argname):
     """Functions get their name: an address in a test's name would differ between the processes that share the work."""
     return val.__name__ if callable(val) and hasattr(val, "__name__") else None
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny tensors on a busy machine: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -12,6 +12,8 @@ from training_models import OPTIMIZERS, batch, dense_weights, engine_of, loss_of
 import sten
 from sten.layouts import BSR, CSR, NM, Masked, VectorNM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYOUTS = [Masked(), CSR(), BSR((4, 4)), NM(1, 4), VectorNM(1, 4, 4)]
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

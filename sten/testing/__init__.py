@@ -2,5 +2,6 @@
 
 from .kernels import check_kernel
 from .layouts import check_layout
+from .sparsifiers import check_sparsifier
 
-__all__ = ["check_kernel", "check_layout"]
+__all__ = ["check_kernel", "check_layout", "check_sparsifier"]

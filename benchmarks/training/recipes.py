@@ -1,0 +1,114 @@
+"""The methods that the training benchmarks compare: how each sparsifies a model, and what it asks of the loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import sten
+
+Choose = Callable[[str, nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One line of the table.
+
+    Attributes:
+        method: makes the sparsifier from the total steps; None: dense.
+        layout, sparsity: as `sten.sparsify` takes them.
+        start: when sparsify is called, as a fraction of the steps (one-shot pruning: half way).
+        adams, distill: CAST's optimizer and loss.
+        width: multiplies the hidden width (small dense).
+    """
+
+    method: Callable[[int], sten.Sparsifier] | None = None
+    layout: sten.Layout | None = None
+    sparsity: sten.Allocation | None = None
+    start: float = 0.0
+    adams: bool = False
+    distill: bool = False
+    width: float = 1.0
+
+
+def tick(total: int) -> int:
+    """Steps between two ticks: 100 as published, fewer in short runs."""
+    return max(min(100, total // 30), 1)
+
+
+def recipes(block: int = 16, decay: float = 2e-4, cast_decay: float = 1e-3, fade: float = 8.0) -> dict[str, Recipe]:
+    """All of them. `fade`: how far an exponential mask decays over a run, so that short runs decay as far as long ones."""
+    table = {"dense": Recipe()}
+    for s in (0.8, 0.9, 0.95):
+        at, erk = f"{s:.0%}", sten.ERK(s)
+        table[f"small dense {at}"] = Recipe(width=(1 - s) ** 0.5)
+        table[f"magnitude {at}"] = Recipe(lambda n: sten.Magnitude(), sten.CSR(), erk, start=0.5)
+        table[f"gradual {at}"] = Recipe(lambda n: sten.Gradual(n // 10, 3 * n // 4, tick(n)), sten.CSR(), erk)
+        table[f"static {at}"] = Recipe(lambda n: sten.Static(), sten.CSR(), erk)
+        table[f"set {at}"] = Recipe(lambda n: sten.SET(n, every=tick(n), stop=0.75), sten.CSR(), erk)
+        table[f"rigl {at}"] = Recipe(lambda n: sten.RigL(n, every=tick(n)), sten.CSR(), erk)
+        table[f"srigl {at}"] = Recipe(lambda n: sten.SRigL(n, every=tick(n)), sten.FanIn(), erk)
+    for layout in (sten.NM(2, 4), sten.NM(1, 4), sten.NM(1, 8)):
+        at = f"{layout.n}:{layout.m}"
+        table[f"magnitude {at}"] = Recipe(lambda n: sten.Magnitude(), layout, start=0.5)
+        table[f"ste {at}"] = Recipe(lambda n: sten.STE(), layout)
+        table[f"srste {at}"] = Recipe(lambda n: sten.SRSTE(decay), layout)
+        table[f"decaying {at}"] = Recipe(lambda n: sten.DecayingMask(n, rate=fade / n), layout)
+        cast = lambda n: sten.CAST(n, decay=cast_decay)  # noqa: E731
+        table[f"cast {at}"] = Recipe(cast, layout, adams=True, distill=True, start=0.5)
+    bsr = sten.BSR((block, block))
+    table["blocks 80%"] = Recipe(lambda n: sten.BlockPruneGrow(n // 10, 3 * n // 4, tick(n)), bsr, sten.Uniform(0.8))
+    return table
+
+
+@torch.no_grad()
+def widen(model: nn.Module) -> None:
+    """Divide the first weights of compressed layers by sqrt(density): their fan-in is smaller than init assumed."""
+    for module in model.modules():
+        if isinstance(module, sten.training.SparseWeight):
+            module.values.div_(module.tensor().density ** 0.5)
+
+
+class Run:
+    """A model under a recipe: call `before(step)` before each step of an ordinary loop."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module, total: int, weights: Choose, lr: float, **adam) -> None:
+        self.recipe, self.model, self.total, self.weights = recipe, model, total, weights
+        kind = sten.optim.AdamS if recipe.adams else torch.optim.AdamW
+        adam = {k: v for k, v in adam.items() if not recipe.adams or k != "weight_decay"}
+        self.optimizer = kind(model.parameters(), lr=lr, **adam)
+        self.teacher: nn.Module | None = None
+
+    def before(self, step: int) -> None:
+        """Sparsify when the recipe says so."""
+        recipe, left = self.recipe, self.total - step
+        if recipe.method is None or step != int(recipe.start * self.total):
+            return
+        if recipe.distill:
+            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        method = recipe.method(left)
+        chosen = {"layout": recipe.layout, "sparsifier": method, "sparsity": recipe.sparsity, "weights": self.weights}
+        sten.sparsify(self.model, **chosen, optimizer=self.optimizer)
+        if step == 0:
+            widen(self.model)
+
+    def loss(self, logits: torch.Tensor, target: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, or the distillation loss where the recipe has a teacher."""
+        if self.teacher is None:
+            return nn.functional.cross_entropy(logits.flatten(0, -2), target.flatten())
+        with torch.no_grad():
+            taught = self.teacher(x)
+        return sten.distill_loss(logits, target, taught)
+
+    def finish(self) -> tuple[nn.Module, float]:
+        """The finalized model, and the density of what was made sparse."""
+        if self.recipe.method is None:
+            return self.model, 1.0
+        sten.finalize(self.model)
+        rows = [row for row in sten.summary(self.model).rows if row.layout != "dense"]
+        entries = [torch.Size(row.shape).numel() for row in rows]
+        return self.model, sum(row.density * n for row, n in zip(rows, entries, strict=True)) / sum(entries)

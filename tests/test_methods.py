@@ -1,0 +1,437 @@
+"""Every method: what it must do, by hand or against its equations; resume; the table method x layout x optimizer."""
+
+import copy
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from training_models import OPTIMIZERS, batch, dense_weights, engine_of, loss_of, masks, mlp, sparse, train
+
+import sten
+from sten.layouts import BSR, CSR, NM, FanIn, Masked, VectorNM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FREE, RATED = [Masked(), CSR(), BSR((4, 4))], [NM(1, 4), VectorNM(1, 4, 4)]
+MOVING = [sten.SET(24, every=4), sten.RigL(24, every=4), sten.DSTEE(24, every=4)]
+NM_ONLY = [sten.Transposable(refresh=3), sten.BDWP(), sten.BiMask(refresh=3, tries=3), sten.DecayingStructure(20)]
+CELLS = [
+    *[(m, layout) for m in (sten.Static(), *MOVING) for layout in FREE + RATED],
+    (sten.SRigL(24, every=4), FanIn()),
+    *[(sten.SparseMomentum(24, every=4), layout) for layout in (Masked(), CSR())],
+    *[(sten.Gradual(2, 14, 4), layout) for layout in FREE + [FanIn()]],
+    (sten.BlockPruneGrow(2, 14, 4), BSR((4, 4))),
+    *[(m, layout) for m in (sten.STE(), sten.SRSTE(), sten.DecayingMask(20, rate=0.2)) for layout in RATED + [CSR()]],
+    *[(m, NM(2, 4)) for m in NM_ONLY],
+]
+DYNAMIC = [(m, layout) for m, layout in CELLS if not m.one_shot]
+
+
+def name_of(cell):
+    return f"{type(cell[0]).__name__}-{cell[1]}" if isinstance(cell, tuple) else str(cell)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("cell", CELLS, ids=name_of)
+def test_every_cell_learns_and_ends_in_its_layout(cell, optimizer):
+    method, layout = cell
+    model = mlp()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    sten.sparsify(model, layout, method, None if layout.rate else 0.5, optimizer=opt)
+    before = [float(loss_of(model, step)) for step in range(100, 104)]
+    train(model, opt, 16)
+    assert sum(float(loss_of(model, step)) for step in range(100, 104)) < sum(before)
+    pairs = [(torch.where(m, w, 0), w) for m, w in zip(masks(model), dense_weights(model), strict=True)]
+    x = batch(0)[0]
+    want = model(x).detach()
+    sten.finalize(model)
+    kept = sum(int(m.sum()) for m in masks_of(model)) / 768
+    assert model[0].weight.spec == layout and kept == pytest.approx(layout.rate or 0.5, abs=0.1)
+    if not method.one_shot and not method.master or method.one_shot or method.hard:
+        assert all(torch.equal(a, b) for a, b in pairs)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    else:  # the end is what magnitude keeps
+        assert torch.equal(model[0].weight.mask(), masks_of(model)[0])
+
+
+def masks_of(model):
+    return [layer.weight.mask() for layer in model if isinstance(layer, nn.Linear)]
+
+
+def cast(optimizer=None):
+    model = mlp()
+    optimizer = sten.optim.AdamS(model.parameters(), lr=1e-2)
+    sten.sparsify(model, NM(2, 4), sten.CAST(total_steps=20, decay=1e-2, refresh=3), optimizer=optimizer)
+    return model, optimizer
+
+
+def build(cell, optimizer):
+    if cell == "CAST":
+        return cast()
+    method, layout = cell
+    model = mlp()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    sten.sparsify(model, layout, method, None if layout.rate else 0.75, optimizer=opt)
+    return model, opt
+
+
+@pytest.mark.parametrize("stop", [3, 7, 8])
+@pytest.mark.parametrize("cell", [*DYNAMIC, "CAST"], ids=name_of)
+def test_resume_is_bit_identical(cell, stop, tmp_path):
+    straight, optimizer = build(cell, "adamw")
+    train(straight, optimizer, 14)
+    model, optimizer = build(cell, "adamw")
+    train(model, optimizer, stop)
+    sten.save_run(tmp_path / "run.pt", model, optimizer, step=stop)
+    again, optimizer = build(cell, "adamw")
+    train(again, optimizer, 2, first=50)  # leftovers of another run
+    assert sten.load_run(tmp_path / "run.pt", again, optimizer) == {"step": stop}
+    train(again, optimizer, 14 - stop, first=stop)
+    for have, want in zip(dense_weights(again), dense_weights(straight), strict=True):
+        assert torch.equal(have, want)
+    for have, want in zip(masks(again), masks(straight), strict=True):
+        assert torch.equal(have, want)
+
+
+def test_a_damaged_run_never_loads_wrongly(tmp_path):
+    model, optimizer = build((sten.RigL(24, every=4), CSR()), "adamw")
+    train(model, optimizer, 5)
+    sten.save_run(tmp_path / "run.pt", model, optimizer)
+    data = (tmp_path / "run.pt").read_bytes()
+    for size in (0, 10, len(data) // 2, len(data) - 1):
+        (tmp_path / "cut.pt").write_bytes(data[:size])
+        with pytest.raises(ValueError, match="not a complete file"):
+            sten.load_run(tmp_path / "cut.pt", model, optimizer)
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
+    state = sten.state_dict(model)
+    with pytest.raises(ValueError, match="trained by"):
+        other, _ = build((sten.SET(24, every=4), CSR()), "adamw")
+        sten.load_state_dict(other, state)
+    with pytest.raises(ValueError, match="no state of a run"):
+        sten.load_state_dict(mlp(), state)
+
+
+def test_a_killed_save_leaves_the_old_file(tmp_path):
+    code = (
+        "import os, sys, torch, sten\n"
+        "model = torch.nn.Linear(8, 8); opt = torch.optim.SGD(model.parameters(), .1)\n"
+        "sten.save_run(sys.argv[1], model, opt, epoch=1)\n"
+        "os.replace = lambda *a: os._exit(9)\n"
+        "sten.save_run(sys.argv[1], model, opt, epoch=2)\n"
+    )
+    path = str(tmp_path / "run.pt")
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code, path], check=False).returncode == 9
+    model = nn.Linear(8, 8)
+    assert sten.load_run(path, model, torch.optim.SGD(model.parameters(), 0.1)) == {"epoch": 1}
+
+
+# STE, SR-STE, decaying masks
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_srste_is_its_equation(decay):
+    """w <- w - lr * (g + decay * (1 - M) w + weight_decay * w), with momentum behind the sum."""
+    model, optimizer, _ = sparse(sten.SRSTE(decay) if decay else sten.STE(), NM(2, 4), optimizer="momentum")
+    w, buffers, twin = [p.detach().clone() for p in (model[0].weight, model[2].weight)], {}, mlp()
+    w = [twin[0].weight.detach().clone(), twin[2].weight.detach().clone()]
+    for step in range(8):
+        leaves = [x.clone().requires_grad_() for x in w]
+        chosen = [NM(2, 4).mask(x.abs()) for x in w]
+        effective = [x * m for x, m in zip(leaves, chosen, strict=True)]
+        for e in effective:
+            e.retain_grad()
+        x, y = batch(step)
+        hidden = F.linear(x, effective[0], model[0].bias.detach()).relu()
+        F.cross_entropy(F.linear(hidden, effective[1], model[2].bias.detach()), y).backward()
+        for i, e in enumerate(effective):
+            g = e.grad + decay * (~chosen[i]) * w[i] + 1e-3 * w[i]
+            buffers[i] = g if i not in buffers else 0.9 * buffers[i] + g
+            w[i] = w[i] - 0.1 * buffers[i]
+        train(model, optimizer, 1, first=step)
+    for layer, want in zip((model[0], model[2]), w, strict=True):
+        torch.testing.assert_close(layer._parameters["weight"].detach(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_srste_under_a_scaled_fused_step_is_not_divided_by_the_scale():
+    moved = []
+    for scale in (1.0, 2.0**16):
+        model = nn.Sequential(nn.Linear(8, 8, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.arange(1.0, 65).view(8, 8))
+        optimizer = torch.optim.SGD(model.parameters(), 0.5, fused=True)
+        sten.sparsify(model, NM(2, 4), sten.SRSTE(decay=0.1), optimizer=optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale((model(torch.zeros(1, 8)) * 0).sum()).backward()
+        scaler.step(optimizer)
+        moved.append(model[0]._parameters["weight"].detach().clone())
+    assert torch.equal(*moved)
+    w = torch.arange(1.0, 65).view(8, 8)
+    torch.testing.assert_close(moved[0], torch.where(NM(2, 4).mask(w), w, 0.95 * w))
+
+
+def test_decaying_mask_fades_and_hardens():
+    model, optimizer, _ = sparse(sten.DecayingMask(20, rate=0.1, dense=0.2), NM(1, 4), optimizer="sgd")
+    for step in range(20):
+        w = model[0]._parameters["weight"].detach()
+        beta = 1.0 if step < 4 else 0.0 if step >= 18 else math.exp(-0.1 * (step - 4))
+        torch.testing.assert_close(model[0].weight, torch.where(NM(1, 4).mask(w.abs()), w, beta * w))
+        train(model, optimizer, 1, first=step)
+
+
+def test_decaying_structure_goes_through_its_frames():
+    model, optimizer, _ = sparse(sten.DecayingStructure(20, fine_tune=0.2), NM(1, 8), optimizer="sgd")
+    seen = []
+    for step in range(20):
+        seen.append(int((model[0].weight[0] != 0).sum()) // 2)
+        train(model, optimizer, 1, first=step)
+    assert seen == [7] * 4 + [4] * 4 + [2] * 4 + [1] * 8
+
+
+def test_cubic_at_both_ends_and_global():
+    model, optimizer, _ = sparse(sten.Gradual(start=2, stop=9, every=3), sparsity=sten.Global(0.8))
+    counts = []
+    for step in range(12):
+        train(model, optimizer, 1, first=step)
+        counts.append(sum(int(m.sum()) for m in masks(model)))
+    expected = [round(768 * (1 - 0.8 * (1 - (1 - p) ** 3))) for p in (0, 3 / 7, 6 / 7, 1)]
+    assert counts == [768] + expected[:1] * 3 + expected[1:2] * 3 + expected[2:3] + expected[3:] * 4
+
+
+# two-way masks
+
+
+def test_all_ninety_transposable_patterns_and_the_best_of_them():
+    patterns = sten.sparsifiers.two_way.square_patterns(2, 4)
+    assert patterns.shape == (90, 4, 4) and (patterns.sum(1) == 2).all() and (patterns.sum(2) == 2).all()
+    score = torch.rand(8, 12)
+    mask = sten.sparsifiers.two_way.transposable(NM(2, 4), score)
+    for i in range(0, 8, 4):
+        for j in range(0, 12, 4):
+            block = (slice(i, i + 4), slice(j, j + 4))
+            assert (score[block] * mask[block]).sum() == pytest.approx(float((score[block] * patterns).sum((1, 2)).max()))
+    greedy = sten.sparsifiers.two_way.transposable(NM(4, 8), torch.rand(16, 16))
+    assert (greedy.view(16, 2, 8).sum(2) <= 4).all() and (greedy.view(2, 8, 16).sum(1) <= 4).all()
+
+
+@pytest.mark.parametrize("method", [sten.BDWP(), sten.BiMask(refresh=2, tries=4)], ids=lambda m: type(m).__name__)
+def test_forward_and_input_gradient_see_different_masks(method):
+    model = nn.Sequential(nn.Linear(16, 8, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sten.sparsify(model, NM(2, 4), method, optimizer=optimizer)
+    w = model[0]._parameters["weight"].detach()
+    x = torch.randn(5, 16, requires_grad=True)
+    y = model(x)
+    g = torch.randn(5, 8)
+    y.backward(g)
+    forward = NM(2, 4).mask(w.abs())
+    torch.testing.assert_close(y, x @ (w * forward).t())
+    torch.testing.assert_close(model[0]._parameters["weight"].grad, g.t() @ x.detach())
+    backward = torch.linalg.lstsq(g, x.grad).solution != 0 if False else model[0].weight.parts["backward"]
+    torch.testing.assert_close(x.grad, g @ (w * backward))
+    assert not torch.equal(forward, backward)
+    if isinstance(method, sten.BDWP):
+        assert (backward.view(2, 4, 16).sum(1) == 2).all()
+    else:
+        assert (backward & ~forward).sum() == 0
+
+
+# SRigL, sparse momentum
+
+
+@pytest.mark.parametrize("ablate", [0.3, 2.0])
+def test_srigl_has_constant_fan_in_and_spares_the_classifier(ablate):
+    model, optimizer, engine = sparse(sten.SRigL(60, every=3, ablate=ablate), FanIn(), sparsity=0.8)
+    dead = 0
+    for step in range(40):
+        train(model, optimizer, 1, first=step)
+        first, last = (mask.sum(1) for mask in masks(model))
+        assert len(first[first > 0].unique()) == 1 and len(last.unique()) == 1 and bool((last > 0).all())
+        assert int(first.sum()) <= round(0.2 * 512) and int(first.max()) == round(0.2 * 512) // int((first > 0).sum())
+        dead = max(dead, int((first == 0).sum()))
+        assert model[0].sparse_weight.values.shape == (int((first > 0).sum()), int(first.max()))
+    assert dead > 0 if ablate > 1 else dead < 8
+    assert engine.ticks >= 13
+    assert torch.isfinite(loss_of(sten.finalize(model), 0))
+
+
+def test_srigl_by_hand():
+    w = torch.tensor([[4.0, 3, 0, 0], [0, 1, 2, 0], [0.5, 0, 0, 0.4]])
+    g = torch.tensor([[0.0, 0, 9, 0], [8, 0, 0, 0], [0, 0, 0, 0]])
+    view = sten.View("w", w, FanIn(), 0.5, w != 0, step=30, grad=g)
+    method = sten.SRigL(40, drop_fraction=0.7, every=10, stop=1.0, ablate=0.99)
+    # alpha = .35 * (1 + cos(3 pi / 4)) = .1025, no growth: survivors are all six; every neuron has two
+    assert torch.equal(method.update(view, {}).mask, w != 0)
+    # alpha = .35 at half time: k = 2, K = 4: salient 4, 3, 2, 1 and g = 9, 8; neuron 2 has none, so two live with fan-in 3
+    view = sten.View("w", w, FanIn(), 0.5, w != 0, step=20, grad=g)
+    expected = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    assert torch.equal(method.update(view, {}).mask, expected)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_sparse_momentum_gathers_the_optimizers_momentum(name):
+    model, optimizer, engine = sparse(sten.SparseMomentum(60, every=20), optimizer=name)
+    slots = [int(site.param.numel()) for site in engine.sites]
+    total = sum(int(m.sum()) for m in masks(model))
+    train(model, optimizer, 19)
+    for site in engine.sites:
+        u, mask = engine.gather.momentum(site, optimizer), site.mask
+        state = optimizer.state[site.param]
+        own = state["momentum_buffer"] if name == "momentum" else state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
+        wd = 0.0 if name == "adam" else 0.02  # the optimizer's buffer holds weight decay as well
+        torch.testing.assert_close(u[mask], site.dense(own)[mask], rtol=1e-3, atol=1e-4 + wd)
+    train(model, optimizer, 25, first=19)
+    assert engine.ticks == 2 and sum(int(m.sum()) for m in masks(model)) == total
+    assert [int(site.param.numel()) for site in engine.sites] == slots
+    assert [int(m.sum()) for m in masks(model)] != [128, 64]
+
+
+# CAST
+
+
+def adams_by_hand(w, m, v, g, kept, t, total, lr, decay, beta1=0.9, beta2=0.999, eps=1e-8):
+    alpha = t / total
+    m = beta1 * m + (1 - beta1) * g
+    sign = (w > 0) - (w < 0)
+    u = m if kept else (1 - alpha) * m + alpha * decay * sign
+    v = beta2 * v + (1 - beta2) * u**2
+    return w - lr * (u / (1 - beta1 ** (t + 1))) / (math.sqrt(v / (1 - beta2 ** (t + 1))) + eps), m, v
+
+
+def test_adams_is_its_equations_scalar_by_scalar():
+    w = torch.tensor([0.5, -0.3, 0.2, -0.7], dtype=torch.float64)
+    param = nn.Parameter(w.clone())
+    kept = torch.tensor([True, False, False, True])
+    optimizer = sten.optim.AdamS([param], lr=1e-2)
+    state = [(x, 0.0, 0.0) for x in w.tolist()]
+    for t in range(30):
+        g = torch.sin(torch.arange(4, dtype=torch.float64) + t)
+        param.grad = g.clone()
+        optimizer.steer({param: kept}, 0.05, t / 30)
+        optimizer.step()
+        state = [
+            adams_by_hand(*s, gi, k, t, 30, 1e-2, 0.05) for s, gi, k in zip(state, g.tolist(), kept.tolist(), strict=True)
+        ]
+    torch.testing.assert_close(param.detach(), torch.tensor([s[0] for s in state], dtype=torch.float64))
+    with pytest.raises(TypeError, match="bool"):
+        optimizer.steer({param: kept.int()}, 0.0, 0.0)
+
+
+def test_adams_without_masks_is_adam():
+    one, two = mlp(), mlp()
+    train(one, torch.optim.Adam(one.parameters(), 1e-2), 5)
+    train(two, sten.optim.AdamS(two.parameters(), 1e-2), 5)
+    for have, want in zip(two.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(have, want)
+
+
+def test_cast_gets_masks_decay_and_ramp_and_folds_its_scales():
+    model, optimizer = cast()
+    assert any(p is model[0].sparse_weight.scale for g in optimizer.param_groups for p in g["params"])
+    before = [layer._parameters["weight"].detach().clone() for layer in (model[0], model[2])]
+    train(model, optimizer, 20)
+    assert (optimizer.decay, optimizer.ramp) == (1e-2, 19 / 20) and len(optimizer.masks) == 2
+    w, scale = model[0]._parameters["weight"].detach(), model[0].sparse_weight.scale.detach()
+    dropped = ~NM(2, 4).mask(w.abs())
+    assert float(w[dropped].abs().mean()) < 0.5 * float(before[0][~NM(2, 4).mask(before[0].abs())].abs().mean())
+    torch.testing.assert_close(model[0].weight, w * scale.repeat_interleave(8, 1))
+    want = w * scale.repeat_interleave(8, 1) * ~dropped
+    sten.finalize(model)
+    torch.testing.assert_close(model[0].weight.to_dense(), want)
+
+
+def test_cast_refuses_other_optimizers():
+    model = mlp()
+    with pytest.raises(TypeError, match="CAST is defined for sten.optim.AdamS; got AdamW"):
+        sten.sparsify(model, NM(2, 4), sten.CAST(20), optimizer=torch.optim.AdamW(model.parameters()))
+    assert type(model[0]) is nn.Linear
+
+
+def test_distill_loss_is_its_equation():
+    logits, teacher = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    target = torch.tensor([[0, 4, -100], [2, -100, 1]])
+    p, q = teacher.softmax(-1), logits.softmax(-1)
+    known = target != -100
+    kl = (p * (p / q).log()).sum(-1)[known].mean()
+    want = 0.25 * kl + 0.75 * F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    torch.testing.assert_close(sten.distill_loss(logits, target, teacher, eta=0.25), want)
+
+
+def test_rewind_returns_to_the_start_in_the_mask():
+    model = mlp()
+    start = copy.deepcopy(model.state_dict())
+    rewind = sten.Rewind(model, 0.875, rounds=3)
+    assert list(rewind) == pytest.approx([0.5, 0.75, 0.875])
+    train(model, torch.optim.SGD(model.parameters(), 0.1), 3)
+    mask = CSR().mask(model[0].weight.detach().abs(), 0.5)
+    rewind.apply({"0.weight": mask})
+    assert torch.equal(model[0].weight, start["0.weight"] * mask) and torch.equal(model[2].weight, start["2.weight"])
+
+
+def test_engine_is_found_by_its_weights():
+    model, _, engine = sparse(sten.SET(24, every=4))
+    assert engine_of(model) is engine
+
+
+# the kit
+
+
+KIT = [
+    (sten.RigL(12, every=3), None), (sten.SET(12, every=3), BSR((4, 4))), (sten.DSTEE(12, every=3), VectorNM(1, 4, 4)),
+    (sten.SRigL(12, every=3), FanIn()), (sten.SparseMomentum(12, every=4), None), (sten.Gradual(2, 8, 3), None),
+    (sten.BlockPruneGrow(2, 8, 3), BSR((4, 4))), (sten.STE(), NM(2, 4)), (sten.SRSTE(0.1), NM(2, 4)), (sten.Static(), None),
+    (sten.DecayingMask(12, rate=0.3), NM(1, 4)), (sten.DecayingStructure(12), NM(1, 8)), (sten.BDWP(), NM(2, 4)),
+    (sten.Transposable(refresh=3), NM(2, 4)), (sten.BiMask(refresh=3), NM(2, 4)), (sten.CAST(12, 1e-2, 3), NM(2, 4)),
+    (sten.Magnitude(), None), (sten.Random(), None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KIT, ids=lambda c: type(c[0]).__name__)
+def test_every_method_passes_the_kit(case):
+    sten.testing.check_sparsifier(*case)
+
+
+def test_the_example_passes_the_kit_and_is_short():
+    path = Path(__file__).parent.parent / "examples" / "new_sparsifier.py"
+    assert len(path.read_text().splitlines()) < 40
+    method = runpy.run_path(str(path))["HungryColumns"]
+    for layout in (CSR(), BSR((4, 4)), NM(1, 4)):
+        sten.testing.check_sparsifier(method(total_steps=12, every=3), layout)
+
+
+class Leaks(sten.RigL):
+    """Keeps state outside of init."""
+
+    seen = 0
+
+    def growth(self, view, state):
+        Leaks.seen += 1
+        return view.grad.abs() * (1 + torch.sin(torch.arange(view.grad.numel()) * Leaks.seen).view_as(view.grad))
+
+
+class Drifts(sten.SET):
+    def update(self, view, state):
+        return sten.Edit(mask=view.mask & (view.weight.abs() > view.weight.abs().max() / 10))
+
+
+class PerBackward(sten.STE):
+    """Adds its decay in the backward pass, as the reference code of SR-STE does."""
+
+    def apply(self, w, view, state):
+        if w.requires_grad:
+            w.register_hook(lambda g: g + 0.1 * w.detach())
+        return w * self.chosen(view)
+
+
+BROKEN = [(Leaks(12, every=3), "bit by bit|must"), (Drifts(12, every=3), "count"), (PerBackward(), "one batch")]
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=lambda c: type(c[0]).__name__)
+def test_the_kit_finds_what_is_wrong(case):
+    with pytest.raises(AssertionError, match=case[1]):
+        sten.testing.check_sparsifier(case[0], NM(2, 4) if isinstance(case[0], sten.STE) else CSR())
