@@ -121,7 +121,11 @@ class Block:
     def attention(self, x, cache):
         """x (batch, tokens, HIDDEN); with a cache, each sequence puts one token at the end of its CONTEXT."""
         batch, tokens, _ = x.shape
-        heads = self.qkv(rms_norm(x, (HIDDEN,), self.norms[0]).view(-1, HIDDEN)).view(batch, tokens, -1, HEAD).transpose(1, 2)
+        heads = (
+            self.qkv(rms_norm(x, (HIDDEN,), self.norms[0]).view(-1, HIDDEN))
+            .view(batch, tokens, -1, HEAD)
+            .transpose(1, 2)
+        )
         turned, v = heads.split([HEADS + KV_HEADS, KV_HEADS], 1)
         cos, sin = self.angles(tokens)
         q, k = torch.addcmul(turned * cos, turned.roll(HEAD // 2, -1), sin).split([HEADS, KV_HEADS], 1)
@@ -135,7 +139,10 @@ class Block:
         """Rotary tables, the sine with the sign of the half that it is rolled into; made once."""
         if tokens not in self.tables:
             angle = torch.arange(tokens, device=DEVICE)[:, None] * torch.ones(HEAD // 2, device=DEVICE) * 1e-3
-            self.tables[tokens] = (angle.cos().repeat(1, 2).to(DTYPE), torch.cat([-angle.sin(), angle.sin()], 1).to(DTYPE))
+            self.tables[tokens] = (
+                angle.cos().repeat(1, 2).to(DTYPE),
+                torch.cat([-angle.sin(), angle.sin()], 1).to(DTYPE),
+            )
         return self.tables[tokens]
 
     def mlp(self, x):
@@ -149,7 +156,9 @@ class Block:
         if tokens == 1:
             up = self.up(y)
             gate = self.gate
-            middle = vector_nm.linear(y, gate.values, gate.index, out_features=INNER, activation="silu", gate=up, **PATTERN)
+            middle = vector_nm.linear(
+                y, gate.values, gate.index, out_features=INNER, activation="silu", gate=up, **PATTERN
+            )
             return self.down(middle)
         turned = vector_nm.feature_major(y)
         up = vector_nm.linear_feature_major(turned, self.up.values, self.up.index, tokens=tokens, **PATTERN)
@@ -174,7 +183,13 @@ def main():
     parser.add_argument("--output")
     given = parser.parse_args()
     torch.manual_seed(0)
-    sparse = Block(TwoFour(QKV, HIDDEN), TwoFour(HIDDEN, HIDDEN), Vector(INNER, HIDDEN), Vector(INNER, HIDDEN), Vector(HIDDEN, INNER))
+    sparse = Block(
+        TwoFour(QKV, HIDDEN),
+        TwoFour(HIDDEN, HIDDEN),
+        Vector(INNER, HIDDEN),
+        Vector(INNER, HIDDEN),
+        Vector(HIDDEN, INNER),
+    )
     dense = Block(*(Dense(layer.expand()) for layer in sparse.layers()))
     results = {"weights_MB": {"dense": sum(layer.weight.nbytes for layer in dense.layers()) / 1e6}}
     results["weights_MB"]["sparse"] = sum(layer.bytes() for layer in sparse.layers()) / 1e6
@@ -186,7 +201,10 @@ def main():
                 cache = [_random(batch, KV_HEADS, CONTEXT, HEAD) * 10 for _ in range(2)]
             check(sparse(x, cache), dense(x, cache), name)
             check(sparse(x, cache) - x, dense(x, cache) - x, name + ", without the residual", 3e-2)
-            times = {kind: graph_time(lambda b, x=x, c=cache: b(x, c), [block], calls=6) for kind, block in (("dense", dense), ("sparse", sparse))}
+            times = {
+                kind: graph_time(lambda b, x=x, c=cache: b(x, c), [block], calls=6)
+                for kind, block in (("dense", dense), ("sparse", sparse))
+            }
             results[name] = {**times, "ratio": times["dense"] / times["sparse"]}
             print(name, results[name])
 

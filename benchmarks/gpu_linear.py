@@ -146,7 +146,12 @@ class CSR(Ordinary):
     def make(self, out, inputs, seed):
         keep = torch.rand(out, inputs, generator=_generator(seed), device=DEVICE) < self.density
         row, col = keep.nonzero(as_tuple=True)
-        return _values(len(row), seed=seed), torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int(), col.int(), row
+        return (
+            _values(len(row), seed=seed),
+            torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).int(),
+            col.int(),
+            row,
+        )
 
     def dense(self, weight, out, inputs):
         dense = torch.zeros(out, inputs, device=DEVICE, dtype=DTYPE)
@@ -263,8 +268,9 @@ def training_rows(tokens):
             check(a, b, f"training {name} {out}x{inputs} tokens {t}")
         del got, expected
         spent, dense_us = graph_time(sparse_step, [None], calls=4), graph_time(dense_step, [None], calls=4)
-        yield {"layout": "VectorNM", "case": "1:4 v=128, forward and both gradients", "out": out, "in": inputs, "tokens": t,
-               "us": spent, "variant": "gather, expand, gather", "dense_us": dense_us, "ratio": dense_us / spent}  # fmt: skip
+        row = {"layout": "VectorNM", "case": "1:4 v=128, forward and both gradients", "out": out, "in": inputs}
+        row |= {"tokens": t, "us": spent, "variant": "gather, expand, gather", "dense_us": dense_us}
+        yield row | {"ratio": dense_us / spent}
 
 
 def table(rows, tokens):
@@ -278,7 +284,11 @@ def table(rows, tokens):
         for name in dict.fromkeys(name for r in rows if (r["layout"], r["case"]) == key for name in r.get("peers", {})):
             line = f"    {name:36}"
             for t in tokens:
-                mine = [r["peers"].get(name) for r in rows if (r["layout"], r["case"], r["tokens"]) == (*key, t) and "peers" in r]
+                mine = [
+                    r["peers"].get(name)
+                    for r in rows
+                    if (r["layout"], r["case"], r["tokens"]) == (*key, t) and "peers" in r
+                ]
                 mine = [ratio for ratio in mine if isinstance(ratio, float)]
                 line += f"{geometric_mean(mine):9.2f}" if mine else " " * 9
             print(line)

@@ -1,4 +1,4 @@
-"""Timing on a GPU such that the number means something: CUDA graphs over rotating weights larger than L2, after a check.
+"""Timing on a GPU such that the number means something: CUDA graphs, rotating weights larger than L2, a check first.
 
 Shared by the gpu_* benchmarks. Times are microseconds a call, the median of several replays.
 """

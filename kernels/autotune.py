@@ -1,7 +1,7 @@
 """Bounded autotuning: a few configurations, timed once per key, remembered on disk.
 
-``pick(kernel, key, configs, prepare, given)`` returns ``prepare(config)``, a callable, for one of ``configs`` (dicts, the
-likeliest first). The first of them is taken without timing in the interpreter, during a CUDA graph capture, and when
+``pick(kernel, key, configs, prepare, given)`` returns ``prepare(config)``, a callable, for one of ``configs`` (dicts,
+the likeliest first). The first is taken without timing in the interpreter, during a CUDA graph capture, and when
 ``STEN_AUTOTUNE=0``.
 """
 

@@ -2,8 +2,8 @@
 
 Letters: T tokens, I inputs, O outputs; BO output features, BT tokens, BK reduction a tile; S splits of the reduction.
 BH and BW are the block's output and reduction sides: (bh, bw) for x @ W.T, (bw, bh) for grad @ W, which is the same
-walk over ``t_crow``, ``t_row`` and ``t_block``. A line is a block row (or column); its blocks form a reduction of length
-count * BW, walked BK at a time.
+walk over ``t_crow``, ``t_row`` and ``t_block``. A line is a block row (or column); its blocks form a reduction of
+length count * BW, walked BK at a time.
 """
 
 import functools
@@ -13,9 +13,22 @@ import triton
 import triton.language as tl
 
 from . import autotune, epilogue
+from .bsr_gradient import expand as expand_parts
+from .bsr_gradient import grad_values
 from .derived import derived
 from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, Launch, describable, multiprocessors, operator, plan, power_of_two, precision, wide
+from .library import (
+    INTERPRET,
+    Launch,
+    describable,
+    multiprocessors,
+    operator,
+    plan,
+    power_of_two,
+    precision,
+    rows_contiguous,
+    wide,
+)
 
 FEW = 64
 
@@ -30,7 +43,7 @@ def _many_tokens(
 ):  # fmt: skip
     SUB: tl.constexpr = (BH + BO - 1) // BO
     STEPS: tl.constexpr = (BW + BK - 1) // BK
-    # lines are walked for one token tile after another, so that its activations stay in L2; the longest line comes first
+    # all lines of one token tile come before the next one's, so that its activations stay in L2; the longest line first
     pid = tl.program_id(0)
     entry = schedule_ptr + pid % (lines * SUB) // SUB * 4
     line, start, stop, other = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
@@ -42,7 +55,7 @@ def _many_tokens(
     block = start
     if TRANSPOSED:
         block = tl.load(block_ptr + start, mask=start < stop, other=0)
-    for step in range(0, (stop - start) * STEPS):
+    for step in range((stop - start) * STEPS):
         k0 = step % STEPS * BK
         column, row = other * BW + k0, block
         following = start + (step + 1) // STEPS  # loaded one step ahead: the copies of a tile wait for its place
@@ -58,12 +71,24 @@ def _many_tokens(
                 w = w_desc.load([row * BH + sub * BO, k0])
         else:
             in_block, in_x = k0 + k < BW, (k0 + k < BW) & (column + k < I)
-            x = tl.load(x_ptr + t64[:, None] * stride_x + (column + k)[None, :], mask=(t < T)[:, None] & in_x[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + t64[:, None] * stride_x + (column + k)[None, :],
+                mask=(t < T)[:, None] & in_x[None, :],
+                other=0.0,
+            )
             base = w_ptr + row.to(tl.int64) * (BH * BW)
             if TRANSPOSED:
-                w = tl.load(base + (k0 + k)[:, None] * BH + inside[None, :], mask=in_block[:, None] & (inside < BH)[None, :], other=0.0)
+                w = tl.load(
+                    base + (k0 + k)[:, None] * BH + inside[None, :],
+                    mask=in_block[:, None] & (inside < BH)[None, :],
+                    other=0.0,
+                )
             else:
-                w = tl.load(base + inside[:, None] * BW + (k0 + k)[None, :], mask=(inside < BH)[:, None] & in_block[None, :], other=0.0)
+                w = tl.load(
+                    base + inside[:, None] * BW + (k0 + k)[None, :],
+                    mask=(inside < BH)[:, None] & in_block[None, :],
+                    other=0.0,
+                )
         if TOKENS_FIRST:
             acc = tl.dot(x, w if TRANSPOSED else tl.trans(w), acc, input_precision=PRECISION)
         else:
@@ -99,10 +124,15 @@ def _few_tokens(
     inside, t, k = sub * BO + tl.arange(0, BO), tl.arange(0, BT), tl.arange(0, BK)
     base = w_ptr + start.to(tl.int64) * (BH * BW)
     acc = tl.zeros((BO, BK) if BT == 1 else (BO, BT), tl.float32)
+    ahead = tl.load(other_ptr + start + split * share // BW, mask=split * share < length, other=0)
     for step in range(split * share, tl.minimum((split + 1) * share, length), BK):
         if BW % BK == 0:  # a step stays inside one block: its columns are contiguous, which the compiler can see
-            inner, ok = step % BW + k, k < BK
-            column = tl.load(other_ptr + start + step // BW) * BW + inner
+            first, ok = tl.multiple_of(step % BW, BK), k < BK
+            inner, column = first + k, tl.multiple_of(ahead * BW + first, BK) + k
+            following = tl.minimum(
+                step + BK, length - BK
+            )  # loaded one step ahead, or the copies would not be pipelined
+            ahead = tl.load(other_ptr + start + following // BW)
             w_at = base + step // BW * (BH * BW) + inside[:, None] * BW + inner[None, :]
         else:
             slot = step + k
@@ -115,7 +145,11 @@ def _few_tokens(
             x = tl.load(x_ptr + column * stride_xi, mask=ok, other=0.0)
             acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
         else:
-            x = tl.load(x_ptr + column[None, :] * stride_xi + t[:, None] * stride_xt, mask=ok[None, :] & (t < T)[:, None], other=0.0)
+            x = tl.load(
+                x_ptr + column[None, :] * stride_xi + t[:, None] * stride_xt,
+                mask=ok[None, :] & (t < T)[:, None],
+                other=0.0,
+            )
             acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
     if BT == 1:
         acc = tl.sum(acc, 1)[:, None]
@@ -142,92 +176,32 @@ def _few_tokens(
         tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _sampled_product(
-    g_desc, g_ptr, x_desc, x_ptr, col_ptr, row_ptr, block_ptr, out_ptr, partial_ptr, count_ptr,
-    T, I, O, stride_x,
-    BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """out[block] = g[:, its rows].T @ x[:, its columns]; blocks column by column, so that neighbours share activations."""
-    NM: tl.constexpr = (BH + BM - 1) // BM
-    NN: tl.constexpr = (BW + BN - 1) // BN
-    tile, split = tl.program_id(0), tl.program_id(1)
-    block = tl.load(block_ptr + tile // (NM * NN))
-    m0, n0 = tile // NN % NM * BM, tile % NN * BN
-    row0 = tl.load(row_ptr + tile // (NM * NN)) * BH + m0
-    col0 = tl.load(col_ptr + block) * BW + n0
-    i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    share = tl.cdiv(T, S * BK) * BK
-    acc = tl.zeros((BM, BN), tl.float32)
-    for t0 in range(split * share, tl.minimum((split + 1) * share, T), BK):
-        if x_desc is not None:
-            g = g_desc.load([t0, row0])
-            x = x_desc.load([t0, col0])
-        else:
-            t = t0 + k
-            t_ok = (t < T)[:, None]
-            if WIDE:
-                t = t.to(tl.int64)
-            g = tl.load(g_ptr + t[:, None] * O + (row0 + i)[None, :], mask=t_ok & ((m0 + i < BH) & (row0 + i < O))[None, :], other=0.0)
-            x = tl.load(x_ptr + t[:, None] * stride_x + (col0 + j)[None, :], mask=t_ok & ((n0 + j < BW) & (col0 + j < I))[None, :], other=0.0)
-        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
-    finish = True
-    if S > 1:
-        at = i[:, None] * BN + j[None, :]
-        own = partial_ptr + (tile * S).to(tl.int64) * (BM * BN)
-        tl.store(own + split * (BM * BN) + at, acc)
-        finish = last_to_arrive(count_ptr + tile, S)
-        if finish:
-            acc = tl.zeros((BM, BN), tl.float32)
-            for s in range(S):
-                acc += tl.load(own + s * (BM * BN) + at, cache_modifier=".cg")
-    if finish:
-        out = out_ptr + block.to(tl.int64) * (BH * BW) + (m0 + i)[:, None] * BW + (n0 + j)[None, :]
-        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m0 + i < BH)[:, None] & (n0 + j < BW)[None, :])
-
-
-@triton.jit
-def _expand(w_ptr, crow_ptr, col_ptr, out_ptr, I, O, BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
-    """One block row, BM of its rows: zeros first, then the blocks over them."""
-    line, i0 = tl.program_id(0), tl.program_id(1) * BM
-    i, c = i0 + tl.arange(0, BM), tl.arange(0, BC)
-    row_ok = (i < BH) & (line * BH + i < O)
-    out = out_ptr + (line * BH + i).to(tl.int64)[:, None] * I
-    for c0 in range(0, I, BC):
-        tl.store(out + (c0 + c)[None, :], tl.zeros((BM, BC), out_ptr.dtype.element_ty), mask=row_ok[:, None] & (c0 + c < I)[None, :])
-    tl.debug_barrier()  # another thread of the program may have zeroed the place
-    start, stop = tl.load(crow_ptr + line), tl.load(crow_ptr + line + 1)
-    for s0 in range(0, (stop - start) * BW, BC):
-        slot = s0 + c
-        ok = slot < (stop - start) * BW
-        column = tl.load(col_ptr + start + slot // BW, mask=ok, other=0) * BW + slot % BW
-        at = w_ptr + (start + slot // BW).to(tl.int64)[None, :] * (BH * BW) + i[:, None] * BW + (slot % BW)[None, :]
-        mask = row_ok[:, None] & (ok & (column < I))[None, :]
-        tl.store(out + column[None, :], tl.load(at, mask=mask), mask=mask)
-
-
 # ---- which variant, and with which tiles
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(out_features: int, in_features: int, bh: int, bw: int, blocks: int, tokens: int, dtype: torch.dtype) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (split-K), ``blocks`` (tensor cores, block by block) or ``expand`` (cuBLAS)."""
+def choose(
+    out_features: int, in_features: int, bh: int, bw: int, blocks: int, tokens: int, dtype: torch.dtype
+) -> tuple[str, str]:
+    """(variant, reason): ``empty``, ``few`` (split-K), ``blocks`` (tensor cores) or ``expand`` (dense, then cuBLAS)."""
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
     density = blocks * bh * bw / max(1, out_features * in_features)
     if tokens <= FEW:
-        return "few", f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {density:.2g} of it once"
+        return (
+            "few",
+            f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {density:.2g} of it once",
+        )
     side = min(bh, bw)
     limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
-    if dtype == torch.float32 and density > limit / 2 or density > limit:
+    if (dtype == torch.float32 and density > limit / 2) or density > limit:
         return "expand", f"density {density:.2g} is over {limit} for blocks of {bh}x{bw}; expanded, cuBLAS runs"
     return "blocks", f"tensor cores over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
 
 
 def _many_configs(side_out: int, side_in: int, itemsize: int) -> list[dict]:
     if INTERPRET:
-        return [dict(BO=16, BT=16, BK=16, TOKENS_FIRST=side_out < 16, num_stages=1)]
+        return [{"BO": 16, "BT": 16, "BK": 16, "TOKENS_FIRST": side_out < 16, "num_stages": 1}]
     out = power_of_two(side_out, 16, 128)
     depth = power_of_two(side_in, 16, 64 if itemsize == 2 else 32)
     first = out < 64
@@ -235,12 +209,14 @@ def _many_configs(side_out: int, side_in: int, itemsize: int) -> list[dict]:
         tiles = [(128, 3, 4, True), (256, 4, 8, True), (128, 3, 8, True)]
     else:
         tiles = [(128, 4, 4, True), (256, 4, 8, True), (256, 3, 4, True), (128, 3, 4, first)]
-    return [dict(BO=out, BT=t, BK=depth, TOKENS_FIRST=f, num_stages=s, num_warps=w) for t, s, w, f in tiles]
+    return [
+        {"BO": out, "BT": t, "BK": depth, "TOKENS_FIRST": f, "num_stages": s, "num_warps": w} for t, s, w, f in tiles
+    ]
 
 
 def _few_configs(bh: int, bw: int, lines: int, blocks: int, tokens: int, programs: int) -> list[dict]:
     if INTERPRET:
-        return [dict(BO=16, BK=16, S=2, num_stages=1)]
+        return [{"BO": 16, "BK": 16, "S": 2, "num_stages": 1}]
     depth = power_of_two(bw, 16, 128)
     tiles = [(64, min(depth, 64), 4, 4), (64, depth, 4, 3), (32, depth, 4, 3), (32, min(depth, 64), 4, 5)]
     if tokens == 1:
@@ -251,21 +227,8 @@ def _few_configs(bh: int, bw: int, lines: int, blocks: int, tokens: int, program
         tiles_o, length, split = lines * -(-bh // rows), blocks * bw // max(lines, 1), 1
         while tiles_o * split < programs and split < 16 and length // (2 * split) >= depth:
             split *= 2
-        found.append(dict(BO=rows, BK=depth, S=split, num_stages=stages, num_warps=warps))
+        found.append({"BO": rows, "BK": depth, "S": split, "num_stages": stages, "num_warps": warps})
     return [config for place, config in enumerate(found) if config not in found[:place]]
-
-
-def _gradient_configs(bh: int, bw: int, blocks: int, tokens: int, itemsize: int, programs: int) -> list[dict]:
-    if INTERPRET:
-        return [dict(BM=16, BN=16, BK=16, S=2, num_stages=1)]
-    rows, width, depth = power_of_two(bh, 16, 128), power_of_two(bw, 16, 128), 64 if itemsize == 2 else 32
-    tiles, found = blocks * -(-bh // rows) * -(-bw // width), []
-    for waves, stages, warps in ((2, 4, 4), (4, 3, 4), (2, 4, 8)):
-        split = 1
-        while tiles * split < waves * programs and split < 16 and tokens // (2 * split) >= 4 * depth:
-            split *= 2
-        found.append(dict(BM=rows, BN=width, BK=depth, S=split, num_stages=stages, num_warps=warps))
-    return found
 
 
 # ---- launchers
@@ -280,7 +243,7 @@ def _described(x, values, bt, bk, w_block):
 
 
 def _schedule(start, other):
-    """(line, its start, its stop, the first of ``other``) for each line, the longest first, so that none is left for last."""
+    """(line, its start, its stop, the first of ``other``) for each line, the longest first: none is left for last."""
 
     def make():
         line = start.diff().argsort(descending=True, stable=True)
@@ -300,8 +263,8 @@ def _plan_many(x, values, start, other, block, bias, gate, y, transposed, activa
         w_block = [bk, bo] if transposed else [bo, bk]
         described = _described(x, values, bt, bk, w_block) if bw % bk == 0 else {}
         launch = Launch(
-            _many_tokens, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw, TRANSPOSED=transposed,
-            WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
+            _many_tokens, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
+            TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
         )  # fmt: skip
 
         def call(x, values, start, other, block, bias, gate, y):
@@ -345,10 +308,6 @@ def _plan_few(x, values, crow, col, bias, gate, y, activation):
     return autotune.pick("bsr_few", key, configs, prepare, given)
 
 
-def _rows_contiguous(x):
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _check(x, values, features, lines, side):
     if x.dtype != values.dtype:
         raise TypeError(f"x is {x.dtype} and values {values.dtype}; expected one dtype")
@@ -386,7 +345,7 @@ def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
             return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
 
         return call
-    flat, y = _rows_contiguous(x.reshape(tokens, inputs)), x.new_empty(tokens, outputs)
+    flat, y = rows_contiguous(x.reshape(tokens, inputs)), x.new_empty(tokens, outputs)
     if variant == "few":
         few = _plan_few(flat, values, crow, col, bias, gate, y, activation)
     else:
@@ -394,7 +353,7 @@ def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
 
     def call(x, values, crow, col, bias, gate):
         y = x.new_empty(shape)
-        flat = _rows_contiguous(x.reshape(tokens, inputs))
+        flat = rows_contiguous(x.reshape(tokens, inputs))
         if variant == "few":
             few(flat, values, crow, col, bias, gate, y)
         else:
@@ -409,8 +368,8 @@ def _grad_input_fake(grad, values, crow, col, t_crow, t_row, t_block, in_feature
 
 
 @operator(
-    "gpu_bsr_grad_input(Tensor grad, Tensor values, Tensor crow, Tensor col, Tensor t_crow, Tensor t_row, Tensor t_block,"
-    " int in_features) -> Tensor",
+    "gpu_bsr_grad_input(Tensor grad, Tensor values, Tensor crow, Tensor col, Tensor t_crow, Tensor t_row,"
+    " Tensor t_block, int in_features) -> Tensor",
     _grad_input_fake,
 )
 def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
@@ -422,80 +381,10 @@ def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
     if variant == "expand":
         return torch.matmul(grad, expand(values, crow, col, out_features=outputs, in_features=in_features))
     if variant != "empty":
-        flat = _rows_contiguous(flat)
+        flat = rows_contiguous(flat)
         given = (flat, values, t_crow, t_row, t_block, None, None, y.view(-1, in_features))
         plan(("bsr grad",), given, lambda: _plan_many(*given, True, "none"))(*given)
     return y
-
-
-def _grad_values_fake(grad, x, col, t_row, t_block, bh, bw):
-    return grad.new_empty(col.shape[0], bh, bw)
-
-
-@operator(
-    "gpu_bsr_grad_values(Tensor grad, Tensor x, Tensor col, Tensor t_row, Tensor t_block, int bh, int bw) -> Tensor",
-    _grad_values_fake,
-)
-def _grad_values(grad, x, col, t_row, t_block, bh, bw):
-    blocks, outputs, inputs = col.shape[0], grad.shape[-1], x.shape[-1]
-    grad, x = grad.reshape(-1, outputs).contiguous(), _rows_contiguous(x.reshape(-1, inputs))
-    tokens = x.shape[0]
-    out = grad.new_empty(blocks, bh, bw)
-    if tokens == 0 or blocks == 0:
-        return out.zero_()
-
-    given = (grad, x, col, t_row, t_block, out)
-    plan(("bsr grad values", bh, bw, precision(x)), given, lambda: _plan_grad_values(*given))(*given)
-    return out
-
-
-def _plan_grad_values(grad, x, col, t_row, t_block, out):
-    (blocks, bh, bw), (tokens, inputs), outputs, stride = out.shape, x.shape, grad.shape[1], x.stride(0)
-
-    def prepare(config):
-        bm, bn, bk, split = (config[name] for name in ("BM", "BN", "BK", "S"))
-        tiles, described = blocks * triton.cdiv(bh, bm) * triton.cdiv(bw, bn), {}
-        if describable(x) and describable(grad):
-            described = {0: ([bk, bm], grad.shape, grad.stride()), 2: ([bk, bn], x.shape, x.stride())}
-        launch = Launch(
-            _sampled_product, (tiles, split), described, BH=bh, BW=bw, WIDE=wide(x, grad), PRECISION=precision(x), **config
-        )
-
-        def call(grad, x, col, t_row, t_block, out):
-            partial = count = x
-            if split > 1:
-                partial = torch.empty(tiles * split * bm * bn, dtype=torch.float32, device=x.device)
-                count = epilogue.counters.take(x, tiles)
-            g_desc, x_desc = (grad, x) if described else (None, None)
-            launch(
-                g_desc, grad, x_desc, x, col, t_row, t_block, out, partial, count, tokens, inputs, outputs, stride
-            )
-
-        return call
-
-    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length())
-    configs = _gradient_configs(bh, bw, blocks, tokens, x.element_size(), multiprocessors(x))
-    return autotune.pick("bsr_grad_values", key, configs, prepare, (grad, x, col, t_row, t_block, out))
-
-
-def _expand_fake(values, crow, col, out_features, in_features):
-    return values.new_empty(out_features, in_features)
-
-
-@operator("gpu_bsr_expand(Tensor values, Tensor crow, Tensor col, int out_features, int in_features) -> Tensor", _expand_fake)
-def _expand_op(values, crow, col, out_features, in_features):
-    _, bh, bw = values.shape
-    dense = values.new_empty(out_features, in_features)
-    given = (values, crow, col, dense)
-
-    def make():
-        grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
-        launch = Launch(_expand, grid, BH=bh, BW=bw, BM=16, BC=width)
-        return lambda values, crow, col, dense: launch(values, crow, col, dense, in_features, out_features)
-
-    if dense.numel():
-        plan(("bsr expand",), given, make)(*given)
-    return dense
 
 
 # ---- what the framework calls
@@ -519,9 +408,9 @@ def linear_grad_input(grad, values, crow, col, t_crow, t_row, t_block, *, in_fea
 
 def linear_grad_values(grad, x, col, t_row, t_block, *, bh, bw):
     """grad (*, O), x (*, I) -> the gradient of ``values`` (blocks, bh, bw): a product sampled at the blocks."""
-    return _grad_values(grad, x, col, t_row, t_block, bh, bw)
+    return grad_values(grad, x, col, t_row, t_block, bh, bw)
 
 
 def expand(values, crow, col, *, out_features, in_features):
     """The dense weight (O, I)."""
-    return _expand_op(values, crow, col, out_features, in_features)
+    return expand_parts(values, crow, col, out_features, in_features)

@@ -78,18 +78,24 @@ def choose(out_features: int, in_features: int, entries: int, tokens: int, dtype
         return "empty", "nothing to compute"
     density = entries / max(1, out_features * in_features)
     if tokens <= FEW and density * -(-tokens // 16) <= (0.6 if tokens == 1 else 0.3):
-        return "few", f"{tokens} tokens: each of the {entries} entries ({density:.2g}) is read once, and gathers its activations"
+        return (
+            "few",
+            f"{tokens} tokens: each of the {entries} entries ({density:.2g}) is read once, and gathers its activations",
+        )
     if dtype == torch.float32 and density <= 0.002:
         return "cusparse", f"density {density:.2g} in fp32: so few entries that cuSPARSE beats a dense product"
-    return "expand", f"density {density:.2g} at {tokens} tokens: no tensor core reads single entries; expanded, cuBLAS runs"
+    return (
+        "expand",
+        f"density {density:.2g} at {tokens} tokens: no tensor core reads single entries; expanded, cuBLAS runs",
+    )
 
 
 def _configs(tokens: int) -> list[dict]:
     if INTERPRET:
-        return [dict(BE=16, BT=1 if tokens == 1 else 16)]
+        return [{"BE": 16, "BT": 1 if tokens == 1 else 16}]
     if tokens == 1:
-        return [dict(BE=e, BT=1, num_warps=w) for e, w in ((256, 1), (512, 1), (1024, 4))]
-    return [dict(BE=e, BT=16, num_warps=w) for e, w in ((32, 1), (64, 1))]
+        return [{"BE": e, "BT": 1, "num_warps": w} for e, w in ((256, 1), (512, 1), (1024, 4))]
+    return [{"BE": e, "BT": 16, "num_warps": w} for e, w in ((32, 1), (64, 1))]
 
 
 # ---- launchers
@@ -125,7 +131,9 @@ def _linear_fake(x, values, crow, col, bias, gate, out_features, activation):
 def _linear(x, values, crow, col, bias, gate, out_features, activation):
     gate = None if gate is None else gate.contiguous()
     tensors = (x, values, crow, col, bias, gate)
-    return plan(("csr", out_features, activation), tensors, lambda: _plan_linear(*tensors, out_features, activation))(*tensors)
+    return plan(("csr", out_features, activation), tensors, lambda: _plan_linear(*tensors, out_features, activation))(
+        *tensors
+    )
 
 
 def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):

@@ -9,7 +9,7 @@ _kept: dict[tuple, tuple] = {}
 
 
 def derived(tag: str, source: torch.Tensor, make):
-    """``make()``, kept until ``source`` is written in place or its storage dies; not kept from inside a graph capture."""
+    """``make()``, kept until ``source`` is written in place or its storage dies; not kept inside a capture."""
     key = (tag, source.data_ptr(), source.shape, source.device)
     version = 0 if source.is_inference() else source._version
     found = _kept.get(key)

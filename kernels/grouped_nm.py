@@ -1,6 +1,6 @@
 """GroupedNM(n, m, g): strips of m rows; in a chunk of P*g columns, each pattern of n rows belongs to g columns.
 
-Letters: T tokens, I inputs, O outputs; P patterns, Q = P * g slots a chunk; slot (chunk c, strip s, q = p * g + j) holds
+Letters: T tokens, I inputs, O outputs; P patterns, Q = P * g slots a chunk; slot (chunk c, strip s, q = p*g + j) holds
 n values, at rows m*s + pattern[p] of column Q*c + index[c, s, q]. MP: m rounded up to what a tile may be.
 ``pattern`` (P, n) int32 is the layout's own table: kernels read it, so the order of patterns is settled in one place.
 """
@@ -14,7 +14,6 @@ import triton.language as tl
 from . import autotune, epilogue, transpose
 from .epilogue import activate, last_to_arrive
 from .library import INTERPRET, Launch, multiprocessors, operator, plan, power_of_two, precision
-
 
 
 @triton.jit
@@ -139,13 +138,13 @@ def choose(
 
 def _configs(tokens: int, strips: int, slots: int, programs: int) -> list[dict]:
     if INTERPRET:
-        return [dict(BQ=16, S=2, UNROLL=1)]
+        return [{"BQ": 16, "S": 2, "UNROLL": 1}]
     found = []
     for depth, warps in ((64, 1), (128, 1), (128, 2)) if tokens == 1 else ((64, 2), (128, 4)):
         split = 1
         while strips * split < 32 * programs and split < 8 and slots // (2 * split) >= 4 * depth:
             split *= 2
-        found.append(dict(BQ=depth, S=split, UNROLL=4, num_warps=warps))
+        found.append({"BQ": depth, "S": split, "UNROLL": 4, "num_warps": warps})
     return found
 
 
@@ -203,7 +202,9 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, 
     """The callable for one layout of arguments; it is made on the first call's tensors."""
     inputs, shape, n = x.shape[-1], (*x.shape[:-1], outputs), values.shape[-1]
     if x.dtype != values.dtype or index.dtype != torch.int16 or pattern.dtype != torch.int32:
-        raise TypeError(f"x {x.dtype}, values {values.dtype}, index {index.dtype} and pattern {pattern.dtype} do not fit")
+        raise TypeError(
+            f"x {x.dtype}, values {values.dtype}, index {index.dtype} and pattern {pattern.dtype} do not fit"
+        )
     if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
         raise ValueError(f"values {tuple(values.shape)} do not hold ({outputs}, {inputs}) in strips of {m}")
     tokens = x.numel() // inputs
@@ -235,7 +236,8 @@ def _expand_fake(values, index, pattern, m, out_features, in_features):
 
 
 @operator(
-    "gpu_grouped_nm_expand(Tensor values, Tensor index, Tensor pattern, int m, int out_features, int in_features) -> Tensor",
+    "gpu_grouped_nm_expand(Tensor values, Tensor index, Tensor pattern, int m, int out_features, int in_features)"
+    " -> Tensor",
     _expand_fake,
 )
 def _expand(values, index, pattern, m, out_features, in_features):

@@ -86,6 +86,10 @@ def multiprocessors(x: torch.Tensor) -> int:
     return _multiprocessors(x.device) if x.is_cuda else 4
 
 
+def rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def wide(*tensors) -> bool:
     """Whether any offset into ``tensors`` needs 64 bits."""
     return any(t is not None and t.numel() >= 2**31 for t in tensors)
@@ -99,8 +103,8 @@ def power_of_two(size: int, low: int, high: int) -> int:
 class Launch:
     """One kernel with its grid and compile-time constants settled.
 
-    ``described`` names arguments that are fetched by the copy engine, {position: (block, shape, strides)}: they are given
-    as tensors, and their descriptors are kept by address. The first call goes through Triton's front end, which takes
+    ``described`` names arguments that the copy engine fetches, {position: (block, shape, strides)}: they are given as
+    tensors, and their descriptors are kept by address. The first call goes through Triton's front end, which takes
     tens of microseconds to find the compiled kernel; later ones call its launcher directly, so everything the front end
     specializes on (dtypes, alignment, which integers are 1 or divisible by 16, the device) has to stay as it was.
     ``plan`` sees to that.
@@ -172,7 +176,9 @@ def plan(key: tuple, tensors: tuple, make):
 
     ``tensors`` may include None; their layout and alignment are part of the key.
     """
-    key += tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device.index, t.data_ptr() & 15) for t in tensors)
+    key += tuple(
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device.index, t.data_ptr() & 15) for t in tensors
+    )
     found = _plans.get(key)
     if found is None:
         if len(_plans) > 4096:

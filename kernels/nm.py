@@ -60,7 +60,8 @@ def _half(word, shift, BF16: tl.constexpr):
 @triton.jit
 def _one_token_24(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, words,
-    BM: tl.constexpr, BW: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BW: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """x and values as 64-bit words: the four activations of a group are one word, and a position is a shift."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -103,7 +104,12 @@ def _dense_group(values, nibble, dtype: tl.constexpr):
         }""",
         "=h,=h,=h,=h,r,r", [values, nibble], dtype=(tl.int16, tl.int16, tl.int16, tl.int16), is_pure=True, pack=1,
     )  # fmt: skip
-    return d0.to(dtype, bitcast=True), d1.to(dtype, bitcast=True), d2.to(dtype, bitcast=True), d3.to(dtype, bitcast=True)
+    return (
+        d0.to(dtype, bitcast=True),
+        d1.to(dtype, bitcast=True),
+        d2.to(dtype, bitcast=True),
+        d3.to(dtype, bitcast=True),
+    )
 
 
 @triton.jit
@@ -134,7 +140,9 @@ def _few_tokens_24(
         j, c = w0 + tl.arange(0, BW), w0 * 8 + tl.arange(0, BW * 8)
         w = tl.load(w_ptr + w_rows[:, None] * words + j[None, :], mask=(j < words)[None, :], other=0)
         p = tl.load(index_ptr + w_rows[:, None] * words + j[None, :], mask=(j < words)[None, :], other=0).to(tl.int32)
-        x = tl.load(x_ptr + t[:, None] * stride_x + c[None, :], mask=(t < T)[:, None] & (c < words * 8)[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + t[:, None] * stride_x + c[None, :], mask=(t < T)[:, None] & (c < words * 8)[None, :], other=0.0
+        )
         acc = tl.dot(_dense_words(w, p, dtype, BM, BW), tl.trans(x), acc)
     _finish(acc, rows, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, BM, BT, S, ACTIVATION)
 
@@ -202,7 +210,9 @@ def _expand_words(w_ptr, index_ptr, out_ptr, O, words, BM: tl.constexpr, BW: tl.
     w = tl.load(w_ptr + rows[:, None] * words + j[None, :], mask=ok, other=0)
     p = tl.load(index_ptr + rows[:, None] * words + j[None, :], mask=ok, other=0).to(tl.int32)
     dense = _dense_words(w, p, dtype, BM, BW)
-    tl.store(out_ptr + rows[:, None] * words * 8 + c[None, :], dense, mask=(rows < O)[:, None] & (c < words * 8)[None, :])
+    tl.store(
+        out_ptr + rows[:, None] * words * 8 + c[None, :], dense, mask=(rows < O)[:, None] & (c < words * 8)[None, :]
+    )
 
 
 @triton.jit
@@ -236,7 +246,7 @@ def _has_words(n: int, m: int, dtype: torch.dtype, in_features: int) -> bool:
 def choose(
     out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype, save_memory: bool = False
 ) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``word`` and ``few`` (2:4 from its words), ``tiles``, ``cusparselt`` or ``expand``."""
+    """(variant, reason): ``empty``, ``word`` and ``few`` (2:4 by words), ``tiles``, ``cusparselt`` or ``expand``."""
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
     words = _has_words(n, m, dtype, in_features)
@@ -245,7 +255,10 @@ def choose(
     if tokens <= FEW:
         if words:
             return "few", f"{tokens} tokens of 2:4: 0.5625 of the dense bytes are read and expanded in registers"
-        return "tiles", f"{tokens} tokens: the weight is read compressed, tiles are expanded on the way to the tensor cores"
+        return (
+            "tiles",
+            f"{tokens} tokens: the weight is read compressed, tiles are expanded on the way to the tensor cores",
+        )
     if words and in_features % 64 == 0 and out_features % 64 == 0 and cusparselt.available():
         return "cusparselt", "2:4 on sparse tensor cores, with a plan and a searched algorithm that are kept"
     if save_memory:
@@ -258,7 +271,10 @@ def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, 
         inside = {"BW": 2} if variant in ("word", "few") else {"BK": 16}
         return [dict(BM=16, S=2, **inside, **({} if variant == "word" else {"BT": 16}))]
     if variant == "word":
-        return [dict(BM=a, BW=b, S=1, num_warps=c) for a, b, c in ((4, 256, 4), (8, 128, 4), (4, 512, 4), (4, 128, 2))]
+        return [
+            {"BM": a, "BW": b, "S": 1, "num_warps": c}
+            for a, b, c in ((4, 256, 4), (8, 128, 4), (4, 512, 4), (4, 128, 2))
+        ]
     width, found = power_of_two(tokens, 16, 64), []
     tiles = ((64, 64, 4, 2, 2), (32, 64, 4, 2, 2))
     if variant == "few":
@@ -320,7 +336,9 @@ def _check(x, values, index, n, m, out_features):
     if x.dtype != values.dtype or index.dtype != torch.uint8:
         raise TypeError(f"x is {x.dtype}, values {values.dtype} and index {index.dtype}; expected one dtype and uint8")
     if values.shape != (out_features, slots) or index.shape != (out_features, -(-slots * bits(m) // 8)):
-        raise ValueError(f"values {tuple(values.shape)} and index {tuple(index.shape)} do not hold {n}:{m} of {x.shape[-1]}")
+        raise ValueError(
+            f"values {tuple(values.shape)} and index {tuple(index.shape)} do not hold {n}:{m} of {x.shape[-1]}"
+        )
 
 
 def _linear_fake(x, values, index, bias, gate, n, m, out_features, activation, save_memory):
@@ -362,7 +380,11 @@ def _plan_linear(x, values, index, bias, gate, n, m, outputs, activation, save_m
 
     def arrange(x):
         flat = x.reshape(tokens, inputs)
-        return flat if flat.stride(1) == 1 and flat.data_ptr() % 16 == 0 else flat.clone(memory_format=torch.contiguous_format)
+        return (
+            flat
+            if flat.stride(1) == 1 and flat.data_ptr() % 16 == 0
+            else flat.clone(memory_format=torch.contiguous_format)
+        )
 
     run = _plan_few(variant, arrange(x), values, index, bias, gate, x.new_empty(tokens, outputs), n, m, activation)
 
@@ -421,7 +443,7 @@ def _collect_op(dense, index, n, m):
 
 
 def linear(x, values, index, bias=None, *, n, m, out_features, activation=None, gate=None, save_memory=False):
-    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``save_memory`` rules out a dense weight, at a cost in time."""
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``save_memory`` rules out a dense weight, and is slow."""
     return _linear(x, values, index, bias, gate, n, m, out_features, epilogue.activation_name(activation), save_memory)
 
 

@@ -13,7 +13,9 @@ from .library import INTERPRET, Launch, operator, plan, wide
 
 
 @triton.jit
-def _transpose(x_ptr, y_ptr, R, C, stride_x, L, BR: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+def _transpose(
+    x_ptr, y_ptr, R, C, stride_x, L, BR: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr
+):
     if EARLY:
         gdc_launch_dependents()  # the next kernel may begin on what does not depend on this one
     tiles_r = tl.cdiv(R, BR)
@@ -28,12 +30,12 @@ def _transpose(x_ptr, y_ptr, R, C, stride_x, L, BR: tl.constexpr, BC: tl.constex
 
 
 CONFIGS = [
-    dict(BR=32, BC=64, num_warps=4),
-    dict(BR=128, BC=128, num_warps=8),
-    dict(BR=64, BC=64, num_warps=4),
+    {"BR": 32, "BC": 64, "num_warps": 4},
+    {"BR": 128, "BC": 128, "num_warps": 8},
+    {"BR": 64, "BC": 64, "num_warps": 4},
 ]
 if INTERPRET:
-    CONFIGS = [dict(BR=32, BC=16)]
+    CONFIGS = [{"BR": 32, "BC": 16}]
 
 
 def padded(tokens: int) -> int:

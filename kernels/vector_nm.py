@@ -1,7 +1,8 @@
 """VectorNM(n, m, v): n of every m inputs, one pattern shared by v consecutive output rows, as a gathered dense GEMM.
 
 Letters: T tokens, I inputs, O outputs, K = stored slots a row (groups * n); values (O, K), index (ceil(O/v), K).
-BM output rows, BN tokens, BK slots a tile; S splits of the reduction. y[o, t] = sum_k values[o, k] * x[index[o//v, k], t].
+BM output rows, BN tokens, BK slots a tile; S splits of the reduction.
+y[o, t] = sum_k values[o, k] * x[index[o//v, k], t].
 
 The gather reads whole rows when activations are feature-major (I, T), so ordinary (T, I) activations are transposed
 first, at memory speed; the output is written in either order at no cost. A few tokens are gathered as they lie.
@@ -29,7 +30,8 @@ def _few_tokens(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
     T, I, O, K, stride_xi, stride_yo, stride_yt,
     V: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PIPE: tl.constexpr,
-    PDL: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     group, row0, limit = group_rows(tile, O, V, BM)
@@ -92,18 +94,26 @@ def _few_tokens(
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(out_features: int, in_features: int, n: int, m: int, v: int, tokens: int, dtype: torch.dtype) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (split-K), ``gather`` (gathered GEMM) or ``expand`` (dense, then cuBLAS)."""
+def choose(
+    out_features: int, in_features: int, n: int, m: int, v: int, tokens: int, dtype: torch.dtype
+) -> tuple[str, str]:
+    """(variant, reason): ``empty``, ``few`` (split-K), ``gather`` (tensor cores) or ``expand`` (dense, then cuBLAS)."""
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
     if tokens <= FEW:
-        return "few", f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {n}/{m} of it once"
+        return (
+            "few",
+            f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {n}/{m} of it once",
+        )
     kept = n / m
     if dtype == torch.float32:
         return "expand", "fp32 rows cannot feed the tensor cores token-major; expanded, cuBLAS runs"
     need = 0.75 if v >= 128 else 0.5 if v >= 64 else 0.26 if v >= 32 else 0.13 if v >= 16 else 0.0
     if kept > need:
-        return "expand", f"v={v} rows share a gathered row, too few for {n}:{m} at {tokens} tokens; expanded, cuBLAS runs"
+        return (
+            "expand",
+            f"v={v} rows share a gathered row, too few for {n}:{m} at {tokens} tokens; expanded, cuBLAS runs",
+        )
     return "gather", f"{n}:{m} with v={v}: the gathered GEMM does {kept:.3g} of the dense work on tensor cores"
 
 
@@ -113,7 +123,9 @@ def _many_configs(v: int, tokens: int) -> list[dict]:
     TOKENS_FIRST: the tensor cores' 64 rows are tokens, for fewer output rows than that.
     """
     if INTERPRET:
-        return [dict(BM=16, BN=16, BK=16, GROUP=2, TOKENS_FIRST=v < 16, PER_SM=tokens % 2, num_stages=1)]
+        return [
+            {"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "TOKENS_FIRST": v < 16, "PER_SM": tokens % 2, "num_stages": 1}
+        ]
     if v >= 128:
         tiles = [(128, 256, 0, 4, 8), (128, 256, 1, 3, 8), (128, 128, 2, 3, 4), (128, 128, 0, 3, 4)]
     elif v >= 64:
@@ -123,14 +135,23 @@ def _many_configs(v: int, tokens: int) -> list[dict]:
         tiles = [(rows, 256, 0, 3, 4), (rows, 128, 3, 3, 4), (rows, 256, 0, 2, 4), (rows, 128, 0, 3, 4)]
     tiles = [tile for tile in tiles if tile[1] <= transpose.padded(tokens)]
     return [
-        dict(BM=rows, BN=width, BK=64, GROUP=32, TOKENS_FIRST=rows < 64 or (v < 128 and width < 256), PER_SM=p, num_stages=stages, num_warps=warps)
+        {
+            "BM": rows,
+            "BN": width,
+            "BK": 64,
+            "GROUP": 32,
+            "TOKENS_FIRST": rows < 64 or (v < 128 and width < 256),
+            "PER_SM": p,
+            "num_stages": stages,
+            "num_warps": warps,
+        }
         for rows, width, p, stages, warps in tiles
     ]
 
 
 def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> list[dict]:
     if INTERPRET:
-        return [dict(BM=16, BK=16, S=2 if slots > 32 else 1, PIPE=None)]
+        return [{"BM": 16, "BK": 16, "S": 2 if slots > 32 else 1, "PIPE": None}]
     if tokens == 1:
         tiles = [(8, 512, 4, None), (4, 512, 4, None), (8, 256, 2, None), (4, 512, 2, None)]
     else:
@@ -143,7 +164,7 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> l
         while tiles_m * split < programs and split < 16 and slots // (2 * split) >= depth:
             split *= 2
         for s in (split,) if stages != 3 or tokens == 1 else (split, 2 * split):
-            found.append(dict(BM=height, BK=depth, S=s, PIPE=stages, num_warps=warps))
+            found.append({"BM": height, "BK": depth, "S": s, "PIPE": stages, "num_warps": warps})
     return [config for place, config in enumerate(found) if config not in found[:place]]
 
 
@@ -162,7 +183,8 @@ def _plan_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, acti
         programs = min(tiles, resident * multiprocessors(x)) if resident else tiles
         described = {1: ([rows, config["BK"]], values.shape, values.stride())} if describable(values) else {}
         launch = Launch(
-            gather_gemm, (programs,), described, V=v, ROW_MAJOR=row_major, PERSISTENT=programs < tiles, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
+            gather_gemm, (programs,), described, V=v, ROW_MAJOR=row_major, PERSISTENT=programs < tiles,
+            EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
             EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n, WIDE=wide(x, values, y),
             ACTIVATION=activation, PRECISION=precision(x), **config,
         )  # fmt: skip
@@ -218,7 +240,8 @@ def _check(x, values, index, inputs, n, m, v, out_features):
     if x.dtype != values.dtype or index.dtype != torch.int32:
         raise TypeError(f"x is {x.dtype}, values {values.dtype} and index {index.dtype}; expected one dtype and int32")
     if values.shape != (out_features, -(-inputs // m) * n) or index.shape != (-(-out_features // v), values.shape[1]):
-        raise ValueError(f"values {tuple(values.shape)} and index {tuple(index.shape)} do not hold ({out_features}, {inputs}) as {n}:{m}, v={v}")  # fmt: skip
+        parts = f"values {tuple(values.shape)} and index {tuple(index.shape)}"
+        raise ValueError(f"{parts} do not hold ({out_features}, {inputs}) as {n}:{m}, v={v}")
 
 
 def _linear_fake(x, values, index, bias, gate, n, m, v, out_features, activation):
@@ -235,13 +258,13 @@ def _linear(x, values, index, bias, gate, n, m, v, out_features, activation):
     _check(x, values, index, inputs, n, m, v, out_features)
     gate = None if gate is None else gate.contiguous()
     statics = ("vector_nm", n, m, v, out_features, activation, precision(x))
-    return plan(statics, (x, values, index, bias, gate), lambda: _plan_row_major(*statics[1:6], x, values, index, bias, gate))(
-        x, values, index, bias, gate
-    )
+    return plan(
+        statics, (x, values, index, bias, gate), lambda: _plan_row_major(*statics[1:6], x, values, index, bias, gate)
+    )(x, values, index, bias, gate)
 
 
 def _plan_row_major(n, m, v, outputs, activation, x, values, index, bias, gate):
-    """The callable for ordinary activations; plans are made on the first call's tensors, whose output they overwrite."""
+    """The callable for ordinary activations; it is made, and its tiles are timed, on the first call's tensors."""
     inputs, shape = x.shape[-1], (*x.shape[:-1], outputs)
     _check(x, values, index, inputs, n, m, v, outputs)
     tokens = x.numel() // inputs
@@ -284,8 +307,8 @@ def _feature_major_fake(x, values, index, bias, gate, n, m, v, activation, token
 
 
 @operator(
-    "gpu_vector_nm_linear_feature_major(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? gate, int n, int m,"
-    " int v, str activation, SymInt tokens, bool row_major) -> Tensor",
+    "gpu_vector_nm_linear_feature_major(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? gate, int n,"
+    " int m, int v, str activation, SymInt tokens, bool row_major) -> Tensor",
     _feature_major_fake,
 )
 def _linear_feature_major(x, values, index, bias, gate, n, m, v, activation, tokens, row_major):
@@ -352,7 +375,7 @@ def gated_linear(x, up, gate, *, n, m, v, out_features, activation="silu"):
 
 
 def linear_grad_input(grad, values, index, *, n, m, v, in_features):
-    """grad (*, O) -> grad @ W, (*, I). Rows of one group share no column of the result, so it expands and calls cuBLAS."""
+    """grad (*, O) -> grad @ W, (*, I): rows of one group share no column of the result, so W is expanded for cuBLAS."""
     return torch.matmul(grad, expand(values, index, n=n, m=m, v=v, in_features=in_features))
 
 

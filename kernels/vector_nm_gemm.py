@@ -113,7 +113,7 @@ def gather_gemm(
         steps = tl.cdiv(K, BK)
         last = (steps - 1) * BK
         tile, k0 = pid, 0
-        for _ in range(0, tl.cdiv(tiles - pid, programs) * steps):
+        for _ in range(tl.cdiv(tiles - pid, programs) * steps):
             columns = ahead
             next_k0 = k0 + BK
             next_tile, next_group, next_row0, next_limit, next_token0 = tile, group, row0, limit, token0

@@ -71,11 +71,11 @@ def _expand_tile(
 
 def _gradient_configs(v: int, itemsize: int) -> list[dict]:
     if INTERPRET:
-        return [dict(BM=16, BN=16, BK=16, GROUP=2, num_stages=1)]
+        return [{"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "num_stages": 1}]
     rows = power_of_two(v, 16, 128)
     depth = 64 if itemsize == 2 else 32
     tiles = [(rows, 256, 4, 8), (rows, 128, 4, 4), (rows, 128, 4, 8)]
-    return [dict(BM=a, BN=b, BK=depth, GROUP=8, num_stages=c, num_warps=d) for a, b, c, d in tiles]
+    return [{"BM": a, "BN": b, "BK": depth, "GROUP": 8, "num_stages": c, "num_warps": d} for a, b, c, d in tiles]
 
 
 def _values_fake(grad, x, index, n, m, v, feature_major):
@@ -107,8 +107,8 @@ def _plan_grad_values(grad, x, index, out, v):
     def prepare(config):
         grid = (triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]) * triton.cdiv(slots, config["BN"]),)
         launch = Launch(
-            _values_gradient, grid, V=v, EVEN_T=tokens % config["BK"] == 0, WIDE=wide(grad, x, out), PRECISION=precision(x),
-            **config,
+            _values_gradient, grid, V=v, EVEN_T=tokens % config["BK"] == 0, WIDE=wide(grad, x, out),
+            PRECISION=precision(x), **config,
         )  # fmt: skip
 
         def call(grad, x, index, out):
@@ -117,14 +117,18 @@ def _plan_grad_values(grad, x, index, out, v):
         return call
 
     key = (x.dtype, outputs, inputs, slots, v, tokens.bit_length())
-    return autotune.pick("vector_nm_grad_values", key, _gradient_configs(v, x.element_size()), prepare, (grad, x, index, out))
+    return autotune.pick(
+        "vector_nm_grad_values", key, _gradient_configs(v, x.element_size()), prepare, (grad, x, index, out)
+    )
 
 
 def _expand_fake(values, index, n, m, v, in_features):
     return values.new_empty(values.shape[0], in_features)
 
 
-@operator("gpu_vector_nm_expand(Tensor values, Tensor index, int n, int m, int v, int in_features) -> Tensor", _expand_fake)
+@operator(
+    "gpu_vector_nm_expand(Tensor values, Tensor index, int n, int m, int v, int in_features) -> Tensor", _expand_fake
+)
 def expand(values, index, n, m, v, in_features):
     dense = values.new_empty(values.shape[0], in_features)
     given = (values, index, dense)

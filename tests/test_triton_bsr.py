@@ -93,7 +93,11 @@ def test_one_row_holds_all_blocks(variant):
 def test_shapes_of_x(variant):
     parts, dense = bsr_parts(50, 72, 16, 16)
     for x in (random(2, 3, 72), random(72, 6).T, random(4, 144)[:, ::2], random(8, 72)[::2], random(0, 72)):
-        got = bsr.linear(x, parts["values"], parts["crow"], parts["col"], out_features=50) if len(x) else x.new_zeros(0, 50)
+        got = (
+            bsr.linear(x, parts["values"], parts["crow"], parts["col"], out_features=50)
+            if len(x)
+            else x.new_zeros(0, 50)
+        )
         close(got, x @ dense.T)
 
 
@@ -101,7 +105,9 @@ def test_zero_tokens():
     parts, _ = bsr_parts(50, 72, 16, 16)
     assert bsr.linear(random(0, 72), parts["values"], parts["crow"], parts["col"], out_features=50).shape == (0, 50)
     assert bsr.linear_grad_input(random(0, 50), **parts, in_features=72).shape == (0, 72)
-    got = bsr.linear_grad_values(random(0, 50), random(0, 72), parts["col"], parts["t_row"], parts["t_block"], bh=16, bw=16)
+    got = bsr.linear_grad_values(
+        random(0, 50), random(0, 72), parts["col"], parts["t_row"], parts["t_block"], bh=16, bw=16
+    )
     assert torch.equal(got, torch.zeros_like(parts["values"]))
 
 

@@ -40,7 +40,7 @@ def test_epilogue(activation, variant):
     values, index, dense = vector_nm_parts(50, 72, 1, 4, 16)
     x, bias, gate = random(5, 72), random(50), random(5, 50, seed=3)
     expected = ACTIVATIONS[activation](x @ dense.T + bias) * gate
-    given = dict(n=1, m=4, v=16, activation=activation)
+    given = {"n": 1, "m": 4, "v": 16, "activation": activation}
     close(vector_nm.linear(x, values, index, bias, gate=gate, out_features=50, **given), expected)
     close(vector_nm.linear_feature_major(x.T.contiguous(), values, index, bias, gate=gate.T, **given), expected.T)
 
@@ -73,7 +73,7 @@ def test_expand(outputs, inputs, n, m, v):
 
 def test_shapes_of_x(variant):
     values, index, dense = vector_nm_parts(50, 72, 1, 4, 16)
-    call = dict(n=1, m=4, v=16, out_features=50)
+    call = {"n": 1, "m": 4, "v": 16, "out_features": 50}
     for x in (random(2, 3, 72), random(72, 6).T, random(4, 144)[:, ::2], random(8, 72)[::2]):
         close(vector_nm.linear(x, values, index, **call), x @ dense.T)
 
@@ -121,7 +121,9 @@ def test_transpose(rows, cols):
 def test_under_compile():
     values, index, dense = vector_nm_parts(50, 72, 1, 4, 16)
     run = torch.compile(
-        lambda x: vector_nm.linear(x, values, index, n=1, m=4, v=16, out_features=50) + 1, backend="aot_eager", fullgraph=True
+        lambda x: vector_nm.linear(x, values, index, n=1, m=4, v=16, out_features=50) + 1,
+        backend="aot_eager",
+        fullgraph=True,
     )
     x = random(5, 72)
     close(run(x), x @ dense.T + 1)

@@ -96,15 +96,15 @@ def bsr_parts(outputs, inputs, bh, bw, density=0.4, keep=None, dtype=torch.float
     place = torch.full(keep.shape, -1)
     place[row, col] = torch.arange(len(row))
     starts = [torch.nn.functional.pad(keep.sum(axis).cumsum(0), (1, 0)).int() for axis in (1, 0)]
-    parts = dict(values=blocks[keep].contiguous(), crow=starts[0], col=col.int())
-    parts |= dict(t_crow=starts[1], t_row=t_row.int(), t_block=place[t_row, t_col].int())
+    parts = {"values": blocks[keep].contiguous(), "crow": starts[0], "col": col.int()}
+    parts |= {"t_crow": starts[1], "t_row": t_row.int(), "t_block": place[t_row, t_col].int()}
     dense = (blocks * keep[:, :, None, None]).transpose(1, 2).reshape(lines * bh, columns * bw)[:outputs, :inputs]
     return {name: part.to(DEVICE) for name, part in parts.items()}, dense.contiguous().to(DEVICE)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
-    """Every output buffer starts as NaN, so that an element that no program writes is seen; and no plan is remembered."""
+    """Every output buffer starts as NaN, so that an element that no program writes is seen; no plan is remembered."""
     from sten.kernels import library
 
     library._plans.clear()

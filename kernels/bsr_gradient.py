@@ -1,0 +1,192 @@
+"""BSR's weight gradient, a product sampled at the blocks, and its expansion to a dense weight.
+
+Letters: T tokens, I inputs, O outputs; a block is (BH, BW); BM by BN of it are a tile; S splits of the tokens.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import autotune, epilogue
+from .epilogue import last_to_arrive
+from .library import (
+    INTERPRET,
+    Launch,
+    describable,
+    multiprocessors,
+    operator,
+    plan,
+    power_of_two,
+    precision,
+    rows_contiguous,
+    wide,
+)
+
+
+@triton.jit
+def _sampled_product(
+    g_desc, g_ptr, x_desc, x_ptr, col_ptr, row_ptr, block_ptr, out_ptr, partial_ptr, count_ptr,
+    T, I, O, stride_x,
+    BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[block] = g[:, its rows].T @ x[:, its columns]; column by column, so that neighbours share x."""
+    NM: tl.constexpr = (BH + BM - 1) // BM
+    NN: tl.constexpr = (BW + BN - 1) // BN
+    tile, split = tl.program_id(0), tl.program_id(1)
+    block = tl.load(block_ptr + tile // (NM * NN))
+    m0, n0 = tile // NN % NM * BM, tile % NN * BN
+    row0 = tl.load(row_ptr + tile // (NM * NN)) * BH + m0
+    col0 = tl.load(col_ptr + block) * BW + n0
+    i, j, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    share = tl.cdiv(T, S * BK) * BK
+    acc = tl.zeros((BM, BN), tl.float32)
+    for t0 in range(split * share, tl.minimum((split + 1) * share, T), BK):
+        if x_desc is not None:
+            g = g_desc.load([t0, row0])
+            x = x_desc.load([t0, col0])
+        else:
+            t = t0 + k
+            t_ok = (t < T)[:, None]
+            if WIDE:
+                t = t.to(tl.int64)
+            g = tl.load(
+                g_ptr + t[:, None] * O + (row0 + i)[None, :],
+                mask=t_ok & ((m0 + i < BH) & (row0 + i < O))[None, :],
+                other=0.0,
+            )
+            x = tl.load(
+                x_ptr + t[:, None] * stride_x + (col0 + j)[None, :],
+                mask=t_ok & ((n0 + j < BW) & (col0 + j < I))[None, :],
+                other=0.0,
+            )
+        acc = tl.dot(tl.trans(g), x, acc, input_precision=PRECISION)
+    finish = True
+    if S > 1:
+        at = i[:, None] * BN + j[None, :]
+        own = partial_ptr + (tile * S).to(tl.int64) * (BM * BN)
+        tl.store(own + split * (BM * BN) + at, acc)
+        finish = last_to_arrive(count_ptr + tile, S)
+        if finish:
+            acc = tl.zeros((BM, BN), tl.float32)
+            for s in range(S):
+                acc += tl.load(own + s * (BM * BN) + at, cache_modifier=".cg")
+    if finish:
+        out = out_ptr + block.to(tl.int64) * (BH * BW) + (m0 + i)[:, None] * BW + (n0 + j)[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m0 + i < BH)[:, None] & (n0 + j < BW)[None, :])
+
+
+@triton.jit
+def _expand_line(
+    w_ptr, crow_ptr, col_ptr, out_ptr, I, O, BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
+):
+    """One block row, BM of its rows: zeros first, then the blocks over them."""
+    line, i0 = tl.program_id(0), tl.program_id(1) * BM
+    i, c = i0 + tl.arange(0, BM), tl.arange(0, BC)
+    row_ok = (i < BH) & (line * BH + i < O)
+    out = out_ptr + (line * BH + i).to(tl.int64)[:, None] * I
+    for c0 in range(0, I, BC):
+        tl.store(
+            out + (c0 + c)[None, :],
+            tl.zeros((BM, BC), out_ptr.dtype.element_ty),
+            mask=row_ok[:, None] & (c0 + c < I)[None, :],
+        )
+    tl.debug_barrier()  # another thread of the program may have zeroed the place
+    start, stop = tl.load(crow_ptr + line), tl.load(crow_ptr + line + 1)
+    for s0 in range(0, (stop - start) * BW, BC):
+        slot = s0 + c
+        ok = slot < (stop - start) * BW
+        column = tl.load(col_ptr + start + slot // BW, mask=ok, other=0) * BW + slot % BW
+        at = w_ptr + (start + slot // BW).to(tl.int64)[None, :] * (BH * BW) + i[:, None] * BW + (slot % BW)[None, :]
+        mask = row_ok[:, None] & (ok & (column < I))[None, :]
+        tl.store(out + column[None, :], tl.load(at, mask=mask), mask=mask)
+
+
+def _gradient_configs(bh: int, bw: int, blocks: int, tokens: int, itemsize: int, programs: int) -> list[dict]:
+    if INTERPRET:
+        return [{"BM": 16, "BN": 16, "BK": 16, "S": 2, "num_stages": 1}]
+    rows, width, depth = power_of_two(bh, 16, 128), power_of_two(bw, 16, 128), 64 if itemsize == 2 else 32
+    tiles, found = blocks * -(-bh // rows) * -(-bw // width), []
+    for waves, stages, warps in ((2, 4, 4), (4, 3, 4), (2, 4, 8)):
+        split = 1
+        while tiles * split < waves * programs and split < 16 and tokens // (2 * split) >= 4 * depth:
+            split *= 2
+        found.append({"BM": rows, "BN": width, "BK": depth, "S": split, "num_stages": stages, "num_warps": warps})
+    return found
+
+
+def _grad_values_fake(grad, x, col, t_row, t_block, bh, bw):
+    return grad.new_empty(col.shape[0], bh, bw)
+
+
+@operator(
+    "gpu_bsr_grad_values(Tensor grad, Tensor x, Tensor col, Tensor t_row, Tensor t_block, int bh, int bw) -> Tensor",
+    _grad_values_fake,
+)
+def grad_values(grad, x, col, t_row, t_block, bh, bw):
+    blocks, outputs, inputs = col.shape[0], grad.shape[-1], x.shape[-1]
+    grad, x = grad.reshape(-1, outputs).contiguous(), rows_contiguous(x.reshape(-1, inputs))
+    tokens = x.shape[0]
+    out = grad.new_empty(blocks, bh, bw)
+    if tokens == 0 or blocks == 0:
+        return out.zero_()
+
+    given = (grad, x, col, t_row, t_block, out)
+    plan(("bsr grad values", bh, bw, precision(x)), given, lambda: _plan_grad_values(*given))(*given)
+    return out
+
+
+def _plan_grad_values(grad, x, col, t_row, t_block, out):
+    (blocks, bh, bw), (tokens, inputs), outputs, stride = out.shape, x.shape, grad.shape[1], x.stride(0)
+
+    def prepare(config):
+        bm, bn, bk, split = (config[name] for name in ("BM", "BN", "BK", "S"))
+        tiles, described = blocks * triton.cdiv(bh, bm) * triton.cdiv(bw, bn), {}
+        if describable(x) and describable(grad):
+            described = {0: ([bk, bm], grad.shape, grad.stride()), 2: ([bk, bn], x.shape, x.stride())}
+        launch = Launch(
+            _sampled_product,
+            (tiles, split),
+            described,
+            BH=bh,
+            BW=bw,
+            WIDE=wide(x, grad),
+            PRECISION=precision(x),
+            **config,
+        )
+
+        def call(grad, x, col, t_row, t_block, out):
+            partial = count = x
+            if split > 1:
+                partial = torch.empty(tiles * split * bm * bn, dtype=torch.float32, device=x.device)
+                count = epilogue.counters.take(x, tiles)
+            g_desc, x_desc = (grad, x) if described else (None, None)
+            launch(g_desc, grad, x_desc, x, col, t_row, t_block, out, partial, count, tokens, inputs, outputs, stride)
+
+        return call
+
+    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length())
+    configs = _gradient_configs(bh, bw, blocks, tokens, x.element_size(), multiprocessors(x))
+    return autotune.pick("bsr_grad_values", key, configs, prepare, (grad, x, col, t_row, t_block, out))
+
+
+def _expand_fake(values, crow, col, out_features, in_features):
+    return values.new_empty(out_features, in_features)
+
+
+@operator(
+    "gpu_bsr_expand(Tensor values, Tensor crow, Tensor col, int out_features, int in_features) -> Tensor", _expand_fake
+)
+def expand(values, crow, col, out_features, in_features):
+    _, bh, bw = values.shape
+    dense = values.new_empty(out_features, in_features)
+    given = (values, crow, col, dense)
+
+    def make():
+        grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
+        launch = Launch(_expand_line, grid, BH=bh, BW=bw, BM=16, BC=width)
+        return lambda values, crow, col, dense: launch(values, crow, col, dense, in_features, out_features)
+
+    if dense.numel():
+        plan(("bsr expand",), given, make)(*given)
+    return dense

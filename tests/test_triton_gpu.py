@@ -1,0 +1,82 @@
+"""What only a GPU shows: graphs, streams, sizes over 2^31 elements, compiled code."""
+
+import pytest
+import torch
+from triton_cases import DEVICE, bsr_parts, close, nm_parts, random, vector_nm_parts
+
+from sten.kernels import bsr, nm, transpose, vector_nm
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+HALF = torch.bfloat16
+
+
+def calls(tokens):
+    """(call on x, dense) for one weight of each kind that splits its reduction."""
+    values, index, dense = vector_nm_parts(256, 2048, 1, 4, 128, HALF)
+    yield lambda x: vector_nm.linear(x, values, index, n=1, m=4, v=128, out_features=256), dense
+    parts, dense_bsr = bsr_parts(256, 2048, 64, 64, dtype=HALF)
+    yield lambda x: bsr.linear(x, parts["values"], parts["crow"], parts["col"], out_features=256), dense_bsr
+    values_nm, index_nm, dense_nm, n, m = nm_parts(256, 2048, 2, 4, HALF)
+    yield lambda x: nm.linear(x, values_nm, index_nm, n=n, m=m, out_features=256), dense_nm
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+def test_graph_capture_and_replay(tokens):
+    for call, dense in calls(tokens):
+        x = random(tokens, 2048, dtype=HALF)
+        call(x), call(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first, second = call(x), call(x)
+        for seed in range(3):
+            x.copy_(random(tokens, 2048, dtype=HALF, seed=seed))
+            graph.replay()
+            expected = x.double() @ dense.double().T
+            close(first, expected, HALF)
+            assert torch.equal(first, second)
+
+
+def test_two_streams_at_once():
+    """Split reductions in flight together must not share counters."""
+    for call, dense in calls(16):
+        x = random(16, 2048, dtype=HALF)
+        expected = x.double() @ dense.double().T
+        call(x)
+        torch.cuda.synchronize()
+        streams, results = [torch.cuda.Stream() for _ in range(3)], []
+        for _ in range(20):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(call(x))
+        torch.cuda.synchronize()
+        for result in results:
+            close(result, expected, HALF)
+
+
+def test_compiled_by_inductor():
+    for call, dense in calls(16):
+        x = random(16, 2048, dtype=HALF)
+        close(
+            torch.compile(lambda x, call=call: call(x) * 2, fullgraph=True)(x), x.double() @ dense.double().T * 2, HALF
+        )
+
+
+@pytest.mark.skipif(DEVICE == "cpu" or torch.cuda.mem_get_info()[0] < 30e9, reason="needs 30 GB of free GPU memory")
+def test_offsets_over_31_bits():
+    tokens, inputs = 2**31 // 2048 + 700, 2048
+    x = torch.randn(tokens, inputs, dtype=HALF, device=DEVICE)
+    tail = x[-300:].double()
+    assert torch.equal(transpose.transpose(x)[:, -300:], x[-300:].T)
+    values, index, dense = vector_nm_parts(128, inputs, 1, 4, 128, HALF)
+    y = vector_nm.linear(x, values, index, n=1, m=4, v=128, out_features=128)
+    close(y[-300:], tail @ dense.double().T, HALF)
+    parts, dense = bsr_parts(128, inputs, 64, 64, dtype=HALF)
+    y = bsr.linear(x, parts["values"], parts["crow"], parts["col"], out_features=128)
+    close(y[-300:], tail @ dense.double().T, HALF)
+    grad = torch.zeros(tokens, 128, dtype=HALF, device=DEVICE)
+    grad[-300:] = random(300, 128, dtype=HALF)
+    got = bsr.linear_grad_values(grad, x, parts["col"], parts["t_row"], parts["t_block"], bh=64, bw=64)
+    full = (grad[-300:].double().T @ tail).unflatten(0, (-1, 64)).unflatten(2, (-1, 64)).transpose(1, 2)
+    rows = torch.repeat_interleave(torch.arange(2, device=DEVICE), parts["crow"].diff())
+    close(got, full[rows, parts["col"].long()], HALF)
