@@ -1,0 +1,122 @@
+"""Two processes, gloo: the same masks on every rank, and the weights of one process with the joint batch."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from training_models import OPTIMIZERS, dense_weights, engine_of, masks, mlp
+
+import sten
+from sten.layouts import BSR, CSR, NM, VectorNM
+
+STEPS = 10
+CASES = {
+    "rigl-csr": (lambda: sten.RigL(12, every=3), CSR(), 0.75),
+    "rigl-bsr": (lambda: sten.RigL(12, every=3), BSR((4, 4)), 0.5),
+    "rigl-vector": (lambda: sten.RigL(12, every=3), VectorNM(1, 4, 4), None),
+    "set-csr": (lambda: sten.SET(12, every=3), CSR(), 0.75),
+    "dstee-csr": (lambda: sten.DSTEE(12, every=3), CSR(), 0.75),
+    "momentum-csr": (lambda: sten.SparseMomentum(12, every=4), CSR(), 0.75),
+    "gradual": (lambda: sten.Gradual(2, 8, 3), CSR(), 0.75),
+    "srste": (lambda: sten.SRSTE(0.1), NM(2, 4), None),
+    "decaying": (lambda: sten.DecayingMask(12, rate=0.3), NM(1, 4), None),
+}
+SHARDED = ["gradual", "srste", "decaying"]
+
+
+def joint(step):
+    g = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(32, 16, generator=g, dtype=torch.float64)
+    return x, x[:, :8].argmax(1)
+
+
+def loop(model, optimizer, rank, world):
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = (t.chunk(world)[rank] for t in joint(step))
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def build(case, attach_later=False):
+    make, layout, sparsity = CASES[case]
+    model = mlp(dtype=torch.float64)
+    if attach_later:
+        return sten.sparsify(model, layout, make(), sparsity), None
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    return sten.sparsify(model, layout, make(), sparsity, optimizer=optimizer), optimizer
+
+
+def under_ddp(rank, world, case):
+    model, optimizer = build(case)
+    if case.endswith("csr"):  # what travels is compressed
+        assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in mlp().parameters())
+    loop(torch.nn.parallel.DistributedDataParallel(model), optimizer, rank, world)
+    return model, optimizer
+
+
+def under_fsdp(rank, world, case):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, _ = build(case, attach_later=True)
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    sten.attach(model, optimizer)
+    loop(model, optimizer, rank, world)
+    return model, optimizer
+
+
+def masters(model):
+    """Dense masters, whole, or the weights of compressed layers."""
+    out = []
+    for layer in (model[0], model[2]):
+        param = layer._parameters["weight"]
+        param = layer.weight.to_dense() if param is None else param
+        out.append((param.full_tensor() if hasattr(param, "full_tensor") else param).detach().clone())
+    return out
+
+
+def worker(rank, world, port, jobs, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        for kind, case in jobs:
+            model, optimizer = (under_ddp if kind == "ddp" else under_fsdp)(rank, world, case)
+            assert engine_of(model).step == STEPS and optimizer.param_groups
+            state = {"weights": masters(model), "masks": masks(model)}
+            torch.save(state, f"{folder}/{kind}-{case}-{rank}.pt")
+            sten.engine.stop(model)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch.distributed with gloo is not built in")
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    jobs = [("ddp", case) for case in CASES] + [("fsdp", case) for case in SHARDED]
+    mp.spawn(worker, args=(2, port, jobs, str(folder)), nprocs=2)
+    return lambda kind, case: [torch.load(folder / f"{kind}-{case}-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize(("kind", "case"), [("ddp", c) for c in CASES] + [("fsdp", c) for c in SHARDED])
+def test_ranks_agree_and_equal_one_process(results, kind, case):
+    first, second = results(kind, case)
+    for key in ("masks", "weights"):
+        assert all(map(torch.equal, first[key], second[key])), key
+    model, optimizer = build(case)
+    loop(model, optimizer, 0, 1)
+    for have, want in zip(first["weights"], masters(model), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-7, atol=1e-9)
+    assert all(map(torch.equal, first["masks"], masks(model)))
