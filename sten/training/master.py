@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layout import Layout
 from ..sparsifiers import State, View
 from ..tensor import SparseTensor, from_dense
-from .distributed import whole
+from .distributed import sharded, whole
 from .pattern import Method
 
 
@@ -46,6 +46,8 @@ class MasterWeight(nn.Module):
         return View(about.name, dense, self.spec, about.sparsity, self.mask, last=about.last, **more)
 
     def forward(self, param: Tensor) -> Tensor:
+        if sharded(param):  # outside of a forward pass FSDP2 asks for the shard that it keeps
+            return param
         w = param.t() if self.transposed else param
         effective = self.method.sparsifier.apply(w, self.view(w.detach(), step=self.clock), self.state)
         return effective.t() if self.transposed else effective
