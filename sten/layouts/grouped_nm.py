@@ -268,7 +268,7 @@ def assign(energy: Tensor, g: int) -> Tensor:
 
     Prices first: a pattern that too many columns want becomes dearer, until demand is nearly even. Then every column,
     the one with most to lose first, takes its best pattern that has room. Then exchanges of two columns, while any
-    gains. On Gaussian weights this reaches 99.9 % of the optimum, and greedy choice alone 98 to 99 %.
+    gains. On Gaussian weights this reached 99.7 % of the optimum and more, greedy choice alone 97.6 to 99 %.
     """
     price = torch.zeros_like(energy[:, 0])
     # Columns to which all patterns are equal, as padding is, fill what room is left: they make nothing dear, and with
