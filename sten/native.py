@@ -69,13 +69,12 @@ def choose_conv(shape: tuple[int, ...], dtype: torch.dtype, spec: Layout) -> tup
 
 def csr_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None, *, spec, shape, variant) -> Tensor:
     """C++: a row of the weight at a time, its entries gathered from a panel of activations."""
-    return torch.ops.sten.csr_linear.default(x, weight["values"], weight["crow"], weight["col"], bias, shape[0])
+    return CSR_LINEAR(x, weight["values"], weight["crow"], weight["col"], bias, shape[0])
 
 
 def grouped_nm_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None, *, spec, shape, variant) -> Tensor:
     """C++: accumulators stay in registers from one pattern to the next."""
-    operands = (x, weight["values"], weight["index"], bias)
-    return torch.ops.sten.grouped_nm_linear.default(*operands, spec.n, spec.m, spec.g, shape[0])
+    return GROUPED_LINEAR(x, weight["values"], weight["index"], bias, spec.n, spec.m, spec.g, shape[0])
 
 
 def pointwise_conv(linear: Callable) -> Callable:
@@ -97,6 +96,7 @@ def pointwise_conv(linear: Callable) -> Callable:
 
 
 if cpp.available():
+    CSR_LINEAR, GROUPED_LINEAR = torch.ops.sten.csr_linear.default, torch.ops.sten.grouped_nm_linear.default
     for _layout, _linear in ((CSR, csr_linear), (GroupedNM, grouped_nm_linear)):
         kernel("linear", weight=_layout, device="cpu", choose=choose_linear)(_linear)
         kernel("conv2d", weight=_layout, device="cpu", choose=choose_conv)(pointwise_conv(_linear))

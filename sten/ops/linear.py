@@ -177,6 +177,8 @@ class GradWeight(Rule):
 
 def autocast(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> tuple[Tensor, SparseTensor, Tensor | None]:
     """The operands in autocast's dtype, where it is on; linear and convolutions are on its lower-precision list."""
+    if not torch._C._is_any_autocast_enabled():
+        return x, w, bias
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -207,14 +209,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, SparseTensor) or isinstance(input, SparseTensor):
         return matmul(input, weight.t()) if bias is None else matmul(input, weight.t()) + bias
     input, weight, bias = autocast(input, weight, bias)
-    _check(input, weight.shape[1], weight, bias)
+    _check(input, weight.stored_shape[not weight.transposed], weight, bias)
     return Linear.run(input, weight, bias) if tracked(input, weight, bias) else linear_now(input, weight, bias)
 
 
 def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     """x @ w + bias for x of any number of dimensions: linear with the weight the other way round."""
     x, w, bias = autocast(x, w, bias)
-    _check(x, w.shape[0], w, bias)
+    _check(x, w.stored_shape[w.transposed], w, bias)
     return Matmul.run(x, w, bias) if tracked(x, w, bias) else matmul_now(x, w, bias)
 
 
