@@ -24,6 +24,7 @@ from .dispatch import DensifyError as DensifyError
 from .dispatch import kernel as kernel
 from .dispatch import operator as operator
 from .dispatch import strict as strict
+from .engine import follow as follow
 from .io import load as load
 from .io import save as save
 from .layout import Layout as Layout

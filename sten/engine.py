@@ -166,8 +166,11 @@ class Engine:
             edit = self.gather.edits.get(site) or self._ask(views, site, counts)
             if edit is not None:
                 commits.append(site.rewrite(checked(edit, site, self.method), optimizer))
+        kept = [(site, twin, twin.spec.unpack(twin.parts, twin.shape)) for site in self.sites for twin in site.twins()]
         for commit in commits:
             commit()
+        for site, twin, dense in kept:
+            twin.follow(site.holder, dense)
         self.gather.forget()
         self.ticks += 1
         return True
@@ -305,6 +308,37 @@ def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
         expect(method, sites, optimizers[owner])
     for (owner, method), sites in groups.items():
         Engine(method, sites, optimizers[owner], sites[0].about.spread)
+
+
+def follow(average: nn.Module, model: nn.Module) -> nn.Module:
+    """Keep a running average of a model's weights (`torch.optim.swa_utils.AveragedModel`, an EMA) in the model's patterns.
+
+    Averages are taken slot by slot, so when a tick moves the pattern of a compressed weight, the average must move with it: entries
+    that stay keep their average, new ones start at zero. Dense masters need no call.
+
+    Args:
+        average: a deep copy of the model, or a wrapper with one as its `module`; returned.
+        model: the model that an engine trains.
+
+    Raises:
+        ValueError: `average` is no copy of the model.
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> model = sten.sparsify(model, sten.CSR(), sten.SET(100, every=10), sparsity=0.75, optimizer=optimizer)
+        >>> average = sten.follow(torch.optim.swa_utils.AveragedModel(model), model)
+    """
+    copy = average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average
+    twins = {site.name: site.holder for site in sites_of(copy)}
+    ours = [site for engine in ENGINES for site in engine.sites if any(site.module is m for m in model.modules())]
+    if not ours or any(site.name not in twins or twins[site.name] is site.holder for site in ours):
+        raise ValueError("follow takes a deep copy of the model that an engine trains, or an AveragedModel of it.")
+    for site in ours:
+        if not site.master:
+            site.copies.append(weakref.ref(twins[site.name]))
+    return average
 
 
 def stop(model: nn.Module) -> None:

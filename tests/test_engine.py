@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 from torch.nn import functional as F
 from training_models import OPTIMIZERS, batch, dense_weights, engine_of, loss_of, masks, mlp, sparse, train
@@ -415,3 +416,53 @@ def test_fixed_patterns_do_not_warn():
         warnings.simplefilter("error")
         model, optimizer, _ = sparse(sten.SET(24, every=4), Masked())
         train(model, optimizer, 5)
+
+
+@pytest.mark.parametrize("layout", [CSR(), BSR((4, 4)), Masked()], ids=str)
+def test_an_average_follows_the_pattern(layout):
+    model, optimizer, engine = sparse(sten.RigL(24, every=3), layout)
+    average = sten.follow(torch.optim.swa_utils.AveragedModel(model), model)
+    sums, mask = [torch.zeros(32, 16), torch.zeros(8, 32)], masks(model)
+    for step in range(10):
+        train(model, optimizer, 1, first=step)
+        now = masks(model)
+        sums = [s * m for s, m in zip(sums, now, strict=True)]  # an entry that goes loses its average
+        average.update_parameters(model)
+        sums = [(s * step + w) / (step + 1) for s, w in zip(sums, dense_weights(model), strict=True)]
+    assert engine.ticks == 3 and not torch.equal(mask[0], now[0])
+    for have, want, m in zip(dense_weights(average.module), sums, now, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+        assert not have[~m].any()
+    with pytest.raises(ValueError, match="deep copy"):
+        sten.follow(mlp(), model)
+
+
+def test_an_average_of_a_master_needs_nothing():
+    model, optimizer, _ = sparse(sten.Gradual(2, 8, 3))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for step in range(10):
+        train(model, optimizer, 1, first=step)
+        average.update_parameters(model)
+    assert torch.equal(masks(average.module)[0], masks(model)[0])
+    assert sten.finalize(average.module)[0].weight.density == 0.25
+
+
+COMPILED = [
+    (sten.RigL(24, every=4), CSR(), 2), (sten.SET(24, every=4), BSR((4, 4)), 1), (sten.SparseMomentum(24, every=4), CSR(), 1),
+    (sten.SRSTE(0.1), NM(2, 4), 1), (sten.DecayingMask(20, rate=0.2), NM(1, 4), 1), (sten.Gradual(2, 8, 3), CSR(), 1),
+    (sten.BDWP(), NM(2, 4), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=lambda c: type(c[0]).__name__)
+def test_compiled_models_tick_and_do_not_recompile(case):
+    method, layout, graphs = case
+    plain, first, _ = sparse(method, layout, optimizer="adam")
+    train(plain, first, 13)
+    model, optimizer, engine = sparse(method, layout, optimizer="adam")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    train(torch.compile(model, fullgraph=True, backend=counter), optimizer, 13)
+    assert engine.step == 13 and counter.frame_count <= graphs  # the second graph: a step whose dense gradient is wanted
+    for have, want in zip(dense_weights(model), dense_weights(plain), strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)

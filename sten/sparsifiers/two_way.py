@@ -106,6 +106,12 @@ class Faces(torch.autograd.Function):
         return grad.parts["values"] if isinstance(grad, SparseTensor) else grad, None, None
 
 
+@torch._dynamo.allow_in_graph
+def faces(w: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+    """The weight as the two products see it."""
+    return Faces.apply(w, forward, backward)
+
+
 def along_outputs(layout: NM, score: Tensor) -> Tensor:
     """The n:m mask whose groups run along the outputs."""
     return layout.mask(score.transpose(0, 1).contiguous()).transpose(0, 1)
@@ -209,7 +215,7 @@ class BDWP(DenseMaster):
 
     def apply(self, w: Tensor, view: View, state: State) -> Tensor:
         score = self.score(view)
-        return Faces.apply(w, view.layout.mask(score), along_outputs(view.layout, score))
+        return faces(w, view.layout.mask(score), along_outputs(view.layout, score))
 
 
 @dataclass(frozen=True)
@@ -255,7 +261,7 @@ class BiMask(DenseMaster):
         return Edit(mask=self.chosen(view), state={"order": best})
 
     def apply(self, w: Tensor, view: View, state: State) -> Tensor:
-        return Faces.apply(w, self.chosen(view), self.backward_mask(view, state["order"]))
+        return faces(w, self.chosen(view), self.backward_mask(view, state["order"]))
 
     def grad(self, view: View, state: State) -> Tensor:
         return self.decay * view.weight.masked_fill(self.chosen(view), 0)

@@ -82,6 +82,17 @@ class SparseWeight(nn.Module):
     def state(self) -> dict[str, Tensor]:
         return {name: self._buffers["state_" + name] for name in self.extra}
 
+    @torch.no_grad()
+    def follow(self, other: SparseWeight, dense: Tensor) -> None:
+        """Take the pattern of another holder, and from `dense` the numbers that it has there."""
+        for name, part in other.pattern.items():
+            self._buffers[name] = part.clone()
+        values = self.spec.pack_like(dense, other.parts)
+        if values.shape == self.values.shape:
+            self.values.copy_(values)
+        else:
+            self.values.data = values
+
     def forward(self, param: Tensor | None = None) -> SparseTensor:
         if torch.compiler.is_compiling():
             w = _traced(

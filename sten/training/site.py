@@ -7,8 +7,9 @@ written: pattern parts are shared, so reading after writing would mix two patter
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Site:
     attribute: str
     holder: SparseWeight | MasterWeight
     warned: bool = False
+    copies: list[weakref.ref] = field(default_factory=list)
     _shard: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -68,6 +70,10 @@ class Site:
         if not self.master:
             return self.holder.spec.pack_like(dense, parts)
         return shard_like((dense.t() if self.holder.transposed else dense).contiguous(), self.param)
+
+    def twins(self) -> list[SparseWeight]:
+        """The averages of this weight that follow its pattern (`sten.follow`)."""
+        return [twin for ref in self.copies if (twin := ref()) is not None]
 
     @property
     def size(self) -> int:
