@@ -26,7 +26,7 @@ def variant(request, monkeypatch):
 def test_linear(outputs, inputs, block, dtype, variant):
     parts, dense = bsr_parts(outputs, inputs, *block, dtype=dtype)
     bias = random(outputs, dtype=dtype)
-    for tokens in (1, 3, 17, 63) if variant == "few" else (1, 17, 63):
+    for tokens in (1, 3, 17, 63) if variant == "few" else (3, 17):
         x = random(tokens, inputs, dtype=dtype)
         got = bsr.linear(x, parts["values"], parts["crow"], parts["col"], bias, out_features=outputs)
         close(got, x.double() @ dense.double().T + bias.double(), dtype)
@@ -49,10 +49,13 @@ def test_gated_linear():
     close(got, torch.nn.functional.silu(x @ gate_dense.T) * (x @ up_dense.T))
 
 
+GRADIENTS = [(SHAPES[1], tokens) for tokens in TOKENS] + [(SHAPES[2], 17), (SHAPES[3], 63)]
+
+
 @pytest.mark.parametrize("path", ["blocks", "expand"])
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("outputs, inputs, block", SHAPES[1:])
-def test_gradients(outputs, inputs, block, tokens, path, monkeypatch):
+@pytest.mark.parametrize("shape, tokens", GRADIENTS)
+def test_gradients(shape, tokens, path, monkeypatch):
+    outputs, inputs, block = shape
     monkeypatch.setattr(bsr, "choose", lambda *a: (path, "the test says so"))
     parts, dense = bsr_parts(outputs, inputs, *block)
     x, grad = random(tokens, inputs), random(tokens, outputs, seed=1)
@@ -92,13 +95,8 @@ def test_one_row_holds_all_blocks(variant):
 
 def test_shapes_of_x(variant):
     parts, dense = bsr_parts(50, 72, 16, 16)
-    for x in (random(2, 3, 72), random(72, 6).T, random(4, 144)[:, ::2], random(8, 72)[::2], random(0, 72)):
-        got = (
-            bsr.linear(x, parts["values"], parts["crow"], parts["col"], out_features=50)
-            if len(x)
-            else x.new_zeros(0, 50)
-        )
-        close(got, x @ dense.T)
+    for x in (random(2, 3, 72), random(72, 6).T, random(4, 144)[:, ::2], random(8, 72)[::2]):
+        close(bsr.linear(x, parts["values"], parts["crow"], parts["col"], out_features=50), x @ dense.T)
 
 
 def test_zero_tokens():

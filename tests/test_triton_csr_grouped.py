@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from triton_cases import ACTIVATIONS, DEVICE, TOKENS, close, poisoned_outputs, random  # noqa: F401
+from triton_cases import ACTIVATIONS, DEVICE, close, poisoned_outputs, random  # noqa: F401
 
 from sten.kernels import csr, grouped_nm
 
@@ -58,7 +58,7 @@ def test_csr_sparse_and_full(density):
     assert torch.equal(csr.collect(dense, *parts[1:]), parts[0])
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", (1, 17))
 def test_csr_gradients(tokens):
     parts, dense = csr_parts(37, 50)
     x, grad = random(tokens, 50), random(tokens, 37, seed=1)

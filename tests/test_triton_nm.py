@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_cases import ACTIVATIONS, DEVICE, TOKENS, close, nm_parts, poisoned_outputs, random  # noqa: F401
+from triton_cases import ACTIVATIONS, DEVICE, close, nm_parts, poisoned_outputs, random  # noqa: F401
 
 from sten.kernels import nm
 
@@ -61,7 +61,7 @@ def test_expand_and_collect(outputs, inputs, n, m):
     assert torch.equal(nm.collect(dense, index, n=n, m=m), values)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", (1, 17))
 def test_gradients(tokens):
     values, index, dense, n, m = nm_parts(33, 46, 2, 4)
     x, grad = random(tokens, 46), random(tokens, 33, seed=1)
