@@ -383,7 +383,7 @@ def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
     if variant != "empty":
         flat = rows_contiguous(flat)
         given = (flat, values, t_crow, t_row, t_block, None, None, y.view(-1, in_features))
-        plan(("bsr grad",), given, lambda: _plan_many(*given, True, "none"))(*given)
+        plan(("bsr grad", precision(flat)), given, lambda: _plan_many(*given, True, "none"))(*given)
     return y
 
 

@@ -82,7 +82,7 @@ class Counters:
         start = self._used[device]
         if start + size > self.SLAB:
             return self._zeros(device, size)
-        self._used[device] = start + size
+        self._used[device] = start + -(-size // 4) * 4  # every slice as aligned as the first, which a launch relies on
         return self._slabs[device][start : start + size]
 
     @staticmethod
