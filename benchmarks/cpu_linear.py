@@ -1,0 +1,174 @@
+"""Time the compiled CPU kernels against dense `F.linear`, layout by layout, after checking their results.
+
+    python benchmarks/cpu_linear.py                                   # everything, about four minutes
+    python benchmarks/cpu_linear.py --tokens 1024 --layouts csr90 1:10:8
+    python benchmarks/cpu_linear.py --json results.json
+
+Dense and sparse are called in turn, in one process, on the same number of threads; a ratio is the median dense time
+over the median sparse time. "hot" calls the same weight again and again; "rotating" calls `--rotate` weights in turn, as
+a model does, so that they come from further away. A wrong result stops the script before it has reported anything.
+
+On a machine that others use, two threads wait for whoever is not scheduled, and medians say little. `--cpu-time` then
+measures processor time of one thread instead of elapsed time; the JSON has the load average and the fastest tenth too.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+import sten
+from sten import cpp
+
+SHAPES = [(3072, 768), (768, 3072)]  # (out, in)
+LAYOUTS = ["csr75", "csr90", "csr95", "1:10:8", "1:4:16", "2:4:8"]
+
+
+def make_layout(name):
+    """Return the layout and the sparsity (None where the layout has its own) that a name such as csr90 means."""
+    if name.startswith("csr"):
+        return sten.CSR(), int(name[3:]) / 100
+    return sten.GroupedNM(*map(int, name.split(":"))), None
+
+
+def make_weight(name, shape):
+    """Return (dense weight with the pruned entries zero, its parts) for a random weight of `shape`."""
+    layout, sparsity = make_layout(name)
+    dense = torch.randn(shape) / math.sqrt(shape[1])
+    mask = torch.rand(shape) >= sparsity if sparsity is not None else None
+    weight = sten.from_dense(dense, layout, mask)
+    return weight.to_dense(), dict(weight.parts)
+
+
+def operator(name, out):
+    """Return f(x, parts, bias), a call of the compiled operator."""
+    if name.startswith("csr"):
+        linear = torch.ops.sten.csr_linear
+        return lambda x, parts, bias: linear(x, parts["values"], parts["crow"], parts["col"], bias, out)
+    n, m, g = map(int, name.split(":"))
+    linear = torch.ops.sten.grouped_nm_linear
+    return lambda x, parts, bias: linear(x, parts["values"], parts["index"], bias, n, m, g, out)
+
+
+def check(name, run, x, weights, bias):
+    """Stop unless every weight's result agrees with a float64 product."""
+    for dense, parts in weights:
+        expected = F.linear(x.double(), dense.double(), bias.double())
+        scale = F.linear(x.double().abs(), dense.double().abs(), bias.double().abs())
+        error = ((run(x, parts, bias).double() - expected).abs() / scale).max().item()
+        if not error < 2e-6:
+            sys.exit(f"{name} is wrong by {error:.3g} of the sum of magnitudes; nothing is reported")
+
+
+def interleaved(calls, seconds, clock):
+    """Call each of `calls` in turn for `seconds`; return the sorted times of each, in microseconds."""
+    times = [[] for _ in calls]
+    for call in calls * 2:
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 9:
+        for call, taken in zip(calls, times, strict=True):
+            start = clock()
+            call()
+            taken.append((clock() - start) * 1e6)
+    return [sorted(taken) for taken in times]
+
+
+def in_turn(function, items):
+    """Return a call that applies `function` to the next of `items` each time."""
+    step = [-1]
+
+    def call():
+        step[0] = (step[0] + 1) % len(items)
+        return function(items[step[0]])
+
+    return call
+
+
+def measure(name, shape, tokens, arguments):
+    """Check one layout, shape and number of tokens, and return its timings."""
+    torch.manual_seed(0)
+    out, inp = shape
+    weights = [make_weight(name, shape) for _ in range(min(arguments.rotate, 3))]
+    # more weights than three are copies: what matters is that they lie elsewhere
+    while len(weights) < arguments.rotate:
+        dense, parts = weights[len(weights) % 3]
+        weights.append((dense.clone(), {k: v.clone() for k, v in parts.items()}))
+    x, bias, run = torch.randn(tokens, inp), torch.randn(out), operator(name, out)
+    check(name, run, x, weights[:3], bias)
+    result = {"layout": name, "in": inp, "out": out, "tokens": tokens}
+    for mode, used in (("hot", weights[:1]), ("rotating", weights)):
+        both = interleaved(
+            [in_turn(lambda w: F.linear(x, w[0], bias), used), in_turn(lambda w: run(x, w[1], bias), used)],
+            arguments.seconds,
+            time.thread_time if arguments.cpu_time else time.perf_counter,
+        )
+        dense, sparse = map(statistics.median, both)
+        fast_dense, fast_sparse = (times[len(times) // 10] for times in both)
+        result[mode] = {
+            "dense_us": round(dense, 1), "sparse_us": round(sparse, 1), "ratio": round(dense / sparse, 2),
+            "fastest_tenth": {"dense_us": round(fast_dense, 1), "sparse_us": round(fast_sparse, 1)},
+            "calls": len(both[0]),
+        }
+    return result
+
+
+def setting(arguments):
+    """Describe what was measured, on what."""
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as info:
+            lines = dict(line.split(":", 1) for line in info.read().split("\n\n")[0].splitlines() if ":" in line)
+        model = {k.strip(): v.strip() for k, v in lines.items()}.get("model name", model)
+    except OSError:
+        pass
+    return {"device": model, "threads": arguments.threads, "load_average": os.getloadavg(),
+            "clock": "processor time" if arguments.cpu_time else "elapsed time", "torch": torch.__version__, "python": platform.python_version(),
+            "instruction_set": cpp.features()["instruction_set"], "dtype": "float32",
+            "dense": "eager F.linear, same process, calls interleaved, medians"}
+
+
+def main():
+    """Parse, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="LAYOUT", help="csr<percent> or n:m:g")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 1024])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rotate", type=int, default=12, help="weights called in turn when rotating")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread")
+    parser.add_argument("--json", help="write the results here")
+    arguments = parser.parse_args()
+    if not cpp.available():
+        sys.exit("the extension is not built; `python setup.py build_ext --inplace` builds it")
+    if arguments.cpu_time:
+        arguments.threads = 1
+    torch.set_num_threads(arguments.threads)
+    results = []
+    print(f"{'layout':8}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}   (hot / rotating)")
+    for tokens in arguments.tokens:
+        for name in arguments.layouts:
+            both = [measure(name, shape, tokens, arguments) for shape in SHAPES]
+            for r in both:
+                hot, turn = r["hot"], r["rotating"]
+                print(f"{name:8}{tokens:7}  {r['in']:>4} -> {r['out']:<5}{hot['dense_us']:11.0f} /{turn['dense_us']:9.0f}"
+                      f"{hot['sparse_us']:10.0f} /{turn['sparse_us']:8.0f}{hot['ratio']:8.2f} /{turn['ratio']:5.2f}",
+                      flush=True)
+            mean = {mode: round(math.prod(r[mode]["ratio"] for r in both) ** 0.5, 2) for mode in ("hot", "rotating")}
+            print(f"{name:8}{tokens:7}  {'geometric mean':>54}{mean['hot']:8.2f} /{mean['rotating']:5.2f}", flush=True)
+            results += both
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"setting": setting(arguments), "results": results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
