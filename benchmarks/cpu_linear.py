@@ -5,8 +5,9 @@
     python benchmarks/cpu_linear.py --json results.json
 
 Dense and sparse are called in turn, in one process, on the same number of threads; a ratio is the median dense time
-over the median sparse time. "hot" calls the same weight again and again; "rotating" calls `--rotate` weights in turn, as
-a model does, so that they come from further away. A wrong result stops the script before it has reported anything.
+over the median sparse time. "hot" calls the same weight again and again; "rotating" calls `--rotate` weights in turn,
+as a model does, so that they come from further away. A wrong result stops the script; a script that was stopped has
+reported nothing about the layout that was wrong.
 
 On a machine that others use, two threads wait for whoever is not scheduled, and medians say little. `--cpu-time` then
 measures processor time of one thread instead of elapsed time; the JSON has the load average and the fastest tenth too.
@@ -64,7 +65,7 @@ def check(name, run, x, weights, bias):
         scale = F.linear(x.double().abs(), dense.double().abs(), bias.double().abs())
         error = ((run(x, parts, bias).double() - expected).abs() / scale).max().item()
         if not error < 2e-6:
-            sys.exit(f"{name} is wrong by {error:.3g} of the sum of magnitudes; nothing is reported")
+            sys.exit(f"{name} is wrong by {error:.3g} of the sum of magnitudes; it is not timed")
 
 
 def interleaved(calls, seconds, clock):
@@ -113,7 +114,9 @@ def measure(name, shape, tokens, arguments):
         dense, sparse = map(statistics.median, both)
         fast_dense, fast_sparse = (times[len(times) // 10] for times in both)
         result[mode] = {
-            "dense_us": round(dense, 1), "sparse_us": round(sparse, 1), "ratio": round(dense / sparse, 2),
+            "dense_us": round(dense, 1),
+            "sparse_us": round(sparse, 1),
+            "ratio": round(dense / sparse, 2),
             "fastest_tenth": {"dense_us": round(fast_dense, 1), "sparse_us": round(fast_sparse, 1)},
             "calls": len(both[0]),
         }
@@ -129,10 +132,17 @@ def setting(arguments):
         model = {k.strip(): v.strip() for k, v in lines.items()}.get("model name", model)
     except OSError:
         pass
-    return {"device": model, "threads": arguments.threads, "load_average": os.getloadavg(),
-            "clock": "processor time" if arguments.cpu_time else "elapsed time", "torch": torch.__version__, "python": platform.python_version(),
-            "instruction_set": cpp.features()["instruction_set"], "dtype": "float32",
-            "dense": "eager F.linear, same process, calls interleaved, medians"}
+    return {
+        "device": model,
+        "threads": arguments.threads,
+        "load_average": os.getloadavg(),
+        "clock": "processor time" if arguments.cpu_time else "elapsed time",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "instruction_set": cpp.features()["instruction_set"],
+        "dtype": "float32",
+        "dense": "eager F.linear, same process, calls interleaved, medians",
+    }
 
 
 def main():
@@ -152,15 +162,19 @@ def main():
         arguments.threads = 1
     torch.set_num_threads(arguments.threads)
     results = []
-    print(f"{'layout':8}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}   (hot / rotating)")
+    print(
+        f"{'layout':8}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}   (hot / rotating)"
+    )
     for tokens in arguments.tokens:
         for name in arguments.layouts:
             both = [measure(name, shape, tokens, arguments) for shape in SHAPES]
             for r in both:
                 hot, turn = r["hot"], r["rotating"]
-                print(f"{name:8}{tokens:7}  {r['in']:>4} -> {r['out']:<5}{hot['dense_us']:11.0f} /{turn['dense_us']:9.0f}"
-                      f"{hot['sparse_us']:10.0f} /{turn['sparse_us']:8.0f}{hot['ratio']:8.2f} /{turn['ratio']:5.2f}",
-                      flush=True)
+                print(
+                    f"{name:8}{tokens:7}  {r['in']:>4} -> {r['out']:<5}{hot['dense_us']:11.0f} /{turn['dense_us']:9.0f}"
+                    f"{hot['sparse_us']:10.0f} /{turn['sparse_us']:8.0f}{hot['ratio']:8.2f} /{turn['ratio']:5.2f}",
+                    flush=True,
+                )
             mean = {mode: round(math.prod(r[mode]["ratio"] for r in both) ** 0.5, 2) for mode in ("hot", "rotating")}
             print(f"{name:8}{tokens:7}  {'geometric mean':>54}{mean['hot']:8.2f} /{mean['rotating']:5.2f}", flush=True)
             results += both
