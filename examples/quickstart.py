@@ -120,7 +120,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="seconds instead of a minute: checks that it runs")
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
-    width, epochs, repeats = (96, 1, 3) if args.tiny else (2048, 8, 20)
+    width, epochs, repeats = (96, 1, 3) if args.tiny else (1024, 16, 20)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     data = digits()
@@ -138,7 +138,7 @@ def main():
     others = {"CSR 90 %": (sten.CSR(), 0.9), "GroupedNM(1, 4, 16)": (sten.GroupedNM(1, 4, 16), None), "CSR 75 %": (sten.CSR(), 0.75)}
     x = data[0].repeat(2, 1)[:1024]
     for name, (other, sparsity) in others.items():
-        model = sparse_copy(dense, other, sparsity, data, max(epochs // 4, 1), name)
+        model = sparse_copy(dense, other, sparsity, data, max(epochs // 3, 1), name)
         ms = latencies({"dense": dense, "sparse": model}, x, repeats)
         results[name] = ms["dense"] / ms["sparse"], accuracy(model, *data[2:])
     results["dense"] = 1.0, accuracy(dense, *data[2:])

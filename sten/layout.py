@@ -268,8 +268,8 @@ def reduction_place(shape: tuple[int, ...], column: int, m: int) -> str:
 
 def row_of_slots(crow: Tensor, slots: int) -> Tensor:
     """The row that owns each of `slots` slots; the number of rows for slots behind crow[-1]. Shapes stay static."""
-    slot = torch.arange(slots, dtype=crow.dtype, device=crow.device)
-    return torch.searchsorted(crow, slot, right=True) - 1
+    count = torch.cat([crow.diff(), slots - crow[-1:]])
+    return torch.arange(len(crow), device=crow.device).repeat_interleave(count, output_size=slots)
 
 
 def slots_of_rows(crow: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
