@@ -1,4 +1,4 @@
-"""A method that sten does not have, without touching a file of sten: inputs that have few weights so far are fed first."""
+"""A method that sten does not have, without touching sten: inputs that have few weights so far are fed first."""
 from dataclasses import dataclass
 
 import torch

@@ -81,8 +81,8 @@ class Global(Allocation):
 class ERK(Allocation):
     """Erdos-Renyi-Kernel: the density of a weight is proportional to sum(shape) / prod(shape); narrow layers keep more.
 
-    Weights whose density would pass 1 stay dense and the rest pays for them. The sum is exact: what rounding leaves goes
-    to the largest remainders.
+    Weights whose density would pass 1 stay dense and the rest pays for them. The sum is exact: what rounding leaves
+    goes to the largest remainders.
 
     Source: Evci et al., Rigging the Lottery, 2020, section 3 (1); Mocanu et al., 2018 (for matrices).
 

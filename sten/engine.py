@@ -227,7 +227,7 @@ class Views(Mapping):
 
 
 def checked(edit: Edit, site: Site, method: Sparsifier) -> Edit:
-    """The same edit on every rank; TypeError if its masks are not bool, a warning if they leave a weight or rows empty."""
+    """The same edit on every rank; TypeError if its masks are not bool, a warning if they leave rows empty."""
     for name in ("mask", "fresh"):
         given = getattr(edit, name)
         if given is not None and given.dtype != torch.bool:
@@ -311,10 +311,10 @@ def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
 
 
 def follow(average: nn.Module, model: nn.Module) -> nn.Module:
-    """Keep a running average of a model's weights (`torch.optim.swa_utils.AveragedModel`, an EMA) in the model's patterns.
+    """Keep a running average of a model's weights (`torch.optim.swa_utils.AveragedModel`, an EMA) in its patterns.
 
-    Averages are taken slot by slot, so when a tick moves the pattern of a compressed weight, the average must move with it: entries
-    that stay keep their average, new ones start at zero. Dense masters need no call.
+    Averages are taken slot by slot, so when a tick moves the pattern of a compressed weight, the average must move with
+    it: entries that stay keep their average, new ones start at zero. Dense masters need no call.
 
     Args:
         average: a deep copy of the model, or a wrapper with one as its `module`; returned.

@@ -24,7 +24,8 @@ class AdamS(Optimizer):
         params: tensors or parameter groups.
         lr, betas, eps: as in Adam.
 
-    Source: https://arxiv.org/abs/2509.25996, algorithm 1, read through a reproduction's citations; betas and eps are Adam's.
+    Source: https://arxiv.org/abs/2509.25996, algorithm 1, read through a reproduction's citations; betas and eps are
+    Adam's.
 
     Example:
         >>> import torch, sten
@@ -36,7 +37,9 @@ class AdamS(Optimizer):
         [0.9, 1.9]
     """
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(
+        self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
         if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"AdamS takes lr >= 0, eps >= 0 and betas in [0, 1); got {lr}, {eps}, {betas}.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})

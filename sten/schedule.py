@@ -1,8 +1,8 @@
 """Schedule: when a method acts, and with what number.
 
 The contract, in one line: `due(step) -> bool` and `value(step) -> float`. A step is counted from 1, the first call of
-`optimizer.step()`; 0 is the state before it. `value` also takes a 0-d tensor and then answers with one, so that compiled
-models do not recompile as the number moves.
+`optimizer.step()`; 0 is the state before it. `value` also takes a 0-d tensor and then answers with one, so that
+compiled models do not recompile as the number moves.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ FOREVER = 2**62
 class Schedule(ABC):
     """Every `every` steps from `start` to `stop`, both included; the value goes from `first` to `last` in between.
 
-    Before `start` the value is `first`, after `stop` it is `last`. With `closing`, the step `stop` itself is always due,
-    so that a curve arrives at `last` also where `every` does not divide the length.
+    Before `start` the value is `first`, after `stop` it is `last`. With `closing`, the step `stop` itself is always
+    due, so that a curve arrives at `last` also where `every` does not divide the length.
 
     Raises:
         ValueError: stop before start, or every below 1.

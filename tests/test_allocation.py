@@ -14,8 +14,8 @@ def test_uniform():
 
 
 def test_erk_by_hand():
-    # density is eps * (16 + 16) / 256 = eps / 8 and eps * 18 / 32; the budget 144 = eps * (32 + 18), eps = 2.88 > 1 / .5625:
-    # narrow is dense (32), wide gets the other 112
+    # density is eps * (16 + 16) / 256 = eps / 8 and eps * 18 / 32; the budget 144 = eps * (32 + 18), so eps = 2.88,
+    # more than 1 / .5625: narrow is dense (32), wide gets the other 112
     assert sten.ERK(0.5).assign({"wide": (16, 16), "narrow": (2, 16)}, None) == {"wide": 112, "narrow": 32}
 
 

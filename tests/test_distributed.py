@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training_models import OPTIMIZERS, dense_weights, engine_of, masks, mlp
+from training_models import OPTIMIZERS, engine_of, masks, mlp
 
 import sten
 from sten.layouts import BSR, CSR, NM, VectorNM

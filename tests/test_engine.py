@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
-from torch.nn import functional as F
 from training_models import OPTIMIZERS, batch, dense_weights, engine_of, loss_of, masks, mlp, sparse, train
 
 import sten
@@ -87,7 +86,7 @@ def test_rigl_on_four_by_four_computed_by_hand():
     x, c = torch.tensor([1.0, 2, 4, 8]), torch.tensor([1.0, 0, 0.5, 0])
     (model(x) * c).sum().backward()
     optimizer.step()
-    # dropped: 1 and 2 (the smallest); grown: the largest |g| outside what is kept: g[0, 3] = 8, and of the two 4s, g[0, 2]
+    # dropped: 1 and 2 (the smallest); grown: the largest |g| outside what is kept: g[0, 3] = 8, and g[0, 2] of two 4s
     expected = torch.tensor([[5.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
     grown = torch.zeros(4, 4, dtype=torch.bool)
     grown[0, 2] = grown[0, 3] = True
@@ -126,7 +125,9 @@ def test_a_tick_keeps_kept_weights_bit_by_bit_and_zeroes_new_ones(layout, name):
 
 
 @every_layout
-@pytest.mark.parametrize("method", [sten.SET(60, every=5), sten.RigL(60, every=5), sten.DSTEE(60, every=5)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [sten.SET(60, every=5), sten.RigL(60, every=5), sten.DSTEE(60, every=5)], ids=lambda m: type(m).__name__
+)
 def test_the_count_is_exact_after_every_tick(layout, method):
     model, optimizer, engine = sparse(method, layout, optimizer="adamw")
     counts = [int(mask.sum()) for mask in masks(model)]
@@ -254,7 +255,9 @@ def test_groups_clipping_and_several_models():
             optimizer.step()
     assert [(engine_of(m).step, engine_of(m).ticks) for m, _ in models] == [(10, 2), (10, 2)]
     alone = mlp(1)
-    optimizer = torch.optim.AdamW([{"params": alone[0].parameters(), "lr": 0.01}, {"params": alone[2].parameters(), "weight_decay": 0.1}], lr=0.02)
+    optimizer = torch.optim.AdamW(
+        [{"params": alone[0].parameters(), "lr": 0.01}, {"params": alone[2].parameters(), "weight_decay": 0.1}], lr=0.02
+    )
     sten.sparsify(alone, CSR(), sten.RigL(24, every=5), 0.75, optimizer=optimizer)
     for step in range(10):
         optimizer.zero_grad()
@@ -266,7 +269,10 @@ def test_groups_clipping_and_several_models():
 
 def test_two_optimizers():
     model = mlp()
-    optimizers = [torch.optim.SGD(model[0].parameters(), 0.1, momentum=0.9), torch.optim.AdamW(model[2].parameters(), 1e-2)]
+    optimizers = [
+        torch.optim.SGD(model[0].parameters(), 0.1, momentum=0.9),
+        torch.optim.AdamW(model[2].parameters(), 1e-2),
+    ]
     sten.sparsify(model, CSR(), sten.RigL(24, every=4), 0.75, optimizer=optimizers)
     before = masks(model)
     for step in range(5):
@@ -288,7 +294,9 @@ def test_nothing_dense_is_kept_between_ticks_and_one_gradient_at_a_time_on_them(
     train(model, optimizer, 1, first=2)  # the next step is a tick
     optimizer.zero_grad()
     loss_of(model, 3).backward()
-    assert all(tap.at_once is not None and tap.total is None and tap.deliveries == 1 for tap in engine.gather.taps.values())
+    assert all(
+        tap.at_once is not None and tap.total is None and tap.deliveries == 1 for tap in engine.gather.taps.values()
+    )
     optimizer.step()
     assert engine.ticks == 1
 
@@ -319,7 +327,7 @@ def test_an_error_of_a_method_leaves_everything_as_it_was():
                 raise RuntimeError("no")
             return super().update(view, state)
 
-    model, optimizer, engine = sparse(Broken(24, every=2))
+    model, optimizer, _ = sparse(Broken(24, every=2))
     train(model, optimizer, 1)
     before = masks(model)
     with pytest.raises(RuntimeError, match="no"):
@@ -386,9 +394,21 @@ def test_conv1d_like_transposes_tick_in_the_layouts_orientation(method):
 
 BAD = {
     "no lbfgs": (lambda m: torch.optim.LBFGS(m.parameters()), CSR(), sten.SET(9, every=2), 0.5, "LBFGS"),
-    "not in optimizer": (lambda m: torch.optim.SGD([m[0].bias], 0.1), CSR(), sten.SET(9, every=2), 0.5, "not in the optimizer"),
+    "not in optimizer": (
+        lambda m: torch.optim.SGD([m[0].bias], 0.1),
+        CSR(),
+        sten.SET(9, every=2),
+        0.5,
+        "not in the optimizer",
+    ),
     "rate": (lambda m: torch.optim.SGD(m.parameters(), 0.1), NM(2, 4), sten.Gradual(0, 9), None, "one rate"),
-    "grouped": (lambda m: torch.optim.SGD(m.parameters(), 0.1), sten.GroupedNM(2, 4, 1), sten.SET(9, every=2), None, "cannot move"),
+    "grouped": (
+        lambda m: torch.optim.SGD(m.parameters(), 0.1),
+        sten.GroupedNM(2, 4, 1),
+        sten.SET(9, every=2),
+        None,
+        "cannot move",
+    ),
 }
 
 
@@ -448,9 +468,9 @@ def test_an_average_of_a_master_needs_nothing():
 
 
 COMPILED = [
-    (sten.RigL(24, every=4), CSR(), 2), (sten.SET(24, every=4), BSR((4, 4)), 1), (sten.SparseMomentum(24, every=4), CSR(), 1),
-    (sten.SRSTE(0.1), NM(2, 4), 1), (sten.DecayingMask(20, rate=0.2), NM(1, 4), 1), (sten.Gradual(2, 8, 3), CSR(), 1),
-    (sten.BDWP(), NM(2, 4), 1),
+    (sten.RigL(24, every=4), CSR(), 2), (sten.SET(24, every=4), BSR((4, 4)), 1), (sten.SparseMomentum(24, every=4),
+    CSR(), 1), (sten.SRSTE(0.1), NM(2, 4), 1), (sten.DecayingMask(20, rate=0.2), NM(1, 4), 1), (sten.Gradual(2, 8, 3),
+    CSR(), 1), (sten.BDWP(), NM(2, 4), 1),
 ]  # fmt: skip
 
 
@@ -463,6 +483,8 @@ def test_compiled_models_tick_and_do_not_recompile(case):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     train(torch.compile(model, fullgraph=True, backend=counter), optimizer, 13)
-    assert engine.step == 13 and counter.frame_count <= graphs  # the second graph: a step whose dense gradient is wanted
+    assert (
+        engine.step == 13 and counter.frame_count <= graphs
+    )  # the second graph: a step whose dense gradient is wanted
     for have, want in zip(dense_weights(model), dense_weights(plain), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)

@@ -28,7 +28,9 @@ def test_values_by_hand():
     assert Constant(0.3, every=7).value(10**9) == 0.3
 
 
-@pytest.mark.parametrize("plan", [*CURVES, Exponential(1.0, 0.0, 3, 11, rate=0.3), Constant(0.3)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "plan", [*CURVES, Exponential(1.0, 0.0, 3, 11, rate=0.3), Constant(0.3)], ids=lambda p: type(p).__name__
+)
 def test_a_tensor_gives_the_same_number(plan):
     for step in range(15):
         assert float(torch.as_tensor(plan.value(torch.tensor(step)))) == pytest.approx(plan.value(step), abs=1e-6)

@@ -63,4 +63,8 @@ def dense_weights(model):
 
 
 def masks(model):
-    return [layer.sparse_weight.tensor(layer._parameters["weight"]).mask() for layer in model if isinstance(layer, nn.Linear)]
+    return [
+        layer.sparse_weight.tensor(layer._parameters["weight"]).mask()
+        for layer in model
+        if isinstance(layer, nn.Linear)
+    ]

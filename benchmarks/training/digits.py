@@ -1,9 +1,10 @@
-"""Methods of sparse training on real digits (scikit-learn's, 8x8): accuracy on held-out images, mean and spread over seeds.
+"""Methods of sparse training on real digits (scikit-learn's, 8x8): accuracy on held-out images, mean and spread over
+seeds.
 
     python benchmarks/training/digits.py --model mlp --seeds 3 --out results.json
 
-A wide MLP (64-256-256-10) or a small conv net; every method gets the same steps, batches and learning rate schedule. The
-last layer stays dense. Refuses to report a run whose finalized model has not the density that was asked for.
+A wide MLP (64-256-256-10) or a small conv net; every method gets the same steps, batches and learning rate schedule.
+The last layer stays dense. Refuses to report a run whose finalized model has not the density that was asked for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from recipes import Recipe, Run, recipes
 from sklearn.datasets import load_digits
 from torch import nn
 
+import sten
+
 
 def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Training and test images and classes; every fourth image is held out."""
@@ -33,9 +36,17 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 def make(kind: str, width: float) -> nn.Sequential:
     if kind == "mlp":
         hidden = round(256 * width)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10)
+        )
     channels = round(32 * width)
-    convs = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    convs = [
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, channels, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+    ]
     more = [nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     return nn.Sequential(*convs, *more, nn.Linear(4 * channels, 10))
 
@@ -66,7 +77,12 @@ def train(recipe: Recipe, kind: str, seed: int, steps: int, sets) -> dict:
     with torch.no_grad():
         logits = model.eval()(test_x)
     accuracy = float((logits.argmax(1) == test_y).float().mean())
-    return {"accuracy": accuracy, "loss": float(nn.functional.cross_entropy(logits, test_y)), "density": density, "seconds": seconds}
+    return {
+        "accuracy": accuracy,
+        "loss": float(nn.functional.cross_entropy(logits, test_y)),
+        "density": density,
+        "seconds": seconds,
+    }
 
 
 def spread(runs: list[dict], key: str) -> tuple[float, float]:
@@ -103,13 +119,23 @@ def main() -> None:
     warnings.simplefilter("ignore")
     sets, results = data(), {}
     wanted = tuple(args.only.split(",")) if args.only else ("",)
-    for name, recipe in recipes().items():
+    for name, recipe in recipes(sten.CSR()).items():
         if not name.startswith(wanted) or (args.model == "conv" and "small" in name and "80" not in name):
             continue
         results[name] = [train(recipe, args.model, seed, args.steps, sets) for seed in range(args.seeds)]
-        (mean, deviation), (loss, _), (seconds, _) = (spread(results[name], key) for key in ("accuracy", "loss", "seconds"))
-        print(f"{name:18} {100 * mean:6.2f} +- {100 * deviation:4.2f} %   loss {loss:.4f}   {seconds:5.1f} s", flush=True)
-    about = {"model": args.model, "steps": args.steps, "cpu": platform.processor(), "torch": torch.__version__, "sten": "0.1.0"}
+        (mean, deviation), (loss, _), (seconds, _) = (
+            spread(results[name], key) for key in ("accuracy", "loss", "seconds")
+        )
+        print(
+            f"{name:18} {100 * mean:6.2f} +- {100 * deviation:4.2f} %   loss {loss:.4f}   {seconds:5.1f} s", flush=True
+        )
+    about = {
+        "model": args.model,
+        "steps": args.steps,
+        "cpu": platform.processor(),
+        "torch": torch.__version__,
+        "sten": "0.1.0",
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
     picture(results, args.out.with_suffix(".png"))

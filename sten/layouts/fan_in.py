@@ -26,8 +26,9 @@ from sten.layout import (
 class FanIn(Layout):
     """Constant fan-in: every living row of the weight seen as a matrix (R, C) = (O, prod(rest)) has f entries.
 
-    Parts, with L living rows: `values` (L, f); `index` (L, f) int32, columns, ascending in a row; `row` (L,) int32, which
-    rows they are, ascending. Rows that a mask leaves empty are not stored ("ablated neurons"). Where living rows have
+    Parts, with L living rows: `values` (L, f); `index` (L, f) int32, columns, ascending in a row; `row` (L,) int32,
+    which rows they are, ascending. Rows that a mask leaves empty are not stored ("ablated neurons"). Where living rows
+    have
     different counts, f is the highest, and the lowest free columns are stored as explicit zeros.
 
     Example:

@@ -12,7 +12,7 @@ from .srigl import SRigL
 from .two_way import BDWP, BiMask, Transposable, TwoFaced
 
 __all__ = [
-    "BDWP", "CAST", "DSTEE", "SET", "SRSTE", "STE", "BiMask", "BlockPruneGrow", "DecayingMask", "DecayingStructure", "Edit",
-    "Gradual", "Magnitude", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum", "Sparsifier", "State", "Static",
-    "Transposable", "TwoFaced", "View",
+    "BDWP", "CAST", "DSTEE", "SET", "SRSTE", "STE", "BiMask", "BlockPruneGrow", "DecayingMask", "DecayingStructure",
+    "Edit", "Gradual", "Magnitude", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum", "Sparsifier", "State",
+    "Static", "Transposable", "TwoFaced", "View",
 ]  # fmt: skip

@@ -19,13 +19,14 @@ from .units import fill_up, keep_largest
 
 @dataclass(frozen=True)
 class BlockPruneGrow(Cubically):
-    """Gradual on blocks of BSR: at each tick the smallest blocks go, and a part of the kept ones gives way to grown blocks.
+    """Gradual on blocks of BSR, in which a part of the kept blocks gives way to grown ones at each tick.
 
-    The block sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`. At a tick, drop_fraction (falling to 0 with the
-    same cubic) of the blocks that would stay, those with the smallest sum |w|, are exchanged for those with the largest sum |g|.
+    The block sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`. At a tick, drop_fraction (falling to
+    0 with the same cubic) of the blocks that would stay, those with the smallest sum |w|, are exchanged for those with
+    the largest sum |g|.
 
-    Source: Okanovic et al., BLaST, https://arxiv.org/abs/2507.03117. UNVERIFIED: its schedule, its growth score (block-gradient
-    norms), its block sizes.
+    Source: Okanovic et al., BLaST, https://arxiv.org/abs/2507.03117. UNVERIFIED: its schedule, its growth score
+    (block-gradient norms), its block sizes.
 
     Example:
         >>> import torch, sten

@@ -17,14 +17,16 @@ from .sparsifier import Edit, State, View
 class CAST(DenseMaster):
     """Continuous, adaptive sparse training: train with `sten.optim.AdamS` and add `sten.distill_loss` to the loop.
 
-    The model computes densely, with A * w: A (rows, groups), trained from ones, scales contiguous blocks of columns. Every
-    `refresh` steps the mask is the n:m of |w|; AdamS decays what it drops, with strength decay * t / total_steps.
+    The model computes densely, with A * w: A (rows, groups), trained from ones, scales contiguous blocks of columns.
+    Every `refresh` steps the mask is the n:m of |w|; AdamS decays what it drops, with strength decay * t / total_steps.
     `sten.finalize` masks and folds A into the weight. The decay should be of the gradient's order of magnitude; what is
     reachable is sum_t lr_t * t / total_steps, so check that against typical |w|.
 
-    Source: Huang et al., CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware Training for Large Language Models,
-    https://arxiv.org/abs/2509.25996, algorithm 1 and equations 11-13, read through a reproduction's citations. UNVERIFIED: the
-    contiguous blocks, which tensors, betas, the learning rate's schedule. decay 4e-7 and refresh 10 are cited for a 7B model.
+    Source: Huang et al., CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware Training for Large Language
+    Models,
+    https://arxiv.org/abs/2509.25996, algorithm 1 and equations 11-13, read through a reproduction's citations.
+    UNVERIFIED: the contiguous blocks, which tensors, betas, the learning rate's schedule. decay 4e-7 and refresh 10 are
+    cited for a 7B model.
 
     Example:
         >>> import torch, sten
@@ -49,7 +51,11 @@ class CAST(DenseMaster):
         return Constant(0.0, start=self.refresh, stop=FOREVER, every=self.refresh)
 
     def init(self, view: View) -> State:
-        return {"scale": nn.Parameter(torch.ones(len(view.weight), self.groups, dtype=view.weight.dtype, device=view.weight.device))}
+        return {
+            "scale": nn.Parameter(
+                torch.ones(len(view.weight), self.groups, dtype=view.weight.dtype, device=view.weight.device)
+            )
+        }
 
     def update(self, view: View, state: State) -> Edit:
         return Edit(mask=self.chosen(view))

@@ -1,4 +1,5 @@
-"""Static, SET, RigL, DST-EE: sparse from the first step to the last; weights of small magnitude give way to new ones."""
+"""Static, SET, RigL, DST-EE: sparse from the first step to the last; weights of small magnitude give way to new
+ones."""
 
 from __future__ import annotations
 
@@ -37,10 +38,11 @@ class Static(Sparsifier):
 
 @dataclass(frozen=True)
 class DropGrow(Sparsifier):
-    """Every `every` steps, drop a fraction of the living weights, those of the smallest |w|, and grow as many elsewhere.
+    """Every `every` steps, drop a fraction of the living weights, those of the smallest |w|, and grow as many
+    elsewhere.
 
-    The count of a weight never changes, nor its n:m groups. New entries start at zero, in the weight and in every slot of
-    the optimizer. A layout of blocks or vectors drops and grows whole ones, by the sums of their scores.
+    The count of a weight never changes, nor its n:m groups. New entries start at zero, in the weight and in every slot
+    of the optimizer. A layout of blocks or vectors drops and grows whole ones, by the sums of their scores.
 
     Attributes:
         total_steps: optimizer steps of the whole training.
@@ -62,7 +64,7 @@ class DropGrow(Sparsifier):
             raise ValueError(f"{type(self).__name__} takes drop_fraction and stop between 0 and 1; got {self}.")
         if not 1 <= self.every <= int(self.stop * self.total_steps):
             raise ValueError(
-                f"{type(self).__name__} never acts: every={self.every} is beyond {self.stop:g} * {self.total_steps} steps."
+                f"{type(self).__name__} never acts: every={self.every} > {self.stop:g} * {self.total_steps} steps."
             )
 
     @property
@@ -114,7 +116,8 @@ class RigL(DropGrow):
 
     Just-dropped entries may come back; then they keep their value and their slots.
 
-    Source: Evci et al., https://arxiv.org/abs/1911.11134, section 3 (drop fraction by cosine, 0 from 75 % of training on).
+    Source: Evci et al., https://arxiv.org/abs/1911.11134, section 3 (drop fraction by cosine, 0 from 75 % of training
+    on).
 
     Example:
         >>> import torch, sten

@@ -19,7 +19,8 @@ from .sparsifier import Edit, State, View
 
 @dataclass(frozen=True)
 class Cubically(DenseMaster):
-    """A hard mask whose sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`, every `every` steps and at `stop`."""
+    """A hard mask whose sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`, every `every` steps and at
+    `stop`."""
 
     start: int
     stop: int
@@ -45,9 +46,9 @@ class Cubically(DenseMaster):
 class Gradual(Cubically):
     """Prune the smallest |w| step by step: from dense at `start` to sparsify's sparsity at `stop`, by a cubic.
 
-    s(t) = s_final * (1 - (1 - (t - start) / (stop - start))**3), every `every` steps and at `stop`. Pruned weights are zero from
-    then on, after every optimizer step: momentum would revive them. With `sten.Global` the budget is shared anew at each
-    tick.
+    s(t) = s_final * (1 - (1 - (t - start) / (stop - start))**3), every `every` steps and at `stop`. Pruned weights are
+    zero from then on, after every optimizer step: momentum would revive them. With `sten.Global` the budget is shared
+    anew at each tick.
 
     Source: Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878, section 3.
 
@@ -55,7 +56,8 @@ class Gradual(Cubically):
         >>> import torch, sten
         >>> model = torch.nn.Linear(8, 8)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        >>> model = sten.sparsify(model, sten.CSR(), sten.Gradual(start=1, stop=3, every=1), sparsity=0.75, optimizer=optimizer)
+        >>> method = sten.Gradual(start=1, stop=3, every=1)
+        >>> model = sten.sparsify(model, sten.CSR(), method, sparsity=0.75, optimizer=optimizer)
         >>> for step in range(3):
         ...     model(torch.randn(2, 8)).sum().backward()
         ...     optimizer.step()
@@ -67,7 +69,9 @@ class Gradual(Cubically):
 
     def check(self, layout: Layout) -> None:
         if layout.rate is not None:
-            raise ValueError(f"Gradual raises the sparsity step by step, but {layout} has one rate: use sten.DecayingMask or sten.SRSTE.")
+            raise ValueError(
+                f"Gradual raises the sparsity, but {layout} has one rate: use sten.DecayingMask or sten.SRSTE."
+            )
 
     def apply(self, w: Tensor, view: View, state: State) -> Tensor:
         return w * view.mask
@@ -82,7 +86,8 @@ class Rewind:
     A helper for a loop that the user writes: each round trains, prunes the same share of what is left, and starts again
     from the weights of step `k`, in the new mask. Round r of K has sparsity 1 - (1 - sparsity)**(r / K).
 
-    Source: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, https://arxiv.org/abs/1912.05671.
+    Source: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis,
+    https://arxiv.org/abs/1912.05671.
 
     Example:
         >>> import torch, sten

@@ -82,7 +82,8 @@ class SRSTE(DenseMaster):
     Example:
         >>> import torch, sten
         >>> model = torch.nn.Linear(8, 4)
-        >>> model = sten.sparsify(model, sten.NM(2, 4), sten.SRSTE(), optimizer=torch.optim.SGD(model.parameters(), 0.1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> model = sten.sparsify(model, sten.NM(2, 4), sten.SRSTE(), optimizer=optimizer)
         >>> sten.finalize(model).weight.density
         0.5
     """
@@ -100,9 +101,9 @@ class SRSTE(DenseMaster):
 class DecayingMask(DenseMaster):
     """Compute with w * (M + beta * (1 - M)): what is masked out fades away as beta falls from 1 to 0.
 
-    beta is 1 for `dense` of the steps, then exp(-rate * t) or max(0, 1 - rate * t), and 0 for the last `fine_tune` of them (an
-    exponential never arrives). The gradient goes to w unchanged, without the factor beta, as in the authors' code;
-    whether the paper scales it is UNVERIFIED.
+    beta is 1 for `dense` of the steps, then exp(-rate * t) or max(0, 1 - rate * t), and 0 for the last `fine_tune` of
+    them (an exponential never arrives). The gradient goes to w unchanged, without the factor beta, as in the authors'
+    code; whether the paper scales it is UNVERIFIED.
 
     Source: Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training,
     https://arxiv.org/abs/2402.04744, section 4 (MdGf-Linear, MdGf-Exponential).

@@ -31,7 +31,8 @@ class Random(Sparsifier):
 
     Example:
         >>> import torch, sten
-        >>> model = sten.sparsify(torch.nn.Linear(4, 4), layout=sten.CSR(), sparsifier=sten.Random(seed=1), sparsity=0.75)
+        >>> method = sten.Random(seed=1)
+        >>> model = sten.sparsify(torch.nn.Linear(4, 4), layout=sten.CSR(), sparsifier=method, sparsity=0.75)
         >>> model.weight.density
         0.25
     """

@@ -23,19 +23,21 @@ CAPACITY = 2.0  # slots of a weight, as a multiple of its first count
 class SparseMomentum(Sparsifier):
     """Drop the smallest |w|, share what was dropped among the weights by their mean |u|, grow the largest |u| in each.
 
-    u is the direction of the optimizer: SGD's momentum buffer, or m / (sqrt(v) + 1e-8) of Adam. Between ticks everything is
-    compressed, so u of entries that do not live is gathered from the dense gradients of the 40 steps before a tick. The
-    total count is exact at every tick (the authors correct it from tick to tick instead); a weight grows to twice its first
-    count at most, its fixed capacity, so shapes never change. New entries start at zero, in the optimizer too.
+    u is the direction of the optimizer: SGD's momentum buffer, or m / (sqrt(v) + 1e-8) of Adam. Between ticks
+    everything is compressed, so u of entries that do not live is gathered from the dense gradients of the 40 steps
+    before a tick. The total count is exact at every tick (the authors correct it from tick to tick instead); a weight
+    grows to twice its first count at most, its fixed capacity, so shapes never change. New entries start at zero, in
+    the optimizer too.
 
-    Source: Dettmers and Zettlemoyer, Sparse Networks from Scratch, https://arxiv.org/abs/1907.04840, section 4; drop fraction
-    0.5 by cosine to 0.005.
+    Source: Dettmers and Zettlemoyer, Sparse Networks from Scratch, https://arxiv.org/abs/1907.04840, section 4; drop
+    fraction 0.5 by cosine to 0.005.
 
     Example:
         >>> import torch, sten
         >>> model = torch.nn.Linear(8, 8)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        >>> model = sten.sparsify(model, sten.CSR(), sten.SparseMomentum(total_steps=1000), sparsity=0.75, optimizer=optimizer)
+        >>> method = sten.SparseMomentum(total_steps=1000)
+        >>> model = sten.sparsify(model, sten.CSR(), method, sparsity=0.75, optimizer=optimizer)
         >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
         [('bias', (8,)), ('sparse_weight.values', (32,))]
     """
@@ -55,7 +57,9 @@ class SparseMomentum(Sparsifier):
 
     def check(self, layout: Layout) -> None:
         if not isinstance(layout, (CSR, Masked)):
-            raise ValueError(f"SparseMomentum moves entries between weights, which {layout} cannot hold: use sten.CSR or sten.Masked.")
+            raise ValueError(
+                f"SparseMomentum moves entries between weights; {layout} cannot: use sten.CSR or sten.Masked."
+            )
 
     def score(self, view: View) -> Tensor:
         return scores.random(view.weight, view.generator)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,11 +71,12 @@ class Sparsifier(ABC):
     """Decides which entries live. A one-shot method defines `score` alone; a dynamic one says `one_shot = False`.
 
     A dynamic method has one of two forms. With `master = False` the trained Parameter is what the layout stores, and
-    `update` moves the pattern (SET, RigL). With `master = True` the dense Parameter stays, and `apply` says what the model
-    computes with (SR-STE, Gradual).
+    `update` moves the pattern (SET, RigL). With `master = True` the dense Parameter stays, and `apply` says what the
+    model computes with (SR-STE, Gradual).
 
     Attributes:
-        needs: what its View must hold on ticks, of {"grad", "momentum"}; calibration: {"x_norm", "x_gram", "x_mean_var"}.
+        needs: what its View must hold on ticks, of {"grad", "momentum"}; calibration: {"x_norm", "x_gram",
+        "x_mean_var"}.
         one_shot: whether it acts once, at `sten.sparsify`, or during training.
         master: the form, as above.
         hard: of a master: whether entries off the mask are zero in the master itself, after every step.

@@ -18,12 +18,12 @@ from .sparsifier import Edit, State, View
 class SRigL(DropGrow):
     """RigL on rows of equal fan-in. A neuron (row) with too few salient weights is ablated; the others take its share.
 
-    Salient are the largest |w| that survive the drop and the largest |g| that would grow, over the whole layer. A neuron with
-    fewer than max(1, int(ablate * fan_in)) of them is ablated; it may return. The last of the chosen weights, mostly the
-    classifier, never loses a neuron. New entries start at zero.
+    Salient are the largest |w| that survive the drop and the largest |g| that would grow, over the whole layer. A
+    neuron with fewer than max(1, int(ablate * fan_in)) of them is ablated; it may return. The last of the chosen
+    weights, mostly the classifier, never loses a neuron. New entries start at zero.
 
-    Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity, https://arxiv.org/abs/2305.02299, section 3 and
-    appendix; ablate 0.3 is theirs for conv nets (0.95 for transformers).
+    Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity, https://arxiv.org/abs/2305.02299, section 3
+    and appendix; ablate 0.3 is theirs for conv nets (0.95 for transformers).
 
     Example:
         >>> import torch, sten
@@ -51,7 +51,7 @@ class SRigL(DropGrow):
     def update(self, view: View, state: State) -> Edit:
         size, grad = view.weight.abs().flatten(1), self.growth(view, state).flatten(1)
         alive = view.mask.flatten(1)
-        rows, columns = alive.shape
+        columns = alive.shape[1]
         budget = kept(alive.numel(), view.sparsity, view.layout)
         count = int(alive.sum())
         grown = int(self.ticks.value(view.step) * count)
@@ -71,5 +71,3 @@ class SRigL(DropGrow):
         least = max(1, int(self.ablate * (budget // rows)))
         least = min(least, int(counts.sort(descending=True).values[fewest - 1]))
         return (torch.ones_like(counts, dtype=torch.bool) if exempt else counts >= max(least, 0)).unsqueeze(1)
-
-

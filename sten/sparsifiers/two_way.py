@@ -25,8 +25,8 @@ from .sparsifier import Edit, State, View
 class TwoFaced(Layout):
     """A dense weight that the forward product sees through one mask and the input's gradient through another.
 
-    Parts, all of the weight's shape: `values`; `forward` and `backward`, bool. The gradient of the values is dense. A form for
-    training alone; it saves no memory.
+    Parts, all of the weight's shape: `values`; `forward` and `backward`, bool. The gradient of the values is dense. A
+    form for training alone; it saves no memory.
 
     Example:
         >>> import torch, sten
@@ -56,7 +56,9 @@ class TwoFaced(Layout):
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
-        expect_parts(self, parts, {"values": (shape, None), "forward": (shape, torch.bool), "backward": (shape, torch.bool)})
+        expect_parts(
+            self, parts, {"values": (shape, None), "forward": (shape, torch.bool), "backward": (shape, torch.bool)}
+        )
 
 
 def back(weight: Parts) -> Tensor:
@@ -141,7 +143,11 @@ def transposable(layout: NM, score: Tensor) -> Tensor:
         chosen = patterns[(blocks.flatten(1) @ patterns.flatten(1).double().t()).argmax(1)]
     else:
         chosen = _greedy(blocks, n)
-    return chosen.view(rows, columns, m, m).transpose(1, 2).reshape(rows * m, columns * m)[: score.shape[0], : score.shape[1]]
+    return (
+        chosen.view(rows, columns, m, m)
+        .transpose(1, 2)
+        .reshape(rows * m, columns * m)[: score.shape[0], : score.shape[1]]
+    )
 
 
 def _greedy(blocks: Tensor, n: int) -> Tensor:
@@ -159,11 +165,11 @@ def _greedy(blocks: Tensor, n: int) -> Tensor:
 class Transposable(DenseMaster):
     """One mask that is n:m along rows and columns, so that forward and backward products are both sparse; STE gradient.
 
-    The mask is chosen anew every `refresh` steps; `decay` as in SR-STE (FST adds it). Exact for m <= 4 (all 90 patterns of 2:4);
-    above, greedy: some groups keep fewer than n.
+    The mask is chosen anew every `refresh` steps; `decay` as in SR-STE (FST adds it). Exact for m <= 4 (all 90 patterns
+    of 2:4); above, greedy: some groups keep fewer than n.
 
-    Source: Hubara et al., https://arxiv.org/abs/2102.08124, section 4 (transposable masks); Hu et al., https://arxiv.org/abs/2404.01847
-    (the 90 patterns, refresh 40, masked decay).
+    Source: Hubara et al., https://arxiv.org/abs/2102.08124, section 4 (transposable masks); Hu et al.,
+    https://arxiv.org/abs/2404.01847 (the 90 patterns, refresh 40, masked decay).
 
     Example:
         >>> import torch, sten
@@ -199,7 +205,8 @@ class Transposable(DenseMaster):
 
 @dataclass(frozen=True)
 class BDWP(DenseMaster):
-    """The forward product is n:m along inputs, that of the input's gradient n:m along outputs; the weight's gradient is dense.
+    """The forward product is n:m along inputs, that of the input's gradient n:m along outputs; the weight's gradient is
+    dense.
 
     Source: Fang et al., Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow Co-Design,
     https://arxiv.org/abs/2309.13015. UNVERIFIED: that both masks are taken independently from the dense weight.
@@ -220,12 +227,14 @@ class BDWP(DenseMaster):
 
 @dataclass(frozen=True)
 class BiMask(DenseMaster):
-    """As BDWP, but the backward mask lies in the forward-masked weight, with the rows in the best of several random orders.
+    """As BDWP, but the backward mask lies in the forward-masked weight, with the rows in the best of several random
+    orders.
 
-    The order that lets most entries survive is sought among `tries` every `refresh` steps; the weight's gradient gains SR-STE's decay.
-    The gradient of the input is biased: forward and backward weights differ.
+    The order that lets most entries survive is sought among `tries` every `refresh` steps; the weight's gradient gains
+    SR-STE's decay. The gradient of the input is biased: forward and backward weights differ.
 
-    Source: Zhang et al., Bi-directional Masks for Efficient N:M Sparse Training, https://arxiv.org/abs/2302.06058, section 3.
+    Source: Zhang et al., Bi-directional Masks for Efficient N:M Sparse Training, https://arxiv.org/abs/2302.06058,
+    section 3.
 
     Example:
         >>> import sten
@@ -256,7 +265,9 @@ class BiMask(DenseMaster):
 
     def update(self, view: View, state: State) -> Edit:
         generator = view.generator or torch.Generator().manual_seed(self.seed)
-        orders = [torch.randperm(len(view.weight), generator=generator).to(view.weight.device) for _ in range(self.tries)]
+        orders = [
+            torch.randperm(len(view.weight), generator=generator).to(view.weight.device) for _ in range(self.tries)
+        ]
         best = max([state["order"], *orders], key=lambda order: int(self.backward_mask(view, order).sum()))
         return Edit(mask=self.chosen(view), state={"order": best})
 

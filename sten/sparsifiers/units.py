@@ -1,4 +1,5 @@
-"""Units: the smallest pieces of a weight that a layout keeps or drops. An entry mostly; a block of BSR, a vector of VectorNM.
+"""Units: the smallest pieces of a weight that a layout keeps or drops. An entry mostly; a block of BSR, a vector of
+VectorNM.
 
 The contract, in one line: `totals(layout, score) -> one number a unit`, `entries(layout, chosen, shape) -> bool mask`.
 Both are open: a layout of one's own registers its rule with `totals.register` and `entries.register`.
@@ -18,8 +19,8 @@ from .sparsifier import View
 
 @singledispatch
 def totals(layout: Layout, score: Tensor) -> Tensor:
-    """The score of each unit: the sum over its entries, in float64."""
-    return score.double()
+    """The score of each unit: the sum over its entries, in float64 where there are several."""
+    return score
 
 
 @singledispatch
@@ -60,10 +61,10 @@ def expect_free_units(layout: Layout) -> None:
 
 def keep_largest(view: View, fraction: float) -> Tensor:
     """The living units without the int(fraction * their number) of the smallest |w|, as a mask."""
-    alive = totals(view.layout, view.mask.double()) > 0
-    size = totals(view.layout, view.weight.abs()).masked_fill(~alive, -torch.inf)
-    count = int(alive.sum())
-    return entries(view.layout, top(size, count - int(fraction * count)), tuple(view.weight.shape))
+    alive = totals(view.layout, view.mask).bool()
+    size = totals(view.layout, view.weight.abs())[alive]
+    chosen = torch.zeros_like(alive).masked_scatter_(alive, top(size, len(size) - int(fraction * len(size))))
+    return entries(view.layout, chosen, tuple(view.weight.shape))
 
 
 def fill_up(view: View, keep: Tensor, growth: Tensor) -> Tensor:

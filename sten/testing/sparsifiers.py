@@ -22,11 +22,14 @@ from ..training.site import Site
 Run = tuple[nn.Module, Optimizer]
 
 
-def check_sparsifier(sparsifier: Sparsifier, layout: Layout | None = None, sparsity: float | None = None, steps: int = 12) -> None:
+def check_sparsifier(
+    sparsifier: Sparsifier, layout: Layout | None = None, sparsity: float | None = None, steps: int = 12
+) -> None:
     """Test on a small model that a method keeps the laws of training; AssertionError names the one that does not hold.
 
     - masks are bool, and as many entries live after every tick as the budget says;
-    - a tick leaves kept entries of a compressed weight as they are, bit by bit; new ones are zero, in every optimizer slot too;
+    - a tick leaves kept entries of a compressed weight as they are, bit by bit; new ones are zero, in every optimizer
+    slot too;
     - entries off a hard mask are zero after every step;
     - k microbatches equal one batch, and a loss scale changes nothing;
     - a run taken up from saved state, at any step, ends in the same weights bit by bit;
@@ -82,7 +85,15 @@ class _Kit:
         sparsify(model, self.layout, self.method, self.sparsity, optimizer=optimizer)
         return model, optimizer
 
-    def go(self, run: Run, first: int, last: int, parts: int = 1, scale: float | None = None, after: Callable = lambda: None) -> None:
+    def go(
+        self,
+        run: Run,
+        first: int,
+        last: int,
+        parts: int = 1,
+        scale: float | None = None,
+        after: Callable = lambda: None,
+    ) -> None:
         model, optimizer = run
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         for step in range(first, last):
@@ -124,11 +135,16 @@ class _Kit:
                 now = sum(int(site.mask.sum()) for site in sites if not site.master)
                 # a constant fan-in leaves the remainder of a division out
                 slack = sum(site.holder.shape[0] for site in sites) if isinstance(self.layout, FanIn) else 0
-                claim(abs(now - total) <= slack, f"the count must equal the budget after every tick: {total}, not {now}")
+                claim(
+                    abs(now - total) <= slack, f"the count must equal the budget after every tick: {total}, not {now}"
+                )
                 done = engines[0].ticks
             else:
                 self.go(run, step, step + 1)
-        claim(self.method.ticks is None or done > 0, f"{self.method} must act within {self.steps} steps: give it a shorter schedule")
+        claim(
+            self.method.ticks is None or done > 0,
+            f"{self.method} must act within {self.steps} steps: give it a shorter schedule",
+        )
 
     def _next_ticks(self, step: int) -> bool:
         return self.method.ticks is not None and self.method.ticks.due(step)
@@ -139,16 +155,28 @@ class _Kit:
 
     def _after(self, site: Site, old, optimizer: Optimizer, replaced: bool) -> None:
         (was, mask, slots), (now, new, new_slots) = old, self._entries(site, optimizer)
-        claim(new is None or new.dtype == torch.bool, f"the mask of {site.name} must be bool; got {None if new is None else new.dtype}")
+        claim(
+            new is None or new.dtype == torch.bool,
+            f"the mask of {site.name} must be bool; got {None if new is None else new.dtype}",
+        )
         if new is not None and (self.method.hard or not site.master):
             claim(not now[~new].any(), f"entries of {site.name} off the mask must be zero")
             grown = new & ~mask
             claim(not now[grown].any(), f"new entries of {site.name} must start at zero")
-            claim(not any(s[grown].any() for s in new_slots.values()), f"new entries of {site.name} must have empty optimizer slots")
+            claim(
+                not any(s[grown].any() for s in new_slots.values()),
+                f"new entries of {site.name} must have empty optimizer slots",
+            )
         if replaced and not site.master:
             both = mask & new
-            claim(torch.equal(was[both], now[both]), f"kept entries of {site.name} must not change in a tick that replaces the step")
-            claim(all(torch.equal(slots[k][both], new_slots[k][both]) for k in slots), f"optimizer slots of kept entries of {site.name} must not change")
+            claim(
+                torch.equal(was[both], now[both]),
+                f"kept entries of {site.name} must not change in a tick that replaces the step",
+            )
+            claim(
+                all(torch.equal(slots[k][both], new_slots[k][both]) for k in slots),
+                f"optimizer slots of kept entries of {site.name} must not change",
+            )
 
     def resume(self) -> None:
         for stop in {1, self.steps // 2, self.steps - 1}:
@@ -163,7 +191,11 @@ class _Kit:
             second[1].load_state_dict(saved[1])
             load_state_dict(second[0], saved[2])
             self.go(second, stop, self.steps)
-            self.same(f"a run resumed at step {stop} must end in the same weights bit by bit (is state kept outside init()?)", second, exact=True)
+            self.same(
+                f"a run resumed at step {stop} must end in the same weights bit by bit (is state kept outside init()?)",
+                second,
+                exact=True,
+            )
 
     def end(self) -> None:
         model, _ = self.run()
@@ -172,4 +204,7 @@ class _Kit:
         finalize(model)
         for layer, want in zip(held, last, strict=True):
             claim(layer.weight.spec == self.layout, f"the finalized weight must be stored in {self.layout}")
-            claim(torch.equal(layer.weight.to_dense(), want), "the finalized weight must be the trained one in its last mask")
+            claim(
+                torch.equal(layer.weight.to_dense(), want),
+                "the finalized weight must be the trained one in its last mask",
+            )

@@ -25,7 +25,10 @@ def distill_loss(logits: Tensor, target: Tensor, teacher: Tensor, eta: float = 1
         0.5493
     """
     if logits.shape != teacher.shape or logits.shape[:-1] != target.shape:
-        raise ValueError(f"Student and teacher logits must agree, and target have all but the last dimension; got {tuple(logits.shape)}, {tuple(teacher.shape)}, {tuple(target.shape)}.")
+        raise ValueError(
+            "Student and teacher logits must agree, and target have all but the last dimension; "
+            f"got {tuple(logits.shape)}, {tuple(teacher.shape)}, {tuple(target.shape)}."
+        )
     logits, teacher, target = logits.flatten(0, -2), teacher.detach().flatten(0, -2), target.flatten()
     known = target != -100
     student = F.log_softmax(logits, -1)

@@ -35,7 +35,8 @@ class Gather:
         self.infinite: set[Site] = set()
 
     def open(self, decide=None) -> None:
-        """Catch the gradients of the next step; with `decide(site, grad) -> Edit` each is turned into an edit at once."""
+        """Catch the gradients of the next step; with `decide(site, grad) -> Edit` each is turned into an edit at
+        once."""
         self.close()
         at_once = decide is not None and self.ranks_only and ranks() == 1
         for site in self.sites:

@@ -1,8 +1,8 @@
 """The trainable form of a weight whose pattern is fixed between edits ("sparse to sparse").
 
 The Parameter is the plain tensor `values`, the pattern lies in buffers beside it, and the module's `weight` is put
-together as a SparseTensor at each use. So optimizers (foreach and fused), gradient clipping, GradScaler, EMA and DDP see
-nothing but plain tensors, and weight, gradient and optimizer state have the size of the pattern.
+together as a SparseTensor at each use. So optimizers (foreach and fused), gradient clipping, GradScaler, EMA and DDP
+see nothing but plain tensors, and weight, gradient and optimizer state have the size of the pattern.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Method:
 
 
 class SparseWeight(nn.Module):
-    """Holds the parts of one weight: `values` as a Parameter, the pattern as buffers. Calling it gives the SparseTensor.
+    """Holds the parts of one weight: `values` as a Parameter, the pattern as buffers. Calling it gives the
+    SparseTensor.
 
     In a state_dict its tensors bear the weight's own name: `fc.weight.values`, `fc.weight.crow`, ...
 
@@ -73,7 +74,8 @@ class SparseWeight(nn.Module):
         return {"values": self._parameters["values"], **self.pattern}
 
     def adopt(self, method: Method, state: dict[str, Tensor]) -> None:
-        """Take a dynamic method and its tensors; they are not in the model's state_dict (`sten.state_dict` has them)."""
+        """Take a dynamic method and its tensors; they are not in the model's state_dict (`sten.state_dict` has
+        them)."""
         self.method, self.extra = method, tuple(state)
         for name, value in state.items():
             self.register_buffer("state_" + name, value, persistent=False)
@@ -105,7 +107,8 @@ class SparseWeight(nn.Module):
         return SparseTensor(self.spec, self.parts, self.shape, self.transposed)
 
     def tensor(self, param: Tensor | None = None) -> SparseTensor:
-        """The weight as a SparseTensor that shares memory and is cut off from autograd; `requires_grad` as the values'."""
+        """The weight as a SparseTensor that shares memory and is cut off from autograd; `requires_grad` as the
+        values'."""
         parts = {name: part.detach() for name, part in self.parts.items()}
         return SparseTensor(self.spec, parts, self.shape, self.transposed, self.values.requires_grad)
 

@@ -1,4 +1,5 @@
-"""Resuming a run: what the engines know, beside the state_dicts of model and optimizer; and files that are whole or absent."""
+"""Resuming a run: what the engines know, beside the state_dicts of model and optimizer; and files that are whole or
+absent."""
 
 from __future__ import annotations
 
@@ -20,14 +21,17 @@ def engines_of(model: nn.Module) -> list[Engine]:
     """The engines that train a model's weights, in the order of their weights."""
     held = [id(site.holder) for site in sites_of(model)]
     found = [engine for engine in ENGINES if any(id(site.holder) in held for site in engine.sites)]
-    return sorted(found, key=lambda engine: held.index(id(engine.sites[0].holder)) if id(engine.sites[0].holder) in held else -1)
+    return sorted(
+        found, key=lambda engine: held.index(id(engine.sites[0].holder)) if id(engine.sites[0].holder) in held else -1
+    )
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
-    """What a run needs to resume beside `model.state_dict()` and `optimizer.state_dict()`: steps, masks, methods' tensors.
+    """What a run needs to resume beside `model.state_dict()` and `optimizer.state_dict()`: steps, masks, methods'
+    tensors.
 
-    Tensors and plain Python only, so `torch.load(weights_only=True)` reads it. Taken between two optimizer steps, at any of
-    them, the three resume to the same weights bit by bit (on the CPU).
+    Tensors and plain Python only, so `torch.load(weights_only=True)` reads it. Taken between two optimizer steps, at
+    any of them, the three resume to the same weights bit by bit (on the CPU).
 
     Example:
         >>> import torch, sten
@@ -45,7 +49,9 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
 def _of(engine: Engine) -> dict[str, Any]:
     weights = {}
     for site in engine.sites:
-        tensors = {"state." + key: value for key, value in site.holder.state.items() if not isinstance(value, nn.Parameter)}
+        tensors = {
+            "state." + key: value for key, value in site.holder.state.items() if not isinstance(value, nn.Parameter)
+        }
         if site.master and site.mask is not None:
             tensors["mask"] = site.mask
         for key, sums in (("first", engine.gather.first), ("second", engine.gather.second)):
@@ -58,14 +64,24 @@ def _of(engine: Engine) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
-    """Put back what `sten.state_dict` took, after the model's and the optimizer's own state were loaded. All or nothing.
+    """Put back what `sten.state_dict` took, after the model's and the optimizer's own state were loaded. All or
+    nothing.
 
     Raises:
         ValueError: another version, other weights or another method than this model is trained by.
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> model = sten.sparsify(model, sten.CSR(), sten.SET(100, every=10), sparsity=0.75, optimizer=optimizer)
+        >>> sten.load_state_dict(model, sten.state_dict(model))
     """
     engines = engines_of(model)
     if not isinstance(state, dict) or state.get("version") != VERSION or len(state.get("engines", ())) != len(engines):
-        raise ValueError(f"This is no state of a run with {len(engines)} engine(s): take it with sten.state_dict(model).")
+        raise ValueError(
+            f"This is no state of a run with {len(engines)} engine(s): take it with sten.state_dict(model)."
+        )
     for engine, saved in zip(engines, state["engines"], strict=True):
         if saved["method"] != repr(engine.method):
             raise ValueError(f"The state is of {saved['method']}, but the model is trained by {engine.method!r}.")
@@ -107,7 +123,8 @@ def _load(engine: Engine, saved: dict[str, Any]) -> None:
 
 
 def save_run(path: str | os.PathLike, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
-    """Write a run (model, optimizer, engine, and what else is given) to one file, in one step: the old file or the new one.
+    """Write a run (model, optimizer, engine, and what else is given) to one file, in one step: the old file or the new
+    one.
 
     Example:
         >>> import tempfile, torch, sten
@@ -139,6 +156,15 @@ def load_run(path: str | os.PathLike, model: nn.Module, optimizer: Optimizer) ->
 
     Raises:
         ValueError: not a complete file of save_run; RuntimeError or ValueError: another model, method or optimizer.
+
+    Example:
+        >>> import tempfile, torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> path = tempfile.mkdtemp() + "/run.pt"
+        >>> sten.save_run(path, model, optimizer, step=7)
+        >>> sten.load_run(path, model, optimizer)["step"]
+        7
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
@@ -146,7 +172,9 @@ def load_run(path: str | os.PathLike, model: nn.Module, optimizer: Optimizer) ->
         state = torch.load(path, weights_only=True, map_location="cpu")
         parts = [state[key] for key in ("model", "optimizer", "sten", "more")]
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        raise ValueError(f"{os.fspath(path)!r} is not a complete file of sten.save_run ({type(error).__name__}).") from None
+        raise ValueError(
+            f"{os.fspath(path)!r} is not a complete file of sten.save_run ({type(error).__name__})."
+        ) from None
     model.load_state_dict(parts[0])
     optimizer.load_state_dict(parts[1])
     load_state_dict(model, parts[2])

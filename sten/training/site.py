@@ -1,6 +1,7 @@
 """Site: one weight under an engine, in either form; what a tick reads of it and writes to it.
 
-A rewrite computes everything that an Edit changes (Parameter, gradient, every optimizer slot, pattern) before anything is
+A rewrite computes everything that an Edit changes (Parameter, gradient, every optimizer slot, pattern) before anything
+is
 written: pattern parts are shared, so reading after writing would mix two patterns.
 """
 
@@ -164,7 +165,8 @@ class Site:
 
 
 def fitted(layout: Layout, parts: Parts, slots: int) -> Parts:
-    """The parts with as many slots as before, where the layout allows empty ones (CSR): shapes stay, nothing recompiles."""
+    """The parts with as many slots as before, where the layout allows empty ones (CSR): shapes stay, nothing
+    recompiles."""
     more = slots - len(parts["values"])
     if not isinstance(layout, CSR) or more <= 0:
         return parts

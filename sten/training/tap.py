@@ -1,8 +1,8 @@
 """The dense gradient of a weight whose Parameter is compressed, for the steps on which a method asks for it.
 
-In eager mode the operators that compute a weight's gradient at its pattern are tapped: they compute it once, dense, hand
-it over and keep what lies in the pattern. A compiled model sees a dense weight plus a zero `probe` on those steps, and
-the gradient of the probe is the same thing. Either way nothing dense exists on other steps.
+In eager mode the operators that compute a weight's gradient at its pattern are tapped: they compute it once, dense,
+hand it over and keep what lies in the pattern. A compiled model sees a dense weight plus a zero `probe` on those steps,
+and the gradient of the probe is the same thing. Either way nothing dense exists on other steps.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Tap:
         self.holder.probe, self.total = None, None
 
     def deliver(self, grad: Tensor) -> None:
-        """Take a dense gradient. The first one after zero_grad() starts a new sum: a step that GradScaler skipped leaves one."""
+        """Take a dense gradient. The first one after zero_grad() starts a new sum: a step that GradScaler skipped
+        leaves one."""
         task = torch._C._current_graph_task_id()
         if self.holder.values.grad is None and task != self.task:
             self.total, self.deliveries = None, 0

@@ -1,0 +1,213 @@
+"""Methods of sparse training on a byte-level GPT and a corpus that every machine has: Python's own standard library.
+
+    python benchmarks/training/gpt.py --device cuda --size 25m --seconds 120 --seeds 2 --out gpt.json
+
+The files are split into training and validation by a hash of their names. Every method gets the same number of steps,
+which the dense model's speed and --seconds decide (or --steps). The linear layers of the blocks are sparse; embeddings
+and head stay dense. Results are written after every run, so a run that is cut short leaves what it has. Refuses to
+report a model that has not the density that was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import statistics
+import sysconfig
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from recipes import Recipe, Run, recipes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sten
+
+SIZES = {
+    "tiny": (64, 2, 2, 64),
+    "10m": (384, 6, 6, 256),
+    "25m": (512, 8, 8, 256),
+    "85m": (768, 12, 12, 512),
+}  # width, layers, heads, context
+
+
+def corpus() -> tuple[Tensor, Tensor]:
+    """(training, validation) bytes; about a tenth of the files is held out."""
+    parts: dict[bool, list[bytes]] = {False: [], True: []}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts):
+        name = str(path.relative_to(root))
+        parts[hashlib.sha256(name.encode()).digest()[0] < 26].append(path.read_bytes())
+    train, held = (torch.frombuffer(bytearray(b"\n".join(parts[k])), dtype=torch.uint8) for k in (False, True))
+    return train, held
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, 4 * width) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+        for name, param in self.named_parameters():
+            if param.dim() > 1:
+                nn.init.normal_(
+                    param, std=0.02 / (math.sqrt(2 * layers) if name.endswith(("out.weight", "down.weight")) else 1)
+                )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.token(x) + self.place.weight[: x.shape[1]])))
+
+
+def in_blocks(name: str, module: nn.Module, attribute: str) -> bool:
+    """The linear layers of the blocks."""
+    return name.startswith("blocks.") and attribute == "weight" and isinstance(module, nn.Linear)
+
+
+def make(size: str, width_factor: float) -> GPT:
+    width, layers, heads, context = SIZES[size]
+    narrow = max(round(width * width_factor / (2 * heads)), 1) * 2 * heads
+    return GPT(narrow, layers, heads, context)
+
+
+def draw(data: Tensor, batch: int, context: int, generator: torch.Generator, device) -> tuple[Tensor, Tensor]:
+    start = torch.randint(len(data) - context - 1, (batch,), generator=generator)
+    rows = data[start.unsqueeze(1) + torch.arange(context + 1)].long().to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+@torch.no_grad()
+def validate(model: nn.Module, held: Tensor, args, context: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(args.batches):
+        x, y = draw(held, args.batch, context, generator, args.device)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            losses.append(float(F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())))
+    return statistics.mean(losses)
+
+
+def train(recipe: Recipe, seed: int, steps: int, args, data: tuple[Tensor, Tensor]) -> dict:
+    """One run: validation loss in nats a byte, perplexity, density, milliseconds a step, peak memory."""
+    torch.manual_seed(seed)
+    cuda, context = args.device == "cuda", SIZES[args.size][3]
+    model = make(args.size, recipe.width).to(args.device)
+    run = Run(recipe, model, steps, in_blocks, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    warm = max(steps // 20, 1)
+
+    def rate(t: int) -> float:
+        return min((t + 1) / warm, 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(t / steps, 1))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, rate)
+    generator, began = torch.Generator().manual_seed(seed), time.perf_counter()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(steps):
+        run.before(step)
+        x, y = draw(data[0], args.batch, context, generator, args.device)
+        with torch.autocast(args.device, torch.bfloat16, enabled=cuda):
+            loss = run.loss(model(x), y, x)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        schedule.step()
+    last = float(loss)  # waits for the device
+    took = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    model, density = run.finish()
+    asked = 1.0 if recipe.method is None else recipe.layout.rate or 1 - recipe.sparsity.sparsity
+    if abs(density - asked) > 0.02:
+        raise RuntimeError(f"The finalized model has density {density:.3f}, not {asked:.3f}.")
+    loss = validate(model.eval(), data[1], args, context)
+    numbers = {"loss": loss, "perplexity": math.exp(loss), "train_loss": last, "density": density}
+    return {**numbers, "milliseconds": 1000 * took / steps, "peak_bytes": peak, "steps": steps, "seed": seed}
+
+
+def speed(args, data) -> int:
+    """How many steps of the dense model fit into --seconds."""
+    train(Recipe(), 0, 5, args, data)
+    return max(int(args.seconds * 1000 / train(Recipe(), 0, 30, args, data)["milliseconds"]), 10)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", choices=SIZES, default="10m")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=40, help="validation batches")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--free", choices=["masked", "csr"], default="masked", help="layout of unstructured patterns")
+    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--cast-decay", type=float, default=1e-3)
+    parser.add_argument("--only", default="", help="comma-separated beginnings of recipe names")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no new run starts")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/training/results/gpt.json"))
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    began, data = time.perf_counter(), corpus()
+    steps = args.steps or speed(args, data)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    about = {
+        "device": device,
+        "torch": torch.__version__,
+        "size": args.size,
+        "steps": steps,
+        "batch": args.batch,
+        "lr": args.lr,
+    }
+    about |= {
+        "train_bytes": len(data[0]),
+        "held_bytes": len(data[1]),
+        "free": args.free,
+        "block": args.block,
+        "cast_decay": args.cast_decay,
+    }
+    print(about, flush=True)
+    table = recipes(sten.Masked() if args.free == "masked" else sten.CSR(), args.block, args.cast_decay)
+    wanted, results = tuple(args.only.split(",")) if args.only else ("",), {}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds):
+        for name, recipe in table.items():
+            if not name.startswith(wanted) or time.perf_counter() - began > args.budget:
+                continue
+            result = train(recipe, seed, steps, args, data)
+            results.setdefault(name, []).append(result)
+            args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
+            memory = f"{result['peak_bytes'] / 2**20:7.0f} MiB" if result["peak_bytes"] else ""
+            print(
+                f"{name:20} seed {seed}  loss {result['loss']:.4f}  {result['milliseconds']:7.1f} ms a step {memory}",
+                flush=True,
+            )
+    print()
+    for name, runs in results.items():
+        losses = [run["loss"] for run in runs]
+        dense = statistics.mean(run["loss"] for run in results["dense"]) if "dense" in results else math.nan
+        deviation = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        mean = statistics.mean(losses)
+        worse = 100 * (math.exp(mean - dense) - 1)
+        print(f"{name:20} loss {mean:.4f} +- {deviation:.4f}   perplexity {math.exp(mean):.3f}, {worse:+.1f} %")
+
+
+if __name__ == "__main__":
+    main()
