@@ -38,7 +38,7 @@ bench: install
 	$(BIN)/python benchmarks/cpu_linear.py
 
 sanitize:
-	bash csrc/sanitize.sh
+	bash csrc/sanitize/run.sh
 
 clean:
 	rm -rf .venv build *.egg-info sten/*.so

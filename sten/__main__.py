@@ -25,9 +25,12 @@ LAYOUTS = {
 
 def info() -> None:
     """What runs here."""
-    print(f"sten-torch {_version()}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
+    machine = f"Python {platform.python_version()}, {platform.machine()}"
+    print(f"sten-torch {_version()}, torch {torch.__version__}, {machine}")
     features = sten.cpp.features()
-    kinds = f"{features['instruction_set']} (of {', '.join(features['instruction_sets'])})" if features["available"] else "not built"
+    kinds = "not built"
+    if features["available"]:
+        kinds = f"{features['instruction_set']} (of {', '.join(features['instruction_sets'])})"
     print(f"CPU: {torch.get_num_threads()} threads; C++ kernels: {kinds}")
     for i in range(torch.cuda.device_count()):
         print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
@@ -77,7 +80,7 @@ def bench(out: int, inputs: int, tokens: list[int], device: str, dtype: torch.dt
         for t, x in inputs_of.items():
             error = (F.linear(x, w) - F.linear(x, w.to_dense())).norm() / F.linear(x, w.to_dense()).norm()
             if not error < 2e-2:
-                raise SystemExit(f"{title} is wrong at {t} tokens (relative error {float(error):.2g}): no times are reported.")
+                raise SystemExit(f"{title} is wrong at {t} tokens (relative error {float(error):.2g}): no times.")
             cells.append(base[t] / _median(lambda x=x, w=w: F.linear(x, w), repeats, synchronize))
         choice = sten.which("linear", inputs_of[tokens[-1]], w)
         print(f"{title:22}" + "".join(f"{c:>16.2f}x" for c in cells) + f"  {choice.kernel}")
@@ -92,7 +95,7 @@ def main() -> None:
     b.add_argument("--in", dest="inputs", type=int, default=768)
     b.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 1024])
     b.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    b.add_argument("--dtype", default=None, help="float32, bfloat16, float16; default: bfloat16 on cuda, float32 on cpu")
+    b.add_argument("--dtype", default=None, help="default: bfloat16 on cuda, float32 on cpu")
     b.add_argument("--repeats", type=int, default=20)
     args = parser.parse_args()
     if args.command == "info":

@@ -16,15 +16,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from .layout import Layout, Parts
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry of the table: the function, and `choose`, which picks a variant by shape."""
+    """One entry of the table: the function, `choose`, which picks a variant, and whether that asks for `entries`."""
 
     function: Callable
     choose: Callable | None = None
+    counts: bool = False
+
+    def pick(self, shape: tuple[int, ...], values: Tensor, layout: Layout) -> tuple[str, str]:
+        """(variant, reason) for shape = (tokens, *weight shape)."""
+        if self.counts:
+            return self.choose(shape, values.dtype, layout, entries=values.numel())
+        return self.choose(shape, values.dtype, layout)
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
         operator: "linear", "linear_grad_input", "linear_grad_weight", "conv2d", "embedding", ... (`sten.OPERATORS`).
         device: "cpu", "cuda", ...
         choose: pure function `choose(shape, dtype, spec) -> (variant, reason)`; shape: (tokens, *stored weight shape).
+            With a parameter `entries` it also gets the number of stored values.
             The kernel then receives `variant=`; the variant "reference" runs the reference implementation instead.
         **operands: the layout class of each sparse operand by name, mostly `weight=`.
 
@@ -138,8 +148,10 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
         if not (isinstance(layout, type) and issubclass(layout, Layout)):
             raise ValueError(f"{name}= takes a layout class such as sten.CSR; got {layout!r}.")
 
+    counts = choose is not None and "entries" in inspect.signature(choose).parameters
+
     def register(function: Callable) -> Callable:
-        KERNELS[operator, device, *(operands.get(name) for name in known.sparse)] = Kernel(function, choose)
+        KERNELS[operator, device, *(operands.get(name) for name in known.sparse)] = Kernel(function, choose, counts)
         return function
 
     return register
@@ -168,7 +180,7 @@ def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, *
     if entry is None:
         _say_reference(name, (type(spec),), values.device.type)
         return OPERATORS[name].reference(*args, spec=spec, shape=shape, **kwargs)
-    return run(entry, name, shape, values.dtype, spec, *args, spec=spec, shape=shape, **kwargs)
+    return run(entry, name, shape, values, spec, *args, spec=spec, shape=shape, **kwargs)
 
 
 class _EveryEntry:
@@ -186,14 +198,14 @@ def call_both(name: str, specs: tuple, shapes: tuple, *args) -> Any:
     entry = find(name, parts["values"].device.type, specs)
     for observe in _observers:
         observe(name, spec, parts, entry)
-    return run(entry, name, shapes[which], parts["values"].dtype, spec, *args, spec=specs, shape=shapes)
+    return run(entry, name, shapes[which], parts["values"], spec, *args, spec=specs, shape=shapes)
 
 
-def run(entry: Kernel, name: str, weight_shape: tuple[int, ...], dtype, layout: Layout, *args, **kwargs) -> Any:
+def run(entry: Kernel, name: str, shape_of: tuple[int, ...], values: Tensor, layout: Layout, *args, **kwargs) -> Any:
     """Run a kernel with the variant that its `choose` picks; "reference" is the operator's reference implementation."""
     if entry.choose is None:
         return entry.function(*args, **kwargs)
-    variant, _ = entry.choose((OPERATORS[name].tokens(args[0].shape), *weight_shape), dtype, layout)
+    variant, _ = entry.pick((OPERATORS[name].tokens(args[0].shape), *shape_of), values, layout)
     if variant == "reference":
         return OPERATORS[name].reference(*args, **kwargs)
     return entry.function(*args, variant=variant, **kwargs)
@@ -209,7 +221,7 @@ def choice(name: str, spec: Layout | tuple, shape: tuple[int, ...], parts: Parts
         return Choice(*about, "reference", None, "no kernel is registered for this layout on this device")
     variant, reason = None, (inspect.getdoc(entry.function) or "the registered kernel").splitlines()[0].rstrip(".")
     if entry.choose is not None:
-        variant, reason = entry.choose((OPERATORS[name].tokens(tuple(x_shape)), *shape), values.dtype, layouts[-1])
+        variant, reason = entry.pick((OPERATORS[name].tokens(tuple(x_shape)), *shape), values, layouts[-1])
     if variant == "reference":
         return Choice(*about, "reference", None, reason)
     return Choice(*about, entry.function.__name__, variant, reason)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from sten.layout import Layout, Parts
-from sten.layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
+from sten.layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 
 LAYOUTS: list[Layout] = [
     Masked(),
     CSR(),
+    FanIn(),
     BSR((16, 16)),
     BSR((4, 8)),
     NM(1, 4),

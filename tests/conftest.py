@@ -1,9 +1,13 @@
 """Fixtures for every test: a fixed seed, poisoned memory where it matters, and one thread."""
 
+import os
 import warnings
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch.compile does in any test
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the extension may not be built; tests that need it say so

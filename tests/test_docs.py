@@ -13,14 +13,18 @@ import sten
 ROOT = Path(__file__).parent.parent
 MODULES = {"ops", "scores", "testing", "training", "layout", "schedule", "optim"}
 DATA = {"OPERATORS"}
-PUBLIC = sorted(n for n in vars(sten) if not n.startswith("_") and not inspect.ismodule(getattr(sten, n)) and n not in DATA)
+PUBLIC = sorted(
+    n for n in vars(sten) if not n.startswith("_") and not inspect.ismodule(getattr(sten, n)) and n not in DATA
+)
 # Contracts and records that are read, not called; their use is shown where they are made.
 WITHOUT_EXAMPLE = {"Allocation", "Choice", "DensifyError", "Edit", "Layout", "Sparsifier", "View"}
 
 
 def test_the_promised_names_exist():
-    promised = """Masked CSR BSR NM GroupedNM VectorNM from_dense sparsify attach plan trainable finalize densify summary
-    which save load Layout kernel Sparsifier strict Magnitude Random Uniform ERK Global""".split()
+    promised = (
+        "Masked CSR BSR NM GroupedNM VectorNM from_dense sparsify attach plan trainable finalize densify summary which "
+        "save load Layout kernel Sparsifier strict Magnitude Random Uniform ERK Global"
+    ).split()
     assert not [name for name in promised if not hasattr(sten, name)]
 
 
@@ -57,7 +61,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         for flags, code in blocks:
             program = compile(code, page, "exec")
             if "no-run" not in flags:
-                exec(program, space)  # noqa: S102 - our own page
+                exec(program, space)
 
 
 def test_links_of_the_pages():

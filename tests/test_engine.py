@@ -488,3 +488,11 @@ def test_compiled_models_tick_and_do_not_recompile(case):
     )  # the second graph: a step whose dense gradient is wanted
     for have, want in zip(dense_weights(model), dense_weights(plain), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_schedule_that_ends_after_training_is_named():
+    model, optimizer, _ = sparse(sten.Gradual(2, 50, 3))
+    train(model, optimizer, 8)
+    with pytest.warns(UserWarning, match="Gradual ends at step 50, but training ended at 8"):
+        sten.finalize(model)
+    assert 0.25 < model[0].weight.density < 1

@@ -17,7 +17,9 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(*command, cwd, **environment):
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -25,7 +27,15 @@ def run(*command, cwd, **environment):
 def test_quickstart(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
-    out = run(sys.executable, str(EXAMPLES / "quickstart.py"), "--tiny", "--out", str(tmp_path), cwd=tmp_path, PYTHONPATH=str(ROOT))
+    out = run(
+        sys.executable,
+        str(EXAMPLES / "quickstart.py"),
+        "--tiny",
+        "--out",
+        str(tmp_path),
+        cwd=tmp_path,
+        PYTHONPATH=str(ROOT),
+    )
     assert "test accuracy" in out and "latency, 1024 samples" in out
     assert (tmp_path / "quickstart.png").stat().st_size > 10_000
     assert (tmp_path / "quickstart_model.safetensors").stat().st_size > 1_000
@@ -48,7 +58,17 @@ def test_extension(tmp_path):
     """Its own wheel, installed outside the checkout, used by a process that knows sten and the package alone."""
     source, site = tmp_path / "source", tmp_path / "site"
     shutil.copytree(EXAMPLES / "extension", source)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target", str(site)]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        str(site),
+    ]
     run(*pip, ".", cwd=source)
     program = """
 import torch, sten, sten_bitmask

@@ -1,4 +1,4 @@
-"""The house: a floor imports only floors below it, files of the codec floor never import each other, files stay small."""
+"""The house: a floor imports only floors below it, layouts never import each other, files stay small."""
 
 import ast
 from pathlib import Path
@@ -11,15 +11,35 @@ FLOORS = {
     1: {"layout", "layouts"},
     2: {"tensor", "dispatch"},
     3: {"ops", "native", "scores", "sparsifiers", "allocation", "schedule"},
-    4: {"convert", "engine", "report", "training", "optim", "io", "testing", "targets", "state", "forms", "decision", "integrations", "__main__"},
+    4: {
+        "convert",
+        "engine",
+        "report",
+        "training",
+        "optim",
+        "io",
+        "testing",
+        "targets",
+        "state",
+        "forms",
+        "decision",
+        "integrations",
+        "__main__",
+    },
 }
 SAME_FLOOR = {1: {"layout"}, 2: {"dispatch"}, 3: FLOORS[3], 4: FLOORS[4]}
-FILES = sorted(p for p in (ROOT / "sten").rglob("*.py") if "kernels" not in p.parts) + sorted((ROOT / "kernels").rglob("*.py"))
+FILES = sorted(p for p in (ROOT / "sten").rglob("*.py") if "kernels" not in p.parts) + sorted(
+    (ROOT / "kernels").rglob("*.py")
+)
 
 
 def room(path: Path) -> str:
     """The first name below `sten` (or `kernels`) that a file belongs to."""
-    return path.relative_to(ROOT / "sten").parts[0].removesuffix(".py") if "sten" in path.relative_to(ROOT).parts else "kernels"
+    return (
+        path.relative_to(ROOT / "sten").parts[0].removesuffix(".py")
+        if "sten" in path.relative_to(ROOT).parts
+        else "kernels"
+    )
 
 
 def floor(name: str) -> int:
@@ -49,7 +69,9 @@ def test_imports_go_down(path):
     here = room(path)
     for other in imports(path) - {here}:
         below, same = floor(other) < floor(here), floor(other) == floor(here)
-        assert below or (same and other in SAME_FLOOR.get(floor(here), ())), f"{here} (F{floor(here)}) imports {other} (F{floor(other)})"
+        assert below or (same and other in SAME_FLOOR.get(floor(here), ())), (
+            f"{here} (F{floor(here)}) imports {other} (F{floor(other)})"
+        )
 
 
 def test_kernels_never_import_sten():
@@ -69,7 +91,12 @@ def test_layouts_never_import_each_other():
 
 
 def test_files_are_small():
-    for path in [*FILES, *(ROOT / "tests").glob("*.py"), *(ROOT / "csrc").glob("*.*"), *(ROOT / "examples").glob("*.py")]:
+    for path in [
+        *FILES,
+        *(ROOT / "tests").glob("*.py"),
+        *(ROOT / "csrc").glob("*.*"),
+        *(ROOT / "examples").glob("*.py"),
+    ]:
         relative = path.relative_to(ROOT)
         limit = {"sten": 400, "examples": 150}.get(relative.parts[0], 500)
         lines = path.read_text().count("\n")

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel has every file, the core needs torch and numpy only, and no compiler is no obstacle."""
+"""What a user installs: a complete wheel; the core needs torch and numpy only, and no compiler."""
 
 import os
 import shutil
@@ -14,7 +14,9 @@ HIDDEN = "rich safetensors triton matplotlib sklearn tqdm transformers accelerat
 
 
 def run(command, cwd, **environment):
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -34,7 +34,9 @@ def check_kernel(
     sparsity: Sequence[float] = (0.5, 0.9, 0.0, 1.0),
     operands: Operands | None = None,
 ) -> None:
-    """Compare the kernel registered for (operator, layout, device) with the reference in float64; AssertionError if it errs.
+    """Compare the kernel registered for (operator, layout, device) with the reference in float64.
+
+    AssertionError if it errs.
 
     Tried are weights that do not divide, empty and full patterns, zero, one and many tokens, activations of any number
     of dimensions and of any strides, with and without bias, and results in memory that was full of NaN. The kernel must
@@ -93,7 +95,9 @@ def _double(args: tuple) -> tuple:
     def wide(a):
         if isinstance(a, dict):
             return {name: wide(part) for name, part in a.items()}
-        return a.clone().double() if isinstance(a, Tensor) and a.is_floating_point() else a.clone() if isinstance(a, Tensor) else a
+        if not isinstance(a, Tensor):
+            return a
+        return a.double().clone() if a.is_floating_point() else a.clone()
 
     return tuple(wide(a) for a in args)
 

@@ -46,10 +46,17 @@ class Bitmask(sten.Layout):
         sten.layout.expect_parts(
             self,
             parts,
-            {"values": ((-1,), None), "bits": ((rows, -(-columns // 8)), torch.uint8), "start": ((rows + 1,), torch.int64)},
+            {
+                "values": ((-1,), None),
+                "bits": ((rows, -(-columns // 8)), torch.uint8),
+                "start": ((rows + 1,), torch.int64),
+            },
         )
         count = self.live(parts, (rows, 8 * parts["bits"].shape[1])).sum(1)
-        if not torch.equal(parts["start"], F.pad(count.cumsum(0), (1, 0))) or int(count.sum()) != parts["values"].numel():
+        if (
+            not torch.equal(parts["start"], F.pad(count.cumsum(0), (1, 0)))
+            or int(count.sum()) != parts["values"].numel()
+        ):
             raise ValueError(f"Parts 'start' and 'values' of {self} must agree with the number of bits in every row.")
         if bool(self.live(parts, (rows, 8 * parts["bits"].shape[1]))[:, columns:].any()):
             raise ValueError(f"Part 'bits' of {self} has bits set beyond column {columns - 1}.")
@@ -57,13 +64,19 @@ class Bitmask(sten.Layout):
 
 def choose(shape, dtype, spec):
     """The C++ kernel is float32; other dtypes take sten's reference."""
-    return ("cpp", "C++, rows over threads") if dtype == torch.float32 else ("reference", f"the kernel is float32, not {dtype}")
+    return (
+        ("cpp", "C++, rows over threads")
+        if dtype == torch.float32
+        else ("reference", f"the kernel is float32, not {dtype}")
+    )
 
 
 @sten.kernel("linear", weight=Bitmask, device="cpu", choose=choose)
 def bitmask_linear(x, weight, bias, *, spec, shape, variant):
     """The bits of a row decoded once, then every token."""
-    return torch.ops.sten_bitmask.linear(x, weight["values"], weight["bits"], weight["start"], bias, math.prod(shape[1:]))
+    return torch.ops.sten_bitmask.linear(
+        x, weight["values"], weight["bits"], weight["start"], bias, math.prod(shape[1:])
+    )
 
 
 @torch.library.register_fake("sten_bitmask::linear")

@@ -1,54 +1,18 @@
-"""The kernels that sten brings: C++ on the CPU where they are built, and an honest expansion to dense everywhere else.
-
-They come in through `sten.kernel`, the door that is open to everybody. A layout without a faster kernel for an operator
-gets one that unpacks it: correct, it saves memory and not time, and `sten.which` says so.
-"""
+"""The C++ kernels of the CPU, where they are built; they know float32."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import cpp
-from . import ops as ops  # declares the operators
-from .dispatch import OPERATORS, kernel
-from .layout import Layout
-from .layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
-
-LAYOUTS = (Masked, CSR, BSR, NM, GroupedNM, VectorNM)
-DEVICES = ("cpu", "cuda")
-
-EXPANDS = "expands to dense: no faster kernel for this layout here; saves memory, not time"
-GATHERS = "makes the dense gradient and gathers it at the pattern: no faster kernel for this layout here"
-REASONS = {
-    "linear_grad_weight": GATHERS,
-    "conv2d_grad_weight": GATHERS,
-    "embedding": "unpacks the rows that are looked up, and no others",
-    "embedding_grad_weight": GATHERS,
-}
-
-
-def expand(name: str, layout: type[Layout], device: str) -> None:
-    """Register an operator's reference implementation as the kernel of a layout, with the reason it is no faster."""
-    reference = OPERATORS[name].reference
-
-    def kernel_of(*args, **kwargs):
-        return reference(*args, **kwargs)
-
-    kernel_of.__name__ = f"{name}_expand"
-    kernel_of.__doc__ = REASONS.get(name, EXPANDS)
-    if layout is Masked and name not in REASONS:
-        kernel_of.__doc__ = "multiplies the dense values under the mask; saves neither memory nor time"
-    kernel(name, weight=layout, device=device)(kernel_of)
-
-
-for _name, _layout, _device in itertools.product(OPERATORS, LAYOUTS, DEVICES):
-    if "weight" in OPERATORS[_name].sparse:
-        expand(_name, _layout, _device)
+from .. import cpp
+from ..dispatch import OPERATORS, kernel
+from ..layout import Layout
+from ..layouts import CSR, GroupedNM
+from . import expand as expand  # registered first, so that these replace it
 
 
 def choose_linear(shape: tuple[int, ...], dtype: torch.dtype, spec: Layout) -> tuple[str, str]:

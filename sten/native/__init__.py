@@ -1,0 +1,8 @@
+"""The kernels that sten brings: C++ on the CPU, Triton on CUDA, and an honest expansion to dense everywhere else.
+
+They come in through `sten.kernel`, the door that is open to everybody.
+"""
+
+from . import cpu, cuda, expand
+
+__all__ = ["cpu", "cuda", "expand"]
