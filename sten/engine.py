@@ -345,8 +345,8 @@ def stop(model: nn.Module) -> None:
     """End the training of all of a model's weights."""
     held = {id(site.holder) for site in sites_of(model)}
     for engine in list(ENGINES):
-        plan = engine.method.ticks
-        if plan is not None and plan.closing and engine.step < plan.stop and any(id(s.holder) in held for s in engine.sites):
+        plan, ours = engine.method.ticks, any(id(site.holder) in held for site in engine.sites)
+        if ours and plan is not None and plan.closing and engine.step < plan.stop:
             kind, end = type(engine.method).__name__, f"ends at step {plan.stop}, but training ended at {engine.step}"
             warnings.warn(f"sten: {kind} {end}: the sparsity that was asked for is not reached.", stacklevel=4)
         engine.close([site for site in engine.sites if id(site.holder) in held])

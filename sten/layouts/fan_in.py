@@ -74,7 +74,8 @@ class FanIn(Layout):
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
-        size = tuple(parts["values"].shape) if "values" in parts and parts["values"].dim() == 2 else (-1, -1)
+        values = parts.get("values")
+        size = tuple(values.shape) if isinstance(values, Tensor) and values.dim() == 2 else (-1, -1)
         pattern = {"index": (size, torch.int32), "row": (size[:1], torch.int32)}
         expect_parts(self, parts, {"values": (size, None), **pattern})
         expect_range(self, "index", parts["index"], 0, math.prod(shape[1:]))
