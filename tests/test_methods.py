@@ -348,6 +348,16 @@ def test_cast_gets_masks_decay_and_ramp_and_folds_its_scales():
     torch.testing.assert_close(model[0].weight.to_dense(), want)
 
 
+def test_cast_leaves_existing_schedulers_alone():
+    model = mlp()
+    optimizer = sten.optim.AdamS(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    sten.sparsify(model, NM(2, 4), sten.CAST(total_steps=20, decay=1e-2), optimizer=optimizer)
+    train(model, optimizer, 1)
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-3]
+
+
 def test_cast_refuses_other_optimizers():
     model = mlp()
     with pytest.raises(TypeError, match=r"CAST is defined for sten\.optim\.AdamS; got AdamW"):

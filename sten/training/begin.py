@@ -34,8 +34,6 @@ def begin(change: Change, optimizers: Iterable[Optimizer]) -> None:
     for module, name in target.owners:
         install(module, name, holder)
         keep_loadable(module)
-    extra = list(holder.parameters())
-    groups = [(o, g) for o in optimizers for g in o.param_groups if any(p is target.tensor for p in g["params"])]
-    for optimizer, group in groups if extra else ():
-        alike = {key: value for key, value in group.items() if key != "params"}
-        optimizer.add_param_group({**alike, "params": extra, "weight_decay": 0.0})
+    # Into the weight's own group: a new one would upset learning-rate schedulers that exist.
+    for group in (g for o in optimizers for g in o.param_groups if any(p is target.tensor for p in g["params"])):
+        group["params"].extend(holder.parameters())
