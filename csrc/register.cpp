@@ -5,12 +5,23 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <string>
+
 #include "linear.h"
 
 namespace sten {
 namespace {
 
 using at::Tensor;
+
+// Numbers as text. A stream in this library, asked to format a number, crashed with torch 2.11's own C++ runtime.
+std::string text(int64_t number) { return std::to_string(number); }
+
+std::string text(at::IntArrayRef sizes) {
+  std::string all = "(";
+  for (size_t i = 0; i < sizes.size(); ++i) all += (i ? ", " : "") + std::to_string(sizes[i]);
+  return all + ")";
+}
 
 void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
@@ -19,17 +30,18 @@ void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t
 Pool make_pool() { return {at::in_parallel_region() ? 1 : at::get_num_threads(), run_tasks}; }
 
 void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype) {
-  TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " must be on the CPU, but it is on ", t.device());
+  TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " must be on the CPU, but it is on ", t.device().str());
   TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", but it is ", t.scalar_type());
-  TORCH_CHECK(t.dim() == dim, op, ": ", name, " must have ", dim, " dimension(s), but it has ", t.dim());
+  TORCH_CHECK(t.dim() == dim, op, ": ", name, " must have ", text(dim), " dimension(s), but it has ",
+              text(t.dim()));
   TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 
 void check_input(const Tensor& x, const char* op, int64_t out) {
-  TORCH_CHECK(x.device().is_cpu(), op, ": x must be on the CPU, but it is on ", x.device());
+  TORCH_CHECK(x.device().is_cpu(), op, ": x must be on the CPU, but it is on ", x.device().str());
   TORCH_CHECK(x.scalar_type() == at::kFloat, op, ": x must be Float, but it is ", x.scalar_type());
   TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
-  TORCH_CHECK(out >= 0, op, ": out_features must not be negative, but it is ", out);
+  TORCH_CHECK(out >= 0, op, ": out_features must not be negative, but it is ", text(out));
 }
 
 // Checks x and bias, makes y and fills the problem; y is not written to.
@@ -37,8 +49,8 @@ Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor
                      Tensor& y) {
   if (bias) {
     check(*bias, op, "bias", 1, at::kFloat);
-    TORCH_CHECK(bias->size(0) == out, op, ": bias must have out_features = ", out, " entries, but it has ",
-                bias->size(0));
+    TORCH_CHECK(bias->size(0) == out, op, ": bias must have out_features = ", text(out), " entries, but it has ",
+                text(bias->size(0)));
   }
   kept = x.contiguous();
   auto shape = x.sizes().vec();
@@ -58,14 +70,14 @@ Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, 
   check(values, op, "values", 1, at::kFloat);
   check(crow, op, "crow", 1, at::kInt);
   check(col, op, "col", 1, at::kInt);
-  TORCH_CHECK(crow.size(0) == out + 1, op, ": crow must have out_features + 1 = ", out + 1,
-              " entries, but it has ", crow.size(0));
+  TORCH_CHECK(crow.size(0) == out + 1, op, ": crow must have out_features + 1 = ", text(out + 1),
+              " entries, but it has ", text(crow.size(0)));
   TORCH_CHECK(values.size(0) == col.size(0), op, ": values and col must have equally many entries, but they have ",
-              values.size(0), " and ", col.size(0));
+              text(values.size(0)), " and ", text(col.size(0)));
   const Csr w{values.const_data_ptr<float>(), crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
   TORCH_CHECK(w.crow[0] == 0 && w.crow[out] >= 0 && w.crow[out] <= col.size(0), op,
-              ": crow must begin with 0 and end with at most ", col.size(0), ", but it runs from ", w.crow[0], " to ",
-              w.crow[out]);
+              ": crow must begin with 0 and end with at most ", text(col.size(0)), ", but it runs from ",
+              text(w.crow[0]), " to ", text(w.crow[out]));
   Tensor kept, y;
   const Problem p = make_problem(op, x, bias, out, kept, y);
   csr_linear(p, w, kernels(), make_pool());
@@ -91,16 +103,16 @@ Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor&
   check(values, op, "values", 5, at::kFloat);
   check(index, op, "index", 4, at::kShort);
   TORCH_CHECK(1 <= n && n <= m && m <= kMostColumns && 1 <= g && g <= kMostColumns, op,
-              ": 1 <= n <= m and g >= 1 are needed, but n, m, g = ", n, ", ", m, ", ", g);
+              ": 1 <= n <= m and g >= 1 are needed, but n, m, g = ", text({n, m, g}));
   const int64_t count = choose(m, n, kMostColumns);
-  TORCH_CHECK(count * g <= kMostColumns, op, ": C(m, n) * g must be at most ", kMostColumns, ", but n, m, g = ", n,
-              ", ", m, ", ", g);
+  TORCH_CHECK(count * g <= kMostColumns, op, ": C(m, n) * g must be at most ", text(kMostColumns), ", but n, m, g = ",
+              text({n, m, g}));
   const int64_t chunks = ceil_div(x.size(-1), count * g), strips = ceil_div(out, m);
   const std::vector<int64_t> slots{chunks, strips, count, g}, full{chunks, strips, count, g, n};
   TORCH_CHECK(index.sizes() == at::IntArrayRef(slots), op, ": index must be (chunks, strips, patterns, g) = ",
-              at::IntArrayRef(slots), " for this x and out_features, but it is ", index.sizes());
+              text(slots), " for this x and out_features, but it is ", text(index.sizes()));
   TORCH_CHECK(values.sizes() == at::IntArrayRef(full), op, ": values must be (chunks, strips, patterns, g, n) = ",
-              at::IntArrayRef(full), " for this x and out_features, but it is ", values.sizes());
+              text(full), " for this x and out_features, but it is ", text(values.sizes()));
   const Patterns& order = patterns(static_cast<int>(n), static_cast<int>(m));
   const Grouped w{values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), order.rows.data(),
                   order.walk.data(), static_cast<int>(n), static_cast<int>(m), static_cast<int>(g), count, chunks,

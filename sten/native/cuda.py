@@ -65,9 +65,11 @@ def choose_grouped_nm(shape, dtype, spec):
     return kernels.grouped_nm.choose(outputs, inputs, spec.n, spec.m, tokens, dtype)
 
 
-def choose_dtype(shape, dtype, spec):
-    """For gradients: the kernel's own module says in its docstring what it does."""
-    return ("triton", "Triton: see the kernel's module") if dtype in DTYPES else _unknown(dtype)
+def choose_gradient(shape, dtype, spec):
+    """Gradients know the dtypes of the product; one of the values needs blocks that tensor cores can hold."""
+    if isinstance(spec, BSR) and min(spec.block) < 16:
+        return "reference", f"makes the dense gradient: blocks of {spec.block} are below the 16 of tensor cores"
+    return ("triton", "Triton, or its expansion and a dense product") if dtype in DTYPES else _unknown(dtype)
 
 
 def _unknown(dtype) -> tuple[str, str]:
@@ -173,5 +175,5 @@ TABLE = {
 if kernels.available():
     for _layout, (_choose, *_functions) in TABLE.items():
         for _name, _function in zip(("linear", "linear_grad_input", "linear_grad_weight"), _functions, strict=True):
-            _pick = _choose if _name == "linear" else choose_dtype
+            _pick = _choose if _name == "linear" else choose_gradient
             kernel(_name, weight=_layout, device="cuda", choose=_pick)(_function)
