@@ -4,7 +4,8 @@
 
 Every layout is checked against the masked dense product first. The two sides run alternately in one process; the
 number is the difference of the medians, in microseconds above dense. `no_grad` is a finalized weight in inference,
-`forward` and `step` (forward and backward) the same weight as a hand-made Parameter under autograd.
+`forward` and `step` (forward and backward) the same weight as a hand-made Parameter under autograd, `trainable` and
+`trainable_step` a module in trainable form against a dense module.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ def measure(layout: sten.Layout, size: int, rounds: int) -> dict:
         found["no_grad"] = side_by_side(lambda: F.linear(x, sparse), lambda: F.linear(x, dense), 500, rounds)
     found["forward"] = side_by_side(lambda: F.linear(x, sparse), lambda: F.linear(x, dense), 300, rounds)
     found["step"] = side_by_side(lambda: step(sparse), lambda: step(dense), 100, rounds)
+    layers = [nn.Linear(size, size), nn.Linear(size, size)]
+    layers[0].weight.data = dense.data.clone()
+    sten.trainable(sten.sparsify(layers[0], layout, None))
+    found["trainable"] = side_by_side(lambda: layers[0](x), lambda: layers[1](x), 300, rounds)
+    passes = [lambda m=m: m(x).sum().backward() for m in layers]
+    found["trainable_step"] = side_by_side(*passes, 100, rounds)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The main job: train digits dense, sparsify to 90 %, fine-tune in the pattern, save, load, compare; an ordinary loop."""
+"""The main job: train digits dense, sparsify to 90 %, fine-tune in the pattern, save, load, compare."""
 
 import argparse
 import copy
