@@ -111,6 +111,8 @@ def _existing(target: Target) -> Tensor:
 
 def _pack(target: Target, dense: Tensor, mask: Tensor) -> Change:
     tensor = from_dense(dense, target.layout, mask)
+    if bool(dense.isnan().any()):
+        raise ValueError(f"{target.name} holds NaN, which pruning would hide: load weights that did not diverge.")
     size = dense.abs().double()
     total = float(size.sum())
     energy = float((size * mask).sum()) / total if total > 0 else 1.0

@@ -97,7 +97,10 @@ def _of_module(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None, 
 def matches(pattern: str, name: str) -> bool:
     """A glob over the whole name, or a regular expression after "re:"."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}.") from None
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
@@ -187,7 +190,7 @@ def _reason(target: Target, chosen: bool, named: bool, layouts, default: bool) -
             else "not chosen by weights="
         )
     if isinstance(target.tensor, SparseTensor) and not named:
-        return "it is sparse already"
+        return "it is sparse already; sten.densify it first, or name it in full"
     for pattern, layout in layouts:
         if matches(pattern, target.name):
             target.layout = layout

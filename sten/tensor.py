@@ -299,7 +299,8 @@ def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
         for argument, given in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and any(isinstance(a, SparseTensor) for a in torch.utils._pytree.tree_leaves(given)):
                 raise NotImplementedError(
-                    f"{name} cannot write into a {sparse[0].spec} tensor; change its parts['values'], or densify it."
+                    f"{name} cannot write into a {sparse[0].spec} tensor; to train, take the trainable form "
+                    "(sten.attach, sten.trainable), or densify."
                 )
     say_densified(name, sparse[0].spec)
     args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))

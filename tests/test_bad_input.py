@@ -50,6 +50,7 @@ MODEL = {
     "sparsity above 1": ({"layout": CSR(), "sparsity": 1.5}, "from 0 to 1; got 1.5"),
     "negative sparsity": ({"layout": CSR(), "sparsity": -0.1}, "from 0 to 1; got -0.1"),
     "NaN": ({"layout": CSR(), "sparsity": float("nan")}, "from 0 to 1"),
+    "regular expression": ({"layout": NM(2, 4), "weights": "re:("}, "is no regular expression"),
     "no sparsity": ({"layout": CSR()}, r"CSR\(\) has no rate of its own: pass sparsity="),
     "no sparsity for one of two layouts": ({"layout": {"0.*": NM(2, 4), "2.*": CSR()}}, "pass sparsity="),
     "sparsity against n:m": ({"layout": NM(2, 4), "sparsity": 0.9}, "has sparsity 0.5 by construction.*leave it out"),
@@ -331,3 +332,11 @@ def test_state_dicts_with_lies(form):
     model = build()
     with pytest.raises(RuntimeError, match=r"0\.weight: the entry must be a tensor of shape \(20, 12\); got \(3, 3\)"):
         model.load_state_dict({**mlp().state_dict(), "0.weight": torch.ones(3, 3)})
+
+
+def test_weights_that_diverged():
+    model = nn.Linear(8, 4)
+    with torch.no_grad():
+        model.weight[1, 2] = float("nan")
+    with refused(model, "weight holds NaN"):
+        sten.sparsify(model, NM(2, 4))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..allocation import Allocation
 from ..layout import fields
 from ..sparsifiers import Sparsifier
-from ..tensor import SparseTensor, checked, project
+from ..tensor import Rule, SparseTensor, checked, project
 
 PREFIX = "sparse_"  # the holder of `weight` is the submodule `sparse_weight`
 
@@ -103,7 +103,7 @@ class SparseWeight(nn.Module):
             return w if self.probe is None else w.to_dense() + self.probe
         values = self._parameters["values"]
         if torch.is_grad_enabled() and values.requires_grad:
-            return _Assemble.apply(values, self.spec, self.shape, self.transposed, self.names, *self.pattern.values())
+            return _Assemble.run(values, self.spec, self.shape, self.transposed, self.names, *self.pattern.values())
         return SparseTensor(self.spec, self.parts, self.shape, self.transposed)
 
     def tensor(self, param: Tensor | None = None) -> SparseTensor:
@@ -135,30 +135,42 @@ class SparseWeight(nn.Module):
         missing.extend(_public(prefix) + name.removeprefix(prefix) for name in lost)
 
 
-class _Assemble(torch.autograd.Function):
+class _Assemble(Rule):
     """Values and pattern to the SparseTensor; its gradient, which has the same pattern, back to the values."""
 
     @staticmethod
-    def forward(ctx, values, spec, shape, transposed, names, *pattern):
-        parts = {"values": values, **dict(zip(names, pattern, strict=True))}
-        ctx.like = (spec, parts, shape, transposed)
-        return SparseTensor(spec, parts, shape, transposed)
+    def forward(values, spec, shape, transposed, names, *pattern):
+        return SparseTensor(spec, {"values": values, **dict(zip(names, pattern, strict=True))}, shape, transposed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, spec, shape, transposed, names, *pattern = inputs
+        ctx.like = (spec, {"values": values, **dict(zip(names, pattern, strict=True))}, shape, transposed)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        if any(dim is not None for dim in in_dims):
+            raise NotImplementedError("torch.vmap over a sparse weight's values has no rule; map over the input only.")
+        return _Assemble.apply(*args), None
 
     @staticmethod
     def backward(ctx, grad):
         spec, parts, shape, transposed = ctx.like
         if type(grad) is not SparseTensor:
             grad = project(grad, SparseTensor(spec, {n: p.detach() for n, p in parts.items()}, shape, transposed))
-        return (_Values.apply(grad) if torch.is_grad_enabled() else grad.parts["values"], *[None] * (3 + len(parts)))
+        return (_Values.run(grad) if torch.is_grad_enabled() else grad.parts["values"], *[None] * (3 + len(parts)))
 
 
-class _Values(torch.autograd.Function):
+class _Values(Rule):
     """The values of a SparseTensor, as a step of a graph (needed for gradients of gradients alone)."""
 
     @staticmethod
-    def forward(ctx, w):
-        ctx.like = w
+    def forward(w):
         return w.parts["values"].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.like = inputs[0]
 
     @staticmethod
     def backward(ctx, grad):
