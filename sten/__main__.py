@@ -52,15 +52,18 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _median(run, repeats: int, synchronize) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[2:])[repeats // 2] * 1e3
+def _medians(runs, repeats: int, synchronize) -> list[float]:
+    """Median milliseconds of several calls, taken in turn, so that a busy machine is busy for all of them."""
+    times = [[] for _ in runs]
+    for i in range(repeats + 2):
+        for run, own in zip(runs, times, strict=True):
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if i >= 2:
+                own.append(time.perf_counter() - start)
+    return [sorted(own)[repeats // 2] * 1e3 for own in times]
 
 
 @torch.inference_mode()
@@ -72,8 +75,8 @@ def bench(out: int, inputs: int, tokens: list[int], device: str, dtype: torch.dt
     print(f"linear {inputs} -> {out}, {dtype}, {device}: speed-up over dense (dense in ms); below 1 is a loss")
     print(f"{'layout':22}" + "".join(f"{t:>10} tokens" for t in tokens) + "  kernel at the most tokens")
     inputs_of = {t: torch.randn(t, inputs, device=device, dtype=dtype) for t in tokens}
-    base = {t: _median(lambda x=x: F.linear(x, dense), repeats, synchronize) for t, x in inputs_of.items()}
-    print(f"{'dense':22}" + "".join(f"{base[t]:>14.3f} ms" for t in tokens))
+    base = [_medians([lambda x=x: F.linear(x, dense)], repeats, synchronize)[0] for x in inputs_of.values()]
+    print(f"{'dense':22}" + "".join(f"{ms:>14.3f} ms" for ms in base))
     for title, (layout, sparsity) in LAYOUTS.items():
         w = sten.from_dense(dense, layout, layout.mask(dense.abs(), sparsity))
         cells = []
@@ -81,7 +84,8 @@ def bench(out: int, inputs: int, tokens: list[int], device: str, dtype: torch.dt
             error = (F.linear(x, w) - F.linear(x, w.to_dense())).norm() / F.linear(x, w.to_dense()).norm()
             if not error < 2e-2:
                 raise SystemExit(f"{title} is wrong at {t} tokens (relative error {float(error):.2g}): no times.")
-            cells.append(base[t] / _median(lambda x=x, w=w: F.linear(x, w), repeats, synchronize))
+            slow, fast = _medians([lambda x=x, w=w: F.linear(x, w) for w in (dense, w)], repeats, synchronize)
+            cells.append(slow / fast)
         choice = sten.which("linear", inputs_of[tokens[-1]], w)
         print(f"{title:22}" + "".join(f"{c:>16.2f}x" for c in cells) + f"  {choice.kernel}")
 
