@@ -131,7 +131,7 @@ def setting(arguments):
             lines = dict(line.split(":", 1) for line in info.read().split("\n\n")[0].splitlines() if ":" in line)
         model = {k.strip(): v.strip() for k, v in lines.items()}.get("model name", model)
     except OSError:
-        pass
+        pass  # no /proc here: the platform's own name has to do
     return {
         "device": model,
         "threads": arguments.threads,

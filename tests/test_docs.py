@@ -11,7 +11,6 @@ import pytest
 import sten
 
 ROOT = Path(__file__).parent.parent
-MODULES = {"ops", "scores", "testing", "training", "layout", "schedule", "optim"}
 DATA = {"OPERATORS"}
 PUBLIC = sorted(
     n for n in vars(sten) if not n.startswith("_") and not inspect.ismodule(getattr(sten, n)) and n not in DATA

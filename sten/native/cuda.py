@@ -31,49 +31,49 @@ def patterns(layout: GroupedNM, device: torch.device) -> Tensor:
     return _kept_patterns(layout, device)
 
 
+def in_known_dtypes(choose):
+    """A `choose` that answers for every dtype: the kernels know three, the others expand."""
+
+    @functools.wraps(choose)  # the signature too: it says whether the number of entries is wanted
+    def asked(shape, dtype, spec, **entries):
+        if dtype not in DTYPES:
+            known = "float16, bfloat16 and float32"
+            return "reference", f"expands to dense: the Triton kernels are for {known}, not {dtype}"
+        return choose(shape, dtype, spec, **entries)
+
+    return asked
+
+
 def choose_vector_nm(shape, dtype, spec):
     tokens, outputs, inputs = shape
-    if dtype not in DTYPES:
-        return _unknown(dtype)
     return kernels.vector_nm.choose(outputs, inputs, spec.n, spec.m, spec.v, tokens, dtype)
 
 
 def choose_bsr(shape, dtype, spec, *, entries):
     tokens, outputs, inputs = shape
-    if dtype not in DTYPES:
-        return _unknown(dtype)
     (bh, bw) = spec.block
     return kernels.bsr.choose(outputs, inputs, bh, bw, entries // (bh * bw), tokens, dtype)
 
 
 def choose_nm(shape, dtype, spec):
     tokens, outputs, inputs = shape
-    if dtype not in DTYPES:
-        return _unknown(dtype)
     return kernels.nm.choose(outputs, inputs, spec.n, spec.m, tokens, dtype)
 
 
 def choose_csr(shape, dtype, spec, *, entries):
     tokens, outputs, inputs = shape
-    return kernels.csr.choose(outputs, inputs, entries, tokens, dtype) if dtype in DTYPES else _unknown(dtype)
+    return kernels.csr.choose(outputs, inputs, entries, tokens, dtype)
 
 
 def choose_grouped_nm(shape, dtype, spec):
     tokens, outputs, inputs = shape
-    if dtype not in DTYPES:
-        return _unknown(dtype)
     return kernels.grouped_nm.choose(outputs, inputs, spec.n, spec.m, tokens, dtype)
 
 
 def choose_gradient(shape, dtype, spec):
-    """Gradients know the dtypes of the product; one of the values needs blocks that tensor cores can hold."""
     if isinstance(spec, BSR) and min(spec.block) < 16:
-        return "reference", f"makes the dense gradient: blocks of {spec.block} are below the 16 of tensor cores"
-    return ("triton", "Triton, or its expansion and a dense product") if dtype in DTYPES else _unknown(dtype)
-
-
-def _unknown(dtype) -> tuple[str, str]:
-    return "reference", f"expands to dense: the Triton kernels are for float16, bfloat16 and float32, not {dtype}"
+        return "reference", f"expands to dense: blocks of {spec.block} are below the 16 of tensor cores"
+    return "triton", "Triton, or its expansion and a dense product"
 
 
 def vector_nm_linear(x, weight, bias, *, spec, shape, variant):
@@ -176,4 +176,4 @@ if kernels.available():
     for _layout, (_choose, *_functions) in TABLE.items():
         for _name, _function in zip(("linear", "linear_grad_input", "linear_grad_weight"), _functions, strict=True):
             _pick = _choose if _name == "linear" else choose_gradient
-            kernel(_name, weight=_layout, device="cuda", choose=_pick)(_function)
+            kernel(_name, weight=_layout, device="cuda", choose=in_known_dtypes(_pick))(_function)

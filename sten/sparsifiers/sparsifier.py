@@ -140,10 +140,3 @@ class Sparsifier(ABC):
         if self.hard:
             return Edit(mask=view.mask)
         return self.update(view, state)
-
-
-def density_of(view: View) -> float:
-    """The fraction of a view's entries that live: by its mask, else by its sparsity or the layout's rate."""
-    if view.mask is not None:
-        return float(view.mask.sum()) / view.mask.numel()
-    return view.layout.rate if view.sparsity is None else 1 - view.sparsity

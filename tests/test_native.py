@@ -1,0 +1,26 @@
+"""What the table says of CUDA, asked without a GPU: `choose` is a pure function."""
+
+import pytest
+import torch
+
+import sten
+
+if not sten.kernels.available():
+    pytest.skip("the Triton kernels need triton", allow_module_level=True)
+
+LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.GroupedNM(1, 4, 4), sten.VectorNM(1, 4, 64)]
+
+
+@pytest.mark.parametrize("operator", ["linear", "linear_grad_input", "linear_grad_weight"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_dtypes(layout, operator):
+    entry = sten.dispatch.find(operator, "cuda", layout)
+    for dtype, known in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float64, False)):
+        variant, reason = entry.pick((16, 256, 256), torch.empty(4096, dtype=dtype), layout)
+        assert (variant != "reference") == known and reason
+
+
+def test_blocks_below_tensor_cores_expand_their_gradients():
+    entry = sten.dispatch.find("linear_grad_weight", "cuda", sten.BSR((4, 8)))
+    variant, reason = entry.pick((16, 256, 256), torch.empty(4096, dtype=torch.bfloat16), sten.BSR((4, 8)))
+    assert variant == "reference" and "below the 16" in reason
