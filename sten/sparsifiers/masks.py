@@ -33,8 +33,8 @@ class StraightThrough(torch.autograd.Function):
 
 
 def masked(w: Tensor, mask: Tensor) -> Tensor:
-    """w * mask, with the gradient of w."""
-    return StraightThrough.apply(w, w.detach().masked_fill(~mask, 0))
+    """w * mask, with the gradient of w. A product: masked_fill costs a CPU a missed branch for every other entry."""
+    return StraightThrough.apply(w, w.detach() * mask)
 
 
 class DenseMaster(Sparsifier):
@@ -47,8 +47,14 @@ class DenseMaster(Sparsifier):
         return scores.magnitude(view.weight)
 
     def chosen(self, view: View) -> Tensor:
-        """The mask of the present |w|."""
-        return view.layout.mask(self.score(view), view.sparsity)
+        """The mask of the present |w|; the gradient's hook gets the one of the forward pass."""
+        if "chosen" not in view.memo:
+            view.memo["chosen"] = view.layout.mask(self.score(view), view.sparsity)
+        return view.memo["chosen"]
+
+    def shrinking(self, view: View, mask: Tensor) -> Tensor:
+        """SR-STE's term, decay * (1 - M) * w."""
+        return (~mask).to(view.weight.dtype).mul_(view.weight).mul_(self.decay)  # one new tensor, not three
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class SRSTE(DenseMaster):
         return masked(w, self.chosen(view))
 
     def grad(self, view: View, state: State) -> Tensor:
-        return self.decay * view.weight.masked_fill(self.chosen(view), 0)
+        return self.shrinking(view, self.chosen(view))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class View:
         generator: random numbers, the same on every rank.
         grad, momentum, stats: what the sparsifier's `needs` asked for; None otherwise.
         last: whether it is the last of the chosen weights, mostly the classifier.
+        memo: what a method works out once about this very weight; `dataclasses.replace` starts an empty one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class View:
     momentum: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
     last: bool = False
+    memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..layout import Layout, kept, top, top_of_groups
+from ..layout import Layout, kept
 from ..layouts import FanIn
 from .drop_grow import DropGrow
+from .select import highest
 from .sparsifier import Edit, State, View
 
 
@@ -49,19 +50,22 @@ class SRigL(DropGrow):
         return view.grad.abs()
 
     def update(self, view: View, state: State) -> Edit:
-        size, grad = view.weight.abs().flatten(1), self.growth(view, state).flatten(1)
-        alive = view.mask.flatten(1)
-        columns = alive.shape[1]
-        budget = kept(alive.numel(), view.sparsity, view.layout)
-        count = int(alive.sum())
-        grown = int(self.ticks.value(view.step) * count)
-        survivors = top(size.masked_fill(~alive, -torch.inf), count - grown)
-        live = self._live(survivors | top(grad, grown), budget, view.last)
+        size, grad = view.weight.abs().flatten(), self.growth(view, state).flatten(1).contiguous()
+        rows, columns = grad.shape
+        budget = kept(grad.numel(), view.sparsity, view.layout)
+        place = view.mask.flatten().nonzero()[:, 0]  # of the living; all that is about |w| is done on them alone
+        grown = int(self.ticks.value(view.step) * len(place))
+        stay = len(place) - grown
+        salient = highest(grad.view(-1), grown)
+        salient[place[highest(size[place], stay)]] = True
+        live = self._live(salient.view(rows, columns), budget, view.last)
         fan_in = min(budget // max(int(live.sum()), 1), columns)
-        keep = top(size.masked_fill(~(alive & live), -torch.inf), count - grown) & alive & live
+        place = place[live.view(-1)[place // columns]]
+        place = place[highest(size[place], stay)]
         # Kept entries come first, by |w|; then growth, by |g|.
-        order = torch.where(keep, 2 + size / size.max(), grad / grad.max().clamp(min=1e-30))
-        return Edit(mask=(top_of_groups(order, fan_in) & live).view(view.weight.shape))
+        order = grad / grad.max().clamp(min=1e-30)
+        order.view(-1)[place] = (2 + size[place] / size.max()).to(order.dtype)
+        return Edit(mask=(highest(order, fan_in) & live).view(view.weight.shape))
 
     def _live(self, salient: Tensor, budget: int, exempt: bool) -> Tensor:
         """(R, 1), which neurons live: enough of them to hold the budget at full fan-in."""

@@ -197,7 +197,7 @@ class Transposable(DenseMaster):
         return masked(w, view.mask)
 
     def grad(self, view: View, state: State) -> Tensor:
-        return self.decay * view.weight.masked_fill(view.mask, 0)
+        return self.shrinking(view, view.mask)
 
     def finish(self, view: View, state: State) -> Edit:
         return Edit(mask=view.mask)
@@ -275,7 +275,7 @@ class BiMask(DenseMaster):
         return faces(w, self.chosen(view), self.backward_mask(view, state["order"]))
 
     def grad(self, view: View, state: State) -> Tensor:
-        return self.decay * view.weight.masked_fill(self.chosen(view), 0)
+        return self.shrinking(view, self.chosen(view))
 
     def finish(self, view: View, state: State) -> Edit:
         return Edit(mask=self.chosen(view))

@@ -12,8 +12,9 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
-from ..layout import Layout, cut, reduction_back, top
-from ..layouts import BSR, GroupedNM, VectorNM
+from ..layout import Layout, cut, kept, reduction_back
+from ..layouts import BSR, CSR, GroupedNM, Masked, VectorNM
+from .select import highest
 from .sparsifier import View
 
 
@@ -62,11 +63,17 @@ def expect_free_units(layout: Layout) -> None:
 def keep_largest(view: View, fraction: float) -> Tensor:
     """The living units without the int(fraction * their number) of the smallest |w|, as a mask."""
     alive = totals(view.layout, view.mask).bool()
-    size = totals(view.layout, view.weight.abs())[alive]
-    chosen = torch.zeros_like(alive).masked_scatter_(alive, top(size, len(size) - int(fraction * len(size))))
-    return entries(view.layout, chosen, tuple(view.weight.shape))
+    size = totals(view.layout, view.weight.abs())
+    place = alive.flatten().nonzero()[:, 0]
+    chosen = highest(size.flatten()[place], len(place) - int(fraction * len(place)))
+    mask = torch.zeros_like(alive, memory_format=torch.contiguous_format)
+    mask.view(-1)[place[chosen]] = True
+    return entries(view.layout, mask, tuple(view.weight.shape))
 
 
 def fill_up(view: View, keep: Tensor, growth: Tensor) -> Tensor:
     """`keep` and, in the places that the layout has left, the highest growth scores."""
-    return view.layout.mask(growth.float().masked_fill(keep, torch.inf), view.sparsity)
+    score = growth.float().masked_fill(keep, torch.inf)
+    if type(view.layout).mask not in (CSR.mask, Masked.mask):
+        return view.layout.mask(score, view.sparsity)
+    return highest(score.flatten(), kept(score.numel(), view.sparsity, view.layout)).view(score.shape)  # any will do

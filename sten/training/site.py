@@ -24,6 +24,7 @@ from .master import MasterWeight
 from .pattern import Method, SparseWeight
 
 Commit = Callable[[], None]
+Carry = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -83,7 +84,9 @@ class Site:
     def view(self, **more) -> View:
         """What a method may read; the weight and mask are made for it."""
         about, given = self.about, {"sparsity": self.about.sparsity, **more}
-        return View(about.name, self.dense(self.param), self.holder.spec, mask=self.mask, last=about.last, **given)
+        view = View(about.name, self.dense(self.param), self.holder.spec, mask=self.mask, last=about.last, **given)
+        view.memo.update(self.holder.recall(self.param) if self.master else {})
+        return view
 
     def enforce(self) -> None:
         """Zero what the mask of a hard master drops: momentum and weight decay revive it otherwise."""
@@ -105,21 +108,14 @@ class Site:
         """All that the edit changes, computed; calling the result writes it."""
         if self.master and not self.about.sparsifier.hard and edit.value is None and edit.fresh is None:
             return lambda: self._write_pattern(edit.mask, {}) or self._keep(edit.state)
-        old = self.mask
-        mask = old if edit.mask is None else edit.mask
-        value = self.dense(self.param) if edit.value is None else edit.value.to(self.param.dtype)
-        fresh = torch.zeros_like(mask) if edit.fresh is None else edit.fresh
-        if edit.mask is not None and old is not None and (self.about.sparsifier.hard or not self.master):
-            fresh = fresh | (mask & ~old)
-        off = ~mask if self.about.sparsifier.hard or not self.master else torch.zeros_like(mask)
-        value = value.masked_fill(off | fresh if edit.value is None else off, 0)
-        parts = {} if self.master else fitted(self.holder.spec, self.holder.spec.pack(value, mask), len(self.param))
-        new = parts["values"] if parts else self.stored(value, parts)
-        slots = {}
-        for key, slot in self.slots(optimizer):
-            slots[key] = self.stored(self.dense(slot).masked_fill(fresh, 0), parts)
-        grad = self.param.grad
-        grad = None if grad is None else grad if self.master else self.stored(self.dense(grad), parts)
+        mask = self.mask if edit.mask is None else edit.mask
+        parts, carry = self._in_master(mask, edit) if self.master else self._in_pattern(mask, edit)
+        new, grad = carry(self.param), self.param.grad
+        if edit.value is not None:
+            off = ~mask if self.about.sparsifier.hard or not self.master else torch.zeros_like(mask)
+            new = self.stored(edit.value.to(self.param.dtype).masked_fill(off, 0), parts)
+        slots = {key: carry(slot) for key, slot in self.slots(optimizer)}
+        grad = grad if grad is None or self.master else carry(grad)
 
         @torch.no_grad()
         def commit() -> None:
@@ -134,6 +130,40 @@ class Site:
             self._keep(edit.state)
 
         return commit
+
+    def _in_master(self, mask: Tensor, edit: Edit) -> tuple[Parts, Carry]:
+        """No parts, and what turns the master, or a slot, into what the edit leaves of it."""
+        fresh, old = edit.fresh, self.mask
+        if self.about.sparsifier.hard and edit.mask is not None and old is not None:
+            fresh = mask & ~old if fresh is None else fresh | (mask & ~old)
+        lost = fresh if not self.about.sparsifier.hard else ~mask if fresh is None else ~mask | fresh
+
+        def carry(t: Tensor) -> Tensor:
+            gone = lost if t is self.param else fresh
+            dense = self.dense(t)
+            return self.stored(dense.clone() if gone is None else dense.masked_fill(gone, 0), {})
+
+        return {}, carry
+
+    def _in_pattern(self, mask: Tensor, edit: Edit) -> tuple[Parts, Carry]:
+        """The parts of the new pattern, and what moves values, a slot or the gradient into it.
+
+        Only the numbers of the slots become dense, once: `source` says for each new slot which old one it takes.
+        """
+        spec, shape, slots = self.holder.spec, self.holder.shape, self.param.numel()
+        number = torch.int32 if slots < 2**31 else torch.int64
+        numbers = torch.arange(1, slots + 1, dtype=number, device=self.param.device).view(self.param.shape)
+        numbers = spec.unpack({**self.holder.pattern, "values": numbers}, shape)
+        if edit.fresh is not None:
+            numbers = numbers.masked_fill(edit.fresh, 0)
+        parts = fitted(spec, spec.pack(self.param.detach().new_zeros(()).expand(shape), mask), len(self.param))
+        source = spec.pack_like(numbers, parts)
+
+        def carry(t: Tensor) -> Tensor:
+            moved = torch.cat([t.new_zeros(1), t.detach().flatten()])
+            return moved.index_select(0, source.flatten()).view(source.shape)
+
+        return parts, carry
 
     def slots(self, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
         """The optimizer's tensors that go with each entry of the parameter."""

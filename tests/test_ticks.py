@@ -1,0 +1,121 @@
+"""What makes steps and ticks cheap must change nothing: the mask of the forward pass, selection, moved slots."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from training_models import dense_weights, loss_of, mlp, sparse, train
+
+import sten
+from sten.layout import top, top_of_groups
+from sten.layouts import CSR, NM, FanIn
+from sten.sparsifiers.select import highest
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 5, 16, 17, 40])
+def test_highest_answers_what_a_sort_would(dtype, count):
+    torch.manual_seed(count)
+    for score in (torch.randn(6, 17), torch.randint(3, (6, 17)).float(), torch.zeros(6, 17)):
+        score[0, 3], score[1, 2], score[2, :9], score[3, 1:8] = torch.nan, torch.inf, -torch.inf, torch.nan
+        score = score.to(dtype)
+        assert torch.equal(highest(score, count), top_of_groups(score, count))
+        assert torch.equal(highest(score.flatten(), count), top(score, count).flatten())
+        assert torch.equal(highest(score.t(), min(count, 6)), top_of_groups(score.t().contiguous(), min(count, 6)))
+    assert highest(torch.ones(0), 3).shape == (0,)
+
+
+class Counts(NM):
+    """NM that counts its masks."""
+
+    asked = 0
+
+    def mask(self, score, sparsity=None):
+        Counts.asked += 1
+        return super().mask(score, sparsity)
+
+
+def test_srste_chooses_once_a_forward_pass():
+    model, optimizer, _ = sparse(sten.SRSTE(0.1), Counts(2, 4))
+    Counts.asked = 0
+    train(model, optimizer, 3)
+    assert Counts.asked == 6  # two weights
+    train(model, optimizer, 1, microbatches=4)
+    assert Counts.asked == 6 + 8
+
+
+@pytest.mark.parametrize("how", ["weights", "functional", "no forward"])
+def test_a_mask_of_other_weights_is_not_used(how):
+    """decay * (1 - M) * w with the M of the weights that the step finds, whatever was computed before."""
+    model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    sten.sparsify(model, NM(2, 4), sten.SRSTE(decay=0.5), optimizer=optimizer)
+    param, other = model[0]._parameters["weight"], torch.randn(4, 8)
+    model(torch.ones(1, 8)).sum().backward()
+    if how == "weights":
+        with torch.no_grad():
+            param.copy_(other)
+    elif how == "functional":
+        torch.func.functional_call(model, {"0.weight": other.requires_grad_()}, (torch.ones(1, 8),))
+    else:
+        optimizer.step()
+        param.grad.fill_(1.0)
+    param.grad.zero_()
+    before = param.detach().clone()
+    optimizer.step()
+    want = torch.where(NM(2, 4).mask(before.abs()), before, 0.5 * before)
+    torch.testing.assert_close(param.detach(), want)
+
+
+def test_what_a_forward_pass_remembers_is_not_copied_nor_kept():
+    model, optimizer, engine = sparse(sten.SRSTE(0.1), NM(2, 4))
+    loss_of(model, 0).backward()
+    holder = engine.sites[0].holder
+    assert set(holder.memo[2]) == {"chosen"}
+    assert copy.deepcopy(model)[0].sparse_weight.memo is None
+    assert torch.optim.swa_utils.AveragedModel(model).module[0].sparse_weight.memo is None
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False)[0].sparse_weight.memo is None
+    assert list(model.state_dict()) == list(mlp().state_dict())
+    optimizer.step()
+    assert holder.memo is None
+    with torch.no_grad():
+        loss_of(model, 0)
+    assert holder.memo is None
+
+
+def test_fresh_entries_and_new_values_of_a_compressed_weight():
+    model, optimizer, engine = sparse(sten.SET(24, every=20), optimizer="adam")
+    train(model, optimizer, 3)
+    site = engine.sites[0]
+    slots = [site.dense(t) for _, t in site.slots(optimizer)]
+    w, mask, fresh = site.dense(site.param), site.mask, torch.rand(32, 16) < 0.5
+    site.rewrite(sten.Edit(fresh=fresh), optimizer)()
+    assert torch.equal(site.mask, mask) and torch.equal(site.dense(site.param), w * ~fresh)
+    for have, want in zip((site.dense(t) for _, t in site.slots(optimizer)), slots, strict=True):
+        assert torch.equal(have, want * ~fresh)
+    mask = CSR().mask(torch.rand(32, 16), 0.75)
+    site.rewrite(sten.Edit(mask=mask, value=torch.ones(32, 16)), optimizer)()
+    assert torch.equal(dense_weights(model)[0], mask.float())
+
+
+def test_an_ablated_neuron_leaves_nothing_behind():
+    model, optimizer, engine = sparse(sten.SRigL(60, every=20), FanIn(), optimizer="adam")
+    train(model, optimizer, 2)
+    site = engine.sites[0]
+    mask = site.mask
+    w, slots = site.dense(site.param), [site.dense(t) for _, t in site.slots(optimizer)]
+    without, other = mask.clone(), mask.clone()
+    without[5] = False
+    site.rewrite(sten.Edit(mask=without), optimizer)()
+    site.rewrite(sten.Edit(mask=other), optimizer)()
+    other[5] = False
+    assert torch.equal(site.dense(site.param), w * other)
+    for have, want in zip((site.dense(t) for _, t in site.slots(optimizer)), slots, strict=True):
+        assert torch.equal(have, want * other)
