@@ -19,6 +19,7 @@ from .sparsifiers import Magnitude, Sparsifier
 from .targets import Target, Weights, refuse_wrapped, select
 from .tensor import SparseTensor, from_dense
 from .training.begin import begin
+from .training.emptiness import emptiness_of, say_empty
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
 BY_MATRIX = (torch.optim.LBFGS, torch.optim.Muon, torch.optim.Adafactor)
@@ -74,6 +75,9 @@ def sparsify(
         note(target, why=target.why)
     if optimizers is not None:
         engine.start(model, optimizers)
+    if sparsifier is not None and not sparsifier.hard:  # a gradual method's tick says it when it happens
+        empty = {change.target.name: emptiness_of(change.tensor) for change in changes}
+        say_empty({name: what for name, what in empty.items() if what}, stacklevel=2)
     return model
 
 

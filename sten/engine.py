@@ -24,7 +24,9 @@ from .allocation import Allocation
 from .sparsifiers import Edit, Sparsifier, View
 from .targets import Target
 from .training.distributed import agreed, ranks, sharded
+from .training.emptiness import can_empty, emptiness, say_empty
 from .training.gather import Gather
+from .training.idle import served
 from .training.pattern import holders
 from .training.site import Site
 
@@ -56,6 +58,9 @@ class Engine:
         if self.gather.window:
             self.handles.append(sites[0].param.register_post_accumulate_grad_hook(_counter(self)))
         ENGINES.add(self)
+        for site in sites:
+            served(site.holder)
+            site.warned = can_empty(site.holder.spec) and emptiness(site.mask, site.holder.spec) is not None
         with torch.no_grad():
             self.prepare_next()
 
@@ -161,11 +166,15 @@ class Engine:
             return False
         views = Views(self, step, optimizer)
         counts = self.method.allocate(views, self.spread)
-        commits = []
+        commits, empty = [], {}
         for site in self.sites:
             edit = self.gather.edits.get(site) or self._ask(views, site, counts)
-            if edit is not None:
-                commits.append(site.rewrite(checked(edit, site, self.method), optimizer))
+            if edit is None:
+                continue
+            edit = checked(edit, site, self.method)
+            commits.append(site.rewrite(edit, optimizer))
+            if edit.mask is not None and not site.warned and (what := emptiness(edit.mask, site.holder.spec)):
+                site.warned, empty[site.name] = True, what
         kept = [(site, twin, twin.spec.unpack(twin.parts, twin.shape)) for site in self.sites for twin in site.twins()]
         for commit in commits:
             commit()
@@ -173,6 +182,7 @@ class Engine:
             twin.follow(site.holder, dense)
         self.gather.forget()
         self.ticks += 1
+        say_empty(empty, stacklevel=5)
         return True
 
     def _ask(self, views: Views, site: Site, counts: dict[str, int] | None) -> Edit | None:
@@ -227,26 +237,14 @@ class Views(Mapping):
 
 
 def checked(edit: Edit, site: Site, method: Sparsifier) -> Edit:
-    """The same edit on every rank; TypeError if its masks are not bool, a warning if they leave rows empty."""
+    """The same edit on every rank; TypeError if its masks are not bool."""
     for name in ("mask", "fresh"):
         given = getattr(edit, name)
         if given is not None and given.dtype != torch.bool:
             raise TypeError(f"{method} answered a {given.dtype} {name} for {site.name}: masks are bool.")
-    if edit.mask is None:
+    if edit.mask is None or ranks() == 1:
         return edit
-    if not site.warned:
-        site.warned = warn_if_empty(edit.mask, site.name)
-    return edit if ranks() == 1 else Edit(agreed(edit.mask), edit.value, edit.fresh, edit.state)
-
-
-def warn_if_empty(mask: Tensor, name: str) -> bool:
-    """Warn if no entry, or no entry of some row, lives: such outputs are constant."""
-    rows = mask.flatten(1).view(torch.uint8).amax(1) > 0  # forty times faster than any(1)
-    if not bool(rows.any()):
-        warnings.warn(f"sten: the mask leaves {name} empty: lower its sparsity, or use sten.ERK.", stacklevel=6)
-    elif not bool(rows.all()):
-        warnings.warn(f"sten: the mask leaves {int((~rows).sum())} of {len(rows)} rows of {name} empty.", stacklevel=6)
-    return not bool(rows.all())
+    return Edit(agreed(edit.mask), edit.value, edit.fresh, edit.state)
 
 
 def expect_method(method: Sparsifier | None, targets: list[Target], optimizers: Iterable[Optimizer]) -> None:
@@ -343,7 +341,7 @@ def follow(average: nn.Module, model: nn.Module) -> nn.Module:
 
 def stop(model: nn.Module) -> None:
     """End the training of all of a model's weights."""
-    held = {id(site.holder) for site in sites_of(model)}
+    held = {id(site.holder) for site in sites_of(model) if served(site.holder) is None}
     for engine in list(ENGINES):
         plan, ours = engine.method.ticks, any(id(site.holder) in held for site in engine.sites)
         if ours and plan is not None and plan.closing and engine.step < plan.stop:

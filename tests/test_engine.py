@@ -423,14 +423,6 @@ def test_bad_input_is_one_sentence_and_changes_nothing(case):
     assert type(model[0]) is nn.Linear and not optimizer._optimizer_step_pre_hooks
 
 
-def test_empty_rows_are_named():
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    sten.sparsify(model, CSR(), sten.SET(24, every=2), 0.99, optimizer=optimizer)
-    with pytest.warns(UserWarning, match="rows of 0.weight empty"):
-        train(model, optimizer, 2)
-
-
 def test_fixed_patterns_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -62,10 +62,11 @@ class DropGrow(Sparsifier):
     def __post_init__(self) -> None:
         if not 0 < self.drop_fraction <= 1 or not 0 < self.stop <= 1:
             raise ValueError(f"{type(self).__name__} takes drop_fraction and stop between 0 and 1; got {self}.")
-        if not 1 <= self.every <= int(self.stop * self.total_steps):
-            raise ValueError(
-                f"{type(self).__name__} never acts: every={self.every} > {self.stop:g} * {self.total_steps} steps."
-            )
+        most = int(self.stop * self.total_steps)
+        if not 1 <= self.every <= most:
+            hint = f"pass every={max(most // 10, 1)}, say" if most >= 1 else "raise total_steps"
+            name, steps = type(self).__name__, f"{self.stop:g} * {self.total_steps} steps"
+            raise ValueError(f"{name} never acts with every={self.every} in {steps}: {hint}.")
 
     @property
     def ticks(self) -> Schedule:

@@ -72,6 +72,8 @@ class STE(DenseMaster):
         (16, torch.Size([4, 8]))
     """
 
+    alone: ClassVar[bool] = True
+
     def apply(self, w: Tensor, view: View, state: State) -> Tensor:
         return masked(w, self.chosen(view))
 

@@ -84,6 +84,7 @@ class Sparsifier(ABC):
         hard: of a master: whether entries off the mask are zero in the master itself, after every step.
         replaces_step: whether a tick takes the place of the optimizer step (RigL) or follows it.
         ranks_only: whether only the order of |grad| matters; then the engine frees each dense gradient at once.
+        alone: whether nothing happens around steps (STE), so that no engine is missed.
         optimizer: name of the optimizer class that the method is defined for; None: any.
         capacity: slots of a compressed weight as a multiple of its first count, where `allocate` moves counts (CSR).
         seed: of the random numbers in its View.
@@ -95,6 +96,7 @@ class Sparsifier(ABC):
     hard: ClassVar[bool] = False
     replaces_step: ClassVar[bool] = False
     ranks_only: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
     optimizer: ClassVar[str | None] = None
     capacity: ClassVar[float] = 1.0
     seed = 0

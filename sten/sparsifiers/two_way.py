@@ -217,6 +217,8 @@ class BDWP(DenseMaster):
         True
     """
 
+    alone: ClassVar[bool] = True
+
     def check(self, layout: Layout) -> None:
         expect_nm(self, layout)
 

@@ -10,6 +10,7 @@ from ..decision import Change
 from ..forms import move, take_off
 from ..state import keep_loadable
 from ..tensor import SparseTensor
+from .idle import wait
 from .master import MasterWeight
 from .pattern import PREFIX, install
 from .site import fitted
@@ -28,12 +29,14 @@ def begin(change: Change, optimizers: Iterable[Optimizer]) -> None:
         move(target, _roomy(change.tensor, method.capacity), optimizers, trainable=True)
         for module, name in target.owners:
             module._modules[PREFIX + name].adopt(change.method, method.init(change.view))
+        wait(module._modules[PREFIX + name], module, name)
         return
     holder = MasterWeight(change.method, target.layout, target.transposed, change.view)
     take_off(target)
     for module, name in target.owners:
         install(module, name, holder)
         keep_loadable(module)
+    wait(holder, *target.owners[0])
     # Into the weight's own group: a new one would upset learning-rate schedulers that exist.
     for group in (g for o in optimizers for g in o.param_groups if any(p is target.tensor for p in g["params"])):
         group["params"].extend(holder.parameters())
