@@ -10,13 +10,14 @@ import functools
 
 import torch
 import triton
-import triton.language as tl
 
 from . import autotune, epilogue
+from .bsr_few import few_tokens
+from .bsr_gemm import block_gemm
 from .bsr_gradient import expand as expand_parts
 from .bsr_gradient import grad_values
 from .derived import derived
-from .epilogue import activate, last_to_arrive
+from .gated import TWO_LAUNCHES, in_two_launches, with_bias
 from .library import (
     INTERPRET,
     Launch,
@@ -31,149 +32,6 @@ from .library import (
 )
 
 FEW = 64
-
-
-@triton.jit
-def _many_tokens(
-    x_desc, x_ptr, w_desc, w_ptr, other_ptr, block_ptr, schedule_ptr, bias_ptr, gate_ptr, y_ptr,
-    T, I, O, lines, stride_x,
-    BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    SUB: tl.constexpr = (BH + BO - 1) // BO
-    STEPS: tl.constexpr = (BW + BK - 1) // BK
-    # all lines of one token tile come before the next one's, so that its activations stay in L2; the longest line first
-    pid = tl.program_id(0)
-    entry = schedule_ptr + pid % (lines * SUB) // SUB * 4
-    line, start, stop, other = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-    sub = pid % SUB
-    token0 = pid // (lines * SUB) * BT
-    inside, t, k = sub * BO + tl.arange(0, BO), token0 + tl.arange(0, BT), tl.arange(0, BK)
-    t64 = t.to(tl.int64) if WIDE else t
-    acc = tl.zeros((BT, BO) if TOKENS_FIRST else (BO, BT), tl.float32)
-    block = start
-    if TRANSPOSED:
-        block = tl.load(block_ptr + start, mask=start < stop, other=0)
-    for step in range((stop - start) * STEPS):
-        k0 = step % STEPS * BK
-        column, row = other * BW + k0, block
-        following = start + (step + 1) // STEPS  # loaded one step ahead: the copies of a tile wait for its place
-        other = tl.load(other_ptr + following, mask=following < stop, other=0)
-        block = following
-        if TRANSPOSED:
-            block = tl.load(block_ptr + following, mask=following < stop, other=0)
-        if x_desc is not None:
-            x = x_desc.load([token0, column])
-            if TRANSPOSED:
-                w = w_desc.load([row * BW + k0, sub * BO])
-            else:
-                w = w_desc.load([row * BH + sub * BO, k0])
-        else:
-            in_block, in_x = k0 + k < BW, (k0 + k < BW) & (column + k < I)
-            x = tl.load(
-                x_ptr + t64[:, None] * stride_x + (column + k)[None, :],
-                mask=(t < T)[:, None] & in_x[None, :],
-                other=0.0,
-            )
-            base = w_ptr + row.to(tl.int64) * (BH * BW)
-            if TRANSPOSED:
-                w = tl.load(
-                    base + (k0 + k)[:, None] * BH + inside[None, :],
-                    mask=in_block[:, None] & (inside < BH)[None, :],
-                    other=0.0,
-                )
-            else:
-                w = tl.load(
-                    base + inside[:, None] * BW + (k0 + k)[None, :],
-                    mask=(inside < BH)[:, None] & in_block[None, :],
-                    other=0.0,
-                )
-        if TOKENS_FIRST:
-            acc = tl.dot(x, w if TRANSPOSED else tl.trans(w), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(tl.trans(w) if TRANSPOSED else w, tl.trans(x), acc, input_precision=PRECISION)
-
-    if not TOKENS_FIRST:
-        acc = tl.trans(acc)
-    o = line * BH + inside
-    mask = (t < T)[:, None] & ((inside < BH) & (o < O))[None, :]
-    offsets = t64[:, None] * O + o[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, mask=(inside < BH) & (o < O), other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
-    if gate_ptr is not None:
-        acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _few_tokens(
-    x_ptr, w_ptr, start_ptr, other_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
-    T, I, O, stride_xt, stride_xi,
-    BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The weight is read once; the S programs of a line share its blocks, and the last to arrive adds up."""
-    SUB: tl.constexpr = (BH + BO - 1) // BO
-    tile, split = tl.program_id(0), tl.program_id(1)
-    line, sub = tile // SUB, tile % SUB
-    start, stop = tl.load(start_ptr + line), tl.load(start_ptr + line + 1)
-    length = (stop - start) * BW
-    share = tl.cdiv(length, S * BK) * BK
-    inside, t, k = sub * BO + tl.arange(0, BO), tl.arange(0, BT), tl.arange(0, BK)
-    base = w_ptr + start.to(tl.int64) * (BH * BW)
-    acc = tl.zeros((BO, BK) if BT == 1 else (BO, BT), tl.float32)
-    ahead = tl.load(other_ptr + start + split * share // BW, mask=split * share < length, other=0)
-    for step in range(split * share, tl.minimum((split + 1) * share, length), BK):
-        if BW % BK == 0:  # a step stays inside one block: its columns are contiguous, which the compiler can see
-            first, ok = tl.multiple_of(step % BW, BK), k < BK
-            inner, column = first + k, tl.multiple_of(ahead * BW + first, BK) + k
-            following = tl.minimum(
-                step + BK, length - BK
-            )  # loaded one step ahead, or the copies would not be pipelined
-            ahead = tl.load(other_ptr + start + following // BW)
-            w_at = base + step // BW * (BH * BW) + inside[:, None] * BW + inner[None, :]
-        else:
-            slot = step + k
-            ok = slot < length
-            column = tl.load(other_ptr + start + slot // BW, mask=ok, other=0) * BW + slot % BW
-            w_at = base + (slot // BW)[None, :] * (BH * BW) + inside[:, None] * BW + (slot % BW)[None, :]
-        w = tl.load(w_at, mask=ok[None, :] & (inside < BH)[:, None], other=0.0)
-        ok = ok & (column < I)
-        if BT == 1:
-            x = tl.load(x_ptr + column * stride_xi, mask=ok, other=0.0)
-            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-        else:
-            x = tl.load(
-                x_ptr + column[None, :] * stride_xi + t[:, None] * stride_xt,
-                mask=ok[None, :] & (t < T)[:, None],
-                other=0.0,
-            )
-            acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
-    if BT == 1:
-        acc = tl.sum(acc, 1)[:, None]
-
-    finish = True
-    if S > 1:
-        at = tl.arange(0, BO)[:, None] * BT + t[None, :]
-        own = partial_ptr + (tile * S).to(tl.int64) * (BO * BT)
-        tl.store(own + split * (BO * BT) + at, acc)
-        finish = last_to_arrive(count_ptr + tile, S)
-        if finish:  # in a fixed order, so that the sum does not depend on who came last
-            acc = tl.zeros((BO, BT), tl.float32)
-            for s in range(S):
-                acc += tl.load(own + s * (BO * BT) + at, cache_modifier=".cg")
-    if finish:
-        o = line * BH + inside
-        o_ok = (inside < BH) & (o < O)
-        offsets, mask = t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + o, mask=o_ok, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        if gate_ptr is not None:
-            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- which variant, and with which tiles
@@ -242,70 +100,94 @@ def _described(x, values, bt, bk, w_block):
     return {0: ([bt, bk], x.shape, x.stride()), 2: (w_block, matrix.shape, matrix.stride())}
 
 
-def _schedule(start, other):
-    """(line, its start, its stop, the first of ``other``) for each line, the longest first: none is left for last."""
+def _schedule(start, other, beside=None):
+    """(line, its start, its stop, the first of ``other``) for each line, the longest first: none is left for last.
+
+    ``beside`` is the ``start`` of a second weight whose lines the same programs walk. It only decides the order.
+    """
 
     def make():
-        line = start.diff().argsort(descending=True, stable=True)
+        length = start.diff() if beside is None else start.diff() + beside.diff()
+        line = length.argsort(descending=True, stable=True)
         first = other[start[line].long().clamp(max=len(other) - 1)] if len(other) else torch.zeros_like(start[1:])
         return torch.stack([line.int(), start[line], start[line + 1], first], 1).contiguous()
 
-    return derived("bsr schedule", start, make)
+    return derived("bsr schedule" if beside is None else f"bsr schedule beside {beside.data_ptr()}", start, make)
 
 
-def _plan_many(x, values, start, other, block, bias, gate, y, transposed, activation):
-    """y[:, line] = the sum over the line's blocks of x[:, other] @ block; ``transposed`` for grad @ W."""
-    (tokens, inputs), outputs, lines, stride = x.shape, y.shape[1], start.numel() - 1, x.stride(0)
+def _plan_many(*given, transposed, activation):
+    """y[:, line] = the sum over the line's blocks of x[:, other] @ block; ``transposed`` for grad @ W.
+
+    ``given``: x, values, start, other, block, bias, gate, the same five of an up weight, y.
+    """
+    x, values, up, y = given[0], given[1], given[7], given[-1]
     bh, bw = values.shape[1:] if not transposed else values.shape[:0:-1]
+    blocks, halves = len(values) + (0 if up is None else len(up)), 1 if up is None else 2
 
     def prepare(config):
-        bo, bt, bk = config["BO"], config["BT"], config["BK"]
-        w_block = [bk, bo] if transposed else [bo, bk]
-        described = _described(x, values, bt, bk, w_block) if bw % bk == 0 else {}
-        launch = Launch(
-            _many_tokens, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
-            TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
+        if config == TWO_LAUNCHES:
+            return in_two_launches(functools.partial(_plan_many, transposed=False), given, activation)
+        return _launch_many(config, *given[:3], up, y, bh, bw, transposed, activation)
+
+    key = (x.dtype, y.shape[1], x.shape[1], bh, bw, blocks.bit_length(), len(x).bit_length(), transposed)
+    configs = _many_configs(bh, bw, x.element_size()) + [TWO_LAUNCHES] * (halves - 1)
+    return autotune.pick("bsr_many" if halves == 1 else "bsr_gated_many", key, configs, prepare, given)
+
+
+def _launch_many(config, x, values, start, up, y, bh, bw, transposed, activation):
+    (tokens, inputs), outputs, lines, stride = x.shape, y.shape[1], start.numel() - 1, x.stride(0)
+    bo, bt, bk = config["BO"], config["BT"], config["BK"]
+    described = _described(x, values, bt, bk, [bk, bo] if transposed else [bo, bk]) if bw % bk == 0 else {}
+    if up is not None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
+        described.pop(2, None)
+    launch = Launch(
+        block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
+        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
+    )  # fmt: skip
+
+    def call(x, values, start, other, block, bias, gate, up, up_start, up_other, up_block, up_bias, y):
+        launch(
+            x if 0 in described else None, x, values if 2 in described else None, values, other, block,
+            _schedule(start, other, up_start), bias, gate, up, up_start, up_other, up_bias, y,
+            tokens, inputs, outputs, lines, stride,
         )  # fmt: skip
 
-        def call(x, values, start, other, block, bias, gate, y):
-            x_desc, w_desc = (x, values) if described else (None, None)
-            launch(
-                x_desc, x, w_desc, values, other, block, _schedule(start, other), bias, gate, y,
-                tokens, inputs, outputs, lines, stride,
-            )  # fmt: skip
-
-        return call
-
-    key = (x.dtype, outputs, inputs, bh, bw, values.shape[0].bit_length(), tokens.bit_length(), transposed)
-    configs = _many_configs(bh, bw, x.element_size())
-    given = (x, values, start, other, block, bias, gate, y)
-    return autotune.pick("bsr_many", key, configs, prepare, given)
+    return call
 
 
-def _plan_few(x, values, crow, col, bias, gate, y, activation):
-    (tokens, inputs), outputs, lines, strides = x.shape, y.shape[1], crow.numel() - 1, x.stride()
-    blocks, bh, bw = values.shape
-    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+def _plan_few(*given, activation):
+    """``given``: x, values, crow, col, bias, gate, the same four of an up weight, y."""
+    x, values, crow, up, y = *given[:3], given[6], given[-1]
+    (blocks, bh, bw), lines, halves = values.shape, crow.numel() - 1, 1 if up is None else 2
+    blocks += 0 if up is None else len(up)
+    width = 1 if len(x) == 1 else power_of_two(len(x), 16, FEW)
 
     def prepare(config):
-        tiles, split = lines * triton.cdiv(bh, config["BO"]), config["S"]
-        launch = Launch(
-            _few_tokens, (tiles, split), BH=bh, BW=bw, BT=width, ACTIVATION=activation, PRECISION=precision(x), **config
-        )
+        if config == TWO_LAUNCHES:
+            return in_two_launches(_plan_few, given, activation)
+        return _launch_few(config, width, halves, x, values, lines, y.shape[1], activation)
 
-        def call(x, values, crow, col, bias, gate, y):
-            partial = count = x
-            if split > 1:
-                partial = torch.empty(tiles * split * config["BO"] * width, dtype=torch.float32, device=x.device)
-                count = epilogue.counters.take(x, tiles)
-            launch(x, values, crow, col, bias, gate, y, partial, count, tokens, inputs, outputs, *strides)
+    key = (x.dtype, y.shape[1], x.shape[1], bh, bw, blocks.bit_length(), width)
+    configs = _few_configs(bh, bw, lines, blocks // halves, len(x), multiprocessors(x))
+    configs += [TWO_LAUNCHES] * (halves - 1)
+    return autotune.pick("bsr_few" if halves == 1 else "bsr_gated_few", key, configs, prepare, given)
 
-        return call
 
-    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width)
-    configs = _few_configs(bh, bw, lines, blocks, tokens, multiprocessors(x))
-    given = (x, values, crow, col, bias, gate, y)
-    return autotune.pick("bsr_few", key, configs, prepare, given)
+def _launch_few(config, width, halves, x, values, lines, outputs, activation):
+    (tokens, inputs), strides, (_, bh, bw) = x.shape, x.stride(), values.shape
+    tiles, split = lines * triton.cdiv(bh, config["BO"]), config["S"]
+    launch = Launch(
+        few_tokens, (tiles, split), BH=bh, BW=bw, BT=width, ACTIVATION=activation, PRECISION=precision(x), **config
+    )
+
+    def call(x, *parts):
+        partial = count = x
+        if split > 1:
+            partial = torch.empty(halves * tiles * split * config["BO"] * width, dtype=torch.float32, device=x.device)
+            count = epilogue.counters.take(x, tiles)
+        launch(x, *parts, partial, count, tokens, inputs, outputs, *strides)
+
+    return call
 
 
 def _check(x, values, features, lines, side):
@@ -326,41 +208,72 @@ def _linear_fake(x, values, crow, col, bias, gate, out_features, activation):
 )
 def _linear(x, values, crow, col, bias, gate, out_features, activation):
     gate = None if gate is None else gate.contiguous()
-    tensors, statics = (x, values, crow, col, bias, gate), ("bsr", out_features, activation, precision(x))
-    return plan(statics, tensors, lambda: _plan_linear(*tensors, out_features, activation))(*tensors)
+    return _planned(out_features, activation, x, values, crow, col, bias, gate, None, None, None, None)
 
 
-def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
+def _gated_fake(x, values, crow, col, bias, up, up_crow, up_col, up_bias, out_features, activation):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@operator(
+    "gpu_bsr_gated_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, Tensor up, Tensor up_crow,"
+    " Tensor up_col, Tensor? up_bias, int out_features, str activation) -> Tensor",
+    _gated_fake,
+)
+def _gated_linear(x, values, crow, col, bias, up, up_crow, up_col, up_bias, out_features, activation):
+    if up.shape[1:] != values.shape[1:]:
+        raise ValueError(f"blocks of {tuple(values.shape[1:])} and of {tuple(up.shape[1:])} in one gated product")
+    return _planned(out_features, activation, x, values, crow, col, bias, None, up, up_crow, up_col, up_bias)
+
+
+def _planned(outputs, activation, *tensors):
+    statics = ("bsr", outputs, activation, precision(tensors[0]))
+    return plan(statics, tensors, lambda: _plan_linear(outputs, activation, *tensors))(*tensors)
+
+
+def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias):
     """The callable for one layout of arguments; it is made on the first call's tensors."""
     (blocks, bh, bw), inputs, shape = values.shape, x.shape[-1], (*x.shape[:-1], outputs)
     _check(x, values, outputs, crow.numel() - 1, bh)
+    if up is not None:
+        _check(x, up, outputs, up_crow.numel() - 1, bh)
+        blocks = (blocks + len(up) + 1) // 2
     tokens = x.numel() // inputs
     variant, _ = choose(outputs, inputs, bh, bw, blocks, tokens, x.dtype)
     if variant == "empty":
         return lambda x, *parts: x.new_empty(shape)
     if variant == "expand":
-
-        def call(x, values, crow, col, bias, gate):
-            dense = expand(values, crow, col, out_features=outputs, in_features=inputs)
-            return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
-
-        return call
-    flat, y = rows_contiguous(x.reshape(tokens, inputs)), x.new_empty(tokens, outputs)
+        return functools.partial(_expanded, outputs, activation)
+    parts = (values, crow, col, bias, gate, up, up_crow, up_col, up_bias)
+    given = (rows_contiguous(x.reshape(tokens, inputs)), *parts, x.new_empty(tokens, outputs))
     if variant == "few":
-        few = _plan_few(flat, values, crow, col, bias, gate, y, activation)
+        run = _plan_few(*given, activation=activation)
     else:
-        many = _plan_many(flat, values, crow, col, None, bias, gate, y, False, activation)
+        many = _plan_many(*_with_order(*given), transposed=False, activation=activation)
+        run = lambda *given: many(*_with_order(*given))  # noqa: E731
 
-    def call(x, values, crow, col, bias, gate):
+    def call(x, *parts):
         y = x.new_empty(shape)
-        flat = rows_contiguous(x.reshape(tokens, inputs))
-        if variant == "few":
-            few(flat, values, crow, col, bias, gate, y)
-        else:
-            many(flat, values, crow, col, None, bias, gate, y)
+        run(rows_contiguous(x.reshape(tokens, inputs)), *parts, y)
         return y
 
     return call
+
+
+def _with_order(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
+    """As the walk over many tokens has it, where an order of the blocks may follow ``col``: here they lie in order."""
+    return x, values, crow, col, None, bias, gate, up, up_crow, up_col, None, up_bias, y
+
+
+def _expanded(outputs, activation, x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias):
+    """Dense weights, cuBLAS, and the epilogue in torch."""
+
+    def product(values, crow, col, bias):
+        dense = expand(values, crow, col, out_features=outputs, in_features=x.shape[-1])
+        return torch.nn.functional.linear(x, dense, bias)
+
+    gate = gate if up is None else product(up, up_crow, up_col, up_bias)
+    return epilogue.apply(product(values, crow, col, bias), activation, gate)
 
 
 def _grad_input_fake(grad, values, crow, col, t_crow, t_row, t_block, in_features):
@@ -382,8 +295,9 @@ def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
         return torch.matmul(grad, expand(values, crow, col, out_features=outputs, in_features=in_features))
     if variant != "empty":
         flat = rows_contiguous(flat)
-        given = (flat, values, t_crow, t_row, t_block, None, None, y.view(-1, in_features))
-        plan(("bsr grad", precision(flat)), given, lambda: _plan_many(*given, True, "none"))(*given)
+        given = (flat, values, t_crow, t_row, t_block, *(None,) * 7, y.view(-1, in_features))
+        make = functools.partial(_plan_many, *given, transposed=True, activation="none")
+        plan(("bsr grad", precision(flat)), given, make)(*given)
     return y
 
 
@@ -396,9 +310,13 @@ def linear(x, values, crow, col, bias=None, *, out_features, activation=None, ga
 
 
 def gated_linear(x, up, gate, *, out_features, activation="silu"):
-    """activation(x @ W_gate.T) * (x @ W_up.T), where ``up`` and ``gate`` are each (values, crow, col)."""
-    other = linear(x, *up, out_features=out_features)
-    return linear(x, *gate, out_features=out_features, activation=activation, gate=other)
+    """activation(x @ W_gate.T) * (x @ W_up.T), (*, O), where ``up`` and ``gate`` are each (values, crow, col[, bias]).
+
+    One launch, or two where they are faster. Over 64 tokens the up half is rounded to the output's dtype once, on its
+    way through the output; below, both halves meet in fp32. Both weights have blocks of one shape.
+    """
+    parts, name = (*with_bias(gate, 3), *with_bias(up, 3)), epilogue.activation_name(activation)
+    return _gated_linear(x, *parts, out_features, name)
 
 
 def linear_grad_input(grad, values, crow, col, t_crow, t_row, t_block, *, in_features):

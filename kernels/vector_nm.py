@@ -12,82 +12,16 @@ import functools
 
 import torch
 import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from . import autotune, epilogue, transpose
-from .epilogue import activate, last_to_arrive
+from .gated import TWO_LAUNCHES, in_two_launches, with_bias
 from .library import INTERPRET, Launch, describable, multiprocessors, operator, plan, power_of_two, precision, wide
-from .vector_nm_gemm import gather_gemm, group_rows, load_columns
+from .vector_nm_few import few_tokens
+from .vector_nm_gemm import gather_gemm
 from .vector_nm_gradient import expand as expand_parts
 from .vector_nm_gradient import grad_values
 
 FEW = 64  # tokens up to which the split-K kernel reads the weight once
-
-
-@triton.jit
-def _few_tokens(
-    x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
-    T, I, O, K, stride_xi, stride_yo, stride_yt,
-    V: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PIPE: tl.constexpr,
-    PDL: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    tile, split = tl.program_id(0), tl.program_id(1)
-    group, row0, limit = group_rows(tile, O, V, BM)
-    rows = row0 + tl.arange(0, BM)
-    if WIDE:
-        rows = rows.to(tl.int64)
-    row_ok = rows < limit
-    w_rows = tl.minimum(rows, limit - 1)
-    t, k = tl.arange(0, BT), tl.arange(0, BK)
-    index_row = index_ptr + group.to(tl.int64) * K
-    steps = tl.cdiv(K, S * BK) * BK
-    first, stop = split * steps, tl.minimum((split + 1) * steps, K)
-    acc = tl.zeros((BM, BK) if BT == 1 else (BM, BT), tl.float32)
-    if PDL:
-        gdc_wait()  # the transpose before this kernel may still run: all until here overlaps with its end
-    ahead = load_columns(index_row, first, k, K, I, BK, EVEN_K)
-    for k0 in tl.range(first, stop, BK, num_stages=PIPE):
-        columns = ahead
-        ahead = load_columns(index_row, k0 + BK, k, K, I, BK, EVEN_K)
-        w_at = w_ptr + w_rows[:, None] * K + (k0 + k)[None, :]
-        w = tl.load(w_at) if EVEN_K else tl.load(w_at, mask=(k0 + k < K)[None, :], other=0.0)
-        if BT == 1:
-            if EVEN_K and EVEN_I:
-                x = tl.load(x_ptr + columns * stride_xi)
-            else:
-                x = tl.load(x_ptr + columns * stride_xi, mask=columns < I, other=0.0)
-            acc += w.to(tl.float32) * x.to(tl.float32)[None, :]
-        else:
-            x_at = x_ptr + columns[:, None] * stride_xi + t[None, :]
-            if EVEN_K and EVEN_I:
-                x = tl.load(x_at)
-            else:
-                x = tl.load(x_at, mask=(columns < I)[:, None], other=0.0)
-            acc = tl.dot(w, x, acc, input_precision=PRECISION)
-    if BT == 1:
-        acc = tl.sum(acc, 1)[:, None]
-
-    finish = True
-    if S > 1:
-        inside = tl.arange(0, BM)[:, None] * BT + t[None, :]
-        own = partial_ptr + (tile * S).to(tl.int64) * (BM * BT)
-        tl.store(own + split * (BM * BT) + inside, acc)
-        finish = last_to_arrive(count_ptr + tile, S)
-        if finish:  # in a fixed order, so that the sum does not depend on who came last
-            acc = tl.zeros((BM, BT), tl.float32)
-            for s in range(S):
-                acc += tl.load(own + s * (BM * BT) + inside, cache_modifier=".cg")
-    if finish:
-        offsets = rows[:, None] * stride_yo + t[None, :] * stride_yt
-        mask = row_ok[:, None] & (t < T)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        if gate_ptr is not None:
-            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 # ---- which variant, and with which tiles
@@ -149,13 +83,15 @@ def _many_configs(v: int, tokens: int) -> list[dict]:
     ]
 
 
-def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> list[dict]:
+def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int, halves: int) -> list[dict]:
     if INTERPRET:
         return [{"BM": 16, "BK": 16, "S": 2 if slots > 32 else 1, "PIPE": None}]
     if tokens == 1:
         tiles = [(8, 512, 4, None), (4, 512, 4, None), (8, 256, 2, None), (4, 512, 2, None)]
-    else:
+    elif halves == 1:
         tiles = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3)]
+    else:  # two weights and two sets of activations fill the same memory
+        tiles = [(64, 64, 4, 4), (32, 128, 4, 4), (64, 128, 4, 3)]
     found = []
     for height, depth, warps, stages in tiles:
         height = min(height, power_of_two(v, 1 if tokens == 1 else 16, 128))
@@ -171,64 +107,82 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int) -> l
 # ---- launchers
 
 
-def _plan_many(x, values, index, bias, gate, y, tokens, row_major, n, m, v, activation):
+def _plan_many(x, values, index, bias, gate, up, up_index, up_bias, y, **given):
     """x is feature-major (I, >= tokens), its rows contiguous; y is (T, O) when row_major, else (O, T)."""
+    parts = (x, values, index, bias, gate, up, up_index, up_bias, y)
+    v, tokens, halves = given["v"], given["tokens"], 1 if up is None else 2
+
+    def prepare(config):
+        if config == TWO_LAUNCHES:
+            settled = {name: value for name, value in given.items() if name != "activation"}
+            return in_two_launches(functools.partial(_plan_many, **settled), parts, given["activation"])
+        return _launch_many(dict(config), *parts, **given)
+
+    key = (x.dtype, len(values), x.shape[0], values.shape[1], v, tokens.bit_length(), given["row_major"])
+    configs = _many_configs(v, tokens) + [TWO_LAUNCHES] * (halves - 1)
+    return autotune.pick("vector_nm_many" if halves == 1 else "vector_nm_gated_many", key, configs, prepare, parts)
+
+
+def _launch_many(
+    config, x, values, index, bias, gate, up, up_index, up_bias, y, tokens, row_major, n, m, v, activation
+):
     inputs, (outputs, slots) = x.shape[0], values.shape
     strides = (x.stride(0), *((1, outputs) if row_major else (tokens, 1)))
+    rows, width, resident = config["BM"], config["BN"], config.pop("PER_SM")
+    tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width)
+    programs = min(tiles, resident * multiprocessors(x)) if resident else tiles
+    # no descriptor where a program changes weights: a load in a branch is not pipelined, a pointer can be chosen
+    described = up is None and describable(values)
+    launch = Launch(
+        gather_gemm, (programs,), {1: ([rows, config["BK"]], values.shape, values.stride())} if described else {},
+        V=v, ROW_MAJOR=row_major, PERSISTENT=programs < tiles, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
+        EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n, WIDE=wide(x, values, y),
+        ACTIVATION=activation, PRECISION=precision(x), **config,
+    )  # fmt: skip
+
+    def call(x, values, *parts):
+        described_values = values if described else None
+        launch(x, described_values, values, *parts, tokens, inputs, outputs, slots, *strides, tiles, programs)
+
+    return call
+
+
+def _plan_few(x, values, index, bias, gate, up, up_index, up_bias, y, **given):
+    """x is (1, I) in any order, or feature-major (I, W) with W >= the tile's tokens."""
+    parts = (x, values, index, bias, gate, up, up_index, up_bias, y)
+    (outputs, slots), v, tokens, halves = values.shape, given["v"], given["tokens"], 1 if up is None else 2
+    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
 
     def prepare(config):
-        config = dict(config)
-        rows, width, resident = config["BM"], config["BN"], config.pop("PER_SM")
-        tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width)
-        programs = min(tiles, resident * multiprocessors(x)) if resident else tiles
-        described = {1: ([rows, config["BK"]], values.shape, values.stride())} if describable(values) else {}
-        launch = Launch(
-            gather_gemm, (programs,), described, V=v, ROW_MAJOR=row_major, PERSISTENT=programs < tiles,
-            EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
-            EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n, WIDE=wide(x, values, y),
-            ACTIVATION=activation, PRECISION=precision(x), **config,
-        )  # fmt: skip
+        if config == TWO_LAUNCHES:
+            settled = {name: value for name, value in given.items() if name != "activation"}
+            return in_two_launches(functools.partial(_plan_few, **settled), parts, given["activation"])
+        return _launch_few(config, width, halves, *parts[:3], **given)
 
-        def call(x, values, index, bias, gate, y):
-            launch(
-                x, values if described else None, values, index, bias, gate, y,
-                tokens, inputs, outputs, slots, *strides, tiles, programs,
-            )  # fmt: skip
-
-        return call
-
-    key = (x.dtype, outputs, inputs, slots, v, tokens.bit_length(), row_major)
-    configs = _many_configs(v, tokens)
-    return autotune.pick("vector_nm_many", key, configs, prepare, (x, values, index, bias, gate, y))
+    key = (x.dtype, outputs, given["inputs"], slots, v, width)
+    configs = _few_configs(v, tokens, outputs, slots, multiprocessors(x), halves) + [TWO_LAUNCHES] * (halves - 1)
+    return autotune.pick("vector_nm_few" if halves == 1 else "vector_nm_gated_few", key, configs, prepare, parts)
 
 
-def _plan_few(x, values, index, bias, gate, y, tokens, inputs, row_major, n, m, v, activation):
-    """x is (1, I) in any order, or feature-major (I, W) with W >= the tile's tokens."""
+def _launch_few(config, width, halves, x, values, index, tokens, inputs, row_major, n, m, v, activation):
     outputs, slots = values.shape
-    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
     strides = (x.stride(1 if tokens == 1 else 0), *((1, outputs) if row_major else (tokens, 1)))
     overlap = tokens > 1 and row_major and not INTERPRET  # then the kernel before this one is the transpose
+    tiles, split = triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]), config["S"]
+    launch = Launch(
+        few_tokens, (tiles, split), V=v, BT=width, PDL=overlap, EVEN_K=slots % config["BK"] == 0,
+        EVEN_I=slots * m == inputs * n, WIDE=wide(x, values), ACTIVATION=activation, PRECISION=precision(x),
+        **config, **({"launch_pdl": True} if overlap else {}),
+    )  # fmt: skip
 
-    def prepare(config):
-        tiles, split = triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]), config["S"]
-        launch = Launch(
-            _few_tokens, (tiles, split), V=v, BT=width, PDL=overlap, EVEN_K=slots % config["BK"] == 0,
-            EVEN_I=slots * m == inputs * n, WIDE=wide(x, values), ACTIVATION=activation, PRECISION=precision(x),
-            **config, **({"launch_pdl": True} if overlap else {}),
-        )  # fmt: skip
+    def call(x, *parts):
+        partial = count = x  # unused without a split, but a pointer is
+        if split > 1:
+            partial = torch.empty(halves * tiles * split * config["BM"] * width, dtype=torch.float32, device=x.device)
+            count = epilogue.counters.take(x, tiles)
+        launch(x, *parts, partial, count, tokens, inputs, outputs, slots, *strides)
 
-        def call(x, values, index, bias, gate, y):
-            partial = count = x  # unused without a split, but a pointer is
-            if split > 1:
-                partial = torch.empty(tiles * split * config["BM"] * width, dtype=torch.float32, device=x.device)
-                count = epilogue.counters.take(x, tiles)
-            launch(x, values, index, bias, gate, y, partial, count, tokens, inputs, outputs, slots, *strides)
-
-        return call
-
-    key = (x.dtype, outputs, inputs, slots, v, width)
-    configs = _few_configs(v, tokens, outputs, slots, multiprocessors(x))
-    return autotune.pick("vector_nm_few", key, configs, prepare, (x, values, index, bias, gate, y))
+    return call
 
 
 def feature_major(x: torch.Tensor) -> torch.Tensor:
@@ -254,30 +208,46 @@ def _linear_fake(x, values, index, bias, gate, n, m, v, out_features, activation
     _linear_fake,
 )
 def _linear(x, values, index, bias, gate, n, m, v, out_features, activation):
-    inputs = x.shape[-1]
-    _check(x, values, index, inputs, n, m, v, out_features)
     gate = None if gate is None else gate.contiguous()
+    return _row_major(x, values, index, bias, gate, None, None, None, n, m, v, out_features, activation)
+
+
+def _gated_fake(x, values, index, bias, up, up_index, up_bias, n, m, v, out_features, activation):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@operator(
+    "gpu_vector_nm_gated_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor up, Tensor up_index,"
+    " Tensor? up_bias, int n, int m, int v, int out_features, str activation) -> Tensor",
+    _gated_fake,
+)
+def _gated_linear(x, values, index, bias, up, up_index, up_bias, n, m, v, out_features, activation):
+    _check(x, up, up_index, x.shape[-1], n, m, v, out_features)
+    return _row_major(x, values, index, bias, None, up, up_index, up_bias, n, m, v, out_features, activation)
+
+
+def _row_major(x, values, index, bias, gate, up, up_index, up_bias, n, m, v, out_features, activation):
+    _check(x, values, index, x.shape[-1], n, m, v, out_features)
+    parts = (values, index, bias, gate, up, up_index, up_bias)
     statics = ("vector_nm", n, m, v, out_features, activation, precision(x))
-    return plan(
-        statics, (x, values, index, bias, gate), lambda: _plan_row_major(*statics[1:6], x, values, index, bias, gate)
-    )(x, values, index, bias, gate)
+    return plan(statics, (x, *parts), lambda: _plan_row_major(*statics[1:6], x, *parts))(x, *parts)
 
 
-def _plan_row_major(n, m, v, outputs, activation, x, values, index, bias, gate):
+def _plan_row_major(n, m, v, outputs, activation, x, *parts):
     """The callable for ordinary activations; it is made, and its tiles are timed, on the first call's tensors."""
     inputs, shape = x.shape[-1], (*x.shape[:-1], outputs)
-    _check(x, values, index, inputs, n, m, v, outputs)
     tokens = x.numel() // inputs
     variant, _ = choose(outputs, inputs, n, m, v, tokens, x.dtype)
     if variant == "empty":
-        return lambda x, values, index, bias, gate: x.new_empty(shape)
+        return lambda x, *parts: x.new_empty(shape)
     if variant == "expand":
 
-        def call(x, values, index, bias, gate):
-            dense = expand(values, index, n=n, m=m, v=v, in_features=inputs)
-            return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
+        def expanded(x, *parts):
+            return _expanded(
+                lambda *weight: torch.nn.functional.linear(x, *weight), inputs, n, m, v, activation, *parts
+            )
 
-        return call
+        return expanded
     direct = tokens == 1  # one token is row-major and feature-major at once
     width = power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens)
 
@@ -289,16 +259,24 @@ def _plan_row_major(n, m, v, outputs, activation, x, values, index, bias, gate):
 
     make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs)
     y = x.new_empty(tokens, outputs)
-    run = make(
-        turn(flat), values, index, bias, gate, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation
-    )
+    run = make(turn(flat), *parts, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation)
 
-    def call(x, values, index, bias, gate):
+    def call(x, *parts):
         y = x.new_empty(shape)
-        run(turn(x.reshape(tokens, inputs)), values, index, bias, gate, y)
+        run(turn(x.reshape(tokens, inputs)), *parts, y)
         return y
 
     return call
+
+
+def _expanded(multiply, inputs, n, m, v, activation, values, index, bias, gate, up, up_index, up_bias):
+    """``multiply(dense weight, bias)`` by cuBLAS, and the epilogue in torch."""
+
+    def product(values, index, bias):
+        return multiply(expand(values, index, n=n, m=m, v=v, in_features=inputs), bias)
+
+    gate = gate if up is None else product(up, up_index, up_bias)
+    return epilogue.apply(product(values, index, bias), activation, gate)
 
 
 def _feature_major_fake(x, values, index, bias, gate, n, m, v, activation, tokens, row_major):
@@ -312,33 +290,61 @@ def _feature_major_fake(x, values, index, bias, gate, n, m, v, activation, token
     _feature_major_fake,
 )
 def _linear_feature_major(x, values, index, bias, gate, n, m, v, activation, tokens, row_major):
+    gate = None if gate is None else gate.contiguous()
+    return _feature_major(x, values, index, bias, gate, None, None, None, n, m, v, activation, tokens, row_major)
+
+
+def _gated_feature_major_fake(x, values, index, bias, up, up_index, up_bias, n, m, v, activation, tokens, row_major):
+    return _feature_major_fake(x, values, index, bias, up, n, m, v, activation, tokens, row_major)
+
+
+@operator(
+    "gpu_vector_nm_gated_linear_feature_major(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor up,"
+    " Tensor up_index, Tensor? up_bias, int n, int m, int v, str activation, SymInt tokens, bool row_major) -> Tensor",
+    _gated_feature_major_fake,
+)
+def _gated_feature_major(x, values, index, bias, up, up_index, up_bias, n, m, v, activation, tokens, row_major):
+    _check(x, up, up_index, x.shape[0], n, m, v, values.shape[0])
+    return _feature_major(x, values, index, bias, None, up, up_index, up_bias, n, m, v, activation, tokens, row_major)
+
+
+def _feature_major(x, values, index, bias, gate, up, up_index, up_bias, n, m, v, activation, tokens, row_major):
     inputs, outputs = x.shape[0], values.shape[0]
     _check(x, values, index, inputs, n, m, v, outputs)
     y = x.new_empty((tokens, outputs) if row_major else (outputs, tokens))
     if tokens == 0 or outputs == 0:
         return y
-    gate = None if gate is None else gate.contiguous()
+    parts = (values, index, bias, gate, up, up_index, up_bias)
     variant, _ = choose(outputs, inputs, n, m, v, tokens, x.dtype)
     if variant == "expand":
-        dense, x = expand(values, index, n=n, m=m, v=v, in_features=inputs), x[:, :tokens]
-        if row_major:
-            return epilogue.apply(torch.nn.functional.linear(x.T, dense, bias), activation, gate)
-        y = torch.mm(dense, x)
-        return epilogue.apply(y if bias is None else y + bias[:, None], activation, gate)
-    width = transpose.padded(tokens) if variant == "gather" else 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
-    whole = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    if tokens > 1 and (not whole or (variant == "few" and x.shape[1] < width)):
-        x = torch.nn.functional.pad(x[:, :tokens], (0, width - tokens))
+        x = x[:, :tokens]
+
+        def multiply(dense, bias):
+            if row_major:
+                return torch.nn.functional.linear(x.T, dense, bias)
+            return torch.mm(dense, x) if bias is None else torch.addmm(bias[:, None], dense, x)
+
+        return _expanded(multiply, inputs, n, m, v, activation, *parts)
+    x = _whole_tiles(x, tokens, variant)
 
     def make():
         given = {"tokens": tokens, "row_major": row_major, "n": n, "m": m, "v": v, "activation": activation}
         if variant == "gather":
-            return _plan_many(x, values, index, bias, gate, y, **given)
-        return _plan_few(x[:, :1].T if tokens == 1 else x, values, index, bias, gate, y, inputs=inputs, **given)
+            return _plan_many(x, *parts, y, **given)
+        return _plan_few(x[:, :1].T if tokens == 1 else x, *parts, y, inputs=inputs, **given)
 
     statics = ("vector_nm feature-major", n, m, v, activation, precision(x), tokens, row_major)
-    plan(statics, (x, values, index, bias, gate), make)(x, values, index, bias, gate, y)
+    plan(statics, (x, *parts), make)(x, *parts, y)
     return y
+
+
+def _whole_tiles(x, tokens, variant):
+    """x (I, >= tokens) itself, or a padded copy where the kernel of ``variant`` could not read it as it lies."""
+    width = transpose.padded(tokens) if variant == "gather" else 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    whole = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    if tokens > 1 and (not whole or (variant == "few" and x.shape[1] < width)):
+        return torch.nn.functional.pad(x[:, :tokens], (0, width - tokens))
+    return x
 
 
 # ---- what the framework calls
@@ -362,16 +368,19 @@ def linear_feature_major(
 
 
 def gated_linear(x, up, gate, *, n, m, v, out_features, activation="silu"):
-    """activation(x @ W_gate.T) * (x @ W_up.T), where ``up`` and ``gate`` are each (values, index).
+    """activation(x @ W_gate.T) * (x @ W_up.T), (*, O), where ``up`` and ``gate`` are each (values, index[, bias]).
 
-    Two launches on one transpose: a single kernel would hold two accumulators, so half the tokens a tile, and would
-    read a third more from L2 than the product of the first launch costs to store and load.
+    One launch on one transpose, or two where they are faster. Over 64 tokens the up half is rounded to the output's
+    dtype once, on its way through the output; below, both halves meet in fp32.
     """
-    shape, given = (*x.shape[:-1], out_features), {"n": n, "m": m, "v": v, "row_major": True}
-    tokens = x.numel() // x.shape[-1]
-    turned = feature_major(x.reshape(tokens, x.shape[-1]))
-    other = linear_feature_major(turned, *up, tokens=tokens, **given)
-    return linear_feature_major(turned, *gate, tokens=tokens, activation=activation, gate=other, **given).view(shape)
+    parts, name = (*with_bias(gate, 2), *with_bias(up, 2)), epilogue.activation_name(activation)
+    return _gated_linear(x, *parts, n, m, v, out_features, name)
+
+
+def gated_linear_feature_major(x, up, gate, *, n, m, v, activation="silu", tokens=None, row_major=False):
+    """``gated_linear`` of x (I, T or wider) -> (O, T), or (T, O) when ``row_major``: part of a feature-major chain."""
+    parts, name = (*with_bias(gate, 2), *with_bias(up, 2)), epilogue.activation_name(activation)
+    return _gated_feature_major(x, *parts, n, m, v, name, x.shape[1] if tokens is None else tokens, row_major)
 
 
 def linear_grad_input(grad, values, index, *, n, m, v, in_features):

@@ -30,6 +30,14 @@ def load_columns(index_row, k0, k, K, I, BK: tl.constexpr, EVEN_K: tl.constexpr)
 
 
 @triton.jit
+def weight_of(half, w_ptr, index_ptr, up_ptr, up_index_ptr):
+    """The weight whose product a half of a gated tile is: ``up`` comes first. Without one there is no choice."""
+    if up_ptr is not None and half == 0:
+        w_ptr, index_ptr = up_ptr, up_index_ptr
+    return w_ptr, index_ptr
+
+
+@triton.jit
 def _step(
     acc, columns, x_ptr, w_desc, w_ptr, k0, row0, limit, token0, T, I, K, stride_x,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TOKENS_FIRST: tl.constexpr, EVEN_T: tl.constexpr,
@@ -61,6 +69,26 @@ def _step(
 
 
 @triton.jit
+def _product(
+    x_ptr, w_desc, w_ptr, index_row, row0, limit, token0, T, I, K, stride_x,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TOKENS_FIRST: tl.constexpr, EVEN_T: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The whole reduction of one tile."""
+    k = tl.arange(0, BK)
+    ahead = load_columns(index_row, 0, k, K, I, BK, EVEN_K)
+    acc = tl.zeros((BN, BM) if TOKENS_FIRST else (BM, BN), tl.float32)
+    for k0 in range(0, K, BK):
+        columns = ahead
+        ahead = load_columns(index_row, k0 + BK, k, K, I, BK, EVEN_K)
+        acc = _step(
+            acc, columns, x_ptr, w_desc, w_ptr, k0, row0, limit, token0, T, I, K, stride_x,
+            BM, BN, BK, TOKENS_FIRST, EVEN_T, EVEN_K, EVEN_I, WIDE, PRECISION,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
 def _store(
     acc, bias_ptr, gate_ptr, y_ptr, row0, limit, token0, T, stride_yo, stride_yt,
     BM: tl.constexpr, BN: tl.constexpr, TOKENS_FIRST: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr,
@@ -83,6 +111,30 @@ def _store(
 
 
 @triton.jit
+def _finish(
+    acc, half, bias_ptr, gate_ptr, up_ptr, up_bias_ptr, y_ptr, row0, limit, token0, T, stride_yo, stride_yt,
+    BM: tl.constexpr, BN: tl.constexpr, TOKENS_FIRST: tl.constexpr, ROW_MAJOR: tl.constexpr, WIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    if up_ptr is None:
+        _store(
+            acc, bias_ptr, gate_ptr, y_ptr, row0, limit, token0, T, stride_yo, stride_yt,
+            BM, BN, TOKENS_FIRST, ROW_MAJOR, WIDE, ACTIVATION,
+        )  # fmt: skip
+    else:
+        if half == 0:
+            _store(
+                acc, up_bias_ptr, None, y_ptr, row0, limit, token0, T, stride_yo, stride_yt,
+                BM, BN, TOKENS_FIRST, ROW_MAJOR, WIDE, "none",
+            )  # fmt: skip
+        else:
+            _store(
+                acc, bias_ptr, y_ptr, y_ptr, row0, limit, token0, T, stride_yo, stride_yt,
+                BM, BN, TOKENS_FIRST, ROW_MAJOR, WIDE, ACTIVATION,
+            )  # fmt: skip
+
+
+@triton.jit
 def _place(tile, T, O, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """(pattern row, first row, row limit, first token) of an output tile; beyond the last tile, of the last."""
     tiles_m, tiles_n = tl.cdiv(O, V) * ((V + BM - 1) // BM), tl.cdiv(T, BN)
@@ -93,7 +145,7 @@ def _place(tile, T, O, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROU
 
 @triton.jit
 def gather_gemm(
-    x_ptr, w_desc, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr,
+    x_ptr, w_desc, w_ptr, index_ptr, bias_ptr, gate_ptr, up_ptr, up_index_ptr, up_bias_ptr, y_ptr,
     T, I, O, K, stride_x, stride_yo, stride_yt, tiles, programs,
     V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     TOKENS_FIRST: tl.constexpr, ROW_MAJOR: tl.constexpr, PERSISTENT: tl.constexpr, EVEN_T: tl.constexpr,
@@ -103,45 +155,56 @@ def gather_gemm(
 
     The flat loop keeps loads in flight across a tile's end, which pays where K is short. Columns are loaded one step
     ahead, by hand: left to the compiler's pipeline, the chain index -> activations costs a buffer of both operands.
+
+    With ``up``, a second weight, a tile is two halves: that of x @ up waits in its own place of y, a few KB that stay
+    in L2, and is the gate of the other. Both pass through the same code, as two copies of it spill the accumulators.
     """
+    HALVES: tl.constexpr = 1 if up_ptr is None else 2
     pid = tl.program_id(0)
-    k = tl.arange(0, BK)
     group, row0, limit, token0 = _place(pid, T, O, V, BM, BN, GROUP)
-    ahead = load_columns(index_ptr + group * K, 0, k, K, I, BK, EVEN_K)
-    acc = tl.zeros((BN, BM) if TOKENS_FIRST else (BM, BN), tl.float32)
     if PERSISTENT:
+        k = tl.arange(0, BK)
         steps = tl.cdiv(K, BK)
         last = (steps - 1) * BK
-        tile, k0 = pid, 0
-        for _ in range(tl.cdiv(tiles - pid, programs) * steps):
+        tile, half, k0 = pid, 0, 0
+        w, index = weight_of(half, w_ptr, index_ptr, up_ptr, up_index_ptr)
+        ahead = load_columns(index + group * K, 0, k, K, I, BK, EVEN_K)
+        acc = tl.zeros((BN, BM) if TOKENS_FIRST else (BM, BN), tl.float32)
+        for _ in range(tl.cdiv(tiles - pid, programs) * steps * HALVES):
             columns = ahead
             next_k0 = k0 + BK
             next_tile, next_group, next_row0, next_limit, next_token0 = tile, group, row0, limit, token0
+            next_half, next_w = half, w
             if k0 == last:
                 next_k0 = 0
-                next_tile = tile + programs
-                next_group, next_row0, next_limit, next_token0 = _place(next_tile, T, O, V, BM, BN, GROUP)
-            ahead = load_columns(index_ptr + next_group * K, next_k0, k, K, I, BK, EVEN_K)
+                next_half = (half + 1) % HALVES
+                next_w, index = weight_of(next_half, w_ptr, index_ptr, up_ptr, up_index_ptr)
+                if next_half == 0:
+                    next_tile = tile + programs
+                    next_group, next_row0, next_limit, next_token0 = _place(next_tile, T, O, V, BM, BN, GROUP)
+            ahead = load_columns(index + next_group * K, next_k0, k, K, I, BK, EVEN_K)
             acc = _step(
-                acc, columns, x_ptr, w_desc, w_ptr, k0, row0, limit, token0, T, I, K, stride_x,
+                acc, columns, x_ptr, w_desc, w, k0, row0, limit, token0, T, I, K, stride_x,
                 BM, BN, BK, TOKENS_FIRST, EVEN_T, EVEN_K, EVEN_I, WIDE, PRECISION,
             )  # fmt: skip
-            if k0 == last:
-                _store(
-                    acc, bias_ptr, gate_ptr, y_ptr, row0, limit, token0, T, stride_yo, stride_yt,
-                    BM, BN, TOKENS_FIRST, ROW_MAJOR, WIDE, ACTIVATION,
+            if k0 == last:  # no barrier between the halves, which would stop the pipeline: every k step holds one
+                _finish(
+                    acc, half, bias_ptr, gate_ptr, up_ptr, up_bias_ptr, y_ptr, row0, limit, token0, T,
+                    stride_yo, stride_yt, BM, BN, TOKENS_FIRST, ROW_MAJOR, WIDE, ACTIVATION,
                 )  # fmt: skip
                 acc = tl.zeros((BN, BM) if TOKENS_FIRST else (BM, BN), tl.float32)
             tile, k0, group, row0, limit, token0 = next_tile, next_k0, next_group, next_row0, next_limit, next_token0
+            half, w = next_half, next_w
     else:
-        for k0 in range(0, K, BK):
-            columns = ahead
-            ahead = load_columns(index_ptr + group * K, k0 + BK, k, K, I, BK, EVEN_K)
-            acc = _step(
-                acc, columns, x_ptr, w_desc, w_ptr, k0, row0, limit, token0, T, I, K, stride_x,
+        for half in tl.range(HALVES, num_stages=1):
+            w, index = weight_of(half, w_ptr, index_ptr, up_ptr, up_index_ptr)
+            acc = _product(
+                x_ptr, w_desc, w, index + group * K, row0, limit, token0, T, I, K, stride_x,
                 BM, BN, BK, TOKENS_FIRST, EVEN_T, EVEN_K, EVEN_I, WIDE, PRECISION,
             )  # fmt: skip
-        _store(
-            acc, bias_ptr, gate_ptr, y_ptr, row0, limit, token0, T, stride_yo, stride_yt,
-            BM, BN, TOKENS_FIRST, ROW_MAJOR, WIDE, ACTIVATION,
-        )  # fmt: skip
+            _finish(
+                acc, half, bias_ptr, gate_ptr, up_ptr, up_bias_ptr, y_ptr, row0, limit, token0, T,
+                stride_yo, stride_yt, BM, BN, TOKENS_FIRST, ROW_MAJOR, WIDE, ACTIVATION,
+            )  # fmt: skip
+            if HALVES == 2:
+                tl.debug_barrier()  # another thread of the program may load what this one stored

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from triton_cases import ACTIVATIONS, DEVICE, TOKENS, close, poisoned_outputs, random, vector_nm_parts  # noqa: F401
+from triton_cases import (  # noqa: F401
+    ACTIVATIONS,
+    DEVICE,
+    TOKENS,
+    close,
+    poisoned_outputs,
+    random,
+    two_launches,
+    vector_nm_parts,
+)
 
 from sten.kernels import transpose, vector_nm
 
@@ -14,6 +23,9 @@ SHAPES = [  # outputs, inputs, n, m, v: dividing, ragged rows, ragged columns, v
     (20, 33, 3, 5, 6),
 ]
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.float16, torch.bfloat16]
+HALF_TOO = [torch.float32, torch.float16]  # the interpreter multiplies the bits of bfloat16
+if DEVICE != "cpu":
+    HALF_TOO = DTYPES
 
 
 @pytest.fixture(params=["few", "gather", "expand"])
@@ -45,11 +57,41 @@ def test_epilogue(activation, variant):
     close(vector_nm.linear_feature_major(x.T.contiguous(), values, index, bias, gate=gate.T, **given), expected.T)
 
 
-def test_gated_linear():
+@pytest.mark.parametrize("dtype", HALF_TOO, ids=str)
+@pytest.mark.parametrize("outputs, inputs, n, m, v", SHAPES)
+def test_gated_linear(outputs, inputs, n, m, v, dtype, variant):
+    """For many tokens: an odd number walks the tiles with few programs, an even one gives each its own."""
+    up, gate = (vector_nm_parts(outputs, inputs, n, m, v, dtype, seed) for seed in (0, 1))
+    for tokens in (1, 17, 63) if variant == "few" else (33, 66):
+        x, given = random(tokens, inputs, dtype=dtype), {"n": n, "m": m, "v": v}
+        exact = torch.nn.functional.silu(x.double() @ gate[2].double().T) * (x.double() @ up[2].double().T)
+        close(vector_nm.gated_linear(x, up[:2], gate[:2], out_features=outputs, **given), exact, dtype)
+        got = vector_nm.gated_linear_feature_major(x.T.contiguous(), up[:2], gate[:2], **given)
+        close(got, exact.T, dtype)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_epilogue(activation, launches, variant, monkeypatch):
+    if launches == 2:
+        two_launches(monkeypatch, vector_nm)
     up, gate = vector_nm_parts(50, 72, 1, 4, 16), vector_nm_parts(50, 72, 1, 4, 16, seed=1)
-    x = random(9, 72)
-    got = vector_nm.gated_linear(x, up[:2], gate[:2], n=1, m=4, v=16, out_features=50)
-    close(got, torch.nn.functional.silu(x @ gate[2].T) * (x @ up[2].T))
+    biases, given = (random(50), random(50, seed=1)), {"n": 1, "m": 4, "v": 16, "activation": activation}
+    parts = (*up[:2], biases[1]), (*gate[:2], biases[0])
+    for x in (random(5, 72), random(72, 6).T, random(2, 3, 144)[..., ::2], random(0, 72)):
+        expected = ACTIVATIONS[activation](x @ gate[2].T + biases[0]) * (x @ up[2].T + biases[1])
+        close(vector_nm.gated_linear(x, *parts, out_features=50, **given), expected)
+        flat = expected.reshape(-1, 50)
+        for row_major, exact in ((True, flat), (False, flat.T)):
+            turned = x.reshape(-1, 72).T
+            got = vector_nm.gated_linear_feature_major(turned, *parts, row_major=row_major, **given)
+            close(got, exact)
+
+
+def test_gated_linear_refuses_two_shapes():
+    up, gate = vector_nm_parts(50, 80, 1, 4, 16), vector_nm_parts(50, 72, 1, 4, 16)
+    with pytest.raises(ValueError, match="do not hold"):
+        vector_nm.gated_linear(random(2, 72), up[:2], gate[:2], n=1, m=4, v=16, out_features=50)
 
 
 GRADIENTS = [(SHAPES[1], tokens) for tokens in TOKENS] + [(SHAPES[2], 17), (SHAPES[4], 63)]
@@ -130,3 +172,14 @@ def test_under_compile():
     )
     x = random(5, 72)
     close(run(x), x @ dense.T + 1)
+
+
+def test_gated_under_compile():
+    up, gate = vector_nm_parts(50, 72, 1, 4, 16), vector_nm_parts(50, 72, 1, 4, 16, seed=1)
+    run = torch.compile(
+        lambda x: vector_nm.gated_linear(x, up[:2], gate[:2], n=1, m=4, v=16, out_features=50) + 1,
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    x = random(5, 72)
+    close(run(x), torch.nn.functional.silu(x @ gate[2].T) * (x @ up[2].T) + 1)

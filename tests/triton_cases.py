@@ -102,6 +102,18 @@ def bsr_parts(outputs, inputs, bh, bw, density=0.4, keep=None, dtype=torch.float
     return {name: part.to(DEVICE) for name, part in parts.items()}, dense.contiguous().to(DEVICE)
 
 
+def two_launches(monkeypatch, module):
+    """The gated products of ``module`` take the slower candidate of their tuning, where they have it."""
+    from sten.kernels.gated import TWO_LAUNCHES
+
+    pick = module.autotune.pick
+
+    def forced(kernel, key, configs, prepare, given):
+        return pick(kernel + " forced", key, [TWO_LAUNCHES] if TWO_LAUNCHES in configs else configs, prepare, given)
+
+    monkeypatch.setattr(module.autotune, "pick", forced)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Every output buffer starts as NaN, so that an element that no program writes is seen; no plan is remembered."""
