@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import autotune, epilogue
-from .epilogue import last_to_arrive
+from .epilogue import add_up, last_to_arrive
 from .library import (
     INTERPRET,
     Launch,
@@ -68,9 +68,7 @@ def _sampled_product(
         tl.store(own + split * (BM * BN) + at, acc)
         finish = last_to_arrive(count_ptr + tile, S)
         if finish:
-            acc = tl.zeros((BM, BN), tl.float32)
-            for s in range(S):
-                acc += tl.load(own + s * (BM * BN) + at, cache_modifier=".cg")
+            acc = add_up(own, at, S, BM, BN)
     if finish:
         out = out_ptr + block.to(tl.int64) * (BH * BW) + (m0 + i)[:, None] * BW + (n0 + j)[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m0 + i < BH)[:, None] & (n0 + j < BW)[None, :])
@@ -108,11 +106,12 @@ def _gradient_configs(bh: int, bw: int, blocks: int, tokens: int, itemsize: int,
     rows, width, depth = power_of_two(bh, 16, 128), power_of_two(bw, 16, 128), 64 if itemsize == 2 else 32
     tiles, found = blocks * -(-bh // rows) * -(-bw // width), []
     for waves, stages, warps in ((2, 4, 4), (4, 3, 4), (2, 4, 8)):
+        warps = min(warps, rows * width // 256)  # a warp's own product is 16 by 8: more warps than that repeat it
         split = 1
         while tiles * split < waves * programs and split < 16 and tokens // (2 * split) >= 4 * depth:
             split *= 2
         found.append({"BM": rows, "BN": width, "BK": depth, "S": split, "num_stages": stages, "num_warps": warps})
-    return found
+    return [config for place, config in enumerate(found) if config not in found[:place]]
 
 
 def _grad_values_fake(grad, x, col, t_row, t_block, bh, bw):
@@ -142,7 +141,10 @@ def _plan_grad_values(grad, x, col, t_row, t_block, out):
     def prepare(config):
         bm, bn, bk, split = (config[name] for name in ("BM", "BN", "BK", "S"))
         tiles, described = blocks * triton.cdiv(bh, bm) * triton.cdiv(bw, bn), {}
-        if describable(x) and describable(grad):
+        # blocks of (4, 8), fetched as tiles of 16 at any column, stopped on an H100 with an illegal instruction: the
+        # copy engine only serves blocks that fill a tile and begin at multiples of 16 bytes
+        whole = all(side >= 16 and side * x.element_size() % 16 == 0 for side in (bh, bw))
+        if whole and describable(x) and describable(grad):
             described = {0: ([bk, bm], grad.shape, grad.stride()), 2: ([bk, bn], x.shape, x.stride())}
         launch = Launch(
             _sampled_product,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_cases import ACTIVATIONS, DEVICE, TOKENS, bsr_parts, close, poisoned_outputs, random  # noqa: F401
+from triton_cases import ACTIVATIONS, DEVICE, TOKENS, bsr_parts, close, poisoned_outputs, random, two_launches  # noqa: F401
 
 from sten.kernels import bsr
 
@@ -13,6 +13,9 @@ SHAPES = [  # outputs, inputs, block: dividing, ragged in both, oblong, not a po
     (40, 90, (12, 24)),
 ]
 DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.float16, torch.bfloat16]
+HALF_TOO = [torch.float32, torch.float16]  # the interpreter multiplies the bits of bfloat16
+if DEVICE != "cpu":
+    HALF_TOO = DTYPES
 
 
 @pytest.fixture(params=["few", "blocks", "expand"])
@@ -42,11 +45,52 @@ def test_epilogue(activation, variant):
     close(got, ACTIVATIONS[activation](x @ dense.T + bias) * gate)
 
 
-def test_gated_linear():
-    (up, up_dense), (gate, gate_dense) = bsr_parts(50, 72, 16, 16), bsr_parts(50, 72, 16, 16, seed=1)
-    names, x = ("values", "crow", "col"), random(9, 72)
-    got = bsr.gated_linear(x, [up[k] for k in names], [gate[k] for k in names], out_features=50)
-    close(got, torch.nn.functional.silu(x @ gate_dense.T) * (x @ up_dense.T))
+def gated(parts, bias=None):
+    return [parts[name] for name in ("values", "crow", "col")] + ([] if bias is None else [bias])
+
+
+@pytest.mark.parametrize("dtype", HALF_TOO, ids=str)
+@pytest.mark.parametrize("outputs, inputs, block", SHAPES)
+def test_gated_linear(outputs, inputs, block, dtype, variant):
+    """Different patterns: the first line of ``gate`` is empty, and of ``up`` the last column alone."""
+    gate, gate_dense = bsr_parts(outputs, inputs, *block, dtype=dtype, seed=1)
+    keep = torch.rand(-(-outputs // block[0]), -(-inputs // block[1]), generator=torch.Generator().manual_seed(2)) < 0.2
+    keep[:, -1], keep[1] = True, False
+    up, up_dense = bsr_parts(outputs, inputs, *block, keep=keep, dtype=dtype)
+    for tokens in (1, 17, 63) if variant == "few" else (3, 33):
+        x = random(tokens, inputs, dtype=dtype)
+        got = bsr.gated_linear(x, gated(up), gated(gate), out_features=outputs)
+        exact = torch.nn.functional.silu(x.double() @ gate_dense.double().T) * (x.double() @ up_dense.double().T)
+        close(got, exact, dtype)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_epilogue(activation, launches, variant, monkeypatch):
+    if launches == 2:
+        two_launches(monkeypatch, bsr)
+    (up, up_dense), (gate, gate_dense) = bsr_parts(50, 72, 16, 16), bsr_parts(50, 72, 16, 16, density=0.7, seed=1)
+    biases = random(50), random(50, seed=1)
+    for x in (random(5, 72), random(72, 6).T, random(2, 3, 144)[..., ::2], random(0, 72)):
+        expected = ACTIVATIONS[activation](x @ gate_dense.T + biases[0]) * (x @ up_dense.T + biases[1])
+        given = gated(up, biases[1]), gated(gate, biases[0])
+        close(bsr.gated_linear(x, *given, out_features=50, activation=activation), expected)
+
+
+def test_gated_linear_without_a_block(variant):
+    (up, _), (gate, _) = bsr_parts(64, 80, 16, 16, density=0.0), bsr_parts(64, 80, 16, 16)
+    biases, x = (random(64), random(64, seed=1)), random(5, 80)
+    for first, second in ((up, gate), (gate, up), (up, up)):
+        got = bsr.gated_linear(x, gated(first), gated(second), out_features=64)
+        assert torch.equal(got, torch.zeros_like(got))
+    got = bsr.gated_linear(x, gated(up, biases[0]), gated(up, biases[1]), out_features=64, activation="relu")
+    close(got, (biases[0] * torch.relu(biases[1])).expand(5, 64))
+
+
+def test_gated_linear_refuses_two_block_shapes():
+    (up, _), (gate, _) = bsr_parts(64, 64, 16, 16), bsr_parts(64, 64, 32, 16)
+    with pytest.raises(ValueError, match="in one gated product"):
+        bsr.gated_linear(random(2, 64), gated(up), gated(gate), out_features=64)
 
 
 GRADIENTS = [(SHAPES[1], tokens) for tokens in TOKENS] + [(SHAPES[2], 17), (SHAPES[3], 63)]
@@ -61,12 +105,25 @@ def test_gradients(shape, tokens, path, monkeypatch):
     x, grad = random(tokens, inputs), random(tokens, outputs, seed=1)
     close(bsr.linear_grad_input(grad, **parts, in_features=inputs), grad @ dense)
     if path == "blocks":
-        bh, bw = block
-        full = torch.nn.functional.pad(grad.T @ x, (0, -inputs % bw, 0, -outputs % bh))
-        rows = torch.repeat_interleave(torch.arange(parts["crow"].numel() - 1, device=DEVICE), parts["crow"].diff())
-        expected = full.unflatten(0, (-1, bh)).unflatten(2, (-1, bw)).transpose(1, 2)[rows.long(), parts["col"].long()]
-        got = bsr.linear_grad_values(grad, x, parts["col"], parts["t_row"], parts["t_block"], bh=bh, bw=bw)
-        close(got, expected)
+        check_grad_values(parts, grad, x, block)
+
+
+def check_grad_values(parts, grad, x, block, dtype=None):
+    bh, bw = block
+    full = grad.double().T @ x.double()
+    full = torch.nn.functional.pad(full, (0, -full.shape[1] % bw, 0, -full.shape[0] % bh))
+    rows = torch.repeat_interleave(torch.arange(parts["crow"].numel() - 1, device=DEVICE), parts["crow"].diff())
+    expected = full.unflatten(0, (-1, bh)).unflatten(2, (-1, bw)).transpose(1, 2)[rows.long(), parts["col"].long()]
+    got = bsr.linear_grad_values(grad, x, parts["col"], parts["t_row"], parts["t_block"], bh=bh, bw=bw)
+    close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF_TOO, ids=str)
+@pytest.mark.parametrize("block", [(4, 8), (8, 4), (8, 8), (20, 24)])
+def test_grad_values_of_small_blocks(block, dtype):
+    """Tiles are 16 wide at least, so that they reach into the next blocks, whose products are not stored."""
+    parts, _ = bsr_parts(48, 72, *block, density=0.3, dtype=dtype)
+    check_grad_values(parts, random(33, 48, dtype=dtype, seed=1), random(33, 72, dtype=dtype), block, dtype)
 
 
 @pytest.mark.parametrize("outputs, inputs, block", SHAPES)
