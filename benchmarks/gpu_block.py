@@ -153,19 +153,11 @@ class Block:
 
     def chain(self, y):
         tokens = y.shape[0]
+        up, gate = ((layer.values, layer.index) for layer in (self.up, self.gate))
         if tokens == 1:
-            up = self.up(y)
-            gate = self.gate
-            middle = vector_nm.linear(
-                y, gate.values, gate.index, out_features=INNER, activation="silu", gate=up, **PATTERN
-            )
-            return self.down(middle)
+            return self.down(vector_nm.gated_linear(y, up, gate, out_features=INNER, **PATTERN))
         turned = vector_nm.feature_major(y)
-        up = vector_nm.linear_feature_major(turned, self.up.values, self.up.index, tokens=tokens, **PATTERN)
-        gate = self.gate
-        middle = vector_nm.linear_feature_major(
-            turned, gate.values, gate.index, tokens=tokens, activation="silu", gate=up, **PATTERN
-        )
+        middle = vector_nm.gated_linear_feature_major(turned, up, gate, tokens=tokens, **PATTERN)
         return vector_nm.linear_feature_major(middle, self.down.values, self.down.index, row_major=True, **PATTERN)
 
     def __call__(self, x, cache=None):
