@@ -249,6 +249,10 @@ def checked(edit: Edit, site: Site, method: Sparsifier) -> Edit:
 
 def expect_method(method: Sparsifier | None, targets: list[Target], optimizers: Iterable[Optimizer]) -> None:
     """Raise, in one sentence, if the method cannot train weights in these layouts, or not with these optimizers."""
+    if method is not None and method.resizes and ranks() > 1:
+        raise ValueError(
+            f"{type(method).__name__} changes the shapes of its parameters, which DDP cannot follow: use sten.RigL."
+        )
     for target in targets if method is not None else ():
         try:
             method.check(target.layout)

@@ -120,3 +120,12 @@ def test_ranks_agree_and_equal_one_process(results, kind, case):
     for have, want in zip(first["weights"], masters(model), strict=True):
         torch.testing.assert_close(have, want, rtol=1e-7, atol=1e-9)
     assert all(map(torch.equal, first["masks"], masks(model)))
+
+
+def test_a_method_that_resizes_is_refused_on_several_ranks(monkeypatch):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monkeypatch.setattr(sten.engine, "ranks", lambda: 2)
+    with pytest.raises(ValueError, match=r"SRigL changes the shapes .* use sten\.RigL"):
+        sten.sparsify(model, sten.FanIn(), sten.SRigL(12, every=3), 0.5, optimizer=optimizer)
+    assert type(model[0]) is torch.nn.Linear

@@ -11,96 +11,23 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from training_models import OPTIMIZERS, batch, dense_weights, engine_of, loss_of, masks, mlp, sparse, train
+from training_models import batch, engine_of, loss_of, masks, mlp, sparse, train
 
 import sten
-from sten.layouts import BSR, CSR, NM, FanIn, Masked, VectorNM
+from sten.layouts import BSR, CSR, NM, FanIn, VectorNM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FREE, RATED = [Masked(), CSR(), BSR((4, 4))], [NM(1, 4), VectorNM(1, 4, 4)]
-MOVING = [sten.SET(24, every=4), sten.RigL(24, every=4), sten.DSTEE(24, every=4)]
-NM_ONLY = [sten.Transposable(refresh=3), sten.BDWP(), sten.BiMask(refresh=3, tries=3), sten.DecayingStructure(20)]
-CELLS = [
-    *[(m, layout) for m in (sten.Static(), *MOVING) for layout in FREE + RATED],
-    (sten.SRigL(24, every=4), FanIn()),
-    *[(sten.SparseMomentum(24, every=4), layout) for layout in (Masked(), CSR())],
-    *[(sten.Gradual(2, 14, 4), layout) for layout in FREE + [FanIn()]],
-    (sten.BlockPruneGrow(2, 14, 4), BSR((4, 4))),
-    *[(m, layout) for m in (sten.STE(), sten.SRSTE(), sten.DecayingMask(20, rate=0.2)) for layout in RATED + [CSR()]],
-    *[(m, NM(2, 4)) for m in NM_ONLY],
-]
-DYNAMIC = [(m, layout) for m, layout in CELLS if not m.one_shot]
 
-
-def name_of(cell):
-    return f"{type(cell[0]).__name__}-{cell[1]}" if isinstance(cell, tuple) else str(cell)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("cell", CELLS, ids=name_of)
-def test_every_cell_learns_and_ends_in_its_layout(cell, optimizer):
-    method, layout = cell
-    model = mlp()
-    opt = OPTIMIZERS[optimizer](model.parameters())
-    sten.sparsify(model, layout, method, None if layout.rate else 0.5, optimizer=opt)
-    before = [float(loss_of(model, step)) for step in range(100, 104)]
-    train(model, opt, 16)
-    assert sum(float(loss_of(model, step)) for step in range(100, 104)) < sum(before)
-    pairs = [(torch.where(m, w, 0), w) for m, w in zip(masks(model), dense_weights(model), strict=True)]
-    x = batch(0)[0]
-    want = model(x).detach()
-    sten.finalize(model)
-    kept = sum(int(m.sum()) for m in masks_of(model)) / 768
-    assert model[0].weight.spec == layout and kept == pytest.approx(layout.rate or 0.5, abs=0.1)
-    if (not method.one_shot and not method.master) or method.one_shot or method.hard:
-        assert all(torch.equal(a, b) for a, b in pairs)
-        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
-    else:  # the end is what magnitude keeps
-        assert torch.equal(model[0].weight.mask(), masks_of(model)[0])
-
-
-def masks_of(model):
-    return [layer.weight.mask() for layer in model if isinstance(layer, nn.Linear)]
-
-
-def cast(optimizer=None):
+def cast():
     model = mlp()
     optimizer = sten.optim.AdamS(model.parameters(), lr=1e-2)
     sten.sparsify(model, NM(2, 4), sten.CAST(total_steps=20, decay=1e-2, refresh=3), optimizer=optimizer)
     return model, optimizer
 
 
-def build(cell, optimizer):
-    if cell == "CAST":
-        return cast()
-    method, layout = cell
-    model = mlp()
-    opt = OPTIMIZERS[optimizer](model.parameters())
-    sten.sparsify(model, layout, method, None if layout.rate else 0.75, optimizer=opt)
-    return model, opt
-
-
-@pytest.mark.parametrize("stop", [3, 7, 8])
-@pytest.mark.parametrize("cell", [*DYNAMIC, "CAST"], ids=name_of)
-def test_resume_is_bit_identical(cell, stop, tmp_path):
-    straight, optimizer = build(cell, "adamw")
-    train(straight, optimizer, 14)
-    model, optimizer = build(cell, "adamw")
-    train(model, optimizer, stop)
-    sten.save_run(tmp_path / "run.pt", model, optimizer, step=stop)
-    again, optimizer = build(cell, "adamw")
-    train(again, optimizer, 2, first=50)  # leftovers of another run
-    assert sten.load_run(tmp_path / "run.pt", again, optimizer) == {"step": stop}
-    train(again, optimizer, 14 - stop, first=stop)
-    for have, want in zip(dense_weights(again), dense_weights(straight), strict=True):
-        assert torch.equal(have, want)
-    for have, want in zip(masks(again), masks(straight), strict=True):
-        assert torch.equal(have, want)
-
-
 def test_a_damaged_run_never_loads_wrongly(tmp_path):
-    model, optimizer = build((sten.RigL(24, every=4), CSR()), "adamw")
+    model, optimizer, _ = sparse(sten.RigL(24, every=4), optimizer="adamw")
     train(model, optimizer, 5)
     sten.save_run(tmp_path / "run.pt", model, optimizer)
     data = (tmp_path / "run.pt").read_bytes()
@@ -111,7 +38,7 @@ def test_a_damaged_run_never_loads_wrongly(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
     state = sten.state_dict(model)
     with pytest.raises(ValueError, match="trained by"):
-        other, _ = build((sten.SET(24, every=4), CSR()), "adamw")
+        other, _, _ = sparse(sten.SET(24, every=4), optimizer="adamw")
         sten.load_state_dict(other, state)
     with pytest.raises(ValueError, match="no state of a run"):
         sten.load_state_dict(mlp(), state)

@@ -94,7 +94,9 @@ def test_a_method_that_nobody_attached_says_so_once(case):
     model = sten.sparsify(mlp(), layout, method, None if layout.rate else 0.5)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     loss_of(model, 0).backward()
-    with pytest.warns(UserWarning, match=rf"{type(method).__name__} does not act on 0\.weight, 2\.weight: call") as said:
+    with pytest.warns(
+        UserWarning, match=rf"{type(method).__name__} does not act on 0\.weight, 2\.weight: call"
+    ) as said:
         optimizer.step()
     assert len(said) == 1 and said[0].filename == __file__
     with warnings.catch_warnings():

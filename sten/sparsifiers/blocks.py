@@ -25,6 +25,10 @@ class BlockPruneGrow(Cubically):
     0 with the same cubic) of the blocks that would stay, those with the smallest sum |w|, are exchanged for those with
     the largest sum |g|.
 
+    A dense master, as in BLaST: training begins dense, and growth reads the gradient of every block. So Parameter,
+    gradient and optimizer slots take the memory of the dense model until `finalize`; only what `finalize` leaves is
+    small. Dropped blocks are zero, and start there if they grow again. `RigL` on BSR keeps all of it compressed.
+
     Source: Okanovic et al., BLaST, https://arxiv.org/abs/2507.03117. UNVERIFIED: its schedule, its growth score
     (block-gradient norms), its block sizes.
 

@@ -85,6 +85,7 @@ class Sparsifier(ABC):
         replaces_step: whether a tick takes the place of the optimizer step (RigL) or follows it.
         ranks_only: whether only the order of |grad| matters; then the engine frees each dense gradient at once.
         alone: whether nothing happens around steps (STE), so that no engine is missed.
+        resizes: whether ticks change the shapes of compressed weights (SRigL), which DDP cannot follow.
         optimizer: name of the optimizer class that the method is defined for; None: any.
         capacity: slots of a compressed weight as a multiple of its first count, where `allocate` moves counts (CSR).
         seed: of the random numbers in its View.
@@ -97,6 +98,7 @@ class Sparsifier(ABC):
     replaces_step: ClassVar[bool] = False
     ranks_only: ClassVar[bool] = False
     alone: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
     optimizer: ClassVar[str | None] = None
     capacity: ClassVar[float] = 1.0
     seed = 0

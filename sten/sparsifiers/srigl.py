@@ -21,7 +21,8 @@ class SRigL(DropGrow):
 
     Salient are the largest |w| that survive the drop and the largest |g| that would grow, over the whole layer. A
     neuron with fewer than max(1, int(ablate * fan_in)) of them is ablated; it may return. The last of the chosen
-    weights, mostly the classifier, never loses a neuron. New entries start at zero.
+    weights, mostly the classifier, never loses a neuron. New entries start at zero. Ablation changes the shape of the
+    Parameter, (living rows, fan-in), so a compiled model recompiles, and several ranks are refused.
 
     Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity, https://arxiv.org/abs/2305.02299, section 3
     and appendix; ablate 0.3 is theirs for conv nets (0.95 for transformers).
@@ -41,6 +42,7 @@ class SRigL(DropGrow):
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
     replaces_step: ClassVar[bool] = True
     ranks_only: ClassVar[bool] = True
+    resizes: ClassVar[bool] = True
 
     def check(self, layout: Layout) -> None:
         if not isinstance(layout, FanIn):

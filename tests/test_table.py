@@ -1,0 +1,133 @@
+"""docs/training.md is what the code does: its table method x layout x optimizer, its signatures, its programs."""
+
+import inspect
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from training_models import OPTIMIZERS, batch, dense_weights, loss_of, masks, mlp, train
+
+import sten
+from sten.layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+LAYOUTS = [Masked(), CSR(), BSR((4, 4)), NM(2, 4), VectorNM(1, 4, 4), GroupedNM(2, 4, 1), FanIn()]
+METHODS = [
+    sten.Static(), sten.SET(24, every=4), sten.RigL(24, every=4), sten.DSTEE(24, every=4), sten.SRigL(24, every=4),
+    sten.SparseMomentum(24, every=4), sten.Gradual(2, 14, 4), sten.BlockPruneGrow(2, 14, 4), sten.STE(), sten.SRSTE(),
+    sten.DecayingMask(20, rate=0.2), sten.DecayingStructure(20), sten.Transposable(refresh=3), sten.BDWP(),
+    sten.BiMask(refresh=3, tries=3), sten.CAST(20, 1e-2, 3),
+]  # fmt: skip
+ADAMS = {"adams": lambda p: sten.optim.AdamS(p, lr=1e-2)}
+
+
+def table():
+    """{(method, layout): yes or no} as the page tells it."""
+    lines = PAGE[PAGE.index("| method | Masked |") :].split("\n\n")[0].splitlines()
+    names = [cell.strip() for cell in lines[0].strip("|").split("|")][1:-1]
+    told = {}
+    for line in lines[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for method in cells[0].split(", "):
+            told |= {(method, name): cell for name, cell in zip(names, cells[1:-1], strict=True)}
+    return told
+
+
+TOLD = table()
+ALL = [(method, layout) for method in METHODS for layout in LAYOUTS]
+YES = [cell for cell in ALL if TOLD[type(cell[0]).__name__, type(cell[1]).__name__] == "yes"]
+NO = [cell for cell in ALL if cell not in YES]
+DYNAMIC = [cell for cell in YES if not cell[0].one_shot]
+
+
+def name_of(cell):
+    return f"{type(cell[0]).__name__}-{cell[1]}" if isinstance(cell, tuple) else str(cell)
+
+
+def optimizers_of(method):
+    return ADAMS if method.optimizer else OPTIMIZERS
+
+
+def build(cell, optimizer, sparsity):
+    method, layout = cell
+    model = mlp()
+    opt = optimizers_of(method)[optimizer](model.parameters())
+    sten.sparsify(model, layout, method, None if layout.rate else sparsity, optimizer=opt)
+    return model, opt
+
+
+def test_the_table_has_every_cell():
+    assert set(TOLD.values()) == {"yes", "no"} and len(TOLD) == len(ALL)
+    assert set(TOLD) == {(type(method).__name__, type(layout).__name__) for method, layout in ALL}
+
+
+@pytest.mark.parametrize(
+    ("cell", "optimizer"), [(cell, name) for cell in YES for name in optimizers_of(cell[0])], ids=name_of
+)
+def test_yes_learns_and_ends_in_its_layout(cell, optimizer):
+    method, layout = cell
+    model, opt = build(cell, optimizer, 0.5)
+    before = [float(loss_of(model, step)) for step in range(100, 104)]
+    train(model, opt, 16)
+    assert sum(float(loss_of(model, step)) for step in range(100, 104)) < sum(before)
+    pairs = [(torch.where(m, w, 0), w) for m, w in zip(masks(model), dense_weights(model), strict=True)]
+    x = batch(0)[0]
+    want = model(x).detach()
+    sten.finalize(model)
+    left = [layer.weight.mask() for layer in model if isinstance(layer, nn.Linear)]
+    assert model[0].weight.spec == layout
+    assert sum(int(m.sum()) for m in left) / 768 == pytest.approx(layout.rate or 0.5, abs=0.1)
+    if method.one_shot or not method.master or method.hard:
+        assert all(torch.equal(a, b) for a, b in pairs)
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", NO, ids=name_of)
+def test_no_is_one_sentence_and_changes_nothing(cell):
+    model, (method, layout) = mlp(), cell
+    optimizer = next(iter(optimizers_of(method).values()))(model.parameters())
+    with pytest.raises(ValueError) as error:
+        sten.sparsify(model, layout, method, None if layout.rate else 0.5, optimizer=optimizer)
+    assert "\n" not in str(error.value) and type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("stop", [3, 7, 8])
+@pytest.mark.parametrize("cell", DYNAMIC, ids=name_of)
+def test_resume_is_bit_identical(cell, stop, tmp_path):
+    name = next(iter(ADAMS)) if cell[0].optimizer else "adamw"
+    straight, optimizer = build(cell, name, 0.75)
+    train(straight, optimizer, 14)
+    model, optimizer = build(cell, name, 0.75)
+    train(model, optimizer, stop)
+    sten.save_run(tmp_path / "run.pt", model, optimizer, step=stop)
+    again, optimizer = build(cell, name, 0.75)
+    train(again, optimizer, 2, first=50)  # leftovers of another run
+    assert sten.load_run(tmp_path / "run.pt", again, optimizer) == {"step": stop}
+    train(again, optimizer, 14 - stop, first=stop)
+    for have, want in zip(dense_weights(again), dense_weights(straight), strict=True):
+        assert torch.equal(have, want)
+    for have, want in zip(masks(again), masks(straight), strict=True):
+        assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_signatures(method):
+    cls = type(method)
+    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(cls).parameters.values()]
+    assert f"\nsten.{cls.__name__}{inspect.Signature(parameters)}\n" in PAGE
+
+
+def test_the_pages_programs_run():
+    loss, data = F.cross_entropy, [batch(step) for step in range(2)]
+    space = {"torch": torch, "sten": sten, "model": mlp(), "loss": loss, "data": data}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for code in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+            exec(compile(code, "docs/training.md", "exec"), space)
+    assert space["model"][0].weight.density == 0.25
