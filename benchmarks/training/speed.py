@@ -1,8 +1,8 @@
 """What a step of sparse training costs: the engine's overhead between ticks, a tick, memory; the MLP of a block,
 against dense.
 
-    python benchmarks/training/speed.py engine --device cpu --size 10m      # overhead and ticks, processor time on the
-    CPU python benchmarks/training/speed.py mlp --device cuda --width 4096      # forward + backward + AdamW step
+    python benchmarks/training/speed.py engine --device cpu --size 10m    # hooks and ticks; processor time on the CPU
+    python benchmarks/training/speed.py mlp --device cuda --width 4096    # forward + backward + AdamW step
 
 The second checks one step of every layout against the same layer on a masked dense weight before it times it.
 """
