@@ -1,11 +1,13 @@
 """What a call costs beside the arithmetic: a tiny linear layer with a sparse weight against dense F.linear.
 
     python benchmarks/overhead.py [--size 16] [--out overhead.json]
+    python benchmarks/overhead.py --device cuda --size 4096 --tokens 1 16 2048
 
 Every layout is checked against the masked dense product first. The two sides run alternately in one process; the
 number is the difference of the medians, in microseconds above dense. `no_grad` is a finalized weight in inference,
 `forward` and `step` (forward and backward) the same weight as a hand-made Parameter under autograd, `trainable` and
-`trainable_step` a module in trainable form against a dense module.
+`trainable_step` a module in trainable form against a dense module. On a GPU (bfloat16) it is the time until the calls
+return, which is the host's.
 """
 
 from __future__ import annotations
@@ -26,14 +28,18 @@ import sten.cpp
 import sten.native
 
 LAYOUTS = [sten.Masked(), sten.CSR(), sten.BSR((4, 4)), sten.NM(2, 4), sten.VectorNM(2, 4, 4), sten.GroupedNM(2, 4, 1)]
+GPU_LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.VectorNM(1, 4, 128), sten.GroupedNM(1, 4, 16)]
 
 
 def once(call, repeats: int) -> float:
-    """Microseconds a call, over one short loop."""
+    """Microseconds a call, over one short loop; the work that a GPU has left is not waited for."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats * 1e6
+    spent = time.perf_counter() - start
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return spent / repeats * 1e6
 
 
 def side_by_side(sparse, dense, repeats: int, rounds: int) -> dict[str, float]:
@@ -45,10 +51,14 @@ def side_by_side(sparse, dense, repeats: int, rounds: int) -> dict[str, float]:
     return {"sparse_us": round(mine, 2), "dense_us": round(theirs, 2), "above_us": round(mine - theirs, 2)}
 
 
-def measure(layout: sten.Layout, size: int, rounds: int) -> dict:
+def measure(layout: sten.Layout, size: int, tokens: int, rounds: int, device: str) -> dict:
     """Overheads of one layout, after a check of the result and the gradients."""
-    weight, x, bias = torch.randn(size, size), torch.randn(1, size), torch.randn(size)
-    mask = layout.mask(weight.abs(), None if layout.rate is not None else 0.5)
+    cuda = device == "cuda"
+    made = {"device": device, "dtype": torch.bfloat16 if cuda else torch.float32}
+    weight, x, bias = torch.randn(size, size, **made), torch.randn(tokens, size, **made), torch.randn(size, **made)
+    mask = layout.mask(weight.abs(), None if layout.rate is not None else 0.9 if cuda else 0.5)
+    near = {"atol": 0.5, "rtol": 0.05} if cuda else {"atol": 1e-5, "rtol": 1e-5}
+    calls, passes_a_loop = (50, 50) if cuda else (500, 100)
     sparse = nn.Parameter(sten.from_dense(weight, layout, mask))
     dense = nn.Parameter(weight.masked_fill(~mask, 0))
 
@@ -56,26 +66,29 @@ def measure(layout: sten.Layout, size: int, rounds: int) -> dict:
         F.linear(x, w, bias).sum().backward()
         w.grad = None
 
-    torch.testing.assert_close(F.linear(x, sparse, bias), F.linear(x, dense, bias), atol=1e-5, rtol=1e-5)
-    grads = [torch.autograd.grad(F.linear(x, w, bias).sin().sum(), w)[0] for w in (sparse, dense)]
-    torch.testing.assert_close(grads[0].to_dense(), grads[1] * mask, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(F.linear(x, sparse, bias), F.linear(x, dense, bias), **near)
+    above = torch.randn(tokens, size, **made)
+    grads = [torch.autograd.grad(F.linear(x, w, bias), w, above)[0] for w in (sparse, dense)]
+    torch.testing.assert_close(grads[0].to_dense(), grads[1] * mask, **near)
     found = {"kernel": str(sten.ops.route.which("linear", x, sparse))}
     with torch.no_grad():
-        found["no_grad"] = side_by_side(lambda: F.linear(x, sparse), lambda: F.linear(x, dense), 500, rounds)
-    found["forward"] = side_by_side(lambda: F.linear(x, sparse), lambda: F.linear(x, dense), 300, rounds)
-    found["step"] = side_by_side(lambda: step(sparse), lambda: step(dense), 100, rounds)
-    layers = [nn.Linear(size, size), nn.Linear(size, size)]
+        found["no_grad"] = side_by_side(lambda: F.linear(x, sparse), lambda: F.linear(x, dense), calls, rounds)
+    found["forward"] = side_by_side(lambda: F.linear(x, sparse), lambda: F.linear(x, dense), calls, rounds)
+    found["step"] = side_by_side(lambda: step(sparse), lambda: step(dense), passes_a_loop, rounds)
+    layers = [nn.Linear(size, size, **made), nn.Linear(size, size, **made)]
     layers[0].weight.data = dense.data.clone()
     sten.trainable(sten.sparsify(layers[0], layout, None))
-    found["trainable"] = side_by_side(lambda: layers[0](x), lambda: layers[1](x), 300, rounds)
+    found["trainable"] = side_by_side(lambda: layers[0](x), lambda: layers[1](x), calls, rounds)
     passes = [lambda m=m: m(x).sum().backward() for m in layers]
-    found["trainable_step"] = side_by_side(*passes, 100, rounds)
+    found["trainable_step"] = side_by_side(*passes, passes_a_loop, rounds)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=16)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="write the JSON to this file")
@@ -83,12 +96,18 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
+    cuda = args.device == "cuda"
     result = {
-        "what": f"linear {args.size}x{args.size}, 1 token, float32, {args.threads} thread(s)",
+        "what": f"linear {args.size}x{args.size}, {'bfloat16' if cuda else 'float32'}, {args.threads} thread(s)",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": sten.cpp.features(),
-        "layouts": {str(layout): measure(layout, args.size, args.rounds) for layout in LAYOUTS},
+        "layouts": {
+            f"{layout}, {tokens} tokens": measure(layout, args.size, tokens, args.rounds, args.device)
+            for layout in (GPU_LAYOUTS if cuda else LAYOUTS)
+            for tokens in args.tokens
+        },
     }
     text = json.dumps(result, indent=2)
     print(text)

@@ -165,11 +165,22 @@ def top(score: Tensor, count: int) -> Tensor:
     flat = torch.nan_to_num(score.detach().flatten(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if count <= 0 or flat.numel() == 0:
         return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    edge = torch.kthvalue(flat, max(flat.numel() - count, 0) + 1).values
+    edge = _highest(flat, min(count, flat.numel()))
     above = flat > edge
     ties = flat == edge
     room = count - above.sum()
     return (above | (ties & (ties.cumsum(0) <= room))).view(score.shape)
+
+
+def _highest(flat: Tensor, count: int) -> Tensor:
+    """The `count`-th highest entry, from 1."""
+    lowest = flat.numel() - count + 1
+    if not flat.is_cuda:
+        return torch.kthvalue(flat, lowest).values
+    # kthvalue walks a whole weight with one block of threads; topk with the machine, on the shorter side.
+    if count < lowest:
+        return torch.topk(flat, count, sorted=False).values.min()
+    return torch.topk(flat, lowest, largest=False, sorted=False).values.max()
 
 
 def top_of_groups(score: Tensor, n: int) -> Tensor:

@@ -5,19 +5,24 @@
 The files are split into training and validation by a hash of their names. Every method gets the same number of steps,
 which the dense model's speed and --seconds decide (or --steps). The linear layers of the blocks are sparse; embeddings
 and head stay dense. Results are written after every run, so a run that is cut short leaves what it has. Refuses to
-report a model that has not the density that was asked for.
+report a model that has not the density that was asked for. --workers trains several models side by side, spread over
+the GPUs there are: the losses are the same, the times a step then tell nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sysconfig
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -147,6 +152,39 @@ def speed(args, data) -> int:
     return max(int(args.seconds * 1000 / train(Recipe(), 0, 30, args, data)["milliseconds"]), 10)
 
 
+def one(name: str, seed: int, steps: int, args) -> tuple[str, dict]:
+    """A run in a process of its own: every worker draws a number and takes the GPU of that number."""
+    warnings.simplefilter("ignore")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(multiprocessing.current_process().name.split("-")[-1]) % torch.cuda.device_count())
+    torch.set_num_threads(max(os.cpu_count() // args.workers, 1))
+    return name, train(table(args)[name], seed, steps, args, corpus())
+
+
+def trained(args, steps: int, stop: float) -> Iterator[tuple[str, dict]]:
+    """Every wanted run, seed by seed in the table's order; none starts after `stop`."""
+    wanted = tuple(args.only.split(",")) if args.only else ("",)
+    runs = [(name, seed) for seed in range(args.seeds) for name in table(args) if name.startswith(wanted)]
+    if args.workers == 1:
+        data = corpus()
+        for name, seed in runs:
+            if time.perf_counter() < stop:
+                yield name, train(table(args)[name], seed, steps, args, data)
+        return
+    fresh = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.workers, fresh) as pool:
+        tasks = [pool.submit(one, name, seed, steps, args) for name, seed in runs]
+        for task in concurrent.futures.as_completed(tasks):
+            if not task.cancelled():
+                yield task.result()
+            if time.perf_counter() > stop:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+
+def table(args) -> dict[str, Recipe]:
+    return recipes(sten.Masked() if args.free == "masked" else sten.CSR(), args.block, args.cast_decay)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -162,6 +200,7 @@ def main() -> None:
     parser.add_argument("--cast-decay", type=float, default=1e-3)
     parser.add_argument("--only", default="", help="comma-separated beginnings of recipe names")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no new run starts")
+    parser.add_argument("--workers", type=int, default=1, help="models trained side by side")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/training/results/gpt.json"))
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -182,23 +221,17 @@ def main() -> None:
         "free": args.free,
         "block": args.block,
         "cast_decay": args.cast_decay,
+        "workers": args.workers,
     }
     print(about, flush=True)
-    table = recipes(sten.Masked() if args.free == "masked" else sten.CSR(), args.block, args.cast_decay)
-    wanted, results = tuple(args.only.split(",")) if args.only else ("",), {}
+    results: dict[str, list[dict]] = {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.seeds):
-        for name, recipe in table.items():
-            if not name.startswith(wanted) or time.perf_counter() - began > args.budget:
-                continue
-            result = train(recipe, seed, steps, args, data)
-            results.setdefault(name, []).append(result)
-            args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
-            memory = f"{result['peak_bytes'] / 2**20:7.0f} MiB" if result["peak_bytes"] else ""
-            print(
-                f"{name:20} seed {seed}  loss {result['loss']:.4f}  {result['milliseconds']:7.1f} ms a step {memory}",
-                flush=True,
-            )
+    for name, result in trained(args, steps, began + args.budget):
+        results.setdefault(name, []).append(result)
+        args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
+        memory = f"{result['peak_bytes'] / 2**20:7.0f} MiB" if result["peak_bytes"] else ""
+        told = f"loss {result['loss']:.4f}  {result['milliseconds']:7.1f} ms a step {memory}"
+        print(f"{name:20} seed {result['seed']}  {told}", flush=True)
     print()
     for name, runs in results.items():
         losses = [run["loss"] for run in runs]
