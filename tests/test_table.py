@@ -43,7 +43,6 @@ TOLD = table()
 ALL = [(method, layout) for method in METHODS for layout in LAYOUTS]
 YES = [cell for cell in ALL if TOLD[type(cell[0]).__name__, type(cell[1]).__name__] == "yes"]
 NO = [cell for cell in ALL if cell not in YES]
-DYNAMIC = [cell for cell in YES if not cell[0].one_shot]
 
 
 def name_of(cell):
@@ -98,7 +97,7 @@ def test_no_is_one_sentence_and_changes_nothing(cell):
 
 
 @pytest.mark.parametrize("stop", [3, 7, 8])
-@pytest.mark.parametrize("cell", DYNAMIC, ids=name_of)
+@pytest.mark.parametrize("cell", YES, ids=name_of)
 def test_resume_is_bit_identical(cell, stop, tmp_path):
     name = next(iter(ADAMS)) if cell[0].optimizer else "adamw"
     straight, optimizer = build(cell, name, 0.75)
