@@ -182,7 +182,7 @@ class Engine:
             twin.follow(site.holder, dense)
         self.gather.forget()
         self.ticks += 1
-        say_empty(empty, stacklevel=5)
+        say_empty(empty, stacklevel=5 + self.method.replaces_step)
         return True
 
     def _ask(self, views: Views, site: Site, counts: dict[str, int] | None) -> Edit | None:

@@ -36,6 +36,15 @@ class Static(Sparsifier):
         return scores.random(view.weight, view.generator)
 
 
+def expect_to_act(method: Sparsifier, stop: float) -> None:
+    """Raise ValueError, in one sentence, if no tick falls into the first `stop` of the method's total_steps."""
+    most = int(stop * method.total_steps)
+    if not 1 <= method.every <= most:
+        hint = f"pass every={max(most // 10, 1)}, say" if most >= 1 else "raise total_steps"
+        steps = f"{stop:g} * {method.total_steps} steps"
+        raise ValueError(f"{type(method).__name__} never acts with every={method.every} in {steps}: {hint}.")
+
+
 @dataclass(frozen=True)
 class DropGrow(Sparsifier):
     """Every `every` steps, drop a fraction of the living weights, those of the smallest |w|, and grow as many
@@ -62,11 +71,7 @@ class DropGrow(Sparsifier):
     def __post_init__(self) -> None:
         if not 0 < self.drop_fraction <= 1 or not 0 < self.stop <= 1:
             raise ValueError(f"{type(self).__name__} takes drop_fraction and stop between 0 and 1; got {self}.")
-        most = int(self.stop * self.total_steps)
-        if not 1 <= self.every <= most:
-            hint = f"pass every={max(most // 10, 1)}, say" if most >= 1 else "raise total_steps"
-            name, steps = type(self).__name__, f"{self.stop:g} * {self.total_steps} steps"
-            raise ValueError(f"{name} never acts with every={self.every} in {steps}: {hint}.")
+        expect_to_act(self, self.stop)
 
     @property
     def ticks(self) -> Schedule:

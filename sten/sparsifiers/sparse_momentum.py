@@ -13,6 +13,7 @@ from ..allocation import Allocation, proportional
 from ..layout import Layout
 from ..layouts import CSR, Masked
 from ..schedule import Cosine, Schedule
+from .drop_grow import expect_to_act
 from .sparsifier import Edit, Sparsifier, State, View
 from .units import fill_up, keep_largest
 
@@ -50,6 +51,9 @@ class SparseMomentum(Sparsifier):
     one_shot: ClassVar[bool] = False
     needs: ClassVar[frozenset[str]] = frozenset({"momentum"})
     capacity: ClassVar[float] = CAPACITY
+
+    def __post_init__(self) -> None:
+        expect_to_act(self, 1.0)
 
     @property
     def ticks(self) -> Schedule:

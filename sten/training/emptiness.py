@@ -30,8 +30,8 @@ def emptiness(mask: Tensor, layout: Layout) -> str | None:
     rows = mask.flatten(1).view(torch.uint8).amax(1) > 0  # forty times faster than any(1)
     dead = len(rows) - int(torch.count_nonzero(rows))
     if dead == len(rows):
-        return "all of it"
-    return f"{dead} of {len(rows)} rows" if dead and not isinstance(layout, FanIn) else None
+        return f"all {dead}"
+    return f"{dead} of {len(rows)}" if dead and not isinstance(layout, FanIn) else None
 
 
 def emptiness_of(w: SparseTensor) -> str | None:
@@ -44,6 +44,6 @@ def say_empty(found: dict[str, str], stacklevel: int) -> None:
     if found:
         names = listed([f"{name} ({what})" for name, what in found.items()])
         warnings.warn(
-            f"sten: the masks leave outputs without inputs in {names}: lower the sparsity, or use sten.ERK.",
+            f"sten: the masks leave rows empty: {names}; lower the sparsity, or use sten.ERK.",
             stacklevel=stacklevel + 1,
         )
