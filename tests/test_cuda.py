@@ -72,6 +72,26 @@ def test_compile_and_graph(layout):
     torch.testing.assert_close(out, F.linear(x, model.weight.to_dense(), model.bias), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_second_gpu(layout):
+    """Launches follow the tensors' device, not the current one; forward and both gradients."""
+    torch.manual_seed(0)
+    assert torch.cuda.current_device() == 0
+    made = {"device": "cuda:1", "dtype": torch.bfloat16}
+    weight, above = torch.randn(128, 256, **made), torch.randn(70, 128, **made)
+    mask = layout.mask(weight.abs(), None if layout.rate else 0.8)
+    for tokens in (1, 16, 70, 70):  # twice, so that kept plans are met as well
+        x = torch.randn(tokens, 256, **made, requires_grad=True)
+        sparse = torch.nn.Parameter(sten.from_dense(weight, layout, mask))
+        dense = (weight * mask).requires_grad_()
+        got, expected = F.linear(x, sparse), F.linear(x, dense)
+        torch.testing.assert_close(got, expected, rtol=3e-2, atol=0.3)
+        gradients = [torch.autograd.grad(y, [x, w], above[:tokens]) for y, w in ((got, sparse), (expected, dense))]
+        torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=3e-2, atol=0.3)
+        torch.testing.assert_close(gradients[0][1].to_dense(), gradients[1][1] * mask, rtol=3e-2, atol=0.3)
+
+
 def test_move_and_save(tmp_path):
     model = sten.sparsify(torch.nn.Linear(64, 32)).cuda()
     assert model.weight.device.type == "cuda" and model.weight.parts["index"].device.type == "cuda"

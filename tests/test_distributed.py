@@ -1,4 +1,5 @@
-"""Two processes, gloo: the same masks on every rank, and the weights of one process with the joint batch."""
+"""Two processes, gloo (NCCL too where there are two GPUs): the same masks on every rank, and the weights of one process
+with the joint batch."""
 
 import os
 import socket
@@ -33,42 +34,42 @@ def joint(step):
     return x, x[:, :8].argmax(1)
 
 
-def loop(model, optimizer, rank, world):
+def loop(model, optimizer, rank, world, device="cpu"):
     for step in range(STEPS):
         optimizer.zero_grad()
-        x, y = (t.chunk(world)[rank] for t in joint(step))
+        x, y = (t.chunk(world)[rank].to(device) for t in joint(step))
         torch.nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
 
 
-def build(case, attach_later=False):
+def build(case, attach_later=False, device="cpu"):
     make, layout, sparsity = CASES[case]
-    model = mlp(dtype=torch.float64)
+    model = mlp(dtype=torch.float64).to(device)
     if attach_later:
         return sten.sparsify(model, layout, make(), sparsity), None
     optimizer = OPTIMIZERS["adam"](model.parameters())
     return sten.sparsify(model, layout, make(), sparsity, optimizer=optimizer), optimizer
 
 
-def under_ddp(rank, world, case):
-    model, optimizer = build(case)
+def under_ddp(rank, world, case, device):
+    model, optimizer = build(case, device=device)
     if case.endswith("csr"):  # what travels is compressed
         assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in mlp().parameters())
-    loop(torch.nn.parallel.DistributedDataParallel(model), optimizer, rank, world)
+    loop(torch.nn.parallel.DistributedDataParallel(model), optimizer, rank, world, device)
     return model, optimizer
 
 
-def under_fsdp(rank, world, case):
+def under_fsdp(rank, world, case, device):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model, _ = build(case, attach_later=True)
-    mesh = init_device_mesh("cpu", (world,))
+    model, _ = build(case, attach_later=True, device=device)
+    mesh = init_device_mesh(torch.device(device).type, (world,))
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
     optimizer = OPTIMIZERS["adam"](model.parameters())
     sten.attach(model, optimizer)
-    loop(model, optimizer, rank, world)
+    loop(model, optimizer, rank, world, device)
     return model, optimizer
 
 
@@ -78,35 +79,40 @@ def masters(model):
     for layer in (model[0], model[2]):
         param = layer._parameters["weight"]
         param = layer.weight.to_dense() if param is None else param
-        out.append((param.full_tensor() if hasattr(param, "full_tensor") else param).detach().clone())
+        out.append((param.full_tensor() if hasattr(param, "full_tensor") else param).detach().cpu().clone())
     return out
 
 
-def worker(rank, world, port, jobs, folder):
+def worker(rank, world, port, jobs, folder, backend):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    device = f"cuda:{rank}" if backend == "nccl" else "cpu"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=world)
     try:
         for kind, case in jobs:
-            model, optimizer = (under_ddp if kind == "ddp" else under_fsdp)(rank, world, case)
+            model, optimizer = (under_ddp if kind == "ddp" else under_fsdp)(rank, world, case, device)
             assert engine_of(model).step == STEPS and optimizer.param_groups
-            state = {"weights": masters(model), "masks": masks(model)}
+            state = {"weights": masters(model), "masks": [mask.cpu() for mask in masks(model)]}
             torch.save(state, f"{folder}/{kind}-{case}-{rank}.pt")
             sten.engine.stop(model)
     finally:
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("torch.distributed with gloo is not built in")
+@pytest.fixture(scope="module", params=["gloo", "nccl"])
+def results(tmp_path_factory, request):
+    if not dist.is_available() or not getattr(dist, f"is_{request.param}_available")():
+        pytest.skip(f"torch.distributed with {request.param} is not built in")
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("two GPUs are wanted")
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     jobs = [("ddp", case) for case in CASES] + [("fsdp", case) for case in SHARDED]
-    mp.spawn(worker, args=(2, port, jobs, str(folder)), nprocs=2)
+    mp.spawn(worker, args=(2, port, jobs, str(folder), request.param), nprocs=2)
     return lambda kind, case: [torch.load(folder / f"{kind}-{case}-{rank}.pt") for rank in range(2)]
 
 
