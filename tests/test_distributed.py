@@ -123,8 +123,10 @@ def test_ranks_agree_and_equal_one_process(results, kind, case):
         assert all(map(torch.equal, first[key], second[key])), key
     model, optimizer = build(case)
     loop(model, optimizer, 0, 1)
+    on_gpus = "nccl" in os.environ["PYTEST_CURRENT_TEST"]  # whose sums are in another order; Adam makes more of it
+    near = {"rtol": 1e-5, "atol": 1e-7} if on_gpus else {"rtol": 1e-7, "atol": 1e-9}
     for have, want in zip(first["weights"], masters(model), strict=True):
-        torch.testing.assert_close(have, want, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(have, want, **near)
     assert all(map(torch.equal, first["masks"], masks(model)))
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import math
@@ -182,7 +183,11 @@ def trained(args, steps: int, stop: float) -> Iterator[tuple[str, dict]]:
 
 
 def table(args) -> dict[str, Recipe]:
-    return recipes(sten.Masked() if args.free == "masked" else sten.CSR(), args.block, args.cast_decay)
+    free = sten.Masked() if args.free == "masked" else sten.CSR()
+    found = recipes(free, args.block, args.cast_decay, args.decay)
+    # BLaST leaves attention dense.
+    found["blocks, MLP 80%"] = dataclasses.replace(found["blocks 80%"], layers=("up.weight", "down.weight"))
+    return found
 
 
 def main() -> None:
@@ -197,7 +202,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--free", choices=["masked", "csr"], default="masked", help="layout of unstructured patterns")
     parser.add_argument("--block", type=int, default=32)
-    parser.add_argument("--cast-decay", type=float, default=1e-3)
+    parser.add_argument("--cast-decay", type=float, default=3e-4)
+    parser.add_argument("--decay", type=float, default=2e-4, help="of SR-STE")
     parser.add_argument("--only", default="", help="comma-separated beginnings of recipe names")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no new run starts")
     parser.add_argument("--workers", type=int, default=1, help="models trained side by side")
@@ -221,6 +227,7 @@ def main() -> None:
         "free": args.free,
         "block": args.block,
         "cast_decay": args.cast_decay,
+        "decay": args.decay,
         "workers": args.workers,
     }
     print(about, flush=True)

@@ -24,6 +24,7 @@ class Recipe:
         start: when sparsify is called, as a fraction of the steps (one-shot pruning: half way).
         adams, distill: CAST's optimizer and loss.
         width: multiplies the hidden width (small dense).
+        layers: only weights whose names end so.
     """
 
     method: Callable[[int], sten.Sparsifier] | None = None
@@ -33,6 +34,7 @@ class Recipe:
     adams: bool = False
     distill: bool = False
     width: float = 1.0
+    layers: tuple[str, ...] = ("",)
 
 
 def tick(total: int) -> int:
@@ -102,7 +104,11 @@ class Run:
         if recipe.distill:
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         method = recipe.method(left)
-        chosen = {"layout": recipe.layout, "sparsifier": method, "sparsity": recipe.sparsity, "weights": self.weights}
+
+        def wanted(name: str, module: nn.Module, attribute: str) -> bool:
+            return self.weights(name, module, attribute) and name.endswith(recipe.layers)
+
+        chosen = {"layout": recipe.layout, "sparsifier": method, "sparsity": recipe.sparsity, "weights": wanted}
         sten.sparsify(self.model, **chosen, optimizer=self.optimizer)
         if step == 0:
             widen(self.model)
