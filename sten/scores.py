@@ -20,12 +20,19 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.detach().abs()
 
 
-def random(weight: Tensor, generator: torch.Generator) -> Tensor:
+def random(weight: Tensor, generator: torch.Generator, portable: bool = True) -> Tensor:
     """Uniform numbers, drawn on the CPU so that every device and rank gets the same ones from the same seed.
+
+    Not `portable`, they are drawn where the weight is, from a seed that the generator gives: a GPU is 100 times faster,
+    and two kinds of GPU may differ.
 
     Example:
         >>> import torch, sten.scores
         >>> sten.scores.random(torch.ones(2, 3), torch.Generator().manual_seed(0)).shape
         torch.Size([2, 3])
     """
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    if portable or weight.device.type == "cpu":
+        return torch.rand(weight.shape, generator=generator).to(weight.device)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    there = torch.Generator(weight.device).manual_seed(seed)
+    return torch.rand(weight.shape, generator=there, device=weight.device)

@@ -26,7 +26,8 @@ def wheel(tmp_path_factory):
     """A wheel of a clean copy, built where no C++ compiler can be found."""
     base = tmp_path_factory.mktemp("wheel")
     source = base / "source"
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not files:
         pytest.skip("a clean copy comes from a git checkout")
     for name in files:

@@ -186,7 +186,7 @@ def table(args) -> dict[str, Recipe]:
     free = sten.Masked() if args.free == "masked" else sten.CSR()
     found = recipes(free, args.block, args.cast_decay, args.decay)
     # BLaST leaves attention dense.
-    found["blocks, MLP 80%"] = dataclasses.replace(found["blocks 80%"], layers=("up.weight", "down.weight"))
+    found["MLP blocks 80%"] = dataclasses.replace(found["blocks 80%"], layers=("up.weight", "down.weight"))
     return found
 
 

@@ -113,7 +113,8 @@ class SET(DropGrow):
         return Constant(self.drop_fraction, start=self.every, stop=int(self.stop * self.total_steps), every=self.every)
 
     def growth(self, view: View, state: State) -> Tensor:
-        return scores.random(view.weight, view.generator).masked_fill(view.mask, -1)  # what was just dropped comes last
+        score = scores.random(view.weight, view.generator, portable=False)  # the engine shares rank 0's masks
+        return score.masked_fill(view.mask, -1)  # what was just dropped comes last
 
 
 @dataclass(frozen=True)
