@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from recipes import Recipe, Run, recipes
+from recipes import Recipe, Run, picture, recipes
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -90,23 +90,6 @@ def spread(runs: list[dict], key: str) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def picture(results: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 0.28 * len(results) + 1))
-    for i, runs in enumerate(results.values()):
-        mean, deviation = spread(runs, "accuracy")
-        axis.errorbar(100 * mean, i, xerr=100 * deviation, fmt="o", capsize=3)
-    axis.set_yticks(range(len(results)), list(results))
-    axis.invert_yaxis()
-    axis.set_xlabel("test accuracy, %, mean and standard deviation")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["mlp", "conv"], default="mlp")
@@ -138,7 +121,8 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
-    picture(results, args.out.with_suffix(".png"))
+    shown = {name: [100 * run["accuracy"] for run in runs] for name, runs in results.items()}
+    picture(shown, "test accuracy, %", args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

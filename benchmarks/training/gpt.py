@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from recipes import Recipe, Run, recipes
+from recipes import Recipe, Run, picture, recipes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -239,6 +239,11 @@ def main() -> None:
         memory = f"{result['peak_bytes'] / 2**20:7.0f} MiB" if result["peak_bytes"] else ""
         told = f"loss {result['loss']:.4f}  {result['milliseconds']:7.1f} ms a step {memory}"
         print(f"{name:20} seed {result['seed']}  {told}", flush=True)
+    results = {name: results[name] for name in table(args) if name in results}  # not as they came in
+    args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
+    picture(
+        {name: [run["loss"] for run in runs] for name, runs in results.items()}, LABEL, args.out.with_suffix(".png")
+    )
     print()
     for name, runs in results.items():
         losses = [run["loss"] for run in runs]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -129,3 +131,21 @@ class Run:
         rows = [row for row in sten.summary(self.model).rows if row.layout != "dense"]
         entries = [torch.Size(row.shape).numel() for row in rows]
         return self.model, sum(row.density * n for row, n in zip(rows, entries, strict=True)) / sum(entries)
+
+
+def picture(results: dict[str, list[float]], label: str, path: Path) -> None:
+    """Mean and standard deviation over the seeds, a line each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 0.28 * len(results) + 1))
+    for i, runs in enumerate(results.values()):
+        deviation = statistics.stdev(runs) if len(runs) > 1 else 0.0
+        axis.errorbar(statistics.mean(runs), i, xerr=deviation, fmt="o", capsize=3)
+    axis.set_yticks(range(len(results)), list(results))
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{label}, mean and standard deviation")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
