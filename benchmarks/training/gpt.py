@@ -241,9 +241,8 @@ def main() -> None:
         print(f"{name:20} seed {result['seed']}  {told}", flush=True)
     results = {name: results[name] for name in table(args) if name in results}  # not as they came in
     args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
-    picture(
-        {name: [run["loss"] for run in runs] for name, runs in results.items()}, LABEL, args.out.with_suffix(".png")
-    )
+    losses = {name: [run["loss"] for run in runs] for name, runs in results.items()}
+    picture(losses, "validation loss, nats a byte", args.out.with_suffix(".png"))
     print()
     for name, runs in results.items():
         losses = [run["loss"] for run in runs]
