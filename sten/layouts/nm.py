@@ -84,9 +84,11 @@ class NM(Layout):
         """The n highest scores of every group; all columns of a last group that has no more than n."""
         expect_score(self, score, sparsity)
         grouped = self.groups(score.detach())
-        # Padding must lose against everything, NaN included: it is -inf, and ties go to the lower (real) column.
-        real = self.groups(torch.ones_like(score[:1], dtype=torch.bool))
-        keep = top_of_groups(grouped.masked_fill(~real, -torch.inf), self.n)
+        if grouped.numel() > score.numel():
+            # Padding must lose against everything, NaN included: it is -inf, and ties go to the lower (real) column.
+            real = self.groups(torch.ones_like(score[:1], dtype=torch.bool))
+            grouped = grouped.masked_fill(~real, -torch.inf)
+        keep = top_of_groups(grouped, self.n)
         return reduction_back(keep, tuple(score.shape), self.m)
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:

@@ -82,8 +82,9 @@ class STE(DenseMaster):
 class SRSTE(DenseMaster):
     """STE, and the gradient gains decay * (1 - M) * w: what is masked out shrinks, so that masks settle.
 
-    The term is added once an optimizer step, before momentum, on unscaled gradients. Under Adam its size hardly matters
-    (the step is normalised); see `sten.CAST`. Gradient clipping that the loop does has happened before.
+    The term is added once an optimizer step, before momentum, on unscaled gradients. Adam, which normalises its steps,
+    makes much of a term that never changes sign: take 1e-6 to 1e-5 with it (measured in docs/training.md), or
+    `sten.CAST`. Gradient clipping that the loop does has happened before.
 
     Source: Zhou et al., https://arxiv.org/abs/2102.04010, section 3.3; decay 2e-4 is theirs, for SGD.
 
