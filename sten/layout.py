@@ -165,22 +165,23 @@ def top(score: Tensor, count: int) -> Tensor:
     flat = torch.nan_to_num(score.detach().flatten(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if count <= 0 or flat.numel() == 0:
         return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    edge = _highest(flat, min(count, flat.numel()))
+    count = min(count, flat.numel())
+    edge = edge_by_topk(flat, count) if flat.is_cuda else torch.kthvalue(flat, flat.numel() - count + 1).values
     above = flat > edge
     ties = flat == edge
     room = count - above.sum()
     return (above | (ties & (ties.cumsum(0) <= room))).view(score.shape)
 
 
-def _highest(flat: Tensor, count: int) -> Tensor:
-    """The `count`-th highest entry, from 1."""
-    lowest = flat.numel() - count + 1
-    if not flat.is_cuda:
-        return torch.kthvalue(flat, lowest).values
-    # kthvalue walks a whole weight with one block of threads; topk with the machine, on the shorter side.
-    if count < lowest:
-        return torch.topk(flat, count, sorted=False).values.min()
-    return torch.topk(flat, lowest, largest=False, sorted=False).values.max()
+def edge_by_topk(score: Tensor, count: int) -> Tensor:
+    """The `count`-th highest along the last dimension, which stays with size 1, from the shorter side.
+
+    For a GPU, where kthvalue gives a whole row to one block of threads.
+    """
+    rest = score.shape[-1] - count + 1
+    if count < rest:
+        return torch.topk(score, count, sorted=False).values.amin(-1, keepdim=True)
+    return torch.topk(score, rest, largest=False, sorted=False).values.amax(-1, keepdim=True)
 
 
 def top_of_groups(score: Tensor, n: int) -> Tensor:

@@ -9,9 +9,9 @@ from torch import nn
 from training_models import dense_weights, loss_of, mlp, sparse, train
 
 import sten
-from sten.layout import top, top_of_groups
+from sten.layout import edge_by_topk, top, top_of_groups
 from sten.layouts import CSR, NM, FanIn
-from sten.sparsifiers.select import _edge, _edge_by_topk, highest
+from sten.sparsifiers.select import _edge, highest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ def test_highest_answers_what_a_sort_would(dtype, count):
         assert torch.equal(highest(score.t(), min(count, 6)), top_of_groups(score.t().contiguous(), min(count, 6)))
         if 0 < count < 17:  # both devices' ways
             clean = torch.nan_to_num(score, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-            assert torch.equal(_edge(clean, count), _edge_by_topk(clean, count))
+            assert torch.equal(_edge(clean, count), edge_by_topk(clean, count))
     assert highest(torch.ones(0), 3).shape == (0,)
 
 

@@ -1,4 +1,7 @@
-"""Selection: what `sten.layout.top` and `top_of_groups` answer, without a sort."""
+"""Selection for ticks: what `sten.layout.top` and `top_of_groups` answer, without a sort.
+
+Those are traced into compiled forward passes, which cannot wait for a number or call NumPy; ticks run eagerly.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..layout import edge_by_topk
 
 
 def highest(score: Tensor, count: int) -> Tensor:
@@ -32,16 +37,8 @@ def highest(score: Tensor, count: int) -> Tensor:
 def _edge(score: Tensor, count: int) -> Tensor:
     """The count-th highest along the last dimension, which stays with size 1. NumPy selects eight times faster."""
     if score.is_cuda:
-        return _edge_by_topk(score, count)
+        return edge_by_topk(score, count)
     place = score.shape[-1] - count
     exact = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
     part = np.partition(exact.numpy(), place, axis=-1)[..., place : place + 1]
     return torch.from_numpy(np.ascontiguousarray(part)).to(score.dtype)
-
-
-def _edge_by_topk(score: Tensor, count: int) -> Tensor:
-    """The same from the shorter side; on a GPU kthvalue gives a whole row to one block of threads."""
-    rest = score.shape[-1] - count + 1
-    if count < rest:
-        return torch.topk(score, count, sorted=False).values.amin(-1, keepdim=True)
-    return torch.topk(score, rest, largest=False, sorted=False).values.amax(-1, keepdim=True)
