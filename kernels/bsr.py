@@ -21,6 +21,8 @@ from .gated import TWO_LAUNCHES, in_two_launches, with_bias
 from .library import (
     INTERPRET,
     Launch,
+    as_rows,
+    contiguous,
     describable,
     multiprocessors,
     operator,
@@ -181,11 +183,8 @@ def _launch_few(config, width, halves, x, values, lines, outputs, activation):
     )
 
     def call(x, *parts):
-        partial = count = x
-        if split > 1:
-            partial = torch.empty(halves * tiles * split * config["BO"] * width, dtype=torch.float32, device=x.device)
-            count = epilogue.counters.take(x, tiles)
-        launch(x, *parts, partial, count, tokens, inputs, outputs, *strides)
+        met = epilogue.hand_over.take(x, tiles, split, halves * config["BO"] * width)
+        launch(x, *parts, *met, tokens, inputs, outputs, *strides)
 
     return call
 
@@ -207,7 +206,7 @@ def _linear_fake(x, values, crow, col, bias, gate, out_features, activation):
     _linear_fake,
 )
 def _linear(x, values, crow, col, bias, gate, out_features, activation):
-    gate = None if gate is None else gate.contiguous()
+    bias, gate = contiguous(bias, gate)
     return _planned(out_features, activation, x, values, crow, col, bias, gate, None, None, None, None)
 
 
@@ -223,6 +222,7 @@ def _gated_fake(x, values, crow, col, bias, up, up_crow, up_col, up_bias, out_fe
 def _gated_linear(x, values, crow, col, bias, up, up_crow, up_col, up_bias, out_features, activation):
     if up.shape[1:] != values.shape[1:]:
         raise ValueError(f"blocks of {tuple(values.shape[1:])} and of {tuple(up.shape[1:])} in one gated product")
+    bias, up_bias = contiguous(bias, up_bias)
     return _planned(out_features, activation, x, values, crow, col, bias, None, up, up_crow, up_col, up_bias)
 
 
@@ -238,6 +238,7 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
     if up is not None:
         _check(x, up, outputs, up_crow.numel() - 1, bh)
         blocks = (blocks + len(up) + 1) // 2
+    epilogue.check(outputs, shape, (bias, up_bias), gate)
     tokens = x.numel() // inputs
     variant, _ = choose(outputs, inputs, bh, bw, blocks, tokens, x.dtype)
     if variant == "empty":
@@ -245,7 +246,8 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
     if variant == "expand":
         return functools.partial(_expanded, outputs, activation)
     parts = (values, crow, col, bias, gate, up, up_crow, up_col, up_bias)
-    given = (rows_contiguous(x.reshape(tokens, inputs)), *parts, x.new_empty(tokens, outputs))
+    rows = as_rows(x)
+    given = (rows_contiguous(rows(x)), *parts, x.new_empty(tokens, outputs))
     if variant == "few":
         run = _plan_few(*given, activation=activation)
     else:
@@ -254,7 +256,7 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
 
     def call(x, *parts):
         y = x.new_empty(shape)
-        run(rows_contiguous(x.reshape(tokens, inputs)), *parts, y)
+        run(rows_contiguous(rows(x)), *parts, y)
         return y
 
     return call

@@ -6,7 +6,7 @@ Letters as there: T tokens, I inputs, O outputs; BO outputs, BT tokens, BK reduc
 import triton
 import triton.language as tl
 
-from .epilogue import activate, add_up, last_to_arrive
+from .epilogue import finish
 
 
 @triton.jit
@@ -74,36 +74,15 @@ def few_tokens(
         x_ptr, w_ptr, start_ptr, other_ptr, line, inside, split, T, I, stride_xt, stride_xi,
         BH, BW, BO, BT, BK, S, PRECISION,
     )  # fmt: skip
+    up_acc = acc
     if HALVES == 2:
         up_acc = _product(
             x_ptr, up_ptr, up_start_ptr, up_other_ptr, line, inside, split, T, I, stride_xt, stride_xi,
             BH, BW, BO, BT, BK, S, PRECISION,
         )  # fmt: skip
-
-    finish = True
-    if S > 1:
-        at = tl.arange(0, BO)[:, None] * BT + t[None, :]
-        own = partial_ptr + (tile * (HALVES * S)).to(tl.int64) * (BO * BT)
-        up_own = own + S * (BO * BT)
-        tl.store(own + split * (BO * BT) + at, acc)
-        if HALVES == 2:
-            tl.store(up_own + split * (BO * BT) + at, up_acc)
-        finish = last_to_arrive(count_ptr + tile, S)
-        if finish:
-            acc = add_up(own, at, S, BO, BT)
-            if HALVES == 2:
-                up_acc = add_up(up_own, at, S, BO, BT)
-    if finish:
-        o = line * BH + inside
-        o_ok = (inside < BH) & (o < O)
-        offsets, mask = t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + o, mask=o_ok, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        if up_bias_ptr is not None:
-            up_acc += tl.load(up_bias_ptr + o, mask=o_ok, other=0.0).to(tl.float32)[:, None]
-        if HALVES == 2:
-            acc *= up_acc
-        elif gate_ptr is not None:
-            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    o = line * BH + inside
+    o_ok = (inside < BH) & (o < O)
+    finish(
+        acc, up_acc, tile, split, o, o_ok, t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :],
+        bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, S, BO, BT, ACTIVATION,
+    )  # fmt: skip

@@ -3,7 +3,6 @@
 Letters: T tokens, I inputs, O outputs; a block is (BH, BW); BM by BN of it are a tile; S splits of the tokens.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -131,7 +130,7 @@ def grad_values(grad, x, col, t_row, t_block, bh, bw):
         return out.zero_()
 
     given = (grad, x, col, t_row, t_block, out)
-    plan(("bsr grad values", bh, bw, precision(x)), given, lambda: _plan_grad_values(*given))(*given)
+    plan(("bsr grad values", bh, bw, precision(x)), given, lambda: _plan_grad_values(*given), strided=1)(*given)
     return out
 
 
@@ -158,12 +157,9 @@ def _plan_grad_values(grad, x, col, t_row, t_block, out):
         )
 
         def call(grad, x, col, t_row, t_block, out):
-            partial = count = x
-            if split > 1:
-                partial = torch.empty(tiles * split * bm * bn, dtype=torch.float32, device=x.device)
-                count = epilogue.counters.take(x, tiles)
+            met = epilogue.hand_over.take(x, tiles, split, bm * bn)
             g_desc, x_desc = (grad, x) if described else (None, None)
-            launch(g_desc, grad, x_desc, x, col, t_row, t_block, out, partial, count, tokens, inputs, outputs, stride)
+            launch(g_desc, grad, x_desc, x, col, t_row, t_block, out, *met, tokens, inputs, outputs, stride)
 
         return call
 
@@ -180,15 +176,20 @@ def _expand_fake(values, crow, col, out_features, in_features):
     "gpu_bsr_expand(Tensor values, Tensor crow, Tensor col, int out_features, int in_features) -> Tensor", _expand_fake
 )
 def expand(values, crow, col, out_features, in_features):
+    given, shape = (values, crow, col), (out_features, in_features)
+    return plan(("bsr expand", *shape), given, lambda: _plan_expand(*given, *shape), strided=None)(*given)
+
+
+def _plan_expand(values, crow, col, outputs, inputs):
+    """values, crow, col -> the dense weight."""
     _, bh, bw = values.shape
-    dense = values.new_empty(out_features, in_features)
-    given = (values, crow, col, dense)
+    grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
+    launch = Launch(_expand_line, grid, BH=bh, BW=bw, BM=16, BC=width)
 
-    def make():
-        grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
-        launch = Launch(_expand_line, grid, BH=bh, BW=bw, BM=16, BC=width)
-        return lambda values, crow, col, dense: launch(values, crow, col, dense, in_features, out_features)
+    def call(values, crow, col):
+        dense = values.new_empty(outputs, inputs)
+        if outputs and inputs:
+            launch(values, crow, col, dense, inputs, outputs)
+        return dense
 
-    if dense.numel():
-        plan(("bsr expand",), given, make)(*given)
-    return dense
+    return call

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate
-from .library import INTERPRET, Launch, operator, plan, power_of_two, wide
+from .library import INTERPRET, Launch, contiguous, operator, plan, power_of_two, wide
 
 FEW = 64  # tokens up to which reading the entries, once for each 16 tokens, can cost less than a dense expansion
 
@@ -129,7 +129,7 @@ def _linear_fake(x, values, crow, col, bias, gate, out_features, activation):
     _linear_fake,
 )
 def _linear(x, values, crow, col, bias, gate, out_features, activation):
-    gate = None if gate is None else gate.contiguous()
+    bias, gate = contiguous(bias, gate)
     tensors = (x, values, crow, col, bias, gate)
     return plan(("csr", out_features, activation), tensors, lambda: _plan_linear(*tensors, out_features, activation))(
         *tensors
@@ -141,11 +141,13 @@ def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
     if x.dtype != values.dtype or crow.numel() != outputs + 1:
         raise ValueError(f"x is {x.dtype} and values {values.dtype}, for {crow.numel() - 1} rows of {outputs} outputs")
     inputs, shape = x.shape[-1], (*x.shape[:-1], outputs)
+    epilogue.check(outputs, shape, (bias,), gate)
     tokens = x.numel() // inputs
     variant, _ = choose(outputs, inputs, values.numel(), tokens, x.dtype)
     if variant == "empty":
         return lambda x, *rest: x.new_empty(shape)
     if variant != "few":
+        dense = _plan_expand(values, crow, col, inputs)
 
         def call(x, values, crow, col, bias, gate):
             if variant == "cusparse":
@@ -153,18 +155,17 @@ def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
                 y = torch.mm(weight, x.reshape(tokens, inputs).T).T.reshape(shape)
                 y = y if bias is None else y + bias
             else:
-                y = torch.nn.functional.linear(x, expand(values, crow, col, in_features=inputs), bias)
+                y = torch.nn.functional.linear(x, dense(values, crow, col), bias)
             return epilogue.apply(y, activation, gate)
 
         return call
 
-    flat = x.reshape(tokens, inputs)
-    turn = (lambda flat: flat) if tokens == 1 else transpose.prepared(flat, -(-tokens // 16) * 16)
-    run = _plan_few(turn(flat), values, crow, col, bias, gate, x.new_empty(tokens, outputs), tokens, activation)
+    turn = transpose.prepared_rows(x, -(-tokens // 16) * 16)
+    run = _plan_few(turn(x), values, crow, col, bias, gate, x.new_empty(tokens, outputs), tokens, activation)
 
     def call(x, values, crow, col, bias, gate):
         y = x.new_empty(shape)
-        run(turn(x.reshape(tokens, inputs)), values, crow, col, bias, gate, y)
+        run(turn(x), values, crow, col, bias, gate, y)
         return y
 
     return call
@@ -176,11 +177,22 @@ def _expand_fake(values, crow, col, in_features):
 
 @operator("gpu_csr_expand(Tensor values, Tensor crow, Tensor col, int in_features) -> Tensor", _expand_fake)
 def _expand(values, crow, col, in_features):
-    dense = values.new_empty(crow.numel() - 1, in_features)
-    if dense.numel():
-        width = 16 if INTERPRET else 1024
-        _expand_row[(dense.shape[0],)](values, crow, col, dense, in_features, BC=width)
-    return dense
+    given = (values, crow, col)
+    return plan(("csr expand", in_features), given, lambda: _plan_expand(*given, in_features), strided=None)(*given)
+
+
+def _plan_expand(values, crow, col, inputs):
+    """values, crow, col -> the dense weight."""
+    outputs = crow.numel() - 1
+    launch = Launch(_expand_row, (outputs,), BC=16 if INTERPRET else 1024)
+
+    def call(values, crow, col):
+        dense = values.new_empty(outputs, inputs)
+        if outputs and inputs:
+            launch(values, crow, col, dense, inputs)
+        return dense
+
+    return call
 
 
 def _collect_fake(dense, crow, col):
@@ -189,11 +201,21 @@ def _collect_fake(dense, crow, col):
 
 @operator("gpu_csr_collect(Tensor dense, Tensor crow, Tensor col) -> Tensor", _collect_fake)
 def _collect(dense, crow, col):
-    dense = dense.contiguous()
-    values = dense.new_empty(col.numel())
-    if values.numel():
-        _collect_row[(dense.shape[0],)](dense, crow, col, values, dense.shape[1], BC=16 if INTERPRET else 256)
-    return values
+    given = (dense.contiguous(), crow, col)
+    return plan(("csr collect",), given, lambda: _plan_collect(*given))(*given)
+
+
+def _plan_collect(dense, crow, col):
+    (outputs, inputs), entries = dense.shape, col.numel()
+    launch = Launch(_collect_row, (outputs,), BC=16 if INTERPRET else 256)
+
+    def call(dense, crow, col):
+        values = dense.new_empty(entries)
+        if entries:
+            launch(dense, crow, col, values, inputs)
+        return values
+
+    return call
 
 
 # ---- what the framework calls

@@ -8,21 +8,24 @@ Letters: T tokens, I inputs, O outputs. The library computes D (O, T) = A (O, I,
 of row-major tensors: B is x (T, I) read as its transpose, D is y (T, O) likewise.
 """
 
+import contextlib
 import ctypes
 import functools
 import glob
 import os
 import sys
+import threading
 
 import torch
 
 from .derived import derived
-from .library import capturing
+from .library import as_rows, capturing
 
 OPAQUE_BYTES = 1 << 14  # the opaque structs took 11 kB in old versions and take 512 bytes in new ones
 ROW, COLUMN = 2, 1
 AS_IT_IS, HALF_SPARSE, COMPUTE_F32, ALIGNMENT = 0, 0, 2, 16  # the library's enumerations, from its header
 SEARCH_AT = 2  # the use at which all algorithms are timed: a size that comes once is not worth it
+BIAS, POINTER_BYTES = 8, ctypes.c_size_t(8)  # the attribute of a product that holds the address of a bias (O,)
 CUDA_TYPES = {torch.float16: 2, torch.bfloat16: 14}
 
 
@@ -78,9 +81,9 @@ def _handle(device: int) -> Opaque:
 
 
 class Plan:
-    """One product: sizes, dtype, device. ``run`` with ``search`` times all algorithms and keeps the fastest."""
+    """One product: sizes, dtype, device, with a bias or without. ``run(search=True)`` keeps the fastest algorithm."""
 
-    def __init__(self, device: int, outputs: int, inputs: int, tokens: int, dtype: torch.dtype):
+    def __init__(self, device: int, outputs: int, inputs: int, tokens: int, dtype: torch.dtype, biased: bool):
         self.handle = h = _handle(device)
         a, b, d, product, algorithm, self.plan = (Opaque() for _ in range(6))
         kind, o, i, t = CUDA_TYPES[dtype], *(ctypes.c_int64(size) for size in (outputs, inputs, tokens))
@@ -88,11 +91,20 @@ class Plan:
         _call("cusparseLtDenseDescriptorInit", h, b, i, t, i, ALIGNMENT, kind, COLUMN)
         _call("cusparseLtDenseDescriptorInit", h, d, o, t, o, ALIGNMENT, kind, COLUMN)
         _call("cusparseLtMatmulDescriptorInit", h, product, AS_IT_IS, AS_IT_IS, a, b, d, d, COMPUTE_F32)
+        self.parts, self.device = (a, b, d, product, algorithm), device  # the plan points into them
+        self.turn = threading.Lock() if biased else contextlib.nullcontext()  # the product holds one bias at a time
+        if biased:
+            self._set_bias(torch.empty(outputs, dtype=dtype, device=device))  # any: it asks for kernels that add one
         _call("cusparseLtMatmulAlgSelectionInit", h, algorithm, product, 0)
         _call("cusparseLtMatmulPlanInit", h, self.plan, product, algorithm)
-        self.parts = (a, b, d, product, algorithm)  # the plan points into them
-        self.one, self.zero, self.workspace, self.uses = ctypes.c_float(1), ctypes.c_float(0), 0, 0
+        self.one, self.zero, self.uses = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0)), 0
         self._read_workspace()
+
+    def _set_bias(self, bias: torch.Tensor):
+        pointer = ctypes.c_void_p(bias.data_ptr())
+        _call(
+            "cusparseLtMatmulDescSetAttribute", self.handle, self.parts[3], BIAS, ctypes.byref(pointer), POINTER_BYTES
+        )
 
     def _read_workspace(self):
         size = ctypes.c_size_t()
@@ -111,46 +123,86 @@ class Plan:
         _call("cusparseLtSpMMACompress", self.handle, self.plan, *pointers, stream)
         return packed
 
-    def run(self, packed: torch.Tensor, x: torch.Tensor, y: torch.Tensor, search: bool = False) -> None:
-        workspace = torch.empty(max(self.workspace, 16), dtype=torch.uint8, device=x.device)
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(x.device.index))
-        a, b, d, scratch = (ctypes.c_void_p(t.data_ptr()) for t in (packed, x, y, workspace))
-        one, zero = ctypes.byref(self.one), ctypes.byref(self.zero)
-        function = "cusparseLtMatmulSearch" if search else "cusparseLtMatmul"
-        _call(function, self.handle, self.plan, one, a, b, zero, d, d, scratch, ctypes.byref(stream), 1)
+    def run(self, packed, x, bias, y, search: bool = False) -> None:
+        """y = x @ W.T + bias, on tensors of this plan's sizes."""
+        scratch = None
+        if self.workspace:
+            scratch = torch.empty(self.workspace, dtype=torch.uint8, device=x.device)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
+        with self.turn:
+            if bias is not None:
+                self._set_bias(bias)
+            status = _matmul("cusparseLtMatmulSearch" if search else "cusparseLtMatmul")(
+                self.handle.pointer, self.plan.pointer, self.one, packed.data_ptr(), x.data_ptr(), self.zero,
+                y.data_ptr(), y.data_ptr(), scratch if scratch is None else scratch.data_ptr(), ctypes.byref(stream), 1,
+            )  # fmt: skip
+        if status != 0:
+            raise RuntimeError(f"cusparseLtMatmul answered {status}")
         if search:
             self._read_workspace()
+
+
+@functools.cache
+def _matmul(name: str):
+    """The library's product, told its argument types once, so that addresses are given as plain integers."""
+    function = getattr(_library(), name)
+    function.argtypes = (*[ctypes.c_void_p] * 10, ctypes.c_int)
+    return function
 
 
 _plans: dict[tuple, Plan] = {}
 
 
-def _pad_tokens(x: torch.Tensor) -> torch.Tensor:
-    """The library wants sizes in multiples of 8; extra tokens are zeros whose results are dropped."""
-    return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 8)) if x.shape[0] % 8 else x
-
-
-def linear(x: torch.Tensor, values: torch.Tensor, make_dense) -> torch.Tensor | None:
-    """x (*, I) @ W.T (*, O), or None where it cannot be done now (a capture before any warm-up)."""
-    inputs, outputs = x.shape[-1], values.shape[0]
-    flat = _pad_tokens(x.reshape(-1, inputs).contiguous())
-    if _library() is None:
-        packed = derived("torch 2:4", values, lambda: torch._cslt_compress(make_dense()))
-        y = torch._cslt_sparse_mm(packed, flat.T, transpose_result=True)
-        return y[: x.numel() // inputs].reshape(*x.shape[:-1], outputs)
-    key = (x.device.index, outputs, inputs, flat.shape[0], x.dtype)
+def _planned(key: tuple, x: torch.Tensor) -> Plan | None:
     found = _plans.get(key)
-    if found is None:
-        if capturing(x):
-            return None
+    if found is None and not capturing(x):
         if len(_plans) > 256:
             _plans.clear()
         found = _plans[key] = Plan(*key)
-    packed = derived("cusparselt 2:4", values, lambda: found.compress(make_dense()))
-    y = x.new_empty(flat.shape[0], outputs)
-    if not capturing(x):
-        found.uses += 1
-        if found.uses == SEARCH_AT:
-            found.run(packed, flat, y, search=True)
-    found.run(packed, flat, y)
-    return y[: x.numel() // inputs].view(*x.shape[:-1], outputs)
+    return found
+
+
+def _as_read(t: torch.Tensor) -> torch.Tensor:
+    """A copy where the library could not read the tensor as it lies."""
+    return t if t.is_contiguous() and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
+
+
+def plan_linear(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None):
+    """(x, values, bias, make_dense) -> x (*, I) @ W.T + bias (*, O), for tensors like these.
+
+    It answers None where it cannot be done now: a capture before any warm-up. ``make_dense()`` gives the dense weight.
+    """
+    inputs, outputs, rows = x.shape[-1], values.shape[0], as_rows(x)
+    tokens = x.numel() // inputs
+    if _library() is None:
+        return lambda *given: _by_torch(*given)
+    extra, shape = -tokens % 8, (*x.shape[:-1], outputs)  # the library wants multiples of 8
+    key = (x.get_device(), outputs, inputs, tokens + extra, x.dtype, bias is not None)
+
+    def call(x, values, bias, make_dense):
+        found = _planned(key, x)
+        if found is None:
+            return None
+        packed = derived("cusparselt 2:4", values, lambda: found.compress(make_dense()))
+        y = x.new_empty((tokens + extra, outputs) if extra else shape)
+        x, bias = _as_read(rows(x)), bias if bias is None else _as_read(bias.to(x.dtype))
+        if extra:
+            x = torch.nn.functional.pad(x, (0, 0, 0, extra))
+        if found.uses < SEARCH_AT and not capturing(x):
+            found.uses += 1
+            if found.uses == SEARCH_AT:
+                found.run(packed, x, bias, y, search=True)
+        found.run(packed, x, bias, y)
+        return y[:tokens].view(shape) if extra else y
+
+    return call
+
+
+def _by_torch(x, values, bias, make_dense):
+    """The same through torch's own wrapper, which plans anew at each call."""
+    inputs, outputs = x.shape[-1], values.shape[0]
+    flat = x.reshape(-1, inputs)
+    flat = torch.nn.functional.pad(flat, (0, 0, 0, -len(flat) % 8)).contiguous()
+    packed = derived("torch 2:4", values, lambda: torch._cslt_compress(make_dense()))
+    y = torch._cslt_sparse_mm(packed, flat.T, bias=bias, transpose_result=True)
+    return y[: x.numel() // inputs].reshape(*x.shape[:-1], outputs)

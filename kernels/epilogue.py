@@ -18,6 +18,15 @@ def activation_name(activation: str | None) -> str:
     return name
 
 
+def check(outputs: int, shape: tuple[int, ...], biases: tuple, gate: torch.Tensor | None) -> None:
+    """Refuses a bias that is not (O,) and a gate that has not the output's ``shape``: kernels read them unmasked."""
+    for bias in biases:
+        if bias is not None and bias.shape != (outputs,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({outputs},)")
+    if gate is not None and gate.shape != shape:
+        raise ValueError(f"gate has shape {tuple(gate.shape)}; expected the output's, {tuple(shape)}")
+
+
 def apply(y: torch.Tensor, activation: str, gate: torch.Tensor | None) -> torch.Tensor:
     """The same epilogue in torch, for variants that end in cuBLAS."""
     if activation == "gelu_tanh":
@@ -60,32 +69,80 @@ def add_up(own_ptr, inside, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.con
     return acc
 
 
-class Counters:
-    """Zeroed int32 counters, each launch in flight with its own, without a kernel that zeroes them.
+@triton.jit
+def finish(
+    acc, up_acc, tile, split, rows, row_ok, offsets, mask,
+    bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
+    HALVES: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Stores one output tile, of which ``acc`` (ROWS, COLUMNS) is this split's share, if all others have arrived.
 
-    Launches of one stream follow each other and share; every launch recorded in a CUDA graph keeps its own, since the
-    graph may be replayed beside anything. When the slab is used up, a recorded launch zeroes its own counters.
+    ``rows`` are its outputs, ``offsets`` and ``mask`` its places in y. With HALVES of 2, ``up_acc`` is the share of the
+    product that it is multiplied with; else it is not looked at.
+    """
+    last = True
+    if S > 1:
+        inside = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        own = partial_ptr + (tile * (HALVES * S)).to(tl.int64) * (ROWS * COLUMNS)
+        up_own = own + S * (ROWS * COLUMNS)
+        tl.store(own + split * (ROWS * COLUMNS) + inside, acc)
+        if HALVES == 2:
+            tl.store(up_own + split * (ROWS * COLUMNS) + inside, up_acc)
+        last = last_to_arrive(count_ptr + tile, S)
+        if last:
+            acc = add_up(own, inside, S, ROWS, COLUMNS)
+            if HALVES == 2:
+                up_acc = add_up(up_own, inside, S, ROWS, COLUMNS)
+    if last:
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+        acc = activate(acc, ACTIVATION)
+        if up_bias_ptr is not None:
+            up_acc += tl.load(up_bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+        if HALVES == 2:
+            acc *= up_acc
+        elif gate_ptr is not None:
+            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+class HandOver:
+    """Where the S splits of a tile meet: fp32 room for their partial sums, and a counter that is zero before a launch.
+
+    Launches of one stream follow each other and share both; every launch recorded in a CUDA graph keeps its own, since
+    the graph may be replayed beside anything. No kernel zeroes the counters, unless the slab is used up in a capture.
     """
 
-    SLAB = 1 << 20
+    SLAB = 1 << 20  # counters
+    KEPT = 1 << 21  # partial sums; more than that are given back after the launch
 
     def __init__(self):
         self._slabs, self._used, self._by_stream = {}, {}, {}
 
-    def take(self, x: torch.Tensor, size: int) -> torch.Tensor:
+    def take(self, x: torch.Tensor, tiles: int, split: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(partial sums, counters) for ``tiles`` of ``size`` elements; without a split pointers that nobody follows."""
+        if split == 1:
+            return x, x
+        room = tiles * split * size
         if not x.is_cuda:
-            return torch.zeros(size, dtype=torch.int32)
-        device = x.device.index
+            return torch.empty(room), torch.zeros(tiles, dtype=torch.int32)
+        device = x.get_device()
         if torch._C._cuda_isCurrentStreamCapturing():
-            return self._cut(device, size) if device in self._slabs else self._zeros(device, size)
+            count = self._cut(device, tiles) if device in self._slabs else self._zeros(device, tiles)
+            return self._room(device, room), count
         place = (device, torch._C._cuda_getCurrentRawStream(device))
-        held = self._by_stream.get(place)
-        if held is None or held.numel() < size:
+        partial, count = self._by_stream.get(place, (None, None))
+        if count is None or count.numel() < tiles:
             if device not in self._slabs:
                 self._slabs[device], self._used[device] = self._zeros(device, self.SLAB), 0
                 torch.cuda.synchronize(device)  # once: other streams use the slab as well
-            held = self._by_stream[place] = self._cut(device, max(size, 4096))
-        return held
+            count = self._cut(device, max(tiles, 4096))
+        if room > self.KEPT:
+            return self._room(device, room), count
+        if partial is None or partial.numel() < room:
+            partial = self._room(device, room)
+        self._by_stream[place] = (partial, count)
+        return partial, count
 
     def _cut(self, device, size):
         start = self._used[device]
@@ -98,5 +155,9 @@ class Counters:
     def _zeros(device, size):
         return torch.zeros(size, dtype=torch.int32, device=device)
 
+    @staticmethod
+    def _room(device, size):
+        return torch.empty(size, dtype=torch.float32, device=device)
 
-counters = Counters()
+
+hand_over = HandOver()

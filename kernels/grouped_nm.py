@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from . import autotune, epilogue, transpose
-from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, Launch, multiprocessors, operator, plan, power_of_two, precision
+from .epilogue import finish
+from .library import INTERPRET, Launch, contiguous, multiprocessors, operator, plan, power_of_two, precision
 
 
 @triton.jit
@@ -61,26 +61,13 @@ def _few_tokens(
     if BT == 1:
         acc = tl.sum(acc, 0)[:, None]
     r = tl.arange(0, MP)
-    finish = True
-    if S > 1:
-        inside = r[:, None] * BT + tl.arange(0, BT)[None, :]
-        own = partial_ptr + (place * S).to(tl.int64) * (MP * BT)
-        tl.store(own + split * (MP * BT) + inside, acc)
-        finish = last_to_arrive(count_ptr + place, S)
-        if finish:
-            acc = tl.zeros((MP, BT), tl.float32)
-            for s in range(S):
-                acc += tl.load(own + s * (MP * BT) + inside, cache_modifier=".cg")
-    if finish:
-        rows = strip * M + r
-        row_ok = (r < M) & (rows < O)
-        offsets, mask = t.to(tl.int64)[None, :] * O + rows[:, None], row_ok[:, None] & (t < T)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        if gate_ptr is not None:
-            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    rows = strip * M + r
+    row_ok = (r < M) & (rows < O)
+    finish(
+        acc, acc, place, split, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
+        row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
+        1, S, MP, BT, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -165,12 +152,9 @@ def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, ac
         )  # fmt: skip
 
         def call(x, values, index, pattern, bias, gate, y):
-            partial = count = y
-            if split > 1:
-                partial = torch.empty(strips * tiles * split * height * width, dtype=torch.float32, device=x.device)
-                count = epilogue.counters.take(x, strips * tiles)
+            met = epilogue.hand_over.take(x, strips * tiles, split, height * width)
             launch(
-                x, values, index, pattern, bias, gate, y, partial, count,
+                x, values, index, pattern, bias, gate, y, *met,
                 tokens, inputs, outputs, patterns * g, chunks, strips, stride,
             )  # fmt: skip
 
@@ -192,7 +176,7 @@ def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activat
     _linear_fake,
 )
 def _linear(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):
-    gate = None if gate is None else gate.contiguous()
+    bias, gate = contiguous(bias, gate)
     tensors = (x, values, index, pattern, bias, gate)
     statics = ("grouped_nm", m, out_features, activation, save_memory, precision(x))
     return plan(statics, tensors, lambda: _plan_linear(*tensors, *statics[1:5]))(*tensors)
@@ -207,25 +191,26 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, 
         )
     if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
         raise ValueError(f"values {tuple(values.shape)} do not hold ({outputs}, {inputs}) in strips of {m}")
+    epilogue.check(outputs, shape, (bias,), gate)
     tokens = x.numel() // inputs
     variant, _ = choose(outputs, inputs, n, m, tokens, x.dtype, save_memory)
     if variant == "empty":
         return lambda x, *rest: x.new_empty(shape)
     if variant == "expand":
+        dense = _plan_expand(values, index, pattern, m, outputs, inputs)
 
         def call(x, values, index, pattern, bias, gate):
-            dense = expand(values, index, pattern, m=m, out_features=outputs, in_features=inputs)
-            return epilogue.apply(torch.nn.functional.linear(x, dense, bias), activation, gate)
+            y = torch.nn.functional.linear(x, dense(values, index, pattern), bias)
+            return epilogue.apply(y, activation, gate)
 
         return call
 
-    flat, y = x.reshape(tokens, inputs), x.new_empty(tokens, outputs)
-    turn = (lambda flat: flat) if tokens == 1 else transpose.prepared(flat, -(-tokens // 16) * 16)
-    run = _plan_few(turn(flat), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
+    turn, y = transpose.prepared_rows(x, -(-tokens // 16) * 16), x.new_empty(tokens, outputs)
+    run = _plan_few(turn(x), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
 
     def call(x, values, index, pattern, bias, gate):
         y = x.new_empty(shape)
-        run(turn(x.reshape(tokens, inputs)), values, index, pattern, bias, gate, y)
+        run(turn(x), values, index, pattern, bias, gate, y)
         return y
 
     return call
@@ -241,14 +226,23 @@ def _expand_fake(values, index, pattern, m, out_features, in_features):
     _expand_fake,
 )
 def _expand(values, index, pattern, m, out_features, in_features):
+    given, statics = (values, index, pattern), (m, out_features, in_features)
+    return plan(("grouped_nm expand", *statics), given, lambda: _plan_expand(*given, *statics), strided=None)(*given)
+
+
+def _plan_expand(values, index, pattern, m, outputs, inputs):
+    """values, index, pattern -> the dense weight."""
     chunks, strips, patterns, g, n = values.shape
-    dense = values.new_empty(out_features, in_features)
-    if dense.numel():
-        _expand_slots[(strips, chunks)](
-            values, index, pattern, dense, in_features, out_features, patterns * g, strips,
-            G=g, N=n, M=m, MP=power_of_two(m, 1, 256), BQ=16 if INTERPRET else 128,
-        )  # fmt: skip
-    return dense
+    constants = {"G": g, "N": n, "M": m, "MP": power_of_two(m, 1, 256), "BQ": 16 if INTERPRET else 128}
+    launch = Launch(_expand_slots, (strips, chunks), **constants)
+
+    def call(values, index, pattern):
+        dense = values.new_empty(outputs, inputs)
+        if outputs and inputs:
+            launch(values, index, pattern, dense, inputs, outputs, patterns * g, strips)
+        return dense
+
+    return call
 
 
 def _collect_fake(dense, index, pattern, m):
@@ -257,15 +251,22 @@ def _collect_fake(dense, index, pattern, m):
 
 @operator("gpu_grouped_nm_collect(Tensor dense, Tensor index, Tensor pattern, int m) -> Tensor", _collect_fake)
 def _collect(dense, index, pattern, m):
-    chunks, strips, patterns, g = index.shape
-    dense, n = dense.contiguous(), pattern.shape[1]
-    values = dense.new_empty(*index.shape, n)
-    if values.numel():
-        _collect_slots[(strips, chunks)](
-            dense, index, pattern, values, dense.shape[1], dense.shape[0], patterns * g, strips,
-            G=g, N=n, M=m, BQ=16 if INTERPRET else 128,
-        )  # fmt: skip
-    return values
+    given = (dense.contiguous(), index, pattern)
+    return plan(("grouped_nm collect", m), given, lambda: _plan_collect(*given, m))(*given)
+
+
+def _plan_collect(dense, index, pattern, m):
+    (outputs, inputs), (chunks, strips, patterns, g), n = dense.shape, index.shape, pattern.shape[1]
+    shape, slots = (*index.shape, n), index.numel() * n
+    launch = Launch(_collect_slots, (strips, chunks), G=g, N=n, M=m, BQ=16 if INTERPRET else 128)
+
+    def call(dense, index, pattern):
+        values = dense.new_empty(shape)
+        if slots:
+            launch(dense, index, pattern, values, inputs, outputs, patterns * g, strips)
+        return values
+
+    return call
 
 
 # ---- what the framework calls

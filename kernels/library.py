@@ -18,18 +18,20 @@ except ImportError:  # another version of Triton: its own front end encodes the 
 
 LIB = torch.library.Library("sten", "FRAGMENT")
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def operator(schema: str, fake):
-    """Registers the decorated launcher under ``schema``; returns the callable operator.
+    """Registers the decorated launcher under ``schema``; returns the function that calls it.
 
     ``fake`` gets the same arguments and returns an empty output of the right shape. The launcher runs with the device
-    of its first argument current, as Triton launches where the current device is.
+    of its first argument current, as Triton launches where the current device is. Where nobody watches, it is called
+    at once: torch's dispatcher takes 7 us of host time, more than a launch.
     """
 
     def register(launch):
         def on_gpu(first, *args):
-            if first.device.index == torch.cuda.current_device():
+            if first.get_device() == torch._C._cuda_getDevice():
                 return launch(first, *args)
             with torch.cuda.device(first.device):
                 return launch(first, *args)
@@ -39,14 +41,34 @@ def operator(schema: str, fake):
                 raise RuntimeError(f"sten::{name} needs a GPU, or TRITON_INTERPRET=1 set before triton is imported")
             return launch(first, *args)
 
+        def call(first, *args):
+            if _watched(first, args):
+                return overload(first, *args)
+            return on_gpu(first, *args) if first.is_cuda else on_cpu(first, *args)
+
         name = schema.partition("(")[0]
         LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIB.impl(name, on_gpu, "CUDA")
         LIB.impl(name, on_cpu, "CPU")
         torch.library.register_fake(f"sten::{name}", fake, lib=LIB)
-        return getattr(torch.ops.sten, name).default
+        overload = getattr(torch.ops.sten, name).default
+        return functools.wraps(launch)(call)
 
     return register
+
+
+def _watched(first, args) -> bool:
+    """Whether anybody has to see the operator itself: a compiler, a mode, torch.func, a profiler, autograd."""
+    return (
+        torch.compiler.is_compiling()
+        or type(first) not in PLAIN
+        or first.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or (torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in (first, *args)))
+    )
 
 
 def precision(x: torch.Tensor) -> str:
@@ -84,6 +106,18 @@ def _multiprocessors(device):
 def multiprocessors(x: torch.Tensor) -> int:
     """How many programs run at once at least; the interpreter gets a small number so that work is still split."""
     return _multiprocessors(x.device) if x.is_cuda else 4
+
+
+def as_rows(x: torch.Tensor):
+    """The function that makes tensors of this shape (*, features) a matrix: a call less for what is one already."""
+    if x.dim() == 2:
+        return lambda x: x
+    rows, features = x.numel() // x.shape[-1], x.shape[-1]
+    return lambda x: x.reshape(rows, features)
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
@@ -168,19 +202,31 @@ def _raw(launch):
     return cells["launcher"].cell_contents if "launcher" in cells and make_tensordesc_arg else None
 
 
+def _refuse(tensors, strided):
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"Expected all tensors on one device; got {', '.join(sorted(devices))}.")
+    for place, t in enumerate(tensors):
+        if t is not None and place != strided and not t.is_contiguous():
+            raise ValueError(f"A stored tensor of shape {tuple(t.shape)} has strides {t.stride()}: make it contiguous.")
+
+
 _plans: dict[tuple, object] = {}
 
 
-def plan(key: tuple, tensors: tuple, make):
+def plan(key: tuple, tensors: tuple, make, strided: int | None = 0):
     """The callable that ``make()`` returned for this key: the launch decisions of earlier, equal calls.
 
-    ``tensors`` may include None; their layout and alignment are part of the key.
+    ``tensors`` may include None; their layout and alignment are part of the key. They lie on one device, and all but
+    the one at ``strided``, the activations, are contiguous: a kernel that was told otherwise would read beside them.
     """
-    key += tuple(
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device.index, t.data_ptr() & 15) for t in tensors
+    key = (
+        *key,
+        *[t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15) for t in tensors],
     )
     found = _plans.get(key)
     if found is None:
+        _refuse(tensors, strided)
         if len(_plans) > 4096:
             _plans.clear()
         found = _plans[key] = make()

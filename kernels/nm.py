@@ -12,8 +12,19 @@ import triton
 import triton.language as tl
 
 from . import autotune, cusparselt, epilogue
-from .epilogue import activate, last_to_arrive
-from .library import INTERPRET, Launch, multiprocessors, operator, plan, power_of_two, precision, wide
+from .epilogue import finish
+from .library import (
+    INTERPRET,
+    Launch,
+    as_rows,
+    contiguous,
+    multiprocessors,
+    operator,
+    plan,
+    power_of_two,
+    precision,
+    wide,
+)
 
 FEW = 64  # tokens up to which reading the weight decides
 
@@ -23,27 +34,14 @@ def _finish(
     acc, rows, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O,
     BM: tl.constexpr, BT: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the S partial tiles (BM, BT), in a fixed order, and stores the row-major output."""
+    """Stores the row-major output tile (BM, BT) of this program, or its share."""
     tile, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BT + tl.arange(0, BT)
-    finish = True
-    if S > 1:
-        place = tile * tl.num_programs(2) + tl.program_id(2)
-        inside = tl.arange(0, BM)[:, None] * BT + tl.arange(0, BT)[None, :]
-        own = partial_ptr + (place * S).to(tl.int64) * (BM * BT)
-        tl.store(own + split * (BM * BT) + inside, acc)
-        finish = last_to_arrive(count_ptr + place, S)
-        if finish:
-            acc = tl.zeros((BM, BT), tl.float32)
-            for s in range(S):
-                acc += tl.load(own + s * (BM * BT) + inside, cache_modifier=".cg")
-    if finish:
-        offsets, mask = t.to(tl.int64)[None, :] * O + rows[:, None], (rows < O)[:, None] & (t < T)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + rows, mask=rows < O, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        if gate_ptr is not None:
-            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    row_ok, place = rows < O, tile * tl.num_programs(2) + tl.program_id(2)
+    finish(
+        acc, acc, place, split, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
+        row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
+        1, S, BM, BT, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -315,13 +313,10 @@ def _plan_few(variant, x, values, index, bias, gate, y, n, m, activation):
             integers = (tokens, inputs, outputs, slots, index.shape[1], stride)
 
         def call(x, values, index, bias, gate, y):
-            partial = count = y
-            if split > 1:
-                partial = torch.empty(grid[0] * split * grid[2] * height * width, dtype=torch.float32, device=x.device)
-                count = epilogue.counters.take(x, grid[0] * grid[2])
+            met = epilogue.hand_over.take(y, grid[0] * grid[2], split, height * width)
             if variant != "tiles":
                 values, x = _words(values), _words(x) if variant == "word" else x
-            launch(x, values, index, bias, gate, y, partial, count, *integers)
+            launch(x, values, index, bias, gate, y, *met, *integers)
 
         return call
 
@@ -351,7 +346,7 @@ def _linear_fake(x, values, index, bias, gate, n, m, out_features, activation, s
     _linear_fake,
 )
 def _linear(x, values, index, bias, gate, n, m, out_features, activation, save_memory):
-    gate = None if gate is None else gate.contiguous()
+    bias, gate = contiguous(bias, gate)
     tensors = (x, values, index, bias, gate)
     statics = ("nm", n, m, out_features, activation, save_memory, precision(x))
     return plan(statics, tensors, lambda: _plan_linear(*tensors, *statics[1:6]))(*tensors)
@@ -361,25 +356,28 @@ def _plan_linear(x, values, index, bias, gate, n, m, outputs, activation, save_m
     """The callable for one layout of arguments; it is made on the first call's tensors."""
     _check(x, values, index, n, m, outputs)
     inputs, shape = x.shape[-1], (*x.shape[:-1], outputs)
+    epilogue.check(outputs, shape, (bias,), gate)
     tokens = x.numel() // inputs
     variant, _ = choose(outputs, inputs, n, m, tokens, x.dtype, save_memory)
     if variant == "empty":
         return lambda x, *rest: x.new_empty(shape)
     if variant in ("expand", "cusparselt"):
+        dense, run = _plan_expand(values, index, n, m, inputs), None
+        if variant == "cusparselt":
+            run = cusparselt.plan_linear(x, values, bias)
 
         def call(x, values, index, bias, gate):
-            y = None
-            if variant == "cusparselt":
-                y = cusparselt.linear(x, values, lambda: expand(values, index, n=n, m=m, in_features=inputs))
-                y = y if bias is None else y + bias
+            y = None if run is None else run(x, values, bias, lambda: dense(values, index))
             if y is None:
-                y = torch.nn.functional.linear(x, expand(values, index, n=n, m=m, in_features=inputs), bias)
+                y = torch.nn.functional.linear(x, dense(values, index), bias)
             return epilogue.apply(y, activation, gate)
 
         return call
 
+    rows = as_rows(x)
+
     def arrange(x):
-        flat = x.reshape(tokens, inputs)
+        flat = rows(x)
         return (
             flat
             if flat.stride(1) == 1 and flat.data_ptr() % 16 == 0
@@ -402,23 +400,29 @@ def _expand_fake(values, index, n, m, in_features):
 
 @operator("gpu_nm_expand(Tensor values, Tensor index, int n, int m, int in_features) -> Tensor", _expand_fake)
 def _expand(values, index, n, m, in_features):
-    dense = values.new_empty(values.shape[0], in_features)
-    given = (values, index, dense)
-    if dense.numel():
-        plan(("nm expand", n, m), given, lambda: _plan_expand(*given, n, m))(*given)
-    return dense
+    given, statics = (values, index), (n, m, in_features)
+    return plan(("nm expand", *statics), given, lambda: _plan_expand(*given, *statics), strided=None)(*given)
 
 
-def _plan_expand(values, index, dense, n, m):
-    (outputs, inputs), words = dense.shape, dense.shape[1] // 8
-    height, width = (16, 32) if INTERPRET else (8, 512)
-    if _has_words(n, m, values.dtype, inputs) and not INTERPRET:
+def _plan_expand(values, index, n, m, inputs):
+    """values, index -> the dense weight."""
+    outputs, words, by_words = len(values), inputs // 8, _has_words(n, m, values.dtype, inputs) and not INTERPRET
+    if by_words:
         launch = Launch(_expand_words, (triton.cdiv(outputs, 8), triton.cdiv(words, 128)), BM=8, BW=128)
-        return lambda values, index, dense: launch(_words(values), index, dense, outputs, words)
-    grid = (triton.cdiv(outputs, height), triton.cdiv(inputs, width))
-    launch = Launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
-    integers = (inputs, outputs, values.shape[1], index.shape[1])
-    return lambda values, index, dense: launch(values, index, dense, *integers)
+        integers = (outputs, words)
+    else:
+        height, width = (16, 32) if INTERPRET else (8, 512)
+        grid = (triton.cdiv(outputs, height), triton.cdiv(inputs, width))
+        launch = Launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
+        integers = (inputs, outputs, values.shape[1], index.shape[1])
+
+    def call(values, index):
+        dense = values.new_empty(outputs, inputs)
+        if outputs and inputs:
+            launch(_words(values) if by_words else values, index, dense, *integers)
+        return dense
+
+    return call
 
 
 def _collect_fake(dense, index, n, m):
@@ -427,16 +431,24 @@ def _collect_fake(dense, index, n, m):
 
 @operator("gpu_nm_collect(Tensor dense, Tensor index, int n, int m) -> Tensor", _collect_fake)
 def _collect_op(dense, index, n, m):
-    dense = dense.contiguous()
-    outputs, inputs = dense.shape
-    values = dense.new_empty(outputs, -(-inputs // m) * n)
-    height, width = (16, 32) if INTERPRET else (8, 512)
-    if values.numel():
-        _collect[(triton.cdiv(outputs, height), triton.cdiv(values.shape[1], width))](
-            dense, index, values, inputs, outputs, values.shape[1], index.shape[1],
-            N=n, M=m, BITS=bits(m), BM=height, BC=width,
-        )  # fmt: skip
-    return values
+    given = (dense.contiguous(), index)
+    return plan(("nm collect", n, m), given, lambda: _plan_collect(*given, n, m))(*given)
+
+
+def _plan_collect(dense, index, n, m):
+    (outputs, inputs), height, width = dense.shape, *((16, 32) if INTERPRET else (8, 512))
+    slots = -(-inputs // m) * n
+    grid = (triton.cdiv(outputs, height), triton.cdiv(slots, width))
+    launch = Launch(_collect, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
+    integers = (inputs, outputs, slots, index.shape[1])
+
+    def call(dense, index):
+        values = dense.new_empty(outputs, slots)
+        if outputs and slots:
+            launch(dense, index, values, *integers)
+        return values
+
+    return call
 
 
 # ---- what the framework calls

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import autotune
-from .library import INTERPRET, Launch, operator, plan, wide
+from .library import INTERPRET, Launch, as_rows, operator, plan, wide
 
 
 @triton.jit
@@ -73,6 +73,16 @@ def prepared(x, leading, early=False):
         return lambda x: x.new_empty(cols, leading)
     key = (x.element_size(), rows.bit_length(), cols)
     return autotune.pick("transpose", key, CONFIGS, prepare, (x,))
+
+
+def prepared_rows(x, leading, early=False):
+    """``prepared`` for x (*, C); one token, which is row-major and feature-major at once, stays (1, C)."""
+    rows = as_rows(x)
+    flat = rows(x)
+    if len(flat) == 1:
+        return rows
+    turn = prepared(flat, leading, early)
+    return turn if x.dim() == 2 else lambda x: turn(rows(x))
 
 
 @operator("gpu_transpose(Tensor x, int leading) -> Tensor", _fake)

@@ -15,7 +15,18 @@ import triton
 
 from . import autotune, epilogue, transpose
 from .gated import TWO_LAUNCHES, in_two_launches, with_bias
-from .library import INTERPRET, Launch, describable, multiprocessors, operator, plan, power_of_two, precision, wide
+from .library import (
+    INTERPRET,
+    Launch,
+    contiguous,
+    describable,
+    multiprocessors,
+    operator,
+    plan,
+    power_of_two,
+    precision,
+    wide,
+)
 from .vector_nm_few import few_tokens
 from .vector_nm_gemm import gather_gemm
 from .vector_nm_gradient import expand as expand_parts
@@ -176,11 +187,8 @@ def _launch_few(config, width, halves, x, values, index, tokens, inputs, row_maj
     )  # fmt: skip
 
     def call(x, *parts):
-        partial = count = x  # unused without a split, but a pointer is
-        if split > 1:
-            partial = torch.empty(halves * tiles * split * config["BM"] * width, dtype=torch.float32, device=x.device)
-            count = epilogue.counters.take(x, tiles)
-        launch(x, *parts, partial, count, tokens, inputs, outputs, slots, *strides)
+        met = epilogue.hand_over.take(x, tiles, split, halves * config["BM"] * width)
+        launch(x, *parts, *met, tokens, inputs, outputs, slots, *strides)
 
     return call
 
@@ -190,12 +198,18 @@ def feature_major(x: torch.Tensor) -> torch.Tensor:
     return transpose.transpose(x, transpose.padded(x.shape[0]))
 
 
-def _check(x, values, index, inputs, n, m, v, out_features):
-    if x.dtype != values.dtype or index.dtype != torch.int32:
-        raise TypeError(f"x is {x.dtype}, values {values.dtype} and index {index.dtype}; expected one dtype and int32")
-    if values.shape != (out_features, -(-inputs // m) * n) or index.shape != (-(-out_features // v), values.shape[1]):
-        parts = f"values {tuple(values.shape)} and index {tuple(index.shape)}"
-        raise ValueError(f"{parts} do not hold ({out_features}, {inputs}) as {n}:{m}, v={v}")
+def _check(x, parts, inputs, n, m, v, out_features):
+    """Refuses a weight, or an up weight beside it, that does not hold (out_features, inputs)."""
+    for values, index in (parts[:2], parts[4:6]):
+        if values is None:
+            continue
+        if x.dtype != values.dtype or index.dtype != torch.int32:
+            kinds = f"x is {x.dtype}, values {values.dtype} and index {index.dtype}"
+            raise TypeError(f"{kinds}; expected one dtype and int32")
+        lines = -(-out_features // v)
+        if values.shape != (out_features, -(-inputs // m) * n) or index.shape != (lines, values.shape[1]):
+            shapes = f"values {tuple(values.shape)} and index {tuple(index.shape)}"
+            raise ValueError(f"{shapes} do not hold ({out_features}, {inputs}) as {n}:{m}, v={v}")
 
 
 def _linear_fake(x, values, index, bias, gate, n, m, v, out_features, activation):
@@ -208,7 +222,7 @@ def _linear_fake(x, values, index, bias, gate, n, m, v, out_features, activation
     _linear_fake,
 )
 def _linear(x, values, index, bias, gate, n, m, v, out_features, activation):
-    gate = None if gate is None else gate.contiguous()
+    bias, gate = contiguous(bias, gate)
     return _row_major(x, values, index, bias, gate, None, None, None, n, m, v, out_features, activation)
 
 
@@ -222,20 +236,21 @@ def _gated_fake(x, values, index, bias, up, up_index, up_bias, n, m, v, out_feat
     _gated_fake,
 )
 def _gated_linear(x, values, index, bias, up, up_index, up_bias, n, m, v, out_features, activation):
-    _check(x, up, up_index, x.shape[-1], n, m, v, out_features)
+    bias, up_bias = contiguous(bias, up_bias)
     return _row_major(x, values, index, bias, None, up, up_index, up_bias, n, m, v, out_features, activation)
 
 
 def _row_major(x, values, index, bias, gate, up, up_index, up_bias, n, m, v, out_features, activation):
-    _check(x, values, index, x.shape[-1], n, m, v, out_features)
-    parts = (values, index, bias, gate, up, up_index, up_bias)
+    given = (x, values, index, bias, gate, up, up_index, up_bias)
     statics = ("vector_nm", n, m, v, out_features, activation, precision(x))
-    return plan(statics, (x, *parts), lambda: _plan_row_major(*statics[1:6], x, *parts))(x, *parts)
+    return plan(statics, given, lambda: _plan_row_major(*statics[1:6], *given))(*given)
 
 
 def _plan_row_major(n, m, v, outputs, activation, x, *parts):
     """The callable for ordinary activations; it is made, and its tiles are timed, on the first call's tensors."""
     inputs, shape = x.shape[-1], (*x.shape[:-1], outputs)
+    _check(x, parts, inputs, n, m, v, outputs)
+    epilogue.check(outputs, shape, (parts[2], parts[6]), parts[3])
     tokens = x.numel() // inputs
     variant, _ = choose(outputs, inputs, n, m, v, tokens, x.dtype)
     if variant == "empty":
@@ -248,22 +263,15 @@ def _plan_row_major(n, m, v, outputs, activation, x, *parts):
             )
 
         return expanded
-    direct = tokens == 1  # one token is row-major and feature-major at once
     width = power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens)
-
-    flat = x.reshape(tokens, inputs)
-    if direct and variant == "few":
-        turn = lambda flat: flat  # noqa: E731
-    else:
-        turn = transpose.prepared(flat, width, early=variant == "few" and not INTERPRET)
-
+    turn = transpose.prepared_rows(x, width, early=variant == "few" and not INTERPRET)
     make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs)
     y = x.new_empty(tokens, outputs)
-    run = make(turn(flat), *parts, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation)
+    run = make(turn(x), *parts, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation)
 
     def call(x, *parts):
         y = x.new_empty(shape)
-        run(turn(x.reshape(tokens, inputs)), *parts, y)
+        run(turn(x), *parts, y)
         return y
 
     return call
@@ -290,7 +298,7 @@ def _feature_major_fake(x, values, index, bias, gate, n, m, v, activation, token
     _feature_major_fake,
 )
 def _linear_feature_major(x, values, index, bias, gate, n, m, v, activation, tokens, row_major):
-    gate = None if gate is None else gate.contiguous()
+    bias, gate = contiguous(bias, gate)
     return _feature_major(x, values, index, bias, gate, None, None, None, n, m, v, activation, tokens, row_major)
 
 
@@ -304,17 +312,17 @@ def _gated_feature_major_fake(x, values, index, bias, up, up_index, up_bias, n, 
     _gated_feature_major_fake,
 )
 def _gated_feature_major(x, values, index, bias, up, up_index, up_bias, n, m, v, activation, tokens, row_major):
-    _check(x, up, up_index, x.shape[0], n, m, v, values.shape[0])
+    bias, up_bias = contiguous(bias, up_bias)
     return _feature_major(x, values, index, bias, None, up, up_index, up_bias, n, m, v, activation, tokens, row_major)
 
 
 def _feature_major(x, values, index, bias, gate, up, up_index, up_bias, n, m, v, activation, tokens, row_major):
-    inputs, outputs = x.shape[0], values.shape[0]
-    _check(x, values, index, inputs, n, m, v, outputs)
+    inputs, outputs, parts = x.shape[0], values.shape[0], (values, index, bias, gate, up, up_index, up_bias)
+    _check(x, parts, inputs, n, m, v, outputs)
     y = x.new_empty((tokens, outputs) if row_major else (outputs, tokens))
+    epilogue.check(outputs, y.shape, (bias, up_bias), gate)
     if tokens == 0 or outputs == 0:
         return y
-    parts = (values, index, bias, gate, up, up_index, up_bias)
     variant, _ = choose(outputs, inputs, n, m, v, tokens, x.dtype)
     if variant == "expand":
         x = x[:, :tokens]

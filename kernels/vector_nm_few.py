@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .epilogue import activate, add_up, last_to_arrive
+from .epilogue import finish
 from .vector_nm_gemm import group_rows, load_columns
 
 
@@ -58,11 +58,12 @@ def few_tokens(
     steps = tl.cdiv(K, S * BK) * BK
     first, stop = split * steps, tl.minimum((split + 1) * steps, K)
     acc = tl.zeros((BM, BK) if BT == 1 else (BM, BT), tl.float32)
+    up_acc = acc
     if PDL:
         gdc_wait()  # the transpose before this kernel may still run: all until here overlaps with its end
     ahead = load_columns(index_ptr + pattern, first, k, K, I, BK, EVEN_K)
     if HALVES == 2:
-        up_acc, up_ahead = acc, load_columns(up_index_ptr + pattern, first, k, K, I, BK, EVEN_K)
+        up_ahead = load_columns(up_index_ptr + pattern, first, k, K, I, BK, EVEN_K)
     for k0 in tl.range(first, stop, BK, num_stages=PIPE):
         columns = ahead
         ahead = load_columns(index_ptr + pattern, k0 + BK, k, K, I, BK, EVEN_K)
@@ -77,30 +78,8 @@ def few_tokens(
         acc = tl.sum(acc, 1)[:, None]
         if HALVES == 2:
             up_acc = tl.sum(up_acc, 1)[:, None]
-
-    finish = True
-    if S > 1:
-        inside = tl.arange(0, BM)[:, None] * BT + t[None, :]
-        own = partial_ptr + (tile * (HALVES * S)).to(tl.int64) * (BM * BT)
-        up_own = own + S * (BM * BT)
-        tl.store(own + split * (BM * BT) + inside, acc)
-        if HALVES == 2:
-            tl.store(up_own + split * (BM * BT) + inside, up_acc)
-        finish = last_to_arrive(count_ptr + tile, S)
-        if finish:
-            acc = add_up(own, inside, S, BM, BT)
-            if HALVES == 2:
-                up_acc = add_up(up_own, inside, S, BM, BT)
-    if finish:
-        offsets = rows[:, None] * stride_yo + t[None, :] * stride_yt
-        mask = row_ok[:, None] & (t < T)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        if up_bias_ptr is not None:
-            up_acc += tl.load(up_bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-        if HALVES == 2:
-            acc *= up_acc
-        elif gate_ptr is not None:
-            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    mask = row_ok[:, None] & (t < T)[None, :]
+    finish(
+        acc, up_acc, tile, split, rows, row_ok, rows[:, None] * stride_yo + t[None, :] * stride_yt, mask,
+        bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, S, BM, BT, ACTIVATION,
+    )  # fmt: skip

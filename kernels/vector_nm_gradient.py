@@ -97,7 +97,7 @@ def grad_values(grad, x, index, n, m, v, feature_major_x):
         x = transpose.transpose(x.reshape(tokens, x.shape[-1]), transpose.padded(tokens))
 
     given, statics = (grad, x, index, out), ("vector_nm grad values", v, precision(x))
-    plan(statics, given, lambda: _plan_grad_values(*given, v))(*given)
+    plan(statics, given, lambda: _plan_grad_values(*given, v), strided=1)(*given)
     return out
 
 
@@ -130,15 +130,20 @@ def _expand_fake(values, index, n, m, v, in_features):
     "gpu_vector_nm_expand(Tensor values, Tensor index, int n, int m, int v, int in_features) -> Tensor", _expand_fake
 )
 def expand(values, index, n, m, v, in_features):
-    dense = values.new_empty(values.shape[0], in_features)
-    given = (values, index, dense)
+    given, statics = (values, index), (n, m, v, in_features)
+    return plan(("vector_nm expand", *statics), given, lambda: _plan_expand(*given, *statics), strided=None)(*given)
 
-    def make():
-        (outputs, slots), (rows, width) = values.shape, (16, 32) if INTERPRET else (power_of_two(v, 4, 32), 256)
-        grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(in_features, width))
-        launch = Launch(_expand_tile, grid, N=n, M=m, V=v, BM=rows, BC=width, WIDE=wide(dense))
-        return lambda values, index, dense: launch(values, index, dense, in_features, outputs, slots)
 
-    if dense.numel():
-        plan(("vector_nm expand", n, m, v), given, make)(*given)
-    return dense
+def _plan_expand(values, index, n, m, v, inputs):
+    """values, index -> the dense weight."""
+    (outputs, slots), (rows, width) = values.shape, (16, 32) if INTERPRET else (power_of_two(v, 4, 32), 256)
+    grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(inputs, width))
+    launch = Launch(_expand_tile, grid, N=n, M=m, V=v, BM=rows, BC=width, WIDE=outputs * inputs >= 2**31)
+
+    def call(values, index):
+        dense = values.new_empty(outputs, inputs)
+        if outputs and inputs:
+            launch(values, index, dense, inputs, outputs, slots)
+        return dense
+
+    return call

@@ -180,7 +180,8 @@ def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, *
     if entry is None:
         _say_reference(name, (type(spec),), values.device.type)
         return OPERATORS[name].reference(*args, spec=spec, shape=shape, **kwargs)
-    return run(entry, name, shape, values, spec, *args, spec=spec, shape=shape, **kwargs)
+    kwargs["spec"], kwargs["shape"] = spec, shape
+    return run(entry, name, shape, values, spec, args, kwargs)
 
 
 class _EveryEntry:
@@ -198,10 +199,12 @@ def call_both(name: str, specs: tuple, shapes: tuple, *args) -> Any:
     entry = find(name, parts["values"].device.type, specs)
     for observe in _observers:
         observe(name, spec, parts, entry)
-    return run(entry, name, shapes[which], parts["values"], spec, *args, spec=specs, shape=shapes)
+    return run(entry, name, shapes[which], parts["values"], spec, args, {"spec": specs, "shape": shapes})
 
 
-def run(entry: Kernel, name: str, shape_of: tuple[int, ...], values: Tensor, layout: Layout, *args, **kwargs) -> Any:
+def run(
+    entry: Kernel, name: str, shape_of: tuple[int, ...], values: Tensor, layout: Layout, args: tuple, kwargs: dict
+) -> Any:
     """Run a kernel with the variant that its `choose` picks; "reference" is the operator's reference implementation."""
     if entry.choose is None:
         return entry.function(*args, **kwargs)

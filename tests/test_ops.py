@@ -37,7 +37,7 @@ def close(got, want, atol=1e-5):
 @pytest.mark.parametrize("x_shape", [(3,), (), (0,), (2, 4), (33,), (2, 0)], ids=str)
 def test_linear(layout, shape, x_shape, strictly, poisoned):
     w, dense = make(layout, shape)
-    for bias in (None, torch.randn(shape[0])):
+    for bias in (None, torch.randn(shape[0]), torch.randn(shape[0], 3)[:, 1], torch.randn(1).expand(shape[0])):
         x = torch.randn(*x_shape, shape[1])
         close(F.linear(x, w, bias), F.linear(x, dense, bias))
         close(F.linear(x, nn.Parameter(w), bias).detach(), F.linear(x, dense, bias))
@@ -100,6 +100,8 @@ def test_wrong_operands():
         lambda: torch.ones(2, 5) @ w,
         lambda: F.conv2d(torch.ones(1, 3, 5, 5), make(CSR(), (6, 4, 3, 3))[0]),
         lambda: F.conv2d(torch.ones(1, 4, 5, 5).double(), make(CSR(), (6, 4, 3, 3))[0]),
+        lambda: F.linear(torch.ones(2, 5), w, torch.ones(3)),
+        lambda: F.conv2d(torch.ones(1, 4, 5, 5), make(CSR(), (6, 4, 3, 3))[0], torch.ones(1)),
         lambda: F.embedding(torch.tensor([7]), w),
         lambda: F.embedding(torch.tensor([-1]), w),
         lambda: F.embedding(torch.tensor([0]), w, max_norm=1.0),

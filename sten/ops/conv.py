@@ -15,7 +15,7 @@ from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weig
 
 from ..dispatch import call, operator
 from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function
-from .linear import autocast, tracked
+from .linear import autocast, bias_row, tracked
 
 FORWARD = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 INPUT = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}
@@ -49,6 +49,7 @@ def conv2d_grad_weight_reference(grad, x, weight, *, spec, shape, stride, paddin
 
 
 def conv_now(x, w, bias, *geometry):
+    bias = bias_row(bias, w.stored_shape[0])
     geometry = dict(zip(GEOMETRY, geometry, strict=True))
     return call("conv2d", w.spec, w.stored_shape, w.parts, x, w.parts, bias, **geometry)
 

@@ -47,8 +47,18 @@ def matmul_reference(input, other, *, spec, shape):
 # without gradients
 
 
+def bias_row(bias: Tensor | None, outputs: int) -> Tensor | None:
+    """The bias as every kernel may take it: one number for each output, contiguous."""
+    if bias is None:
+        return None
+    if bias.shape != (outputs,):
+        raise RuntimeError(f"The bias of {outputs} outputs must have the shape ({outputs},); got {tuple(bias.shape)}.")
+    return bias.contiguous()
+
+
 def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
     """x @ w.T + bias."""
+    bias = bias_row(bias, w.stored_shape[w.transposed])
     if w.transposed:
         y = _times(x, w)
         return y if bias is None else y + bias
@@ -57,6 +67,7 @@ def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
 
 def matmul_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
     """x @ w + bias."""
+    bias = bias_row(bias, w.stored_shape[not w.transposed])
     if w.transposed:
         return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias)
     y = _times(x, w)
