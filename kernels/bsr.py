@@ -26,6 +26,7 @@ from .library import (
     describable,
     multiprocessors,
     operator,
+    overlap,
     plan,
     power_of_two,
     precision,
@@ -144,7 +145,7 @@ def _launch_many(config, x, values, start, up, y, bh, bw, transposed, activation
         described.pop(2, None)
     launch = Launch(
         block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
-        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **config,
+        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **config,
     )  # fmt: skip
 
     def call(x, values, start, other, block, bias, gate, up, up_start, up_other, up_block, up_bias, y):
@@ -179,8 +180,9 @@ def _launch_few(config, width, halves, x, values, lines, outputs, activation):
     (tokens, inputs), strides, (_, bh, bw) = x.shape, x.stride(), values.shape
     tiles, split = lines * triton.cdiv(bh, config["BO"]), config["S"]
     launch = Launch(
-        few_tokens, (tiles, split), BH=bh, BW=bw, BT=width, ACTIVATION=activation, PRECISION=precision(x), **config
-    )
+        few_tokens, (tiles, split), BH=bh, BW=bw, BT=width, ACTIVATION=activation, PRECISION=precision(x),
+        **overlap(x), **config,
+    )  # fmt: skip
 
     def call(x, *parts):
         met = epilogue.hand_over.take(x, tiles, split, halves * config["BO"] * width)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import finish
+from .tiles import begin
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def few_tokens(
     x_ptr, w_ptr, start_ptr, other_ptr, bias_ptr, gate_ptr, up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, y_ptr,
     partial_ptr, count_ptr, T, I, O, stride_xt, stride_xi,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The weight is read once; the S programs of a line share its blocks, and the last to arrive adds up.
 
@@ -67,6 +68,7 @@ def few_tokens(
     """
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     SUB: tl.constexpr = (BH + BO - 1) // BO
+    begin(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     line, t = tile // SUB, tl.arange(0, BT)
     inside = tile % SUB * BO + tl.arange(0, BO)

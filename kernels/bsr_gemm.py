@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate
+from .tiles import begin
 
 
 @triton.jit
@@ -93,12 +94,13 @@ def block_gemm(
     up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, y_ptr, T, I, O, lines, stride_x,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile a program. With ``up``, a second weight, a tile is two halves, as in ``vector_nm_gemm``: that of x @ up
     waits in its own place of y, in L2, and is the gate of the other."""
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     SUB: tl.constexpr = (BH + BO - 1) // BO
+    begin(PDL)
     # all lines of one token tile come before the next one's, so that its activations stay in L2; the longest line first
     pid = tl.program_id(0)
     entry = schedule_ptr + pid % (lines * SUB) // SUB * 4

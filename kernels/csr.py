@@ -11,7 +11,8 @@ import triton.language as tl
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate
-from .library import INTERPRET, Launch, contiguous, operator, plan, power_of_two, wide
+from .library import INTERPRET, Launch, contiguous, operator, overlap, plan, power_of_two, wide
+from .tiles import begin
 
 FEW = 64  # tokens up to which reading the entries, once for each 16 tokens, can cost less than a dense expansion
 
@@ -19,9 +20,10 @@ FEW = 64  # tokens up to which reading the entries, once for each 16 tokens, can
 @triton.jit
 def _rows(
     x_ptr, values_ptr, crow_ptr, col_ptr, bias_ptr, gate_ptr, y_ptr, T, O, stride_x,
-    BE: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BE: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row a program: a gather of the activations at its columns. x is feature-major (I, >= BT tokens a tile)."""
+    begin(PDL)
     row = tl.program_id(0)
     t, e = tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, BE)
     start, stop = tl.load(crow_ptr + row), tl.load(crow_ptr + row + 1)
@@ -107,7 +109,7 @@ def _plan_few(x, values, crow, col, bias, gate, y, tokens, activation):
 
     def prepare(config):
         grid = (outputs, triton.cdiv(tokens, config["BT"]))
-        launch = Launch(_rows, grid, WIDE=wide(x), ACTIVATION=activation, **config)
+        launch = Launch(_rows, grid, WIDE=wide(x), ACTIVATION=activation, **overlap(x), **config)
 
         def call(x, values, crow, col, bias, gate, y):
             launch(x, values, crow, col, bias, gate, y, tokens, outputs, stride)

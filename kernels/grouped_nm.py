@@ -13,7 +13,8 @@ import triton.language as tl
 
 from . import autotune, epilogue, transpose
 from .epilogue import finish
-from .library import INTERPRET, Launch, contiguous, multiprocessors, operator, plan, power_of_two, precision
+from .library import INTERPRET, Launch, contiguous, multiprocessors, operator, overlap, plan, power_of_two, precision
+from .tiles import begin
 
 
 @triton.jit
@@ -38,9 +39,10 @@ def _few_tokens(
     x_ptr, values_ptr, index_ptr, pattern_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
     T, I, O, Q, chunks, strips, stride_x,
     G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
-    S: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One strip, a share of its slots, one tile of tokens. x is feature-major (I, whole tiles), or one token."""
+    begin(PDL)
     strip, split = tl.program_id(0), tl.program_id(1)
     t, tiles = tl.program_id(2) * BT + tl.arange(0, BT), tl.cdiv(Q, BQ)
     place = strip * tl.num_programs(2) + tl.program_id(2)
@@ -148,7 +150,7 @@ def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, ac
         split = config["S"]
         launch = Launch(
             _few_tokens, (strips, split, tiles), G=g, N=n, M=m, MP=height, BT=width, ACTIVATION=activation,
-            PRECISION=precision(x), **config,
+            PRECISION=precision(x), **overlap(x), **config,
         )  # fmt: skip
 
         def call(x, values, index, pattern, bias, gate, y):

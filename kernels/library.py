@@ -108,6 +108,13 @@ def multiprocessors(x: torch.Tensor) -> int:
     return _multiprocessors(x.device) if x.is_cuda else 4
 
 
+def overlap(x: torch.Tensor) -> dict[str, bool]:
+    """The constants of a launch that may begin while the kernel before it ends, if a GPU can: see ``tiles.begin``."""
+    if INTERPRET or _capability(x.device)[0] < 9:
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
 def as_rows(x: torch.Tensor):
     """The function that makes tensors of this shape (*, features) a matrix: a call less for what is one already."""
     if x.dim() == 2:

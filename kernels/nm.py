@@ -20,11 +20,13 @@ from .library import (
     contiguous,
     multiprocessors,
     operator,
+    overlap,
     plan,
     power_of_two,
     precision,
     wide,
 )
+from .tiles import begin
 
 FEW = 64  # tokens up to which reading the weight decides
 
@@ -59,9 +61,10 @@ def _half(word, shift, BF16: tl.constexpr):
 def _one_token_24(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, words,
     BM: tl.constexpr, BW: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x and values as 64-bit words: the four activations of a group are one word, and a position is a shift."""
+    begin(PDL)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     w_rows = tl.minimum(rows, O - 1)
     if WIDE:
@@ -123,8 +126,10 @@ def _dense_words(w, p, dtype: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
 def _few_tokens_24(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, words, stride_x,
     BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Tensor cores over tiles that are expanded in registers, 64-bit word by word."""
+    begin(PDL)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     w_rows = tl.minimum(rows, O - 1)
     if WIDE:
@@ -166,9 +171,10 @@ def _dense_tile(
 def _tiles(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, I, O, K, BYTES, stride_x,
     N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    S: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Any n, m and dtype: dense tiles are made on the fly, so that the dense weight is never in memory."""
+    begin(PDL)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     w_rows = tl.minimum(rows, O - 1)
     if WIDE:
@@ -302,7 +308,7 @@ def _plan_few(variant, x, values, index, bias, gate, y, n, m, activation):
     def prepare(config):
         height, width, split = config["BM"], config.get("BT", 1), config["S"]
         grid = (triton.cdiv(outputs, height), split, triton.cdiv(tokens, width))
-        common = dict(ACTIVATION=activation, WIDE=wide(x, values), **config)
+        common = dict(ACTIVATION=activation, WIDE=wide(x, values), **overlap(x), **config)
         if variant == "word":
             launch = Launch(_one_token_24, grid, BF16=x.dtype == torch.bfloat16, **common)
             integers = (tokens, outputs, words)

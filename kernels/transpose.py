@@ -6,18 +6,17 @@ Letters: R rows, C columns of the source, L the leading dimension of the result.
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import autotune
-from .library import INTERPRET, Launch, as_rows, operator, plan, wide
+from .library import INTERPRET, Launch, as_rows, operator, overlap, plan, wide
+from .tiles import begin
 
 
 @triton.jit
 def _transpose(
-    x_ptr, y_ptr, R, C, stride_x, L, BR: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr
+    x_ptr, y_ptr, R, C, stride_x, L, BR: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr
 ):
-    if EARLY:
-        gdc_launch_dependents()  # the next kernel may begin on what does not depend on this one
+    begin(PDL)
     tiles_r = tl.cdiv(R, BR)
     pid = tl.program_id(0)
     r = (pid % tiles_r) * BR + tl.arange(0, BR)
@@ -48,19 +47,16 @@ def _fake(x, leading):
     return x.new_empty(x.shape[1], leading)
 
 
-def prepared(x, leading, early=False):
-    """The launch itself, x -> (C, leading), for matrices of this shape, stride and alignment.
-
-    With ``early``, a kernel launched with ``launch_pdl`` after this one starts at once, and waits by itself.
-    """
+def prepared(x, leading):
+    """The launch itself, x -> (C, leading), for matrices of this shape, stride and alignment."""
     if x.stride(1) != 1:
-        after = prepared(x.contiguous(), leading, early)
+        after = prepared(x.contiguous(), leading)
         return lambda x: after(x.contiguous())
     (rows, cols), stride = x.shape, x.stride(0)
 
     def prepare(config):
         grid = (triton.cdiv(rows, config["BR"]) * triton.cdiv(cols, config["BC"]),)
-        launch = Launch(_transpose, grid, WIDE=wide(x) or cols * leading >= 2**31, EARLY=early, **config)
+        launch = Launch(_transpose, grid, WIDE=wide(x) or cols * leading >= 2**31, **overlap(x), **config)
 
         def call(x):
             y = x.new_empty(cols, leading)
@@ -75,13 +71,13 @@ def prepared(x, leading, early=False):
     return autotune.pick("transpose", key, CONFIGS, prepare, (x,))
 
 
-def prepared_rows(x, leading, early=False):
+def prepared_rows(x, leading):
     """``prepared`` for x (*, C); one token, which is row-major and feature-major at once, stays (1, C)."""
     rows = as_rows(x)
     flat = rows(x)
     if len(flat) == 1:
         return rows
-    turn = prepared(flat, leading, early)
+    turn = prepared(flat, leading)
     return turn if x.dim() == 2 else lambda x: turn(rows(x))
 
 

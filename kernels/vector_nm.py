@@ -22,6 +22,7 @@ from .library import (
     describable,
     multiprocessors,
     operator,
+    overlap,
     plan,
     power_of_two,
     precision,
@@ -176,14 +177,13 @@ def _plan_few(x, values, index, bias, gate, up, up_index, up_bias, y, **given):
 
 
 def _launch_few(config, width, halves, x, values, index, tokens, inputs, row_major, n, m, v, activation):
-    outputs, slots = values.shape
+    (outputs, slots), turned = values.shape, tokens > 1 and row_major  # then the kernel before is the transpose
     strides = (x.stride(1 if tokens == 1 else 0), *((1, outputs) if row_major else (tokens, 1)))
-    overlap = tokens > 1 and row_major and not INTERPRET  # then the kernel before this one is the transpose
     tiles, split = triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]), config["S"]
     launch = Launch(
-        few_tokens, (tiles, split), V=v, BT=width, PDL=overlap, EVEN_K=slots % config["BK"] == 0,
+        few_tokens, (tiles, split), V=v, BT=width, TURNED=turned, EVEN_K=slots % config["BK"] == 0,
         EVEN_I=slots * m == inputs * n, WIDE=wide(x, values), ACTIVATION=activation, PRECISION=precision(x),
-        **config, **({"launch_pdl": True} if overlap else {}),
+        **overlap(x), **config,
     )  # fmt: skip
 
     def call(x, *parts):
@@ -264,7 +264,7 @@ def _plan_row_major(n, m, v, outputs, activation, x, *parts):
 
         return expanded
     width = power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens)
-    turn = transpose.prepared_rows(x, width, early=variant == "few" and not INTERPRET)
+    turn = transpose.prepared_rows(x, width)
     make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs)
     y = x.new_empty(tokens, outputs)
     run = make(turn(x), *parts, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation)

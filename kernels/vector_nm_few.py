@@ -5,9 +5,9 @@ Letters as there: T tokens, I inputs, O outputs, K slots a row; BM output rows, 
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from .epilogue import finish
+from .tiles import begin
 from .vector_nm_gemm import group_rows, load_columns
 
 
@@ -41,7 +41,7 @@ def few_tokens(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, up_ptr, up_index_ptr, up_bias_ptr, y_ptr, partial_ptr, count_ptr,
     T, I, O, K, stride_xi, stride_yo, stride_yt,
     V: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PIPE: tl.constexpr,
-    PDL: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr, TURNED: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The weight is read once; with ``up``, a second one, both are, and their products meet in fp32."""
@@ -59,11 +59,13 @@ def few_tokens(
     first, stop = split * steps, tl.minimum((split + 1) * steps, K)
     acc = tl.zeros((BM, BK) if BT == 1 else (BM, BT), tl.float32)
     up_acc = acc
-    if PDL:
-        gdc_wait()  # the transpose before this kernel may still run: all until here overlaps with its end
+    if not TURNED:
+        begin(PDL)
     ahead = load_columns(index_ptr + pattern, first, k, K, I, BK, EVEN_K)
     if HALVES == 2:
         up_ahead = load_columns(up_index_ptr + pattern, first, k, K, I, BK, EVEN_K)
+    if TURNED:
+        begin(PDL)  # only x depends on the transpose, which itself has waited for all before it
     for k0 in tl.range(first, stop, BK, num_stages=PIPE):
         columns = ahead
         ahead = load_columns(index_ptr + pattern, k0 + BK, k, K, I, BK, EVEN_K)

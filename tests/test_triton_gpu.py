@@ -80,6 +80,58 @@ def test_two_streams_at_once():
             close(result, expected, HALF)
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+@pytest.mark.parametrize("captured", [False, True])
+def test_back_to_back(tokens, captured):
+    """A kernel that begins before its predecessor has ended reads what that one wrote, weights included."""
+    layers = [make(seed) for seed, make in enumerate([vector_layer, blocks_layer, fine_layer] * 3)]
+    x, given = random(tokens, 2048, dtype=HALF), torch.empty(tokens, 2048, dtype=HALF, device=DEVICE)
+
+    def forward():
+        y = given.copy_(x)
+        for call, target, source in layers:
+            for mine, new in zip(target, source, strict=True):
+                mine.copy_(new)  # the weight is written just before it is used
+            y = call(y)
+        return y
+
+    expected = forward().clone()
+    torch.cuda.synchronize()
+    run = forward
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = forward()
+        run = lambda: graph.replay() or out  # noqa: E731
+    for _ in range(30):
+        for _, target, _ in layers:
+            target[0].fill_(float("nan"))
+        assert torch.equal(run(), expected)
+
+
+def written_late(call, *parts):
+    """(call on x, empty tensors of the weight that it reads, what they are to hold)."""
+    mine = [torch.zeros_like(part) for part in parts]
+    return (lambda x: call(x, *mine)), mine, parts
+
+
+def vector_layer(seed):
+    values, index, _ = vector_nm_parts(2048, 2048, 1, 4, 128, HALF, seed=seed)
+    given = {"n": 1, "m": 4, "v": 128, "out_features": 2048}
+    return written_late(lambda x, *weight: vector_nm.linear(x, *weight, **given), values / 23, index)
+
+
+def blocks_layer(seed):
+    parts, _ = bsr_parts(2048, 2048, 64, 64, dtype=HALF, seed=seed)
+    pattern = parts["crow"], parts["col"]
+    return written_late(lambda x, values: bsr.linear(x, values, *pattern, out_features=2048), parts["values"] / 23)
+
+
+def fine_layer(seed):
+    values, index, *_ = nm_parts(2048, 2048, 2, 4, HALF, seed=seed)
+    return written_late(lambda x, *weight: nm.linear(x, *weight, n=2, m=4, out_features=2048), values / 23, index)
+
+
 def test_compiled_by_inductor():
     for call, dense in calls(16):
         x = random(16, 2048, dtype=HALF)
