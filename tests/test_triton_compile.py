@@ -1,0 +1,27 @@
+"""Every configuration compiles for GPUs that are not here, and of each kernel one fits in the smallest of them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+# bytes of shared memory that a program may have: an L40S or an RTX 4090 (compute capability 8.9) has the least, and
+# what is compiled for an A100 (8.0) runs on them; an H100 has 9.0
+ROOM = {80: 99 << 10, 90: 227 << 10}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ROOM)
+def test_compiles(arch, tmp_path):
+    script = pathlib.Path(__file__).with_name("triton_compile.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, script, str(arch)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for key, configs in json.loads(done.stdout).items():
+        assert all(isinstance(told, int) for told in configs), f"{key}: {configs}"
+        assert min(configs) <= ROOM[arch], f"{key}: the smallest of its tiles takes {min(configs)} bytes"

@@ -1,0 +1,96 @@
+"""Compiles every configuration that the tuner may try, for a GPU that need not be here: python triton_compile.py 80
+
+A launch is compiled and not run. Prints JSON: {tuning key: [bytes of shared memory, or what the compiler said]}.
+"""
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sten.kernels import autotune, bsr, bsr_gradient, csr, grouped_nm, library, nm, vector_nm, vector_nm_gradient
+
+ARCH = int(sys.argv[1])
+O, I, HALF = 4096, 4096, torch.bfloat16
+found: dict[str, list] = {}
+under: list[str] = []  # the tuning key whose configurations are being compiled
+
+
+def compile_only(launch, *args):
+    """Stands for ``Launch.__call__``: the same specialization as Triton's front end, and no launch."""
+    names, signature, constants, attributes = launch.kernel.arg_names, {}, {}, {}
+    for place, name in enumerate(names):
+        given = args[place] if place < len(args) else launch.constants[name]
+        kind = _kind(launch, place, given) if place < len(args) else "constexpr"
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(place,)] = given
+        elif kind.startswith("*") or (kind == "i32" and given % 16 == 0):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    options = {name: value for name, value in launch.constants.items() if name not in names}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    try:
+        told = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options).metadata.shared
+    except Exception as problem:  # whatever the compiler says is the finding
+        told = f"{launch.constants}: {type(problem).__name__}: {problem}"
+    found.setdefault(under[-1] if under else launch.kernel.fn.__name__, []).append(told)
+
+
+def _kind(launch, place, given):
+    if given is None or (isinstance(given, int) and given == 1):
+        return "constexpr"
+    if isinstance(given, int):
+        return "i32"
+    kind = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}.get(given.dtype)
+    kind = kind or str(given.dtype).removeprefix("torch.int").join(("i", ""))
+    if place in launch.described:
+        return f"tensordesc<{kind}[{','.join(map(str, launch.described[place][0]))}]>"
+    return "*" + kind
+
+
+def every_config(kernel, key, configs, prepare, given):
+    under.append(f"{kernel} {key}")
+    calls = [prepare(config) for config in configs]
+    for call in calls:
+        call(*given)
+    under.pop()
+    return calls[0]
+
+
+def plans(tokens, v, block):
+    """Plans the products and gradients of every layout, as the first call on a GPU would."""
+    x, grad = torch.randn(tokens, I, dtype=HALF), torch.randn(tokens, O, dtype=HALF)
+    values, index = torch.empty(O, I // 4, dtype=HALF), torch.zeros(O // v, I // 4, dtype=torch.int32)
+    vector_nm._plan_row_major(1, 4, v, O, "none", x, values, index, *[None] * 5)
+    if v == 128:
+        vector_nm._plan_row_major(1, 4, v, O, "silu", x, values, index, None, None, values, index, None)
+    crow = torch.arange(O // block + 1, dtype=torch.int32) * (I // block // 16)
+    col = torch.zeros(int(crow[-1]), dtype=torch.int32)
+    blocks = torch.empty(len(col), block, block, dtype=HALF)
+    bsr._plan_linear(O, "none", x, blocks, crow, col, *[None] * 6)
+    if tokens > vector_nm.FEW:
+        turned = torch.empty(I, tokens, dtype=HALF)
+        vector_nm_gradient._plan_grad_values(grad, turned, index, values, v)
+        bsr_gradient._plan_grad_values(grad, x, col, col, col, blocks)
+        return
+    for n in (1, 2):
+        fine = torch.empty(O, n * I // 4, dtype=HALF), torch.zeros(O, n * I // 16, dtype=torch.uint8)
+        nm._plan_linear(x, *fine, None, None, n, 4, O, "none", True)
+    entries = (torch.empty(40 * O, dtype=HALF), torch.arange(O + 1, dtype=torch.int32) * 40)
+    csr._plan_linear(x, *entries, torch.zeros(40 * O, dtype=torch.int32), None, None, O, "none")
+    slots = torch.empty(16, 256, 16, 16, 1, dtype=HALF), torch.zeros(16, 256, 16, 16, dtype=torch.int16)
+    grouped_nm._plan_linear(x, *slots, torch.arange(16, dtype=torch.int32)[:, None], None, None, 16, O, "none", True)
+
+
+library.Launch.__call__ = compile_only
+library._capability = lambda device: divmod(ARCH, 10)
+autotune.pick = every_config
+# what would rather be expanded is compiled too
+vector_nm.choose = lambda *given: ("few" if given[-2] <= vector_nm.FEW else "gather", "")
+bsr.choose = lambda *given: ("few" if given[-2] <= bsr.FEW else "blocks", "")
+for case in ((1, 128, 128), (16, 128, 128), (64, 64, 64), (2048, 128, 128), (2048, 16, 16)):
+    plans(*case)
+print(json.dumps(found))
