@@ -1,6 +1,6 @@
 """Every layout's linear layer on a GPU against cuBLAS, cuSPARSELt through torch, torch's BSR and stk.
 
-    python benchmarks/gpu_linear.py [--layouts VectorNM BSR ...] [--tokens 1 16 ...] [--output DIR] [--plot]
+    python benchmarks/gpu_linear.py [--layouts VectorNM BSR ...] [--tokens 1 16 ...] [--dtype D [--tf32]] [--output DIR] [--plot]
 
 Layers of an 8B model in bfloat16; each result is checked first; CUDA-graph timing over rotating weights. A ratio over 1
 means faster than dense. "chain" is feature-major in and out; everything else is ordinary (tokens, features) order, and
@@ -209,14 +209,14 @@ def dense_times(tokens):
     times = {}
     for (out, inputs), t in itertools.product(SHAPES, tokens):
         x = torch.randn(t, inputs, device=DEVICE, dtype=DTYPE)
-        weights = [_values(out, inputs, seed=i) for i in range(copies(out * inputs * 2))]
+        weights = [_values(out, inputs, seed=i) for i in range(copies(out * inputs * DTYPE.itemsize))]
         times[out, inputs, t] = graph_time(lambda w, x=x: torch.nn.functional.linear(x, w), weights, calls=12)
     return times
 
 
 def measure(case, out, inputs, tokens, dense_time, peers):
     """One row per token count, for one case and shape."""
-    weights = [case.make(out, inputs, seed) for seed in range(copies(out * inputs * 2 * case.density))]
+    weights = [case.make(out, inputs, seed) for seed in range(copies(out * inputs * DTYPE.itemsize * case.density))]
     dense = [case.dense(w, out, inputs) for w in weights[:2]]
     for t in tokens:
         x = torch.randn(t, inputs, device=DEVICE, dtype=DTYPE)
@@ -320,7 +320,11 @@ def main():
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long, with what there is")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
+    parser.add_argument("--tf32", action="store_true", help="float32 may round to tf32, on both sides")
     given = parser.parse_args()
+    globals()["DTYPE"] = getattr(torch, given.dtype)
+    torch.backends.cuda.matmul.allow_tf32 = given.tf32
     torch.manual_seed(0)
     begun, rows, dense_time = time.monotonic(), [], dense_times(given.tokens)
     for case in cases():
@@ -332,7 +336,8 @@ def main():
     if not given.layouts or "VectorNM" in given.layouts:
         rows += training_rows([t for t in given.tokens if t >= 1024])
     table(rows, given.tokens)
-    write("gpu_linear", {"rows": rows}, given.output)
+    name = "gpu_linear" if torch.bfloat16 == DTYPE else f"gpu_linear_{'tf32' if given.tf32 else given.dtype}"
+    write(name, {"rows": rows}, given.output)
     if given.plot:
         plot(rows, (given.output or "benchmarks/results") + "/gpu_linear.png")
 

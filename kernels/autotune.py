@@ -13,7 +13,7 @@ import tempfile
 import torch
 import triton
 
-from .library import INTERPRET, capturing
+from .library import INTERPRET, capturing, precision
 
 _chosen: dict[tuple, dict] = {}
 _disk: dict[str, dict] | None = None
@@ -28,6 +28,7 @@ def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
     ``prepare(config)(*given)`` has to be one call of the kernel that may be repeated.
     """
     x = given[0]
+    key = (*key, precision(x))
     place = (kernel, key, x.device)
     found = _chosen.get(place)
     if found is None:

@@ -11,7 +11,7 @@ import functools
 import torch
 import triton
 
-from . import autotune, epilogue
+from . import autotune, epilogue, transpose
 from .bsr_few import few_tokens
 from .bsr_gemm import block_gemm
 from .bsr_gradient import expand as expand_parts
@@ -24,6 +24,7 @@ from .library import (
     as_rows,
     contiguous,
     describable,
+    exact,
     multiprocessors,
     operator,
     overlap,
@@ -40,11 +41,15 @@ FEW = 64
 # ---- which variant, and with which tiles
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
     out_features: int, in_features: int, bh: int, bw: int, blocks: int, tokens: int, dtype: torch.dtype
 ) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (split-K), ``blocks`` (tensor cores) or ``expand`` (dense, then cuBLAS)."""
+    """(variant, reason): ``empty``, ``few`` (split-K), ``blocks`` (block by block) or ``expand`` (then cuBLAS)."""
+    return _choose(out_features, in_features, bh, bw, blocks, tokens, exact(dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(out_features, in_features, bh, bw, blocks, tokens, exactly):
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
     density = blocks * bh * bw / max(1, out_features * in_features)
@@ -55,14 +60,30 @@ def choose(
         )
     side = min(bh, bw)
     limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
-    if (dtype == torch.float32 and density > limit / 2) or density > limit:
+    if exactly:
+        limit = 0.22 if side >= 64 else 0.12
+    if density > limit:
         return "expand", f"density {density:.2g} is over {limit} for blocks of {bh}x{bw}; expanded, cuBLAS runs"
-    return "blocks", f"tensor cores over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
+    means = "fp32 without tf32" if exactly else "tensor cores"
+    return "blocks", f"{means} over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
 
 
-def _many_configs(side_out: int, side_in: int, itemsize: int) -> list[dict]:
+def _many_configs(side_out: int, side_in: int, itemsize: int, exact: bool) -> list[dict]:
     if INTERPRET:
         return [{"BO": 16, "BT": 16, "BK": 16, "TOKENS_FIRST": side_out < 16, "num_stages": 1}]
+    if exact:  # each thread multiplies for itself: larger tiles spill
+        tiles = [(64, 64, 16, 4), (128, 128, 16, 8), (64, 128, 16, 8), (128, 64, 16, 8)]
+        return [
+            {
+                "BO": min(rows, power_of_two(side_out, 16, 128)),
+                "BT": t,
+                "BK": min(depth, power_of_two(side_in, 16, 32)),
+                "TOKENS_FIRST": False,
+                "num_stages": 3,
+                "num_warps": warps,
+            }
+            for rows, t, depth, warps in tiles
+        ]
     out = power_of_two(side_out, 16, 128)
     depth = power_of_two(side_in, 16, 64 if itemsize == 2 else 32)
     first = out < 64
@@ -133,26 +154,27 @@ def _plan_many(*given, transposed, activation):
         return _launch_many(config, *given[:3], up, y, bh, bw, transposed, activation)
 
     key = (x.dtype, y.shape[1], x.shape[1], bh, bw, blocks.bit_length(), len(x).bit_length(), transposed)
-    configs = _many_configs(bh, bw, x.element_size()) + [TWO_LAUNCHES] * (halves - 1)
+    configs = _many_configs(bh, bw, x.element_size(), exact(x.dtype)) + [TWO_LAUNCHES] * (halves - 1)
     return autotune.pick("bsr_many" if halves == 1 else "bsr_gated_many", key, configs, prepare, given)
 
 
 def _launch_many(config, x, values, start, up, y, bh, bw, transposed, activation):
-    (tokens, inputs), outputs, lines, stride = x.shape, y.shape[1], start.numel() - 1, x.stride(0)
+    (tokens, inputs), outputs, lines, strides = x.shape, y.shape[1], start.numel() - 1, x.stride()
     bo, bt, bk = config["BO"], config["BT"], config["BK"]
     described = _described(x, values, bt, bk, [bk, bo] if transposed else [bo, bk]) if bw % bk == 0 else {}
     if up is not None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
         described.pop(2, None)
     launch = Launch(
         block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
-        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **config,
+        TRANSPOSED=transposed, WIDE=wide(x, y) or inputs * strides[1] >= 2**31, ACTIVATION=activation,
+        PRECISION=precision(x), **overlap(x), **config,
     )  # fmt: skip
 
     def call(x, values, start, other, block, bias, gate, up, up_start, up_other, up_block, up_bias, y):
         launch(
             x if 0 in described else None, x, values if 2 in described else None, values, other, block,
             _schedule(start, other, up_start), bias, gate, up, up_start, up_other, up_bias, y,
-            tokens, inputs, outputs, lines, stride,
+            tokens, inputs, outputs, lines, *strides,
         )  # fmt: skip
 
     return call
@@ -248,8 +270,8 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
     if variant == "expand":
         return functools.partial(_expanded, outputs, activation)
     parts = (values, crow, col, bias, gate, up, up_crow, up_col, up_bias)
-    rows = as_rows(x)
-    given = (rows_contiguous(rows(x)), *parts, x.new_empty(tokens, outputs))
+    arrange = _arranged(x)
+    given = (arrange(x), *parts, x.new_empty(tokens, outputs))
     if variant == "few":
         run = _plan_few(*given, activation=activation)
     else:
@@ -258,10 +280,23 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
 
     def call(x, *parts):
         y = x.new_empty(shape)
-        run(rows_contiguous(rows(x)), *parts, y)
+        run(arrange(x), *parts, y)
         return y
 
     return call
+
+
+def _arranged(x):
+    """The function from activations like these to the matrix (tokens, I) that the kernels read.
+
+    Its rows are contiguous; or its columns, where each thread multiplies for itself and reads along the tokens.
+    """
+    rows = as_rows(x)
+    tokens = len(rows(x))
+    if not exact(x.dtype) or tokens <= 1:
+        return lambda x: rows_contiguous(rows(x))
+    turn = transpose.prepared(rows(x), transpose.padded(tokens))
+    return lambda x: turn(rows(x)).T[:tokens]
 
 
 def _with_order(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
@@ -298,7 +333,7 @@ def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
     if variant == "expand":
         return torch.matmul(grad, expand(values, crow, col, out_features=outputs, in_features=in_features))
     if variant != "empty":
-        flat = rows_contiguous(flat)
+        flat = _arranged(flat)(flat)
         given = (flat, values, t_crow, t_row, t_block, *(None,) * 7, y.view(-1, in_features))
         make = functools.partial(_plan_many, *given, transposed=True, activation="none")
         plan(("bsr grad", precision(flat)), given, make)(*given)

@@ -12,14 +12,14 @@ from .tiles import begin
 
 @triton.jit
 def _product(
-    x_desc, x_ptr, w_desc, w_ptr, other_ptr, block_ptr, start, stop, other, sub, token0, T, I, stride_x,
+    x_desc, x_ptr, w_desc, w_ptr, other_ptr, block_ptr, start, stop, other, sub, token0, T, I, stride_xt, stride_xi,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole reduction of one tile; ``other`` is the place of the line's first block, across the line."""
     STEPS: tl.constexpr = (BW + BK - 1) // BK
     inside, t, k = sub * BO + tl.arange(0, BO), token0 + tl.arange(0, BT), tl.arange(0, BK)
-    t64 = t.to(tl.int64) if WIDE else t
+    t64, k64 = (t.to(tl.int64), k.to(tl.int64)) if WIDE else (t, k)
     acc = tl.zeros((BT, BO) if TOKENS_FIRST else (BO, BT), tl.float32)
     block = start
     if TRANSPOSED:
@@ -38,7 +38,7 @@ def _product(
         else:
             in_x = in_block & (column + k < I)
             x = tl.load(
-                x_ptr + t64[:, None] * stride_x + (column + k)[None, :],
+                x_ptr + t64[:, None] * stride_xt + (column + k64)[None, :] * stride_xi,
                 mask=(t < T)[:, None] & in_x[None, :],
                 other=0.0,
             )
@@ -91,7 +91,7 @@ def _store(
 @triton.jit
 def block_gemm(
     x_desc, x_ptr, w_desc, w_ptr, other_ptr, block_ptr, schedule_ptr, bias_ptr, gate_ptr,
-    up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, y_ptr, T, I, O, lines, stride_x,
+    up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, y_ptr, T, I, O, lines, stride_xt, stride_xi,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -114,7 +114,7 @@ def block_gemm(
         if HALVES == 2 and half == 0:
             w, others, first, end, column = up_ptr, up_other_ptr, up_start, up_stop, up_other
         acc = _product(
-            x_desc, x_ptr, w_desc, w, others, block_ptr, first, end, column, sub, token0, T, I, stride_x,
+            x_desc, x_ptr, w_desc, w, others, block_ptr, first, end, column, sub, token0, T, I, stride_xt, stride_xi,
             BH, BW, BO, BT, BK, TRANSPOSED, TOKENS_FIRST, WIDE, PRECISION,
         )  # fmt: skip
         if HALVES == 1:

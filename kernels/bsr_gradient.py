@@ -12,6 +12,7 @@ from .library import (
     INTERPRET,
     Launch,
     describable,
+    exact,
     multiprocessors,
     operator,
     plan,
@@ -99,10 +100,13 @@ def _expand_line(
         tl.store(out + column[None, :], tl.load(at, mask=mask), mask=mask)
 
 
-def _gradient_configs(bh: int, bw: int, blocks: int, tokens: int, itemsize: int, programs: int) -> list[dict]:
+def _gradient_configs(
+    bh: int, bw: int, blocks: int, tokens: int, itemsize: int, programs: int, exact: bool
+) -> list[dict]:
     if INTERPRET:
         return [{"BM": 16, "BN": 16, "BK": 16, "S": 2, "num_stages": 1}]
-    rows, width, depth = power_of_two(bh, 16, 128), power_of_two(bw, 16, 128), 64 if itemsize == 2 else 32
+    side, depth = (64, 16) if exact else (128, 64 if itemsize == 2 else 32)
+    rows, width = power_of_two(bh, 16, side), power_of_two(bw, 16, side)
     tiles, found = blocks * -(-bh // rows) * -(-bw // width), []
     for waves, stages, warps in ((2, 4, 4), (4, 3, 4), (2, 4, 8)):
         warps = min(warps, rows * width // 256)  # a warp's own product is 16 by 8: more warps than that repeat it
@@ -164,7 +168,7 @@ def _plan_grad_values(grad, x, col, t_row, t_block, out):
         return call
 
     key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length())
-    configs = _gradient_configs(bh, bw, blocks, tokens, x.element_size(), multiprocessors(x))
+    configs = _gradient_configs(bh, bw, blocks, tokens, x.element_size(), multiprocessors(x), exact(x.dtype))
     return autotune.pick("bsr_grad_values", key, configs, prepare, (grad, x, col, t_row, t_block, out))
 
 

@@ -71,14 +71,19 @@ def _watched(first, args) -> bool:
     )
 
 
-def precision(x: torch.Tensor) -> str:
-    """How a product of ``x`` rounds its operands: fp32 follows torch's own switch for tf32."""
-    if x.dtype != torch.float32:
-        return "ieee"
+def exact(dtype: torch.dtype) -> bool:
+    """Whether products are made without tensor cores: fp32, unless torch's own switch allows tf32."""
+    if dtype != torch.float32:
+        return False
     try:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        return not torch.backends.cuda.matmul.allow_tf32
     except RuntimeError:  # the newer switch was set, and torch refuses to mix the two
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def precision(x: torch.Tensor) -> str:
+    """How a product of ``x`` rounds its operands."""
+    return "tf32" if x.dtype == torch.float32 and not exact(x.dtype) else "ieee"
 
 
 def capturing(x: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from .library import (
     Launch,
     as_rows,
     contiguous,
+    exact,
     multiprocessors,
     operator,
     overlap,
@@ -246,17 +247,21 @@ def _has_words(n: int, m: int, dtype: torch.dtype, in_features: int) -> bool:
     return (n, m) == (2, 4) and dtype in (torch.float16, torch.bfloat16) and in_features % 8 == 0
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
     out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype, save_memory: bool = False
 ) -> tuple[str, str]:
     """(variant, reason): ``empty``, ``word`` and ``few`` (2:4 by words), ``tiles``, ``cusparselt`` or ``expand``."""
+    return _choose(out_features, in_features, n, m, tokens, dtype, save_memory, exact(dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(out_features, in_features, n, m, tokens, dtype, save_memory, exactly):
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
     words = _has_words(n, m, dtype, in_features)
     if tokens == 1 and words:
         return "word", "one token of 2:4: 0.5625 of the dense bytes are read, a position is a shift"
-    if tokens <= FEW:
+    if tokens <= FEW and not exactly:
         if words:
             return "few", f"{tokens} tokens of 2:4: 0.5625 of the dense bytes are read and expanded in registers"
         return (
@@ -267,6 +272,8 @@ def choose(
         return "cusparselt", "2:4 on sparse tensor cores, with a plan and a searched algorithm that are kept"
     if save_memory:
         return "tiles", "tiles are expanded on the fly: saves the dense weight's memory, and no time"
+    if exactly:
+        return "expand", "fp32 without tf32: tiles expanded on the fly are slower than the dense product; cuBLAS runs"
     return "expand", f"{n}:{m} at {tokens} tokens is arithmetic that tensor cores cannot skip; expanded, cuBLAS runs"
 
 
@@ -308,7 +315,10 @@ def _plan_few(variant, x, values, index, bias, gate, y, n, m, activation):
     def prepare(config):
         height, width, split = config["BM"], config.get("BT", 1), config["S"]
         grid = (triton.cdiv(outputs, height), split, triton.cdiv(tokens, width))
-        common = dict(ACTIVATION=activation, WIDE=wide(x, values), **overlap(x), **config)
+        # beyond 16 tokens programs compute more than they wait: those of the next launch, which come early to where
+        # there is room, would then share their multiprocessors unevenly (49 us became 60)
+        early = overlap(x) if width <= 16 else {"PDL": False}
+        common = dict(ACTIVATION=activation, WIDE=wide(x, values), **early, **config)
         if variant == "word":
             launch = Launch(_one_token_24, grid, BF16=x.dtype == torch.bfloat16, **common)
             integers = (tokens, outputs, words)

@@ -20,6 +20,7 @@ from .library import (
     Launch,
     contiguous,
     describable,
+    exact,
     multiprocessors,
     operator,
     overlap,
@@ -39,11 +40,15 @@ FEW = 64  # tokens up to which the split-K kernel reads the weight once
 # ---- which variant, and with which tiles
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
     out_features: int, in_features: int, n: int, m: int, v: int, tokens: int, dtype: torch.dtype
 ) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (split-K), ``gather`` (tensor cores) or ``expand`` (dense, then cuBLAS)."""
+    """(variant, reason): ``empty``, ``few`` (split-K), ``gather`` (a gathered GEMM) or ``expand`` (then cuBLAS)."""
+    return _choose(out_features, n, m, v, tokens, dtype, exact(dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(out_features, n, m, v, tokens, dtype, exactly):
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
     if tokens <= FEW:
@@ -52,6 +57,11 @@ def choose(
             f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {n}/{m} of it once",
         )
     kept = n / m
+    if exactly:  # no tensor core whose shape asks for many rows
+        need = 0.6 if v >= 64 else 0.5 if v >= 32 else 0.4 if v >= 16 else 0.2 if v >= 8 else 0.0
+        if kept > need:
+            return "expand", f"v={v} rows are too few for {n}:{m} in fp32 without tf32; expanded, cuBLAS runs"
+        return "gather", f"{n}:{m} with v={v} in fp32 without tf32: the gathered GEMM does {kept:.3g} of the dense work"
     if dtype == torch.float32:
         return "expand", "fp32 rows cannot feed the tensor cores token-major; expanded, cuBLAS runs"
     need = 0.75 if v >= 128 else 0.5 if v >= 64 else 0.26 if v >= 32 else 0.13 if v >= 16 else 0.0
@@ -63,7 +73,14 @@ def choose(
     return "gather", f"{n}:{m} with v={v}: the gathered GEMM does {kept:.3g} of the dense work on tensor cores"
 
 
-def _many_configs(v: int, tokens: int) -> list[dict]:
+def choose_grad_values(n: int, m: int, v: int, dtype: torch.dtype) -> tuple[str, str]:
+    """(variant, reason) of the values' gradient: ``gather``, or ``reference``, the dense gradient at the pattern."""
+    if exact(dtype) and n / m > 0.3 * (min(v, 128) / 128) ** 0.5:
+        return "reference", f"{n}:{m} with v={v} in fp32 without tf32: the dense gradient, gathered, is faster"
+    return "gather", f"a gathered product of {n}/{m} of the dense work"
+
+
+def _many_configs(v: int, tokens: int, exact: bool) -> list[dict]:
     """PER_SM: 0 for one tile a program, else how many persistent programs a multiprocessor holds.
 
     TOKENS_FIRST: the tensor cores' 64 rows are tokens, for fewer output rows than that.
@@ -71,6 +88,21 @@ def _many_configs(v: int, tokens: int) -> list[dict]:
     if INTERPRET:
         return [
             {"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "TOKENS_FIRST": v < 16, "PER_SM": tokens % 2, "num_stages": 1}
+        ]
+    if exact:
+        tiles = [(128, 128, 16, 8), (64, 128, 16, 4), (128, 64, 16, 4), (64, 64, 16, 4)]
+        return [
+            {
+                "BM": min(rows, power_of_two(v, 16, 128)),
+                "BN": width,
+                "BK": depth,
+                "GROUP": 32,
+                "TOKENS_FIRST": False,
+                "PER_SM": 0,
+                "num_stages": 3,
+                "num_warps": warps,
+            }
+            for rows, width, depth, warps in tiles
         ]
     if v >= 128:
         tiles = [(128, 256, 0, 4, 8), (128, 256, 1, 3, 8), (128, 128, 2, 3, 4), (128, 128, 0, 3, 4)]
@@ -131,7 +163,7 @@ def _plan_many(x, values, index, bias, gate, up, up_index, up_bias, y, **given):
         return _launch_many(dict(config), *parts, **given)
 
     key = (x.dtype, len(values), x.shape[0], values.shape[1], v, tokens.bit_length(), given["row_major"])
-    configs = _many_configs(v, tokens) + [TWO_LAUNCHES] * (halves - 1)
+    configs = _many_configs(v, tokens, exact(x.dtype)) + [TWO_LAUNCHES] * (halves - 1)
     return autotune.pick("vector_nm_many" if halves == 1 else "vector_nm_gated_many", key, configs, prepare, parts)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import autotune, transpose
-from .library import INTERPRET, Launch, operator, plan, power_of_two, precision, wide
+from .library import INTERPRET, Launch, exact, operator, plan, power_of_two, precision, wide
 from .tiles import grouped
 from .vector_nm_gemm import group_rows
 
@@ -69,12 +69,14 @@ def _expand_tile(
     tl.store(out_ptr + rows[:, None] * I + c[None, :], dense, mask=row_ok[:, None] & (c < I)[None, :])
 
 
-def _gradient_configs(v: int, itemsize: int) -> list[dict]:
+def _gradient_configs(v: int, itemsize: int, exact: bool) -> list[dict]:
     if INTERPRET:
         return [{"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "num_stages": 1}]
     rows = power_of_two(v, 16, 128)
     depth = 64 if itemsize == 2 else 32
     tiles = [(rows, 256, 4, 8), (rows, 128, 4, 4), (rows, 128, 4, 8)]
+    if exact:
+        depth, tiles = 16, [(rows, 128, 3, 8), (rows, 64, 3, 8), (min(rows, 64), 64, 3, 4)]
     return [{"BM": a, "BN": b, "BK": depth, "GROUP": 8, "num_stages": c, "num_warps": d} for a, b, c, d in tiles]
 
 
@@ -117,9 +119,8 @@ def _plan_grad_values(grad, x, index, out, v):
         return call
 
     key = (x.dtype, outputs, inputs, slots, v, tokens.bit_length())
-    return autotune.pick(
-        "vector_nm_grad_values", key, _gradient_configs(v, x.element_size()), prepare, (grad, x, index, out)
-    )
+    configs = _gradient_configs(v, x.element_size(), exact(x.dtype))
+    return autotune.pick("vector_nm_grad_values", key, configs, prepare, (grad, x, index, out))
 
 
 def _expand_fake(values, index, n, m, v, in_features):

@@ -134,9 +134,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         raise ValueError(f"{os.fspath(path)!r} is not a complete safetensors file ({error}).") from None
     header = _header(header, path)
     if header.get("crc32") != _checksum(tensors):
-        raise ValueError(
-            f"The checksum of {os.fspath(path)!r} does not match its tensors: the file was damaged."
-        )
+        raise ValueError(f"The checksum of {os.fspath(path)!r} does not match its tensors: the file was damaged.")
     state = _unflatten(tensors, header)
     current = settled_state(model)
     _expect_fit(current, state)

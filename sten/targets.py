@@ -130,9 +130,7 @@ def select(
         hints = (
             "; ".join(sorted({t.why for t in groups}))[:300] or "the model has no parameter of two or more dimensions"
         )
-        raise ValueError(
-            f"No weight of {type(model).__name__} is left to make sparse ({hints}): choose with weights=."
-        )
+        raise ValueError(f"No weight of {type(model).__name__} is left to make sparse ({hints}): choose with weights=.")
     for target in targets:
         _check(target)
     return targets, [t for t in groups if t.why]

@@ -77,6 +77,12 @@ def choose_gradient(shape, dtype, spec):
     return "triton", "Triton, or its expansion and a dense product"
 
 
+def choose_grad_weight(shape, dtype, spec):
+    if isinstance(spec, VectorNM):
+        return kernels.vector_nm.choose_grad_values(spec.n, spec.m, spec.v, dtype)
+    return choose_gradient(shape, dtype, spec)
+
+
 def vector_nm_linear(x, weight, bias, *, spec, shape, variant):
     """Triton: a gathered dense product on tensor cores."""
     return kernels.vector_nm.linear(x, weight["values"], weight["index"], bias, **rate(spec), out_features=shape[0])
@@ -175,6 +181,6 @@ TABLE = {
 
 if kernels.available():
     for _layout, (_choose, *_functions) in TABLE.items():
-        for _name, _function in zip(("linear", "linear_grad_input", "linear_grad_weight"), _functions, strict=True):
-            _pick = _choose if _name == "linear" else choose_gradient
+        _picks = {"linear": _choose, "linear_grad_input": choose_gradient, "linear_grad_weight": choose_grad_weight}
+        for (_name, _pick), _function in zip(_picks.items(), _functions, strict=True):
             kernel(_name, weight=_layout, device="cuda", choose=in_known_dtypes(_pick))(_function)
