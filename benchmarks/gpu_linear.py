@@ -1,10 +1,10 @@
 """Every layout's linear layer on a GPU against cuBLAS, cuSPARSELt through torch, torch's BSR and stk.
 
-    python benchmarks/gpu_linear.py [--layouts VectorNM BSR ...] [--tokens 1 16 ...] [--dtype D [--tf32]] [--output DIR] [--plot]
+    python benchmarks/gpu_linear.py [--layouts BSR ...] [--tokens 1 16 ...] [--dtype D [--tf32]] [--output DIR] [--plot]
 
-Layers of an 8B model in bfloat16; each result is checked first; CUDA-graph timing over rotating weights. A ratio over 1
-means faster than dense. "chain" is feature-major in and out; everything else is ordinary (tokens, features) order, and
-includes the transpose where the kernel needs one.
+Layers of an 8B model, in bfloat16 unless said; each result is checked first; CUDA-graph timing over rotating weights. A
+ratio over 1 means faster than dense. "chain" is feature-major in and out; all else is in the ordinary order (tokens,
+features) and includes the transpose where the kernel needs one.
 """
 
 import argparse

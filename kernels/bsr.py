@@ -71,20 +71,15 @@ def _choose(out_features, in_features, bh, bw, blocks, tokens, exactly):
 def _many_configs(side_out: int, side_in: int, itemsize: int, exact: bool) -> list[dict]:
     if INTERPRET:
         return [{"BO": 16, "BT": 16, "BK": 16, "TOKENS_FIRST": side_out < 16, "num_stages": 1}]
-    if exact:  # each thread multiplies for itself: larger tiles spill
-        tiles = [(64, 64, 16, 4), (128, 128, 16, 8), (64, 128, 16, 8), (128, 64, 16, 8)]
-        return [
-            {
-                "BO": min(rows, power_of_two(side_out, 16, 128)),
-                "BT": t,
-                "BK": min(depth, power_of_two(side_in, 16, 32)),
-                "TOKENS_FIRST": False,
-                "num_stages": 3,
-                "num_warps": warps,
-            }
-            for rows, t, depth, warps in tiles
-        ]
     out = power_of_two(side_out, 16, 128)
+    if exact:  # each thread multiplies for itself: larger tiles spill, smaller ones read more than they multiply
+        if out >= 64:
+            tiles = [(64, 64, 4), (out, 128, 8), (64, 128, 4)]
+        else:
+            tiles = [(out, 128, 4), (out, 256, 4), (out, 256, 8)]
+        return [
+            {"BO": o, "BT": t, "BK": 16, "TOKENS_FIRST": False, "num_stages": 3, "num_warps": w} for o, t, w in tiles
+        ]
     depth = power_of_two(side_in, 16, 64 if itemsize == 2 else 32)
     first = out < 64
     if out >= 128:

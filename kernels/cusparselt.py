@@ -19,6 +19,7 @@ import threading
 import torch
 
 from .derived import derived
+from .epilogue import hand_over
 from .library import as_rows, capturing
 
 OPAQUE_BYTES = 1 << 14  # the opaque structs took 11 kB in old versions and take 512 bytes in new ones
@@ -125,9 +126,7 @@ class Plan:
 
     def run(self, packed, x, bias, y, search: bool = False) -> None:
         """y = x @ W.T + bias, on tensors of this plan's sizes."""
-        scratch = None
-        if self.workspace:
-            scratch = torch.empty(self.workspace, dtype=torch.uint8, device=x.device)
+        scratch = hand_over.room(x, -(-self.workspace // 4)) if self.workspace else None
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
         with self.turn:
             if bias is not None:

@@ -114,35 +114,40 @@ class HandOver:
     """
 
     SLAB = 1 << 20  # counters
-    KEPT = 1 << 21  # partial sums; more than that are given back after the launch
+    KEPT = 1 << 21  # partial sums; more room than that is given back after the launch
 
     def __init__(self):
-        self._slabs, self._used, self._by_stream = {}, {}, {}
+        self._slabs, self._used, self._counts, self._rooms = {}, {}, {}, {}
 
     def take(self, x: torch.Tensor, tiles: int, split: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(partial sums, counters) for ``tiles`` of ``size`` elements; without a split pointers that nobody follows."""
-        if split == 1:
-            return x, x
-        room = tiles * split * size
+        return (self.room(x, tiles * split * size), self.count(x, tiles)) if split > 1 else (x, x)
+
+    def room(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        """At least ``size`` fp32 numbers, whatever they hold, for the next launch on the current stream of x."""
+        if not x.is_cuda or size > self.KEPT or torch._C._cuda_isCurrentStreamCapturing():
+            return torch.empty(size, dtype=torch.float32, device=x.device)
+        place = (x.get_device(), torch._C._cuda_getCurrentRawStream(x.get_device()))
+        held = self._rooms.get(place)
+        if held is None or held.numel() < size:
+            held = self._rooms[place] = torch.empty(size, dtype=torch.float32, device=x.device)
+        return held
+
+    def count(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        """At least ``size`` counters that are zero before the next launch on the current stream of x."""
         if not x.is_cuda:
-            return torch.empty(room), torch.zeros(tiles, dtype=torch.int32)
+            return torch.zeros(size, dtype=torch.int32)
         device = x.get_device()
         if torch._C._cuda_isCurrentStreamCapturing():
-            count = self._cut(device, tiles) if device in self._slabs else self._zeros(device, tiles)
-            return self._room(device, room), count
+            return self._cut(device, size) if device in self._slabs else self._zeros(device, size)
         place = (device, torch._C._cuda_getCurrentRawStream(device))
-        partial, count = self._by_stream.get(place, (None, None))
-        if count is None or count.numel() < tiles:
+        held = self._counts.get(place)
+        if held is None or held.numel() < size:
             if device not in self._slabs:
                 self._slabs[device], self._used[device] = self._zeros(device, self.SLAB), 0
                 torch.cuda.synchronize(device)  # once: other streams use the slab as well
-            count = self._cut(device, max(tiles, 4096))
-        if room > self.KEPT:
-            return self._room(device, room), count
-        if partial is None or partial.numel() < room:
-            partial = self._room(device, room)
-        self._by_stream[place] = (partial, count)
-        return partial, count
+            held = self._counts[place] = self._cut(device, max(size, 4096))
+        return held
 
     def _cut(self, device, size):
         start = self._used[device]
@@ -154,10 +159,6 @@ class HandOver:
     @staticmethod
     def _zeros(device, size):
         return torch.zeros(size, dtype=torch.int32, device=device)
-
-    @staticmethod
-    def _room(device, size):
-        return torch.empty(size, dtype=torch.float32, device=device)
 
 
 hand_over = HandOver()

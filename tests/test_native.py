@@ -8,7 +8,7 @@ import sten
 if not sten.kernels.available():
     pytest.skip("the Triton kernels need triton", allow_module_level=True)
 
-LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.GroupedNM(1, 4, 4), sten.VectorNM(1, 4, 64)]
+LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.GroupedNM(1, 4, 4), sten.VectorNM(1, 4, 128)]
 
 
 @pytest.mark.parametrize("operator", ["linear", "linear_grad_input", "linear_grad_weight"])
@@ -18,6 +18,27 @@ def test_dtypes(layout, operator):
     for dtype, known in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float64, False)):
         variant, reason = entry.pick((16, 256, 256), torch.empty(4096, dtype=dtype), layout)
         assert (variant != "reference") == known and reason
+
+
+@pytest.mark.parametrize(
+    "operator, layout, density, with_tf32, exactly",
+    [
+        ("linear", sten.BSR((64, 64)), 0.3, "blocks", "expand"),
+        ("linear", sten.BSR((64, 64)), 0.2, "blocks", "blocks"),
+        ("linear", sten.VectorNM(1, 4, 32), None, "expand", "gather"),
+        ("linear", sten.NM(1, 4), None, "expand", "expand"),
+        ("linear_grad_weight", sten.VectorNM(1, 4, 64), None, "gather", "reference"),
+        ("linear_grad_weight", sten.VectorNM(1, 8, 64), None, "gather", "gather"),
+    ],
+    ids=str,
+)
+def test_tf32_decides(operator, layout, density, with_tf32, exactly, monkeypatch):
+    """Tensor cores take fp32 only where torch's own switch allows them to round; each side has its own best variant."""
+    entry = sten.dispatch.find(operator, "cuda", layout)
+    values = torch.empty(int(1024 * 1024 * (density or 0.25)))
+    for allowed, expected in ((True, with_tf32), (False, exactly)):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        assert entry.pick((512, 1024, 1024), values, layout)[0] == expected
 
 
 def test_blocks_below_tensor_cores_expand_their_gradients():

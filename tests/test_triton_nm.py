@@ -54,13 +54,21 @@ def test_cusparselt(tokens):
         close(call(x, parts), product, HALF[1])
     shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
     close(call(shifted, parts, flat[:128]), product + flat[:128].double(), HALF[1])
-    graph, bias = torch.cuda.CUDAGraph(), flat[:128].clone()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs sparse tensor cores")
+def test_cusparselt_in_a_graph():
+    """A recorded product keeps its bias, whichever came since."""
+    parts, x, biases = nm_parts(128, 256, 2, 4, HALF[1]), random(130, 256, dtype=HALF[1]), random(2, 128, dtype=HALF[1])
+    for _ in range(3):
+        call(x, parts, biases[0])
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = call(x, parts, bias)
-    call(x, parts, flat[128:256])  # another bias since: the recorded product keeps its own
-    bias.neg_()
+        y = call(x, parts, biases[0])
+    call(x, parts, biases[1])
+    biases[0].neg_()
     graph.replay()
-    close(y, product + bias.double(), HALF[1])
+    close(y, x.double() @ parts[2].double().T + biases[0].double(), HALF[1])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -1,10 +1,14 @@
 """Compiles every configuration that the tuner may try, for a GPU that need not be here: python triton_compile.py 80
 
-A launch is compiled and not run. Prints JSON: {tuning key: [bytes of shared memory, or what the compiler said]}.
+A launch is compiled and not run. Prints JSON: {tuning key: [(bytes of shared memory, bytes of stack that registers
+spilled to), or what the compiler said]}.
 """
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 import torch
 import triton
@@ -33,10 +37,20 @@ def compile_only(launch, *args):
     options = {name: value for name, value in launch.constants.items() if name not in names}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     try:
-        told = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options).metadata.shared
+        compiled = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+        told = compiled.metadata.shared, stack(compiled.asm["cubin"])
     except Exception as problem:  # whatever the compiler says is the finding
         told = f"{launch.constants}: {type(problem).__name__}: {problem}"
     found.setdefault(under[-1] if under else launch.kernel.fn.__name__, []).append(told)
+
+
+def stack(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 def _kind(launch, place, given):
@@ -60,19 +74,19 @@ def every_config(kernel, key, configs, prepare, given):
     return calls[0]
 
 
-def plans(tokens, v, block):
+def plans(tokens, v, block, dtype=HALF):
     """Plans the products and gradients of every layout, as the first call on a GPU would."""
-    x, grad = torch.randn(tokens, I, dtype=HALF), torch.randn(tokens, O, dtype=HALF)
-    values, index = torch.empty(O, I // 4, dtype=HALF), torch.zeros(O // v, I // 4, dtype=torch.int32)
+    x, grad = torch.randn(tokens, I, dtype=dtype), torch.randn(tokens, O, dtype=dtype)
+    values, index = torch.empty(O, I // 4, dtype=dtype), torch.zeros(O // v, I // 4, dtype=torch.int32)
     vector_nm._plan_row_major(1, 4, v, O, "none", x, values, index, *[None] * 5)
-    if v == 128:
+    if v == 128 and dtype == HALF:
         vector_nm._plan_row_major(1, 4, v, O, "silu", x, values, index, None, None, values, index, None)
     crow = torch.arange(O // block + 1, dtype=torch.int32) * (I // block // 16)
     col = torch.zeros(int(crow[-1]), dtype=torch.int32)
-    blocks = torch.empty(len(col), block, block, dtype=HALF)
+    blocks = torch.empty(len(col), block, block, dtype=dtype)
     bsr._plan_linear(O, "none", x, blocks, crow, col, *[None] * 6)
     if tokens > vector_nm.FEW:
-        turned = torch.empty(I, tokens, dtype=HALF)
+        turned = torch.empty(I, tokens, dtype=dtype)
         vector_nm_gradient._plan_grad_values(grad, turned, index, values, v)
         bsr_gradient._plan_grad_values(grad, x, col, col, col, blocks)
         return
@@ -93,4 +107,6 @@ vector_nm.choose = lambda *given: ("few" if given[-2] <= vector_nm.FEW else "gat
 bsr.choose = lambda *given: ("few" if given[-2] <= bsr.FEW else "blocks", "")
 for case in ((1, 128, 128), (16, 128, 128), (64, 64, 64), (2048, 128, 128), (2048, 16, 16)):
     plans(*case)
+plans(2048, 128, 128, torch.float32)
+plans(2048, 16, 16, torch.float32)
 print(json.dumps(found))
