@@ -20,6 +20,14 @@ def test_dtypes(layout, operator):
         assert (variant != "reference") == known and reason
 
 
+@pytest.fixture
+def switch():
+    """Sets torch's switch for tf32, and back."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield lambda allowed: setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.mark.parametrize(
     "operator, layout, density, with_tf32, exactly",
     [
@@ -32,12 +40,12 @@ def test_dtypes(layout, operator):
     ],
     ids=str,
 )
-def test_tf32_decides(operator, layout, density, with_tf32, exactly, monkeypatch):
+def test_tf32_decides(operator, layout, density, with_tf32, exactly, switch):
     """Tensor cores take fp32 only where torch's own switch allows them to round; each side has its own best variant."""
     entry = sten.dispatch.find(operator, "cuda", layout)
     values = torch.empty(int(1024 * 1024 * (density or 0.25)))
     for allowed, expected in ((True, with_tf32), (False, exactly)):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        switch(allowed)
         assert entry.pick((512, 1024, 1024), values, layout)[0] == expected
 
 
