@@ -192,7 +192,7 @@ def _launch_many(
 
 
 def _plan_few(x, values, index, bias, gate, up, up_index, up_bias, y, **given):
-    """x is (1, I) in any order, or feature-major (I, W) with W >= the tile's tokens."""
+    """x is (1, I) in any order, or feature-major (I, W), W >= the tile's tokens; ``turned`` by the launch before."""
     parts = (x, values, index, bias, gate, up, up_index, up_bias, y)
     (outputs, slots), v, tokens, halves = values.shape, given["v"], given["tokens"], 1 if up is None else 2
     width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
@@ -208,8 +208,8 @@ def _plan_few(x, values, index, bias, gate, up, up_index, up_bias, y, **given):
     return autotune.pick("vector_nm_few" if halves == 1 else "vector_nm_gated_few", key, configs, prepare, parts)
 
 
-def _launch_few(config, width, halves, x, values, index, tokens, inputs, row_major, n, m, v, activation):
-    (outputs, slots), turned = values.shape, tokens > 1 and row_major  # then the kernel before is the transpose
+def _launch_few(config, width, halves, x, values, index, tokens, inputs, turned, row_major, n, m, v, activation):
+    outputs, slots = values.shape
     strides = (x.stride(1 if tokens == 1 else 0), *((1, outputs) if row_major else (tokens, 1)))
     tiles, split = triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]), config["S"]
     launch = Launch(
@@ -297,7 +297,7 @@ def _plan_row_major(n, m, v, outputs, activation, x, *parts):
         return expanded
     width = power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens)
     turn = transpose.prepared_rows(x, width)
-    make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs)
+    make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs, turned=tokens > 1)
     y = x.new_empty(tokens, outputs)
     run = make(turn(x), *parts, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation)
 
@@ -371,7 +371,7 @@ def _feature_major(x, values, index, bias, gate, up, up_index, up_bias, n, m, v,
         given = {"tokens": tokens, "row_major": row_major, "n": n, "m": m, "v": v, "activation": activation}
         if variant == "gather":
             return _plan_many(x, *parts, y, **given)
-        return _plan_few(x[:, :1].T if tokens == 1 else x, *parts, y, inputs=inputs, **given)
+        return _plan_few(x[:, :1].T if tokens == 1 else x, *parts, y, inputs=inputs, turned=False, **given)
 
     statics = ("vector_nm feature-major", n, m, v, activation, precision(x), tokens, row_major)
     plan(statics, (x, *parts), make)(x, *parts, y)
