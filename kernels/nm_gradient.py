@@ -1,0 +1,121 @@
+"""NM as a dense matrix and back: the expansion of a weight, and a dense gradient collected at the pattern.
+
+Letters as in ``nm``: I inputs, O outputs, K slots a row, BYTES of index; BM rows, BC columns or BW words a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .library import INTERPRET, Launch, operator, plan
+from .nm_few import dense_tile, dense_words
+
+
+@triton.jit
+def _expand_tile(
+    w_ptr, index_ptr, out_ptr, I, O, K, BYTES,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    rows, c = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    dense = dense_tile(w_ptr, index_ptr, tl.minimum(rows, O - 1), c, K, BYTES, N, M, BITS, BM, BC)
+    tl.store(out_ptr + rows[:, None] * I + c[None, :], dense, mask=(rows < O)[:, None] & (c < I)[None, :])
+
+
+@triton.jit
+def _expand_words(w_ptr, index_ptr, out_ptr, O, words, BM: tl.constexpr, BW: tl.constexpr):
+    """2:4 in 16-bit types, 64-bit word by word: eight elements of the dense weight each."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    rows, j = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.program_id(1) * BW + tl.arange(0, BW)
+    c = tl.program_id(1) * BW * 8 + tl.arange(0, BW * 8)
+    ok = (rows < O)[:, None] & (j < words)[None, :]
+    w = tl.load(w_ptr + rows[:, None] * words + j[None, :], mask=ok, other=0)
+    p = tl.load(index_ptr + rows[:, None] * words + j[None, :], mask=ok, other=0).to(tl.int32)
+    dense = dense_words(w, p, dtype, BM, BW)
+    tl.store(
+        out_ptr + rows[:, None] * words * 8 + c[None, :], dense, mask=(rows < O)[:, None] & (c < words * 8)[None, :]
+    )
+
+
+@triton.jit
+def _collect_slots(
+    dense_ptr, index_ptr, out_ptr, I, O, K, BYTES,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The dense matrix at the pattern: values, and zero in the slots of columns that the matrix does not have."""
+    rows, slot = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    ok = (rows < O)[:, None] & (slot < K)[None, :]
+    byte = tl.load(index_ptr + rows[:, None] * BYTES + (slot * BITS // 8)[None, :], mask=ok, other=0).to(tl.int32)
+    column = (slot // N * M)[None, :] + ((byte >> (slot * BITS % 8)[None, :]) & ((1 << BITS) - 1))
+    values = tl.load(dense_ptr + rows[:, None] * I + column, mask=ok & (column < I), other=0.0)
+    tl.store(out_ptr + rows[:, None] * K + slot[None, :], values, mask=ok)
+
+
+def bits(m: int) -> int:
+    """Bits a stored position takes."""
+    return 2 if m <= 4 else 4 if m <= 16 else 8
+
+
+def has_words(n: int, m: int, dtype: torch.dtype, in_features: int) -> bool:
+    """Whether two groups fill a 64-bit word; values whose storage is not so aligned are copied first."""
+    return (n, m) == (2, 4) and dtype in (torch.float16, torch.bfloat16) and in_features % 8 == 0
+
+
+def as_words(x: torch.Tensor) -> torch.Tensor:
+    return (x if x.data_ptr() % 8 == 0 else x.clone()).view(torch.int64)
+
+
+def _expand_fake(values, index, n, m, in_features):
+    return values.new_empty(values.shape[0], in_features)
+
+
+@operator("gpu_nm_expand(Tensor values, Tensor index, int n, int m, int in_features) -> Tensor", _expand_fake)
+def expand(values, index, n, m, in_features):
+    given, statics = (values, index), (n, m, in_features)
+    return plan(("nm expand", *statics), given, lambda: plan_expand(*given, *statics), strided=None)(*given)
+
+
+def plan_expand(values, index, n, m, inputs):
+    """values, index -> the dense weight."""
+    outputs, words, by_words = len(values), inputs // 8, has_words(n, m, values.dtype, inputs) and not INTERPRET
+    if by_words:
+        launch = Launch(_expand_words, (triton.cdiv(outputs, 8), triton.cdiv(words, 128)), BM=8, BW=128)
+        integers = (outputs, words)
+    else:
+        height, width = (16, 32) if INTERPRET else (8, 512)
+        grid = (triton.cdiv(outputs, height), triton.cdiv(inputs, width))
+        launch = Launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
+        integers = (inputs, outputs, values.shape[1], index.shape[1])
+
+    def call(values, index):
+        dense = values.new_empty(outputs, inputs)
+        if outputs and inputs:
+            launch(as_words(values) if by_words else values, index, dense, *integers)
+        return dense
+
+    return call
+
+
+def _collect_fake(dense, index, n, m):
+    return dense.new_empty(dense.shape[0], -(-dense.shape[1] // m) * n)
+
+
+@operator("gpu_nm_collect(Tensor dense, Tensor index, int n, int m) -> Tensor", _collect_fake)
+def collect(dense, index, n, m):
+    given = (dense.contiguous(), index)
+    return plan(("nm collect", n, m), given, lambda: _plan_collect(*given, n, m))(*given)
+
+
+def _plan_collect(dense, index, n, m):
+    (outputs, inputs), height, width = dense.shape, *((16, 32) if INTERPRET else (8, 512))
+    slots = -(-inputs // m) * n
+    grid = (triton.cdiv(outputs, height), triton.cdiv(slots, width))
+    launch = Launch(_collect_slots, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
+    integers = (inputs, outputs, slots, index.shape[1])
+
+    def call(dense, index):
+        values = dense.new_empty(outputs, slots)
+        if outputs and slots:
+            launch(dense, index, values, *integers)
+        return values
+
+    return call
