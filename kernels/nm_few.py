@@ -1,6 +1,6 @@
 """NM for a few tokens: the weight is read compressed, and dense tiles of it exist in registers alone.
 
-Letters as in ``nm``: T tokens, I inputs, O outputs, K slots a row, BYTES of index; BM rows, BT tokens, BK columns a tile;
+Letters as in ``nm``: T tokens, I inputs, O outputs, K slots a row, BYTES of index; BM rows, BT tokens, BK columns;
 S splits. A word is two groups of 2:4 in 16-bit types: 4 values in 64 bits, whose positions share one byte.
 """
 
