@@ -328,7 +328,10 @@ def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
     if variant == "expand":
         return torch.matmul(grad, expand(values, crow, col, out_features=outputs, in_features=in_features))
     if variant != "empty":
-        flat = _arranged(flat)(flat)
+        if exact(flat.dtype) and len(flat) > 1:
+            flat = transpose.transpose(flat, transpose.padded(len(flat))).T[: len(flat)]
+        else:
+            flat = rows_contiguous(flat)
         given = (flat, values, t_crow, t_row, t_block, *(None,) * 7, y.view(-1, in_features))
         make = functools.partial(_plan_many, *given, transposed=True, activation="none")
         plan(("bsr grad", precision(flat)), given, make)(*given)

@@ -8,7 +8,6 @@ Letters: T tokens, I inputs, O outputs. The library computes D (O, T) = A (O, I,
 of row-major tensors: B is x (T, I) read as its transpose, D is y (T, O) likewise.
 """
 
-import contextlib
 import ctypes
 import functools
 import glob
@@ -82,7 +81,7 @@ def _handle(device: int) -> Opaque:
 
 
 class Plan:
-    """One product: sizes, dtype, device, with a bias or without. ``run(search=True)`` keeps the fastest algorithm."""
+    """One product: sizes, dtype, device, with a bias or without."""
 
     def __init__(self, device: int, outputs: int, inputs: int, tokens: int, dtype: torch.dtype, biased: bool):
         self.handle = h = _handle(device)
@@ -93,7 +92,7 @@ class Plan:
         _call("cusparseLtDenseDescriptorInit", h, d, o, t, o, ALIGNMENT, kind, COLUMN)
         _call("cusparseLtMatmulDescriptorInit", h, product, AS_IT_IS, AS_IT_IS, a, b, d, d, COMPUTE_F32)
         self.parts, self.device = (a, b, d, product, algorithm), device  # the plan points into them
-        self.turn = threading.Lock() if biased else contextlib.nullcontext()  # the product holds one bias at a time
+        self.turn = threading.Lock()  # a plan holds one bias and one algorithm at a time
         if biased:
             self._set_bias(torch.empty(outputs, dtype=dtype, device=device))  # any: it asks for kernels that add one
         _call("cusparseLtMatmulAlgSelectionInit", h, algorithm, product, 0)
@@ -124,21 +123,27 @@ class Plan:
         _call("cusparseLtSpMMACompress", self.handle, self.plan, *pointers, stream)
         return packed
 
-    def run(self, packed, x, bias, y, search: bool = False) -> None:
-        """y = x @ W.T + bias, on tensors of this plan's sizes."""
-        scratch = hand_over.room(x, -(-self.workspace // 4)) if self.workspace else None
-        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
+    def run(self, packed, x, bias, y) -> None:
+        """y = x @ W.T + bias, on tensors of this plan's sizes; at the second use all algorithms are timed first."""
         with self.turn:
             if bias is not None:
                 self._set_bias(bias)
-            status = _matmul("cusparseLtMatmulSearch" if search else "cusparseLtMatmul")(
-                self.handle.pointer, self.plan.pointer, self.one, packed.data_ptr(), x.data_ptr(), self.zero,
-                y.data_ptr(), y.data_ptr(), scratch if scratch is None else scratch.data_ptr(), ctypes.byref(stream), 1,
-            )  # fmt: skip
+            if self.uses < SEARCH_AT and not capturing(x):
+                self.uses += 1
+                if self.uses == SEARCH_AT:
+                    self._multiply("cusparseLtMatmulSearch", packed, x, y)
+                    self._read_workspace()
+            self._multiply("cusparseLtMatmul", packed, x, y)
+
+    def _multiply(self, function, packed, x, y):
+        scratch = hand_over.room(x, -(-self.workspace // 4)) if self.workspace else None
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
+        status = _matmul(function)(
+            self.handle.pointer, self.plan.pointer, self.one, packed.data_ptr(), x.data_ptr(), self.zero,
+            y.data_ptr(), y.data_ptr(), scratch if scratch is None else scratch.data_ptr(), ctypes.byref(stream), 1,
+        )  # fmt: skip
         if status != 0:
-            raise RuntimeError(f"cusparseLtMatmul answered {status}")
-        if search:
-            self._read_workspace()
+            raise RuntimeError(f"{function} answered {status}")
 
 
 @functools.cache
@@ -174,7 +179,7 @@ def plan_linear(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
     inputs, outputs, rows = x.shape[-1], values.shape[0], as_rows(x)
     tokens = x.numel() // inputs
     if _library() is None:
-        return lambda *given: _by_torch(*given)
+        return _by_torch
     extra, shape = -tokens % 8, (*x.shape[:-1], outputs)  # the library wants multiples of 8
     key = (x.get_device(), outputs, inputs, tokens + extra, x.dtype, bias is not None)
 
@@ -187,10 +192,6 @@ def plan_linear(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
         x, bias = _as_read(rows(x)), bias if bias is None else _as_read(bias.to(x.dtype))
         if extra:
             x = torch.nn.functional.pad(x, (0, 0, 0, extra))
-        if found.uses < SEARCH_AT and not capturing(x):
-            found.uses += 1
-            if found.uses == SEARCH_AT:
-                found.run(packed, x, bias, y, search=True)
         found.run(packed, x, bias, y)
         return y[:tokens].view(shape) if extra else y
 
@@ -203,5 +204,6 @@ def _by_torch(x, values, bias, make_dense):
     flat = x.reshape(-1, inputs)
     flat = torch.nn.functional.pad(flat, (0, 0, 0, -len(flat) % 8)).contiguous()
     packed = derived("torch 2:4", values, lambda: torch._cslt_compress(make_dense()))
+    bias = bias if bias is None else bias.to(x.dtype)
     y = torch._cslt_sparse_mm(packed, flat.T, bias=bias, transpose_result=True)
     return y[: x.numel() // inputs].reshape(*x.shape[:-1], outputs)

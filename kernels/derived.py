@@ -15,9 +15,23 @@ def derived(tag: str, source: torch.Tensor, make):
     found = _kept.get(key)
     if found is not None and found[1] == version and not found[0].expired():
         return found[2]
-    result = make()
+    result = _outside_of_pools(source, make)
     if not capturing(source):
         for other in [k for k, entry in _kept.items() if entry[0].expired()]:
             del _kept[other]
         _kept[key] = (StorageWeakRef(source.untyped_storage()), version, result)
+    return result
+
+
+def _outside_of_pools(source: torch.Tensor, make):
+    """``make()`` on the default stream: what another allocates may lie in the pool of a graph to be recorded."""
+    if not source.is_cuda or capturing(source):
+        return make()
+    current, default = torch.cuda.current_stream(source.device), torch.cuda.default_stream(source.device)
+    if current == default:
+        return make()
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        result = make()
+    current.wait_stream(default)
     return result

@@ -3,10 +3,13 @@
 Letters: y the output tile, S the number of splits of the reduction.
 """
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
 
+DEFAULT_STREAM = 0  # no capture is on it, and no allocation for a graph's own pool
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -109,15 +112,16 @@ def finish(
 class HandOver:
     """Where the S splits of a tile meet: fp32 room for their partial sums, and a counter that is zero before a launch.
 
-    Launches of one stream follow each other and share both; every launch recorded in a CUDA graph keeps its own, since
-    the graph may be replayed beside anything. No kernel zeroes the counters, unless the slab is used up in a capture.
+    Launches of one stream follow each other and share counters, and on the default stream the room; every launch that a
+    CUDA graph records keeps its own, since the graph may be replayed beside anything. No kernel zeroes the counters,
+    unless the slab is used up in a capture.
     """
 
     SLAB = 1 << 20  # counters
     KEPT = 1 << 21  # partial sums; more room than that is given back after the launch
 
     def __init__(self):
-        self._slabs, self._used, self._counts, self._rooms = {}, {}, {}, {}
+        self._slabs, self._used, self._counts, self._rooms, self._turn = {}, {}, {}, {}, threading.Lock()
 
     def take(self, x: torch.Tensor, tiles: int, split: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(partial sums, counters) for ``tiles`` of ``size`` elements; without a split pointers that nobody follows."""
@@ -125,12 +129,13 @@ class HandOver:
 
     def room(self, x: torch.Tensor, size: int) -> torch.Tensor:
         """At least ``size`` fp32 numbers, whatever they hold, for the next launch on the current stream of x."""
-        if not x.is_cuda or size > self.KEPT or torch._C._cuda_isCurrentStreamCapturing():
-            return torch.empty(size, dtype=torch.float32, device=x.device)
-        place = (x.get_device(), torch._C._cuda_getCurrentRawStream(x.get_device()))
-        held = self._rooms.get(place)
+        device = x.get_device()
+        kept = x.is_cuda and size <= self.KEPT and torch._C._cuda_getCurrentRawStream(device) == DEFAULT_STREAM
+        held = self._rooms.get(device) if kept else None
         if held is None or held.numel() < size:
-            held = self._rooms[place] = torch.empty(size, dtype=torch.float32, device=x.device)
+            held = torch.empty(size, dtype=torch.float32, device=x.device)
+            if kept:
+                self._rooms[device] = held
         return held
 
     def count(self, x: torch.Tensor, size: int) -> torch.Tensor:
@@ -144,16 +149,18 @@ class HandOver:
         held = self._counts.get(place)
         if held is None or held.numel() < size:
             if device not in self._slabs:
-                self._slabs[device], self._used[device] = self._zeros(device, self.SLAB), 0
+                with torch.cuda.stream(torch.cuda.default_stream(device)):  # what is kept lies in no graph's own pool
+                    self._slabs[device], self._used[device] = self._zeros(device, self.SLAB), 0
                 torch.cuda.synchronize(device)  # once: other streams use the slab as well
             held = self._counts[place] = self._cut(device, max(size, 4096))
         return held
 
     def _cut(self, device, size):
-        start = self._used[device]
-        if start + size > self.SLAB:
-            return self._zeros(device, size)
-        self._used[device] = start + -(-size // 4) * 4  # every slice as aligned as the first, which a launch relies on
+        with self._turn:
+            start = self._used[device]
+            if start + size > self.SLAB:
+                return self._zeros(device, size)
+            self._used[device] = start + -(-size // 4) * 4  # every slice as aligned as the first: a launch relies on it
         return self._slabs[device][start : start + size]
 
     @staticmethod

@@ -5,6 +5,7 @@ microseconds less, and the gradients belong to the framework's ``autograd.Functi
 """
 
 import functools
+import itertools
 import os
 
 import torch
@@ -42,7 +43,7 @@ def operator(schema: str, fake):
             return launch(first, *args)
 
         def call(first, *args):
-            if _watched(first, args):
+            if _watched([first, *[a for a in args if isinstance(a, torch.Tensor)]]):
                 return overload(first, *args)
             return on_gpu(first, *args) if first.is_cuda else on_cpu(first, *args)
 
@@ -57,18 +58,29 @@ def operator(schema: str, fake):
     return register
 
 
-def _watched(first, args) -> bool:
-    """Whether anybody has to see the operator itself: a compiler, a mode, torch.func, a profiler, autograd."""
+def _watched(tensors) -> bool:
+    """Whether anybody has to see the operator itself: a compiler, a mode, torch.func, a profiler, autograd, or a tensor
+    that is more than its numbers (a subclass, a lazy negation)."""
     return (
         torch.compiler.is_compiling()
-        or type(first) not in PLAIN
-        or first.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-        or (torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in (first, *args)))
+        or not all(type(t) in PLAIN and torch._C._dispatch_keys(t).raw_repr() in _plain_keys() for t in tensors)
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     )
+
+
+@functools.cache
+def _plain_keys() -> frozenset[int]:
+    """The dispatch keys of tensors that are their numbers and nothing else, in inference mode and out of it."""
+    devices, found = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",), set()
+    for device, inferred in itertools.product(devices, (False, True)):
+        with torch.inference_mode(inferred):
+            found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
 
 
 def exact(dtype: torch.dtype) -> bool:
@@ -138,7 +150,10 @@ def rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
 
 def wide(*tensors) -> bool:
     """Whether any offset into ``tensors`` needs 64 bits."""
-    return any(t is not None and t.numel() >= 2**31 for t in tensors)
+    return any(
+        t is not None and sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
+        for t in tensors
+    )
 
 
 def power_of_two(size: int, low: int, high: int) -> int:
@@ -239,6 +254,8 @@ def plan(key: tuple, tensors: tuple, make, strided: int | None = 0):
     found = _plans.get(key)
     if found is None:
         _refuse(tensors, strided)
+        if capturing(tensors[0]):  # nothing can be timed now, so that nothing is settled
+            return make()
         if len(_plans) > 4096:
             _plans.clear()
         found = _plans[key] = make()

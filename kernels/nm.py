@@ -115,7 +115,7 @@ def _plan_few(variant, x, values, index, bias, gate, y, n, m, activation):
         def call(x, values, index, bias, gate, y):
             met = epilogue.hand_over.take(y, grid[0] * grid[2], split, height * width)
             if variant != "tiles":
-                values, x = as_words(values), as_words(x) if variant == "word" else x
+                values, x = as_words(values), as_words(x.view(-1)) if variant == "word" else x
             launch(x, values, index, bias, gate, y, *met, *integers)
 
         return call

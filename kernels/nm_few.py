@@ -115,6 +115,8 @@ def few_tokens_24(
     if WIDE:
         w_rows = w_rows.to(tl.int64)
     t = tl.program_id(2) * BT + tl.arange(0, BT)
+    if WIDE:
+        t = t.to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     share = tl.cdiv(words, S * BW) * BW
     first = tl.program_id(1) * share

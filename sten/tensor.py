@@ -176,12 +176,17 @@ class Rule(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
+def owned(out: Tensor) -> Tensor:
+    """`out`, not as a view: autograd refuses work in place, such as an activation's, on a view that a rule returns."""
+    return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+
+
 class ToDense(Rule):
     """Sparse to dense; the gradient is gathered at the pattern."""
 
     @staticmethod
     def forward(w):
-        return OPS.to_dense(w) if torch.compiler.is_compiling() else unpack(w)
+        return OPS.to_dense(w) if torch.compiler.is_compiling() else owned(unpack(w))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -37,6 +37,26 @@ def leaf(*shape):
 
 
 @every_layout
+@pytest.mark.parametrize("bias", [True, False])
+def test_work_in_place_on_what_a_layer_returns(layout, bias):
+    """nn.ReLU(inplace=True) after a layer, as in every ResNet; the result of a rule must not be a view."""
+    for make_layer, x in (
+        (lambda: nn.Linear(8, 6, bias=bias), torch.randn(2, 3, 8)),
+        (lambda: nn.Conv2d(5, 6, 1, bias=bias), torch.randn(2, 5, 4, 4)),
+        (lambda: nn.Conv2d(5, 6, 3, bias=bias), torch.randn(2, 5, 4, 4)),
+        (lambda: nn.Embedding(6, 8), torch.tensor([[1, 2], [5, 1]])),
+    ):
+        layer = make_layer()
+        sten.sparsify(layer, layout, sparsity=None if layout.rate else 0.5, weights="weight")
+        twin = sten.densify(copy.deepcopy(layer))
+        for model in (sten.trainable(layer), twin):
+            y = model(x)
+            y.mul_(2).relu_()
+            y.square().sum().backward()
+        torch.testing.assert_close(layer(x), twin(x))
+
+
+@every_layout
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradcheck_of_products(layout, shape, strictly):
     w, dense = make(layout, shape, torch.float64)

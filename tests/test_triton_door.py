@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from triton_cases import DEVICE, bsr_parts, close, nm_parts, random, vector_nm_parts
 
 import sten
-from sten.kernels import bsr, csr, grouped_nm, nm, vector_nm
+from sten.kernels import bsr, csr, grouped_nm, library, nm, vector_nm
 
 O, I = 20, 48
 
@@ -82,6 +83,50 @@ def test_who_watches_sees_the_operator(name):
     assert name in str(traced.graph)
 
 
+class Doubled(torch.Tensor):
+    """Stands for twice its numbers, which only torch's dispatcher finds out."""
+
+    @staticmethod
+    def __new__(cls, plain):
+        return torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype, device=plain.device)
+
+    def __init__(self, plain):
+        self.plain = plain
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*[a.plain * 2 if isinstance(a, cls) else a for a in args], **(kwargs or {}))
+
+
+class Seen(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tensors_that_are_more_than_their_numbers(name):
+    """A lazy negation, a subclass in any place; and a mode that sees functions rather than operators."""
+    call, _, dense = weights()[name]
+    for tokens in (1, 3):
+        x, bias = random(tokens, I), random(O)
+        expected = x @ dense.T + bias
+        close(call(torch._neg_view(-x), torch._neg_view(-bias)), expected)
+        close(call(torch.complex(x, -x).conj().imag, bias), expected)
+        close(call(Doubled(x / 2), bias), expected)
+        close(call(x, Doubled(bias / 2)), expected)
+    with Seen() as seen:
+        call(x, bias)
+    assert any(name in function for function in seen.names)
+    assert name in make_fx(lambda x: call(x, bias), pre_dispatch=True)(x).code
+    with torch.inference_mode():
+        close(call(x * 1, bias * 1), expected)
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_strided_bias(name):
     """Any stride: a row of a larger tensor, or one number for all."""
@@ -104,3 +149,10 @@ def test_refused(name):
         overload(x, strided, *others)
     with pytest.raises(ValueError, match="gate"):
         overload(x, *rest(None, random(5, O - 1)))
+
+
+def test_wide_looks_at_the_farthest_element():
+    """Not at how many there are: a slice of a fused projection has few elements, far apart."""
+    assert library.wide(torch.empty_strided((3, 64), (2**30, 1), device="meta"))
+    assert not library.wide(torch.empty(2**20, 2**10, device="meta"), None)
+    assert library.wide(torch.empty(2**20, 2**11 + 1, device="meta"))

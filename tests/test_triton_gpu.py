@@ -84,7 +84,7 @@ def test_two_streams_at_once():
 @pytest.mark.parametrize("captured", [False, True])
 def test_back_to_back(tokens, captured):
     """A kernel that begins before its predecessor has ended reads what that one wrote, weights included."""
-    layers = [make(seed) for seed, make in enumerate([vector_layer, blocks_layer, fine_layer] * 3)]
+    layers = [make(seed) for seed, make in enumerate([vector_layer, turned_layer, blocks_layer, fine_layer] * 3)]
     x, given = random(tokens, 2048, dtype=HALF), torch.empty(tokens, 2048, dtype=HALF, device=DEVICE)
 
     def forward():
@@ -104,8 +104,10 @@ def test_back_to_back(tokens, captured):
             out = forward()
         run = lambda: graph.replay() or out  # noqa: E731
     for _ in range(30):
-        for _, target, _ in layers:
-            target[0].fill_(float("nan"))
+        for _, (values, *pattern), _ in layers:
+            values.fill_(float("nan"))
+            for part in pattern:
+                part.zero_()  # another pattern, within bounds
         assert torch.equal(run(), expected)
 
 
@@ -119,6 +121,15 @@ def vector_layer(seed):
     values, index, _ = vector_nm_parts(2048, 2048, 1, 4, 128, HALF, seed=seed)
     given = {"n": 1, "m": 4, "v": 128, "out_features": 2048}
     return written_late(lambda x, *weight: vector_nm.linear(x, *weight, **given), values / 23, index)
+
+
+def turned_layer(seed):
+    """The end of a feature-major chain: what comes before is not a transpose of our own."""
+    values, index, _ = vector_nm_parts(2048, 2048, 1, 4, 128, HALF, seed=seed)
+    given = {"n": 1, "m": 4, "v": 128, "row_major": True}
+    return written_late(
+        lambda x, *weight: vector_nm.linear_feature_major(x.T.contiguous(), *weight, **given), values / 23, index
+    )
 
 
 def blocks_layer(seed):

@@ -32,6 +32,13 @@ def test_one_token_from_words(dtype):
     close(call(x, parts, bias), x.double() @ parts[2].double().T + bias.double(), dtype)
 
 
+def test_one_token_of_a_wide_tensor():
+    """A row whose neighbours lie at no multiple of a word."""
+    parts, x = nm_parts(20, 72, 2, 4, HALF[0]), random(3, 75, dtype=HALF[0])
+    for row in (x[:1, :72], x[2:, :72], x[1:2, :72].view(1, 1, 72)):
+        close(call(row, parts), row.double() @ parts[2].double().T, HALF[0])
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs no inline assembly")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("tokens", [3, 17, 63, 64])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
 from ..dispatch import call, operator
-from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function
+from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
 from .linear import autocast, bias_row, tracked
 
 FORWARD = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -74,8 +74,9 @@ class Conv(Rule):
 
     @staticmethod
     def forward(x, w, bias, *geometry):
-        run = OPS.sparse_conv if torch.compiler.is_compiling() else conv_now
-        return run(x, w, bias, *geometry)
+        if torch.compiler.is_compiling():
+            return OPS.sparse_conv(x, w, bias, *geometry)
+        return owned(conv_now(x, w, bias, *geometry))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

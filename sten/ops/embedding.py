@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import call, operator, rows, say_densified
-from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, traced
+from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned, traced
 from .linear import tracked
 
 LIBRARY.define("sparse_embedding(Tensor index, Tensor weight) -> Tensor")
@@ -48,7 +48,7 @@ class Embedding(Rule):
 
     @staticmethod
     def forward(index, w, padding):
-        return OPS.sparse_embedding(index, w) if torch.compiler.is_compiling() else look_up(index, w)
+        return OPS.sparse_embedding(index, w) if torch.compiler.is_compiling() else owned(look_up(index, w))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

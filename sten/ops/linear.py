@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import call, call_both, find, operator, say_densified
-from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function
+from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
 
 
 @operator("linear")
@@ -115,7 +115,7 @@ class Linear(Rule):
 
     @staticmethod
     def forward(x, w, bias):
-        return OPS.sparse_linear(x, w, bias) if torch.compiler.is_compiling() else linear_now(x, w, bias)
+        return OPS.sparse_linear(x, w, bias) if torch.compiler.is_compiling() else owned(linear_now(x, w, bias))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -141,7 +141,7 @@ class Matmul(Rule):
 
     @staticmethod
     def forward(x, w, bias):
-        return OPS.sparse_matmul(x, w, bias) if torch.compiler.is_compiling() else matmul_now(x, w, bias)
+        return OPS.sparse_matmul(x, w, bias) if torch.compiler.is_compiling() else owned(matmul_now(x, w, bias))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
