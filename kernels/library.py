@@ -5,7 +5,6 @@ microseconds less, and the gradients belong to the framework's ``autograd.Functi
 """
 
 import functools
-import itertools
 import os
 
 import torch
@@ -19,7 +18,11 @@ except ImportError:  # another version of Triton: its own front end encodes the 
 
 LIB = torch.library.Library("sten", "FRAGMENT")
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+SETTINGS = frozenset((type(None), int, float, str, bool))  # a symbolic size is none of them: a trace is on its way
+dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+transforms_active, tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+profiler_enabled = torch._C._autograd._profiler_enabled
 
 
 def operator(schema: str, fake):
@@ -43,9 +46,10 @@ def operator(schema: str, fake):
             return launch(first, *args)
 
         def call(first, *args):
-            if _watched([first, *[a for a in args if isinstance(a, torch.Tensor)]]):
+            if _watched((first, *args)):
                 return overload(first, *args)
-            return on_gpu(first, *args) if first.is_cuda else on_cpu(first, *args)
+            launcher = on_gpu if first.is_cuda else on_cpu if first.is_cpu else overload
+            return launcher(first, *args)
 
         name = schema.partition("(")[0]
         LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -58,29 +62,27 @@ def operator(schema: str, fake):
     return register
 
 
-def _watched(tensors) -> bool:
+def _watched(arguments) -> bool:
     """Whether anybody has to see the operator itself: a compiler, a mode, torch.func, a profiler, autograd, or a tensor
-    that is more than its numbers (a subclass, a lazy negation)."""
-    return (
+    that is more than its numbers (a subclass, a lazy negation). Written for speed: it comes before every launch."""
+    if (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-        or not all(type(t) in PLAIN and torch._C._dispatch_keys(t).raw_repr() in _plain_keys() for t in tensors)
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    )
-
-
-@functools.cache
-def _plain_keys() -> frozenset[int]:
-    """The dispatch keys of tensors that are their numbers and nothing else, in inference mode and out of it."""
-    devices, found = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",), set()
-    for device, inferred in itertools.product(devices, (False, True)):
-        with torch.inference_mode(inferred):
-            found.add(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
-    return frozenset(found)
+        or dispatch_modes()
+        or function_modes()
+        or transforms_active()
+        or tracing_state() is not None
+        or profiler_enabled()
+    ):
+        return True
+    recording = torch.is_grad_enabled()
+    for a in arguments:
+        kind = type(a)
+        if kind in PLAIN:
+            if a.is_neg() or a._is_zerotensor() or (recording and a.requires_grad):
+                return True
+        elif kind not in SETTINGS:
+            return True
+    return False
 
 
 def exact(dtype: torch.dtype) -> bool:

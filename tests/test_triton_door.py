@@ -79,6 +79,9 @@ def test_who_watches_sees_the_operator(name):
     assert f"sten::{name}" in [event.key for event in profile.key_averages()]
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert call(torch.empty(7, I, device=DEVICE), bias).shape == (7, O)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: call(x, bias) + 1, fullgraph=True, backend="aot_eager")
+    close(compiled(x), call(x, bias) + 1)
     traced = torch.jit.trace(lambda x: call(x, bias), x, check_trace=False)
     assert name in str(traced.graph)
 
