@@ -313,6 +313,7 @@ def plot(rows, path):
 
 
 def main():
+    global DTYPE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="*", help="only these")
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
@@ -323,7 +324,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
     parser.add_argument("--tf32", action="store_true", help="float32 may round to tf32, on both sides")
     given = parser.parse_args()
-    globals()["DTYPE"] = getattr(torch, given.dtype)
+    DTYPE = getattr(torch, given.dtype)
     torch.backends.cuda.matmul.allow_tf32 = given.tf32
     torch.manual_seed(0)
     begun, rows, dense_time = time.monotonic(), [], dense_times(given.tokens)
@@ -336,7 +337,7 @@ def main():
     if not given.layouts or "VectorNM" in given.layouts:
         rows += training_rows([t for t in given.tokens if t >= 1024])
     table(rows, given.tokens)
-    name = "gpu_linear" if torch.bfloat16 == DTYPE else f"gpu_linear_{'tf32' if given.tf32 else given.dtype}"
+    name = "gpu_linear" if given.dtype == "bfloat16" else f"gpu_linear_{'tf32' if given.tf32 else given.dtype}"
     write(name, {"rows": rows}, given.output)
     if given.plot:
         plot(rows, (given.output or "benchmarks/results") + "/gpu_linear.png")

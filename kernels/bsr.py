@@ -68,11 +68,11 @@ def _choose(out_features, in_features, bh, bw, blocks, tokens, exactly):
     return "blocks", f"{means} over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
 
 
-def _many_configs(side_out: int, side_in: int, itemsize: int, exact: bool) -> list[dict]:
+def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> list[dict]:
     if INTERPRET:
         return [{"BO": 16, "BT": 16, "BK": 16, "TOKENS_FIRST": side_out < 16, "num_stages": 1}]
     out = power_of_two(side_out, 16, 128)
-    if exact:  # each thread multiplies for itself: larger tiles spill, smaller ones read more than they multiply
+    if exactly:  # each thread multiplies for itself: larger tiles spill, smaller ones read more than they multiply
         if out >= 64:
             tiles = [(64, 64, 4), (out, 128, 8), (64, 128, 4)]
         else:
@@ -161,7 +161,7 @@ def _launch_many(config, x, values, start, up, y, bh, bw, transposed, activation
         described.pop(2, None)
     launch = Launch(
         block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
-        TRANSPOSED=transposed, WIDE=wide(x, y) or inputs * strides[1] >= 2**31, ACTIVATION=activation,
+        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation,
         PRECISION=precision(x), **overlap(x), **config,
     )  # fmt: skip
 
@@ -265,8 +265,8 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
     if variant == "expand":
         return functools.partial(_expanded, outputs, activation)
     parts = (values, crow, col, bias, gate, up, up_crow, up_col, up_bias)
-    arrange = _arranged(x)
-    given = (arrange(x), *parts, x.new_empty(tokens, outputs))
+    rows = as_rows(x)
+    given = (_arranged(rows(x)), *parts, x.new_empty(tokens, outputs))
     if variant == "few":
         run = _plan_few(*given, activation=activation)
     else:
@@ -275,23 +275,18 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
 
     def call(x, *parts):
         y = x.new_empty(shape)
-        run(arrange(x), *parts, y)
+        run(_arranged(rows(x)), *parts, y)
         return y
 
     return call
 
 
 def _arranged(x):
-    """The function from activations like these to the matrix (tokens, I) that the kernels read.
-
-    Its rows are contiguous; or its columns, where each thread multiplies for itself and reads along the tokens.
-    """
-    rows = as_rows(x)
-    tokens = len(rows(x))
-    if not exact(x.dtype) or tokens <= 1:
-        return lambda x: rows_contiguous(rows(x))
-    turn = transpose.prepared(rows(x), transpose.padded(tokens))
-    return lambda x: turn(rows(x)).T[:tokens]
+    """The matrix (tokens, I) as the kernels read it: its rows are contiguous; or its columns, where each thread
+    multiplies for itself and reads along the tokens."""
+    if exact(x.dtype) and len(x) > 1:
+        return transpose.transpose(x, transpose.padded(len(x))).T[: len(x)]
+    return rows_contiguous(x)
 
 
 def _with_order(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
@@ -328,10 +323,7 @@ def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
     if variant == "expand":
         return torch.matmul(grad, expand(values, crow, col, out_features=outputs, in_features=in_features))
     if variant != "empty":
-        if exact(flat.dtype) and len(flat) > 1:
-            flat = transpose.transpose(flat, transpose.padded(len(flat))).T[: len(flat)]
-        else:
-            flat = rows_contiguous(flat)
+        flat = _arranged(flat)
         given = (flat, values, t_crow, t_row, t_block, *(None,) * 7, y.view(-1, in_features))
         make = functools.partial(_plan_many, *given, transposed=True, activation="none")
         plan(("bsr grad", precision(flat)), given, make)(*given)

@@ -13,6 +13,7 @@ from .library import (
     Launch,
     describable,
     exact,
+    filled,
     multiprocessors,
     operator,
     plan,
@@ -101,11 +102,11 @@ def _expand_line(
 
 
 def _gradient_configs(
-    bh: int, bw: int, blocks: int, tokens: int, itemsize: int, programs: int, exact: bool
+    bh: int, bw: int, blocks: int, tokens: int, itemsize: int, programs: int, exactly: bool
 ) -> list[dict]:
     if INTERPRET:
         return [{"BM": 16, "BN": 16, "BK": 16, "S": 2, "num_stages": 1}]
-    side, depth = (64, 16) if exact else (128, 64 if itemsize == 2 else 32)
+    side, depth = (64, 16) if exactly else (128, 64 if itemsize == 2 else 32)
     rows, width = power_of_two(bh, 16, side), power_of_two(bw, 16, side)
     tiles, found = blocks * -(-bh // rows) * -(-bw // width), []
     for waves, stages, warps in ((2, 4, 4), (4, 3, 4), (2, 4, 8)):
@@ -189,11 +190,4 @@ def _plan_expand(values, crow, col, outputs, inputs):
     _, bh, bw = values.shape
     grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
     launch = Launch(_expand_line, grid, BH=bh, BW=bw, BM=16, BC=width)
-
-    def call(values, crow, col):
-        dense = values.new_empty(outputs, inputs)
-        if outputs and inputs:
-            launch(values, crow, col, dense, inputs, outputs)
-        return dense
-
-    return call
+    return filled(launch, (outputs, inputs), inputs, outputs)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate
-from .library import INTERPRET, Launch, contiguous, operator, overlap, plan, power_of_two, wide
+from .library import INTERPRET, Launch, contiguous, filled, operator, overlap, plan, power_of_two, wide
 from .tiles import begin
 
 FEW = 64  # tokens up to which reading the entries, once for each 16 tokens, can cost less than a dense expansion
@@ -187,14 +187,7 @@ def _plan_expand(values, crow, col, inputs):
     """values, crow, col -> the dense weight."""
     outputs = crow.numel() - 1
     launch = Launch(_expand_row, (outputs,), BC=16 if INTERPRET else 1024)
-
-    def call(values, crow, col):
-        dense = values.new_empty(outputs, inputs)
-        if outputs and inputs:
-            launch(values, crow, col, dense, inputs)
-        return dense
-
-    return call
+    return filled(launch, (outputs, inputs), inputs)
 
 
 def _collect_fake(dense, crow, col):
@@ -210,14 +203,7 @@ def _collect(dense, crow, col):
 def _plan_collect(dense, crow, col):
     (outputs, inputs), entries = dense.shape, col.numel()
     launch = Launch(_collect_row, (outputs,), BC=16 if INTERPRET else 256)
-
-    def call(dense, crow, col):
-        values = dense.new_empty(entries)
-        if entries:
-            launch(dense, crow, col, values, inputs)
-        return values
-
-    return call
+    return filled(launch, (entries,), inputs)
 
 
 # ---- what the framework calls

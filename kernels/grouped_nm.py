@@ -13,7 +13,18 @@ import triton.language as tl
 
 from . import autotune, epilogue, transpose
 from .epilogue import finish
-from .library import INTERPRET, Launch, contiguous, multiprocessors, operator, overlap, plan, power_of_two, precision
+from .library import (
+    INTERPRET,
+    Launch,
+    contiguous,
+    filled,
+    multiprocessors,
+    operator,
+    overlap,
+    plan,
+    power_of_two,
+    precision,
+)
 from .tiles import begin
 
 
@@ -237,14 +248,7 @@ def _plan_expand(values, index, pattern, m, outputs, inputs):
     chunks, strips, patterns, g, n = values.shape
     constants = {"G": g, "N": n, "M": m, "MP": power_of_two(m, 1, 256), "BQ": 16 if INTERPRET else 128}
     launch = Launch(_expand_slots, (strips, chunks), **constants)
-
-    def call(values, index, pattern):
-        dense = values.new_empty(outputs, inputs)
-        if outputs and inputs:
-            launch(values, index, pattern, dense, inputs, outputs, patterns * g, strips)
-        return dense
-
-    return call
+    return filled(launch, (outputs, inputs), inputs, outputs, patterns * g, strips)
 
 
 def _collect_fake(dense, index, pattern, m):
@@ -259,16 +263,8 @@ def _collect(dense, index, pattern, m):
 
 def _plan_collect(dense, index, pattern, m):
     (outputs, inputs), (chunks, strips, patterns, g), n = dense.shape, index.shape, pattern.shape[1]
-    shape, slots = (*index.shape, n), index.numel() * n
     launch = Launch(_collect_slots, (strips, chunks), G=g, N=n, M=m, BQ=16 if INTERPRET else 128)
-
-    def call(dense, index, pattern):
-        values = dense.new_empty(shape)
-        if slots:
-            launch(dense, index, pattern, values, inputs, outputs, patterns * g, strips)
-        return values
-
-    return call
+    return filled(launch, (*index.shape, n), inputs, outputs, patterns * g, strips)
 
 
 # ---- what the framework calls

@@ -5,6 +5,7 @@ microseconds less, and the gradients belong to the framework's ``autograd.Functi
 """
 
 import functools
+import math
 import os
 
 import torch
@@ -221,6 +222,20 @@ class Launch:
             told += found
             at = place + 1
         return told + list(args[at:])
+
+
+def filled(launch: Launch, shape: tuple[int, ...], *integers: int):
+    """The function from tensors to a new one of this shape, like the first, that ``launch(*tensors, new, *integers)``
+    fills; nothing is launched for an empty one."""
+    size = math.prod(shape)
+
+    def call(first, *rest):
+        out = first.new_empty(shape)
+        if size:
+            launch(first, *rest, out, *integers)
+        return out
+
+    return call
 
 
 def _raw(launch):

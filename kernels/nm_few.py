@@ -12,6 +12,16 @@ from .tiles import begin
 
 
 @triton.jit
+def _rows(O, BM: tl.constexpr, WIDE: tl.constexpr):
+    """The output rows of this program, and those of the weight that stand for them where there are no more."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    w_rows = tl.minimum(rows, O - 1)
+    if WIDE:
+        w_rows = w_rows.to(tl.int64)
+    return rows, w_rows
+
+
+@triton.jit
 def _finish(
     acc, rows, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O,
     BM: tl.constexpr, BT: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -45,10 +55,7 @@ def one_token_24(
 ):  # fmt: skip
     """x and values as 64-bit words: the four activations of a group are one word, and a position is a shift."""
     begin(PDL)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    w_rows = tl.minimum(rows, O - 1)
-    if WIDE:
-        w_rows = w_rows.to(tl.int64)
+    rows, w_rows = _rows(O, BM, WIDE)
     share = tl.cdiv(words, S * BW) * BW
     first = tl.program_id(1) * share
     acc = tl.zeros((BM, BW), tl.float32)
@@ -110,10 +117,7 @@ def few_tokens_24(
 ):  # fmt: skip
     """Tensor cores over tiles that are expanded in registers, 64-bit word by word."""
     begin(PDL)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    w_rows = tl.minimum(rows, O - 1)
-    if WIDE:
-        w_rows = w_rows.to(tl.int64)
+    rows, w_rows = _rows(O, BM, WIDE)
     t = tl.program_id(2) * BT + tl.arange(0, BT)
     if WIDE:
         t = t.to(tl.int64)
@@ -157,10 +161,7 @@ def few_tokens(
 ):  # fmt: skip
     """Any n, m and dtype: dense tiles are made on the fly, so that the dense weight is never in memory."""
     begin(PDL)
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    w_rows = tl.minimum(rows, O - 1)
-    if WIDE:
-        w_rows = w_rows.to(tl.int64)
+    rows, w_rows = _rows(O, BM, WIDE)
     t = tl.program_id(2) * BT + tl.arange(0, BT)
     t_ok = (t < T)[:, None]
     if WIDE:

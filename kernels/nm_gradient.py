@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .library import INTERPRET, Launch, operator, plan
+from .library import INTERPRET, Launch, filled, operator, plan
 from .nm_few import dense_tile, dense_words
 
 
@@ -76,23 +76,21 @@ def expand(values, index, n, m, in_features):
 
 def plan_expand(values, index, n, m, inputs):
     """values, index -> the dense weight."""
-    outputs, words, by_words = len(values), inputs // 8, has_words(n, m, values.dtype, inputs) and not INTERPRET
-    if by_words:
+    outputs, words = len(values), inputs // 8
+    if has_words(n, m, values.dtype, inputs) and not INTERPRET:
         launch = Launch(_expand_words, (triton.cdiv(outputs, 8), triton.cdiv(words, 128)), BM=8, BW=128)
-        integers = (outputs, words)
-    else:
-        height, width = (16, 32) if INTERPRET else (8, 512)
-        grid = (triton.cdiv(outputs, height), triton.cdiv(inputs, width))
-        launch = Launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
-        integers = (inputs, outputs, values.shape[1], index.shape[1])
 
-    def call(values, index):
-        dense = values.new_empty(outputs, inputs)
-        if outputs and inputs:
-            launch(as_words(values) if by_words else values, index, dense, *integers)
-        return dense
+        def call(values, index):
+            dense = values.new_empty(outputs, inputs)
+            if outputs and inputs:
+                launch(as_words(values), index, dense, outputs, words)
+            return dense
 
-    return call
+        return call
+    height, width = (16, 32) if INTERPRET else (8, 512)
+    grid = (triton.cdiv(outputs, height), triton.cdiv(inputs, width))
+    launch = Launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
+    return filled(launch, (outputs, inputs), inputs, outputs, values.shape[1], index.shape[1])
 
 
 def _collect_fake(dense, index, n, m):
@@ -110,12 +108,4 @@ def _plan_collect(dense, index, n, m):
     slots = -(-inputs // m) * n
     grid = (triton.cdiv(outputs, height), triton.cdiv(slots, width))
     launch = Launch(_collect_slots, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
-    integers = (inputs, outputs, slots, index.shape[1])
-
-    def call(dense, index):
-        values = dense.new_empty(outputs, slots)
-        if outputs and slots:
-            launch(dense, index, values, *integers)
-        return values
-
-    return call
+    return filled(launch, (outputs, slots), inputs, outputs, slots, index.shape[1])

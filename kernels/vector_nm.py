@@ -80,7 +80,7 @@ def choose_grad_values(n: int, m: int, v: int, dtype: torch.dtype) -> tuple[str,
     return "gather", f"a gathered product of {n}/{m} of the dense work"
 
 
-def _many_configs(v: int, tokens: int, exact: bool) -> list[dict]:
+def _many_configs(v: int, tokens: int, exactly: bool) -> list[dict]:
     """PER_SM: 0 for one tile a program, else how many persistent programs a multiprocessor holds.
 
     TOKENS_FIRST: the tensor cores' 64 rows are tokens, for fewer output rows than that.
@@ -89,36 +89,24 @@ def _many_configs(v: int, tokens: int, exact: bool) -> list[dict]:
         return [
             {"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "TOKENS_FIRST": v < 16, "PER_SM": tokens % 2, "num_stages": 1}
         ]
-    if exact:
-        tiles = [(128, 128, 16, 8), (64, 128, 16, 4), (128, 64, 16, 4), (64, 64, 16, 4)]
-        return [
-            {
-                "BM": min(rows, power_of_two(v, 16, 128)),
-                "BN": width,
-                "BK": depth,
-                "GROUP": 32,
-                "TOKENS_FIRST": False,
-                "PER_SM": 0,
-                "num_stages": 3,
-                "num_warps": warps,
-            }
-            for rows, width, depth, warps in tiles
-        ]
-    if v >= 128:
+    held = power_of_two(v, 16, 128)
+    if exactly:
+        tiles = [(held, 128, 0, 3, 8), (min(held, 64), 128, 0, 3, 4), (held, 64, 0, 3, 4), (min(held, 64), 64, 0, 3, 4)]
+    elif v >= 128:
         tiles = [(128, 256, 0, 4, 8), (128, 256, 1, 3, 8), (128, 128, 2, 3, 4), (128, 128, 0, 3, 4)]
     elif v >= 64:
         tiles = [(64, 256, 1, 3, 4), (64, 128, 3, 3, 4), (64, 256, 0, 4, 8), (64, 128, 0, 3, 4)]
     else:
-        rows = power_of_two(v, 16, 32)
+        rows = min(held, 32)
         tiles = [(rows, 256, 0, 3, 4), (rows, 128, 3, 3, 4), (rows, 256, 0, 2, 4), (rows, 128, 0, 3, 4)]
     tiles = [tile for tile in tiles if tile[1] <= transpose.padded(tokens)]
     return [
         {
             "BM": rows,
             "BN": width,
-            "BK": 64,
+            "BK": 16 if exactly else 64,
             "GROUP": 32,
-            "TOKENS_FIRST": rows < 64 or (v < 128 and width < 256),
+            "TOKENS_FIRST": not exactly and (rows < 64 or (v < 128 and width < 256)),
             "PER_SM": p,
             "num_stages": stages,
             "num_warps": warps,

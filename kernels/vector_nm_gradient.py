@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import autotune, transpose
-from .library import INTERPRET, Launch, exact, operator, plan, power_of_two, precision, wide
+from .library import INTERPRET, Launch, exact, filled, operator, plan, power_of_two, precision, wide
 from .tiles import grouped
 from .vector_nm_gemm import group_rows
 
@@ -69,13 +69,13 @@ def _expand_tile(
     tl.store(out_ptr + rows[:, None] * I + c[None, :], dense, mask=row_ok[:, None] & (c < I)[None, :])
 
 
-def _gradient_configs(v: int, itemsize: int, exact: bool) -> list[dict]:
+def _gradient_configs(v: int, itemsize: int, exactly: bool) -> list[dict]:
     if INTERPRET:
         return [{"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "num_stages": 1}]
     rows = power_of_two(v, 16, 128)
     depth = 64 if itemsize == 2 else 32
     tiles = [(rows, 256, 4, 8), (rows, 128, 4, 4), (rows, 128, 4, 8)]
-    if exact:
+    if exactly:
         depth, tiles = 16, [(rows, 128, 3, 8), (rows, 64, 3, 8), (min(rows, 64), 64, 3, 4)]
     return [{"BM": a, "BN": b, "BK": depth, "GROUP": 8, "num_stages": c, "num_warps": d} for a, b, c, d in tiles]
 
@@ -140,11 +140,4 @@ def _plan_expand(values, index, n, m, v, inputs):
     (outputs, slots), (rows, width) = values.shape, (16, 32) if INTERPRET else (power_of_two(v, 4, 32), 256)
     grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(inputs, width))
     launch = Launch(_expand_tile, grid, N=n, M=m, V=v, BM=rows, BC=width, WIDE=outputs * inputs >= 2**31)
-
-    def call(values, index):
-        dense = values.new_empty(outputs, inputs)
-        if outputs and inputs:
-            launch(values, index, dense, inputs, outputs, slots)
-        return dense
-
-    return call
+    return filled(launch, (outputs, inputs), inputs, outputs, slots)
