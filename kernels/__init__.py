@@ -9,7 +9,7 @@ modules need triton.
 import importlib
 import importlib.util
 
-MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose")
+MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "derived")
 
 
 def available() -> bool:

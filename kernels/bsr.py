@@ -7,6 +7,7 @@ length count * BW, walked BK at a time.
 """
 
 import functools
+import itertools
 
 import torch
 import triton
@@ -91,20 +92,28 @@ def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> 
     ]
 
 
-def _few_configs(bh: int, bw: int, lines: int, blocks: int, tokens: int, programs: int) -> list[dict]:
+def _few_configs(bh: int, bw: int, blocks: int, width: int, programs: int) -> list[dict]:
+    """C: how many steps of BK one program takes at most; None: a line is not split."""
     if INTERPRET:
-        return [{"BO": 16, "BK": 16, "S": 2, "num_stages": 1}]
+        return [{"BO": 16, "BK": 16, "C": 2, "num_stages": 1}]
     depth = power_of_two(bw, 16, 128)
-    tiles = [(64, min(depth, 64), 4, 4), (64, depth, 4, 3), (32, depth, 4, 3), (32, min(depth, 64), 4, 5)]
-    if tokens == 1:
-        tiles = [(8, 512, 4, 2), (16, 256, 4, 2), (8, 256, 2, 2)]
+    short = min(depth, 64)
+    if width == 1 and depth >= 64 and bw % depth == 0:
+        tiles = [(8, depth, depth // 64, 4, 0), (4, depth, 1, 4, 0), (8, 512, 4, 1, 0), (8, 512, 4, 1, 4)]
+    elif width == 1:
+        tiles = [(8, 512, 4, 1, 0), (16, 256, 4, 1, 0), (8, 256, 2, 1, 0), (8, 512, 4, 1, 4)]
+    elif width == 16:
+        tiles = [(64, short, 4, 4, 0), (64, depth, 4, 3, 0), (64, depth, 4, 3, 1), (16, depth, 2, 4, 0)]
+        tiles += [(16, short, 2, 4, 4), (32, short, 4, 5, 0), (32, depth, 2, 3, 3)]
+    else:
+        tiles = [(64, short, 4, 4, 0), (64, short, 4, 4, 2), (64, depth, 4, 3, 0), (64, depth, 4, 3, 2)]
+        tiles += [(32, depth, 4, 3, 2), (32, short, 4, 5, 0)]
     found = []
-    for rows, depth, warps, stages in tiles:
-        rows = min(rows, power_of_two(bh, 1 if tokens == 1 else 16, 128))
-        tiles_o, length, split = lines * -(-bh // rows), blocks * bw // max(lines, 1), 1
-        while tiles_o * split < programs and split < 16 and length // (2 * split) >= depth:
-            split *= 2
-        found.append({"BO": rows, "BK": depth, "S": split, "num_stages": stages, "num_warps": warps})
+    for rows, depth, warps, stages, waves in tiles:  # as many programs as fill the machine so often
+        rows = min(rows, power_of_two(bh, 1 if width == 1 else 16, 128))
+        work = triton.cdiv(blocks * bw, depth) * triton.cdiv(bh, rows)
+        most = max(1, triton.cdiv(work, waves * programs)) if waves else None
+        found.append({"BO": rows, "BK": depth, "C": most, "num_stages": stages, "num_warps": warps})
     return [config for place, config in enumerate(found) if config not in found[:place]]
 
 
@@ -131,7 +140,42 @@ def _schedule(start, other, beside=None):
         first = other[start[line].long().clamp(max=len(other) - 1)] if len(other) else torch.zeros_like(start[1:])
         return torch.stack([line.int(), start[line], start[line + 1], first], 1).contiguous()
 
-    return derived("bsr schedule" if beside is None else f"bsr schedule beside {beside.data_ptr()}", start, make)
+    weights = (start, other) if beside is None else (start, other, beside)
+    return derived("bsr schedule", make, *weights)[0]
+
+
+def _most_programs(lines, blocks, width, depth, most, halves):
+    """How many programs of up to ``most`` steps any pattern of so many blocks can need."""
+    steps = min(blocks * triton.cdiv(width, depth), halves * lines + blocks * width // depth)
+    return lines + (steps // most if most else 0)
+
+
+def _shares(tag, programs, most, depth, width, *weights):
+    """The table of ``few_tokens`` for one weight or two, each its (start, other); a program takes up to ``most`` steps.
+
+    How many programs a pattern needs is known to the device alone: there is a row for as many as there may be, and
+    those left over do nothing, in a line that is not there.
+    """
+
+    def make():
+        starts = [start.long() for start, _ in weights]
+        steps = [-(-(start.diff() * width) // depth) for start in starts]
+        splits = torch.ones_like(steps[0]) if most is None else (-(-sum(steps) // most)).clamp(min=1)
+        stops, lines = splits.cumsum(0), splits.numel()
+        program = torch.arange(programs, device=splits.device)
+        line = torch.searchsorted(stops, program, right=True)
+        here, at = line < lines, line.clamp(max=lines - 1)
+        split, count = program - (stops - splits)[at], torch.where(here, splits[at], 1)
+        columns = [line, torch.where(here, split, 0), count]
+        for start, length, (_, other) in zip(starts, steps, weights, strict=True):
+            share = -(-length[at] // count)
+            low = torch.minimum(split * share, length[at])
+            high = torch.where(here, torch.minimum(low + share, length[at]), low)
+            first = (start[at] + low * depth // width).clamp(max=max(len(other) - 1, 0))
+            columns += [start[at], start[at + 1], low, high, other[first] if len(other) else torch.zeros_like(low)]
+        return torch.stack(columns, 1).int()
+
+    return derived(tag, make, *itertools.chain(*weights))
 
 
 def _plan_many(*given, transposed, activation):
@@ -185,25 +229,35 @@ def _plan_few(*given, activation):
     def prepare(config):
         if config == TWO_LAUNCHES:
             return in_two_launches(_plan_few, given, activation)
-        return _launch_few(config, width, halves, x, values, lines, y.shape[1], activation)
+        return _launch_few(config, width, blocks, x, values, lines, y.shape[1], activation, halves)
 
     key = (x.dtype, y.shape[1], x.shape[1], bh, bw, blocks.bit_length(), width)
-    configs = _few_configs(bh, bw, lines, blocks // halves, len(x), multiprocessors(x))
+    configs = _few_configs(bh, bw, blocks, width, multiprocessors(x))
     configs += [TWO_LAUNCHES] * (halves - 1)
     return autotune.pick("bsr_few" if halves == 1 else "bsr_gated_few", key, configs, prepare, given)
 
 
-def _launch_few(config, width, halves, x, values, lines, outputs, activation):
+def _launch_few(config, width, blocks, x, values, lines, outputs, activation, halves):
     (tokens, inputs), strides, (_, bh, bw) = x.shape, x.stride(), values.shape
-    tiles, split = lines * triton.cdiv(bh, config["BO"]), config["S"]
-    launch = Launch(
-        few_tokens, (tiles, split), BH=bh, BW=bw, BT=width, ACTIVATION=activation, PRECISION=precision(x),
-        **overlap(x), **config,
-    )  # fmt: skip
+    constants, rows = dict(config), config["BO"]
+    most, depth = constants.pop("C"), constants["BK"]
+    sub, programs = triton.cdiv(bh, rows), _most_programs(lines, blocks, bw, depth, most, halves)
+    room, tag = programs * sub * halves * rows * width, f"bsr shares {programs} {most} {depth} {bw}"
+    launches = [
+        Launch(
+            few_tokens, (programs * sub,), BH=bh, BW=bw, BT=width, SPLIT=most is not None, STAGES=config["num_stages"],
+            SETTLED=settled, ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **constants,
+        )
+        for settled in (False, True)
+    ]  # fmt: skip
 
-    def call(x, *parts):
-        met = epilogue.hand_over.take(x, tiles, split, halves * config["BO"] * width)
-        launch(x, *parts, *met, tokens, inputs, outputs, *strides)
+    def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
+        weights = ((crow, col),) if up is None else ((crow, col), (up_crow, up_col))
+        (table, settled), met = _shares(tag, programs, most, depth, bw, *weights), (x, x)
+        if most is not None:
+            met = epilogue.hand_over.room(x, room), epilogue.hand_over.count(x, lines * sub)
+        launch = launches[settled]
+        launch(x, values, col, bias, gate, up, up_col, up_bias, table, y, *met, tokens, inputs, outputs, *strides)
 
     return call
 

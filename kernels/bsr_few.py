@@ -1,6 +1,11 @@
-"""BSR for a few tokens: split-K, every block read once; the launchers are in ``bsr``.
+"""BSR for a few tokens: every block read once, by programs with equal shares; the launchers are in ``bsr``.
 
-Letters as there: T tokens, I inputs, O outputs; BO outputs, BT tokens, BK reduction a tile; S splits of the reduction.
+Letters as there: T tokens, I inputs, O outputs; BO outputs, BT tokens, BK reduction a tile.
+
+A line's reduction is split over as many programs as its blocks ask for. What a program takes stands in one row of a
+table, made once per pattern, so that it waits for memory once before its first blocks are on their way: line, split,
+splits; then for each weight the line's first block and the one after its last, the share's first step and the one after
+its last, and the place across of the share's first block.
 """
 
 import triton
@@ -9,28 +14,32 @@ import triton.language as tl
 from .epilogue import finish
 from .tiles import begin
 
+HEAD, SHARE = tl.constexpr(3), tl.constexpr(5)  # numbers of a program, and of each of its shares
+
+
+@triton.jit
+def _share(entry):
+    """The numbers of one share: first block, the one after the last, first step, the one after the last, place."""
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+
 
 @triton.jit
 def _product(
-    x_ptr, w_ptr, start_ptr, other_ptr, line, inside, split, T, I, stride_xt, stride_xi,
-    BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
+    x_ptr, w_ptr, other_ptr, share, inside, T, I, stride_xt, stride_xi,
+    BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BO, BT): this split's share of the line's blocks times their activations."""
-    start, stop = tl.load(start_ptr + line), tl.load(start_ptr + line + 1)
+    """(BO, BT): one share of a line's blocks times their activations."""
+    start, stop, low, high, ahead = share
     length = (stop - start) * BW
-    share = tl.cdiv(length, S * BK) * BK
     t, k = tl.arange(0, BT), tl.arange(0, BK)
     base = w_ptr + start.to(tl.int64) * (BH * BW)
     acc = tl.zeros((BO, BK) if BT == 1 else (BO, BT), tl.float32)
-    ahead = tl.load(other_ptr + start + split * share // BW, mask=split * share < length, other=0)
-    for step in range(split * share, tl.minimum((split + 1) * share, length), BK):
+    for step in tl.range(low * BK, high * BK, BK, num_stages=STAGES):
         if BW % BK == 0:  # a step stays inside one block: its columns are contiguous, which the compiler can see
             first, ok = tl.multiple_of(step % BW, BK), k < BK
             inner, column = first + k, tl.multiple_of(ahead * BW + first, BK) + k
-            following = tl.minimum(
-                step + BK, length - BK
-            )  # loaded one step ahead, or the copies would not be pipelined
+            following = tl.minimum(step + BK, length - BK)  # a step ahead, or the copies would not be pipelined
             ahead = tl.load(other_ptr + start + following // BW)
             w_at = base + step // BW * (BH * BW) + inside[:, None] * BW + inner[None, :]
         else:
@@ -57,34 +66,44 @@ def _product(
 
 @triton.jit
 def few_tokens(
-    x_ptr, w_ptr, start_ptr, other_ptr, bias_ptr, gate_ptr, up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, y_ptr,
+    x_ptr, w_ptr, other_ptr, bias_ptr, gate_ptr, up_ptr, up_other_ptr, up_bias_ptr, table_ptr, y_ptr,
     partial_ptr, count_ptr, T, I, O, stride_xt, stride_xi,
-    BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, SETTLED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The weight is read once; the S programs of a line share its blocks, and the last to arrive adds up.
+    """The weight is read once; where SPLIT, the programs of a line share its blocks, and the last to arrive adds up.
 
-    With ``up``, a second weight, both are read, and their products meet in fp32.
+    With ``up``, a second weight, both are read, and their products meet in fp32. SETTLED: the table was finished before
+    this launch, and is read while the kernel before still runs.
     """
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     SUB: tl.constexpr = (BH + BO - 1) // BO
-    begin(PDL)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    line, t = tile // SUB, tl.arange(0, BT)
-    inside = tile % SUB * BO + tl.arange(0, BO)
+    program, sub, t = tl.program_id(0) // SUB, tl.program_id(0) % SUB, tl.arange(0, BT)
+    inside = sub * BO + tl.arange(0, BO)
+    if not SETTLED:
+        begin(PDL)
+    entry = table_ptr + program * (HEAD + HALVES * SHARE)
+    line, split, splits = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    share = _share(entry + HEAD)
+    up_share = share
+    if HALVES == 2:
+        up_share = _share(entry + HEAD + SHARE)
+    if SETTLED:
+        begin(PDL)  # no kernel before this one writes the table
     acc = _product(
-        x_ptr, w_ptr, start_ptr, other_ptr, line, inside, split, T, I, stride_xt, stride_xi,
-        BH, BW, BO, BT, BK, S, PRECISION,
+        x_ptr, w_ptr, other_ptr, share, inside, T, I, stride_xt, stride_xi,
+        BH, BW, BO, BT, BK, STAGES, PRECISION,
     )  # fmt: skip
     up_acc = acc
     if HALVES == 2:
         up_acc = _product(
-            x_ptr, up_ptr, up_start_ptr, up_other_ptr, line, inside, split, T, I, stride_xt, stride_xi,
-            BH, BW, BO, BT, BK, S, PRECISION,
+            x_ptr, up_ptr, up_other_ptr, up_share, inside, T, I, stride_xt, stride_xi,
+            BH, BW, BO, BT, BK, STAGES, PRECISION,
         )  # fmt: skip
     o = line * BH + inside
     o_ok = (inside < BH) & (o < O)
     finish(
-        acc, up_acc, tile, split, o, o_ok, t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :],
-        bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, S, BO, BT, ACTIVATION,
+        acc, up_acc, line * SUB + sub, split, splits, (program - split) * SUB + sub * splits, o, o_ok,
+        t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :],
+        bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, SPLIT, BO, BT, ACTIVATION,
     )  # fmt: skip

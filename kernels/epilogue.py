@@ -3,11 +3,14 @@
 Letters: y the output tile, S the number of splits of the reduction.
 """
 
+import functools
 import threading
 
 import torch
 import triton
 import triton.language as tl
+
+from .derived import outside_of_pools
 
 DEFAULT_STREAM = 0  # no capture is on it, and no allocation for a graph's own pool
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -54,48 +57,54 @@ def activate(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def last_to_arrive(count_ptr, S: tl.constexpr):
-    """Counts this program in; true for the last of S. The counter is 0 again for the next launch."""
+def last_to_arrive(count_ptr, splits):
+    """Counts this program in; true for the last of ``splits``. The counter is 0 again for the next launch."""
     tl.debug_barrier()  # every thread's partial sums are written before the one thread below releases them
-    last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == S - 1
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1
     if last:
         tl.store(count_ptr, 0)
     return last
 
 
+TOGETHER = tl.constexpr(4)  # partial tiles that are on their way at a time
+
+
 @triton.jit
-def add_up(own_ptr, inside, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The S partial tiles, in a fixed order, so that the sum does not depend on who came last."""
+def add_up(own_ptr, inside, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The partial tiles, in a fixed order, so that the sum does not depend on who came last."""
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for s in range(S):
-        acc += tl.load(own_ptr + s * (ROWS * COLUMNS) + inside, cache_modifier=".cg")
+    for first in range(0, splits, TOGETHER):
+        for s in tl.static_range(TOGETHER):
+            at = own_ptr + (first + s) * (ROWS * COLUMNS) + inside
+            acc += tl.load(at, mask=first + s < splits, other=0.0, cache_modifier=".cg")
     return acc
 
 
 @triton.jit
 def finish(
-    acc, up_acc, tile, split, rows, row_ok, offsets, mask,
+    acc, up_acc, tile, split, splits, first, rows, row_ok, offsets, mask,
     bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
-    HALVES: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
+    HALVES: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Stores one output tile, of which ``acc`` (ROWS, COLUMNS) is this split's share, if all others have arrived.
 
-    ``rows`` are its outputs, ``offsets`` and ``mask`` its places in y. With HALVES of 2, ``up_acc`` is the share of the
-    product that it is multiplied with; else it is not looked at.
+    Its ``splits`` shares, where SPLIT says that there may be several, lie from number ``first`` on; ``tile`` is its
+    counter. ``rows`` are its outputs, ``offsets`` and ``mask`` its places in y. With HALVES of 2, ``up_acc`` is the
+    share of the product that it is multiplied with; else it is not looked at.
     """
-    last = True
-    if S > 1:
+    last = splits == 1
+    if SPLIT and splits > 1:
         inside = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        own = partial_ptr + (tile * (HALVES * S)).to(tl.int64) * (ROWS * COLUMNS)
-        up_own = own + S * (ROWS * COLUMNS)
+        own = partial_ptr + (first * HALVES).to(tl.int64) * (ROWS * COLUMNS)
+        up_own = own + splits * (ROWS * COLUMNS)
         tl.store(own + split * (ROWS * COLUMNS) + inside, acc)
         if HALVES == 2:
             tl.store(up_own + split * (ROWS * COLUMNS) + inside, up_acc)
-        last = last_to_arrive(count_ptr + tile, S)
+        last = last_to_arrive(count_ptr + tile, splits)
         if last:
-            acc = add_up(own, inside, S, ROWS, COLUMNS)
+            acc = add_up(own, inside, splits, ROWS, COLUMNS)
             if HALVES == 2:
-                up_acc = add_up(up_own, inside, S, ROWS, COLUMNS)
+                up_acc = add_up(up_own, inside, splits, ROWS, COLUMNS)
     if last:
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
@@ -110,11 +119,11 @@ def finish(
 
 
 class HandOver:
-    """Where the S splits of a tile meet: fp32 room for their partial sums, and a counter that is zero before a launch.
+    """Where the splits of a tile meet: fp32 room for their partial sums, and a counter that is zero before a launch.
 
     Launches of one stream follow each other and share counters, and on the default stream the room; every launch that a
     CUDA graph records keeps its own, since the graph may be replayed beside anything. No kernel zeroes the counters,
-    unless the slab is used up in a capture.
+    unless one capture uses up what is left of a slab.
     """
 
     SLAB = 1 << 20  # counters
@@ -144,28 +153,30 @@ class HandOver:
             return torch.zeros(size, dtype=torch.int32)
         device = x.get_device()
         if torch._C._cuda_isCurrentStreamCapturing():
-            return self._cut(device, size) if device in self._slabs else self._zeros(device, size)
+            return self._cut(device, size)
+        if self._used.get(device, self.SLAB) > self.SLAB // 2:  # captures took the rest
+            self._renew(x.device, device)
         place = (device, torch._C._cuda_getCurrentRawStream(device))
         held = self._counts.get(place)
         if held is None or held.numel() < size:
-            if device not in self._slabs:
-                with torch.cuda.stream(torch.cuda.default_stream(device)):  # what is kept lies in no graph's own pool
-                    self._slabs[device], self._used[device] = self._zeros(device, self.SLAB), 0
-                torch.cuda.synchronize(device)  # once: other streams use the slab as well
             held = self._counts[place] = self._cut(device, max(size, 4096))
         return held
 
+    def _renew(self, device, number):
+        make = functools.partial(torch.zeros, self.SLAB, dtype=torch.int32, device=device)
+        slab = outside_of_pools(device, make)
+        torch.cuda.synchronize(device)  # once: other streams use the slab as well
+        with self._turn:
+            self._slabs.setdefault(number, []).append(slab)  # graphs go on with the ones before
+            self._used[number] = 0
+
     def _cut(self, device, size):
         with self._turn:
-            start = self._used[device]
+            start = self._used.get(device, self.SLAB)
             if start + size > self.SLAB:
-                return self._zeros(device, size)
+                return torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
             self._used[device] = start + -(-size // 4) * 4  # every slice as aligned as the first: a launch relies on it
-        return self._slabs[device][start : start + size]
-
-    @staticmethod
-    def _zeros(device, size):
-        return torch.zeros(size, dtype=torch.int32, device=device)
+            return self._slabs[device][-1][start : start + size]
 
 
 hand_over = HandOver()

@@ -77,9 +77,9 @@ def _few_tokens(
     rows = strip * M + r
     row_ok = (r < M) & (rows < O)
     finish(
-        acc, acc, place, split, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
+        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
         row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
-        1, S, MP, BT, ACTIVATION,
+        1, S > 1, MP, BT, ACTIVATION,
     )  # fmt: skip
 
 

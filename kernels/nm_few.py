@@ -30,9 +30,9 @@ def _finish(
     tile, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BT + tl.arange(0, BT)
     row_ok, place = rows < O, tile * tl.num_programs(2) + tl.program_id(2)
     finish(
-        acc, acc, place, split, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
+        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
         row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
-        1, S, BM, BT, ACTIVATION,
+        1, S > 1, BM, BT, ACTIVATION,
     )  # fmt: skip
 
 

@@ -82,6 +82,6 @@ def few_tokens(
             up_acc = tl.sum(up_acc, 1)[:, None]
     mask = row_ok[:, None] & (t < T)[None, :]
     finish(
-        acc, up_acc, tile, split, rows, row_ok, rows[:, None] * stride_yo + t[None, :] * stride_yt, mask,
-        bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, S, BM, BT, ACTIVATION,
+        acc, up_acc, tile, split, S, tile * S, rows, row_ok, rows[:, None] * stride_yo + t[None, :] * stride_yt, mask,
+        bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, S > 1, BM, BT, ACTIVATION,
     )  # fmt: skip

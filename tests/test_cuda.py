@@ -72,6 +72,32 @@ def test_compile_and_graph(layout):
     torch.testing.assert_close(out, F.linear(x, model.weight.to_dense(), model.bias), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", LARGE, ids=str)
+def test_reduce_overhead(layout, training):
+    """torch.compile's own graphs, over weights that nothing was derived from before."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256))
+    model = sten.sparsify(model.to("cuda", torch.bfloat16), layout, sparsity=None if layout.rate else 0.8)
+    if training:
+        sten.trainable(model)
+    model.requires_grad_(training)
+    compiled = torch.compile(model, mode="reduce-overhead")
+    for seed in range(5):
+        x = torch.randn(16, 256, generator=torch.Generator().manual_seed(seed)).to("cuda", torch.bfloat16)
+        torch.compiler.cudagraph_mark_step_begin()
+        y = compiled(x)
+        expected = model(x)
+        torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+        if training:
+            wanted = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+            model.zero_grad()
+            y.square().sum().backward()
+            for got, grad in zip(model.parameters(), wanted, strict=True):
+                torch.testing.assert_close(got.grad, grad, rtol=5e-2, atol=5e-2 * float(grad.abs().max()))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_second_gpu(layout):

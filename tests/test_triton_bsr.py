@@ -133,6 +133,43 @@ def test_expand(outputs, inputs, block):
     assert torch.equal(got, dense)
 
 
+@pytest.mark.parametrize("most", [None, 1, 3])
+@pytest.mark.parametrize("depth, width", [(16, 32), (32, 16), (16, 24), (128, 16)])
+@pytest.mark.parametrize("seed", range(4))
+def test_shares(seed, depth, width, most):
+    """Every step of every line is taken once, by programs that stand together; what is left over takes none."""
+    weights = []
+    for half in range(1 + seed % 2):
+        g = torch.Generator().manual_seed(10 * seed + half)
+        counts = torch.randint(0, 6, (7,), generator=g) * (torch.rand(7, generator=g) < 0.7) * 3
+        start = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int().to(DEVICE)
+        weights.append((start, torch.randint(0, 9, (int(start[-1]),), generator=g).int().to(DEVICE)))
+    blocks = sum(len(other) for _, other in weights)
+    programs = bsr._most_programs(7, blocks, width, depth, most, len(weights))
+    table, _ = bsr._shares(f"test {depth} {width}", programs, most, depth, width, *weights)
+    assert table.shape == (programs, 3 + 5 * len(weights))
+    taken = {}
+    for program, (line, split, splits, *shares) in enumerate(table.tolist()):
+        assert 0 <= split < splits
+        if line == 7:
+            assert splits == 1
+        else:
+            assert table[program - split : program - split + splits, 0].tolist() == [line] * splits
+        work = 0
+        for half, (start, other) in enumerate(weights):
+            first, stop, low, high, place = shares[5 * half : 5 * half + 5]
+            work += max(0, high - low)
+            steps = taken.setdefault((line, half), [])
+            steps += range(low, high)
+            if low < high:
+                assert [first, stop] == start[line : line + 2].tolist() and place == other[first + low * depth // width]
+        assert most is None or work <= most + len(weights) - 1
+    for half, (start, _) in enumerate(weights):
+        lengths = -(-start.diff() * width // depth)
+        assert [taken[line, half] for line in range(7)] == [list(range(length)) for length in lengths.tolist()]
+        assert taken.get((7, half), []) == []
+
+
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
 def test_empty_and_full_rows(density, variant):
     parts, dense = bsr_parts(64, 80, 16, 16, density=density)

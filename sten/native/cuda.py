@@ -21,7 +21,7 @@ def rate(layout: VectorNM) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=256)
 def _kept_patterns(layout: GroupedNM, device: torch.device) -> Tensor:
-    return layout.rows(device).int()
+    return kernels.derived.outside_of_pools(device, lambda: layout.rows(device).int())
 
 
 def patterns(layout: GroupedNM, device: torch.device) -> Tensor:
