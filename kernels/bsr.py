@@ -141,7 +141,7 @@ def _schedule(start, other, beside=None):
         return torch.stack([line.int(), start[line], start[line + 1], first], 1).contiguous()
 
     weights = (start, other) if beside is None else (start, other, beside)
-    return derived("bsr schedule", make, *weights)[0]
+    return derived("bsr schedule", make, *weights)
 
 
 def _most_programs(lines, blocks, width, depth, most, halves):
@@ -203,16 +203,20 @@ def _launch_many(config, x, values, start, up, y, bh, bw, transposed, activation
     described = _described(x, values, bt, bk, [bk, bo] if transposed else [bo, bk]) if bw % bk == 0 else {}
     if up is not None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
         described.pop(2, None)
-    launch = Launch(
-        block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
-        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation,
-        PRECISION=precision(x), **overlap(x), **config,
-    )  # fmt: skip
+    launches = [
+        Launch(
+            block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
+            TRANSPOSED=transposed, WIDE=wide(x, y), SETTLED=settled, ACTIVATION=activation, PRECISION=precision(x),
+            **overlap(x), **config,
+        )
+        for settled in (False, True)
+    ]  # fmt: skip
 
     def call(x, values, start, other, block, bias, gate, up, up_start, up_other, up_block, up_bias, y):
-        launch(
+        schedule, settled = _schedule(start, other, up_start)
+        launches[settled](
             x if 0 in described else None, x, values if 2 in described else None, values, other, block,
-            _schedule(start, other, up_start), bias, gate, up, up_start, up_other, up_bias, y,
+            schedule, bias, gate, up, up_start, up_other, up_bias, y,
             tokens, inputs, outputs, lines, *strides,
         )  # fmt: skip
 

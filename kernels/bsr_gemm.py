@@ -94,18 +94,21 @@ def block_gemm(
     up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, y_ptr, T, I, O, lines, stride_xt, stride_xi,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, SETTLED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile a program. With ``up``, a second weight, a tile is two halves, as in ``vector_nm_gemm``: that of x @ up
-    waits in its own place of y, in L2, and is the gate of the other."""
+    waits in its own place of y, in L2, and is the gate of the other. SETTLED is that of ``bsr_few``."""
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     SUB: tl.constexpr = (BH + BO - 1) // BO
-    begin(PDL)
+    if not SETTLED:
+        begin(PDL)
     # all lines of one token tile come before the next one's, so that its activations stay in L2; the longest line first
     pid = tl.program_id(0)
     entry = schedule_ptr + pid % (lines * SUB) // SUB * 4
     line, start, stop, other = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
     sub, token0 = pid % SUB, pid // (lines * SUB) * BT
+    if SETTLED:
+        begin(PDL)
     if HALVES == 2:
         up_start, up_stop = tl.load(up_start_ptr + line), tl.load(up_start_ptr + line + 1)
         up_other = tl.load(up_other_ptr + up_start, mask=up_start < up_stop, other=0)
