@@ -3,11 +3,11 @@
     python benchmarks/overhead.py [--size 16] [--out overhead.json]
     python benchmarks/overhead.py --device cuda --size 4096 --tokens 1 16 2048
 
-Every layout is checked against the masked dense product first. The two sides run alternately in one process; the
-number is the difference of the medians, in microseconds above dense. `no_grad` is a finalized weight in inference,
-`forward` and `step` (forward and backward) the same weight as a hand-made Parameter under autograd, `trainable` and
-`trainable_step` a module in trainable form against a dense module. On a GPU (bfloat16) it is the time until the calls
-return, which is the host's.
+Every layout is checked against the masked dense product first. The two sides run alternately in one process, and each
+round goes over all cases, so that slow minutes of a machine meet all of them; the number is the median of the rounds'
+differences, in microseconds above dense. `no_grad` is a finalized weight in inference, `forward` and `step` (forward
+and backward) the same weight as a hand-made Parameter under autograd, `trainable` and `trainable_step` a module in
+trainable form against a dense module. On a GPU (bfloat16) it is the time until the calls return, which is the host's.
 """
 
 from __future__ import annotations
@@ -31,34 +31,26 @@ LAYOUTS = [sten.Masked(), sten.CSR(), sten.BSR((4, 4)), sten.NM(2, 4), sten.Vect
 GPU_LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.VectorNM(1, 4, 128), sten.GroupedNM(1, 4, 16)]
 
 
-def once(call, repeats: int) -> float:
+def once(call, repeats: int, recording: bool) -> float:
     """Microseconds a call, over one short loop; the work that a GPU has left is not waited for."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    spent = time.perf_counter() - start
+    with torch.set_grad_enabled(recording):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        spent = time.perf_counter() - start
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return spent / repeats * 1e6
 
 
-def side_by_side(sparse, dense, repeats: int, rounds: int) -> dict[str, float]:
-    """Median microseconds of both calls, measured alternately."""
-    for call in (sparse, dense):
-        once(call, repeats)
-    pairs = [(once(sparse, repeats), once(dense, repeats)) for _ in range(rounds)]
-    mine, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return {"sparse_us": round(mine, 2), "dense_us": round(theirs, 2), "above_us": round(mine - theirs, 2)}
-
-
-def measure(layout: sten.Layout, size: int, tokens: int, rounds: int, device: str) -> dict:
-    """Overheads of one layout, after a check of the result and the gradients."""
+def cases(layout: sten.Layout, size: int, tokens: int, device: str) -> tuple[str, dict[str, tuple]]:
+    """(the kernel, {name: (sparse call, dense call, calls a round, under autograd)}), results and gradients checked."""
     cuda = device == "cuda"
     made = {"device": device, "dtype": torch.bfloat16 if cuda else torch.float32}
     weight, x, bias = torch.randn(size, size, **made), torch.randn(tokens, size, **made), torch.randn(size, **made)
     mask = layout.mask(weight.abs(), None if layout.rate is not None else 0.9 if cuda else 0.5)
     near = {"atol": 0.5, "rtol": 0.05} if cuda else {"atol": 1e-5, "rtol": 1e-5}
-    calls, passes_a_loop = (50, 50) if cuda else (500, 100)
+    calls, passes = (50, 50) if cuda else (500, 100)
     sparse = nn.Parameter(sten.from_dense(weight, layout, mask))
     dense = nn.Parameter(weight.masked_fill(~mask, 0))
 
@@ -70,17 +62,34 @@ def measure(layout: sten.Layout, size: int, tokens: int, rounds: int, device: st
     above = torch.randn(tokens, size, **made)
     grads = [torch.autograd.grad(F.linear(x, w, bias), w, above)[0] for w in (sparse, dense)]
     torch.testing.assert_close(grads[0].to_dense(), grads[1] * mask, **near)
-    found = {"kernel": str(sten.ops.route.which("linear", x, sparse))}
-    with torch.no_grad():
-        found["no_grad"] = side_by_side(lambda: F.linear(x, sparse), lambda: F.linear(x, dense), calls, rounds)
-    found["forward"] = side_by_side(lambda: F.linear(x, sparse), lambda: F.linear(x, dense), calls, rounds)
-    found["step"] = side_by_side(lambda: step(sparse), lambda: step(dense), passes_a_loop, rounds)
     layers = [nn.Linear(size, size, **made), nn.Linear(size, size, **made)]
     layers[0].weight.data = dense.data.clone()
     sten.trainable(sten.sparsify(layers[0], layout, None))
-    found["trainable"] = side_by_side(lambda: layers[0](x), lambda: layers[1](x), calls, rounds)
-    passes = [lambda m=m: m(x).sum().backward() for m in layers]
-    found["trainable_step"] = side_by_side(*passes, passes_a_loop, rounds)
+    products = (lambda: F.linear(x, sparse), lambda: F.linear(x, dense))
+    found = {
+        "no_grad": (*products, calls, False),
+        "forward": (*products, calls, True),
+        "step": (lambda: step(sparse), lambda: step(dense), passes, True),
+        "trainable": (*[lambda m=m: m(x) for m in layers], calls, True),
+        "trainable_step": (*[lambda m=m: m(x).sum().backward() for m in layers], passes, True),
+    }
+    return str(sten.ops.route.which("linear", x, sparse)), found
+
+
+def measure(every: dict[str, dict[str, tuple]], rounds: int) -> dict[str, dict]:
+    """{case: {name: medians}} over rounds that each go over all cases; the round before the first warms up."""
+    pairs: dict[tuple[str, str], list] = {}
+    for number in range(rounds + 1):
+        for case, calls in every.items():
+            for name, (sparse, dense, repeats, recording) in calls.items():
+                pair = once(sparse, repeats, recording), once(dense, repeats, recording)
+                if number:
+                    pairs.setdefault((case, name), []).append(pair)
+    found: dict[str, dict] = {}
+    for (case, name), spent in pairs.items():
+        sides = {"sparse_us": [a for a, _ in spent], "dense_us": [b for _, b in spent]}
+        sides["above_us"] = [a - b for a, b in spent]
+        found.setdefault(case, {})[name] = {side: round(statistics.median(us), 2) for side, us in sides.items()}
     return found
 
 
@@ -97,17 +106,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     cuda = args.device == "cuda"
+    built = {
+        f"{layout}, {tokens} tokens": cases(layout, args.size, tokens, args.device)
+        for layout in (GPU_LAYOUTS if cuda else LAYOUTS)
+        for tokens in args.tokens
+    }
+    measured = measure({case: calls for case, (_, calls) in built.items()}, args.rounds)
     result = {
         "what": f"linear {args.size}x{args.size}, {'bfloat16' if cuda else 'float32'}, {args.threads} thread(s)",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cpu": sten.cpp.features(),
-        "layouts": {
-            f"{layout}, {tokens} tokens": measure(layout, args.size, tokens, args.rounds, args.device)
-            for layout in (GPU_LAYOUTS if cuda else LAYOUTS)
-            for tokens in args.tokens
-        },
+        "layouts": {case: {"kernel": kernel, **measured[case]} for case, (kernel, _) in built.items()},
     }
     text = json.dumps(result, indent=2)
     print(text)

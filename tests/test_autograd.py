@@ -460,3 +460,13 @@ def test_every_layout_is_here():
         sten.GroupedNM,
     }
     assert Masked() in LAYOUTS
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_one_bias_for_all_outputs(shape):
+    """torch repeats it, and sums its gradient."""
+    sparse = sten.from_dense(torch.randn(8, 16), sten.CSR()).requires_grad_()
+    x, bias = torch.randn(3, 16), torch.randn(shape, requires_grad=True)
+    got = torch.autograd.grad(F.linear(x, sparse, bias).square().sum(), bias)
+    expected = torch.autograd.grad(F.linear(x, sparse.detach().to_dense(), bias).square().sum(), bias)
+    torch.testing.assert_close(got, expected)

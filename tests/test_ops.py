@@ -37,7 +37,14 @@ def close(got, want, atol=1e-5):
 @pytest.mark.parametrize("x_shape", [(3,), (), (0,), (2, 4), (33,), (2, 0)], ids=str)
 def test_linear(layout, shape, x_shape, strictly, poisoned):
     w, dense = make(layout, shape)
-    for bias in (None, torch.randn(shape[0]), torch.randn(shape[0], 3)[:, 1], torch.randn(1).expand(shape[0])):
+    for bias in (
+        None,
+        torch.randn(shape[0]),
+        torch.randn(shape[0], 3)[:, 1],
+        torch.randn(1).expand(shape[0]),
+        torch.randn(1),
+        torch.randn(()),
+    ):
         x = torch.randn(*x_shape, shape[1])
         close(F.linear(x, w, bias), F.linear(x, dense, bias))
         close(F.linear(x, nn.Parameter(w), bias).detach(), F.linear(x, dense, bias))

@@ -47,10 +47,12 @@ def matmul_reference(input, other, *, spec, shape):
 # without gradients
 
 
-def bias_row(bias: Tensor | None, outputs: int) -> Tensor | None:
-    """The bias as every kernel may take it: one number for each output, contiguous."""
+def bias_row(bias: Tensor | None, outputs: int, repeat: bool = False) -> Tensor | None:
+    """The bias as every kernel may take it: one number for each output, contiguous; a single one may `repeat`."""
     if bias is None:
         return None
+    if repeat and bias.dim() < 2 and bias.numel() == 1:
+        bias = bias.expand(outputs)
     if bias.shape != (outputs,):
         raise RuntimeError(f"The bias of {outputs} outputs must have the shape ({outputs},); got {tuple(bias.shape)}.")
     return bias.contiguous()
@@ -58,7 +60,7 @@ def bias_row(bias: Tensor | None, outputs: int) -> Tensor | None:
 
 def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
     """x @ w.T + bias."""
-    bias = bias_row(bias, w.stored_shape[w.transposed])
+    bias = bias_row(bias, w.stored_shape[w.transposed], repeat=True)
     if w.transposed:
         y = _times(x, w)
         return y if bias is None else y + bias
@@ -67,7 +69,7 @@ def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
 
 def matmul_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
     """x @ w + bias."""
-    bias = bias_row(bias, w.stored_shape[not w.transposed])
+    bias = bias_row(bias, w.stored_shape[not w.transposed], repeat=True)
     if w.transposed:
         return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias)
     y = _times(x, w)
