@@ -2,7 +2,8 @@
 
 One module a layout (``vector_nm``, ``bsr``, ``nm``, ``grouped_nm``, ``csr``) with the same surface: ``linear``,
 ``linear_grad_input``, ``linear_grad_values``, ``expand`` (parts -> dense) and ``choose`` (which variant runs, and why).
-The parts are those of ``docs/formats.md``. Importing this package needs neither triton nor a GPU; its
+The parts are those of ``docs/formats.md``. ``transpose`` gives the feature-major order that some read, and ``derived``
+keeps what is computed from a pattern once. Importing this package needs neither triton nor a GPU; its
 modules need triton.
 """
 

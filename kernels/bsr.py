@@ -1,13 +1,12 @@
 """BSR: dense blocks (bh, bw) at block columns ``col`` of each block row, and the same blocks column by column.
 
-Letters: T tokens, I inputs, O outputs; BO output features, BT tokens, BK reduction a tile; S splits of the reduction.
+Letters: T tokens, I inputs, O outputs; BO output features, BT tokens, BK reduction a tile.
 BH and BW are the block's output and reduction sides: (bh, bw) for x @ W.T, (bw, bh) for grad @ W, which is the same
 walk over ``t_crow``, ``t_row`` and ``t_block``. A line is a block row (or column); its blocks form a reduction of
 length count * BW, walked BK at a time.
 """
 
 import functools
-import itertools
 
 import torch
 import triton
@@ -92,7 +91,7 @@ def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> 
     ]
 
 
-def _few_configs(bh: int, bw: int, blocks: int, width: int, programs: int) -> list[dict]:
+def _few_configs(bh: int, bw: int, lines: int, blocks: int, width: int, programs: int) -> list[dict]:
     """C: how many steps of BK one program takes at most; None: a line is not split."""
     if INTERPRET:
         return [{"BO": 16, "BK": 16, "C": 2, "num_stages": 1}]
@@ -108,6 +107,8 @@ def _few_configs(bh: int, bw: int, blocks: int, width: int, programs: int) -> li
     else:
         tiles = [(64, short, 4, 4, 0), (64, short, 4, 4, 2), (64, depth, 4, 3, 0), (64, depth, 4, 3, 2)]
         tiles += [(32, depth, 4, 3, 2), (32, short, 4, 5, 0)]
+    if 2 * lines * triton.cdiv(bh, tiles[0][0]) < programs:  # whole lines leave most of the machine idle
+        tiles.sort(key=lambda tile: tile[-1] == 0)
     found = []
     for rows, depth, warps, stages, waves in tiles:  # as many programs as fill the machine so often
         rows = min(rows, power_of_two(bh, 1 if width == 1 else 16, 128))
@@ -133,49 +134,46 @@ def _schedule(start, other, beside=None):
 
     ``beside`` is the ``start`` of a second weight whose lines the same programs walk. It only decides the order.
     """
-
-    def make():
-        length = start.diff() if beside is None else start.diff() + beside.diff()
-        line = length.argsort(descending=True, stable=True)
-        first = other[start[line].long().clamp(max=len(other) - 1)] if len(other) else torch.zeros_like(start[1:])
-        return torch.stack([line.int(), start[line], start[line + 1], first], 1).contiguous()
-
-    weights = (start, other) if beside is None else (start, other, beside)
-    return derived("bsr schedule", make, *weights)
+    return derived("bsr schedule", _scheduled, *((start, other) if beside is None else (start, other, beside)))
 
 
-def _most_programs(lines, blocks, width, depth, most, halves):
+def _scheduled(start, other, beside=None):
+    length = start.diff() if beside is None else start.diff() + beside.diff()
+    line = length.argsort(descending=True, stable=True)
+    first = other[start[line].long().clamp(max=len(other) - 1)] if len(other) else torch.zeros_like(start[1:])
+    return torch.stack([line.int(), start[line], start[line + 1], first], 1).contiguous()
+
+
+def _most_programs(lines, blocks, bw, depth, most, halves):
     """How many programs of up to ``most`` steps any pattern of so many blocks can need."""
-    steps = min(blocks * triton.cdiv(width, depth), halves * lines + blocks * width // depth)
+    steps = min(blocks * triton.cdiv(bw, depth), halves * lines + blocks * bw // depth)
     return lines + (steps // most if most else 0)
 
 
-def _shares(tag, programs, most, depth, width, *weights):
-    """The table of ``few_tokens`` for one weight or two, each its (start, other); a program takes up to ``most`` steps.
+def _shares(programs, most, depth, bw, *starts_and_others):
+    """The table of ``few_tokens`` for one weight or two, each its start and its other. A program takes up to ``most``
+    steps of ``depth``; of two weights one more, since each is rounded up.
 
     How many programs a pattern needs is known to the device alone: there is a row for as many as there may be, and
     those left over do nothing, in a line that is not there.
     """
-
-    def make():
-        starts = [start.long() for start, _ in weights]
-        steps = [-(-(start.diff() * width) // depth) for start in starts]
-        splits = torch.ones_like(steps[0]) if most is None else (-(-sum(steps) // most)).clamp(min=1)
-        stops, lines = splits.cumsum(0), splits.numel()
-        program = torch.arange(programs, device=splits.device)
-        line = torch.searchsorted(stops, program, right=True)
-        here, at = line < lines, line.clamp(max=lines - 1)
-        split, count = program - (stops - splits)[at], torch.where(here, splits[at], 1)
-        columns = [line, torch.where(here, split, 0), count]
-        for start, length, (_, other) in zip(starts, steps, weights, strict=True):
-            share = -(-length[at] // count)
-            low = torch.minimum(split * share, length[at])
-            high = torch.where(here, torch.minimum(low + share, length[at]), low)
-            first = (start[at] + low * depth // width).clamp(max=max(len(other) - 1, 0))
-            columns += [start[at], start[at + 1], low, high, other[first] if len(other) else torch.zeros_like(low)]
-        return torch.stack(columns, 1).int()
-
-    return derived(tag, make, *itertools.chain(*weights))
+    weights = list(zip(starts_and_others[::2], starts_and_others[1::2], strict=True))
+    starts = [start.long() for start, _ in weights]
+    steps = [-(-(start.diff() * bw) // depth) for start in starts]
+    splits = torch.ones_like(steps[0]) if most is None else (-(-sum(steps) // most)).clamp(min=1)
+    stops, lines = splits.cumsum(0), splits.numel()
+    program = torch.arange(programs, device=splits.device)
+    line = torch.searchsorted(stops, program, right=True)
+    here, at = line < lines, line.clamp(max=lines - 1)
+    split, count = program - (stops - splits)[at], torch.where(here, splits[at], 1)
+    columns = [line, torch.where(here, split, 0), count]
+    for start, length, (_, other) in zip(starts, steps, weights, strict=True):
+        share = -(-length[at] // count)
+        low = torch.minimum(split * share, length[at])
+        high = torch.where(here, torch.minimum(low + share, length[at]), low)
+        first = (start[at] + low * depth // bw).clamp(max=max(len(other) - 1, 0))
+        columns += [start[at], start[at + 1], low, high, other[first] if len(other) else torch.zeros_like(low)]
+    return torch.stack(columns, 1).int()
 
 
 def _plan_many(*given, transposed, activation):
@@ -236,7 +234,7 @@ def _plan_few(*given, activation):
         return _launch_few(config, width, blocks, x, values, lines, y.shape[1], activation, halves)
 
     key = (x.dtype, y.shape[1], x.shape[1], bh, bw, blocks.bit_length(), width)
-    configs = _few_configs(bh, bw, blocks, width, multiprocessors(x))
+    configs = _few_configs(bh, bw, lines, blocks, width, multiprocessors(x))
     configs += [TWO_LAUNCHES] * (halves - 1)
     return autotune.pick("bsr_few" if halves == 1 else "bsr_gated_few", key, configs, prepare, given)
 
@@ -247,6 +245,7 @@ def _launch_few(config, width, blocks, x, values, lines, outputs, activation, ha
     most, depth = constants.pop("C"), constants["BK"]
     sub, programs = triton.cdiv(bh, rows), _most_programs(lines, blocks, bw, depth, most, halves)
     room, tag = programs * sub * halves * rows * width, f"bsr shares {programs} {most} {depth} {bw}"
+    shares = functools.partial(_shares, programs, most, depth, bw)
     launches = [
         Launch(
             few_tokens, (programs * sub,), BH=bh, BW=bw, BT=width, SPLIT=most is not None, STAGES=config["num_stages"],
@@ -256,8 +255,8 @@ def _launch_few(config, width, blocks, x, values, lines, outputs, activation, ha
     ]  # fmt: skip
 
     def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
-        weights = ((crow, col),) if up is None else ((crow, col), (up_crow, up_col))
-        (table, settled), met = _shares(tag, programs, most, depth, bw, *weights), (x, x)
+        weights = (crow, col) if up is None else (crow, col, up_crow, up_col)
+        (table, settled), met = derived(tag, shares, *weights), (x, x)
         if most is not None:
             met = epilogue.hand_over.room(x, room), epilogue.hand_over.count(x, lines * sub)
         launch = launches[settled]

@@ -187,7 +187,7 @@ def plan_linear(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
         found = _planned(key, x)
         if found is None:
             return None
-        packed, _ = derived("cusparselt 2:4", lambda: found.compress(make_dense()), values)
+        packed, _ = derived("cusparselt 2:4", lambda _: found.compress(make_dense()), values, renewed=False)
         y = x.new_empty((tokens + extra, outputs) if extra else shape)
         x, bias = _as_read(rows(x)), bias if bias is None else _as_read(bias.to(x.dtype))
         if extra:
@@ -203,7 +203,7 @@ def _by_torch(x, values, bias, make_dense):
     inputs, outputs = x.shape[-1], values.shape[0]
     flat = x.reshape(-1, inputs)
     flat = torch.nn.functional.pad(flat, (0, 0, 0, -len(flat) % 8)).contiguous()
-    packed, _ = derived("torch 2:4", lambda: torch._cslt_compress(make_dense()), values)
+    packed, _ = derived("torch 2:4", lambda _: torch._cslt_compress(make_dense()), values, renewed=False)
     bias = bias if bias is None else bias.to(x.dtype)
     y = torch._cslt_sparse_mm(packed, flat.T, bias=bias, transpose_result=True)
     return y[: x.numel() // inputs].reshape(*x.shape[:-1], outputs)

@@ -1,6 +1,6 @@
 """What happens to a finished fp32 tile before it is stored: bias, activation, gate; and the split-K hand-over.
 
-Letters: y the output tile, S the number of splits of the reduction.
+Letters: y the output tile; its reduction may be split.
 """
 
 import functools
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .derived import outside_of_pools
+from .library import on_default_stream
 
-DEFAULT_STREAM = 0  # no capture is on it, and no allocation for a graph's own pool
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -139,7 +139,7 @@ class HandOver:
     def room(self, x: torch.Tensor, size: int) -> torch.Tensor:
         """At least ``size`` fp32 numbers, whatever they hold, for the next launch on the current stream of x."""
         device = x.get_device()
-        kept = x.is_cuda and size <= self.KEPT and torch._C._cuda_getCurrentRawStream(device) == DEFAULT_STREAM
+        kept = x.is_cuda and size <= self.KEPT and on_default_stream(x)
         held = self._rooms.get(device) if kept else None
         if held is None or held.numel() < size:
             held = torch.empty(size, dtype=torch.float32, device=x.device)
@@ -165,7 +165,6 @@ class HandOver:
     def _renew(self, device, number):
         make = functools.partial(torch.zeros, self.SLAB, dtype=torch.int32, device=device)
         slab = outside_of_pools(device, make)
-        torch.cuda.synchronize(device)  # once: other streams use the slab as well
         with self._turn:
             self._slabs.setdefault(number, []).append(slab)  # graphs go on with the ones before
             self._used[number] = 0

@@ -19,6 +19,7 @@ except ImportError:  # another version of Triton: its own front end encodes the 
 
 LIB = torch.library.Library("sten", "FRAGMENT")
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEFAULT_STREAM = 0
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 SETTINGS = frozenset((type(None), int, float, str, bool))  # a symbolic size is none of them: a trace is on its way
 dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
@@ -104,6 +105,11 @@ def precision(x: torch.Tensor) -> str:
 def capturing(x: torch.Tensor) -> bool:
     """Whether the current stream of ``x`` records a CUDA graph, when nothing may be timed or synchronized."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def on_default_stream(x: torch.Tensor) -> bool:
+    """Whether launches on the GPU of ``x`` go to its default stream now: no capture is on it, no pool of a graph."""
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) == DEFAULT_STREAM
 
 
 def describable(matrix: torch.Tensor) -> bool:

@@ -68,7 +68,14 @@ OPERATORS: dict[str, Operator] = {}
 _warned: set[tuple] = set()
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("sten_strict", default=False)
 _observers: list[Callable[[str, Layout, Parts, Kernel | None], None]] = []
+WRITTEN: list[Callable[..., None]] = []  # who keeps what was derived from a pattern, and has to know of a change
 TAPS: dict[int, Callable] = {}  # id of a pattern part -> who wants that weight's gradient dense (sten/training/tap.py)
+
+
+def written(*pattern: Tensor) -> None:
+    """To be called by who writes a pattern in place: a recorded graph may be replayed before any call."""
+    for told in WRITTEN:
+        told(*pattern)
 
 
 class DensifyError(RuntimeError):

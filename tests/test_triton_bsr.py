@@ -146,7 +146,7 @@ def test_shares(seed, depth, width, most):
         weights.append((start, torch.randint(0, 9, (int(start[-1]),), generator=g).int().to(DEVICE)))
     blocks = sum(len(other) for _, other in weights)
     programs = bsr._most_programs(7, blocks, width, depth, most, len(weights))
-    table, _ = bsr._shares(f"test {depth} {width}", programs, most, depth, width, *weights)
+    table = bsr._shares(programs, most, depth, width, *(t for weight in weights for t in weight))
     assert table.shape == (programs, 3 + 5 * len(weights))
     taken = {}
     for program, (line, split, splits, *shares) in enumerate(table.tolist()):
@@ -168,6 +168,21 @@ def test_shares(seed, depth, width, most):
         lengths = -(-start.diff() * width // depth)
         assert [taken[line, half] for line in range(7)] == [list(range(length)) for length in lengths.tolist()]
         assert taken.get((7, half), []) == []
+
+
+def test_pattern_written_in_place(variant):
+    """What was derived from a pattern follows it: of a weight, and of one of two weights alone."""
+    keep = torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) < 0.5
+    (first, _), (second, dense) = (bsr_parts(64, 80, 16, 16, keep=k, seed=7) for k in (keep, keep.roll(1, 0)))
+    other, other_dense = bsr_parts(64, 80, 16, 16, seed=5)
+    x, names = random(3, 80), ("values", "crow", "col")
+    for _ in range(2):
+        got = bsr.linear(x, *(first[name] for name in names), out_features=64)
+        both = bsr.gated_linear(x, gated(first), gated(other), out_features=64)
+        for name in names:
+            first[name].copy_(second[name])
+    close(got, x @ dense.T)
+    close(both, torch.nn.functional.silu(x @ other_dense.T) * (x @ dense.T))
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])

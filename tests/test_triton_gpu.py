@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton_cases import DEVICE, bsr_parts, close, nm_parts, random, vector_nm_parts
 
-from sten.kernels import bsr, epilogue, nm, transpose, vector_nm
+from sten.kernels import bsr, derived, epilogue, nm, transpose, vector_nm
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 HALF = torch.bfloat16
@@ -142,6 +142,28 @@ def blocks_layer(seed):
 def fine_layer(seed):
     values, index, *_ = nm_parts(2048, 2048, 2, 4, HALF, seed=seed)
     return written_late(lambda x, *weight: nm.linear(x, *weight, n=2, m=4, out_features=2048), values / 23, index)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+def test_a_recorded_graph_follows_its_pattern(tokens):
+    """A tick writes the pattern in place and says so; the graph reads the tables where they were."""
+    keep = torch.rand(32, 32, generator=torch.Generator().manual_seed(3)) < 0.2
+    patterns = [bsr_parts(2048, 2048, 64, 64, keep=keep.roll(n, 0), dtype=HALF, seed=n) for n in range(3)]
+    names, x = ("values", "crow", "col"), random(tokens, 2048, dtype=HALF)
+    mine = [patterns[0][0][name].clone() for name in names]
+    for _ in range(2):
+        bsr.linear(x, *mine, out_features=2048)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = bsr.linear(x, *mine, out_features=2048)
+    for number, (parts, dense) in enumerate(patterns * 2):
+        for own, name in zip(mine, names, strict=True):
+            own.copy_(parts[name])
+        derived.renew(*mine[1:])
+        if number % 2:  # an eager call between changes nothing for the graph
+            bsr.linear(x, *mine, out_features=2048)
+        graph.replay()
+        close(out, x.double() @ dense.double().T, HALF)
 
 
 def test_captures_use_up_the_counters(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..dispatch import kernel
+from ..dispatch import WRITTEN, kernel
 from ..layouts import BSR, CSR, NM, GroupedNM, VectorNM
 from . import expand as expand  # registered first, so that these replace it
 
@@ -25,8 +25,9 @@ def _kept_patterns(layout: GroupedNM, device: torch.device) -> Tensor:
 
 
 def patterns(layout: GroupedNM, device: torch.device) -> Tensor:
-    """GroupedNM's patterns (P, n) int32 on the device; kept, unless a trace runs: its tensors must not stay here."""
-    if torch._C._len_torch_dispatch_stack():
+    """GroupedNM's patterns (P, n) int32 on the device; kept, unless a trace or a capture runs: what they make must not
+    stay here."""
+    if torch._C._len_torch_dispatch_stack() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return layout.rows(device).int()
     return _kept_patterns(layout, device)
 
@@ -179,7 +180,14 @@ TABLE = {
 }
 
 
+def renew(*written: Tensor) -> None:
+    """What kernels derived from a pattern that was written in place is made again where recorded graphs read it."""
+    if written and written[0].is_cuda:
+        kernels.derived.renew(*written)
+
+
 if kernels.available():
+    WRITTEN.append(renew)
     for _layout, (_choose, *_functions) in TABLE.items():
         _picks = {"linear": _choose, "linear_grad_input": choose_gradient, "linear_grad_weight": choose_grad_weight}
         for (_name, _pick), _function in zip(_picks.items(), _functions, strict=True):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import Allocation
+from ..dispatch import written
 from ..layout import fields
 from ..sparsifiers import Sparsifier
 from ..tensor import Rule, SparseTensor, checked, project
@@ -132,6 +133,7 @@ class SparseWeight(nn.Module):
                     own.data, own.grad = own.new_zeros(part.shape), None
         lost: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, lost, unexpected, errors)
+        written(*self.pattern.values())
         missing.extend(_public(prefix) + name.removeprefix(prefix) for name in lost)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..dispatch import written
 from ..layout import Layout, Parts
 from ..layouts import CSR
 from ..sparsifiers import Edit, View
@@ -188,6 +189,8 @@ class Site:
             self.holder.mask = mask
         for name in self.holder.pattern if parts else ():
             self.holder._buffers[name] = fill(self.holder._buffers[name], parts[name])
+        if parts:
+            written(*self.holder.pattern.values())
 
     def _keep(self, state: dict[str, Tensor] | None) -> None:
         for name, value in (state or {}).items():
