@@ -75,19 +75,26 @@ def renew(*written: torch.Tensor) -> None:
 
 
 def outside_of_pools(device: torch.device, make):
-    """``make()``, to be kept: a call that warms up a graph may give all memory of its stream, or of its thread, to that
-    graph's pool, whose owner takes it back. So it runs on the default stream, then in a thread of its own. The device
-    has finished it on return."""
+    """``make()``, to be kept, which the device has finished on return.
+
+    A call that warms up a graph may give all memory of its stream, or of its thread, to that graph's pool, whose owner
+    takes it back. So it is made on the default stream; where the call is on another, in a thread of its own.
+    """
+
+    def plainly():
+        with torch.inference_mode(False), torch.no_grad():  # what is kept may be written in place later
+            return make()
+
     if device.type != "cuda":
-        return make()
+        return plainly()
     current, default = torch.cuda.current_stream(device), torch.cuda.default_stream(device)
 
     def elsewhere():
-        with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(default):
-            return make()
+        with torch.cuda.device(device), torch.cuda.stream(default):
+            return plainly()
 
     if current == default:
-        result = make()
+        result = plainly()
     else:
         default.wait_stream(current)
         with ThreadPoolExecutor(1) as thread:

@@ -52,6 +52,14 @@ def test_follows_what_is_written_at_one_address():
         assert again is total and settled and torch.equal(total, a + b)
 
 
+def test_made_in_inference_mode_and_changed_outside():
+    source = torch.arange(4)
+    with torch.inference_mode():
+        kept, _ = derived.derived("tag", doubled, source)
+    source.add_(1)
+    assert derived.derived("tag", doubled, source)[0] is kept and torch.equal(kept, source * 2)
+
+
 def test_renewed_where_no_call_follows():
     a, b, c = torch.arange(4), torch.arange(4), torch.arange(4)
     kept = [derived.derived("sum", torch.add, *pair)[0] for pair in ((a, b), (a, c))]
