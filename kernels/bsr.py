@@ -399,7 +399,8 @@ def gated_linear(x, up, gate, *, out_features, activation="silu"):
     """activation(x @ W_gate.T) * (x @ W_up.T), (*, O), where ``up`` and ``gate`` are each (values, crow, col[, bias]).
 
     One launch, or two where they are faster. Over 64 tokens the up half is rounded to the output's dtype once, on its
-    way through the output; below, both halves meet in fp32. Both weights have blocks of one shape.
+    way through the output; below, both halves meet in fp32. Both weights have blocks of one shape. A recorded graph
+    goes on with the patterns that it met: after a change of one, call ``derived.renew`` with the parts of both.
     """
     parts, name = (*with_bias(gate, 3), *with_bias(up, 3)), epilogue.activation_name(activation)
     return _gated_linear(x, *parts, out_features, name)

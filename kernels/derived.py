@@ -13,69 +13,90 @@ _turn = threading.Lock()
 
 
 class _Entry:
-    def __init__(self, make, sources, versions, result):
-        self.make, self.versions, self.result, self.changed = make, versions, result, False
+    """``changed``: the sources were written since it was first made. ``settled``: the device has finished it."""
+
+    def __init__(self, make, sources, versions, result, changed, settled):
+        self.make, self.versions, self.result = make, versions, result
+        self.changed, self.settled = changed, settled
         self.storages = [StorageWeakRef(t.untyped_storage()) for t in sources]
 
     def alive(self):
         return not any(map(StorageWeakRef.expired, self.storages))
 
+    def follows(self, versions):
+        return self.versions == versions and self.alive()
+
 
 def derived(tag: str, make, *sources: torch.Tensor, renewed: bool = True) -> tuple[torch.Tensor, bool]:
     """(``make(*sources)``, settled), kept while the sources live; made again when one was written in place.
 
-    What is kept is settled: the device has finished it, so that any stream may use it, and a kernel may read it even
-    before it waits for the kernel before it. It keeps its address, which a recorded graph remembers. Whoever writes the
-    sources where no call follows has to say so, by ``renew``. Where nobody does (``renewed`` is False: weights change
-    at every step), a capture makes its own as soon as the sources were seen to change. What is made in a capture is
-    neither kept nor settled. An inference tensor counts as never written.
+    What is settled the device has finished, so that any stream may use it, and a kernel may read it even before it
+    waits for the kernel before it. It keeps its address, which a recorded graph remembers: whoever writes the sources
+    where no call follows has to say so, by ``renew``. Where nobody does (``renewed`` is False: weights change at every
+    step), a capture makes its own, if the first source is trained or was seen to change. What is made in a capture is
+    neither kept nor settled. An inference tensor counts as never written, except by ``renew``.
     """
     key, versions = [tag], []
     for t in sources:
         key += t.data_ptr(), t.shape
-        versions.append(0 if t.is_inference() else t._version)
+        versions.append(_version(t))
     key = tuple(key)
     found, first = _kept.get(key), sources[0]
-    if found is None or found.versions != versions or not found.alive():
+    if found is None or not found.follows(versions):
         if capturing(first):
             return make(*sources), False
-        found = _renewed(key, found, make, sources, versions, renewed)
-    elif found.changed and not renewed and capturing(first):
+        found = _made(key, make, sources, versions, renewed)
+    elif not renewed and (found.changed or first.requires_grad) and capturing(first):
         return make(*sources), False
-    if first.is_cuda and not on_default_stream(first):
-        found.result.record_stream(torch.cuda.current_stream(first.device))  # it was allocated for the default one
-    return found.result, True
+    if first.is_cuda and not on_default_stream(first):  # for which it was allocated, and where it was made
+        current = torch.cuda.current_stream(first.device)
+        if not found.settled and not capturing(first):
+            current.wait_stream(torch.cuda.default_stream(first.device))
+        found.result.record_stream(current)
+    return found.result, found.settled
 
 
-def _renewed(key, found, make, sources, versions, renewed):
-    def made():
-        result = make(*sources)
-        if found is None or not found.alive() or found.result.shape != result.shape:
-            return result
-        return found.result.copy_(result)
+def _version(t):
+    return 0 if t.is_inference() else t._version
 
-    result = outside_of_pools(sources[0].device, made)
+
+def _made(key, make, sources, versions, renewed, anyway=False):
+    """The entry made by the first thread that comes; in place of an older one, and where that one lay."""
     with _turn:
+        old = _kept.get(key)
+        old = old if old is not None and old.alive() else None
+        if old is not None and not anyway and old.follows(versions):
+            return old
+
+        def made():
+            result = make(*sources)
+            if old is None or old.result.shape != result.shape:
+                return result
+            return old.result.copy_(result)
+
+        settled = renewed or old is None  # a trained weight changes at every step: the host does not wait for each
+        result = outside_of_pools(sources[0].device, made, wait=settled)
         for other in [k for k, entry in _kept.items() if not entry.alive()]:
             del _kept[other]
-        entry = _kept[key] = _Entry(make if renewed else None, sources, versions, result)
-        entry.changed = found is not None and found.alive()
-    return entry
+        entry = _Entry(make if renewed else None, sources, versions, result, old is not None, settled)
+        _kept[key] = entry
+        return entry
 
 
 def renew(*written: torch.Tensor) -> None:
     """What was derived from these tensors alone, which have been written in place, is made again where it lies."""
     places = {(t.data_ptr(), t.shape): t for t in written}
     for key, found in list(_kept.items()):
-        pairs = list(zip(key[1::2], key[2::2], strict=True))
-        if found.make is None or not found.alive() or not all(pair in places for pair in pairs):
+        if found.make is None or key[1:3] not in places or not found.alive():
             continue
-        sources = [places[pair] for pair in pairs]
-        derived(key[0], found.make, *sources)
+        pairs = list(zip(key[1::2], key[2::2], strict=True))
+        if all(pair in places for pair in pairs):
+            sources = [places[pair] for pair in pairs]
+            _made(key, found.make, sources, [_version(t) for t in sources], renewed=True, anyway=True)
 
 
-def outside_of_pools(device: torch.device, make):
-    """``make()``, to be kept, which the device has finished on return.
+def outside_of_pools(device: torch.device, make, wait: bool = True):
+    """``make()``, to be kept, which the device has finished on return, unless the caller need not ``wait``.
 
     A call that warms up a graph may give all memory of its stream, or of its thread, to that graph's pool, whose owner
     takes it back. So it is made on the default stream; where the call is on another, in a thread of its own.
@@ -99,5 +120,6 @@ def outside_of_pools(device: torch.device, make):
         default.wait_stream(current)
         with ThreadPoolExecutor(1) as thread:
             result = thread.submit(elsewhere).result()
-    default.synchronize()
+    if wait or current != default:
+        default.synchronize()
     return result

@@ -84,6 +84,9 @@ def test_reduce_overhead(layout, training):
         sten.trainable(model)
     model.requires_grad_(training)
     compiled = torch.compile(model, mode="reduce-overhead")
+    for _ in range(3 if training else 0):  # recorded before any weight has changed, as with accumulated gradients
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(torch.ones(128, 256, device="cuda", dtype=torch.bfloat16)).sum().backward()
     for seed in range(5):
         tokens = 128 if training else 16  # 2:4 is cuSPARSELt's from 65 on, in a form of its own
         x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(seed)).to("cuda", torch.bfloat16)

@@ -1,7 +1,9 @@
 """What is kept of a stored tensor: as long as it lives, at one address, and never older than the tensor."""
 
 import gc
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -71,6 +73,26 @@ def test_renewed_where_no_call_follows():
     assert not torch.equal(own, a * 2)
 
 
+def test_renewed_where_versions_say_nothing():
+    with torch.inference_mode():
+        source = torch.arange(4)
+        kept, _ = derived.derived("tag", doubled, source)
+        source.add_(10)
+        assert derived.derived("tag", doubled, source)[0].tolist() == [0, 2, 4, 6]  # nobody said so
+        derived.renew(source)
+    assert torch.equal(kept, source * 2) and derived.derived("tag", doubled, source)[0] is kept
+
+
+def test_a_capture_makes_its_own_form_of_what_is_trained(monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(4))
+    kept = [derived.derived("tag", doubled, w, renewed=False)[0] for w in (weight, weight.detach())]
+    assert kept[0] is kept[1]
+    monkeypatch.setattr(derived, "capturing", lambda t: True)
+    assert derived.derived("tag", doubled, weight, renewed=False)[0] is not kept[0]
+    assert derived.derived("tag", doubled, weight.detach(), renewed=False)[0] is kept[0]
+    assert derived.derived("tag", doubled, weight)[0] is kept[0]  # whoever writes it says so
+
+
 def test_in_a_capture(monkeypatch):
     a, b = torch.arange(4), torch.arange(4)
     kept = [derived.derived("tag", doubled, a)[0], derived.derived("tag", doubled, b, renewed=False)[0]]
@@ -84,7 +106,7 @@ def test_in_a_capture(monkeypatch):
     assert derived.derived("tag", doubled, a)[0] is kept[0]
     assert derived.derived("tag", doubled, b, renewed=False)[0] is kept[1]
     monkeypatch.setattr(derived, "capturing", lambda t: True)
-    assert derived.derived("tag", doubled, a)[1]  # whoever writes it says so
+    assert derived.derived("tag", doubled, a)[1]
     assert not derived.derived("tag", doubled, b, renewed=False)[1]  # it was seen to change, and may again
 
 
@@ -99,9 +121,30 @@ def test_many_threads():
         except Exception as problem:
             failed.append(problem)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    [t.start() for t in threads], [t.join() for t in threads]
+    threads, interval = [threading.Thread(target=work, args=(seed,)) for seed in range(4)], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        [t.start() for t in threads], [t.join() for t in threads]
+    finally:
+        sys.setswitchinterval(interval)
     assert not failed
+
+
+def test_two_threads_make_one():
+    """The address that either gets is the one that is kept."""
+    source, both, made = torch.arange(4), threading.Barrier(2), []
+
+    def slowly(source):
+        time.sleep(0.05)
+        return source * 2
+
+    def work():
+        both.wait()
+        made.append(derived.derived("tag", slowly, source)[0])
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert made[0] is made[1]
 
 
 def test_a_tick_renews_the_tables(monkeypatch):

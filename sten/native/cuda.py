@@ -19,17 +19,21 @@ def rate(layout: VectorNM) -> dict[str, int]:
     return {"n": layout.n, "m": layout.m, "v": layout.v}
 
 
-@functools.lru_cache(maxsize=256)
-def _kept_patterns(layout: GroupedNM, device: torch.device) -> Tensor:
-    return kernels.derived.outside_of_pools(device, lambda: layout.rows(device).int())
+_patterns: dict[tuple[GroupedNM, torch.device], Tensor] = {}
 
 
 def patterns(layout: GroupedNM, device: torch.device) -> Tensor:
     """GroupedNM's patterns (P, n) int32 on the device; kept, unless a trace or a capture runs: what they make must not
     stay here."""
-    if torch._C._len_torch_dispatch_stack() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if torch._C._len_torch_dispatch_stack():
         return layout.rows(device).int()
-    return _kept_patterns(layout, device)
+    found = _patterns.get((layout, device))
+    if found is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return layout.rows(device).int()
+        made = kernels.derived.outside_of_pools(device, lambda: layout.rows(device).int())
+        found = _patterns.setdefault((layout, device), made)
+    return found
 
 
 def in_known_dtypes(choose):

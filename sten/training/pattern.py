@@ -89,7 +89,10 @@ class SparseWeight(nn.Module):
     def follow(self, other: SparseWeight, dense: Tensor) -> None:
         """Take the pattern of another holder, and from `dense` the numbers that it has there."""
         for name, part in other.pattern.items():
-            self._buffers[name] = part.clone()
+            own = self._buffers[name]
+            same = own is not None and own.shape == part.shape
+            self._buffers[name] = own.copy_(part) if same else part.clone()
+        written(*self.pattern.values())
         values = self.spec.pack_like(dense, other.parts)
         if values.shape == self.values.shape:
             self.values.copy_(values)
