@@ -244,11 +244,11 @@ def _launch_few(config, width, blocks, x, values, lines, outputs, activation, ha
     constants, rows = dict(config), config["BO"]
     most, depth = constants.pop("C"), constants["BK"]
     sub, programs = triton.cdiv(bh, rows), _most_programs(lines, blocks, bw, depth, most, halves)
-    room, tag = programs * sub * halves * rows * width, f"bsr shares {programs} {most} {depth} {bw}"
-    shares = functools.partial(_shares, programs, most, depth, bw)
+    tiles, shares, tag = lines * sub, programs * sub, f"bsr shares {programs} {most} {depth} {bw}"
+    make = functools.partial(_shares, programs, most, depth, bw)
     launches = [
         Launch(
-            few_tokens, (programs * sub,), BH=bh, BW=bw, BT=width, SPLIT=most is not None, STAGES=config["num_stages"],
+            few_tokens, (shares,), BH=bh, BW=bw, BT=width, SPLIT=shares > tiles, STAGES=config["num_stages"],
             SETTLED=settled, ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **constants,
         )
         for settled in (False, True)
@@ -256,9 +256,8 @@ def _launch_few(config, width, blocks, x, values, lines, outputs, activation, ha
 
     def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
         weights = (crow, col) if up is None else (crow, col, up_crow, up_col)
-        (table, settled), met = derived(tag, shares, *weights), (x, x)
-        if most is not None:
-            met = epilogue.hand_over.room(x, room), epilogue.hand_over.count(x, lines * sub)
+        table, settled = derived(tag, make, *weights)
+        met = epilogue.hand_over.take(x, tiles, shares, halves * rows * width)
         launch = launches[settled]
         launch(x, values, col, bias, gate, up, up_col, up_bias, table, y, *met, tokens, inputs, outputs, *strides)
 

@@ -162,7 +162,7 @@ def _plan_grad_values(grad, x, col, t_row, t_block, out):
         )
 
         def call(grad, x, col, t_row, t_block, out):
-            met = epilogue.hand_over.take(x, tiles, split, bm * bn)
+            met = epilogue.hand_over.take(x, tiles, tiles * split, bm * bn)
             g_desc, x_desc = (grad, x) if described else (None, None)
             launch(g_desc, grad, x_desc, x, col, t_row, t_block, out, *met, tokens, inputs, outputs, stride)
 

@@ -132,9 +132,10 @@ class HandOver:
     def __init__(self):
         self._slabs, self._used, self._counts, self._rooms, self._turn = {}, {}, {}, {}, threading.Lock()
 
-    def take(self, x: torch.Tensor, tiles: int, split: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(partial sums, counters) for ``tiles`` of ``size`` elements; without a split pointers that nobody follows."""
-        return (self.room(x, tiles * split * size), self.count(x, tiles)) if split > 1 else (x, x)
+    def take(self, x: torch.Tensor, tiles: int, shares: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(partial sums, counters) for ``shares`` of ``tiles``, of ``size`` elements each; pointers that nobody follows
+        where no tile is split."""
+        return (self.room(x, shares * size), self.count(x, tiles)) if shares > tiles else (x, x)
 
     def room(self, x: torch.Tensor, size: int) -> torch.Tensor:
         """At least ``size`` fp32 numbers, whatever they hold, for the next launch on the current stream of x."""
@@ -155,19 +156,19 @@ class HandOver:
         if torch._C._cuda_isCurrentStreamCapturing():
             return self._cut(device, size)
         if self._used.get(device, self.SLAB) > self.SLAB // 2:  # captures took the rest
-            self._renew(x.device, device)
+            self._renew(x.device)
         place = (device, torch._C._cuda_getCurrentRawStream(device))
         held = self._counts.get(place)
         if held is None or held.numel() < size:
             held = self._counts[place] = self._cut(device, max(size, 4096))
         return held
 
-    def _renew(self, device, number):
+    def _renew(self, device):
         make = functools.partial(torch.zeros, self.SLAB, dtype=torch.int32, device=device)
         slab = outside_of_pools(device, make)
         with self._turn:
-            self._slabs.setdefault(number, []).append(slab)  # graphs go on with the ones before
-            self._used[number] = 0
+            self._slabs.setdefault(device.index, []).append(slab)  # graphs go on with the ones before
+            self._used[device.index] = 0
 
     def _cut(self, device, size):
         with self._turn:

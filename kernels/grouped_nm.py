@@ -165,7 +165,7 @@ def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, ac
         )  # fmt: skip
 
         def call(x, values, index, pattern, bias, gate, y):
-            met = epilogue.hand_over.take(x, strips * tiles, split, height * width)
+            met = epilogue.hand_over.take(x, strips * tiles, strips * tiles * split, height * width)
             launch(
                 x, values, index, pattern, bias, gate, y, *met,
                 tokens, inputs, outputs, patterns * g, chunks, strips, stride,

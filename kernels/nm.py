@@ -5,6 +5,7 @@ BM output rows, BT tokens, BK columns a tile; S splits of the reduction.
 """
 
 import functools
+import math
 
 import torch
 import triton
@@ -113,7 +114,7 @@ def _plan_few(variant, x, values, index, bias, gate, y, n, m, activation):
             integers = (tokens, inputs, outputs, slots, index.shape[1], stride)
 
         def call(x, values, index, bias, gate, y):
-            met = epilogue.hand_over.take(y, grid[0] * grid[2], split, height * width)
+            met = epilogue.hand_over.take(y, grid[0] * grid[2], math.prod(grid), height * width)
             if variant != "tiles":
                 values, x = as_words(values), as_words(x.view(-1)) if variant == "word" else x
             launch(x, values, index, bias, gate, y, *met, *integers)

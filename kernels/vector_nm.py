@@ -207,7 +207,7 @@ def _launch_few(config, width, halves, x, values, index, tokens, inputs, turned,
     )  # fmt: skip
 
     def call(x, *parts):
-        met = epilogue.hand_over.take(x, tiles, split, halves * config["BM"] * width)
+        met = epilogue.hand_over.take(x, tiles, tiles * split, halves * config["BM"] * width)
         launch(x, *parts, *met, tokens, inputs, outputs, slots, *strides)
 
     return call

@@ -25,15 +25,14 @@ _patterns: dict[tuple[GroupedNM, torch.device], Tensor] = {}
 def patterns(layout: GroupedNM, device: torch.device) -> Tensor:
     """GroupedNM's patterns (P, n) int32 on the device; kept, unless a trace or a capture runs: what they make must not
     stay here."""
-    if torch._C._len_torch_dispatch_stack():
+    traced = torch._C._len_torch_dispatch_stack()
+    found = None if traced else _patterns.get((layout, device))
+    if found is not None:
+        return found
+    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return layout.rows(device).int()
-    found = _patterns.get((layout, device))
-    if found is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return layout.rows(device).int()
-        made = kernels.derived.outside_of_pools(device, lambda: layout.rows(device).int())
-        found = _patterns.setdefault((layout, device), made)
-    return found
+    made = kernels.derived.outside_of_pools(device, lambda: layout.rows(device).int())
+    return _patterns.setdefault((layout, device), made)
 
 
 def in_known_dtypes(choose):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..dispatch import written
-from ..layout import fields
+from ..layout import Parts, fields
 from ..sparsifiers import Sparsifier
 from ..tensor import Rule, SparseTensor, checked, project
 
@@ -85,14 +85,16 @@ class SparseWeight(nn.Module):
     def state(self) -> dict[str, Tensor]:
         return {name: self._buffers["state_" + name] for name in self.extra}
 
+    def rewrite(self, parts: Parts) -> None:
+        """Take on another pattern, and tell who derived something from the old one."""
+        for name in self.names:
+            self._buffers[name] = fill(self._buffers[name], parts[name])
+        written(*self.pattern.values())
+
     @torch.no_grad()
     def follow(self, other: SparseWeight, dense: Tensor) -> None:
         """Take the pattern of another holder, and from `dense` the numbers that it has there."""
-        for name, part in other.pattern.items():
-            own = self._buffers[name]
-            same = own is not None and own.shape == part.shape
-            self._buffers[name] = own.copy_(part) if same else part.clone()
-        written(*self.pattern.values())
+        self.rewrite({name: part.clone() for name, part in other.pattern.items()})
         values = self.spec.pack_like(dense, other.parts)
         if values.shape == self.values.shape:
             self.values.copy_(values)
@@ -138,6 +140,13 @@ class SparseWeight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, lost, unexpected, errors)
         written(*self.pattern.values())
         missing.extend(_public(prefix) + name.removeprefix(prefix) for name in lost)
+
+
+def fill(old: Tensor | None, new: Tensor) -> Tensor:
+    """The old tensor with the new numbers, so that references survive; the new one where shapes differ."""
+    if old is None or old.shape != new.shape:
+        return new
+    return old.copy_(new)
 
 
 class _Assemble(Rule):

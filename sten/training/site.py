@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..dispatch import written
 from ..layout import Layout, Parts
 from ..layouts import CSR
 from ..sparsifiers import Edit, View
 from .distributed import shard_like, whole
 from .master import MasterWeight
-from .pattern import Method, SparseWeight
+from .pattern import Method, SparseWeight, fill
 
 Commit = Callable[[], None]
 Carry = Callable[[Tensor], Tensor]
@@ -187,10 +186,8 @@ class Site:
     def _write_pattern(self, mask: Tensor, parts: Parts) -> None:
         if self.master and mask is not None:
             self.holder.mask = mask
-        for name in self.holder.pattern if parts else ():
-            self.holder._buffers[name] = fill(self.holder._buffers[name], parts[name])
         if parts:
-            written(*self.holder.pattern.values())
+            self.holder.rewrite(parts)
 
     def _keep(self, state: dict[str, Tensor] | None) -> None:
         for name, value in (state or {}).items():
@@ -204,10 +201,3 @@ def fitted(layout: Layout, parts: Parts, slots: int) -> Parts:
     if not isinstance(layout, CSR) or more <= 0:
         return parts
     return {name: part if name == "crow" else torch.nn.functional.pad(part, (0, more)) for name, part in parts.items()}
-
-
-def fill(old: Tensor | None, new: Tensor) -> Tensor:
-    """The old tensor with the new numbers, so that references survive; the new one where shapes differ."""
-    if old is None or old.shape != new.shape:
-        return new
-    return old.copy_(new)
