@@ -6,13 +6,14 @@ n values, at rows m*s + pattern[p] of column Q*c + index[c, s, q]. MP: m rounded
 """
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 
 from . import autotune, epilogue, transpose
-from .epilogue import finish
+from .grouped_nm_few import gathered, slot_rows, slot_tiles
 from .library import (
     INTERPRET,
     Launch,
@@ -25,62 +26,6 @@ from .library import (
     power_of_two,
     precision,
 )
-from .tiles import begin
-
-
-@triton.jit
-def _slot_rows(
-    values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G: tl.constexpr, N: tl.constexpr, MP: tl.constexpr
-):
-    """The dense (BQ, MP) tile of slots q of one (chunk, strip), in fp32, and their columns (I or more: not there)."""
-    ok = q < Q
-    column = c * Q + tl.load(index_ptr + base + q, mask=ok, other=0).to(tl.int32)
-    column = tl.where(ok, column, I)
-    r = tl.arange(0, MP)
-    dense = tl.zeros((q.shape[0], MP), tl.float32)
-    for i in tl.static_range(N):
-        row = tl.load(pattern_ptr + q // G * N + i, mask=ok, other=0)
-        value = tl.load(values_ptr + (base + q) * N + i, mask=ok, other=0.0).to(tl.float32)
-        dense += tl.where(row[:, None] == r[None, :], value[:, None], 0.0)
-    return dense, column
-
-
-@triton.jit
-def _few_tokens(
-    x_ptr, values_ptr, index_ptr, pattern_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
-    T, I, O, Q, chunks, strips, stride_x,
-    G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
-    S: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One strip, a share of its slots, one tile of tokens. x is feature-major (I, whole tiles), or one token."""
-    begin(PDL)
-    strip, split = tl.program_id(0), tl.program_id(1)
-    t, tiles = tl.program_id(2) * BT + tl.arange(0, BT), tl.cdiv(Q, BQ)
-    place = strip * tl.num_programs(2) + tl.program_id(2)
-    share = tl.cdiv(chunks * tiles, S)
-    acc = tl.zeros((BQ, MP) if BT == 1 else (MP, BT), tl.float32)
-    for step in tl.range(split * share, tl.minimum((split + 1) * share, chunks * tiles), loop_unroll_factor=UNROLL):
-        c = step // tiles
-        q = step % tiles * BQ + tl.arange(0, BQ)
-        base = (c * strips + strip).to(tl.int64) * Q
-        dense, column = _slot_rows(values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G, N, MP)
-        ok = column < I
-        if BT == 1:
-            x = tl.load(x_ptr + column * stride_x, mask=ok, other=0.0).to(tl.float32)
-            acc += dense * x[:, None]
-        else:
-            x = tl.load(x_ptr + column.to(tl.int64)[:, None] * stride_x + t[None, :], mask=ok[:, None], other=0.0)
-            acc = tl.dot(tl.trans(dense.to(x_ptr.dtype.element_ty)), x, acc, input_precision=PRECISION)
-    if BT == 1:
-        acc = tl.sum(acc, 0)[:, None]
-    r = tl.arange(0, MP)
-    rows = strip * M + r
-    row_ok = (r < M) & (rows < O)
-    finish(
-        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
-        row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
-        1, S > 1, MP, BT, ACTIVATION,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -95,7 +40,7 @@ def _expand_slots(
     rows = (strip * M + r).to(tl.int64)
     for q0 in range(0, Q, BQ):
         q = q0 + tl.arange(0, BQ)
-        dense, column = _slot_rows(values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G, N, MP)
+        dense, column = slot_rows(values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G, N, MP)
         at = out_ptr + rows[None, :] * I + column[:, None]
         mask = (column < I)[:, None] & ((r < M) & (rows < O))[None, :]
         tl.store(at, dense.to(out_ptr.dtype.element_ty), mask=mask)
@@ -122,18 +67,41 @@ def _collect_slots(
 # ---- which variant
 
 
+GATHERED = 16  # tokens up to which the entries' own products are made
+ROOM = 8192  # fp32 sums that a program can hold
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(
-    out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype, save_memory: bool = False
+    out_features: int,
+    in_features: int,
+    n: int,
+    m: int,
+    g: int,
+    tokens: int,
+    dtype: torch.dtype,
+    save_memory: bool = False,
 ) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``slots`` (straight from the stored slots) or ``expand`` (dense, then cuBLAS)."""
+    """(variant, reason): ``empty``, ``gather`` (entry by entry), ``slots`` (tiles made from the stored slots) or
+    ``expand`` (dense, then cuBLAS)."""
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
+    if tokens <= GATHERED and max(_sums(n, m, g, power_of_two(tokens, 1, GATHERED))) <= ROOM:
+        return (
+            "gather",
+            f"{tokens} tokens: the weight is read compressed, {n} of {m}, and entries find their activations",
+        )
     if tokens == 1:
         return "slots", f"one token: the weight is read compressed, {n} of {m}"
     if save_memory:
         return "slots", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
     return "expand", f"strips of {m} rows are too low for tensor cores at {tokens} tokens; expanded, cuBLAS runs"
+
+
+def _sums(n, m, g, width):
+    """Sums that one strip's entries have, and on the way to their rows."""
+    places = power_of_two(math.comb(m, n), 1, 1 << 30) * power_of_two(n, 1, 256)
+    return places * power_of_two(g, 1, 1 << 30) * width, places * power_of_two(m, 1, 256) * width
 
 
 def _configs(tokens: int, strips: int, slots: int, programs: int) -> list[dict]:
@@ -145,6 +113,18 @@ def _configs(tokens: int, strips: int, slots: int, programs: int) -> list[dict]:
         while strips * split < 32 * programs and split < 8 and slots // (2 * split) >= 4 * depth:
             split *= 2
         found.append({"BQ": depth, "S": split, "UNROLL": 4, "num_warps": warps})
+    return found
+
+
+def _gather_configs(n: int, m: int, g: int, width: int, strips: int, chunks: int, programs: int) -> list[dict]:
+    if INTERPRET:
+        return [{"BS": 2, "S": 2, "UNROLL": 1}]
+    found, least = [], max(_sums(n, m, g, width))
+    for room, warps, unroll, waves in ((2048, 4, 2, 2), (2048, 2, 2, 4), (1024, 1, 4, 4), (ROOM, 8, 1, 2)):
+        height, split = power_of_two(room // least, 1, 256), 1
+        while -(-strips // height) * split < waves * programs and split < 8 and chunks >= 4 * split:
+            split *= 2
+        found.append({"BS": height, "S": split, "UNROLL": unroll, "num_warps": warps})
     return found
 
 
@@ -160,7 +140,7 @@ def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, ac
     def prepare(config):
         split = config["S"]
         launch = Launch(
-            _few_tokens, (strips, split, tiles), G=g, N=n, M=m, MP=height, BT=width, ACTIVATION=activation,
+            slot_tiles, (strips, split, tiles), G=g, N=n, M=m, MP=height, BT=width, ACTIVATION=activation,
             PRECISION=precision(x), **overlap(x), **config,
         )  # fmt: skip
 
@@ -177,6 +157,32 @@ def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, ac
     configs = _configs(tokens, strips, chunks * patterns * g, multiprocessors(x))
     given = (x, values, index, pattern, bias, gate, y)
     return autotune.pick("grouped_nm_few", key, configs, prepare, given)
+
+
+def _plan_gather(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation):
+    """As ``_plan_few``, for tokens that one program takes together."""
+    chunks, strips, patterns, g, _ = values.shape
+    outputs, width = y.shape[1], power_of_two(tokens, 1, GATHERED)
+    sides = {"P": patterns, "G": g, "N": n, "M": m}
+    padded = {"PP": patterns, "GP": g, "NP": n, "MP": m}
+    sides |= {name: power_of_two(size, 1, 1 << 30) for name, size in padded.items()}
+    stride = x.stride(1 if tokens == 1 else 0)
+
+    def prepare(config):
+        split, height = config["S"], config["BS"] * sides["MP"]
+        tiles = triton.cdiv(strips, config["BS"])
+        launch = Launch(gathered, (tiles, split), BT=width, ACTIVATION=activation, **sides, **overlap(x), **config)
+
+        def call(x, values, index, pattern, bias, gate, y):
+            met = epilogue.hand_over.take(x, tiles, split, height * width)
+            launch(x, values, index, pattern, bias, gate, y, *met, tokens, inputs, outputs, chunks, strips, stride)
+
+        return call
+
+    key = (x.dtype, outputs, inputs, n, m, g, width)
+    configs = _gather_configs(n, m, g, width, strips, chunks, multiprocessors(x))
+    given = (x, values, index, pattern, bias, gate, y)
+    return autotune.pick("grouped_nm_gather", key, configs, prepare, given)
 
 
 def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):
@@ -206,7 +212,7 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, 
         raise ValueError(f"values {tuple(values.shape)} do not hold ({outputs}, {inputs}) in strips of {m}")
     epilogue.check(outputs, shape, (bias,), gate)
     tokens = x.numel() // inputs
-    variant, _ = choose(outputs, inputs, n, m, tokens, x.dtype, save_memory)
+    variant, _ = choose(outputs, inputs, n, m, values.shape[3], tokens, x.dtype, save_memory)
     if variant == "empty":
         return lambda x, *rest: x.new_empty(shape)
     if variant == "expand":
@@ -219,7 +225,8 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, 
         return call
 
     turn, y = transpose.prepared_rows(x, -(-tokens // 16) * 16), x.new_empty(tokens, outputs)
-    run = _plan_few(turn(x), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
+    make = _plan_gather if variant == "gather" else _plan_few
+    run = make(turn(x), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
 
     def call(x, values, index, pattern, bias, gate):
         y = x.new_empty(shape)

@@ -71,7 +71,7 @@ def choose_csr(shape, dtype, spec, *, entries):
 
 def choose_grouped_nm(shape, dtype, spec):
     tokens, outputs, inputs = shape
-    return kernels.grouped_nm.choose(outputs, inputs, spec.n, spec.m, tokens, dtype)
+    return kernels.grouped_nm.choose(outputs, inputs, spec.n, spec.m, spec.g, tokens, dtype)
 
 
 def choose_gradient(shape, dtype, spec):
@@ -156,7 +156,7 @@ def csr_linear_grad_weight(grad, x, weight, *, spec, shape, variant):
 
 
 def grouped_nm_linear(x, weight, bias, *, spec, shape, variant):
-    """Triton from the stored slots for one token, expansion for more."""
+    """Triton, entry by entry, for few tokens; expansion for more."""
     pattern = patterns(spec, x.device)
     given = {"m": spec.m, "out_features": shape[0]}
     return kernels.grouped_nm.linear(x, weight["values"], weight["index"], pattern, bias, **given)
