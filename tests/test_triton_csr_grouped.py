@@ -94,7 +94,8 @@ def test_grouped_chooses():
     chosen = [
         grouped_nm.choose(4096, 4096, n, m, g, tokens, torch.bfloat16, save_memory)[0]
         for n, m, g, tokens, save_memory in (
-            (1, 4, 16, 16, False), (1, 4, 16, 17, False), (1, 4, 16, 17, True), (5, 10, 8, 1, False), (5, 10, 8, 2, False)
+            (1, 4, 16, 16, False), (1, 4, 16, 17, False), (1, 4, 16, 17, True),
+            (5, 10, 8, 1, False), (5, 10, 8, 2, False),
         )
     ]  # fmt: skip
     assert chosen == ["gather", "expand", "slots", "slots", "expand"]
