@@ -174,7 +174,7 @@ def _plan_gather(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m,
         launch = Launch(gathered, (tiles, split), BT=width, ACTIVATION=activation, **sides, **overlap(x), **config)
 
         def call(x, values, index, pattern, bias, gate, y):
-            met = epilogue.hand_over.take(x, tiles, split, height * width)
+            met = epilogue.hand_over.take(x, tiles, tiles * split, height * width)
             launch(x, values, index, pattern, bias, gate, y, *met, tokens, inputs, outputs, chunks, strips, stride)
 
         return call
