@@ -22,6 +22,7 @@ _ENABLED = os.environ.get("STEN_AUTOTUNE", "1") != "0"
 REPEATS, SHORT_REPEATS, SHORT_MS = 7, 21, 0.1  # a launch of microseconds is hard to tell from another: look more often
 TIE = 1.02  # within which the likelier configuration, which stands before, is taken
 FLUSH_BYTES = 128 << 20  # larger than any L2, so that a small weight is timed from memory, as in a model
+CHAIN, CHAIN_BYTES = 8, 64 << 20  # short calls are timed in a row, as the layers of a model, each on its own copy
 
 
 def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
@@ -49,37 +50,53 @@ def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
 
 
 def _fastest(configs, prepare, given):
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=given[0].device)
+    flush, chain = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=given[0].device), _chain(given)
     times = []
     for config in configs:
         try:
             call = prepare(config)
             for _ in range(2):  # the first call compiles, the second is launched as all later ones
                 call(*given)
-            times.append(_typical(call, given, flush))
+            times.append(_typical(call, chain, flush))
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
             times.append(float("inf"))
     return next(config for config, spent in zip(configs, times, strict=True) if spent <= TIE * min(times))
 
 
-def _typical(call, given, flush):
+def _chain(given):
+    """``given`` and copies of it: of the tensors that weigh, so that each call reads its own from memory."""
+    weight = sum(t.nbytes for t in given if t is not None)
+    count = max(1, min(CHAIN, CHAIN_BYTES // max(weight, 1)))
+
+    def copy(t):  # one with gaps is shared: its copy would have other strides than the launch was made for
+        return t.clone() if t is not None and t.is_contiguous() and 8 * t.nbytes >= weight else t
+
+    return [given] + [tuple(map(copy, given)) for _ in range(count - 1)]
+
+
+def _typical(call, chain, flush):
     """Milliseconds of a call, without what disturbs some of them: the mean of the faster half."""
-    found = [_once(call, given, flush)]
-    repeats = SHORT_REPEATS if found[0] < SHORT_MS else REPEATS
-    found += [_once(call, given, flush) for _ in range(repeats - 1)]
+    found, repeats = [_once(call, chain[:1], flush)], REPEATS
+    if found[0] < SHORT_MS:
+        found, repeats = [], SHORT_REPEATS
+    else:
+        chain = chain[:1]
+    found += [_once(call, chain, flush) for _ in range(repeats - len(found))]
     return statistics.mean(sorted(found)[: (repeats + 1) // 2])
 
 
-def _once(call, given, flush):
-    """Milliseconds of one call; the flush before it is long enough that the host has queued the call by its end."""
-    flush.zero_()
-    flush.zero_()
+def _once(call, chain, flush):
+    """Milliseconds of one of several calls in a row; the flush before them is long enough that the host has queued
+    them by its end."""
+    for _ in range(2 + len(chain) // 2):
+        flush.zero_()
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    call(*given)
+    for given in chain:
+        call(*given)
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop)
+    return start.elapsed_time(stop) / len(chain)
 
 
 def _path() -> pathlib.Path:

@@ -1,17 +1,24 @@
 #!/bin/bash
 # compute-sanitizer over the tests of the Triton kernels, on a machine with a GPU: memcheck (reads and writes out of
 # bounds) and racecheck (shared memory). Memory is not pooled, so that every tensor has bounds of its own; one
-# configuration a kernel, so that it ends. PYTHON names the interpreter; the logs go to the folder $1.
+# configuration a kernel, so that it ends. Each test function runs by itself, JOBS at a time. PYTHON names the
+# interpreter; the logs go to the folder $1.
 set -u
 logs=${1:-build/sanitize}; mkdir -p "$logs"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 STEN_AUTOTUNE=0
-for tool in memcheck racecheck; do
-    for file in tests/test_triton_{vector_nm,bsr,nm,csr_grouped}.py; do
-        compute-sanitizer --tool $tool --error-exitcode 9 "${PYTHON:-python3}" -m pytest -q -p no:xdist -p no:cacheprovider \
-            -k "${KEYWORDS:-not inductor and not graph}" "$file" > "$logs/$tool-$(basename "$file" .py).log" 2>&1 &
+check() {  # logs, tool, file::function
+    log="$1/$2-${3##*::}-$(basename "${3%%::*}" .py).log"
+    compute-sanitizer --tool "$2" --error-exitcode 9 "${PYTHON:-python3}" -m pytest -q -p no:xdist -p no:cacheprovider \
+        -k "${KEYWORDS:-not inductor and not graph}" "$3" > "$log" 2>&1
+    code=$?  # pytest's 5: no test of this function is asked for
+    if [ $code != 0 ] && [ $code != 5 ]; then echo "$code $log"; tail -n 3 "$log"; return 1; fi
+}
+export -f check
+for tool in racecheck memcheck; do  # the slower one first
+    for file in tests/test_triton_{nm,vector_nm,bsr,csr_grouped}.py; do
+        grep -o "^def test_[a-z0-9_]*" "$file" | sed "s|^def |$tool $file::|"
     done
-done
-failed=0
-for job in $(jobs -p); do wait "$job" || failed=1; done
-tail -n 2 "$logs"/*.log
-exit $failed
+done | xargs -P "${JOBS:-8}" -L 1 bash -c 'check "$0" "$1" "$2"' "$logs"
+code=$?
+grep -h "ERROR SUMMARY\|RACECHECK SUMMARY" "$logs"/*.log | sort | uniq -c
+exit $code

@@ -35,10 +35,10 @@ def tuned(monkeypatch, tmp_path):
             call.config = config
             return call
 
-        def once(call, given, flush):
-            timed.append(call.config)
-            late = timed.count(call.config) % 3 == 0
-            return call(*given) * (5 if late else 1)  # now and then something else ran
+        def once(call, chain, flush):
+            timed.append((call.config, len(chain)))
+            late = timed.count(timed[-1]) % 3 == 0
+            return call(*chain[0]) * (5 if late else 1)  # now and then something else ran
 
         monkeypatch.setattr(autotune, "_once", once)
         return autotune.pick("kernel", key, CONFIGS, prepare, (torch.zeros(1),)).config
@@ -63,7 +63,18 @@ def test_choice(tuned, milliseconds, expected):
 def test_short_calls_are_looked_at_more_often(tuned):
     pick, timed, _ = tuned
     pick(0.01, 2.0, 0.02)
-    assert [timed.count(config) for config in CONFIGS] == [autotune.SHORT_REPEATS, autotune.REPEATS, 21]
+    counts = [[timed.count((config, calls)) for calls in (1, autotune.CHAIN)] for config in CONFIGS]
+    assert counts == [[1, autotune.SHORT_REPEATS], [autotune.REPEATS, 0], [1, autotune.SHORT_REPEATS]]
+
+
+def test_each_call_in_a_row_has_its_own_weight():
+    x, weight, missing = torch.zeros(2, 3), torch.zeros(8, 8), None
+    view = torch.zeros(8, 16)[:, ::2]
+    chain = autotune._chain((x, weight, missing, view))
+    assert len(chain) == autotune.CHAIN and chain[0][1] is weight
+    assert len({given[1].data_ptr() for given in chain}) == len(chain)
+    assert all(given[0] is x and given[2] is None and given[3] is view for given in chain)
+    assert len(autotune._chain((torch.zeros(autotune.CHAIN_BYTES // 8),))) == 2
 
 
 def test_remembered(tuned):
