@@ -186,7 +186,7 @@ class GroupedNM(Ordinary):
         return grouped_nm.linear(x, *weight, self.pattern, m=self.m, out_features=out)
 
     def which(self, out, inputs, tokens, weight):
-        return grouped_nm.choose(out, inputs, self.n, self.m, self.g, tokens, DTYPE)[0]
+        return grouped_nm.choose(out, inputs, self.n, self.m, tokens, DTYPE)[0]
 
 
 def cases():

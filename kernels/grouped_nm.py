@@ -6,17 +6,18 @@ n values, at rows m*s + pattern[p] of column Q*c + index[c, s, q]. MP: m rounded
 """
 
 import functools
-import math
 
 import torch
 import triton
 import triton.language as tl
 
-from . import autotune, epilogue, transpose
-from .grouped_nm_few import gathered, slot_rows, slot_tiles
+from . import autotune, epilogue
+from .derived import derived
+from .grouped_nm_few import expand_columns, few_tokens
 from .library import (
     INTERPRET,
     Launch,
+    as_rows,
     contiguous,
     filled,
     multiprocessors,
@@ -25,25 +26,9 @@ from .library import (
     plan,
     power_of_two,
     precision,
+    rows_contiguous,
+    wide,
 )
-
-
-@triton.jit
-def _expand_slots(
-    values_ptr, index_ptr, pattern_ptr, out_ptr, I, O, Q, strips,
-    G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BQ: tl.constexpr,
-):  # fmt: skip
-    """Each column of a (chunk, strip) belongs to one slot, so the slots together write every element once."""
-    strip, c = tl.program_id(0), tl.program_id(1)
-    base = (c * strips + strip).to(tl.int64) * Q
-    r = tl.arange(0, MP)
-    rows = (strip * M + r).to(tl.int64)
-    for q0 in range(0, Q, BQ):
-        q = q0 + tl.arange(0, BQ)
-        dense, column = slot_rows(values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G, N, MP)
-        at = out_ptr + rows[None, :] * I + column[:, None]
-        mask = (column < I)[:, None] & ((r < M) & (rows < O))[None, :]
-        tl.store(at, dense.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -67,122 +52,78 @@ def _collect_slots(
 # ---- which variant
 
 
-GATHERED = 16  # tokens up to which the entries' own products are made
-ROOM = 8192  # fp32 sums that a program can hold
+FEW = 64  # tokens up to which reading the weight decides
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    out_features: int,
-    in_features: int,
-    n: int,
-    m: int,
-    g: int,
-    tokens: int,
-    dtype: torch.dtype,
-    save_memory: bool = False,
+    out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype, save_memory: bool = False
 ) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``gather`` (entry by entry), ``slots`` (tiles made from the stored slots) or
-    ``expand`` (dense, then cuBLAS)."""
+    """(variant, reason): ``empty``, ``few`` (straight from the stored slots) or ``expand`` (dense, then cuBLAS)."""
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
-    if tokens <= GATHERED and max(_sums(n, m, g, power_of_two(tokens, 1, GATHERED))) <= ROOM:
-        return (
-            "gather",
-            f"{tokens} tokens: the weight is read compressed, {n} of {m}, and entries find their activations",
-        )
-    if tokens == 1:
-        return "slots", f"one token: the weight is read compressed, {n} of {m}"
+    if tokens <= FEW:
+        return "few", f"{tokens} tokens: the weight is read compressed, {n} of {m}"
     if save_memory:
-        return "slots", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
-    return "expand", f"strips of {m} rows are too low for tensor cores at {tokens} tokens; expanded, cuBLAS runs"
+        return "few", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
+    return "expand", f"{tokens} tokens: expanded, cuBLAS runs"
 
 
-def _sums(n, m, g, width):
-    """Sums that one strip's entries have, and on the way to their rows."""
-    places = power_of_two(math.comb(m, n), 1, 1 << 30) * power_of_two(n, 1, 256)
-    return places * power_of_two(g, 1, 1 << 30) * width, places * power_of_two(m, 1, 256) * width
-
-
-def _configs(tokens: int, strips: int, slots: int, programs: int) -> list[dict]:
+def _configs(tokens: int, m: int, strips: int, inputs: int, programs: int) -> list[dict]:
     if INTERPRET:
-        return [{"BQ": 16, "S": 2, "UNROLL": 1}]
-    found = []
-    for depth, warps in ((64, 1), (128, 1), (128, 2)) if tokens == 1 else ((64, 2), (128, 4)):
-        split = 1
-        while strips * split < 32 * programs and split < 8 and slots // (2 * split) >= 4 * depth:
+        return [{"BS": power_of_two(16 // m, 1, 16), "BK": 16, "S": 2}]
+    found, height = [], power_of_two(m, 1, 256)
+    tiles = [(32, 128, 4), (32, 64, 2), (64, 64, 4), (16, 128, 2), (64, 128, 8)]
+    for rows, depth, warps in tiles:
+        rows = max(1, rows // height)
+        tiles_of_rows, split = -(-strips // rows), 1
+        while tiles_of_rows * split * warps < 24 * programs and split < 32 and inputs >= 4 * split * depth:
             split *= 2
-        found.append({"BQ": depth, "S": split, "UNROLL": 4, "num_warps": warps})
-    return found
-
-
-def _gather_configs(n: int, m: int, g: int, width: int, strips: int, chunks: int, programs: int) -> list[dict]:
-    if INTERPRET:
-        return [{"BS": 2, "S": 2, "UNROLL": 1}]
-    found, least = [], max(_sums(n, m, g, width))
-    for room, warps, unroll, waves in ((2048, 4, 2, 2), (2048, 2, 2, 4), (1024, 1, 4, 4), (ROOM, 8, 1, 2)):
-        height, split = power_of_two(room // least, 1, 256), 1
-        while -(-strips // height) * split < waves * programs and split < 8 and chunks >= 4 * split:
-            split *= 2
-        found.append({"BS": height, "S": split, "UNROLL": unroll, "num_warps": warps})
+        found.append({"BS": rows, "BK": depth, "S": split, "num_warps": warps})
     return found
 
 
 # ---- launchers
 
 
-def _plan_few(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation):
-    chunks, strips, patterns, g, _ = values.shape
-    outputs, width = y.shape[1], 1 if tokens == 1 else 16
-    height = power_of_two(m, 1 if tokens == 1 else 16, 256)
-    stride, tiles = x.stride(1 if tokens == 1 else 0), triton.cdiv(tokens, width)
+def _slots(index):
+    """(strips, chunks * Q): which slot of its chunk each column has; made once per pattern."""
+    return derived("grouped_nm slots", _slots_of_columns, index)
+
+
+def _slots_of_columns(index):
+    chunks, strips, q = *index.shape[:2], index[0, 0].numel()
+    number = torch.arange(q, device=index.device, dtype=torch.int16).expand(chunks, strips, q)
+    slot = torch.empty_like(number).scatter_(2, index.view(chunks, strips, q).long(), number)
+    slot = slot.transpose(0, 1).reshape(strips, chunks * q)
+    return slot.to(torch.uint8) if q <= 256 else slot
+
+
+def _plan_few(x, values, index, pattern, bias, gate, y, inputs, m, activation):
+    chunks, strips, patterns, g, n = values.shape
+    (tokens, outputs), q = y.shape, patterns * g
+    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    height, stride = power_of_two(m, 1, 256), x.stride(0)
+    constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BT": width, "ACTIVATION": activation}
+    constants |= {"PRECISION": precision(x), "WIDE": wide(values), **overlap(x)}
 
     def prepare(config):
-        split = config["S"]
-        launch = Launch(
-            slot_tiles, (strips, split, tiles), G=g, N=n, M=m, MP=height, BT=width, ACTIVATION=activation,
-            PRECISION=precision(x), **overlap(x), **config,
-        )  # fmt: skip
-
-        def call(x, values, index, pattern, bias, gate, y):
-            met = epilogue.hand_over.take(x, strips * tiles, strips * tiles * split, height * width)
-            launch(
-                x, values, index, pattern, bias, gate, y, *met,
-                tokens, inputs, outputs, patterns * g, chunks, strips, stride,
-            )  # fmt: skip
-
-        return call
-
-    key = (x.dtype, outputs, inputs, n, m, g, width)
-    configs = _configs(tokens, strips, chunks * patterns * g, multiprocessors(x))
-    given = (x, values, index, pattern, bias, gate, y)
-    return autotune.pick("grouped_nm_few", key, configs, prepare, given)
-
-
-def _plan_gather(x, values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation):
-    """As ``_plan_few``, for tokens that one program takes together."""
-    chunks, strips, patterns, g, _ = values.shape
-    outputs, width = y.shape[1], power_of_two(tokens, 1, GATHERED)
-    sides = {"P": patterns, "G": g, "N": n, "M": m}
-    padded = {"PP": patterns, "GP": g, "NP": n, "MP": m}
-    sides |= {name: power_of_two(size, 1, 1 << 30) for name, size in padded.items()}
-    stride = x.stride(1 if tokens == 1 else 0)
-
-    def prepare(config):
-        split, height = config["S"], config["BS"] * sides["MP"]
         tiles = triton.cdiv(strips, config["BS"])
-        launch = Launch(gathered, (tiles, split), BT=width, ACTIVATION=activation, **sides, **overlap(x), **config)
+        grid = (tiles, config["S"], triton.cdiv(tokens, width))
+        launches = [Launch(few_tokens, grid, SETTLED=settled, **constants, **config) for settled in (False, True)]
 
         def call(x, values, index, pattern, bias, gate, y):
-            met = epilogue.hand_over.take(x, tiles, tiles * split, height * width)
-            launch(x, values, index, pattern, bias, gate, y, *met, tokens, inputs, outputs, chunks, strips, stride)
+            slots, settled = _slots(index)
+            met = epilogue.hand_over.take(x, tiles * grid[2], tiles * grid[1] * grid[2], config["BS"] * height * width)
+            launches[settled](
+                x, values, slots, pattern, bias, gate, y, *met, tokens, inputs, outputs, strips, chunks * q, stride
+            )
 
         return call
 
     key = (x.dtype, outputs, inputs, n, m, g, width)
-    configs = _gather_configs(n, m, g, width, strips, chunks, multiprocessors(x))
-    given = (x, values, index, pattern, bias, gate, y)
-    return autotune.pick("grouped_nm_gather", key, configs, prepare, given)
+    configs = _configs(tokens, m, strips, inputs, multiprocessors(x))
+    return autotune.pick("grouped_nm", key, configs, prepare, (x, values, index, pattern, bias, gate, y))
 
 
 def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):
@@ -212,7 +153,7 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, 
         raise ValueError(f"values {tuple(values.shape)} do not hold ({outputs}, {inputs}) in strips of {m}")
     epilogue.check(outputs, shape, (bias,), gate)
     tokens = x.numel() // inputs
-    variant, _ = choose(outputs, inputs, n, m, values.shape[3], tokens, x.dtype, save_memory)
+    variant, _ = choose(outputs, inputs, n, m, tokens, x.dtype, save_memory)
     if variant == "empty":
         return lambda x, *rest: x.new_empty(shape)
     if variant == "expand":
@@ -224,13 +165,12 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, 
 
         return call
 
-    turn, y = transpose.prepared_rows(x, -(-tokens // 16) * 16), x.new_empty(tokens, outputs)
-    make = _plan_gather if variant == "gather" else _plan_few
-    run = make(turn(x), values, index, pattern, bias, gate, y, tokens, inputs, n, m, activation)
+    rows, y = as_rows(x), x.new_empty(tokens, outputs)
+    run = _plan_few(rows_contiguous(rows(x)), values, index, pattern, bias, gate, y, inputs, m, activation)
 
     def call(x, values, index, pattern, bias, gate):
         y = x.new_empty(shape)
-        run(turn(x), values, index, pattern, bias, gate, y)
+        run(rows_contiguous(rows(x)), values, index, pattern, bias, gate, y)
         return y
 
     return call
@@ -253,9 +193,12 @@ def _expand(values, index, pattern, m, out_features, in_features):
 def _plan_expand(values, index, pattern, m, outputs, inputs):
     """values, index, pattern -> the dense weight."""
     chunks, strips, patterns, g, n = values.shape
-    constants = {"G": g, "N": n, "M": m, "MP": power_of_two(m, 1, 256), "BQ": 16 if INTERPRET else 128}
-    launch = Launch(_expand_slots, (strips, chunks), **constants)
-    return filled(launch, (outputs, inputs), inputs, outputs, patterns * g, strips)
+    q, height = patterns * g, power_of_two(m, 1, 256)
+    rows, depth = max(1, 32 // height), 16 if INTERPRET else 128
+    grid = (triton.cdiv(strips, rows), triton.cdiv(inputs, depth))
+    constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BS": rows, "BK": depth, "WIDE": wide(values)}
+    launch = filled(Launch(expand_columns, grid, **constants), (outputs, inputs), inputs, outputs, strips, chunks * q)
+    return lambda values, index, pattern: launch(values, _slots(index)[0], pattern)
 
 
 def _collect_fake(dense, index, pattern, m):

@@ -1,7 +1,8 @@
-"""GroupedNM for a few tokens; the launchers are in ``grouped_nm``.
+"""GroupedNM for a few tokens, and its dense tiles; the launchers are in ``grouped_nm``.
 
-Letters as there, and: E entries of a program, BS strips of PP patterns of GP slots, PP, GP, NP and MP rounded up to
-powers of two; BT tokens; S splits of the chunks.
+Letters as there, and: BS strips, BK columns, BT tokens a tile; S splits of the columns; WIDTH columns of the table of
+slots. Slots are stored by pattern; the table says for each strip which slot of its chunk a column has, so that columns
+are walked in order: activations are read as they lie, and a tile of several strips goes to the tensor cores.
 """
 
 import triton
@@ -12,103 +13,83 @@ from .tiles import begin
 
 
 @triton.jit
-def slot_rows(values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G: tl.constexpr, N: tl.constexpr, MP: tl.constexpr):
-    """The dense (BQ, MP) tile of slots q of one (chunk, strip), in fp32, and their columns (I or more: not there)."""
-    ok = q < Q
-    column = c * Q + tl.load(index_ptr + base + q, mask=ok, other=0).to(tl.int32)
-    column = tl.where(ok, column, I)
+def strip_tile(
+    values_ptr, pattern_ptr, slot, strip, k, ok, strips,
+    Q: tl.constexpr, G: tl.constexpr, N: tl.constexpr, MP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The dense (BS * MP, BK) tile of ``strip`` (BS,) and columns ``k`` (BK,), whose slots are ``slot`` (BS, BK)."""
+    if WIDE:
+        strip = strip.to(tl.int64)
+    at = ((k // Q * strips)[None, :] + strip[:, None]) * Q + slot
     r = tl.arange(0, MP)
-    dense = tl.zeros((q.shape[0], MP), tl.float32)
+    dense = tl.zeros((strip.shape[0], MP, k.shape[0]), values_ptr.dtype.element_ty)
     for i in tl.static_range(N):
-        row = tl.load(pattern_ptr + q // G * N + i, mask=ok, other=0)
-        value = tl.load(values_ptr + (base + q) * N + i, mask=ok, other=0.0).to(tl.float32)
-        dense += tl.where(row[:, None] == r[None, :], value[:, None], 0.0)
-    return dense, column
+        row = tl.load(pattern_ptr + slot // G * N + i)
+        value = tl.load(values_ptr + at * N + i, mask=ok, other=0.0)
+        dense = tl.where(row[:, None, :] == r[None, :, None], value[:, None, :], dense)
+    return tl.reshape(dense, (strip.shape[0] * MP, k.shape[0]))
 
 
 @triton.jit
-def slot_tiles(
-    x_ptr, values_ptr, index_ptr, pattern_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
-    T, I, O, Q, chunks, strips, stride_x,
-    G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BQ: tl.constexpr,
-    S: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+def few_tokens(
+    x_ptr, values_ptr, slot_ptr, pattern_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
+    T, I, O, strips, width, stride_x,
+    Q: tl.constexpr, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BS: tl.constexpr,
+    BK: tl.constexpr, BT: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    SETTLED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One strip, a share of its slots, one tile of tokens. x is feature-major (I, whole tiles), or one token."""
-    begin(PDL)
-    strip, split = tl.program_id(0), tl.program_id(1)
-    t, tiles = tl.program_id(2) * BT + tl.arange(0, BT), tl.cdiv(Q, BQ)
-    place = strip * tl.num_programs(2) + tl.program_id(2)
-    share = tl.cdiv(chunks * tiles, S)
-    acc = tl.zeros((BQ, MP) if BT == 1 else (MP, BT), tl.float32)
-    for step in tl.range(split * share, tl.minimum((split + 1) * share, chunks * tiles), loop_unroll_factor=UNROLL):
-        c = step // tiles
-        q = step % tiles * BQ + tl.arange(0, BQ)
-        base = (c * strips + strip).to(tl.int64) * Q
-        dense, column = slot_rows(values_ptr, index_ptr, pattern_ptr, base, q, c, I, Q, G, N, MP)
-        ok = column < I
-        if BT == 1:
-            x = tl.load(x_ptr + column * stride_x, mask=ok, other=0.0).to(tl.float32)
-            acc += dense * x[:, None]
-        else:
-            x = tl.load(x_ptr + column.to(tl.int64)[:, None] * stride_x + t[None, :], mask=ok[:, None], other=0.0)
-            acc = tl.dot(tl.trans(dense.to(x_ptr.dtype.element_ty)), x, acc, input_precision=PRECISION)
-    if BT == 1:
-        acc = tl.sum(acc, 0)[:, None]
-    r = tl.arange(0, MP)
-    rows = strip * M + r
-    row_ok = (r < M) & (rows < O)
-    finish(
-        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
-        row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
-        1, S > 1, MP, BT, ACTIVATION,
-    )  # fmt: skip
-
-
-@triton.jit
-def gathered(
-    x_ptr, values_ptr, index_ptr, pattern_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
-    T, I, O, chunks, strips, stride_x,
-    P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, PP: tl.constexpr, GP: tl.constexpr,
-    NP: tl.constexpr, MP: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, S: tl.constexpr, UNROLL: tl.constexpr,
-    ACTIVATION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Every entry times its activations, which lie in the few columns of its chunk: no dense tile is made.
-
-    A place of a strip belongs to the same row in all chunks, so that it has sums of its own, which meet at the end.
-    x is feature-major (I, whole tiles), or one token.
-    """
-    begin(PDL)
+    """BS strips, a share of their columns, one tile of tokens. SETTLED: the slots were finished before this launch."""
+    if not SETTLED:
+        begin(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
-    t = tl.program_id(2) * BT + tl.arange(0, BT)
-    e, i = tl.arange(0, BS * PP * GP), tl.arange(0, NP)
-    p, j = e // GP % PP, e % GP
-    here = (tile * BS + e // (PP * GP) < strips) & (p < P) & (j < G)
-    inside = (e // (PP * GP) * P + p) * G + j
-    share = tl.cdiv(chunks, S)
-    acc = tl.zeros((BS * PP * GP, NP, BT), tl.float32)
-    for c in tl.range(split * share, tl.minimum((split + 1) * share, chunks), loop_unroll_factor=UNROLL):
-        slot = (c * strips + tile * BS).to(tl.int64) * (P * G) + inside
-        column = c * (P * G) + tl.load(index_ptr + slot, mask=here, other=0).to(tl.int32)
-        ok = here & (column < I)
-        v = tl.load(values_ptr + slot[:, None] * N + i[None, :], mask=ok[:, None] & (i < N)[None, :], other=0.0).to(
-            tl.float32
-        )
-        x = tl.load(x_ptr + column.to(tl.int64)[:, None] * stride_x + t[None, :], mask=ok[:, None], other=0.0).to(
-            tl.float32
-        )
-        acc += v[:, :, None] * x[:, None, :]
-    sums = tl.reshape(tl.sum(tl.reshape(acc, (BS, PP, GP, NP * BT)), 2), (BS, 1, PP * NP, BT))
-    place, r = tl.arange(0, PP * NP), tl.arange(0, MP)
-    given = (place // NP < P) & (place % NP < N)
-    row = tl.load(pattern_ptr + place // NP * N + place % NP, mask=given, other=MP)
-    mine = row[None, :] == r[:, None]
-    acc = tl.reshape(tl.sum(tl.where(mine[None, :, :, None], sums, 0.0), 2), (BS * MP, BT))
+    t, j = tl.program_id(2) * BT + tl.arange(0, BT), tl.arange(0, BK)
+    strip = tile * BS + tl.arange(0, BS)
+    steps = tl.cdiv(I, BK)
+    share = tl.cdiv(steps, S)
+    low, high = split * share, tl.minimum((split + 1) * share, steps)
+    slots = slot_ptr + strip.to(tl.int64)[:, None] * width
+    there = (strip < strips)[:, None]
+    ahead = tl.load(slots + (low * BK + j)[None, :], mask=there & (low * BK + j < I)[None, :], other=0)
+    if SETTLED:
+        begin(PDL)
+    acc = tl.zeros((BS * MP, BK) if BT == 1 else (BS * MP, BT), tl.float32)
+    for step in range(low, high):
+        k = step * BK + j
+        slot = ahead.to(tl.int32)
+        following = k + BK  # a step ahead: values are found by their slots, which would be waited for
+        ahead = tl.load(slots + following[None, :], mask=there & (following < I)[None, :], other=0)
+        w = strip_tile(values_ptr, pattern_ptr, slot, strip, k, there & (k < I)[None, :], strips, Q, G, N, MP, WIDE)
+        if BT == 1:
+            acc += w.to(tl.float32) * tl.load(x_ptr + k, mask=k < I, other=0.0).to(tl.float32)[None, :]
+        else:
+            x_at = x_ptr + t.to(tl.int64)[:, None] * stride_x + k[None, :]
+            x = tl.load(x_at, mask=(t < T)[:, None] & (k < I)[None, :], other=0.0)
+            acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+    if BT == 1:
+        acc = tl.sum(acc, 1)[:, None]
     q = tl.arange(0, BS * MP)
     rows = (tile * BS + q // MP) * M + q % MP
     row_ok = (q % MP < M) & (rows < O)
-    tiles = tile * tl.num_programs(2) + tl.program_id(2)
+    place = tile * tl.num_programs(2) + tl.program_id(2)
     finish(
-        acc, acc, tiles, split, S, tiles * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
+        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
         row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
         1, S > 1, BS * MP, BT, ACTIVATION,
     )  # fmt: skip
+
+
+@triton.jit
+def expand_columns(
+    values_ptr, slot_ptr, pattern_ptr, out_ptr, I, O, strips, width,
+    Q: tl.constexpr, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BS: tl.constexpr,
+    BK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The dense (O, I) matrix, a tile of strips and columns a program."""
+    strip, k = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1) * BK + tl.arange(0, BK)
+    ok = (strip < strips)[:, None] & (k < I)[None, :]
+    slot = tl.load(slot_ptr + strip.to(tl.int64)[:, None] * width + k[None, :], mask=ok, other=0).to(tl.int32)
+    w = strip_tile(values_ptr, pattern_ptr, slot, strip, k, ok, strips, Q, G, N, MP, WIDE)
+    q = tl.arange(0, BS * MP)
+    rows = (tl.program_id(0) * BS + q // MP).to(tl.int64) * M + q % MP
+    at = out_ptr + rows[:, None] * I + k[None, :]
+    tl.store(at, w, mask=((q % MP < M) & (rows < O))[:, None] & (k < I)[None, :])

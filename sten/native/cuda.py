@@ -71,7 +71,7 @@ def choose_csr(shape, dtype, spec, *, entries):
 
 def choose_grouped_nm(shape, dtype, spec):
     tokens, outputs, inputs = shape
-    return kernels.grouped_nm.choose(outputs, inputs, spec.n, spec.m, spec.g, tokens, dtype)
+    return kernels.grouped_nm.choose(outputs, inputs, spec.n, spec.m, tokens, dtype)
 
 
 def choose_gradient(shape, dtype, spec):
