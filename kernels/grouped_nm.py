@@ -19,6 +19,7 @@ from .library import (
     Launch,
     as_rows,
     contiguous,
+    exact,
     filled,
     multiprocessors,
     operator,
@@ -55,32 +56,51 @@ def _collect_slots(
 FEW = 64  # tokens up to which reading the weight decides
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
     out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype, save_memory: bool = False
 ) -> tuple[str, str]:
     """(variant, reason): ``empty``, ``few`` (straight from the stored slots) or ``expand`` (dense, then cuBLAS)."""
+    return _choose(out_features, n, m, tokens, save_memory, exact(dtype))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(out_features, n, m, tokens, save_memory, exactly):
     if tokens == 0 or out_features == 0:
         return "empty", "nothing to compute"
-    if tokens <= FEW:
+    if tokens == 1 or (tokens <= FEW and not exactly):
         return "few", f"{tokens} tokens: the weight is read compressed, {n} of {m}"
     if save_memory:
         return "few", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
-    return "expand", f"{tokens} tokens: expanded, cuBLAS runs"
+    if exactly:
+        return (
+            "expand",
+            f"fp32 without tf32 at {tokens} tokens: tiles made on the fly lose; expanded, cuBLAS runs",
+        )
+    return "expand", f"tiles made on the fly are too slow for {tokens} tokens; expanded, cuBLAS runs"
 
 
 def _configs(tokens: int, m: int, strips: int, inputs: int, programs: int) -> list[dict]:
     if INTERPRET:
         return [{"BS": power_of_two(16 // m, 1, 16), "BK": 16, "S": 2}]
-    found, height = [], power_of_two(m, 1, 256)
-    tiles = [(32, 128, 4), (32, 64, 2), (64, 64, 4), (16, 128, 2), (64, 128, 8)]
-    for rows, depth, warps in tiles:
-        rows = max(1, rows // height)
-        tiles_of_rows, split = -(-strips // rows), 1
-        while tiles_of_rows * split * warps < 24 * programs and split < 32 and inputs >= 4 * split * depth:
+    if tokens == 1:
+        tiles = [(16, 256, 4, 24), (16, 256, 4, 48), (16, 128, 2, 24), (64, 32, 2, 24), (32, 64, 2, 24)]
+    else:
+        waves = 24 if tokens <= 16 else 12
+        tiles = [(32, 128, 4, waves), (32, 128, 2, waves), (32, 64, 2, waves), (64, 64, 4, waves), (64, 128, 8, waves)]
+    found = []
+    for rows, depth, warps, waves in tiles:  # as many warps as hide the latency of the values
+        (height, depth), split = _tile(m, rows, depth, warps), 1
+        while -(-strips // height) * split * warps < waves * programs and inputs >= 4 * split * depth:
             split *= 2
-        found.append({"BS": rows, "BK": depth, "S": split, "num_warps": warps})
-    return found
+        found.append({"BS": height, "BK": depth, "S": split, "num_warps": warps, "num_stages": 1})
+    return [config for place, config in enumerate(found) if config not in found[:place]]
+
+
+def _tile(m, rows, depth, warps):
+    """(strips, columns) of a tile of about so many rows and columns whose weights fit into the registers."""
+    height = power_of_two(m, 1, 256)
+    strips = max(1, rows // height)
+    return strips, min(depth, max(16, 2048 * warps // (strips * height)))
 
 
 # ---- launchers
@@ -94,7 +114,7 @@ def _slots(index):
 def _slots_of_columns(index):
     chunks, strips, q = *index.shape[:2], index[0, 0].numel()
     number = torch.arange(q, device=index.device, dtype=torch.int16).expand(chunks, strips, q)
-    slot = torch.empty_like(number).scatter_(2, index.view(chunks, strips, q).long(), number)
+    slot = index.new_zeros(chunks, strips, q).scatter_(2, index.view(chunks, strips, q).long(), number)
     slot = slot.transpose(0, 1).reshape(strips, chunks * q)
     return slot.to(torch.uint8) if q <= 256 else slot
 
@@ -194,7 +214,7 @@ def _plan_expand(values, index, pattern, m, outputs, inputs):
     """values, index, pattern -> the dense weight."""
     chunks, strips, patterns, g, n = values.shape
     q, height = patterns * g, power_of_two(m, 1, 256)
-    rows, depth = max(1, 32 // height), 16 if INTERPRET else 128
+    rows, depth = _tile(m, 32, 16 if INTERPRET else 128, 4)
     grid = (triton.cdiv(strips, rows), triton.cdiv(inputs, depth))
     constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BS": rows, "BK": depth, "WIDE": wide(values)}
     launch = filled(Launch(expand_columns, grid, **constants), (outputs, inputs), inputs, outputs, strips, chunks * q)

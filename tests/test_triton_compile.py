@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 # bytes of shared memory that a program may have: an L40S or an RTX 4090 (compute capability 8.9) has the least, and
 # what is compiled for an A100 (8.0) runs on them; an H100 has 9.0
 KERNELS = {"transpose", "vector_nm_few", "vector_nm_many", "vector_nm_gated_few", "vector_nm_gated_many"}
-KERNELS |= {"vector_nm_grad_values", "bsr_few", "bsr_many", "bsr_grad_values", "nm", "csr_few", "grouped_nm_few"}
+KERNELS |= {"vector_nm_grad_values", "bsr_few", "bsr_many", "bsr_grad_values", "nm", "csr_few", "grouped_nm"}
+KERNELS |= {"expand_columns"}
 ROOM = {80: 99 << 10, 90: 227 << 10}
 
 

@@ -36,7 +36,7 @@ def grouped_parts(outputs, inputs, n, m, g, seed=0):
     return [part.to(DEVICE) for part in parts], dense[:outputs, :inputs].contiguous().to(DEVICE)
 
 
-GROUPED = [(16, 24, 1, 4, 4), (22, 50, 2, 4, 2), (20, 40, 1, 10, 3)]
+GROUPED = [(16, 24, 1, 4, 4), (22, 50, 2, 4, 2), (20, 40, 1, 10, 3), (25, 600, 5, 10, 2), (70, 90, 1, 40, 2)]
 
 
 @pytest.mark.parametrize("path", ["few", "cusparse", "expand"])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from triton_cases import DEVICE, bsr_parts, close, nm_parts, random, vector_nm_parts
 
-from sten.kernels import bsr, derived, epilogue, nm, transpose, vector_nm
+import sten
+from sten.kernels import bsr, derived, epilogue, grouped_nm, nm, transpose, vector_nm
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 HALF = torch.bfloat16
@@ -144,24 +145,42 @@ def fine_layer(seed):
     return written_late(lambda x, *weight: nm.linear(x, *weight, n=2, m=4, out_features=2048), values / 23, index)
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 200])
-def test_a_recorded_graph_follows_its_pattern(tokens):
-    """A tick writes the pattern in place and says so; the graph reads the tables where they were."""
+def blocks():
+    """(call on x and parts, three patterns with their dense weights) of BSR."""
     keep = torch.rand(32, 32, generator=torch.Generator().manual_seed(3)) < 0.2
-    patterns = [bsr_parts(2048, 2048, 64, 64, keep=keep.roll(n, 0), dtype=HALF, seed=n) for n in range(3)]
-    names, x = ("values", "crow", "col"), random(tokens, 2048, dtype=HALF)
-    mine = [patterns[0][0][name].clone() for name in names]
+    made = [bsr_parts(2048, 2048, 64, 64, keep=keep.roll(n, 0), dtype=HALF, seed=n) for n in range(3)]
+    patterns = [([parts[name] for name in ("values", "crow", "col")], dense) for parts, dense in made]
+    return lambda x, parts: bsr.linear(x, *parts, out_features=2048), patterns
+
+
+def slots():
+    """The same of GroupedNM."""
+    layout, patterns = sten.GroupedNM(1, 4, 16), []
+    for seed in range(3):
+        weight = random(2048, 2048, dtype=HALF, seed=seed)
+        parts = layout.pack(weight, layout.mask(weight.abs()))
+        patterns.append(([parts["values"], parts["index"]], layout.unpack(parts, (2048, 2048))))
+    rows = layout.rows(DEVICE).int()
+    return lambda x, parts: grouped_nm.linear(x, *parts, rows, m=4, out_features=2048), patterns
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 200])
+@pytest.mark.parametrize("kind", [blocks, slots], ids=["bsr", "grouped_nm"])
+def test_a_recorded_graph_follows_its_pattern(kind, tokens):
+    """A tick writes the pattern in place and says so; the graph reads the tables where they were."""
+    (call, patterns), x = kind(), random(tokens, 2048, dtype=HALF)
+    mine = [part.clone() for part in patterns[0][0]]
     for _ in range(2):
-        bsr.linear(x, *mine, out_features=2048)
+        call(x, mine)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = bsr.linear(x, *mine, out_features=2048)
+        out = call(x, mine)
     for number, (parts, dense) in enumerate(patterns * 2):
-        for own, name in zip(mine, names, strict=True):
-            own.copy_(parts[name])
+        for own, part in zip(mine, parts, strict=True):
+            own.copy_(part)
         derived.renew(*mine[1:])
         if number % 2:  # an eager call between changes nothing for the graph
-            bsr.linear(x, *mine, out_features=2048)
+            call(x, mine)
         graph.replay()
         close(out, x.double() @ dense.double().T, HALF)
 

@@ -4,6 +4,7 @@ A launch is compiled and not run. Prints JSON: {tuning key: [(bytes of shared me
 spilled to), or what the compiler said]}.
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -112,8 +113,12 @@ def plans(tokens, v, block, dtype=HALF):
         nm._plan_linear(x, *fine, None, None, n, 4, O, "none", True)
     entries = (torch.empty(40 * O, dtype=HALF), torch.arange(O + 1, dtype=torch.int32) * 40)
     csr._plan_linear(x, *entries, torch.zeros(40 * O, dtype=torch.int32), None, None, O, "none")
-    slots = torch.empty(16, 256, 16, 16, 1, dtype=HALF), torch.zeros(16, 256, 16, 16, dtype=torch.int16)
-    grouped_nm._plan_linear(x, *slots, torch.arange(16, dtype=torch.int32)[:, None], None, None, 16, O, "none", True)
+    for n, m, g in ((1, 16, 16), (2, 4, 8), (1, 200, 2)):
+        rows = torch.tensor(list(itertools.combinations(range(m), n)), dtype=torch.int32)
+        index = torch.zeros(-(-I // (g * len(rows))), -(-O // m), len(rows), g, dtype=torch.int16)
+        slots = torch.empty(*index.shape, n, dtype=HALF), index, rows
+        grouped_nm._plan_linear(x, *slots, None, None, m, O, "none", True)
+        grouped_nm._plan_expand(*slots, m, O, I)(*slots)
 
 
 library.Launch.__call__ = compile_only
