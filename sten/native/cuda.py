@@ -156,7 +156,7 @@ def csr_linear_grad_weight(grad, x, weight, *, spec, shape, variant):
 
 
 def grouped_nm_linear(x, weight, bias, *, spec, shape, variant):
-    """Triton, entry by entry, for few tokens; expansion for more."""
+    """Triton from the stored slots for few tokens, expansion for more."""
     pattern = patterns(spec, x.device)
     given = {"m": spec.m, "out_features": shape[0]}
     return kernels.grouped_nm.linear(x, weight["values"], weight["index"], pattern, bias, **given)
