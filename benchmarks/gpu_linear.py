@@ -300,16 +300,24 @@ def plot(rows, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 6))
-    for key in dict.fromkeys((r["layout"], r["case"]) for r in rows):
-        mine = [r for r in rows if (r["layout"], r["case"]) == key]
-        tokens = sorted({r["tokens"] for r in mine})
-        means = [geometric_mean(r["ratio"] for r in mine if r["tokens"] == t) for t in tokens]
-        axes.plot(tokens, means, marker="o", label=" ".join(key))
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed, dense cuBLAS = 1")
-    axes.legend(fontsize=6, ncol=2)
-    figure.savefig(path, dpi=120)
+    def panel(row):
+        if row["layout"] == "VectorNM":
+            return "VectorNM, chain" if "chain" in row["case"] else "VectorNM"
+        return "BSR" if row["layout"] == "BSR" else "NM, CSR, GroupedNM"
+
+    names = list(dict.fromkeys(map(panel, rows)))
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
+    for name, axes in zip(names, grid.flat, strict=False):
+        here = [r for r in rows if panel(r) == name]
+        for key in dict.fromkeys((r["layout"], r["case"]) for r in here):
+            mine = [r for r in here if (r["layout"], r["case"]) == key]
+            tokens = sorted({r["tokens"] for r in mine})
+            means = [geometric_mean(r["ratio"] for r in mine if r["tokens"] == t) for t in tokens]
+            axes.plot(tokens, means, marker="o", label=" ".join(key).removesuffix(" chain"))
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="speed, dense cuBLAS = 1", title=name)
+        axes.legend(fontsize=7, ncol=2)
+    figure.savefig(path, dpi=110)
 
 
 def main():

@@ -59,9 +59,10 @@ def _choose(out_features, in_features, bh, bw, blocks, tokens, exactly):
             f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {density:.2g} of it once",
         )
     side = min(bh, bw)
-    limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
-    if exactly and side < 64:
-        limit = 0.12
+    if exactly:
+        limit = 0.5 if side >= 64 else 0.35 if side >= 16 else 0.12
+    else:
+        limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
     if density > limit:
         return "expand", f"density {density:.2g} is over {limit} for blocks of {bh}x{bw}; expanded, cuBLAS runs"
     means = "fp32 without tf32" if exactly else "tensor cores"

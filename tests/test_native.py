@@ -31,7 +31,8 @@ def switch():
 @pytest.mark.parametrize(
     "operator, layout, density, with_tf32, exactly",
     [
-        ("linear", sten.BSR((32, 32)), 0.14, "blocks", "expand"),
+        ("linear", sten.BSR((32, 32)), 0.3, "expand", "blocks"),
+        ("linear", sten.BSR((64, 64)), 0.6, "expand", "expand"),
         ("linear", sten.BSR((64, 64)), 0.3, "blocks", "blocks"),
         ("linear", sten.VectorNM(1, 4, 32), None, "expand", "gather"),
         ("linear", sten.NM(1, 4), None, "expand", "expand"),
