@@ -20,11 +20,11 @@ from .derived import derived
 from .gated import TWO_LAUNCHES, in_two_launches, with_bias
 from .library import (
     INTERPRET,
-    Launch,
     as_rows,
     contiguous,
     describable,
     exact,
+    for_tables,
     multiprocessors,
     operator,
     overlap,
@@ -202,14 +202,10 @@ def _launch_many(config, x, values, start, up, y, bh, bw, transposed, activation
     described = _described(x, values, bt, bk, [bk, bo] if transposed else [bo, bk]) if bw % bk == 0 else {}
     if up is not None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
         described.pop(2, None)
-    launches = [
-        Launch(
-            block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
-            TRANSPOSED=transposed, WIDE=wide(x, y), SETTLED=settled, ACTIVATION=activation, PRECISION=precision(x),
-            **overlap(x), **config,
-        )
-        for settled in (False, True)
-    ]  # fmt: skip
+    launches = for_tables(
+        block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
+        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **config,
+    )  # fmt: skip
 
     def call(x, values, start, other, block, bias, gate, up, up_start, up_other, up_block, up_bias, y):
         schedule, settled = _schedule(start, other, up_start)
@@ -247,13 +243,10 @@ def _launch_few(config, width, blocks, x, values, lines, outputs, activation, ha
     sub, programs = triton.cdiv(bh, rows), _most_programs(lines, blocks, bw, depth, most, halves)
     tiles, shares, tag = lines * sub, programs * sub, f"bsr shares {programs} {most} {depth} {bw}"
     make = functools.partial(_shares, programs, most, depth, bw)
-    launches = [
-        Launch(
-            few_tokens, (shares,), BH=bh, BW=bw, BT=width, SPLIT=shares > tiles, STAGES=config["num_stages"],
-            SETTLED=settled, ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **constants,
-        )
-        for settled in (False, True)
-    ]  # fmt: skip
+    launches = for_tables(
+        few_tokens, (shares,), BH=bh, BW=bw, BT=width, SPLIT=shares > tiles, STAGES=config["num_stages"],
+        ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **constants,
+    )  # fmt: skip
 
     def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
         weights = (crow, col) if up is None else (crow, col, up_crow, up_col)

@@ -21,6 +21,7 @@ from .library import (
     contiguous,
     exact,
     filled,
+    for_tables,
     multiprocessors,
     operator,
     overlap,
@@ -130,7 +131,7 @@ def _plan_few(x, values, index, pattern, bias, gate, y, inputs, m, activation):
     def prepare(config):
         tiles = triton.cdiv(strips, config["BS"])
         grid = (tiles, config["S"], triton.cdiv(tokens, width))
-        launches = [Launch(few_tokens, grid, SETTLED=settled, **constants, **config) for settled in (False, True)]
+        launches = for_tables(few_tokens, grid, **constants, **config)
 
         def call(x, values, index, pattern, bias, gate, y):
             slots, settled = _slots(index)

@@ -230,6 +230,12 @@ class Launch:
         return told + list(args[at:])
 
 
+def for_tables(kernel, grid, described=None, **constants) -> tuple[Launch, Launch]:
+    """One launch for a table that may still be on its way, and one for a settled table: see ``derived``."""
+    unsettled, settled = (Launch(kernel, grid, described, SETTLED=known, **constants) for known in (False, True))
+    return unsettled, settled
+
+
 def filled(launch: Launch, shape: tuple[int, ...], *integers: int):
     """The function from tensors to a new one of this shape, like the first, that ``launch(*tensors, new, *integers)``
     fills; nothing is launched for an empty one."""
