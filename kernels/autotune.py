@@ -50,17 +50,22 @@ def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
 
 
 def _fastest(configs, prepare, given):
-    flush, chain = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=given[0].device), _chain(given)
-    times = []
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=given[0].device)
+    calls = []
     for config in configs:
         try:
             call = prepare(config)
             for _ in range(2):  # the first call compiles, the second is launched as all later ones
                 call(*given)
-            times.append(_typical(call, chain, flush))
+            calls.append((config, call))
         except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
-            times.append(float("inf"))
-    return next(config for config, spent in zip(configs, times, strict=True) if spent <= TIE * min(times))
+            pass  # a tile that this GPU has no room for
+    if not calls:
+        return configs[0]
+    short = min(_once(call, [given], flush) for _, call in calls for _ in range(3)) < SHORT_MS
+    chain, repeats = (_chain(given), SHORT_REPEATS) if short else ([given], REPEATS)
+    times = [_typical(call, chain, flush, repeats) for _, call in calls]
+    return next(config for (config, _), spent in zip(calls, times, strict=True) if spent <= TIE * min(times))
 
 
 def _chain(given):
@@ -71,17 +76,15 @@ def _chain(given):
     def copy(t):  # one with gaps is shared: its copy would have other strides than the launch was made for
         return t.clone() if t is not None and t.is_contiguous() and 8 * t.nbytes >= weight else t
 
-    return [given] + [tuple(map(copy, given)) for _ in range(count - 1)]
+    try:
+        return [given] + [tuple(map(copy, given)) for _ in range(count - 1)]
+    except torch.OutOfMemoryError:
+        return [given]
 
 
-def _typical(call, chain, flush):
+def _typical(call, chain, flush, repeats):
     """Milliseconds of a call, without what disturbs some of them: the mean of the faster half."""
-    found, repeats = [_once(call, chain[:1], flush)], REPEATS
-    if found[0] < SHORT_MS:
-        found, repeats = [], SHORT_REPEATS
-    else:
-        chain = chain[:1]
-    found += [_once(call, chain, flush) for _ in range(repeats - len(found))]
+    found = [_once(call, chain, flush) for _ in range(repeats)]
     return statistics.mean(sorted(found)[: (repeats + 1) // 2])
 
 

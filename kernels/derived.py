@@ -23,8 +23,10 @@ class _Entry:
     def alive(self):
         return not any(map(StorageWeakRef.expired, self.storages))
 
-    def follows(self, versions):
-        return self.versions == versions and self.alive()
+    def follows(self, sources, versions):
+        """Whether it was made of these: what lies at the same address may be another storage, the first one emptied."""
+        same = (kept.cdata == t.untyped_storage()._cdata for kept, t in zip(self.storages, sources, strict=True))
+        return self.versions == versions and all(same)
 
 
 def derived(tag: str, make, *sources: torch.Tensor, renewed: bool = True) -> tuple[torch.Tensor, bool]:
@@ -34,7 +36,8 @@ def derived(tag: str, make, *sources: torch.Tensor, renewed: bool = True) -> tup
     waits for the kernel before it. It keeps its address, which a recorded graph remembers: whoever writes the sources
     where no call follows has to say so, by ``renew``. Where nobody does (``renewed`` is False: weights change at every
     step), a capture makes its own, if the first source is trained or was seen to change. What is made in a capture is
-    neither kept nor settled. An inference tensor counts as never written, except by ``renew``.
+    neither kept nor settled. An inference tensor counts as never written, except by ``renew``. What a compiled graph
+    computes on its way must not be a source: the graph uses its memory again and counts no version.
     """
     key, versions = [tag], []
     for t in sources:
@@ -42,7 +45,7 @@ def derived(tag: str, make, *sources: torch.Tensor, renewed: bool = True) -> tup
         versions.append(_version(t))
     key = tuple(key)
     found, first = _kept.get(key), sources[0]
-    if found is None or not found.follows(versions):
+    if found is None or not found.follows(sources, versions):
         if capturing(first):
             return make(*sources), False
         found = _made(key, make, sources, versions, renewed)
@@ -65,7 +68,7 @@ def _made(key, make, sources, versions, renewed, anyway=False):
     with _turn:
         old = _kept.get(key)
         old = old if old is not None and old.alive() else None
-        if old is not None and not anyway and old.follows(versions):
+        if old is not None and not anyway and old.follows(sources, versions):
             return old
 
         def made():

@@ -6,6 +6,7 @@ n values, at rows m*s + pattern[p] of column Q*c + index[c, s, q]. MP: m rounded
 """
 
 import functools
+import math
 
 import torch
 import triton
@@ -55,6 +56,7 @@ def _collect_slots(
 
 
 FEW = 64  # tokens up to which reading the weight decides
+AT_ONCE = 1 << 23  # slots that the table is made of at a time, in 64-bit integers on the way
 
 
 def choose(
@@ -80,7 +82,8 @@ def _choose(out_features, n, m, tokens, save_memory, exactly):
     return "expand", f"tiles made on the fly are too slow for {tokens} tokens; expanded, cuBLAS runs"
 
 
-def _configs(tokens: int, m: int, strips: int, inputs: int, programs: int) -> list[dict]:
+def _configs(tokens: int, times: int, m: int, strips: int, inputs: int, programs: int) -> list[dict]:
+    """``times``: how many tiles of tokens there are."""
     if INTERPRET:
         return [{"BS": power_of_two(16 // m, 1, 16), "BK": 16, "S": 2}]
     if tokens == 1:
@@ -91,7 +94,7 @@ def _configs(tokens: int, m: int, strips: int, inputs: int, programs: int) -> li
     found = []
     for rows, depth, warps, waves in tiles:  # as many warps as hide the latency of the values
         (height, depth), split = _tile(m, rows, depth, warps), 1
-        while -(-strips // height) * split * warps < waves * programs and inputs >= 4 * split * depth:
+        while -(-strips // height) * times * split * warps < waves * programs and inputs >= 4 * split * depth:
             split *= 2
         found.append({"BS": height, "BK": depth, "S": split, "num_warps": warps, "num_stages": 1})
     return [config for place, config in enumerate(found) if config not in found[:place]]
@@ -113,9 +116,12 @@ def _slots(index):
 
 
 def _slots_of_columns(index):
-    chunks, strips, q = *index.shape[:2], index[0, 0].numel()
-    number = torch.arange(q, device=index.device, dtype=torch.int16).expand(chunks, strips, q)
-    slot = index.new_zeros(chunks, strips, q).scatter_(2, index.view(chunks, strips, q).long(), number)
+    chunks, strips, patterns, g = index.shape
+    q = patterns * g
+    number, slot = torch.arange(q, device=index.device, dtype=torch.int16), index.new_zeros(chunks, strips, q)
+    at_once = max(1, AT_ONCE // max(1, strips * q))
+    for part, column in zip(slot.split(at_once), index.view(chunks, strips, q).split(at_once), strict=True):
+        part.scatter_(2, column.long(), number.expand_as(part))
     slot = slot.transpose(0, 1).reshape(strips, chunks * q)
     return slot.to(torch.uint8) if q <= 256 else slot
 
@@ -124,26 +130,26 @@ def _plan_few(x, values, index, pattern, bias, gate, y, inputs, m, activation):
     chunks, strips, patterns, g, n = values.shape
     (tokens, outputs), q = y.shape, patterns * g
     width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
-    height, stride = power_of_two(m, 1, 256), x.stride(0)
+    height, times, stride = power_of_two(m, 1, 256), triton.cdiv(tokens, width), x.stride(0)
     constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BT": width, "ACTIVATION": activation}
     constants |= {"PRECISION": precision(x), "WIDE": wide(values), **overlap(x)}
 
     def prepare(config):
         tiles = triton.cdiv(strips, config["BS"])
-        grid = (tiles, config["S"], triton.cdiv(tokens, width))
+        grid = (tiles, config["S"], times)
         launches = for_tables(few_tokens, grid, **constants, **config)
 
         def call(x, values, index, pattern, bias, gate, y):
             slots, settled = _slots(index)
-            met = epilogue.hand_over.take(x, tiles * grid[2], tiles * grid[1] * grid[2], config["BS"] * height * width)
+            met = epilogue.hand_over.take(x, tiles * times, math.prod(grid), config["BS"] * height * width)
             launches[settled](
                 x, values, slots, pattern, bias, gate, y, *met, tokens, inputs, outputs, strips, chunks * q, stride
             )
 
         return call
 
-    key = (x.dtype, outputs, inputs, n, m, g, width)
-    configs = _configs(tokens, m, strips, inputs, multiprocessors(x))
+    key = (x.dtype, outputs, inputs, n, m, g, width, times.bit_length())
+    configs = _configs(tokens, times, m, strips, inputs, multiprocessors(x))
     return autotune.pick("grouped_nm", key, configs, prepare, (x, values, index, pattern, bias, gate, y))
 
 
@@ -213,6 +219,8 @@ def _expand(values, index, pattern, m, out_features, in_features):
 
 def _plan_expand(values, index, pattern, m, outputs, inputs):
     """values, index, pattern -> the dense weight."""
+    if index.dtype != torch.int16 or pattern.dtype != torch.int32:
+        raise TypeError(f"index {index.dtype} and pattern {pattern.dtype} do not fit; expected int16 and int32")
     chunks, strips, patterns, g, n = values.shape
     q, height = patterns * g, power_of_two(m, 1, 256)
     rows, depth = _tile(m, 32, 16 if INTERPRET else 128, 4)

@@ -2,8 +2,9 @@
 # compute-sanitizer over the tests of the Triton kernels, on a machine with a GPU: memcheck (reads and writes out of
 # bounds) and racecheck (shared memory). Memory is not pooled, so that every tensor has bounds of its own; one
 # configuration a kernel, so that it ends. Each test function runs by itself, JOBS at a time. PYTHON names the
-# interpreter; the logs go to the folder $1.
+# interpreter; the logs go to the folder $1 of the repository.
 set -u
+cd "$(dirname "$0")/.." || exit
 logs=${1:-build/sanitize}; mkdir -p "$logs"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 STEN_AUTOTUNE=0
 check() {  # logs, tool, file::function

@@ -80,13 +80,42 @@ def test_epilogue(activation):
 
 @pytest.mark.parametrize("outputs, inputs, n, m, g", GROUPED)
 @pytest.mark.parametrize("path", ["few", "expand"])
-def test_grouped_linear(outputs, inputs, n, m, g, path, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_grouped_linear(outputs, inputs, n, m, g, dtype, path, monkeypatch):
     monkeypatch.setattr(grouped_nm, "choose", lambda *a: (path, "the test says so"))
-    parts, dense = grouped_parts(outputs, inputs, n, m, g)
-    bias = random(outputs)
+    (values, *pattern), _ = grouped_parts(outputs, inputs, n, m, g)
+    values, bias = values.to(dtype), random(outputs, dtype=dtype)
+    dense = grouped_nm.expand(values, *pattern, m=m, out_features=outputs, in_features=inputs).double()
     for tokens in (1, 3, 16, 17, 65):
-        x = random(tokens, inputs)
-        close(grouped_nm.linear(x, *parts, bias, m=m, out_features=outputs), x @ dense.T + bias)
+        x = random(tokens, inputs, dtype=dtype)
+        got = grouped_nm.linear(x, values, *pattern, bias, m=m, out_features=outputs)
+        close(got, x.double() @ dense.T + bias.double(), dtype)
+
+
+def test_grouped_without_rows_or_columns():
+    pattern = torch.arange(4, dtype=torch.int32, device=DEVICE)[:, None]
+    for chunks, strips, outputs, inputs in ((2, 0, 0, 32), (0, 2, 8, 0)):
+        index = torch.zeros(chunks, strips, 4, 4, dtype=torch.int16, device=DEVICE)
+        parts = torch.zeros(*index.shape, 1, device=DEVICE), index, pattern
+        assert grouped_nm.expand(*parts, m=4, out_features=outputs, in_features=inputs).shape == (outputs, inputs)
+        got = grouped_nm.linear_grad_input(random(3, outputs), *parts, m=4, in_features=inputs)
+        assert torch.equal(got, got.new_zeros(3, inputs))
+    with pytest.raises(TypeError, match="int16"):
+        grouped_nm.expand(parts[0], index.int(), pattern, m=4, out_features=8, in_features=0)
+
+
+def test_slots_are_found_in_parts(monkeypatch):
+    (_, index, _), _ = grouped_parts(20, 40, 1, 10, 1)
+    whole = grouped_nm._slots_of_columns(index)
+    monkeypatch.setattr(grouped_nm, "AT_ONCE", 1)
+    assert len(index) > 1 and torch.equal(grouped_nm._slots_of_columns(index), whole)
+
+
+def test_many_tiles_of_tokens_are_not_split(monkeypatch):
+    """Partial sums of many tokens would take more memory than the dense weight."""
+    monkeypatch.setattr(grouped_nm, "INTERPRET", False)
+    few, many = (grouped_nm._configs(64, times, 4, 128, 14336, 132) for times in (1, 256))
+    assert all(config["S"] == 1 for config in many) and all(config["S"] > 1 for config in few)
 
 
 @pytest.mark.parametrize("outputs, inputs, n, m, g", GROUPED)

@@ -54,6 +54,16 @@ def test_follows_what_is_written_at_one_address():
         assert again is total and settled and torch.equal(total, a + b)
 
 
+def test_another_storage_at_the_address_of_an_emptied_one():
+    """As when a sharded model frees its weights: the first tensor lives, and its memory is another's."""
+    memory = torch.arange(8)
+    again = torch.from_numpy(memory.numpy())  # one address, two storages
+    assert memory.data_ptr() == again.data_ptr()
+    derived.derived("tag", doubled, memory)
+    memory.numpy()[:] = 5  # unseen by either
+    assert torch.equal(derived.derived("tag", doubled, again)[0], again * 2)
+
+
 def test_made_in_inference_mode_and_changed_outside():
     source = torch.arange(4)
     with torch.inference_mode():

@@ -60,11 +60,15 @@ def test_choice(tuned, milliseconds, expected):
     assert tuned[0](*milliseconds) == CONFIGS[expected]
 
 
-def test_short_calls_are_looked_at_more_often(tuned):
+@pytest.mark.parametrize(
+    "fastest, alone, in_a_row", [(0.01, 3, autotune.SHORT_REPEATS), (0.5, 3 + autotune.REPEATS, 0)]
+)
+def test_short_calls_are_looked_at_more_often(tuned, fastest, alone, in_a_row):
+    """All tiles in one way, whatever disturbs a single look: times alone and in a row do not compare."""
     pick, timed, _ = tuned
-    pick(0.01, 2.0, 0.02)
+    pick(2.0, fastest, 0.6)
     counts = [[timed.count((config, calls)) for calls in (1, autotune.CHAIN)] for config in CONFIGS]
-    assert counts == [[1, autotune.SHORT_REPEATS], [autotune.REPEATS, 0], [1, autotune.SHORT_REPEATS]]
+    assert counts == [[alone, in_a_row]] * 3
 
 
 def test_each_call_in_a_row_has_its_own_weight():
@@ -75,6 +79,15 @@ def test_each_call_in_a_row_has_its_own_weight():
     assert len({given[1].data_ptr() for given in chain}) == len(chain)
     assert all(given[0] is x and given[2] is None and given[3] is view for given in chain)
     assert len(autotune._chain((torch.zeros(autotune.CHAIN_BYTES // 8),))) == 2
+
+
+def test_no_room_for_copies(monkeypatch):
+    def full(tensor):
+        raise torch.OutOfMemoryError
+
+    given = (torch.zeros(8, 8),)
+    monkeypatch.setattr(torch.Tensor, "clone", full)
+    assert autotune._chain(given) == [given]
 
 
 def test_remembered(tuned):
