@@ -1,8 +1,8 @@
 """Bounded autotuning: a few configurations, timed once per key, remembered on disk.
 
 ``pick(kernel, key, configs, prepare, given)`` returns ``prepare(config)``, a callable, for one of ``configs`` (dicts,
-the likeliest first). The first is taken without timing in the interpreter, during a CUDA graph capture, and when
-``STEN_AUTOTUNE=0``.
+the likeliest first; one that comes again counts once). The first is taken without timing in the interpreter, during a
+CUDA graph capture, and when ``STEN_AUTOTUNE=0``.
 """
 
 import json
@@ -30,7 +30,7 @@ def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
 
     ``prepare(config)(*given)`` has to be one call of the kernel that may be repeated.
     """
-    x = given[0]
+    x, configs = given[0], [config for place, config in enumerate(configs) if config not in configs[:place]]
     key = (*key, precision(x))
     place = (kernel, key, x.device)
     found = _chosen.get(place)
@@ -78,7 +78,7 @@ def _chain(given):
 
     try:
         return [given] + [tuple(map(copy, given)) for _ in range(count - 1)]
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # then calls are timed one by one, which is better than no product
         return [given]
 
 

@@ -116,7 +116,7 @@ def _few_configs(bh: int, bw: int, lines: int, blocks: int, width: int, programs
         work = triton.cdiv(blocks * bw, depth) * triton.cdiv(bh, rows)
         most = max(1, triton.cdiv(work, waves * programs)) if waves else None
         found.append({"BO": rows, "BK": depth, "C": most, "num_stages": stages, "num_warps": warps})
-    return [config for place, config in enumerate(found) if config not in found[:place]]
+    return found
 
 
 # ---- launchers

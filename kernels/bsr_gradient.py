@@ -20,6 +20,7 @@ from .library import (
     power_of_two,
     precision,
     rows_contiguous,
+    splits,
     wide,
 )
 
@@ -111,11 +112,9 @@ def _gradient_configs(
     tiles, found = blocks * -(-bh // rows) * -(-bw // width), []
     for waves, stages, warps in ((2, 4, 4), (4, 3, 4), (2, 4, 8)):
         warps = min(warps, rows * width // 256)  # a warp's own product is 16 by 8: more warps than that repeat it
-        split = 1
-        while tiles * split < waves * programs and split < 16 and tokens // (2 * split) >= 4 * depth:
-            split *= 2
+        split = splits(tiles, waves * programs, tokens, 4 * depth)
         found.append({"BM": rows, "BN": width, "BK": depth, "S": split, "num_stages": stages, "num_warps": warps})
-    return [config for place, config in enumerate(found) if config not in found[:place]]
+    return found
 
 
 def _grad_values_fake(grad, x, col, t_row, t_block, bh, bw):

@@ -118,6 +118,21 @@ def finish(
         tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def finish_rows(
+    acc, rows, row_ok, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O,
+    ROWS: tl.constexpr, BT: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """``finish`` of a row-major y (T, O) in a grid of (tiles of rows, S splits, tiles of BT tokens)."""
+    tile, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BT + tl.arange(0, BT)
+    place = tile * tl.num_programs(2) + tl.program_id(2)
+    finish(
+        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
+        row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
+        1, S > 1, ROWS, BT, ACTIVATION,
+    )  # fmt: skip
+
+
 class HandOver:
     """Where the splits of a tile meet: fp32 room for their partial sums, and a counter that is zero before a launch.
 

@@ -30,6 +30,7 @@ from .library import (
     power_of_two,
     precision,
     rows_contiguous,
+    splits,
     wide,
 )
 
@@ -75,10 +76,7 @@ def _choose(out_features, n, m, tokens, save_memory, exactly):
     if save_memory:
         return "few", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
     if exactly:
-        return (
-            "expand",
-            f"fp32 without tf32 at {tokens} tokens: tiles made on the fly lose; expanded, cuBLAS runs",
-        )
+        return "expand", f"fp32 without tf32 at {tokens} tokens: tiles made on the fly lose; expanded, cuBLAS runs"
     return "expand", f"tiles made on the fly are too slow for {tokens} tokens; expanded, cuBLAS runs"
 
 
@@ -93,11 +91,10 @@ def _configs(tokens: int, times: int, m: int, strips: int, inputs: int, programs
         tiles = [(32, 128, 4, waves), (32, 128, 2, waves), (32, 64, 2, waves), (64, 64, 4, waves), (64, 128, 8, waves)]
     found = []
     for rows, depth, warps, waves in tiles:  # as many warps as hide the latency of the values
-        (height, depth), split = _tile(m, rows, depth, warps), 1
-        while -(-strips // height) * times * split * warps < waves * programs and inputs >= 4 * split * depth:
-            split *= 2
+        height, depth = _tile(m, rows, depth, warps)
+        split = splits(-(-strips // height) * times * warps, waves * programs, inputs, 2 * depth, most=inputs)
         found.append({"BS": height, "BK": depth, "S": split, "num_warps": warps, "num_stages": 1})
-    return [config for place, config in enumerate(found) if config not in found[:place]]
+    return found
 
 
 def _tile(m, rows, depth, warps):
@@ -153,6 +150,11 @@ def _plan_few(x, values, index, pattern, bias, gate, y, inputs, m, activation):
     return autotune.pick("grouped_nm", key, configs, prepare, (x, values, index, pattern, bias, gate, y))
 
 
+def _check_pattern(index, pattern):
+    if index.dtype != torch.int16 or pattern.dtype != torch.int32:
+        raise TypeError(f"index {index.dtype} and pattern {pattern.dtype} do not fit; expected int16 and int32")
+
+
 def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -172,10 +174,9 @@ def _linear(x, values, index, pattern, bias, gate, m, out_features, activation, 
 def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, save_memory):
     """The callable for one layout of arguments; it is made on the first call's tensors."""
     inputs, shape, n = x.shape[-1], (*x.shape[:-1], outputs), values.shape[-1]
-    if x.dtype != values.dtype or index.dtype != torch.int16 or pattern.dtype != torch.int32:
-        raise TypeError(
-            f"x {x.dtype}, values {values.dtype}, index {index.dtype} and pattern {pattern.dtype} do not fit"
-        )
+    if x.dtype != values.dtype:
+        raise TypeError(f"x is {x.dtype} and values {values.dtype}; expected one dtype")
+    _check_pattern(index, pattern)
     if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
         raise ValueError(f"values {tuple(values.shape)} do not hold ({outputs}, {inputs}) in strips of {m}")
     epilogue.check(outputs, shape, (bias,), gate)
@@ -219,8 +220,7 @@ def _expand(values, index, pattern, m, out_features, in_features):
 
 def _plan_expand(values, index, pattern, m, outputs, inputs):
     """values, index, pattern -> the dense weight."""
-    if index.dtype != torch.int16 or pattern.dtype != torch.int32:
-        raise TypeError(f"index {index.dtype} and pattern {pattern.dtype} do not fit; expected int16 and int32")
+    _check_pattern(index, pattern)
     chunks, strips, patterns, g, n = values.shape
     q, height = patterns * g, power_of_two(m, 1, 256)
     rows, depth = _tile(m, 32, 16 if INTERPRET else 128, 4)

@@ -8,7 +8,7 @@ are walked in order: activations are read as they lie, and a tile of several str
 import triton
 import triton.language as tl
 
-from .epilogue import finish
+from .epilogue import finish_rows
 from .tiles import begin
 
 
@@ -70,12 +70,7 @@ def few_tokens(
     q = tl.arange(0, BS * MP)
     rows = (tile * BS + q // MP) * M + q % MP
     row_ok = (q % MP < M) & (rows < O)
-    place = tile * tl.num_programs(2) + tl.program_id(2)
-    finish(
-        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
-        row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
-        1, S > 1, BS * MP, BT, ACTIVATION,
-    )  # fmt: skip
+    finish_rows(acc, rows, row_ok, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, BS * MP, BT, S, ACTIVATION)
 
 
 @triton.jit

@@ -170,6 +170,15 @@ def power_of_two(size: int, low: int, high: int) -> int:
     return min(high, max(low, triton.next_power_of_2(max(size, 1))))
 
 
+def splits(tiles: int, wanted: int, length: int, least: int, most: int = 16) -> int:
+    """In how many parts each of ``tiles`` reductions of ``length`` is split, a power of two up to ``most``: so that
+    there are as many parts as ``wanted``, where each may still have ``least``."""
+    split = 1
+    while tiles * split < wanted and split < most and length // (2 * split) >= least:
+        split *= 2
+    return split
+
+
 class Launch:
     """One kernel with its grid and compile-time constants settled.
 
@@ -230,10 +239,9 @@ class Launch:
         return told + list(args[at:])
 
 
-def for_tables(kernel, grid, described=None, **constants) -> tuple[Launch, Launch]:
+def for_tables(kernel, grid, described=None, **constants) -> tuple[Launch, ...]:
     """One launch for a table that may still be on its way, and one for a settled table: see ``derived``."""
-    unsettled, settled = (Launch(kernel, grid, described, SETTLED=known, **constants) for known in (False, True))
-    return unsettled, settled
+    return tuple(Launch(kernel, grid, described, SETTLED=settled, **constants) for settled in (False, True))
 
 
 def filled(launch: Launch, shape: tuple[int, ...], *integers: int):

@@ -23,6 +23,7 @@ from .library import (
     plan,
     power_of_two,
     precision,
+    splits,
     wide,
 )
 from .nm_few import few_tokens, few_tokens_24, one_token_24
@@ -82,9 +83,7 @@ def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, 
         if tokens <= 16:
             tiles = ((32, 128, 4, 3, 3), (32, 128, 4, 3, 2), (32, 128, 2, 3, 2), (32, 128, 4, 4, 2))
     for height, depth, warps, stages, waves in tiles:
-        split = 1
-        while -(-rows // height) * split < waves * programs and split < 8 and columns // (2 * split) >= 2 * depth:
-            split *= 2
+        split = splits(-(-rows // height), waves * programs, columns, 2 * depth, most=8)
         inside = {"BW": depth // 8} if variant == "few" else {"BK": depth // (itemsize // 2)}
         found.append(dict(BM=height, BT=width, S=split, num_warps=warps, num_stages=stages, **inside))
     return found

@@ -7,7 +7,7 @@ S splits. A word is two groups of 2:4 in 16-bit types: 4 values in 64 bits, whos
 import triton
 import triton.language as tl
 
-from .epilogue import finish
+from .epilogue import finish_rows
 from .tiles import begin
 
 
@@ -19,21 +19,6 @@ def _rows(O, BM: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
         w_rows = w_rows.to(tl.int64)
     return rows, w_rows
-
-
-@triton.jit
-def _finish(
-    acc, rows, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O,
-    BM: tl.constexpr, BT: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """Stores the row-major output tile (BM, BT) of this program, or its share."""
-    tile, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BT + tl.arange(0, BT)
-    row_ok, place = rows < O, tile * tl.num_programs(2) + tl.program_id(2)
-    finish(
-        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
-        row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
-        1, S > 1, BM, BT, ACTIVATION,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -69,9 +54,10 @@ def one_token_24(
             x = even if s < 2 else odd
             shift = (p << 4 >> 2 * s) & 48  # 16 bits a position
             acc += _half(x[None, :], shift, BF16) * _half(w, tl.full((1, 1), 16 * s, tl.int32), BF16)
-    _finish(
-        tl.sum(acc, 1)[:, None], rows, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, BM, 1, S, ACTIVATION
-    )
+    finish_rows(
+        tl.sum(acc, 1)[:, None], rows, rows < O, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O,
+        BM, 1, S, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -133,7 +119,7 @@ def few_tokens_24(
             x_ptr + t[:, None] * stride_x + c[None, :], mask=(t < T)[:, None] & (c < words * 8)[None, :], other=0.0
         )
         acc = tl.dot(dense_words(w, p, dtype, BM, BW), tl.trans(x), acc)
-    _finish(acc, rows, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, BM, BT, S, ACTIVATION)
+    finish_rows(acc, rows, rows < O, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, BM, BT, S, ACTIVATION)
 
 
 @triton.jit
@@ -174,4 +160,4 @@ def few_tokens(
         w = dense_tile(w_ptr, index_ptr, w_rows, c, K, BYTES, N, M, BITS, BM, BK)
         x = tl.load(x_ptr + t[:, None] * stride_x + c[None, :], mask=t_ok & (c < I)[None, :], other=0.0)
         acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
-    _finish(acc, rows, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, BM, BT, S, ACTIVATION)
+    finish_rows(acc, rows, rows < O, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, BM, BT, S, ACTIVATION)

@@ -27,6 +27,7 @@ from .library import (
     plan,
     power_of_two,
     precision,
+    splits,
     wide,
 )
 from .vector_nm_few import few_tokens
@@ -127,13 +128,11 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int, halv
     found = []
     for height, depth, warps, stages in tiles:
         height = min(height, power_of_two(v, 1 if tokens == 1 else 16, 128))
-        tiles_m, split = -(-rows // v) * -(-v // height), 1
         # enough programs for every multiprocessor; a split more than that only writes and reads more partial sums
-        while tiles_m * split < programs and split < 16 and slots // (2 * split) >= depth:
-            split *= 2
+        split = splits(-(-rows // v) * -(-v // height), programs, slots, depth)
         for s in (split,) if stages != 3 or tokens == 1 else (split, 2 * split):
             found.append({"BM": height, "BK": depth, "S": s, "PIPE": stages, "num_warps": warps})
-    return [config for place, config in enumerate(found) if config not in found[:place]]
+    return found
 
 
 # ---- launchers

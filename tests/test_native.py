@@ -34,6 +34,7 @@ def switch():
         ("linear", sten.BSR((32, 32)), 0.3, "expand", "blocks"),
         ("linear", sten.BSR((64, 64)), 0.6, "expand", "expand"),
         ("linear", sten.BSR((64, 64)), 0.3, "blocks", "blocks"),
+        ("linear", sten.BSR((64, 64)), 0.2, "blocks", "blocks"),
         ("linear", sten.VectorNM(1, 4, 32), None, "expand", "gather"),
         ("linear", sten.NM(1, 4), None, "expand", "expand"),
         ("linear_grad_weight", sten.VectorNM(1, 4, 64), None, "gather", "reference"),

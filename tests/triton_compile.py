@@ -83,11 +83,12 @@ def every_config(kernel, key, configs, prepare, given):
     calls = [prepare(config) for config in configs]
     for call in calls:
         call(*given)
-    if kernel.startswith("bsr"):  # and as in a capture, where tables are not settled
-        bsr.derived = lambda tag, make, *sources: (make(*sources), False)
+    module = {"bsr": bsr, "grouped": grouped_nm}.get(kernel.partition("_")[0])
+    if module:  # and as in a capture, where tables are not settled
+        module.derived = lambda tag, make, *sources: (make(*sources), False)
         for call in calls:
             call(*given)
-        bsr.derived = derived.derived
+        module.derived = derived.derived
     under.pop()
     return calls[0]
 
