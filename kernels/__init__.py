@@ -3,14 +3,14 @@
 One module a layout (``vector_nm``, ``bsr``, ``nm``, ``grouped_nm``, ``csr``) with the same surface: ``linear``,
 ``linear_grad_input``, ``linear_grad_values``, ``expand`` (parts -> dense) and ``choose`` (which variant runs, and why).
 The parts are those of ``docs/formats.md``. ``transpose`` gives the feature-major order that some read, and ``derived``
-keeps what is computed from a pattern once. Importing this package needs neither triton nor a GPU; its
-modules need triton.
+keeps what is computed from a pattern once, ``bound`` what was decided for a weight. Importing this package needs
+neither triton nor a GPU; its modules need triton.
 """
 
 import importlib
 import importlib.util
 
-MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "derived")
+MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "derived", "bound")
 
 
 def available() -> bool:

@@ -21,6 +21,7 @@ from .gated import TWO_LAUNCHES, in_two_launches, with_bias
 from .library import (
     INTERPRET,
     as_rows,
+    blank,
     contiguous,
     describable,
     exact,
@@ -323,8 +324,10 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
         many = _plan_many(*_with_order(*given), transposed=False, activation=activation)
         run = lambda *given: many(*_with_order(*given))  # noqa: E731
 
+    new = blank(x, *shape)
+
     def call(x, *parts):
-        y = x.new_empty(shape)
+        y = new()
         run(_arranged(rows(x)), *parts, y)
         return y
 

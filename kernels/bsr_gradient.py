@@ -189,4 +189,4 @@ def _plan_expand(values, crow, col, outputs, inputs):
     _, bh, bw = values.shape
     grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
     launch = Launch(_expand_line, grid, BH=bh, BW=bw, BM=16, BC=width)
-    return filled(launch, (outputs, inputs), inputs, outputs)
+    return filled(launch, values, (outputs, inputs), inputs, outputs)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate
-from .library import INTERPRET, Launch, contiguous, filled, operator, overlap, plan, power_of_two, wide
+from .library import INTERPRET, Launch, blank, contiguous, filled, operator, overlap, plan, power_of_two, wide
 from .tiles import begin
 
 FEW = 64  # tokens up to which reading the entries, once for each 16 tokens, can cost less than a dense expansion
@@ -165,8 +165,10 @@ def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
     turn = transpose.prepared_rows(x, -(-tokens // 16) * 16)
     run = _plan_few(turn(x), values, crow, col, bias, gate, x.new_empty(tokens, outputs), tokens, activation)
 
+    new = blank(x, *shape)
+
     def call(x, values, crow, col, bias, gate):
-        y = x.new_empty(shape)
+        y = new()
         run(turn(x), values, crow, col, bias, gate, y)
         return y
 
@@ -187,7 +189,7 @@ def _plan_expand(values, crow, col, inputs):
     """values, crow, col -> the dense weight."""
     outputs = crow.numel() - 1
     launch = Launch(_expand_row, (outputs,), BC=16 if INTERPRET else 1024)
-    return filled(launch, (outputs, inputs), inputs)
+    return filled(launch, values, (outputs, inputs), inputs)
 
 
 def _collect_fake(dense, crow, col):
@@ -203,7 +205,7 @@ def _collect(dense, crow, col):
 def _plan_collect(dense, crow, col):
     (outputs, inputs), entries = dense.shape, col.numel()
     launch = Launch(_collect_row, (outputs,), BC=16 if INTERPRET else 256)
-    return filled(launch, (entries,), inputs)
+    return filled(launch, dense, (entries,), inputs)
 
 
 # ---- what the framework calls

@@ -19,7 +19,7 @@ import torch
 
 from .derived import derived
 from .epilogue import hand_over
-from .library import as_rows, capturing
+from .library import as_rows, blank, capturing
 
 OPAQUE_BYTES = 1 << 14  # the opaque structs took 11 kB in old versions and take 512 bytes in new ones
 ROW, COLUMN = 2, 1
@@ -182,13 +182,14 @@ def plan_linear(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None
         return _by_torch
     extra, shape = -tokens % 8, (*x.shape[:-1], outputs)  # the library wants multiples of 8
     key = (x.get_device(), outputs, inputs, tokens + extra, x.dtype, bias is not None)
+    new = blank(x, *((tokens + extra, outputs) if extra else shape))
 
     def call(x, values, bias, make_dense):
         found = _planned(key, x)
         if found is None:
             return None
         packed, _ = derived("cusparselt 2:4", lambda _: found.compress(make_dense()), values, renewed=False)
-        y = x.new_empty((tokens + extra, outputs) if extra else shape)
+        y = new()
         x, bias = _as_read(rows(x)), bias if bias is None else _as_read(bias.to(x.dtype))
         if extra:
             x = torch.nn.functional.pad(x, (0, 0, 0, extra))

@@ -23,11 +23,6 @@ class _Entry:
     def alive(self):
         return not any(map(StorageWeakRef.expired, self.storages))
 
-    def follows(self, sources, versions):
-        """Whether it was made of these: what lies at the same address may be another storage, the first one emptied."""
-        same = (kept.cdata == t.untyped_storage()._cdata for kept, t in zip(self.storages, sources, strict=True))
-        return self.versions == versions and all(same)
-
 
 def derived(tag: str, make, *sources: torch.Tensor, renewed: bool = True) -> tuple[torch.Tensor, bool]:
     """(``make(*sources)``, settled), kept while the sources live; made again when one was written in place.
@@ -39,13 +34,9 @@ def derived(tag: str, make, *sources: torch.Tensor, renewed: bool = True) -> tup
     neither kept nor settled. An inference tensor counts as never written, except by ``renew``. What a compiled graph
     computes on its way must not be a source: the graph uses its memory again and counts no version.
     """
-    key, versions = [tag], []
-    for t in sources:
-        key += t.data_ptr(), t.shape
-        versions.append(_version(t))
-    key = tuple(key)
+    key, versions = (tag, *[_place(t) for t in sources]), [_version(t) for t in sources]
     found, first = _kept.get(key), sources[0]
-    if found is None or not found.follows(sources, versions):
+    if found is None or found.versions != versions:
         if capturing(first):
             return make(*sources), False
         found = _made(key, make, sources, versions, renewed)
@@ -59,6 +50,12 @@ def derived(tag: str, make, *sources: torch.Tensor, renewed: bool = True) -> tup
     return found.result, found.settled
 
 
+def _place(t):
+    """Whose memory, not only where: at one address another storage may lie, when the first one was emptied. An entry
+    holds on to the identity of its storages, which no other takes on before."""
+    return t.untyped_storage()._cdata, t.data_ptr(), t.shape
+
+
 def _version(t):
     return 0 if t.is_inference() else t._version
 
@@ -68,7 +65,7 @@ def _made(key, make, sources, versions, renewed, anyway=False):
     with _turn:
         old = _kept.get(key)
         old = old if old is not None and old.alive() else None
-        if old is not None and not anyway and old.follows(sources, versions):
+        if old is not None and not anyway and old.versions == versions:
             return old
 
         def made():
@@ -88,13 +85,10 @@ def _made(key, make, sources, versions, renewed, anyway=False):
 
 def renew(*written: torch.Tensor) -> None:
     """What was derived from these tensors alone, which have been written in place, is made again where it lies."""
-    places = {(t.data_ptr(), t.shape): t for t in written}
+    places = {_place(t): t for t in written}
     for key, found in list(_kept.items()):
-        if found.make is None or key[1:3] not in places or not found.alive():
-            continue
-        pairs = list(zip(key[1::2], key[2::2], strict=True))
-        if all(pair in places for pair in pairs):
-            sources = [places[pair] for pair in pairs]
+        if found.make is not None and all(place in places for place in key[1:]) and found.alive():
+            sources = [places[place] for place in key[1:]]
             _made(key, found.make, sources, [_version(t) for t in sources], renewed=True, anyway=True)
 
 

@@ -19,6 +19,7 @@ from .library import (
     INTERPRET,
     Launch,
     as_rows,
+    blank,
     contiguous,
     exact,
     filled,
@@ -196,8 +197,10 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, 
     rows, y = as_rows(x), x.new_empty(tokens, outputs)
     run = _plan_few(rows_contiguous(rows(x)), values, index, pattern, bias, gate, y, inputs, m, activation)
 
+    new = blank(x, *shape)
+
     def call(x, values, index, pattern, bias, gate):
-        y = x.new_empty(shape)
+        y = new()
         run(rows_contiguous(rows(x)), values, index, pattern, bias, gate, y)
         return y
 
@@ -226,7 +229,8 @@ def _plan_expand(values, index, pattern, m, outputs, inputs):
     rows, depth = _tile(m, 32, 16 if INTERPRET else 128, 4)
     grid = (triton.cdiv(strips, rows), triton.cdiv(inputs, depth))
     constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BS": rows, "BK": depth, "WIDE": wide(values)}
-    launch = filled(Launch(expand_columns, grid, **constants), (outputs, inputs), inputs, outputs, strips, chunks * q)
+    launch = Launch(expand_columns, grid, **constants)
+    launch = filled(launch, values, (outputs, inputs), inputs, outputs, strips, chunks * q)
     return lambda values, index, pattern: launch(values, _slots(index)[0], pattern)
 
 
@@ -243,7 +247,7 @@ def _collect(dense, index, pattern, m):
 def _plan_collect(dense, index, pattern, m):
     (outputs, inputs), (chunks, strips, patterns, g), n = dense.shape, index.shape, pattern.shape[1]
     launch = Launch(_collect_slots, (strips, chunks), G=g, N=n, M=m, BQ=16 if INTERPRET else 128)
-    return filled(launch, (*index.shape, n), inputs, outputs, patterns * g, strips)
+    return filled(launch, dense, (*index.shape, n), inputs, outputs, patterns * g, strips)
 
 
 # ---- what the framework calls

@@ -7,9 +7,11 @@ microseconds less, and the gradients belong to the framework's ``autograd.Functi
 import functools
 import math
 import os
+import threading
 
 import torch
 import triton
+from torch.autograd import forward_ad
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 try:
@@ -25,6 +27,8 @@ SETTINGS = frozenset((type(None), int, float, str, bool))  # a symbolic size is 
 dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 transforms_active, tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 profiler_enabled = torch._C._autograd._profiler_enabled
+deterministic = torch._C._get_deterministic_algorithms  # when torch may have to fill what is empty
+ALLOCATE = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
 
 
 def operator(schema: str, fake):
@@ -48,7 +52,7 @@ def operator(schema: str, fake):
             return launch(first, *args)
 
         def call(first, *args):
-            if _watched((first, *args)):
+            if watched((first, *args)):
                 return overload(first, *args)
             launcher = on_gpu if first.is_cuda else on_cpu if first.is_cpu else overload
             return launcher(first, *args)
@@ -64,9 +68,10 @@ def operator(schema: str, fake):
     return register
 
 
-def _watched(arguments) -> bool:
-    """Whether anybody has to see the operator itself: a compiler, a mode, torch.func, a profiler, autograd, or a tensor
-    that is more than its numbers (a subclass, a lazy negation). Written for speed: it comes before every launch."""
+def watched(arguments) -> bool:
+    """Whether anybody has to see the operator itself: a compiler, a mode, torch.func, a profiler, autograd of either
+    mode, or a tensor that is more than its numbers (a subclass, a lazy negation). Written for speed: it comes before
+    every launch."""
     if (
         torch.compiler.is_compiling()
         or dispatch_modes()
@@ -74,6 +79,7 @@ def _watched(arguments) -> bool:
         or transforms_active()
         or tracing_state() is not None
         or profiler_enabled()
+        or forward_ad._current_level >= 0
     ):
         return True
     recording = torch.is_grad_enabled()
@@ -154,7 +160,8 @@ def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 def rows_contiguous(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    """Its rows without gaps; ``contiguous`` would leave one column as it is, whatever its stride."""
+    return matrix if matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)
 
 
 def wide(*tensors) -> bool:
@@ -244,15 +251,29 @@ def for_tables(kernel, grid, described=None, **constants) -> tuple[Launch, ...]:
     return tuple(Launch(kernel, grid, described, SETTLED=settled, **constants) for settled in (False, True))
 
 
-def filled(launch: Launch, shape: tuple[int, ...], *integers: int):
-    """The function from tensors to a new one of this shape, like the first, that ``launch(*tensors, new, *integers)``
-    fills; nothing is launched for an empty one."""
-    size = math.prod(shape)
+def blank(like: torch.Tensor, *shape: int):
+    """The function that makes an empty tensor of this shape, as ``like.new_empty`` would; to be called where a launcher
+    is, with the device of ``like`` current. torch's own front door to its allocator costs half a launch."""
+    strides = tuple(math.prod(max(size, 1) for size in shape[place + 1 :]) for place in range(len(shape)))
+    dtype, device = like.dtype, like.device
 
-    def call(first, *rest):
-        out = first.new_empty(shape)
+    def slowly():
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    if ALLOCATE is None or not like.is_cuda:
+        return slowly
+    return lambda: slowly() if deterministic() else ALLOCATE(shape, strides, dtype)
+
+
+def filled(launch: Launch, like: torch.Tensor, shape: tuple[int, ...], *integers: int):
+    """The function from tensors to a new one of this shape, beside ``like``, that ``launch(*tensors, new, *integers)``
+    fills; nothing is launched for an empty one."""
+    size, new = math.prod(shape), blank(like, *shape)
+
+    def call(*tensors):
+        out = new()
         if size:
-            launch(first, *rest, out, *integers)
+            launch(*tensors, out, *integers)
         return out
 
     return call
@@ -278,16 +299,37 @@ def _refuse(tensors, strided):
 _plans: dict[tuple, object] = {}
 
 
+class _Asked(threading.local):
+    """Whether the next ``plan`` of this thread is to be told, not run."""
+
+    now = False
+
+
+_asked = _Asked()
+
+
+def appearance(t: torch.Tensor | None) -> tuple | None:
+    """All of a tensor that the decisions of a launch hang on."""
+    return t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15)
+
+
 def plan(key: tuple, tensors: tuple, make, strided: int | None = 0):
     """The callable that ``make()`` returned for this key: the launch decisions of earlier, equal calls.
 
     ``tensors`` may include None; their layout and alignment are part of the key. They lie on one device, and all but
     the one at ``strided``, the activations, are contiguous: a kernel that was told otherwise would read beside them.
     """
-    key = (
-        *key,
-        *[t if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15) for t in tensors],
-    )
+    asked, _asked.now = _asked.now, False  # at once: what is planned on the way to this plan is run
+    found = _planned((*key, *map(appearance, tensors)), tensors, make, strided)
+    return functools.partial(_told, found) if asked else found
+
+
+def _told(found, *tensors):
+    """In the place of a plan that ``decision`` asks for."""
+    return found, tensors
+
+
+def _planned(key, tensors, make, strided):
     found = _plans.get(key)
     if found is None:
         _refuse(tensors, strided)
@@ -297,3 +339,15 @@ def plan(key: tuple, tensors: tuple, make, strided: int | None = 0):
             _plans.clear()
         found = _plans[key] = make()
     return found
+
+
+def decision(product, *args) -> tuple | None:
+    """(call, tensors), where ``product(*args)``, an operator whose launcher ends in ``plan(...)(*tensors)``, would have
+    returned ``call(*tensors)``; None where it planned nothing. Nobody may be watching: torch's dispatcher would not
+    hand it on."""
+    _asked.now = True
+    try:
+        told = product(*args)
+    finally:
+        planned, _asked.now = not _asked.now, False
+    return told if planned else None

@@ -15,6 +15,7 @@ from .library import (
     INTERPRET,
     Launch,
     as_rows,
+    blank,
     contiguous,
     exact,
     multiprocessors,
@@ -186,8 +187,10 @@ def _plan_linear(x, values, index, bias, gate, n, m, outputs, activation, save_m
 
     run = _plan_few(variant, arrange(x), values, index, bias, gate, x.new_empty(tokens, outputs), n, m, activation)
 
+    new = blank(x, *shape)
+
     def call(x, values, index, bias, gate):
-        y = x.new_empty(shape)
+        y = new()
         run(arrange(x), values, index, bias, gate, y)
         return y
 

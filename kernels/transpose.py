@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import autotune
-from .library import INTERPRET, Launch, as_rows, operator, overlap, plan, wide
+from .library import INTERPRET, Launch, as_rows, blank, operator, overlap, plan, rows_contiguous, wide
 from .tiles import begin
 
 
@@ -50,16 +50,17 @@ def _fake(x, leading):
 def prepared(x, leading):
     """The launch itself, x -> (C, leading), for matrices of this shape, stride and alignment."""
     if x.stride(1) != 1:
-        after = prepared(x.contiguous(), leading)
-        return lambda x: after(x.contiguous())
+        after = prepared(rows_contiguous(x), leading)
+        return lambda x: after(rows_contiguous(x))
     (rows, cols), stride = x.shape, x.stride(0)
 
     def prepare(config):
         grid = (triton.cdiv(rows, config["BR"]) * triton.cdiv(cols, config["BC"]),)
         launch = Launch(_transpose, grid, WIDE=wide(x) or cols * leading >= 2**31, **overlap(x), **config)
+        new = blank(x, cols, leading)
 
         def call(x):
-            y = x.new_empty(cols, leading)
+            y = new()
             launch(x, y, rows, cols, stride, leading)
             return y
 

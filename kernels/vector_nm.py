@@ -18,6 +18,7 @@ from .gated import TWO_LAUNCHES, in_two_launches, with_bias
 from .library import (
     INTERPRET,
     Launch,
+    blank,
     contiguous,
     describable,
     exact,
@@ -288,8 +289,10 @@ def _plan_row_major(n, m, v, outputs, activation, x, *parts):
     y = x.new_empty(tokens, outputs)
     run = make(turn(x), *parts, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation)
 
+    new = blank(x, *shape)
+
     def call(x, *parts):
-        y = x.new_empty(shape)
+        y = new()
         run(turn(x), *parts, y)
         return y
 

@@ -140,4 +140,4 @@ def _plan_expand(values, index, n, m, v, inputs):
     (outputs, slots), (rows, width) = values.shape, (16, 32) if INTERPRET else (power_of_two(v, 4, 32), 256)
     grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(inputs, width))
     launch = Launch(_expand_tile, grid, N=n, M=m, V=v, BM=rows, BC=width, WIDE=outputs * inputs >= 2**31)
-    return filled(launch, (outputs, inputs), inputs, outputs, slots)
+    return filled(launch, values, (outputs, inputs), inputs, outputs, slots)

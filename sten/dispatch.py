@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -23,11 +23,12 @@ from .layout import Layout, Parts
 
 @dataclass(frozen=True)
 class Kernel:
-    """One entry of the table: the function, `choose`, which picks a variant, and whether that asks for `entries`."""
+    """One entry of the table: the function; `choose`, which picks a variant, and may ask for `entries`; `bind`."""
 
     function: Callable
     choose: Callable | None = None
     counts: bool = False
+    bind: Callable | None = None
 
     def pick(self, shape: tuple[int, ...], values: Tensor, layout: Layout) -> tuple[str, str]:
         """(variant, reason) for shape = (tokens, *weight shape)."""
@@ -122,7 +123,14 @@ def operator(
     return register
 
 
-def kernel(operator: str, *, device: str, choose: Callable | None = None, **operands: type[Layout]) -> Callable:
+def kernel(
+    operator: str,
+    *,
+    device: str,
+    choose: Callable | None = None,
+    bind: Callable | None = None,
+    **operands: type[Layout],
+) -> Callable:
     """Register the decorated function as the kernel of an operator for given layouts on a device type.
 
     Args:
@@ -131,10 +139,15 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
         choose: pure function `choose(shape, dtype, spec) -> (variant, reason)`; shape: (tokens, *stored weight shape).
             With a parameter `entries` it also gets the number of stored values.
             The kernel then receives `variant=`; the variant "reference" runs the reference implementation instead.
+        bind: for "linear", where deciding takes longer than the product: `bind(weight, *, spec, shape)` returns
+            `call(x, bias, checked)`, kept with that weight, which answers as the kernel would, or None to have it
+            called. Not `checked`, x and bias may be of any kind, and None is the answer but for a kind that it met.
+            `choose` is not asked: where that would say "reference", the answer is None. `bind` may return None too, for
+            a weight that it does not serve.
         **operands: the layout class of each sparse operand by name, mostly `weight=`.
 
     Raises:
-        ValueError: unknown operator or operand name.
+        ValueError: unknown operator or operand name; `bind` for another operator than "linear".
 
     Example:
         >>> import torch, sten
@@ -155,10 +168,13 @@ def kernel(operator: str, *, device: str, choose: Callable | None = None, **oper
         if not (isinstance(layout, type) and issubclass(layout, Layout)):
             raise ValueError(f"{name}= takes a layout class such as sten.CSR; got {layout!r}.")
 
+    if bind is not None and operator != "linear":
+        raise ValueError(f'Only "linear" asks for what is bound to a weight; got bind= for {operator!r}.')
     counts = choose is not None and "entries" in inspect.signature(choose).parameters
 
     def register(function: Callable) -> Callable:
-        KERNELS[operator, device, *(operands.get(name) for name in known.sparse)] = Kernel(function, choose, counts)
+        key = (operator, device, *(operands.get(name) for name in known.sparse))
+        KERNELS[key] = Kernel(function, choose, counts, bind)
         return function
 
     return register
@@ -169,6 +185,39 @@ def find(name: str, device: str, spec: Layout | tuple[Layout | None, ...]) -> Ke
     if isinstance(spec, tuple):
         return KERNELS.get((name, device, *(None if s is None else type(s) for s in spec)))
     return KERNELS.get((name, device, type(spec)))
+
+
+class Bound(NamedTuple):
+    """What a kernel has bound to a weight (`answer`; None: nothing), and what that holds for."""
+
+    key: tuple
+    entry: Kernel | None
+    parts: Parts
+    answer: Callable | None
+
+
+def ask_bound(name: str, w, x: Tensor, bias: Tensor | None, checked: bool) -> Tensor | None:
+    """The operator by what a kernel has bound to the SparseTensor `w`; None where the kernel is to be called.
+
+    It is bound at the second call that is checked (`w.bound` is False before): a weight that is made for one product is
+    not worth it.
+    """
+    kept = w.bound
+    if not kept:
+        if checked:
+            w.bound = False if kept is None else _bind(name, w.spec, w.stored_shape, w.parts)
+        return None
+    if KERNELS.get(kept.key) is not kept.entry or w.parts is not kept.parts:
+        w.bound = None
+        return None
+    return None if kept.answer is None or _observers else kept.answer(x, bias, checked)
+
+
+def _bind(name, spec, shape, parts):
+    key = (name, parts["values"].device.type, type(spec))
+    entry = KERNELS.get(key)
+    served = entry is not None and entry.bind is not None
+    return Bound(key, entry, parts, entry.bind(parts, spec=spec, shape=shape) if served else None)
 
 
 def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, **kwargs) -> Any:

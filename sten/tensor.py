@@ -69,6 +69,7 @@ class SparseTensor(torch.Tensor):
     def _adopt(self, spec: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool) -> None:
         """Set what the wrapper stores. torch.compile reaches each part as an attribute of its own, `part_<name>`."""
         self.spec, self.parts, self.stored_shape, self.transposed = spec, parts, shape, transposed
+        self.bound = None  # what a kernel keeps with this weight: `dispatch.ask_bound`
         for name, part in parts.items():
             setattr(self, "part_" + name, part)
 

@@ -11,7 +11,7 @@ from cases import LAYOUTS
 import sten
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-SHAPES = [(17, 33), (63, 100), (128, 256)]
+SHAPES = [(1, 1), (17, 33), (63, 100), (128, 256)]
 LARGE = [sten.NM(2, 4), sten.VectorNM(1, 4, 128), sten.BSR((128, 128)), sten.CSR(), sten.GroupedNM(1, 4, 16)]
 PRODUCTS = ("linear", "linear_grad_input", "linear_grad_weight")
 

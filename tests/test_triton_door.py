@@ -159,3 +159,20 @@ def test_wide_looks_at_the_farthest_element():
     assert library.wide(torch.empty_strided((3, 64), (2**30, 1), device="meta"))
     assert not library.wide(torch.empty(2**20, 2**10, device="meta"), None)
     assert library.wide(torch.empty(2**20, 2**11 + 1, device="meta"))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (0, 5), (5, 0), (2, 3, 4), torch.Size((2, 1, 7))])
+def test_blank_is_what_new_empty_makes(shape):
+    like = random(2, 2, dtype=torch.float16)
+    new, usual = library.blank(like, *shape), like.new_empty(shape)
+    made = new()
+    assert (made.shape, made.stride(), made.dtype, made.device) == (
+        usual.shape, usual.stride(), usual.dtype, usual.device,
+    )  # fmt: skip
+    assert new() is not made
+    with torch.inference_mode():
+        assert new().is_inference()
+
+
+def test_blank_is_poisoned_where_torch_is_told_to(poisoned):
+    assert library.blank(random(2), 3, 4)().isnan().all()

@@ -119,11 +119,14 @@ def poisoned_outputs(monkeypatch):
     """Every output buffer starts as NaN, so that an element that no program writes is seen; no plan is remembered."""
     from sten.kernels import library
 
+    def poisoned(allocate):
+        def make(*args, **options):
+            made = allocate(*args, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return make
+
     library._plans.clear()
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(self, *shape, **options):
-        made = new_empty(self, *shape, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (library, "ALLOCATE")):
+        if getattr(owner, name) is not None:
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -48,6 +48,18 @@ def in_known_dtypes(choose):
     return asked
 
 
+def binding(function):
+    """The `bind` of a product: its later calls go from the activations to the launch with one look-up."""
+
+    def bind(weight, *, spec, shape):
+        def product(x, bias):  # the variant is the launcher's own choice, by the same rule
+            return function(x, weight, bias, spec=spec, shape=shape, variant=None)
+
+        return kernels.bound.bind(product, weight) if weight["values"].dtype in DTYPES else None
+
+    return bind
+
+
 def choose_vector_nm(shape, dtype, spec):
     tokens, outputs, inputs = shape
     return kernels.vector_nm.choose(outputs, inputs, spec.n, spec.m, spec.v, tokens, dtype)
@@ -194,4 +206,5 @@ if kernels.available():
     for _layout, (_choose, *_functions) in TABLE.items():
         _picks = {"linear": _choose, "linear_grad_input": choose_gradient, "linear_grad_weight": choose_grad_weight}
         for (_name, _pick), _function in zip(_picks.items(), _functions, strict=True):
-            kernel(_name, weight=_layout, device="cuda", choose=in_known_dtypes(_pick))(_function)
+            _bind = binding(_function) if _name == "linear" else None
+            kernel(_name, weight=_layout, device="cuda", choose=in_known_dtypes(_pick), bind=_bind)(_function)

@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..dispatch import call, call_both, find, operator, say_densified
+from ..dispatch import ask_bound, call, call_both, find, operator, say_densified
 from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
 
 
@@ -64,7 +65,8 @@ def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
     if w.transposed:
         y = _times(x, w)
         return y if bias is None else y + bias
-    return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias)
+    y = ask_bound("linear", w, x, bias, checked=True)
+    return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias) if y is None else y
 
 
 def matmul_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
@@ -201,8 +203,8 @@ def autocast(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> tuple[Te
 
 
 def tracked(*tensors: Tensor | None) -> bool:
-    """Whether somebody watches: autograd, torch.func or torch.compile. Otherwise the kernel is called directly."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether somebody watches: autograd of either mode, torch.func, torch.compile. If not, the kernel is called."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -216,11 +218,22 @@ def _check(x: Tensor, size: int, w: SparseTensor, bias: Tensor | None) -> None:
         raise RuntimeError(f"{kinds} must have the same dtype; convert one or use autocast.")
 
 
+def _as_before(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor | None:
+    """The product without a check, where what is bound to the weight has answered for such operands; None otherwise."""
+    if not w.bound or w.transposed or torch._C._is_any_autocast_enabled():
+        return None
+    recorded = torch.is_grad_enabled() and w.requires_grad  # who else watches, it looks itself
+    return None if recorded else ask_bound("linear", w, x, bias, checked=False)
+
+
 @function(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear with a sparse weight; a sparse input is unpacked."""
     if not isinstance(weight, SparseTensor) or isinstance(input, SparseTensor):
         return matmul(input, weight.t()) if bias is None else matmul(input, weight.t()) + bias
+    y = _as_before(input, weight, bias)
+    if y is not None:
+        return y
     input, weight, bias = autocast(input, weight, bias)
     _check(input, weight.stored_shape[not weight.transposed], weight, bias)
     return Linear.run(input, weight, bias) if tracked(input, weight, bias) else linear_now(input, weight, bias)

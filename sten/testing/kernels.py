@@ -40,7 +40,8 @@ def check_kernel(
 
     Tried are weights that do not divide, empty and full patterns, zero, one and many tokens, activations of any number
     of dimensions and of any strides, with and without bias, and results in memory that was full of NaN. The kernel must
-    leave its arguments alone. The error is measured in norm, against the dtype's tolerance.
+    leave its arguments alone. The error is measured in norm, against the dtype's tolerance. What the kernel binds to a
+    weight has to answer within it too, the first time and the second.
 
     Args:
         operator: its name, as in `sten.kernel`.
@@ -75,18 +76,28 @@ def _check_case(operator, layout, device, dtype, shape, sparsity, operands) -> N
 
     w = randn(*shape)
     parts = layout.pack(w, layout.mask(w.abs(), sparsity))
+    entry = find(operator, device, layout)
+    bound = entry.bind and entry.bind(parts, spec=layout, shape=shape)
     for args, kwargs in operands(parts, shape, randn):
         where = f"{operator} on {layout}: weight {shape}, {dtype}, sparsity {sparsity}, operands {_sizes(args)}"
         exact = OPERATORS[operator].reference(*_double(args), spec=layout, shape=shape, **kwargs)
         before = _double(args)
         _poison(exact, dtype, device)
-        got = call(operator, layout, shape, parts, *args, **kwargs)
-        claim(got.shape == exact.shape, f"{where}: the result has shape {tuple(got.shape)}, not {tuple(exact.shape)}")
-        claim(got.dtype == dtype, f"{where}: the result is {got.dtype}")
-        error = (got.double().cpu() - exact.cpu()).norm() / exact.cpu().norm().clamp(min=1e-30)
-        small = exact.numel() == 0 or bool(error <= TOLERANCE[dtype])
-        claim(small or (not bool(exact.any()) and not bool(got.any())), f"{where}: relative error {float(error):.2g}")
+        _check_result(call(operator, layout, shape, parts, *args, **kwargs), exact, dtype, where)
+        for checked in (True, False) if bound else ():
+            _poison(exact, dtype, device)
+            got = bound(args[0], args[2], checked)
+            if got is not None:
+                _check_result(got, exact, dtype, f"{where}, bound")
         claim(all(_same(a, b) for a, b in zip(before, _double(args), strict=True)), f"{where}: an argument was changed")
+
+
+def _check_result(got: Tensor, exact: Tensor, dtype: torch.dtype, where: str) -> None:
+    claim(got.shape == exact.shape, f"{where}: the result has shape {tuple(got.shape)}, not {tuple(exact.shape)}")
+    claim(got.dtype == dtype, f"{where}: the result is {got.dtype}")
+    error = (got.double().cpu() - exact.cpu()).norm() / exact.cpu().norm().clamp(min=1e-30)
+    small = exact.numel() == 0 or bool(error <= TOLERANCE[dtype])
+    claim(small or (not bool(exact.any()) and not bool(got.any())), f"{where}: relative error {float(error):.2g}")
 
 
 def _double(args: tuple) -> tuple:
