@@ -188,36 +188,38 @@ def find(name: str, device: str, spec: Layout | tuple[Layout | None, ...]) -> Ke
 
 
 class Bound(NamedTuple):
-    """What a kernel has bound to a weight (`answer`; None: nothing), and what that holds for."""
+    """What a kernel has bound to a weight, `answer`, and what that holds for."""
 
     key: tuple
-    entry: Kernel | None
+    entry: Kernel
     parts: Parts
-    answer: Callable | None
+    answer: Callable
+
+
+ONCE, UNSERVED = False, ()  # in the place of a Bound: the weight was used once; nothing is bound to it
 
 
 def ask_bound(name: str, w, x: Tensor, bias: Tensor | None, checked: bool) -> Tensor | None:
     """The operator by what a kernel has bound to the SparseTensor `w`; None where the kernel is to be called.
 
-    It is bound at the second call that is checked (`w.bound` is False before): a weight that is made for one product is
-    not worth it.
+    It is bound at the second call that is checked: a weight that is made for one product is not worth it.
     """
     kept = w.bound
     if not kept:
-        if checked:
-            w.bound = False if kept is None else _bind(name, w.spec, w.stored_shape, w.parts)
+        if checked and kept is not UNSERVED:
+            w.bound = ONCE if kept is None else _bind(name, w.spec, w.stored_shape, w.parts)
         return None
     if KERNELS.get(kept.key) is not kept.entry or w.parts is not kept.parts:
         w.bound = None
         return None
-    return None if kept.answer is None or _observers else kept.answer(x, bias, checked)
+    return None if _observers else kept.answer(x, bias, checked)
 
 
 def _bind(name, spec, shape, parts):
     key = (name, parts["values"].device.type, type(spec))
     entry = KERNELS.get(key)
-    served = entry is not None and entry.bind is not None
-    return Bound(key, entry, parts, entry.bind(parts, spec=spec, shape=shape) if served else None)
+    answer = entry.bind(parts, spec=spec, shape=shape) if entry is not None and entry.bind is not None else None
+    return UNSERVED if answer is None else Bound(key, entry, parts, answer)
 
 
 def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, **kwargs) -> Any:
