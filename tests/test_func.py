@@ -45,3 +45,13 @@ def test_over_the_parameters(pair):
     found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(values)
     for name, param in values.items():
         torch.testing.assert_close(found[name], param.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_forward_mode_is_refused_and_not_dropped(pair):
+    """No rule of sten carries a tangent: a frozen weight must not lose it silently, however often it was used."""
+    model, _, x = pair
+    sten.finalize(model).requires_grad_(False)
+    for _ in range(3):
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            model(torch.autograd.forward_ad.make_dual(x, x))
+        assert not model(x).requires_grad
