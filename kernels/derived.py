@@ -84,7 +84,8 @@ def _made(key, make, sources, versions, renewed, anyway=False):
 
 
 def renew(*written: torch.Tensor) -> None:
-    """What was derived from these tensors alone, which have been written in place, is made again where it lies."""
+    """What was derived from these tensors alone, which have been written in place, is made again where it lies. They
+    are the tensors themselves or views of their storages; another storage over the same memory is not recognized."""
     places = {_place(t): t for t in written}
     for key, found in list(_kept.items()):
         if found.make is not None and all(place in places for place in key[1:]) and found.alive():
