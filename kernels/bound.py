@@ -4,13 +4,24 @@ An ordinary call asks who watches, which kernel serves, and which plan is made f
 every stored tensor on the way. That is more host time than the launch. Here the answers are kept together.
 """
 
+from collections.abc import Callable
 from operator import is_
+from typing import NamedTuple
 
 import torch
 
 from .library import appearance, capturing, decision, precision, watched
 
 KEPT = 64  # kinds of activations
+
+
+class _Decision(NamedTuple):
+    """The call, where its tensors lie, those between x and the bias, and those after it."""
+
+    run: Callable
+    lie: list
+    before: list
+    after: list
 
 
 def bind(product, parts: dict):
@@ -35,7 +46,7 @@ def bind(product, parts: dict):
             held, decisions = tuple(stored), {}  # what was replaced is not held here either
         kept, key = decisions, (appearance(x), appearance(bias), precision(x))
         found = kept.get(key)
-        if found is None or found[1] != _lie(found[2]):
+        if found is None or found.lie != _lie(found.before):
             if not checked or capturing(x) or watched(stored):
                 return None
             found = _decided(product, x, bias, stored)
@@ -44,8 +55,7 @@ def bind(product, parts: dict):
             if len(kept) >= KEPT:
                 kept.clear()
             kept[key] = found
-        run, _, before, after = found
-        return run(x, *before, bias, *after)
+        return found.run(x, *found.before, bias, *found.after)
 
     return call
 
@@ -56,11 +66,12 @@ def _lie(tensors):
 
 
 def _decided(product, x, bias, stored):
-    """(call, where its tensors lie, those between x and the bias, those after it), or None: the bias was copied, since
-    it was not contiguous, or it is another operand too."""
+    """The decision, or None: the bias was copied, since it was not contiguous, or it is another operand too."""
     told = decision(product, x, bias)
     if told is None or bias is x or any(part is bias for part in stored):
         return None
     run, (_, *rest) = told
-    place = next((place for place, t in enumerate(rest) if t is bias), None)
-    return place if place is None else (run, _lie(rest[:place]), rest[:place], rest[place + 1 :])
+    for place, t in enumerate(rest):
+        if t is bias:
+            return _Decision(run, _lie(rest[:place]), rest[:place], rest[place + 1 :])
+    return None

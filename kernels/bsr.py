@@ -21,10 +21,10 @@ from .gated import TWO_LAUNCHES, in_two_launches, with_bias
 from .library import (
     INTERPRET,
     as_rows,
-    blank,
     contiguous,
     describable,
     exact,
+    filled,
     for_tables,
     multiprocessors,
     operator,
@@ -324,14 +324,7 @@ def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_c
         many = _plan_many(*_with_order(*given), transposed=False, activation=activation)
         run = lambda *given: many(*_with_order(*given))  # noqa: E731
 
-    new = blank(x, *shape)
-
-    def call(x, *parts):
-        y = new()
-        run(_arranged(rows(x)), *parts, y)
-        return y
-
-    return call
+    return filled(run, x, shape, arrange=lambda x: _arranged(rows(x)))
 
 
 def _arranged(x):

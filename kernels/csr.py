@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import autotune, epilogue, transpose
 from .epilogue import activate
-from .library import INTERPRET, Launch, blank, contiguous, filled, operator, overlap, plan, power_of_two, wide
+from .library import INTERPRET, Launch, contiguous, filled, operator, overlap, plan, power_of_two, wide
 from .tiles import begin
 
 FEW = 64  # tokens up to which reading the entries, once for each 16 tokens, can cost less than a dense expansion
@@ -164,15 +164,7 @@ def _plan_linear(x, values, crow, col, bias, gate, outputs, activation):
 
     turn = transpose.prepared_rows(x, -(-tokens // 16) * 16)
     run = _plan_few(turn(x), values, crow, col, bias, gate, x.new_empty(tokens, outputs), tokens, activation)
-
-    new = blank(x, *shape)
-
-    def call(x, values, crow, col, bias, gate):
-        y = new()
-        run(turn(x), values, crow, col, bias, gate, y)
-        return y
-
-    return call
+    return filled(run, x, shape, arrange=turn)
 
 
 def _expand_fake(values, crow, col, in_features):

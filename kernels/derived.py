@@ -64,7 +64,6 @@ def _made(key, make, sources, versions, renewed, anyway=False):
     """The entry made by the first thread that comes; in place of an older one, and where that one lay."""
     with _turn:
         old = _kept.get(key)
-        old = old if old is not None and old.alive() else None
         if old is not None and not anyway and old.versions == versions:
             return old
 
@@ -88,7 +87,7 @@ def renew(*written: torch.Tensor) -> None:
     are the tensors themselves or views of their storages; another storage over the same memory is not recognized."""
     places = {_place(t): t for t in written}
     for key, found in list(_kept.items()):
-        if found.make is not None and all(place in places for place in key[1:]) and found.alive():
+        if found.make is not None and all(place in places for place in key[1:]):
             sources = [places[place] for place in key[1:]]
             _made(key, found.make, sources, [_version(t) for t in sources], renewed=True, anyway=True)
 

@@ -19,7 +19,6 @@ from .library import (
     INTERPRET,
     Launch,
     as_rows,
-    blank,
     contiguous,
     exact,
     filled,
@@ -196,15 +195,7 @@ def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, 
 
     rows, y = as_rows(x), x.new_empty(tokens, outputs)
     run = _plan_few(rows_contiguous(rows(x)), values, index, pattern, bias, gate, y, inputs, m, activation)
-
-    new = blank(x, *shape)
-
-    def call(x, values, index, pattern, bias, gate):
-        y = new()
-        run(rows_contiguous(rows(x)), values, index, pattern, bias, gate, y)
-        return y
-
-    return call
+    return filled(run, x, shape, arrange=lambda x: rows_contiguous(rows(x)))
 
 
 def _expand_fake(values, index, pattern, m, out_features, in_features):

@@ -28,7 +28,7 @@ dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._l
 transforms_active, tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
 profiler_enabled = torch._C._autograd._profiler_enabled
 deterministic = torch._C._get_deterministic_algorithms  # when torch may have to fill what is empty
-ALLOCATE = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
+ALLOCATE = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 
 
 def operator(schema: str, fake):
@@ -265,15 +265,15 @@ def blank(like: torch.Tensor, *shape: int):
     return lambda: slowly() if deterministic() else ALLOCATE(shape, strides, dtype)
 
 
-def filled(launch: Launch, like: torch.Tensor, shape: tuple[int, ...], *integers: int):
-    """The function from tensors to a new one of this shape, beside ``like``, that ``launch(*tensors, new, *integers)``
-    fills; nothing is launched for an empty one."""
+def filled(launch, like: torch.Tensor, shape: tuple[int, ...], *integers: int, arrange=lambda first: first):
+    """The function from tensors to a new one of this shape, beside ``like``, that ``launch(arrange(first), *rest, new,
+    *integers)`` fills; nothing is launched for an empty one."""
     size, new = math.prod(shape), blank(like, *shape)
 
-    def call(*tensors):
+    def call(first, *rest):
         out = new()
         if size:
-            launch(*tensors, out, *integers)
+            launch(arrange(first), *rest, out, *integers)
         return out
 
     return call

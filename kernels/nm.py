@@ -15,9 +15,9 @@ from .library import (
     INTERPRET,
     Launch,
     as_rows,
-    blank,
     contiguous,
     exact,
+    filled,
     multiprocessors,
     operator,
     overlap,
@@ -186,15 +186,7 @@ def _plan_linear(x, values, index, bias, gate, n, m, outputs, activation, save_m
         )
 
     run = _plan_few(variant, arrange(x), values, index, bias, gate, x.new_empty(tokens, outputs), n, m, activation)
-
-    new = blank(x, *shape)
-
-    def call(x, values, index, bias, gate):
-        y = new()
-        run(arrange(x), values, index, bias, gate, y)
-        return y
-
-    return call
+    return filled(run, x, shape, arrange=arrange)
 
 
 # ---- what the framework calls

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .library import INTERPRET, Launch, blank, filled, operator, plan
+from .library import INTERPRET, Launch, filled, operator, plan
 from .nm_few import dense_tile, dense_words
 
 
@@ -79,15 +79,7 @@ def plan_expand(values, index, n, m, inputs):
     outputs, words = len(values), inputs // 8
     if has_words(n, m, values.dtype, inputs) and not INTERPRET:
         launch = Launch(_expand_words, (triton.cdiv(outputs, 8), triton.cdiv(words, 128)), BM=8, BW=128)
-        new = blank(values, outputs, inputs)
-
-        def call(values, index):
-            dense = new()
-            if outputs and inputs:
-                launch(as_words(values), index, dense, outputs, words)
-            return dense
-
-        return call
+        return filled(launch, values, (outputs, inputs), outputs, words, arrange=as_words)
     height, width = (16, 32) if INTERPRET else (8, 512)
     grid = (triton.cdiv(outputs, height), triton.cdiv(inputs, width))
     launch = Launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import autotune
-from .library import INTERPRET, Launch, as_rows, blank, operator, overlap, plan, rows_contiguous, wide
+from .library import INTERPRET, Launch, as_rows, filled, operator, overlap, plan, rows_contiguous, wide
 from .tiles import begin
 
 
@@ -57,14 +57,7 @@ def prepared(x, leading):
     def prepare(config):
         grid = (triton.cdiv(rows, config["BR"]) * triton.cdiv(cols, config["BC"]),)
         launch = Launch(_transpose, grid, WIDE=wide(x) or cols * leading >= 2**31, **overlap(x), **config)
-        new = blank(x, cols, leading)
-
-        def call(x):
-            y = new()
-            launch(x, y, rows, cols, stride, leading)
-            return y
-
-        return call
+        return filled(launch, x, (cols, leading), rows, cols, stride, leading)
 
     if rows == 0 or cols == 0:
         return lambda x: x.new_empty(cols, leading)

@@ -18,10 +18,10 @@ from .gated import TWO_LAUNCHES, in_two_launches, with_bias
 from .library import (
     INTERPRET,
     Launch,
-    blank,
     contiguous,
     describable,
     exact,
+    filled,
     multiprocessors,
     operator,
     overlap,
@@ -288,15 +288,7 @@ def _plan_row_major(n, m, v, outputs, activation, x, *parts):
     make = _plan_many if variant == "gather" else functools.partial(_plan_few, inputs=inputs, turned=tokens > 1)
     y = x.new_empty(tokens, outputs)
     run = make(turn(x), *parts, y, tokens=tokens, row_major=True, n=n, m=m, v=v, activation=activation)
-
-    new = blank(x, *shape)
-
-    def call(x, *parts):
-        y = new()
-        run(turn(x), *parts, y)
-        return y
-
-    return call
+    return filled(run, x, shape, arrange=turn)
 
 
 def _expanded(multiply, inputs, n, m, v, activation, values, index, bias, gate, up, up_index, up_bias):
