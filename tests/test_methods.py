@@ -183,7 +183,7 @@ def test_srigl_has_constant_fan_in_and_spares_the_classifier(ablate):
         assert len(first[first > 0].unique()) == 1 and len(last.unique()) == 1 and bool((last > 0).all())
         assert int(first.sum()) <= round(0.2 * 512) and int(first.max()) == round(0.2 * 512) // int((first > 0).sum())
         dead = max(dead, int((first == 0).sum()))
-        assert model[0].sparse_weight.values.shape == (int((first > 0).sum()), int(first.max()))
+        assert model[0]._parameters["weight"].shape == (int((first > 0).sum()), int(first.max()))
     assert dead > 0 if ablate > 1 else dead < 8
     assert engine.ticks >= 13
     assert torch.isfinite(loss_of(sten.finalize(model), 0))
@@ -262,11 +262,11 @@ def test_adams_without_masks_is_adam():
 
 def test_cast_gets_masks_decay_and_ramp_and_folds_its_scales():
     model, optimizer = cast()
-    assert any(p is model[0].sparse_weight.scale for g in optimizer.param_groups for p in g["params"])
+    assert any(p is model[0].weight_pattern.method_scale for g in optimizer.param_groups for p in g["params"])
     before = [layer._parameters["weight"].detach().clone() for layer in (model[0], model[2])]
     train(model, optimizer, 20)
     assert (optimizer.decay, optimizer.ramp) == (1e-2, 19 / 20) and len(optimizer.masks) == 2
-    w, scale = model[0]._parameters["weight"].detach(), model[0].sparse_weight.scale.detach()
+    w, scale = model[0]._parameters["weight"].detach(), model[0].weight_pattern.method_scale.detach()
     dropped = ~NM(2, 4).mask(w.abs())
     assert float(w[dropped].abs().mean()) < 0.5 * float(before[0][~NM(2, 4).mask(before[0].abs())].abs().mean())
     torch.testing.assert_close(model[0].weight, w * scale.repeat_interleave(8, 1))

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import engine
-from .allocation import Allocation, allocation
-from .decision import Change, decide
-from .forms import attached, move, sparse_weights
-from .layout import Layout
-from .layouts import NM
-from .report import Plan, note, rows_of
-from .sparsifiers import Magnitude, Sparsifier
-from .targets import Target, Weights, refuse_wrapped, select
-from .tensor import SparseTensor, from_dense
-from .training.begin import begin
-from .training.emptiness import emptiness_of, say_empty
+from ..allocation import Allocation, allocation
+from ..layout import Layout
+from ..layouts import NM
+from ..sparsifiers import Magnitude, Sparsifier, View
+from ..sparsifiers.sparsifier import check_needs
+from ..tensor import SparseTensor, from_dense
+from ..training import engine
+from ..training.reminders import empty_rows_of, remind, warn_of_empty_rows
+from .plan import decide
+from .record import remember
+from .reparametrize import begin, move
+from .report import SparsifyPlan, rows_of
+from .select import Target, Weights, select, sparse_weights
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
 BY_MATRIX = (torch.optim.LBFGS, torch.optim.Muon, torch.optim.Adafactor)
-CALIBRATED = {"x_norm", "x_gram", "x_mean_var"}
 
 
 def sparsify(
@@ -47,7 +47,7 @@ def sparsify(
         weights: a glob, "re:..." or list of them over parameter names, or predicate(name, module, attribute). Default:
             nn.Linear, Hugging Face's Conv1D (its transpose is stored), and the projections of MultiheadAttention.
         optimizer: one or a list, for training: the weights take the trainable form, and state is carried over.
-        calibration: batches for data-driven sparsifiers; refused by the others.
+        calibration: batches for data-driven sparsifiers, of which there are none yet: refused.
 
     Without `optimizer` every weight becomes a SparseTensor Parameter, the form for inference. A weight tied to one that
     is not chosen is left dense (`sten.summary` lists it). References to Parameters stay valid: identity is kept, with
@@ -64,20 +64,24 @@ def sparsify(
         Parameter(SparseTensor)(NM(n=2, m=4), shape=(32, 16), dtype=float32, density=0.5, requires_grad=True)
     """
     optimizers = _optimizers(optimizer)
-    changes, skipped = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
-    attached.update(optimizers or ())
-    for change in changes:
-        begin(change, optimizers or ()) if change.method else move(
-            change.target, change.tensor, optimizers or (), optimizers is not None
-        )
-        note(change.target, change.energy)
+    targets, skipped, views = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
+    begun = []
+    for target in targets:
+        remember(target, optimizers or ())
+        if target.name in views:
+            spread = allocation(sparsity)
+            begun.append(begin(target, sparsifier, views[target.name], spread, optimizers or []))
+        else:
+            move(target, target.result, optimizers or [], optimizers is not None)
     for target in skipped:
-        note(target, why=target.why)
+        remember(target, why=target.why)
     if optimizers is not None:
         engine.start(model, optimizers)
-    if sparsifier is not None and not sparsifier.hard:  # a gradual method's tick says it when it happens
-        empty = {change.target.name: emptiness_of(change.tensor) for change in changes}
-        say_empty({name: what for name, what in empty.items() if what}, stacklevel=2)
+    elif begun:
+        remind(begun)
+    if sparsifier is not None and not getattr(sparsifier, "zero_pruned", False):  # those say it when it happens
+        rows = {target.name: empty_rows_of(target.result) for target in targets}
+        warn_of_empty_rows({name: what for name, what in rows.items() if what}, stacklevel=2)
     return model
 
 
@@ -89,7 +93,7 @@ def plan(
     weights: Weights = None,
     optimizer: Optimizers = None,
     calibration: Iterable | None = None,
-) -> Plan:
+) -> SparsifyPlan:
     """What `sparsify` with these arguments would do, printable; it changes nothing and raises what sparsify would.
 
     It does the same work, calibration included: pass a list of batches, since a generator can be read only once.
@@ -100,29 +104,45 @@ def plan(
         >>> plan.rows[0].name, plan.rows[0].density
         ('weight', 0.5)
     """
-    changes, skipped = _prepare(model, layout, sparsifier, sparsity, weights, _optimizers(optimizer), calibration)
-    done = [(c.target.name, c.tensor, c.energy) for c in changes]
-    return Plan([*rows_of(done), *rows_of([(t.name, t.tensor, t.why) for t in skipped])])
+    prepared = _prepare(model, layout, sparsifier, sparsity, weights, _optimizers(optimizer), calibration)
+    targets, skipped, _ = prepared
+    done = [(t.name, t.result, t.energy) for t in targets]
+    return SparsifyPlan([*rows_of(done), *rows_of([(t.name, t.tensor, t.why) for t in skipped])])
 
 
 def _prepare(
     model, layout, sparsifier, sparsity, weights, optimizers, calibration
-) -> tuple[list[Change], list[Target]]:
-    """What sparsify will do, every argument checked and every tensor made: (changes, weights that stay dense)."""
+) -> tuple[list[Target], list[Target], dict[str, View]]:
+    """What sparsify will do, every argument checked and every tensor made: (targets, weights that stay dense, what a
+    dynamic method sees first)."""
     if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
         raise TypeError(
             f"sparsifier= takes a sparsifier such as sten.Magnitude() (an instance), or None; got {sparsifier!r}."
         )
-    reads = sparsifier is not None and bool(sparsifier.needs & CALIBRATED)
-    if calibration is not None and not reads:
+    if sparsifier is not None:
+        check_needs(sparsifier)
+    if calibration is not None:
         raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
     spread = allocation(sparsity)
     targets, skipped = select(model, layout, weights)
     _expect_held(optimizers, targets)
-    dynamic = sparsifier is not None and not sparsifier.one_shot
-    _expect_trainable(optimizers or ([] if dynamic else None), targets)
-    engine.expect_method(sparsifier, targets, optimizers or ())
-    return decide(targets, sparsifier, spread), skipped
+    dynamic = sparsifier is not None and not sparsifier.acts_once
+    if optimizers is not None or dynamic:
+        _expect_trainable(targets)
+    if sparsifier is not None:
+        _expect_method(sparsifier, targets, optimizers or [])
+    return targets, skipped, decide(targets, sparsifier, spread)
+
+
+def _expect_method(method: Sparsifier, targets: list[Target], optimizers: list[Optimizer]) -> None:
+    """Raise, in one sentence, if the method cannot train weights in these layouts, or not with these optimizers."""
+    for target in targets:
+        try:
+            method.check(target.layout)
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from None
+    for optimizer in optimizers:
+        engine.expect_optimizer(method, optimizer)
 
 
 def _optimizers(optimizer: Optimizers) -> list[Optimizer] | None:
@@ -161,9 +181,9 @@ def _expect_held(optimizers: list[Optimizer] | None, targets: list[Target]) -> N
                     )
 
 
-def _expect_trainable(optimizers: list[Optimizer] | None, targets: list[Target]) -> None:
+def _expect_trainable(targets: list[Target]) -> None:
     for target in targets:
-        if optimizers is not None and any(isinstance(module, nn.RNNBase) for module, _ in target.owners):
+        if any(isinstance(module, nn.RNNBase) for module, _ in target.owners):
             raise TypeError(
                 f"{target.name} lies in a fused recurrent layer, which has no sparse kernels: it cannot train sparse."
             )
@@ -178,10 +198,9 @@ def trainable(model: nn.Module) -> nn.Module:
         >>> import torch, sten
         >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4)))
         >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-        [('bias', (4,)), ('sparse_weight.values', (4, 4))]
+        [('weight', (4, 4)), ('bias', (4,))]
     """
-    refuse_wrapped(model)
-    return _train(model, list(attached))
+    return _train(model, sparse_weights(model), [])
 
 
 def attach(model: nn.Module, optimizer: Optimizers) -> nn.Module:
@@ -204,23 +223,24 @@ def attach(model: nn.Module, optimizer: Optimizers) -> nn.Module:
     optimizers = _optimizers(optimizer)
     if optimizers is None:
         raise TypeError("attach needs the optimizer.")
-    if engine.sites_of(model):
+    if engine.dynamic_weights(model):
         engine.start(model, optimizers)
-        attached.update(optimizers)
+        for target in sparse_weights(model):
+            remember(target, optimizers)
         return model
-    refuse_wrapped(model)
     targets = sparse_weights(model)
     if not targets:
         raise ValueError("The model has no sparse weights to attach an optimizer to: call sten.sparsify first.")
     _expect_held(optimizers, targets)
-    _train(model, optimizers)
-    attached.update(optimizers)
+    _train(model, targets, optimizers)
+    for target in targets:
+        remember(target, optimizers)
     return model
 
 
-def _train(model: nn.Module, optimizers: list[Optimizer]) -> nn.Module:
-    targets = [t for t in sparse_weights(model) if t.holder is None]
-    _expect_trainable(optimizers, targets)
+def _train(model: nn.Module, targets: list[Target], optimizers: list[Optimizer]) -> nn.Module:
+    targets = [t for t in targets if t.weight is None]
+    _expect_trainable(targets)
     for target in targets:
         move(target, target.stored, optimizers, trainable=True)
     return model
@@ -250,7 +270,7 @@ def finalize(model: nn.Module, layout: Layout | None = None) -> nn.Module:
         new = from_dense(stored.to_dense(), layout, stored.mask())
         return new.t() if w.transposed else new
 
-    return _settle(model, change)
+    return _convert(model, change)
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -262,17 +282,17 @@ def densify(model: nn.Module) -> nn.Module:
         >>> type(model.weight).__name__
         'Parameter'
     """
-    return _settle(model, lambda w: w.to_dense().contiguous())
+    return _convert(model, lambda w: w.to_dense().contiguous())
 
 
-def _settle(model: nn.Module, change: Callable[[SparseTensor], Tensor]) -> nn.Module:
+def _convert(model: nn.Module, change: Callable[[SparseTensor], Tensor]) -> nn.Module:
     """Give every sparse weight, in either form, what `change` makes of it; all are made before one is set."""
-    refuse_wrapped(model)
+    targets = sparse_weights(model)
     with torch.no_grad():
-        ready = [(target, _named(change, target)) for target in sparse_weights(model)]
+        ready = [(target, _named(change, target)) for target in targets]
     engine.stop(model)
     for target, after in ready:
-        move(target, after, attached)
+        move(target, after, [])
     return model
 
 

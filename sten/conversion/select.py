@@ -1,26 +1,27 @@
-"""Which parameters of a model become sparse, in which layout, and why the others do not."""
+"""Which parameters of a model become sparse, in which layout, and why the others do not: one walk of its modules."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from .layout import Layout
-from .tensor import SparseTensor
-from .training.master import MasterWeight
-from .training.pattern import SparseWeight, holders
+from ..layout import Layout
+from ..tensor import SparseTensor
+from ..training.attribute import installed, trained_of
+from ..training.trained_weight import TrainedWeight
 
 Weights = str | Iterable[str] | Callable[[str, nn.Module, str], bool] | None
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule"}
 
 
 @dataclass
 class Target:
-    """One weight: its name, the modules that own it (several where it is tied), and its current form.
+    """One weight: its name, the modules that own it (several where it is tied), and its present form.
 
     Attributes:
         name: full name, as `module.weight`; that of the first owner where it is tied.
@@ -29,8 +30,10 @@ class Target:
         mask: the mask of torch.nn.utils.prune or torch.ao.pruning, if the weight has one.
         layout: what it becomes.
         why: what keeps it dense; empty for a target.
-        holder: of the trainable form; None in the others.
-        stored: the weight as a SparseTensor, where it is sparse already.
+        names: all its names.
+        weight: of the trainable form; None in the others.
+        result: what it becomes (a dense weight under a method: at the end), and `energy`, the share of sum |w| that this
+            keeps: once `plan.decide` has decided.
     """
 
     name: str
@@ -40,13 +43,21 @@ class Target:
     layout: Layout | None = None
     why: str = ""
     names: list[str] = field(default_factory=list)
-    holder: nn.Module | None = None
-    stored: SparseTensor | None = None
+    weight: TrainedWeight | None = None
+    result: SparseTensor | None = None
+    energy: float | None = None
 
     @property
     def transposed(self) -> bool:
         """Whether the reduction runs along dimension 0, as in Hugging Face's Conv1D: the transpose is stored."""
         return any(is_conv1d(module) for module, _ in self.owners)
+
+    @property
+    def stored(self) -> SparseTensor | None:
+        """The weight as a SparseTensor, where it is sparse already."""
+        if self.weight is not None:
+            return self.weight.tensor().detach()
+        return self.tensor.detach() if isinstance(self.tensor, SparseTensor) else None
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -61,37 +72,72 @@ def is_default(module: nn.Module, name: str) -> bool:
     return name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module))
 
 
-def all_weights(model: nn.Module) -> dict[str, Target]:
-    """Every parameter of two or more dimensions by name, tied ones once for each owner, with pruning masks."""
-    found: dict[str, Target] = {}
-    for prefix, module in model.named_modules(remove_duplicate=True):
-        if isinstance(module, (SparseWeight, MasterWeight, nn.utils.parametrize.ParametrizationList)):
-            continue
-        for name, tensor, mask, why in _of_module(module):
-            full = f"{prefix}.{name}" if prefix else name
-            found[full] = Target(full, [(module, name)], tensor, mask, why=why)
+def all_weights(model: nn.Module) -> list[Target]:
+    """Every parameter of two or more dimensions, tied ones once for each owner, in whatever form they are.
+
+    Raises:
+        TypeError: no module, or one that DDP or FSDP holds references into.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected an nn.Module, got {type(model).__name__}.")
+    found: list[Target] = []
+    for prefix, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in WRAPPERS:
+                kind = "fully_shard" if cls.__name__ == "FSDPModule" else cls.__name__
+                raise TypeError(
+                    f"The model is wrapped in {kind} already: call sten on the inner model first, then wrap the result."
+                )
+        if not isinstance(module, (TrainedWeight, nn.utils.parametrize.ParametrizationList)):
+            _add_weights(found, module, prefix + "." if prefix else "")
     return found
 
 
-def _of_module(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None, str]]:
+def _add_weights(found: list[Target], module: nn.Module, prefix: str) -> None:
+    """The weights of one module."""
+    trained = dict(trained_of(module)) if installed(module) else {}
     for name, tensor in module._parameters.items():
-        if tensor is None or tensor.dim() < 2:
+        if name in trained:
+            trained[name].add_owner(module, name)
+            found.append(Target(prefix + name, [(module, name)], tensor, weight=trained[name]))
+        elif tensor is not None and tensor.dim() > 1:
+            plain = name.removesuffix("_orig")  # as torch.nn.utils.prune renames a pruned parameter
+            mask = module._buffers.get(plain + "_mask") if plain != name else None
+            full = plain if isinstance(mask, Tensor) else name
+            mask = mask.bool() if isinstance(mask, Tensor) else None
+            found.append(Target(prefix + full, [(module, full)], tensor, mask))
+    if "parametrizations" in module._modules:
+        _add_parametrized(found, module, prefix)
+
+
+def _add_parametrized(found: list[Target], module: nn.Module, prefix: str) -> None:
+    """torch.ao.pruning's masks are taken over; every other parametrization keeps a weight dense."""
+    for name, steps in module.parametrizations.items():
+        masks = [step.mask for step in steps if type(step).__name__ == "FakeSparsity"]
+        if len(masks) == len(steps) == 1:
+            found.append(Target(prefix + name, [(module, name)], steps.original, masks[0].bool()))
             continue
-        pruned = name.removesuffix("_orig")
-        if pruned != name and isinstance(module._buffers.get(pruned + "_mask"), Tensor):
-            yield pruned, tensor, module._buffers[pruned + "_mask"].bool(), ""
-        else:
-            yield name, tensor, None, ""
-    if nn.utils.parametrize.is_parametrized(module):
-        for name, steps in module.parametrizations.items():
-            masks = [step.mask for step in steps if type(step).__name__ == "FakeSparsity"]
-            if len(masks) == len(steps) == 1:
-                yield name, steps.original, masks[0].bool(), ""
-                continue
-            originals = [p for p in steps.parameters(recurse=False) if p.dim() >= 2]
-            if originals:
-                kinds = ", ".join(type(step).__name__ for step in steps)
-                yield name, max(originals, key=Tensor.numel), None, f"it is parametrized by {kinds}: remove that first"
+        originals = [p for p in steps.parameters(recurse=False) if p.dim() >= 2]
+        if originals:
+            kinds = ", ".join(type(step).__name__ for step in steps)
+            why = f"it is parametrized by {kinds}: remove that first"
+            found.append(Target(prefix + name, [(module, name)], max(originals, key=Tensor.numel), why=why))
+
+
+def once_each(targets: Iterable[Target]) -> list[Target]:
+    """One Target a tensor, with all its owners and names."""
+    found: dict[int, Target] = {}
+    for one in targets:
+        target = found.setdefault(id(one.tensor), one)
+        target.names.append(one.name)
+        if target is not one:
+            target.owners.extend(one.owners)
+    return list(found.values())
+
+
+def sparse_weights(model: nn.Module) -> list[Target]:
+    """Every sparse weight of a model, in either form, once, with all its owners."""
+    return once_each(t for t in all_weights(model) if t.weight is not None or isinstance(t.tensor, SparseTensor))
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -112,14 +158,12 @@ def select(
     model: nn.Module, layout: Layout | dict[str, Layout | None], weights: Weights
 ) -> tuple[list[Target], list[Target]]:
     """(targets with their layout, the other weights with the reason); one sentence for what cannot be meant."""
-    refuse_wrapped(model)
-    found = all_weights(model)
-    for full, module, name, holder in holders(model):
-        why = "it is in trainable form already: sten.finalize the model first"
-        found[full] = Target(full, [(module, name)], trained(module, name, holder), why=why)
+    found = {target.name: target for target in all_weights(model)}
     layouts = _layouts(layout)
     chosen, named = _chosen(found, weights, layouts)
     for name, target in found.items():
+        if target.weight is not None:
+            target.why = "it is in trainable form already: sten.finalize the model first"
         if not target.why:
             target.why = _reason(target, name in chosen, name in named, layouts, weights is None)
         elif name in named:
@@ -127,10 +171,9 @@ def select(
     groups = _tie(found, named)
     targets = [t for t in groups if not t.why]
     if not targets:
-        hints = (
-            "; ".join(sorted({t.why for t in groups}))[:300] or "the model has no parameter of two or more dimensions"
-        )
-        raise ValueError(f"No weight of {type(model).__name__} is left to make sparse ({hints}): choose with weights=.")
+        reasons = "; ".join(sorted({t.why for t in groups}))[:300]
+        reasons = reasons or "the model has no parameter of two or more dimensions"
+        raise ValueError(f"No weight of {type(model).__name__} is left to make sparse ({reasons}): choose with weights=.")
     for target in targets:
         _check(target)
     return targets, [t for t in groups if t.why]
@@ -229,24 +272,3 @@ def _check(target: Target) -> None:
         target.layout.check(shape[::-1] if target.transposed else shape)
     except ValueError as error:
         raise ValueError(f"{target.name}: {error}") from None
-
-
-def trained(module: nn.Module, name: str, holder: nn.Module) -> Tensor:
-    """The Parameter that is trained for a weight in trainable form: the dense master, or the values of the layout."""
-    param = module._parameters[name]
-    return holder.values if param is None else param
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """TypeError unless this is a module, and one that neither DDP nor FSDP holds references into."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"sten works on an nn.Module; got {type(model).__name__}.")
-    names = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"}
-    for module in model.modules():
-        kinds = {c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")} & names
-        sharded = any(c.__name__ == "FSDPModule" for c in type(module).__mro__)
-        if kinds or sharded:
-            kind = kinds.pop() if kinds else "fully_shard"
-            raise TypeError(
-                f"The model is wrapped in {kind} already: call sten on the inner model first, then wrap the result."
-            )

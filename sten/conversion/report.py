@@ -9,12 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .targets import Target
-from .tensor import SparseTensor
-from .training.master import MasterWeight
-from .training.pattern import PREFIX, SparseWeight, installed
-
-NOTES = "_sten_notes"  # on a module: {weight name: (energy kept at conversion, why the weight was skipped)}
+from ..tensor import SparseTensor
+from .record import record_of
+from .select import all_weights
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Summary(Table):
     """What a model's weights are now (`sten.summary`)."""
 
 
-class Plan(Table):
+class SparsifyPlan(Table):
     """What `sparsify` would make of a model's weights (`sten.plan`)."""
 
 
@@ -113,13 +110,6 @@ def _row(name: str, w: Tensor, remark: float | str | None, tied_to: str = "") ->
     return Row(name, layout, tuple(w.shape), density, stored, dense, energy, why, tied_to)
 
 
-def note(target: Target, energy: float | None = None, why: str = "") -> None:
-    """Remember, on the modules that own a weight, the energy it kept at conversion, or why it stayed as it was."""
-    for module, name in target.owners:
-        notes = module.__dict__.setdefault(NOTES, {})
-        notes[name] = (notes.get(name, (None, ""))[0] if energy is None else energy, why)
-
-
 def summary(model: nn.Module) -> Summary:
     """Per weight of two or more dimensions: layout, shape, density, bytes, energy kept at conversion, why it is dense.
 
@@ -133,16 +123,11 @@ def summary(model: nn.Module) -> Summary:
         ('NM(n=2, m=4)', 0.5)
     """
     rows, seen = [], {}
-    for prefix, module in model.named_modules():
-        held = {name: module._modules[PREFIX + name] for name in installed(module)}
-        own = () if isinstance(module, (SparseWeight, MasterWeight)) else module._parameters.items()
-        for name, param in own:
-            w = held[name].tensor(param) if name in held else param
-            if w is None or w.dim() < 2:
-                continue
-            full = f"{prefix}.{name}" if prefix else name
-            first = seen.setdefault(id(held.get(name, param)), full)
-            energy, why = module.__dict__.get(NOTES, {}).get(name, (None, ""))
-            remark = energy if isinstance(w, SparseTensor) else why
-            rows.append(_row(full, w, remark, first if first != full else ""))
+    for target in all_weights(model):
+        module, name = target.owners[0]
+        w = target.tensor if target.weight is None else target.weight.tensor(target.tensor)
+        first = seen.setdefault(id(target.weight or target.tensor), target.name)
+        record = record_of(module, name)
+        remark = record.energy if isinstance(w, SparseTensor) else record.why
+        rows.append(_row(target.name, w, remark, first if first != target.name else ""))
     return Summary(rows)
