@@ -27,7 +27,7 @@ class Allocation(ABC):
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity <= 1:
-            raise ValueError(f"Expected for sparsity the fraction of entries to drop, from 0 to 1, got {self.sparsity!r}.")
+            raise ValueError(f"Expected a sparsity from 0 to 1, the fraction to drop, got {self.sparsity!r}.")
 
     @abstractmethod
     def assign(self, shapes: dict[str, tuple[int, ...]], score: Callable[[str], Tensor]) -> dict[str, int]:
@@ -147,6 +147,7 @@ def allocation(sparsity: float | Allocation | None) -> Allocation | None:
         return sparsity
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
         raise TypeError(
-            f"Expected sparsity= to be a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one, got {sparsity!r}."
+            "Expected for sparsity= a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one, "
+            f"got {sparsity!r}."
         )
     return Uniform(sparsity)

@@ -135,7 +135,7 @@ class Layout(ABC):
         return score
 
     def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The bool mask, of the weight's shape, of all entries of the chosen units (a bool tensor as of unit_totals)."""
+        """The bool mask, of the weight's shape, of all entries of the chosen units (bool, shaped as `unit_totals`)."""
         del shape
         return chosen
 

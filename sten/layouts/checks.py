@@ -1,4 +1,4 @@
-"""Checks of arguments and parts that layouts share. Each raises one sentence: what was expected, what came, what works."""
+"""Checks of arguments and parts. Each raises one sentence: what was expected, what came, what would work."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def check_sparsity(sparsity: float | None, layout: Layout) -> None:
     elif sparsity is None:
         raise ValueError(f"{layout} has no rate of its own: pass sparsity=, for example sparsity=0.9.")
     elif not 0 <= sparsity <= 1:
-        raise ValueError(f"Expected for sparsity the fraction of entries to drop, from 0 to 1, got {sparsity}.")
+        raise ValueError(f"Expected a sparsity from 0 to 1, the fraction of entries to drop, got {sparsity}.")
 
 
 def count_to_keep(total: int, sparsity: float | None, layout: Layout) -> int:

@@ -12,7 +12,6 @@ from torch import Tensor
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
 from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
-from sten.layouts.padding import cut
 from sten.layouts.topk import top
 
 LIMIT = 2**31 - 1  # the indices are int32

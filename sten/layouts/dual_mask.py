@@ -18,8 +18,8 @@ class DualMask(Layout):
     """Values and two bool masks, all of the weight's own shape; any mask fits, and `pack` takes it for both directions.
 
     Parts: `values` (zero where both masks are off); `forward`, what the product sees, which is the weight itself;
-    `backward`, what the gradient of the input sees. A form for training alone: it saves no memory, and on its kernels the
-    gradient of the values is dense, as straight-through estimators want it.
+    `backward`, what the gradient of the input sees. A form for training alone: it saves no memory, and its kernels give
+    the values a dense gradient, as straight-through estimators want it.
 
     Example:
         >>> import torch, sten

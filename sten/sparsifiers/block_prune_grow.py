@@ -21,12 +21,12 @@ from .straight_through import masked_straight_through
 class BlockPruneGrow(GradualPruning):
     """Gradual on blocks of BSR, in which a part of the kept blocks gives way to grown ones at each mask update.
 
-    The block sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`. At a mask update, drop_fraction (falling to
-    0 with the same cubic) of the blocks that would stay, those with the smallest sum |w|, are exchanged for those with
-    the largest sum |g|.
+    The block sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`. At a mask update, drop_fraction
+    (falling to 0 with the same cubic) of the blocks that would stay, those with the smallest sum |w|, are exchanged for
+    those with the largest sum |g|.
 
-    The dense weight is trained, as in BLaST: training begins dense, and growth reads the gradient of every block. So Parameter,
-    gradient and optimizer slots take the memory of the dense model until `finalize`; only what `finalize` leaves is
+    The dense weight is trained, as in BLaST: training begins dense, and growth reads the gradient of every block. So
+    Parameter, gradient and optimizer slots take the memory of the dense model until `finalize`; only what it leaves is
     small. Dropped blocks are zero, and start there if they grow again. `RigL` on BSR keeps all of it compressed.
 
     Source: Okanovic et al., BLaST, https://arxiv.org/abs/2507.03117. UNVERIFIED: its schedule, its growth score

@@ -48,7 +48,7 @@ def expect_to_act(method: Sparsifier, stop: float) -> None:
 
 @dataclass(frozen=True)
 class DropGrow(PatternMethod):
-    """Every `every` steps, drop a fraction of the present weights, those of the smallest |w|, and grow as many elsewhere.
+    """Every `every` steps, drop a fraction of the weights, those of the smallest |w|, and grow as many elsewhere.
 
     The count of a weight never changes, nor its n:m groups. New entries start at zero, in the weight and in every slot
     of the optimizer. A layout of blocks or vectors drops and grows whole ones, by the sums of their scores.
@@ -151,7 +151,7 @@ class RigL(DropGrow):
 
 @dataclass(frozen=True)
 class DSTEE(DropGrow):
-    """RigL with exploration: growth |g| + c * ln(t) / (N + eps), N = mask updates that an entry has been through so far.
+    """RigL with exploration: growth |g| + c * ln(t) / (N + eps), N = mask updates that an entry has lasted.
 
     Source: Huang et al., Dynamic Sparse Training via Balancing the Exploration-Exploitation Trade-off,
     https://arxiv.org/abs/2211.16667. UNVERIFIED: the formula's constants c and eps.

@@ -18,10 +18,10 @@ from .sparsifier import DenseWeightMethod, Edit, View
 
 @dataclass(frozen=True)
 class GradualPruning(DenseWeightMethod):
-    """A mask whose sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`, every `every` steps and at `stop`.
+    """A mask whose sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`, every `every` steps and then.
 
-    Entries off the mask are zero. `schedule` gives the steps of mask updates, and as its value, from 0 to 1, how much of
-    the sparsity is reached.
+    Entries off the mask are zero. `schedule` gives the steps of mask updates, and as its value, from 0 to 1, how much
+    of the sparsity is reached.
     """
 
     start: int
@@ -70,8 +70,8 @@ class Gradual(GradualPruning):
         super().check(layout)
         if layout.rate is not None:
             raise ValueError(
-                f"Expected a layout without a rate of its own for Gradual, which raises the sparsity, got {layout}; use "
-                "sten.DecayingMask or sten.SRSTE."
+                f"Expected a layout without a rate of its own for Gradual, which raises the sparsity, got {layout}; "
+                "use sten.DecayingMask or sten.SRSTE."
             )
 
     def apply(self, w: Tensor, view: View) -> Tensor:

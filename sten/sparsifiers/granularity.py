@@ -17,8 +17,8 @@ def expect_independent_units(layout: Layout) -> None:
     """Raise ValueError for a layout in which a unit cannot move without moving others."""
     if not layout.independent_units:
         raise ValueError(
-            f"Expected a layout whose entries can move one by one, got {layout}, which ties the patterns of its columns "
-            "together; use sten.VectorNM."
+            f"Expected a layout whose entries can move one by one, got {layout}, which ties the patterns of its "
+            "columns together; use sten.VectorNM."
         )
 
 

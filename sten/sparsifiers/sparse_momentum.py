@@ -65,8 +65,8 @@ class SparseMomentum(PatternMethod):
         super().check(layout)
         if not layout.unstructured:
             raise ValueError(
-                f"Expected an unstructured layout for SparseMomentum, which moves entries between weights, got {layout}; "
-                "use sten.CSR or sten.Masked."
+                "Expected an unstructured layout for SparseMomentum, which moves entries between weights, "
+                f"got {layout}; use sten.CSR or sten.Masked."
             )
 
     def score(self, view: View) -> Tensor:

@@ -2,7 +2,7 @@
 
 A method reads a `View` and returns an `Edit`; it changes nothing itself. Every method is one of two kinds:
 
-- `PatternMethod`: what the layout stores is trained, and `update` moves the pattern (Magnitude once, RigL again and again);
+- `PatternMethod`: what the layout stores is trained, and `update` moves the pattern (Magnitude, once; RigL);
 - `DenseWeightMethod`: a dense weight is trained, and `apply` says what the model computes with (SR-STE, Gradual).
 
 What is called, and when:
@@ -21,7 +21,7 @@ What is called, and when:
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -156,9 +156,9 @@ class Sparsifier(ABC):
         return None
 
     @property
+    @abstractmethod
     def acts_once(self) -> bool:
-        """Whether it decides at `sten.sparsify` and never again, so that training needs nothing of it."""
-        return False
+        """Whether it decides at `sten.sparsify` and never again. Both kinds of method define it."""
 
     def check(self, layout: Layout) -> None:
         """Raise ValueError, in one sentence, if a weight in this layout cannot be trained so."""
@@ -166,8 +166,6 @@ class Sparsifier(ABC):
         if self.layouts and not isinstance(layout, self.layouts):
             names = " or ".join(f"sten.{known.__name__}" for known in self.layouts)
             raise ValueError(f"Expected layout={names} for {kind}, which is about that layout alone, got {layout}.")
-        if not isinstance(self, (PatternMethod, DenseWeightMethod)):
-            raise TypeError(f"Expected {kind} to derive from sten.PatternMethod or sten.DenseWeightMethod.")
         if self.schedule is None and type(self).default_schedule is not Sparsifier.default_schedule:
             raise TypeError(f"Expected {kind}.__post_init__ to call super().__post_init__(), which makes its schedule.")
 
@@ -191,8 +189,8 @@ class Sparsifier(ABC):
     def update(self, view: View) -> Edit:
         """The decision: by default the highest scores that the layout can hold at the view's sparsity.
 
-        Called at `sten.sparsify` with `view.mask` None, to choose the first mask, and then on the steps of `schedule`. A
-        method that acts once may answer with values, too (`Edit.value`, as SparseGPT does).
+        Called at `sten.sparsify` with `view.mask` None, to choose the first mask, and then on the steps of `schedule`.
+        A method that acts once may return values, too (`Edit.value`, as SparseGPT does).
         """
         score = self.scored(view)
         if view.mask is None and view.allowed is not None:
@@ -240,6 +238,10 @@ class DenseWeightMethod(Sparsifier):
     """
 
     zero_pruned: ClassVar[bool] = False
+
+    @property
+    def acts_once(self) -> bool:
+        return False
 
     def score(self, view: View) -> Tensor:
         return scores.magnitude(view.weight)

@@ -54,7 +54,7 @@ class SRigL(DropGrow):
         size, grad = view.weight.abs().flatten(), self.growth(view).flatten(1).contiguous()
         rows, columns = grad.shape
         budget = count_to_keep(grad.numel(), view.sparsity, view.layout)
-        index = view.mask.flatten().nonzero()[:, 0]  # of the present entries; all that is about |w| is done on them alone
+        index = view.mask.flatten().nonzero()[:, 0]  # present entries: all that is about |w|
         grown = int(self.schedule.value(view.step) * len(index))
         stay = len(index) - grown
         salient = highest(grad.view(-1), grown)
