@@ -15,7 +15,7 @@ from .forms import attached, move, sparse_weights
 from .layout import Layout
 from .layouts import NM
 from .report import Plan, note, rows_of
-from .sparsifiers import Magnitude, Sparsifier
+from .sparsifiers import Magnitude, Sparsifier, check_needs
 from .targets import Target, Weights, refuse_wrapped, select
 from .tensor import SparseTensor, from_dense
 from .training.begin import begin
@@ -23,7 +23,6 @@ from .training.emptiness import emptiness_of, say_empty
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
 BY_MATRIX = (torch.optim.LBFGS, torch.optim.Muon, torch.optim.Adafactor)
-CALIBRATED = {"x_norm", "x_gram", "x_mean_var"}
 
 
 def sparsify(
@@ -75,7 +74,7 @@ def sparsify(
         note(target, why=target.why)
     if optimizers is not None:
         engine.start(model, optimizers)
-    if sparsifier is not None and not sparsifier.hard:  # a gradual method's tick says it when it happens
+    if not getattr(sparsifier, "zero_pruned", sparsifier is None):  # a gradual method's tick says it when it happens
         empty = {change.target.name: emptiness_of(change.tensor) for change in changes}
         say_empty({name: what for name, what in empty.items() if what}, stacklevel=2)
     return model
@@ -113,13 +112,14 @@ def _prepare(
         raise TypeError(
             f"sparsifier= takes a sparsifier such as sten.Magnitude() (an instance), or None; got {sparsifier!r}."
         )
-    reads = sparsifier is not None and bool(sparsifier.needs & CALIBRATED)
-    if calibration is not None and not reads:
+    if sparsifier is not None:
+        check_needs(sparsifier)
+    if calibration is not None:
         raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
     spread = allocation(sparsity)
     targets, skipped = select(model, layout, weights)
     _expect_held(optimizers, targets)
-    dynamic = sparsifier is not None and not sparsifier.one_shot
+    dynamic = sparsifier is not None and not sparsifier.acts_once
     _expect_trainable(optimizers or ([] if dynamic else None), targets)
     engine.expect_method(sparsifier, targets, optimizers or ())
     return decide(targets, sparsifier, spread), skipped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .allocation import Allocation
 from .layout import check_sparsity
-from .sparsifiers import Sparsifier, View
+from .sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from .targets import Target
 from .tensor import SparseTensor, from_dense
 from .training.pattern import Method
@@ -59,31 +58,43 @@ def _choose(
     changes = []
     for target in targets:
         sparsity = 1 - counts[target.name] / target.tensor.numel() if target.name in counts else None
-        mask = target.layout.mask(score(target.name), sparsity)
+        edit = _first(target, sparsifier, sparsity, score(target.name), generator)
+        mask = first = edit.mask
+        if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; the first mask may be wider
+            mask = target.layout.mask(score(target.name), sparsity)
         del scores[target.name]
-        change = _pack(target, _dense(target), mask)
-        if not sparsifier.one_shot:
+        change = _pack(target, _dense(target) if edit.value is None else edit.value, mask)
+        if not sparsifier.acts_once:
             change.method = Method(target.name, sparsifier, sparsity, spread, target is targets[-1])
-            change.view = _start(target, change.method, mask)
+            change.view = _start(target, change.method, first)
         changes.append(change)
     return changes
 
 
 def _start(target: Target, method: Method, mask: Tensor) -> View:
     """What a dynamic method sees first: a hard master all (or an earlier pruning's rest), others their mask."""
-    if method.sparsifier.hard:
+    zero_pruned = getattr(method.sparsifier, "zero_pruned", False)
+    if zero_pruned:
         mask = torch.ones_like(mask) if target.mask is None else _oriented(target, target.mask)
-    view = View(target.name, _dense(target), target.layout, method.sparsity, mask, last=method.last)
-    if method.sparsifier.hard or not method.sparsifier.master or method.sparsifier.ticks is None:
-        return view
-    return dataclasses.replace(view, mask=method.sparsifier.update(view, method.sparsifier.init(view)).mask)
+    return View(target.name, _dense(target), target.layout, method.sparsity, mask, last=method.last)
 
 
-def _score(target: Target, sparsifier: Sparsifier, generator: torch.Generator) -> Tensor:
+def _score(target: Target, sparsifier: Sparsifier, generator: torch.Generator) -> Tensor | None:
     """A method's scores; entries that an earlier pruning masked out come after all others."""
+    if type(sparsifier).score is Sparsifier.score:
+        return None
     mask = _oriented(target, target.mask)
-    score = sparsifier.score(View(target.name, _dense(target), target.layout, mask=mask, generator=generator))
+    score = sparsifier.score(View(target.name, _dense(target), target.layout, generator=generator))
     return score if mask is None else score.masked_fill(~mask, -torch.inf)
+
+
+def _first(target: Target, sparsifier: Sparsifier, sparsity, score, generator) -> Edit:
+    """The first decision; scores that an allocation asked for are not drawn again."""
+    allowed = _oriented(target, target.mask)
+    view = View(target.name, _dense(target), target.layout, sparsity, generator=generator, allowed=allowed)
+    if score is not None:
+        view.memo["score"] = score
+    return sparsifier.update(view)
 
 
 def _oriented(target: Target, tensor: Tensor | None) -> Tensor | None:
@@ -101,7 +112,7 @@ def _existing(target: Target) -> Tensor:
     """The mask that keeps what is there; an n:m layout fills the slots that are left with zeros."""
     dense = _dense(target)
     mask = dense != 0 if target.mask is None else _oriented(target, target.mask)
-    if target.layout.rate is None:
+    if target.layout.holds_any_mask:
         return mask
     full = target.layout.mask(torch.where(mask, dense.abs(), -torch.ones_like(dense)))
     if bool((mask & ~full).any()):

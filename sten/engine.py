@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .allocation import Allocation
-from .sparsifiers import Edit, Sparsifier, View
+from .sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from .targets import Target
 from .training.distributed import agreed, ranks, sharded
 from .training.emptiness import can_empty, emptiness, say_empty
@@ -120,18 +120,18 @@ class Engine:
         self.step += 1
         if not self.method.replaces_step and self.due(self.step):
             self._tick(self.step, optimizer)
-        if self.method.hard:
+        if getattr(self.method, "zero_pruned", False):
             for site in self.sites:
                 site.enforce()
         self.prepare_next()
 
     def _add_grads(self, scale: Tensor | None) -> None:
         """What the method adds to the masters' gradients; in the units that they have now."""
-        if type(self.method).grad is Sparsifier.grad:
+        if not isinstance(self.method, DenseWeightMethod) or type(self.method).grad is DenseWeightMethod.grad:
             return
         for site in self.sites:
             grad = site.param.grad
-            more = None if grad is None else self.method.grad(site.view(step=self.step + 1), site.holder.state)
+            more = None if grad is None else self.method.grad(site.view(step=self.step + 1))
             if more is not None:
                 grad.add_(site.stored(more if scale is None else more * scale, {}))
 
@@ -149,12 +149,12 @@ class Engine:
 
     def due(self, step: int) -> bool:
         """Whether the method acts at this step."""
-        ticks = self.method.ticks
-        return ticks is not None and (ticks.due(step) or step == self.owed)
+        schedule = self.method.schedule
+        return schedule is not None and (schedule.due(step) or step == self.owed)
 
     @torch.no_grad()
     def _decide(self, site: Site, grad: Tensor) -> Edit:
-        return self.method.update(site.view(step=self.step + 1, grad=grad, generator=self.generator), site.holder.state)
+        return self.method.update(site.view(step=self.step + 1, grad=grad, generator=self.generator))
 
     def _tick(self, step: int, optimizer: Optimizer) -> bool:
         """Ask, compute all, write all; False if nothing was written."""
@@ -193,7 +193,7 @@ class Engine:
                 f"sten: no gradient reached {site.name} on the tick of step {views.step}: its mask stays.", stacklevel=6
             )
             return None
-        return self.method.update(view, site.holder.state)
+        return self.method.update(view)
 
 
 def _counter(engine: Engine):
@@ -347,8 +347,8 @@ def stop(model: nn.Module) -> None:
     """End the training of all of a model's weights."""
     held = {id(site.holder) for site in sites_of(model) if served(site.holder) is None}
     for engine in list(ENGINES):
-        plan, ours = engine.method.ticks, any(id(site.holder) in held for site in engine.sites)
-        if ours and plan is not None and plan.closing and engine.step < plan.stop:
+        plan, ours = engine.method.schedule, any(id(site.holder) in held for site in engine.sites)
+        if ours and plan is not None and plan.include_stop and engine.step < plan.stop:
             kind, end = type(engine.method).__name__, f"ends at step {plan.stop}, but training ended at {engine.step}"
             warnings.warn(f"sten: {kind} {end}: the sparsity that was asked for is not reached.", stacklevel=4)
         engine.close([site for site in engine.sites if id(site.holder) in held])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .forms import attached, move, settled_state, sparse_weights
-from .layout import fields
+from .layouts.registry import fields
 from .targets import Target, all_weights, refuse_wrapped
 from .tensor import SparseTensor, checked
 

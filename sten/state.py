@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layout import fields
+from .layouts.registry import fields
 from .ops.attributes import entries_of
 from .ops.pattern import dense_to_values
 from .tensor import SparseTensor, checked

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..convert import finalize, sparsify
 from ..layout import Layout
-from ..layouts import CSR, NM, FanIn
+from ..layouts import CSR, NM
 from ..optim import AdamS
 from ..sparsifiers import Sparsifier
 from ..training.resume import engines_of, load_state_dict, state_dict
@@ -134,7 +134,7 @@ class _Kit:
                     self._after(site, old, run[1], trial and self.method.replaces_step)
                 now = sum(int(site.mask.sum()) for site in sites if not site.master)
                 # a constant fan-in leaves the remainder of a division out
-                slack = sum(site.holder.shape[0] for site in sites) if isinstance(self.layout, FanIn) else 0
+                slack = sum(site.holder.shape[0] for site in sites) if self.method.resizes else 0
                 claim(
                     abs(now - total) <= slack, f"the count must equal the budget after every tick: {total}, not {now}"
                 )
@@ -142,12 +142,12 @@ class _Kit:
             else:
                 self.go(run, step, step + 1)
         claim(
-            self.method.ticks is None or done > 0,
+            self.method.schedule is None or done > 0,
             f"{self.method} must act within {self.steps} steps: give it a shorter schedule",
         )
 
     def _next_ticks(self, step: int) -> bool:
-        return self.method.ticks is not None and self.method.ticks.due(step)
+        return self.method.schedule is not None and self.method.schedule.due(step)
 
     def _entries(self, site: Site, optimizer: Optimizer) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         slots = {key: site.dense(slot).clone() for key, slot in site.slots(optimizer)}
@@ -159,7 +159,7 @@ class _Kit:
             new is None or new.dtype == torch.bool,
             f"the mask of {site.name} must be bool; got {None if new is None else new.dtype}",
         )
-        if new is not None and (self.method.hard or not site.master):
+        if new is not None and (site.zero_pruned or not site.master):
             claim(not now[~new].any(), f"entries of {site.name} off the mask must be zero")
             grown = new & ~mask
             claim(not now[grown].any(), f"new entries of {site.name} must start at zero")

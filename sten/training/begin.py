@@ -8,24 +8,24 @@ from torch.optim import Optimizer
 
 from ..decision import Change
 from ..forms import move, take_off
+from ..sparsifiers import PatternMethod
 from ..state import keep_loadable
 from ..tensor import SparseTensor
 from .idle import wait
 from .master import MasterWeight
 from .pattern import PREFIX, install
-from .site import fitted
 
 
 def _roomy(w: SparseTensor, capacity: float) -> SparseTensor:
     """The weight with free slots, for a method that moves entries between weights."""
     slots = min(round(capacity * len(w.parts["values"])), w.numel())
-    return SparseTensor(w.spec, fitted(w.spec, w.parts, slots), w.stored_shape, w.transposed, w.requires_grad)
+    return SparseTensor(w.spec, w.spec.with_slots(w.parts, slots), w.stored_shape, w.transposed, w.requires_grad)
 
 
 def begin(change: Change, optimizers: Iterable[Optimizer]) -> None:
     """Give a chosen weight the form that its method trains."""
     method, target = change.method.sparsifier, change.target
-    if not method.master:
+    if isinstance(method, PatternMethod):
         move(target, _roomy(change.tensor, method.capacity), optimizers, trainable=True)
         for module, name in target.owners:
             module._modules[PREFIX + name].adopt(change.method, method.init(change.view))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..layout import Layout
-from ..layouts import FanIn
 from ..tensor import SparseTensor
 
 
@@ -20,7 +19,7 @@ def listed(names: list[str], most: int = 5) -> str:
 
 def can_empty(layout: Layout) -> bool:
     """Whether it can leave a row without entries: n:m layouts cannot."""
-    return layout.rate is None
+    return layout.rows_may_be_empty
 
 
 def emptiness(mask: Tensor, layout: Layout) -> str | None:
@@ -31,7 +30,7 @@ def emptiness(mask: Tensor, layout: Layout) -> str | None:
     dead = len(rows) - int(torch.count_nonzero(rows))
     if dead == len(rows):
         return f"all {dead}"
-    return f"{dead} of {len(rows)}" if dead and not isinstance(layout, FanIn) else None
+    return f"{dead} of {len(rows)}" if dead and not layout.omits_empty_rows else None
 
 
 def emptiness_of(w: SparseTensor) -> str | None:

@@ -25,7 +25,7 @@ HOOK: list[torch.utils.hooks.RemovableHandle] = []
 
 def wait(holder: nn.Module, owner: nn.Module, attribute: str) -> None:
     """This weight has no engine yet."""
-    if holder.method.sparsifier.alone:
+    if holder.method.sparsifier.stateless:
         return
     WAITING[holder] = weakref.ref(owner), attribute
     SEEN.clear()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Layout
-from ..sparsifiers import Sparsifier, State, View
+from ..sparsifiers import DenseWeightMethod, State, View
 from ..tensor import SparseTensor, from_dense
 from .distributed import sharded, whole
 from .pattern import Method
@@ -38,7 +38,7 @@ class MasterWeight(nn.Module):
             elif name not in self._parameters:
                 self.register_buffer(name, value, persistent=False)
 
-        self.remembers = type(method.sparsifier).grad is not Sparsifier.grad
+        self.remembers = type(method.sparsifier).grad is not DenseWeightMethod.grad
         self.memo: tuple[weakref.ref, int, dict[str, Tensor]] | None = None
 
     @property
@@ -48,14 +48,14 @@ class MasterWeight(nn.Module):
     def view(self, dense: Tensor, **more) -> View:
         """The View of the master, given dense and in the orientation of the layout."""
         about = self.method
-        return View(about.name, dense, self.spec, about.sparsity, self.mask, last=about.last, **more)
+        return View(about.name, dense, self.spec, about.sparsity, self.mask, last=about.last, state=self.state, **more)
 
     def forward(self, param: Tensor) -> Tensor:
         if sharded(param):  # outside of a forward pass FSDP2 asks for the shard that it keeps
             return param
         w = param.t() if self.transposed else param
         view = self.view(w.detach(), step=self.clock)
-        effective = self.method.sparsifier.apply(w, view, self.state)
+        effective = self.method.sparsifier.apply(w, view)
         # A compiled graph would have to give the masks out; there the hook computes them once more.
         if self.remembers and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.memo = weakref.ref(param), param._version, view.memo
@@ -74,7 +74,7 @@ class MasterWeight(nn.Module):
         """What training would end with now, stored in the layout."""
         dense = whole(param.detach())
         dense = dense.t() if self.transposed else dense
-        end = self.method.sparsifier.finish(self.view(dense, step=int(self.clock)), self.state)
+        end = self.method.sparsifier.finish(self.view(dense, step=int(self.clock)))
         mask = end.mask if end.mask is not None else self.mask
         w = from_dense((dense if end.value is None else end.value).contiguous(), self.spec, mask)
         w = w.t() if self.transposed else w

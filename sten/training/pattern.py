@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..allocation import Allocation
 from ..dispatch import written
-from ..layout import Parts, fields
+from ..layout import Parts
+from ..layouts.registry import fields
 from ..sparsifiers import Sparsifier
 from ..tensor import Rule, SparseTensor, checked, project
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layout import Layout, Parts
-from ..layouts import CSR
+from ..layout import Parts
 from ..sparsifiers import Edit, View
 from .distributed import shard_like, whole
 from .master import MasterWeight
@@ -49,6 +48,10 @@ class Site:
     @property
     def master(self) -> bool:
         return isinstance(self.holder, MasterWeight)
+
+    @property
+    def zero_pruned(self) -> bool:
+        return self.master and self.about.sparsifier.zero_pruned
 
     @property
     def param(self) -> nn.Parameter:
@@ -83,7 +86,7 @@ class Site:
 
     def view(self, **more) -> View:
         """What a method may read; the weight and mask are made for it."""
-        about, given = self.about, {"sparsity": self.about.sparsity, **more}
+        about, given = self.about, {"sparsity": self.about.sparsity, "state": self.holder.state, **more}
         view = View(about.name, self.dense(self.param), self.holder.spec, mask=self.mask, last=about.last, **given)
         view.memo.update(self.holder.recall(self.param) if self.master else {})
         return view
@@ -106,13 +109,13 @@ class Site:
     @torch.no_grad()
     def rewrite(self, edit: Edit, optimizer: Optimizer) -> Commit:
         """All that the edit changes, computed; calling the result writes it."""
-        if self.master and not self.about.sparsifier.hard and edit.value is None and edit.fresh is None:
+        if self.master and not self.zero_pruned and edit.value is None and edit.fresh is None:
             return lambda: self._write_pattern(edit.mask, {}) or self._keep(edit.state)
         mask = self.mask if edit.mask is None else edit.mask
         parts, carry = self._in_master(mask, edit) if self.master else self._in_pattern(mask, edit)
         new, grad = carry(self.param), self.param.grad
         if edit.value is not None:
-            off = ~mask if self.about.sparsifier.hard or not self.master else torch.zeros_like(mask)
+            off = ~mask if self.zero_pruned or not self.master else torch.zeros_like(mask)
             new = self.stored(edit.value.to(self.param.dtype).masked_fill(off, 0), parts)
         slots = {key: carry(slot) for key, slot in self.slots(optimizer)}
         grad = grad if grad is None or self.master else carry(grad)
@@ -134,9 +137,9 @@ class Site:
     def _in_master(self, mask: Tensor, edit: Edit) -> tuple[Parts, Carry]:
         """No parts, and what turns the master, or a slot, into what the edit leaves of it."""
         fresh, old = edit.fresh, self.mask
-        if self.about.sparsifier.hard and edit.mask is not None and old is not None:
+        if self.zero_pruned and edit.mask is not None and old is not None:
             fresh = mask & ~old if fresh is None else fresh | (mask & ~old)
-        lost = fresh if not self.about.sparsifier.hard else ~mask if fresh is None else ~mask | fresh
+        lost = fresh if not self.zero_pruned else ~mask if fresh is None else ~mask | fresh
 
         def carry(t: Tensor) -> Tensor:
             gone = lost if t is self.param else fresh
@@ -156,7 +159,7 @@ class Site:
         numbers = spec.unpack({**self.holder.pattern, "values": numbers}, shape)
         if edit.fresh is not None:
             numbers = numbers.masked_fill(edit.fresh, 0)
-        parts = fitted(spec, spec.pack(self.param.detach().new_zeros(()).expand(shape), mask), len(self.param))
+        parts = spec.with_slots(spec.pack(self.param.detach().new_zeros(()).expand(shape), mask), len(self.param))
         source = spec.pack_like(numbers, parts)
 
         def carry(t: Tensor) -> Tensor:
@@ -193,11 +196,3 @@ class Site:
         for name, value in (state or {}).items():
             self.holder.state[name].copy_(value)
 
-
-def fitted(layout: Layout, parts: Parts, slots: int) -> Parts:
-    """The parts with as many slots as before, where the layout allows empty ones (CSR): shapes stay, nothing
-    recompiles."""
-    more = slots - len(parts["values"])
-    if not isinstance(layout, CSR) or more <= 0:
-        return parts
-    return {name: part if name == "crow" else torch.nn.functional.pad(part, (0, more)) for name, part in parts.items()}
