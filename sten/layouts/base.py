@@ -40,7 +40,7 @@ class Layout(ABC):
         unstructured: whether `mask` takes the highest scores of the whole weight and `pack` stores exactly any mask, so
             that entries can be chosen one by one and counts can move between weights.
         independent_units: whether a unit can be dropped or grown without moving others.
-        rows_may_be_empty: whether a mask can leave a row without entries; what does not is never searched for it.
+        rows_may_be_empty: whether a high sparsity can leave rows without entries, which sten then looks for and names.
         omits_empty_rows: whether rows without entries are left out on purpose, so that no warning names them.
         free_slots: whether slots may stay free behind the last entry (`with_slots`), so that shapes stay as they are
             when the number of entries changes.
@@ -73,7 +73,7 @@ class Layout(ABC):
 
     @property
     def rows_may_be_empty(self) -> bool:
-        """Whether a mask can leave a row without entries. By default: those without a rate can."""
+        """Whether a high sparsity can leave rows without entries. By default: of those without a rate it can."""
         return self.rate is None
 
     def check(self, shape: tuple[int, ...]) -> None:

@@ -130,16 +130,16 @@ class Sparsifier(ABC):
 
     def __post_init__(self) -> None:
         """Make the default schedule. A dataclass with a `__post_init__` of its own must call this one."""
-        default, given = self.default_schedule(), self.schedule
+        default, given, kind = self.default_schedule(), self.schedule, type(self).__qualname__
         if default is None:
             return
         if given is None or given == default:
-            object.__setattr__(default, "is_default", True)
+            object.__setattr__(default, "default_of", kind)
             object.__setattr__(self, "schedule", default)
-        elif getattr(given, "is_default", False):
+        elif getattr(given, "default_of", None) == kind:  # dataclasses.replace would keep it, against the new fields
             raise ValueError(
-                f"Expected schedule=None or a schedule of your own, got one that another {type(self).__name__} made of "
-                "its fields; with dataclasses.replace, pass schedule=None to have it made again."
+                f"Expected schedule=None or a schedule of your own, got the default of a {kind} with other fields; with "
+                "dataclasses.replace, pass schedule=None to have it made again."
             )
 
     def __repr__(self) -> str:
@@ -147,9 +147,10 @@ class Sparsifier(ABC):
         if not dataclasses.is_dataclass(self):
             return object.__repr__(self)
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
-        if shown.get("schedule") is None or getattr(shown["schedule"], "is_default", False):
+        kind, schedule = type(self).__qualname__, shown.get("schedule")
+        if schedule is None or getattr(schedule, "default_of", None) == kind:
             shown.pop("schedule", None)
-        return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        return f"{kind}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def default_schedule(self) -> Schedule | None:
         """The schedule of a method that was given none, made of its fields; None: it acts once."""
