@@ -45,9 +45,11 @@ from .sparsifiers import BiMask as BiMask
 from .sparsifiers import BlockPruneGrow as BlockPruneGrow
 from .sparsifiers import DecayingMask as DecayingMask
 from .sparsifiers import DecayingStructure as DecayingStructure
+from .sparsifiers import DenseWeightMethod as DenseWeightMethod
 from .sparsifiers import Edit as Edit
 from .sparsifiers import Gradual as Gradual
 from .sparsifiers import Magnitude as Magnitude
+from .sparsifiers import PatternMethod as PatternMethod
 from .sparsifiers import Random as Random
 from .sparsifiers import Rewind as Rewind
 from .sparsifiers import RigL as RigL

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .dispatch import say_densified
-from .layout import Layout, Parts, fields, layout_from
+from .layout import Layout, Parts
+from .layouts.registry import fields, layout_from
 
 FUNCTIONS: dict[Callable, Callable] = {}
 ATEN: dict[Callable, Callable] = {}
@@ -268,7 +269,7 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
     with torch.no_grad():
         tensor = tensor.detach()
         if mask is None:
-            mask = tensor != 0 if layout.rate is None else layout.mask(tensor.abs())
+            mask = tensor != 0 if layout.holds_any_mask else layout.mask(tensor.abs())
         elif mask.dtype != torch.bool:
             raise TypeError(f"mask must be a bool tensor (~ on other dtypes does not negate); got {mask.dtype}.")
         elif tuple(mask.shape) != shape:

@@ -9,21 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    cut,
-    expect_compressed,
-    expect_dense,
-    expect_parts,
-    expect_score,
-    expect_zero,
-    kept,
-    pad_matrix,
-    row_of_slots,
-    slots_of_rows,
-    top,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
+from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
+from sten.layouts.padding import cut, pad_matrix
+from sten.layouts.topk import top, widest_float
 
 
 @dataclass(frozen=True)
@@ -69,11 +59,16 @@ class BSR(Layout):
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The round((1 - sparsity) * blocks) blocks with the highest sums of scores, whole; padding counts zero."""
         expect_score(self, score, sparsity)
+        total = self.unit_totals(score.detach())
+        return self.unit_entries(top(total, count_to_keep(total.numel(), sparsity, self)), tuple(score.shape))
+
+    def unit_totals(self, score: Tensor) -> Tensor:
+        """The sum over each block."""
+        return self.blocks(score).sum((2, 3), dtype=widest_float(score.device))
+
+    def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
         bh, bw = self.block
-        # float64: the order of the sums must not depend on the device's way of adding up.
-        total = self.blocks(score.detach()).sum((2, 3), dtype=torch.float64)
-        live = top(total, kept(total.numel(), sparsity, self))
-        return cut(live.repeat_interleave(bh, 0).repeat_interleave(bw, 1), tuple(score.shape))
+        return cut(chosen.repeat_interleave(bh, 0).repeat_interleave(bw, 1), shape)
 
     def blocks(self, weight: Tensor) -> Tensor:
         """The weight as (block rows, block columns, bh, bw), zero-padded; a view where it can be one."""
@@ -88,10 +83,10 @@ class BSR(Layout):
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
-        live = self.blocks(mask).any(3).any(2)
-        row, col = live.nonzero(as_tuple=True)
+        stored = self.blocks(mask).any(3).any(2)
+        row, col = stored.nonzero(as_tuple=True)
         by_column = torch.argsort(col, stable=True)
-        offsets = [torch.nn.functional.pad(live.sum(d).cumsum(0), (1, 0)).int() for d in (1, 0)]
+        offsets = [torch.nn.functional.pad(stored.sum(d).cumsum(0), (1, 0)).int() for d in (1, 0)]
         return {
             "values": self.blocks(dense.masked_fill(~mask, 0))[row, col],
             "crow": offsets[0],

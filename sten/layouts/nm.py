@@ -8,22 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    complete_groups,
-    expect_dense,
-    expect_parts,
-    expect_range,
-    expect_score,
-    expect_whole,
-    expect_zero,
-    reduction_back,
-    reduction_last,
-    reduction_place,
-    reduction_width,
-    top_of_groups,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import expect_dense, expect_parts, expect_range, expect_score, expect_whole, expect_zero
+from sten.layouts.padding import reduction_back, reduction_last, reduction_place, reduction_width
+from sten.layouts.topk import complete_groups, top_of_groups
 
 
 @dataclass(frozen=True)

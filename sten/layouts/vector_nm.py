@@ -8,23 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    complete_groups,
-    expect_dense,
-    expect_parts,
-    expect_range,
-    expect_score,
-    expect_whole,
-    expect_zero,
-    pad_matrix,
-    reduction_back,
-    reduction_last,
-    reduction_place,
-    reduction_width,
-    top_of_groups,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import expect_dense, expect_parts, expect_range, expect_score, expect_whole, expect_zero
+from sten.layouts.padding import pad_matrix, reduction_back, reduction_last, reduction_place, reduction_width
+from sten.layouts.topk import complete_groups, top_of_groups, widest_float
 
 
 @dataclass(frozen=True)
@@ -79,11 +66,18 @@ class VectorNM(Layout):
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n columns of every (vector, group) with the highest sums over the vector's rows."""
         expect_score(self, score, sparsity)
-        # float64: the order of the sums must not depend on the device's way of adding up.
-        total = self.vectors(score.detach()).sum(1, dtype=torch.float64)
+        total = self.unit_totals(score.detach())
         real = self.vectors(torch.ones_like(score[:1], dtype=torch.bool)).any(1)
         keep = top_of_groups(total.masked_fill(~real, -torch.inf), self.n).flatten(1)
         return reduction_back(self.columns(keep, len(score)) > 0, tuple(score.shape), self.m)
+
+    def unit_totals(self, score: Tensor) -> Tensor:
+        """The sum over each vector, (vectors, G, m)."""
+        return self.vectors(score).sum(1, dtype=widest_float(score.device))
+
+    def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
+        rows = torch.arange(shape[0], device=chosen.device) // self.v
+        return reduction_back(chosen.flatten(1)[rows], shape, self.m)
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)

@@ -1,6 +1,6 @@
-"""Selection for ticks: what `sten.layout.top` and `top_of_groups` answer, without a sort.
+"""Selection for mask updates: the same entries as `sten.layout.top` and `top_of_groups`, without a sort.
 
-Those are traced into compiled forward passes, which cannot wait for a number or call NumPy; ticks run eagerly.
+Those are traced into compiled forward passes, which cannot wait for a number or call NumPy; mask updates run eagerly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout import edge_by_topk
+from ..layouts.topk import edge_by_topk
 
 
 def highest(score: Tensor, count: int) -> Tensor:
@@ -19,7 +19,7 @@ def highest(score: Tensor, count: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from sten.sparsifiers.select import highest
+        >>> from sten.sparsifiers.topk import highest
         >>> highest(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)
         tensor([False,  True,  True, False])
     """
@@ -36,9 +36,9 @@ def highest(score: Tensor, count: int) -> Tensor:
 
 def _edge(score: Tensor, count: int) -> Tensor:
     """The count-th highest along the last dimension, which stays with size 1. NumPy selects eight times faster."""
-    if score.is_cuda:
+    if score.device.type != "cpu":
         return edge_by_topk(score, count)
-    place = score.shape[-1] - count
+    nth = score.shape[-1] - count
     exact = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
-    part = np.partition(exact.numpy(), place, axis=-1)[..., place : place + 1]
+    part = np.partition(exact.numpy(), nth, axis=-1)[..., nth : nth + 1]
     return torch.from_numpy(np.ascontiguousarray(part)).to(score.dtype)
