@@ -222,15 +222,15 @@ def _bind(name, spec, shape, parts):
     return UNSERVED if answer is None else Bound(key, entry, parts, answer)
 
 
-def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, **kwargs) -> Any:
+def call(name: str, spec: Layout, shape: tuple[int, ...], parts: Parts, *args, cache=None, **kwargs) -> Any:
     """Run an operator on one sparse operand; `args` are the kernel's operands in order, `parts` among them."""
     values = parts["values"]
     entry = KERNELS.get((name, values.device.type, type(spec)))
     if _observers:
         for observe in _observers:
             observe(name, spec, parts, entry)
-    if TAPS and name.endswith("grad_weight"):
-        tap = next((TAPS[id(part)] for part in parts.values() if id(part) in TAPS), None)
+    if cache is not None and name.endswith("grad_weight"):
+        tap = cache.dense_gradient
         if tap is not None:
             dense = OPERATORS[name].reference(*args, spec=_EveryEntry, shape=shape, **kwargs)
             tap(dense)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .conversion.reparametrize import move
 from .conversion.select import Target, all_weights, once_each
 from .conversion.state_dict_hooks import finalized_state
-from .layout import fields
+from .layouts.registry import fields
 from .tensor import SparseTensor, checked
 
 VERSION = 1

@@ -31,6 +31,17 @@ LIBRARY.define("project(Tensor dense, Tensor like) -> Tensor")
 OPS = torch.ops.sten
 
 
+class PatternCache:
+    def __init__(self):
+        self.generation, self.plans, self.dense_gradient = 0, {}, None
+
+    def invalidate(self, *pattern):
+        self.generation += 1
+        self.plans.clear()
+        from .dispatch import written
+        written(*pattern)
+
+
 class SparseTensor(torch.Tensor):
     """A tensor stored in a sparse layout. Made by `sten.from_dense` and `sten.sparsify`.
 
@@ -54,7 +65,7 @@ class SparseTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, spec: Layout, parts: Parts, shape: Iterable[int], transposed: bool = False, requires_grad: bool = False
+        cls, spec: Layout, parts: Parts, shape: Iterable[int], transposed: bool = False, requires_grad: bool = False, cache=None
     ) -> SparseTensor:
         values = parts["values"]
         shape = tuple(shape)
@@ -65,6 +76,7 @@ class SparseTensor(torch.Tensor):
             cls, size, strides=strides, dtype=values.dtype, device=values.device, requires_grad=requires_grad
         )
         self._adopt(spec, parts, shape, transposed)
+        self.cache = cache or PatternCache()
         return self
 
     def _adopt(self, spec: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool) -> None:
@@ -121,7 +133,7 @@ class SparseTensor(torch.Tensor):
     def with_values(self, values: Tensor, requires_grad: bool = False) -> SparseTensor:
         """A tensor of the same layout and pattern (shared, not copied) with other values."""
         parts = {**self.parts, "values": values}
-        return SparseTensor(self.spec, parts, self.stored_shape, self.transposed, requires_grad)
+        return SparseTensor(self.spec, parts, self.stored_shape, self.transposed, requires_grad, self.cache)
 
     def values_like(self, dense: Tensor) -> Tensor:
         """The `values` that a dense tensor of this shape has at this pattern."""

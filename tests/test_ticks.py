@@ -9,9 +9,10 @@ from torch import nn
 from training_models import dense_weights, loss_of, mlp, sparse, train
 
 import sten
-from sten.layout import edge_by_topk, top, top_of_groups
+from sten.layouts.topk import edge_by_topk, top, top_of_groups
 from sten.layouts import CSR, NM, FanIn
-from sten.sparsifiers.select import _edge, highest
+from sten.sparsifiers.topk import _edge, highest
+from sten.training.trained_weight import optimizer_slots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from ..tensor import SparseTensor, from_dense
 from ..training import engine
 from ..training.reminders import empty_rows_of, remind, warn_of_empty_rows
 from .plan import decide
-from .record import remember
+from .record import remember, remember_optimizers
 from .reparametrize import begin, move
 from .report import SparsifyPlan, rows_of
 from .select import Target, Weights, select, sparse_weights
@@ -223,10 +223,10 @@ def attach(model: nn.Module, optimizer: Optimizers) -> nn.Module:
     optimizers = _optimizers(optimizer)
     if optimizers is None:
         raise TypeError("attach needs the optimizer.")
-    if engine.dynamic_weights(model):
+    if weights := engine.dynamic_weights(model):
         engine.start(model, optimizers)
-        for target in sparse_weights(model):
-            remember(target, optimizers)
+        for module, name in (owner for weight in weights for owner in weight.owner_modules()):
+            remember_optimizers(module, name, optimizers)
         return model
     targets = sparse_weights(model)
     if not targets:

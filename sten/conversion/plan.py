@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..allocation import Allocation
 from ..layout import check_sparsity
+from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from ..tensor import SparseTensor, from_dense
 from .select import Target
@@ -49,8 +50,7 @@ def _choose(targets: list[Target], sparsifier: Sparsifier, allocation: Allocatio
 
     def score(name: str) -> Tensor:
         view = view_of(free[name])
-        scores = sparsifier.scored(view)
-        return scores if view.allowed is None else scores.masked_fill(~view.allowed, -torch.inf)
+        return _allowed(view, sparsifier.scored(view))
 
     shapes = {name: _stored_shape(t) for name, t in free.items()}
     counts = allocation.assign(shapes, score) if free and allocation else {}
@@ -63,10 +63,18 @@ def _choose(targets: list[Target], sparsifier: Sparsifier, allocation: Allocatio
             view = sized
         del views[target.name]
         edit = sparsifier.update(view)
-        _pack(target, view.weight if edit.value is None else edit.value, edit.mask)
+        end = edit.mask
+        if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; its first mask may be wider
+            end = target.layout.mask(_allowed(view, sparsifier.scored(view)), view.sparsity)
+        _pack(target, view.weight if edit.value is None else edit.value, end)
         if not sparsifier.acts_once:
             starts[target.name] = _start(view, sparsifier, edit)
     return starts
+
+
+def _allowed(view: View, score: Tensor) -> Tensor:
+    """The score with the entries that an earlier pruning left out below all others."""
+    return score if view.allowed is None else score.masked_fill(~view.allowed, -torch.inf)
 
 
 def _start(view: View, sparsifier: Sparsifier, edit: Edit) -> View:
@@ -97,7 +105,7 @@ def _dense(target: Target) -> Tensor:
 def _existing(target: Target, dense: Tensor) -> Tensor:
     """The mask that keeps what is there; an n:m layout fills the slots that are left with zeros."""
     mask = dense != 0 if target.mask is None else _oriented(target, target.mask)
-    if target.layout.rate is None:
+    if target.layout.holds_any_mask:
         return mask
     full = target.layout.mask(torch.where(mask, dense.abs(), -torch.ones_like(dense)))
     if bool((mask & ~full).any()):
@@ -108,14 +116,10 @@ def _existing(target: Target, dense: Tensor) -> Tensor:
 def _pack(target: Target, dense: Tensor, mask: Tensor) -> None:
     result = from_dense(dense, target.layout, mask)
     size = dense.abs()
-    total = float(size.sum(dtype=_widest(size)))
+    total = float(size.sum(dtype=widest_float(size.device)))
     if total != total:
         raise ValueError(f"{target.name} holds NaN, which pruning would hide: load weights that did not diverge.")
-    kept = float(size.masked_fill_(~mask, 0).sum(dtype=_widest(size)))
+    kept = float(size.masked_fill_(~mask, 0).sum(dtype=widest_float(size.device)))
     target.energy = kept / total if total > 0 else 1.0
     target.result = result.t() if target.transposed else result
 
-
-def _widest(t: Tensor) -> torch.dtype:
-    """The dtype that sums are made in: no copy of the weight is needed for it."""
-    return torch.float32 if t.device.type == "mps" else torch.float64

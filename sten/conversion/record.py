@@ -43,8 +43,14 @@ def remember(target: Target, optimizers: Iterable[Optimizer] = (), why: str = ""
         record = module.__dict__.setdefault(ATTRIBUTE, {}).setdefault(name, Record())
         record.energy = record.energy if target.energy is None else target.energy
         record.why = why
-        known = known_optimizers(module, name)
-        record.optimizers += [weakref.ref(o) for o in optimizers if not any(o is other for other in known)]
+        remember_optimizers(module, name, optimizers)
+
+
+def remember_optimizers(module: nn.Module, name: str, optimizers: Iterable[Optimizer]) -> None:
+    """Note the optimizers whose state follows a weight from now on."""
+    record = module.__dict__.setdefault(ATTRIBUTE, {}).setdefault(name, Record())
+    known = known_optimizers(module, name)
+    record.optimizers += [weakref.ref(o) for o in optimizers if not any(o is other for other in known)]
 
 
 def known_optimizers(module: nn.Module, name: str) -> list[Optimizer]:

@@ -123,7 +123,7 @@ def summary(model: nn.Module) -> Summary:
         ('NM(n=2, m=4)', 0.5)
     """
     rows, seen = [], {}
-    for target in all_weights(model):
+    for target in all_weights(model, wrapped=True):
         module, name = target.owners[0]
         w = target.tensor if target.weight is None else target.weight.tensor(target.tensor)
         first = seen.setdefault(id(target.weight or target.tensor), target.name)

@@ -72,18 +72,18 @@ def is_default(module: nn.Module, name: str) -> bool:
     return name == "weight" and (isinstance(module, nn.Linear) or is_conv1d(module))
 
 
-def all_weights(model: nn.Module) -> list[Target]:
+def all_weights(model: nn.Module, wrapped: bool = False) -> list[Target]:
     """Every parameter of two or more dimensions, tied ones once for each owner, in whatever form they are.
 
     Raises:
-        TypeError: no module, or one that DDP or FSDP holds references into.
+        TypeError: no module, or one that DDP or FSDP holds references into, unless `wrapped` allows that.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected an nn.Module, got {type(model).__name__}.")
     found: list[Target] = []
     for prefix, module in model.named_modules():
         for cls in type(module).__mro__:
-            if cls.__name__ in WRAPPERS:
+            if cls.__name__ in WRAPPERS and not wrapped:
                 kind = "fully_shard" if cls.__name__ == "FSDPModule" else cls.__name__
                 raise TypeError(
                     f"The model is wrapped in {kind} already: call sten on the inner model first, then wrap the result."

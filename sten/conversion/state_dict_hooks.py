@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layout import fields
+from ..layouts.registry import fields
 from ..ops.attributes import entries_of
 from ..ops.pattern import dense_to_values
 from ..tensor import SparseTensor, checked

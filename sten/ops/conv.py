@@ -61,7 +61,7 @@ def grad_input_now(grad, w, size, *geometry):
 
 def grad_weight_now(grad, x, w, *geometry):
     geometry = dict(zip(GEOMETRY, geometry, strict=True))
-    return w.with_values(call("conv2d_grad_weight", w.spec, w.stored_shape, w.parts, grad, x, w.parts, **geometry))
+    return w.with_values(call("conv2d_grad_weight", w.spec, w.stored_shape, w.parts, grad, x, w.parts, cache=w.cache, **geometry))
 
 
 aten(OPS.sparse_conv.default)(lambda _, *args: conv_now(*args))

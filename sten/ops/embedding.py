@@ -36,7 +36,7 @@ def look_up(index, w):
 
 def grad_now(grad, index, w, padding):
     operands = (grad.contiguous(), index, w.parts)
-    return w.with_values(call("embedding_grad_weight", w.spec, w.stored_shape, w.parts, *operands, padding=padding))
+    return w.with_values(call("embedding_grad_weight", w.spec, w.stored_shape, w.parts, *operands, padding=padding, cache=w.cache))
 
 
 aten(OPS.sparse_embedding.default)(lambda _, index, w: look_up(index, w))

@@ -90,7 +90,7 @@ def grad_weight_now(grad: Tensor, x: Tensor, w: SparseTensor) -> SparseTensor:
     """The gradient of linear's weight, grad.T @ x, at the pattern of w."""
     if w.transposed:
         grad, x = x, grad
-    return w.with_values(call("linear_grad_weight", w.spec, w.stored_shape, w.parts, grad, x, w.parts))
+    return w.with_values(call("linear_grad_weight", w.spec, w.stored_shape, w.parts, grad, x, w.parts, cache=w.cache))
 
 
 # what torch.compile sees: opaque operators on the SparseTensor, which __torch_dispatch__ answers

@@ -28,7 +28,7 @@ def alias(func, args: tuple, transposed: bool) -> SparseTensor:
     w = args[0]
     with torch.inference_mode(w.is_inference()) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
         parts = {**w.parts, "values": w.parts["values"].detach()}
-        view = SparseTensor(w.spec, parts, w.stored_shape, transposed)
+        view = SparseTensor(w.spec, parts, w.stored_shape, transposed, cache=w.cache)
     return return_and_correct_aliasing(func, args, {}, view)
 
 

@@ -82,7 +82,7 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
 def _from_version_1(model: nn.Module, state: dict[str, Tensor], runs: dict[str, Any]) -> dict[str, Tensor]:
     """The model's state with the state of its runs, which files of sten before 0.1 kept beside it."""
     weights = {weight.name: weight for weight in dynamic_weights(model)}
-    state = dict(state)
+    state = {key.replace(".sparse_weight.", ".weight_pattern.method_"): value for key, value in state.items()}
     for engine in runs["engines"]:
         for name, tensors in engine["weights"].items():
             if name in weights:

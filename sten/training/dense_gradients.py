@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _torch_private
+from ..layouts.topk import widest_float
 from ..sparsifiers import Edit, Sparsifier
 from .dense_weight import DenseWeight
 from .distributed import everywhere, mean, ranks
@@ -191,14 +192,9 @@ def _unscale(weight: PatternWeight, grad: Tensor) -> Tensor | float:
     """What turns the collected gradient into the optimizer's: GradScaler has divided the one that it knows."""
     if weight.param.grad is None:
         return 1.0
-    collected, known = weight.packed(grad), weight.param.grad
-    collected, known = (_norm(t) for t in (collected, known))
+    exact = widest_float(grad.device)
+    collected, known = weight.packed(grad).to(exact).norm(), weight.param.grad.to(exact).norm()
     return torch.where(collected > 0, known / collected, 1.0).to(grad.dtype)
-
-
-def _norm(t: Tensor) -> Tensor:
-    """In float64, so that the ratio of two norms is exact; in float32 on devices that have no float64."""
-    return t.float().norm() if t.device.type == "mps" else t.double().norm()
 
 
 def finite(t: Tensor) -> bool:

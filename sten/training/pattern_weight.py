@@ -108,10 +108,10 @@ class PatternWeight(TrainedWeight):
 
     # changes of the pattern
 
-    def set_pattern(self, parts: Parts) -> None:
-        """Take on another pattern; what was derived from the old one is invalid."""
+    def set_pattern(self, parts: Parts, assign: bool = False) -> None:
+        """Take on another pattern, its numbers or (`assign`) its tensors; what was derived from the old one is invalid."""
         for name in self.part_names:
-            self._buffers[name] = fill(self._buffers[name], parts[name])
+            self._buffers[name] = parts[name] if assign else fill(self._buffers[name], parts[name])
         self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
         self.cache.invalidate(*self.pattern.values())
 
@@ -127,7 +127,7 @@ class PatternWeight(TrainedWeight):
         else:
             param.copy_(values)
         pattern = {name: parts[name].to(self.param.device, copy=not assign) for name in self.part_names}
-        self.set_pattern({**pattern, "values": parts["values"]})
+        self.set_pattern({**pattern, "values": parts["values"]}, assign)
 
     @torch.no_grad()
     def follow(self, other: PatternWeight, dense: Tensor) -> None:

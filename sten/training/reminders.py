@@ -35,7 +35,7 @@ def empty_rows(mask: Tensor, layout: Layout) -> str | None:
     empty = len(rows) - int(torch.count_nonzero(rows))
     if empty == len(rows):
         return f"all {empty}"
-    return f"{empty} of {len(rows)}" if empty and not layout.ablates_rows else None
+    return f"{empty} of {len(rows)}" if empty and not layout.omits_empty_rows else None
 
 
 def empty_rows_of(w: SparseTensor) -> str | None:

@@ -89,6 +89,10 @@ class TrainedWeight(nn.Module):
         if not any(ref() is module and name == attribute for ref, name in self.owners):
             self.owners.append((weakref.ref(module), attribute))
 
+    def owner_modules(self) -> list[tuple[nn.Module, str]]:
+        """(module, attribute) of every owner that still exists."""
+        return [(module, name) for ref, name in self.owners if (module := ref()) is not None]
+
     @property
     def param(self) -> nn.Parameter | None:
         """The trained Parameter; None if the module is gone."""
@@ -105,10 +109,8 @@ class TrainedWeight(nn.Module):
 
     def replace_param(self, param: nn.Parameter) -> None:
         """Another Parameter in the place of the present one, in every module that owns the weight."""
-        for ref, name in self.owners:
-            module = ref()
-            if module is not None:
-                module._parameters[name] = param
+        for module, name in self.owner_modules():
+            module._parameters[name] = param
 
     # what the two kinds have to say
 
