@@ -9,9 +9,10 @@ from torch import nn
 from training_models import dense_weights, loss_of, mlp, sparse, train
 
 import sten
-from sten.layout import edge_by_topk, top, top_of_groups
+from sten.layout import top, top_of_groups
 from sten.layouts import CSR, NM, FanIn
-from sten.sparsifiers.select import _edge, highest
+from sten.layouts.topk import edge_by_topk
+from sten.sparsifiers.topk import _edge, highest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +79,7 @@ def test_what_a_forward_pass_remembers_is_not_copied_nor_kept():
     model, optimizer, engine = sparse(sten.SRSTE(0.1), NM(2, 4))
     loss_of(model, 0).backward()
     holder = engine.sites[0].holder
-    assert set(holder.memo[2]) == {"chosen"}
+    assert set(holder.memo[2]) == {"mask"}
     assert copy.deepcopy(model)[0].sparse_weight.memo is None
     assert torch.optim.swa_utils.AveragedModel(model).module[0].sparse_weight.memo is None
     file = io.BytesIO()
