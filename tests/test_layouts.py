@@ -8,7 +8,7 @@ import time
 import pytest
 import scipy.sparse
 import torch
-from cases import CONV_SHAPES, DTYPES, LAYOUTS, SHAPES, random_sparse_case, sparsity_of
+from cases import CONV_SHAPES, COPIES, DTYPES, LAYOUTS, SHAPES, every_layout, random_sparse_case, sparsity_of
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,7 +20,6 @@ from sten.layouts.registry import REGISTERED, layout_from
 from sten.testing import check_layout
 from sten.testing.layouts import same
 
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 every_shape = pytest.mark.parametrize("shape", SHAPES + CONV_SHAPES, ids=str)
 
 
@@ -43,7 +42,16 @@ def one_thread():
 
 @every_layout
 def test_all_laws(layout):
-    check_layout(layout)
+    checked = check_layout(layout)
+    assert checked.layout is layout and checked.cases >= 40 and len(checked.laws) == 10
+    assert len(checked.shapes) >= 9 and set(checked.dtypes) == {row.dtype for row in DTYPES}
+
+
+def test_the_table_has_every_registered_layout_and_a_copy_of_each():
+    of_sten = {name for name, cls in REGISTERED.items() if cls.__module__.startswith("sten.")}
+    assert of_sten == {type(layout).__name__ for layout in LAYOUTS}
+    assert {type(layout).__name__ for layout in COPIES} == {"Other" + name for name in of_sten}
+    assert not any(isinstance(copy, type(layout)) for copy in COPIES for layout in LAYOUTS)
 
 
 @every_layout
@@ -104,9 +112,10 @@ def test_every_tensor_is_made_on_the_device_of_its_inputs(layout, shape):
         assert torch.equal(layout.support(parts, shape), mask)
 
 
-@pytest.mark.parametrize("layout", [CSR(), BSR((4, 8)), NM(2, 4), VectorNM(1, 4, 8), GroupedNM(2, 4, 8)], ids=str)
+@every_layout
 @pytest.mark.filterwarnings("error::UserWarning:torch._dynamo")
 def test_compiles_in_one_graph(layout):
+    torch._dynamo.reset()  # the code below is one code object for all layouts, and recompilations are limited
     dense, _, parts = random_sparse_case(layout, (20, 30))
     both = torch.compile(
         lambda p, w: (layout.unpack(p, (20, 30)), layout.pack_like(w, p)), fullgraph=True, backend="aot_eager"

@@ -7,17 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import SMALL
 from torch import nn
 from torch.nn import functional as F
 from training_models import OPTIMIZERS, batch, dense_weights, loss_of, masks, mlp, train
 
 import sten
-from sten.layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-LAYOUTS = [Masked(), CSR(), BSR((4, 4)), NM(2, 4), VectorNM(1, 4, 4), GroupedNM(2, 4, 1), FanIn()]
 METHODS = [
     sten.Static(), sten.SET(24, every=4), sten.RigL(24, every=4), sten.DSTEE(24, every=4), sten.SRigL(24, every=4),
     sten.SparseMomentum(24, every=4), sten.Gradual(2, 14, 4), sten.BlockPruneGrow(2, 14, 4), sten.STE(), sten.SRSTE(),
@@ -40,7 +39,7 @@ def table():
 
 
 TOLD = table()
-ALL = [(method, layout) for method in METHODS for layout in LAYOUTS]
+ALL = [(method, layout) for method in METHODS for layout in SMALL]
 YES = [cell for cell in ALL if TOLD[type(cell[0]).__name__, type(cell[1]).__name__] == "yes"]
 NO = [cell for cell in ALL if cell not in YES]
 
