@@ -17,10 +17,8 @@ class FewestFirst(sten.PatternMethod):
     needs, replaces_step = frozenset({"grad"}), True
     def default_schedule(self):
         return sten.schedule.Cosine(0.3, 0.0, 0, self.total_steps, self.every)
-
     def score(self, view):  # what the first pattern is made of
         return sten.scores.random(view.weight, view.generator)
-
     def update(self, view):
         if view.mask is None:
             return super().update(view)

@@ -89,8 +89,8 @@ class VectorNM(Layout):
             last = min((vector + 1) * self.v, len(dense)) - 1
             raise ValueError(
                 f"Expected a mask with at most {self.n} of {self.m} inputs for {self.v} outputs together for {self}, "
-                f"got {int(count[vector, group])} inputs in the group of outputs {vector * self.v} to {last} that starts "
-                f"at {place}; use {self}.mask(score)."
+                f"got {int(count[vector, group])} inputs in the group of outputs {vector * self.v} to {last} that "
+                f"starts at {place}; use {self}.mask(score)."
             )
         index = complete_groups(union, self.n).flatten(1).nonzero()[:, 1].view(len(union), -1).int()
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}

@@ -42,7 +42,7 @@ LAWS = (
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check_layout` has tested: the laws, on `cases` pairs of a weight and a score, of these shapes and dtypes."""
+    """What `check_layout` has tested: the laws, on `cases` pairs of a weight and a score of these shapes and dtypes."""
 
     layout: Layout
     shapes: tuple[tuple[int, ...], ...]
