@@ -60,7 +60,7 @@ def broken(name: str, words: str, **methods) -> object:
 
 
 BROKEN = [
-    broken("prefers low", "lowest score|prefers low scores", mask=lowest),
+    broken("prefers low", "lowest score|prefers low scores|infinite score", mask=lowest),
     broken("keeps ties", "must keep|prefers|lowest", mask=threshold),
     broken("float mask", "must be bool", mask=lambda self, s, sparsity=None: Honest.mask(self, s, sparsity).float()),
     broken("any sparsity", "must refuse sparsity", mask=lambda self, s, sparsity=None: top(s, s.numel() // 2)),

@@ -42,9 +42,9 @@ class BSR(Layout):
         block = self.block
         whole = isinstance(block, tuple) and all(isinstance(b, int) and not isinstance(b, bool) for b in block)
         if not whole or len(block) != 2:
-            raise TypeError(f"BSR takes block=(rows, columns), two whole numbers; got {block!r}.")
+            raise TypeError(f"Expected block=(rows, columns), two whole numbers, for BSR, got {block!r}.")
         if min(block) < 1:
-            raise ValueError(f"BSR takes block sizes of at least 1; got {block}.")
+            raise ValueError(f"Expected block sizes of at least 1 for BSR, got {block}.")
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many rows and columns of blocks a weight of this shape has."""
@@ -54,7 +54,9 @@ class BSR(Layout):
         super().check(shape)
         rows, columns = self.grid(shape)
         if rows * columns >= 2**31:
-            raise ValueError(f"{self} holds fewer than 2**31 blocks; shape {tuple(shape)} has more: use larger blocks.")
+            raise ValueError(
+                f"Expected fewer than 2**31 blocks of {self}, got more in shape {tuple(shape)}; use larger blocks."
+            )
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The round((1 - sparsity) * blocks) blocks with the highest sums of scores, whole; padding counts zero."""
@@ -123,16 +125,23 @@ class BSR(Layout):
         count = len(parts["values"])
         if any(len(parts[name]) != count for name in index):
             raise ValueError(
-                f"Parts 'col', 't_row', 't_block' of {self} must have {count} entries, one for each block."
+                f"Expected {count} entries in the parts 'col', 't_row' and 't_block' of {self}, one for each block, "
+                f"got {[len(parts[name]) for name in index]}."
             )
         for crow, col, size in (("crow", "col", columns), ("t_crow", "t_row", rows)):
             expect_compressed(self, crow, parts[crow], col, parts[col], size)
             if int(parts[crow][-1]) != count:
-                raise ValueError(f"Part {crow!r} of {self} must end at {count}, the number of blocks.")
+                raise ValueError(
+                    f"Expected part {crow!r} of {self} to end at {count}, the number of blocks, "
+                    f"got {int(parts[crow][-1])}."
+                )
         row, by_column = row_of_slots(parts["crow"], count), torch.argsort(parts["col"], stable=True)
         t_col = row_of_slots(parts["t_crow"], count)
         same = [(parts["t_block"], by_column), (parts["t_row"], row[by_column]), (t_col, parts["col"][by_column])]
         if not all(bool((a == b).all()) for a, b in same):
-            raise ValueError(f"Parts 't_crow', 't_row', 't_block' of {self} must list the blocks of 'crow' and 'col'.")
+            raise ValueError(
+                f"Expected parts 't_crow', 't_row' and 't_block' of {self} to list the blocks of 'crow' and 'col', got "
+                "others; make the parts with pack."
+            )
         padding = torch.ones(shape, dtype=torch.bool, device=row.device)
         expect_zero(self, parts["values"][~self.blocks(padding)[row, parts["col"].long()]])

@@ -36,7 +36,7 @@ def expect_compressed(layout: Layout, name: str, crow: Tensor, index_name: str, 
     """
     if int(crow[0]) != 0 or int(crow[-1]) > len(index) or bool((crow[1:] < crow[:-1]).any()):
         raise ValueError(
-            f"Part {name!r} of {layout} must start at 0, never fall, and end at {len(index)} (the slots) at most; "
+            f"Expected part {name!r} of {layout} to start at 0, never fall, and end at {len(index)} (slots) at most, "
             f"got {int(crow[0])} to {int(crow[-1])}."
         )
     expect_range(layout, index_name, index, 0, size)
@@ -44,4 +44,7 @@ def expect_compressed(layout: Layout, name: str, crow: Tensor, index_name: str, 
     falls = (row[1:] == row[:-1]) & (index[1:] <= index[:-1]) & (row[1:] < len(crow) - 1)
     if bool(falls.any()):
         slot = int(falls.nonzero()[0]) + 1
-        raise ValueError(f"Part {index_name!r} of {layout} must ascend within a row, without repeats; see slot {slot}.")
+        raise ValueError(
+            f"Expected part {index_name!r} of {layout} to ascend within a row, without repeats, got "
+            f"{int(index[slot - 1])} and {int(index[slot])} in slots {slot - 1} and {slot}."
+        )

@@ -40,7 +40,7 @@ class CSR(Layout):
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if max(shape[0], math.prod(shape[1:])) >= LIMIT:
-            raise ValueError(f"{self} holds at most {LIMIT - 1} rows and columns; got shape {tuple(shape)}.")
+            raise ValueError(f"Expected at most {LIMIT - 1} rows and columns for {self}, got shape {tuple(shape)}.")
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The round((1 - sparsity) * numel) highest scores of the whole weight."""
@@ -52,7 +52,7 @@ class CSR(Layout):
         stored = mask.reshape(len(mask), -1)
         row, col = stored.nonzero(as_tuple=True)
         if len(col) > LIMIT:
-            raise ValueError(f"{self} holds at most {LIMIT} entries; the mask has {len(col)}: use sten.BSR or sten.NM.")
+            raise ValueError(f"Expected at most {LIMIT} entries for {self}, got {len(col)}; use sten.BSR or sten.NM.")
         crow = torch.nn.functional.pad(stored.sum(1).cumsum(0), (1, 0))
         return {"values": dense.reshape(stored.shape)[row, col], "crow": crow.int(), "col": col.int()}
 
@@ -88,6 +88,8 @@ class CSR(Layout):
         expect_parts(self, parts, {"values": ((-1,), None), **pattern})
         if len(parts["values"]) != len(parts["col"]):
             slots = len(parts["values"]), len(parts["col"])
-            raise ValueError(f"Parts 'values' and 'col' of {self} must be equally long; got {slots[0]} and {slots[1]}.")
+            raise ValueError(
+                f"Expected equally long parts 'values' and 'col' of {self}, got {slots[0]} and {slots[1]}."
+            )
         expect_compressed(self, "crow", parts["crow"], "col", parts["col"], columns)
         expect_zero(self, parts["values"][int(parts["crow"][-1]) :])

@@ -38,7 +38,7 @@ class FanIn(Layout):
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if max(shape[0], math.prod(shape[1:])) >= 2**31:
-            raise ValueError(f"{self} holds fewer than 2**31 rows and columns; got shape {tuple(shape)}.")
+            raise ValueError(f"Expected fewer than 2**31 rows and columns for {self}, got shape {tuple(shape)}.")
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The f highest scores of every row; f = round((1 - sparsity) * numel) // R."""
@@ -74,4 +74,6 @@ class FanIn(Layout):
         expect_range(self, "row", parts["row"], 0, shape[0])
         for name in ("index", "row"):
             if bool((parts[name][..., 1:] <= parts[name][..., :-1]).any()):
-                raise ValueError(f"Part {name!r} of {self} must ascend, each number once.")
+                raise ValueError(
+                    f"Expected part {name!r} of {self} to ascend, each number once, got numbers in another order."
+                )

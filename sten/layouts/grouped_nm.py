@@ -70,7 +70,8 @@ class GroupedNM(Layout):
         expect_whole(self, "g", 1, 2**15 - 1)
         if self.width >= 2**15:
             raise ValueError(
-                f"{self} needs chunks of C(m, n) * g = {self.width} columns; 32767 fit: choose a smaller m or g."
+                f"Expected chunks of at most 32767 columns for {self}, got C(m, n) * g = {self.width}; choose a "
+                "smaller m or g."
             )
         # Held by the instance, not asked from the cache: torch.compile cannot see through a cached function.
         object.__setattr__(self, "order", patterns(self.n, self.m))
@@ -139,8 +140,8 @@ class GroupedNM(Layout):
         if bool((count > self.n).any()):
             problem, column = (count > self.n).nonzero()[0].tolist()
             raise ValueError(
-                f"{self} keeps {self.n} of {self.m} outputs at every input, but the mask keeps "
-                f"{int(count[problem, column])} {self.place(problem, shape, column)}: use {self}.mask(score)."
+                f"Expected a mask with at most {self.n} of {self.m} outputs at every input for {self}, got "
+                f"{int(count[problem, column])} {self.place(problem, shape, column)}; use {self}.mask(score)."
             )
         chosen = torch.cat([self.rank(part) for part in stored.split(self.batch)])
         full = count == self.n
@@ -151,9 +152,9 @@ class GroupedNM(Layout):
         if bool((load[:, :-1] > self.g).any()):
             problem, pattern = (load[:, :-1] > self.g).nonzero()[0].tolist()
             raise ValueError(
-                f"{self} uses every pattern for exactly {self.g} columns of a chunk, but the mask uses "
-                f"{self.order[pattern]} for {int(load[problem, pattern])} "
-                f"{self.place(problem, shape)}: use {self}.mask(score)."
+                f"Expected a mask that uses every pattern for exactly {self.g} columns of a chunk for {self}, got "
+                f"{self.order[pattern]} for {int(load[problem, pattern])} {self.place(problem, shape)}; "
+                f"use {self}.mask(score)."
             )
         if bool(full.all()):
             return chosen
@@ -191,8 +192,8 @@ class GroupedNM(Layout):
         if bool((chosen[:, 0] < 0).any()):
             problem = int(problems[(chosen[:, 0] < 0).nonzero()[0, 0]])
             raise ValueError(
-                f"{self} uses every pattern for exactly {self.g} columns of a chunk; no such choice covers the mask "
-                f"{self.place(problem, shape)}: use {self}.mask(score)."
+                f"Expected a mask that uses every pattern for exactly {self.g} columns of a chunk for {self}, got one "
+                f"that no such choice covers {self.place(problem, shape)}; use {self}.mask(score)."
             )
         return chosen
 
@@ -241,7 +242,9 @@ class GroupedNM(Layout):
         expect_range(self, "index", parts["index"], 0, self.width)
         columns = parts["index"].flatten(2).sort(-1).values
         if bool((columns != torch.arange(self.width, device=columns.device)).any()):
-            raise ValueError(f"Part 'index' of {self} must list each of the {self.width} columns of a chunk once.")
+            raise ValueError(
+                f"Expected part 'index' of {self} to list each of the {self.width} columns of a chunk once, got others."
+            )
         real = torch.ones(shape, dtype=torch.bool, device=columns.device)
         expect_zero(self, parts["values"][~self.pack_like(real, parts)])
 

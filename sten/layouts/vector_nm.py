@@ -50,7 +50,7 @@ class VectorNM(Layout):
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if reduction_width(shape, self.m) >= 2**31:
-            raise ValueError(f"{self} holds fewer than 2**31 columns; got shape {tuple(shape)}.")
+            raise ValueError(f"Expected fewer than 2**31 columns for {self}, got shape {tuple(shape)}.")
 
     def vectors(self, weight: Tensor) -> Tensor:
         """The weight as (ceil(R / v), v, G, m), zero-padded; v is at most R."""
@@ -88,9 +88,9 @@ class VectorNM(Layout):
             place = reduction_place(tuple(dense.shape), group * self.m, self.m)
             last = min((vector + 1) * self.v, len(dense)) - 1
             raise ValueError(
-                f"{self} holds {self.n} of {self.m} inputs for {self.v} outputs together, but the mask keeps "
-                f"{int(count[vector, group])} inputs in the group of outputs {vector * self.v} to {last} that starts "
-                f"at {place}: use {self}.mask(score)."
+                f"Expected a mask with at most {self.n} of {self.m} inputs for {self.v} outputs together for {self}, "
+                f"got {int(count[vector, group])} inputs in the group of outputs {vector * self.v} to {last} that "
+                f"starts at {place}; use {self}.mask(score)."
             )
         index = complete_groups(union, self.n).flatten(1).nonzero()[:, 1].view(len(union), -1).int()
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}
@@ -120,7 +120,8 @@ class VectorNM(Layout):
         owner = torch.arange(slots, device=index.device) // self.n
         if bool((index // self.m != owner).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
             raise ValueError(
-                f"Part 'index' of {self} must ascend in a row, {self.n} columns in each group of {self.m}."
+                f"Expected part 'index' of {self} to ascend in a row, {self.n} columns in each group of {self.m}, got "
+                "others."
             )
         real = torch.ones(shape, dtype=torch.bool, device=index.device)
         expect_zero(self, parts["values"][~self.pack_like(real, parts)])

@@ -138,8 +138,8 @@ class Sparsifier(ABC):
             object.__setattr__(self, "schedule", default)
         elif getattr(given, "default_of", None) == kind:  # dataclasses.replace would keep it, against the new fields
             raise ValueError(
-                f"Expected schedule=None or a schedule of your own, got the default of a {kind} with other fields; with "
-                "dataclasses.replace, pass schedule=None to have it made again."
+                f"Expected schedule=None or a schedule of your own, got the default of a {kind} with other fields; "
+                "with dataclasses.replace, pass schedule=None to have it made again."
             )
 
     def __repr__(self) -> str:

@@ -42,7 +42,7 @@ LAWS = (
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check_layout` has tested: `cases` pairs of a weight and a score, of these shapes and dtypes, and the laws."""
+    """What `check_layout` has tested: the laws, on `cases` pairs of a weight and a score of these shapes and dtypes."""
 
     layout: Layout
     shapes: tuple[tuple[int, ...], ...]
@@ -257,7 +257,9 @@ def check_traits(layout: Layout, case: Case, w: Tensor, mask: Tensor, parts: Par
         claim(more is parts, f"{where}: with_slots changes parts, against free_slots")
         return
     claim(len(more["values"]) == slots, f"{where}: with_slots(parts, {slots}) makes {len(more['values'])} slots")
-    claim(same(layout.unpack(more, case.shape), layout.unpack(parts, case.shape)), f"{where}: with_slots changes unpack")
+    claim(
+        same(layout.unpack(more, case.shape), layout.unpack(parts, case.shape)), f"{where}: with_slots changes unpack"
+    )
     check_parts(layout, w, more, where)
     layout.validate(more, case.shape)
 

@@ -21,7 +21,7 @@ class Bitmask(sten.Layout):
     pattern = ("bits", "start")
 
     def mask(self, score, sparsity=None):
-        return sten.layout.top(score, sten.layout.kept(score.numel(), sparsity, self))
+        return sten.layout.top(score, sten.layout.count_to_keep(score.numel(), sparsity, self))
 
     def pack(self, dense, mask):
         live = mask.flatten(1)
