@@ -106,7 +106,7 @@ class SparseTensor(torch.Tensor):
     ) -> SparseTensor:
         values = parts["values"]
         shape = tuple(shape)
-        size, strides = shape, _contiguous_strides(shape)
+        size, strides = shape, contiguous_strides(shape)
         if transposed:
             size, strides = shape[::-1], strides[::-1]
         self = torch.Tensor._make_wrapper_subclass(
@@ -384,7 +384,8 @@ def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
     return func(*args, **kwargs)
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
