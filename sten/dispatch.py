@@ -90,12 +90,12 @@ class Plan:
     run: Callable[..., Any]
 
     @classmethod
-    def of(cls, variant: str | None, reason: str, run: Callable[..., Any] | None, kernel: str = "") -> Plan:
+    def of(cls, variant: str | None, reason: str, run: Callable[..., Any] | None) -> Plan:
         """What a `prepare` function returns; dispatch fills in the rest (`kernel`: the name of that function).
 
         The variant "reference", for which `run` may be None, stands for the operator's reference implementation.
         """
-        return cls("", (), "", kernel, variant, reason, run)
+        return cls("", (), "", "", variant, reason, run)
 
     def __str__(self) -> str:
         variant = f" [{self.variant}]" if self.variant else ""
@@ -280,7 +280,7 @@ def prepare(
     if plan.variant == "reference":
         run = functools.partial(reference, layout=layout, shape=shape)
         return dataclasses.replace(plan, **about, kernel="reference", variant=None, run=run)
-    return dataclasses.replace(plan, **about, kernel=plan.kernel or entry.function.__name__)
+    return dataclasses.replace(plan, **about, kernel=entry.function.__name__)
 
 
 def planned(

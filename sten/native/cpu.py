@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cpp
+from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
 from ..layout import Layout
 from ..layouts import CSR, GroupedNM
@@ -31,27 +32,37 @@ def grouped_nm_run(layout: GroupedNM, outputs: int) -> Linear:
     return lambda x, weight, bias: linear(x, weight["values"], weight["index"], bias, n, m, g, outputs)
 
 
-def prepare_linear(make: Callable[[Layout, int], Linear], layout: Layout, shape, dtype, flags: Flags) -> Plan:
-    """float32 has a C++ kernel; other dtypes expand."""
-    if dtype is not torch.float32:
-        why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
-        return Plan.of("reference", why, None)
-    run, kernel = make(layout, shape[0]), make.__name__.replace("run", "linear")
-    return Plan.of("float32", "C++ kernel: multiplies the stored entries alone", run, kernel)
+def linear_by(run_of: Callable[[Layout, int], Linear]) -> Callable[..., Plan]:
+    """The `prepare` of linear by a C++ kernel: float32 alone."""
+
+    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+        if dtype is not torch.float32:
+            why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
+            return Plan.of("reference", why, None)
+        return Plan.of("float32", "C++ kernel: multiplies the stored entries alone", run_of(layout, shape[0]))
+
+    prepare.__name__ = run_of.__name__.replace("run", "linear")
+    return prepare
 
 
-def prepare_conv(make: Callable[[Layout, int], Linear], layout: Layout, shape, dtype, flags: Flags) -> Plan:
-    """A window of one pixel is a product of images whose channels lie last; turning others around takes longer than it
-    saves, and torch's convolution has no sparse form otherwise."""
-    wide, groups = any(size != 1 for size in shape[2:]), flags.geometry["groups"]
-    if wide or groups != 1 or flags.memory_format not in LAST:
-        why = "a window of 1" if wide else "groups=1" if groups != 1 else "channels that lie last (channels_last)"
-        return Plan.of("reference", f"expands to dense: only a convolution with {why} has a faster kernel here", None)
-    plan = prepare_linear(make, layout, shape, dtype, flags)
-    if plan.run is None:
-        return plan
-    run = functools.partial(pointwise, plan.run)
-    return Plan.of(plan.variant, plan.reason, run, make.__name__.replace("run", "conv"))
+def conv_by(prepare_linear: Callable[..., Plan]) -> Callable[..., Plan]:
+    """The `prepare` of a convolution by a kernel of linear.
+
+    A window of one pixel is a product, of images whose channels lie last: turning others around takes longer than the
+    product saves, and torch's convolution has no sparse form otherwise.
+    """
+
+    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+        wide, groups = any(size != 1 for size in shape[2:]), flags.geometry["groups"]
+        if wide or groups != 1 or flags.memory_format not in LAST:
+            which = "a window of 1" if wide else "groups=1" if groups != 1 else "channels that lie last (channels_last)"
+            why = f"expands to dense: only a convolution with {which} has a faster kernel here"
+            return Plan.of("reference", why, None)
+        plan = prepare_linear(layout, shape, dtype, flags)
+        return plan if plan.run is None else Plan.of(plan.variant, plan.reason, functools.partial(pointwise, plan.run))
+
+    prepare.__name__ = prepare_linear.__name__.replace("linear", "conv")
+    return prepare
 
 
 def pointwise(linear: Linear, x: Tensor, weight, bias, *, stride, padding, dilation, groups) -> Tensor:
@@ -63,9 +74,9 @@ def pointwise(linear: Linear, x: Tensor, weight, bias, *, stride, padding, dilat
 
 
 if cpp.available():
-    for _layout, _make in ((CSR, csr_run), (GroupedNM, grouped_nm_run)):
-        for _name, _prepare in (("linear", prepare_linear), ("conv2d", prepare_conv)):
-            kernel(_name, weight=_layout, device="cpu", prepare=True)(functools.partial(_prepare, _make))
+    for _layout, _run_of in ((CSR, csr_run), (GroupedNM, grouped_nm_run)):
+        _linear = kernel("linear", weight=_layout, device="cpu", prepare=True)(linear_by(_run_of))
+        kernel("conv2d", weight=_layout, device="cpu", prepare=True)(conv_by(_linear))
 else:
     _why = f"they do not load here ({cpp.load_error()})" if cpp.load_error() else "they are not built"
     warnings.warn(

@@ -31,9 +31,9 @@ def expand(name: str, layout: type[Layout]) -> None:
     reference, reason = OPERATORS[name].reference, REASONS.get(name, MASKED if layout is Masked else EXPANDS)
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype, flags: Flags) -> Plan:
-        run = functools.partial(reference, layout=layout, shape=shape)
-        return Plan.of(None, reason, run, kernel=f"{name}_expand")
+        return Plan.of(None, reason, functools.partial(reference, layout=layout, shape=shape))
 
+    prepare.__name__ = f"{name}_expand"
     kernel(name, weight=layout, device="any", prepare=True)(prepare)
 
 

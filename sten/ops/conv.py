@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
@@ -22,6 +21,7 @@ from .pattern import gradient
 FORWARD = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 INPUT = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}
 WEIGHT = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}
+GEOMETRY = ("stride", "padding", "dilation", "groups")
 
 _geometry = "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
 LIBRARY.define(f"sparse_conv(Tensor input, Tensor weight, Tensor? bias, {_geometry}")

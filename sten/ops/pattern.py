@@ -62,7 +62,12 @@ def dense_to_values(w: SparseTensor, dense: Tensor, name: str) -> Tensor:
 
 
 def gradient(
-    name: str, dense: Callable[..., Tensor], w: SparseTensor, operands: tuple, geometry: dict[str, Any] | None, seen: bool
+    name: str,
+    dense: Callable[..., Tensor],
+    w: SparseTensor,
+    operands: tuple,
+    geometry: dict[str, Any] | None,
+    seen: bool,
 ) -> SparseTensor:
     """The gradient of a weight, at its pattern.
 

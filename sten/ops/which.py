@@ -77,7 +77,7 @@ def resolve(operator: str, w: SparseTensor) -> str:
 
 
 class Contiguous:
-    """What a signature reads of a contiguous tensor, without the tensor: on the weight's device, of its dtype or int64."""
+    """What a signature reads of a contiguous tensor that is not made: on the weight's device, of its dtype or int64."""
 
     def __init__(self, shape: tuple[int, ...], like: SparseTensor, indices: bool = False) -> None:
         self.shape, self.device = torch.Size(shape), like.device
