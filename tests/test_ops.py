@@ -9,8 +9,8 @@ from test_tensor import LAYOUTS, every_layout, make, one_sentence, stored
 from torch import nn
 
 import sten
-from sten.layouts import BSR, CSR, NM, GroupedNM, Masked
 from sten import which
+from sten.layouts import BSR, CSR, NM, GroupedNM, Masked
 
 CONV = [
     ((6, 4, 3, 3), {"stride": 1, "padding": 1}),

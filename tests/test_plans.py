@@ -203,10 +203,12 @@ def test_any_device():
 
 def test_a_pattern_is_one_cache():
     w = make(NM(2, 4), (8, 12))[0]
-    for twin in (w.detach(), w.t(), w.clone(), w.with_values(w.parts["values"] * 2), w * 2, w.double(), nn.Parameter(w)):
+    other = w.with_values(w.parts["values"] * 2)
+    for twin in (w.detach(), w.t(), w.clone(), other, w * 2, w.double(), nn.Parameter(w)):
         assert twin.cache is w.cache
     assert w.view(8, 12).cache is w.cache and torch.zeros_like(w).cache is w.cache
-    for twin in (copy.deepcopy(w), pickle.loads(pickle.dumps(w)), w.to("meta"), sten.from_dense(w.to_dense(), NM(2, 4))):
+    again = sten.from_dense(w.to_dense(), NM(2, 4))
+    for twin in (copy.deepcopy(w), pickle.loads(pickle.dumps(w)), w.to("meta"), again):
         assert twin.cache is not w.cache and not twin.cache.plans
     p = nn.Parameter(w)
     F.linear(torch.randn(3, 12), p).sum().backward()
