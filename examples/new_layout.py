@@ -33,6 +33,6 @@ class Columns(sten.Layout):
 
 
 @sten.kernel("linear", weight=Columns, device="cpu")
-def columns_linear(x, weight, bias, *, spec, shape):
+def columns_linear(x, weight, bias, *, layout, shape):
     """Gather the inputs that live, then a smaller dense product."""
     return torch.nn.functional.linear(x[..., weight["column"]], weight["values"], bias)

@@ -16,10 +16,11 @@ from .conversion import densify as densify
 from .conversion import finalize as finalize
 from .conversion import plan as plan
 from .conversion import sparsify as sparsify
+from .conversion import summary as summary
 from .conversion import trainable as trainable
 from .dispatch import OPERATORS as OPERATORS
-from .dispatch import Choice as Choice
 from .dispatch import DensifyError as DensifyError
+from .dispatch import Plan as Plan
 from .dispatch import kernel as kernel
 from .dispatch import operator as operator
 from .dispatch import strict as strict
@@ -33,8 +34,7 @@ from .layouts import FanIn as FanIn
 from .layouts import GroupedNM as GroupedNM
 from .layouts import Masked as Masked
 from .layouts import VectorNM as VectorNM
-from .ops.route import which as which
-from .conversion import summary as summary
+from .ops.which import which as which
 from .sparsifiers import BDWP as BDWP
 from .sparsifiers import CAST as CAST
 from .sparsifiers import DSTEE as DSTEE

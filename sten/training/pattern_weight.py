@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 
 from ..layout import Parts
 from ..sparsifiers import Edit
-from ..tensor import PatternCache, Rule, SparseTensor, project
+from ..pattern_cache import PatternCache
+from ..rule import Rule
+from ..tensor import SparseTensor, project
 from .distributed import whole
 from .trained_weight import TrainedWeight, fill, optimizer_slots
 
