@@ -53,6 +53,8 @@ class SparseTensor(torch.Tensor):
         tensor([[ 0., -4.,  0.,  3.]])
     """
 
+    trained = None  # of a weight that is put together from a trained Parameter: the object that did it
+
     @staticmethod
     def __new__(
         cls,

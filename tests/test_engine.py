@@ -290,7 +290,8 @@ def test_nothing_dense_is_kept_between_mask_updates_and_one_gradient_at_a_time_o
     train(model, optimizer, 2)
     assert not engine.gradients.collectors
     for weight in engine.weights:
-        sizes = [weight.param.numel(), weight.param.grad.numel(), *(t.numel() for _, t in optimizer_slots(weight.param, optimizer).items())]
+        param = weight.param
+        sizes = [param.numel(), param.grad.numel(), *(t.numel() for t in optimizer_slots(weight.param, optimizer).values())]
         assert sizes == [int(weight.active().sum())] * 3
     train(model, optimizer, 1, first=2)  # the next step is a tick
     optimizer.zero_grad()

@@ -103,10 +103,10 @@ def test_resume_is_bit_identical(cell, stop, tmp_path):
     train(straight, optimizer, 14)
     model, optimizer = build(cell, name, 0.75)
     train(model, optimizer, stop)
-    sten.save_run(tmp_path / "run.pt", model, optimizer, step=stop)
+    sten.save_run(model, tmp_path / "run.pt", optimizer, step=stop)
     again, optimizer = build(cell, name, 0.75)
     train(again, optimizer, 2, first=50)  # leftovers of another run
-    assert sten.load_run(tmp_path / "run.pt", again, optimizer) == {"step": stop}
+    assert sten.load_run(again, tmp_path / "run.pt", optimizer) == {"step": stop}
     train(again, optimizer, 14 - stop, first=stop)
     for have, want in zip(dense_weights(again), dense_weights(straight), strict=True):
         assert torch.equal(have, want)

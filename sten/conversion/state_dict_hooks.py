@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..layouts.registry import fields
@@ -86,11 +85,10 @@ def _parts(state_dict, key: str, present: SparseTensor) -> dict[str, Tensor]:
 def _unflattened(values: Tensor, present: SparseTensor) -> Tensor:
     """The trained 2-D values as the layout has them."""
     like = present.parts["values"]
-    if not isinstance(values, Tensor) or values.dim() != 2 or (like.dim() > 2 and values.shape[1:] != as_matrix(like).shape[1:]):
+    width = None if like.dim() == 2 else as_matrix(like).shape[1]
+    if not isinstance(values, Tensor) or values.dim() != 2 or width not in (None, values.shape[1]):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"Expected the trained values as a matrix of {tuple(as_matrix(like).shape)}, got {shape}.")
-    if like.dim() == 1 and values.shape[1] != 1:
-        raise ValueError(f"Expected the trained values as a matrix of one column, got shape {tuple(values.shape)}.")
     return values.detach().view(len(values), *(like.shape[1:] if like.dim() != 2 else values.shape[1:]))
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 COUNTS = ("updates", "deferred_update_step", "backward_passes")  # of an engine, in the buffer `counts`
 NO_STEP = -1
+RUN = ("run_method", "run_step", "run_counts", "run_generator")
 NOT_COPIED = ("engine", "owners", "averages", "reminder", "loaded_averages", "warned_of_empty_rows")
 
 
@@ -178,7 +179,7 @@ class TrainedWeight(nn.Module):
         """The names of the tensors that hold the state of a run."""
         if self.method is None or self.method.stateless:
             return ()
-        return ("run_method", "run_step", "run_counts", "run_generator", *("method_" + name for name in self.state_names))
+        return (*RUN, *("method_" + name for name in self.state_names))
 
     def write_run(self) -> None:
         """Bring the buffers up to date with the engine, which counts in Python."""
