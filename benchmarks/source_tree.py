@@ -48,12 +48,17 @@ def room(path: Path, root: Path = ROOT) -> str:
     return parts[1] if len(parts) > 1 else "sten"
 
 
-def imported_modules(path: Path, root: Path = ROOT, at_import_only: bool = False) -> set[str]:
+@functools.cache
+def _modules(root):
+    return frozenset(module_name(path, root) for path in files(root))
+
+
+@functools.cache
+def imported_modules(path: Path, root: Path = ROOT, at_import_only: bool = False) -> frozenset[str]:
     """The names of sten's modules that a file imports; `at_import_only` leaves out what its functions import."""
     package = module_name(path, root).split(".")
     package = package if path.name == "__init__.py" else package[:-1]
-    modules = set(map(functools.partial(module_name, root=root), files(root)))
-    found = set()
+    modules, found = _modules(root), set()
     for node in _statements(tree(path)) if at_import_only else ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -62,7 +67,7 @@ def imported_modules(path: Path, root: Path = ROOT, at_import_only: bool = False
             base = ".".join([*base, *(node.module.split(".") if node.module else [])])
             for alias in node.names:  # a module, or a name in one
                 found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base)
-    return {name for name in found if name in modules}
+    return modules & found
 
 
 def _statements(module):
