@@ -6,10 +6,13 @@ For the tests of the layers and for `benchmarks/structure.py`. Nothing here impo
 from __future__ import annotations
 
 import ast
-import dataclasses
+import contextvars
 import enum
 import functools
 import importlib
+import inspect
+import textwrap
+import threading
 import weakref
 from collections import OrderedDict, deque
 from pathlib import Path
@@ -194,8 +197,8 @@ def module_state(root: Path = ROOT) -> dict[str, str]:
     """{name: type} of the objects at module level that change while the program runs.
 
     Those are containers (dict, list, set, ...) that some function of the tree writes, weak containers, thread-local
-    objects, instances of the tree's own classes that are not frozen, and names that a `global` statement rebinds. A
-    table that nobody writes is a constant. Imports every module of the tree that `import sten` finds.
+    objects, instances of the tree's own classes whose methods write to themselves, and names that a `global` statement
+    rebinds. A table that nobody writes is a constant. Imports every module of the tree that `import sten` finds.
     """
     written, found = set().union(*map(_written, files(root))), {}
     for path in files(root):
@@ -207,7 +210,7 @@ def module_state(root: Path = ROOT) -> dict[str, str]:
         except ImportError:  # an extra that is not installed
             continue
         rebound = {name for node in ast.walk(tree(path)) if isinstance(node, ast.Global) for name in node.names}
-        for bound in _bound(tree(path)) - {"__all__"}:
+        for bound in sorted(_bound(tree(path)) - {"__all__"}):
             value = getattr(module, bound, None)
             if bound in rebound or _changes(value, bound in written):
                 found[f"{name}.{bound}"] = type(value).__name__
@@ -226,34 +229,44 @@ def _bound(module):
 
 def _written(path):
     """The names of what functions of a file write to: `NAME[...] =`, `NAME.add(...)`, `module.NAME |=`, ..."""
-    names = set()
     functions = [n for n in ast.walk(tree(path)) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
-    for node in (inner for function in functions for inner in ast.walk(function)):
-        targets = []
+    targets = [target for function in functions for target in _write_targets(function)]
+    return {target.id if isinstance(target, ast.Name) else target.attr for target in targets if _is_name(target)}
+
+
+def _write_targets(function):
+    """What a function writes into: the expression `x` of `x[...] =`, `x.y =`, `x.add(...)`, `x |=`."""
+    for node in ast.walk(function):
+        target = None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITES:
-            targets = [node.func.value]
+            target = node.func.value
         elif isinstance(node, (ast.Subscript, ast.Attribute)) and isinstance(node.ctx, (ast.Store, ast.Del)):
-            targets = [node.value]
+            target = node.value
         elif isinstance(node, ast.AugAssign):
-            targets = [node.target]
-        for target in targets:
-            while isinstance(target, ast.Subscript):  # NAME[key][other] = ...
-                target = target.value
-            if _is_name(target):
-                names.add(target.id if isinstance(target, ast.Name) else target.attr)
-    return names
+            target = node.target
+        while isinstance(target, ast.Subscript):  # NAME[key][other] = ...
+            target = target.value
+        if target is not None:
+            yield target
+
+
+def _writes_itself(kind):
+    """Whether a method of the class, its constructor apart, writes to `self` or into what it holds."""
+    classes = [c for c in kind.__mro__ if c.__module__.startswith("sten.")]
+    bodies = [ast.parse(textwrap.dedent(inspect.getsource(c))).body[0].body for c in classes]
+    methods = [n for body in bodies for n in body if isinstance(n, ast.FunctionDef) and n.name != "__init__"]
+    return any(ast.unparse(t).split(".")[0] == "self" for method in methods for t in _write_targets(method))
 
 
 def _changes(value, written):
     kind = type(value)
+    if isinstance(value, (type, enum.Enum, tuple)):
+        return False
     if isinstance(value, PLAIN):
         return written
-    if isinstance(value, WEAK) or kind.__name__ in ("WeakIdKeyDictionary", "local", "ContextVar"):
+    if isinstance(value, (*WEAK, threading.local, contextvars.ContextVar)) or kind.__name__ == "WeakIdKeyDictionary":
         return True
-    if not kind.__module__.startswith("sten.") or isinstance(value, (type, enum.Enum, tuple)):
-        return hasattr(kind, "__mro__") and any(base.__name__ == "_local" for base in kind.__mro__)
-    frozen = dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
-    return not frozen and (hasattr(value, "__dict__") or hasattr(value, "__slots__"))
+    return kind.__module__.startswith("sten.") and _writes_itself(kind)
 
 
 def memoized(root: Path = ROOT) -> list[str]:

@@ -55,7 +55,13 @@ STATE = {
     "sten.cpp._library",
     "sten.cpp._load_error",
     "sten.kernels.autotune.TUNER",
-    "sten.kernels.backend.backend",  # what the devices can do
+}
+# caches of launches and of what is derived from a pattern: docs/performance/host_path.md has key, limit, invalidation
+STATE |= {
+    "sten.kernels.launch_cache._launches",
+    "sten.kernels.pattern_cache._constants",
+    "sten.kernels.pattern_cache._entries",
+    "sten.kernels.split_k.workspace",
 }
 STATE_AT_WORK = {
     "sten.dispatch.TAPS",
