@@ -7,6 +7,7 @@ does. A test warns of entries that are not needed any more.
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import warnings
@@ -191,6 +192,7 @@ def test_tests_never_import_tests():
             assert not taken, f"{path.name} imports {taken}"
 
 
+@functools.cache
 def state() -> dict[str, str]:
     """What `import sten` leaves at module level; in a process of its own, because tests write there too."""
     program = "import json, benchmarks.source_tree as s; print(json.dumps(s.module_state()))"
