@@ -10,7 +10,7 @@ neither triton nor a GPU; its modules need triton.
 import importlib
 import importlib.util
 
-MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "derived", "bound")
+MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "derived", "bound", "pattern_cache")
 
 
 def available() -> bool:

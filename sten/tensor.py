@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ._torch_private import SETTINGS, OpOverload, is_compiling, no_function, tree_leaves, tree_map
 from .dispatch import say_densified
-from .layout import Layout, Parts, fields, layout_from
+from .layouts.base import Layout, Parts
+from .layouts.registry import fields, layout_from
+from .pattern_cache import PatternCache as PatternCache
+from .rule import Rule as Rule
 
 FUNCTIONS: dict[Callable, Callable] = {}
 ATEN: dict[Callable, Callable] = {}
-
-no_function = torch._C.DisableTorchFunctionSubclass
 
 # Operators on SparseTensors that torch.compile traces as they stand; __torch_dispatch__ answers them.
 LIBRARY = torch.library.Library("sten", "FRAGMENT")
@@ -37,6 +38,7 @@ class SparseTensor(torch.Tensor):
         spec: the `Layout`.
         parts: dict of the plain tensors that store it; `values` holds the weights, the others the pattern.
         transposed: whether the parts store the transpose.
+        cache: the `PatternCache` of the pattern.
 
     It works as an `nn.Parameter`, in `state_dict`, `copy.deepcopy`, pickle and `torch.load(weights_only=True)`; its
     gradient is a SparseTensor with the same pattern. Pointwise operators in place, or with f(0) = 0, work on the stored
@@ -53,23 +55,31 @@ class SparseTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, spec: Layout, parts: Parts, shape: Iterable[int], transposed: bool = False, requires_grad: bool = False
+        cls,
+        spec: Layout,
+        parts: Parts,
+        shape: Iterable[int],
+        transposed: bool = False,
+        requires_grad: bool = False,
+        cache: PatternCache | None = None,
     ) -> SparseTensor:
         values = parts["values"]
         shape = tuple(shape)
-        size, strides = shape, _contiguous_strides(shape)
+        size, strides = shape, contiguous_strides(shape)
         if transposed:
             size, strides = shape[::-1], strides[::-1]
         self = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=strides, dtype=values.dtype, device=values.device, requires_grad=requires_grad
         )
-        self._adopt(spec, parts, shape, transposed)
+        self._adopt(spec, parts, shape, transposed, cache)
         return self
 
-    def _adopt(self, spec: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool) -> None:
+    def _adopt(
+        self, spec: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool, cache: PatternCache | None
+    ) -> None:
         """Set what the wrapper stores. torch.compile reaches each part as an attribute of its own, `part_<name>`."""
         self.spec, self.parts, self.stored_shape, self.transposed = spec, parts, shape, transposed
-        self.bound = None  # what a kernel keeps with this weight: `dispatch.ask_bound`
+        self.cache = PatternCache() if cache is None else cache
         for name, part in parts.items():
             setattr(self, "part_" + name, part)
 
@@ -120,7 +130,7 @@ class SparseTensor(torch.Tensor):
     def with_values(self, values: Tensor, requires_grad: bool = False) -> SparseTensor:
         """A tensor of the same layout and pattern (shared, not copied) with other values."""
         parts = {**self.parts, "values": values}
-        return SparseTensor(self.spec, parts, self.stored_shape, self.transposed, requires_grad)
+        return SparseTensor(self.spec, parts, self.stored_shape, self.transposed, requires_grad, self.cache)
 
     def values_like(self, dense: Tensor) -> Tensor:
         """The `values` that a dense tensor of this shape has at this pattern."""
@@ -164,19 +174,6 @@ class SparseTensor(torch.Tensor):
         return _load, (type(self.spec).__name__, fields(self.spec), dict(self.parts), *state)
 
 
-class Rule(torch.autograd.Function):
-    """An autograd.Function with `setup_context` (torch.func needs it) whose call, `run`, is cheap.
-
-    torch's own `apply` reads the signature of `forward` each time, which takes longer than a small product.
-    """
-
-    @classmethod
-    def run(cls, *args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return cls.apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
-
-
 def owned(out: Tensor) -> Tensor:
     """`out`, not as a view: autograd refuses work in place, such as an activation's, on a view that a rule returns."""
     return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
@@ -187,7 +184,7 @@ class ToDense(Rule):
 
     @staticmethod
     def forward(w):
-        return OPS.to_dense(w) if torch.compiler.is_compiling() else owned(unpack(w))
+        return OPS.to_dense(w) if is_compiling() else owned(unpack(w))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -216,7 +213,7 @@ class Project(Rule):
 
     @staticmethod
     def forward(grad, like):
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return OPS.project(grad, like)
         return project_now(grad, like)
 
@@ -298,12 +295,12 @@ def aten(*operators: Callable) -> Callable:
 
 def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
     """Run an operator without a rule on dense copies, with one warning; refuse if it would write into a sparse one."""
-    sparse = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, SparseTensor)]
+    sparse = [a for a in tree_leaves((args, kwargs)) if isinstance(a, SparseTensor)]
     name = getattr(func, "__name__", str(func))
-    if isinstance(func, torch._ops.OpOverload):
+    if isinstance(func, OpOverload):
         name = func._schema.name.removeprefix("aten::")
         for argument, given in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and any(isinstance(a, SparseTensor) for a in torch.utils._pytree.tree_leaves(given)):
+            if argument.is_write and any(isinstance(a, SparseTensor) for a in tree_leaves(given)):
                 raise NotImplementedError(
                     f"{name} cannot write into a {sparse[0].spec} tensor; to train, take the trainable form "
                     "(sten.attach, sten.trainable), or densify."
@@ -313,7 +310,8 @@ def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
     return func(*args, **kwargs)
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -366,4 +364,5 @@ def checked(name: str, values: dict, parts: Parts, shape, transposed: bool = Fal
 
 ATEN[OPS.to_dense.default] = lambda _, w: unpack(w)
 ATEN[OPS.project.default] = lambda _, dense, like: project_now(dense, like)
+SETTINGS.add(SparseTensor)
 torch.serialization.add_safe_globals([_load, SparseTensor])
