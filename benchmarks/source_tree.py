@@ -58,11 +58,12 @@ def _modules(root):
 
 @functools.cache
 def imported_modules(path: Path, root: Path = ROOT, at_import_only: bool = False) -> frozenset[str]:
-    """The names of sten's modules that a file imports; `at_import_only` leaves out what its functions import."""
+    """The names of sten's modules that a file imports, but for what only a type checker sees; `at_import_only` leaves
+    out what its functions import, too."""
     package = module_name(path, root).split(".")
     package = package if path.name == "__init__.py" else package[:-1]
     modules, found = _modules(root), set()
-    for node in _statements(tree(path)) if at_import_only else ast.walk(tree(path)):
+    for node in _statements(tree(path), functions=not at_import_only):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -73,12 +74,12 @@ def imported_modules(path: Path, root: Path = ROOT, at_import_only: bool = False
     return modules & found
 
 
-def _statements(module):
-    """The nodes that run when a file is imported: not the bodies of functions, not what only a type checker sees."""
+def _statements(module, functions: bool = False):
+    """The nodes that run when a file is imported, or with `functions` ever: not what only a type checker sees."""
     todo = list(module.body)
     while todo:
         node = todo.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not functions:
             continue
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
