@@ -26,6 +26,8 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 LAYERS = [
     ("L0", "_torch_private", "kernels", "cpp"),
     ("L1", "layouts"),
+    ("L2", "rule", "kernel_table"),
+    ("L2", "pattern_cache"),
     ("L2", "dispatch"),
     ("L2", "tensor"),
     ("L3", "ops"),
@@ -40,18 +42,16 @@ ROOMS = {
     "layout": "layouts",
     "native": "backends",
     **dict.fromkeys(("allocation", "schedule", "scores"), "sparsifiers"),
-    **dict.fromkeys(("engine", "optim"), "training"),
-    **dict.fromkeys(("convert", "decision", "forms", "report", "state", "targets", "training.begin"), "conversion"),
 }
 # the files of sten/layouts that are no layout
 SHARED = {"__init__", "base", "checks", "compressed_rows", "padding", "registry", "topk"}
-UPWARDS_AT_WORK = {"sten.engine -> sten.targets"}
+UPWARDS_AT_WORK: set[str] = set()
 
 # registries, what is loaded once for the process, and the tuner's choices
 STATE = {
-    "sten.dispatch.KERNELS",
-    "sten.dispatch.OPERATORS",
-    "sten.layout.REGISTERED",
+    "sten.kernel_table.KERNELS",
+    "sten.kernel_table.OPERATORS",
+    "sten.layouts.registry.REGISTERED",
     "sten.tensor.ATEN",
     "sten.tensor.FUNCTIONS",
     "sten.dispatch._strict",  # a ContextVar: `sten.strict` in this thread or task
@@ -67,16 +67,10 @@ STATE |= {
     "sten.kernels.split_k.workspace",
 }
 STATE_AT_WORK = {
-    "sten.dispatch.TAPS",
     "sten.dispatch._observers",
-    "sten.dispatch._warned",
-    "sten.engine.ENGINES",
-    "sten.forms.attached",
+    "sten.kernel_table._warned",
     "sten.native.cuda._patterns",
-    "sten.ops.pattern._known",
-    "sten.training.idle.HOOK",
-    "sten.training.idle.SEEN",
-    "sten.training.idle.WAITING",
+    "sten._torch_private.PATHS",
     "sten.kernels.cusparselt._plans",
     "sten.kernels.derived._kept",
     "sten.kernels.epilogue.hand_over",
