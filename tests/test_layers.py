@@ -85,29 +85,12 @@ PRIVATE_AT_WORK = {
     "kernels/epilogue.py",
     "kernels/library.py",
     "sten/native/cuda.py",
-    "sten/ops/embedding.py",
-    "sten/ops/linear.py",
-    "sten/ops/pattern.py",
-    "sten/ops/recurrent.py",
-    "sten/sparsifiers/two_way.py",
-    "sten/tensor.py",
-    "sten/training/pattern.py",
-    "sten/training/tap.py",
+    "sten/sparsifiers/bidirectional.py",
+    "sten/training/pattern_weight.py",
 }
 
 BY_CLASS: set[str] = set()
-BY_CLASS_AT_WORK = {
-    "sten/native/cuda.py",
-    "sten/sparsifiers/blocks.py",
-    "sten/sparsifiers/masks.py",
-    "sten/sparsifiers/sparse_momentum.py",
-    "sten/sparsifiers/srigl.py",
-    "sten/sparsifiers/two_way.py",
-    "sten/sparsifiers/units.py",
-    "sten/testing/sparsifiers.py",
-    "sten/training/emptiness.py",
-    "sten/training/site.py",
-}
+BY_CLASS_AT_WORK = {"sten/native/cuda.py"}
 
 
 def room(module: str) -> str:
