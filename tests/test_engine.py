@@ -291,7 +291,7 @@ def test_nothing_dense_is_kept_between_mask_updates_and_one_gradient_at_a_time_o
     assert not engine.gradients.collectors
     for weight in engine.weights:
         param = weight.param
-        sizes = [param.numel(), param.grad.numel(), *(t.numel() for t in optimizer_slots(weight.param, optimizer).values())]
+        sizes = [param.numel(), param.grad.numel(), *(t.numel() for t in optimizer_slots(param, optimizer).values())]
         assert sizes == [int(weight.active().sum())] * 3
     train(model, optimizer, 1, first=2)  # the next step is a tick
     optimizer.zero_grad()

@@ -128,8 +128,8 @@ def register_hook(w: SparseTensor, hook):
     if w.trained is not None:
         name = w.trained.owners[0][1]
         raise RuntimeError(
-            "Expected a tensor that lasts for a hook, got a weight that is put together at each use; register it on the "
-            f'trained Parameter, module._parameters["{name}"].'
+            "Expected a tensor that lasts for a hook, got a weight that is put together at each use; register it on "
+            f'the trained Parameter, module._parameters["{name}"].'
         )
     return w.register_hook(hook)
 

@@ -112,7 +112,7 @@ class PatternWeight(TrainedWeight):
     # changes of the pattern
 
     def set_pattern(self, parts: Parts, assign: bool = False) -> None:
-        """Take on another pattern, its numbers or (`assign`) its tensors; what was derived of the old one is invalid."""
+        """Take on another pattern, its numbers or (`assign`) its tensors; invalidate what was derived of the old one."""
         for name in self.part_names:
             self._buffers[name] = parts[name] if assign else fill(self._buffers[name], parts[name])
         self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
