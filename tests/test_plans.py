@@ -50,7 +50,7 @@ PRODUCTS = [
 
 
 @every_layout
-@pytest.mark.parametrize("name, shape, call, operator", PRODUCTS, ids=str)
+@pytest.mark.parametrize("name, shape, call, operator", PRODUCTS)
 def test_which_prints_what_runs(layout, name, shape, call, operator):
     asked = make(layout, (7, 5))[0]
     flipped = asked.t() if name in ("linear", "matmul") and (shape[-1] == 5) == (name == "matmul") else asked

@@ -65,10 +65,10 @@ def set_data(w: SparseTensor, new: Tensor) -> None:
 
     (`dense.data = sparse` never gets here: torch asks only the tensor on the left.)
     """
-    mine, given = ((tuple(t.shape), t.dtype, t.device, getattr(t, "transposed", w.transposed)) for t in (w, new))
-    if mine != given:
+    mine, other = ((tuple(t.shape), t.dtype, t.device, getattr(t, "transposed", w.transposed)) for t in (w, new))
+    if mine != other:
         raise TypeError(
-            f".data takes a tensor with the same (shape, dtype, device, transposed) {mine}; got {given}: assign a new "
+            f".data takes a tensor with the same (shape, dtype, device, transposed) {mine}; got {other}: assign a new "
             "Parameter to the module, or use .to() on it."
         )
     with torch.no_grad():
@@ -134,7 +134,7 @@ def register_hook(w: SparseTensor, hook):
     return w.register_hook(hook)
 
 
-# what torch answers from a storage, which a SparseTensor does not have
+# what torch reads from a storage, which a SparseTensor does not have
 
 
 @function(Tensor.data_ptr, Tensor.storage)  # untyped_storage must answer: torch.compile asks every tensor for it
