@@ -29,10 +29,10 @@ def rigl_by_hand(model, start, optimizer, method, steps):
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss_of(model, step - 1).backward()
-        if method.ticks.due(step):
+        if method.schedule.due(step):
             for i, layer in enumerate(layers):
                 n = int(now[i].sum())
-                k = int(method.ticks.value(step) * n)
+                k = int(method.schedule.value(step) * n)
                 size = torch.where(now[i], layer.weight.detach().abs(), -1.0).flatten()
                 keep = torch.zeros_like(now[i].flatten())
                 keep[size.topk(n - k).indices] = True
@@ -322,10 +322,10 @@ def test_a_weight_used_twice_ticks_a_step_later():
 
 def test_an_error_of_a_method_leaves_everything_as_it_was():
     class Broken(sten.SET):
-        def update(self, view, state):
-            if view.last:
+        def update(self, view):
+            if view.mask is not None and view.last:
                 raise RuntimeError("no")
-            return super().update(view, state)
+            return super().update(view)
 
     model, optimizer, _ = sparse(Broken(24, every=2))
     train(model, optimizer, 1)
@@ -337,8 +337,8 @@ def test_an_error_of_a_method_leaves_everything_as_it_was():
 
 def test_masks_must_be_bool():
     class Ints(sten.SET):
-        def update(self, view, state):
-            return sten.Edit(mask=view.mask.int())
+        def update(self, view):
+            return super().update(view) if view.mask is None else sten.Edit(mask=view.mask.int())
 
     model, optimizer, _ = sparse(Ints(24, every=2))
     with pytest.raises(TypeError, match="masks are bool"):
@@ -401,13 +401,13 @@ BAD = {
         0.5,
         "not in the optimizer",
     ),
-    "rate": (lambda m: torch.optim.SGD(m.parameters(), 0.1), NM(2, 4), sten.Gradual(0, 9), None, "one rate"),
+    "rate": (lambda m: torch.optim.SGD(m.parameters(), 0.1), NM(2, 4), sten.Gradual(0, 9), None, "without a rate"),
     "grouped": (
         lambda m: torch.optim.SGD(m.parameters(), 0.1),
         sten.GroupedNM(2, 4, 1),
         sten.SET(9, every=2),
         None,
-        "cannot move",
+        "can move one by one",
     ),
 }
 
