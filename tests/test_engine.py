@@ -325,7 +325,7 @@ def test_a_weight_used_twice_mask_updates_a_step_later():
 def test_an_error_of_a_method_leaves_everything_as_it_was():
     class Broken(sten.SET):
         def update(self, view):
-            if view.last and view.mask is not None:
+            if view.mask is not None and view.last:
                 raise RuntimeError("no")
             return super().update(view)
 
