@@ -14,7 +14,8 @@ import tempfile
 import torch
 import triton
 
-from .library import INTERPRET, capturing, precision
+from .backend import INTERPRET, backend
+from .precision import precision
 
 _chosen: dict[tuple, dict] = {}
 _disk: dict[str, dict] | None = None
@@ -31,7 +32,7 @@ def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
     ``prepare(config)(*given)`` has to be one call of the kernel that may be repeated.
     """
     x, configs = given[0], [config for place, config in enumerate(configs) if config not in configs[:place]]
-    key = (*key, precision(x))
+    key = (*key, precision(x.dtype))
     place = (kernel, key, x.device)
     found = _chosen.get(place)
     if found is None:
@@ -41,7 +42,7 @@ def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
             name = f"{kernel} {key} {torch.cuda.get_device_name(x.device)} triton {triton.__version__}"
             found = _read().get(name)
             if found not in configs:  # never timed, or a configuration that this version no longer offers
-                if capturing(x):
+                if backend.capturing(x):
                     return prepare(configs[0])
                 found = _fastest(configs, prepare, given)
                 _write(name, found)

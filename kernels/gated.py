@@ -29,8 +29,3 @@ def _halves(x, *parts):
     count = len(parts) // 2
     absent = (None,) * count
     return (x, *parts[count + 1 :], None, *absent, y), (x, *parts[:count], y, *absent, y)
-
-
-def with_bias(weight: tuple, parts: int) -> tuple:
-    """The parts of a weight and its bias, None where none was given."""
-    return (*weight, None)[: parts + 1]
