@@ -73,7 +73,7 @@ def cases(layout: sten.Layout, size: int, tokens: int, device: str) -> tuple[str
         "trainable": (*[lambda m=m: m(x) for m in layers], calls, True),
         "trainable_step": (*[lambda m=m: m(x).sum().backward() for m in layers], passes, True),
     }
-    return str(sten.ops.route.which("linear", x, sparse)), found
+    return str(sten.which("linear", x, sparse)), found
 
 
 def measure(every: dict[str, dict[str, tuple]], rounds: int) -> dict[str, dict]:

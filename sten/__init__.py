@@ -19,8 +19,8 @@ from .convert import plan as plan
 from .convert import sparsify as sparsify
 from .convert import trainable as trainable
 from .dispatch import OPERATORS as OPERATORS
-from .dispatch import Choice as Choice
 from .dispatch import DensifyError as DensifyError
+from .dispatch import Plan as Plan
 from .dispatch import kernel as kernel
 from .dispatch import operator as operator
 from .dispatch import strict as strict
@@ -35,7 +35,7 @@ from .layouts import FanIn as FanIn
 from .layouts import GroupedNM as GroupedNM
 from .layouts import Masked as Masked
 from .layouts import VectorNM as VectorNM
-from .ops.route import which as which
+from .ops.which import which as which
 from .report import summary as summary
 from .sparsifiers import BDWP as BDWP
 from .sparsifiers import CAST as CAST

@@ -9,25 +9,67 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from .dispatch import say_densified
+from . import _torch_private as private
+from . import kernels
+from ._torch_private import OpOverload, is_compiling, no_function, tree_leaves, tree_map
+from .dispatch import Plan, say_densified
 from .layout import Layout, Parts, fields, layout_from
 
 FUNCTIONS: dict[Callable, Callable] = {}
 ATEN: dict[Callable, Callable] = {}
-
-no_function = torch._C.DisableTorchFunctionSubclass
 
 # Operators on SparseTensors that torch.compile traces as they stand; __torch_dispatch__ answers them.
 LIBRARY = torch.library.Library("sten", "FRAGMENT")
 LIBRARY.define("to_dense(Tensor input) -> Tensor")
 LIBRARY.define("project(Tensor dense, Tensor like) -> Tensor")
 OPS = torch.ops.sten
+
+
+class PatternCache:
+    """What is kept for one pattern; all SparseTensors whose pattern parts are the same tensors share it.
+
+    States:
+        empty: made for a SparseTensor with a pattern of its own: from_dense, a copy, another device, a file, `.data =`.
+        filled: by calls and `sten.which` with Plans by signature (`sten.dispatch`), and with the live slots.
+        empty, one generation later: after `invalidate`, which every writer of the pattern in place calls; what kernels
+            derived from the pattern has been made again.
+
+    Attributes:
+        generation: how often the pattern was written.
+        plans: signature -> Plan.
+        dense_gradient: set while a training method wants the gradient of this weight dense: the operators that compute
+            a weight's gradient then compute it dense, once, hand it over in the orientation of the layout, and return
+            what lies in the pattern.
+        live: (generation and versions of the parts, the slots that are not padding): `sten.ops.pattern.live_slots`.
+
+    A user's own edit of a pattern part in place is noticed on the CPU, by the part's version, for what was derived
+    from it. On a GPU it is not: call `w.cache.invalidate(*pattern)`.
+    """
+
+    __slots__ = ("__weakref__", "dense_gradient", "generation", "live", "plans")
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.plans: dict[tuple, Plan] = {}
+        self.dense_gradient: Callable[[Tensor], None] | None = None
+        self.live: tuple[tuple, Tensor | None] | None = None
+
+    def invalidate(self, *pattern: Tensor) -> None:
+        """The pattern was written in place: forget what was made for it. `pattern`: the parts that were written, so
+        that what kernels derived from them is made again where it lies, as a recorded CUDA graph reads it."""
+        self.generation += 1
+        self.plans.clear()
+        self.live = None
+        if pattern and pattern[0].is_cuda:
+            kernels.pattern_cache.invalidate(*pattern)
+
+    def __reduce__(self) -> tuple:
+        return PatternCache, ()  # copies, and what is read from a file, start empty
 
 
 class SparseTensor(torch.Tensor):
@@ -37,6 +79,7 @@ class SparseTensor(torch.Tensor):
         spec: the `Layout`.
         parts: dict of the plain tensors that store it; `values` holds the weights, the others the pattern.
         transposed: whether the parts store the transpose.
+        cache: the `PatternCache` of the pattern.
 
     It works as an `nn.Parameter`, in `state_dict`, `copy.deepcopy`, pickle and `torch.load(weights_only=True)`; its
     gradient is a SparseTensor with the same pattern. Pointwise operators in place, or with f(0) = 0, work on the stored
@@ -53,23 +96,31 @@ class SparseTensor(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls, spec: Layout, parts: Parts, shape: Iterable[int], transposed: bool = False, requires_grad: bool = False
+        cls,
+        spec: Layout,
+        parts: Parts,
+        shape: Iterable[int],
+        transposed: bool = False,
+        requires_grad: bool = False,
+        cache: PatternCache | None = None,
     ) -> SparseTensor:
         values = parts["values"]
         shape = tuple(shape)
-        size, strides = shape, _contiguous_strides(shape)
+        size, strides = shape, contiguous_strides(shape)
         if transposed:
             size, strides = shape[::-1], strides[::-1]
         self = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=strides, dtype=values.dtype, device=values.device, requires_grad=requires_grad
         )
-        self._adopt(spec, parts, shape, transposed)
+        self._adopt(spec, parts, shape, transposed, cache)
         return self
 
-    def _adopt(self, spec: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool) -> None:
+    def _adopt(
+        self, spec: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool, cache: PatternCache | None
+    ) -> None:
         """Set what the wrapper stores. torch.compile reaches each part as an attribute of its own, `part_<name>`."""
         self.spec, self.parts, self.stored_shape, self.transposed = spec, parts, shape, transposed
-        self.bound = None  # what a kernel keeps with this weight: `dispatch.ask_bound`
+        self.cache = PatternCache() if cache is None else cache
         for name, part in parts.items():
             setattr(self, "part_" + name, part)
 
@@ -120,7 +171,7 @@ class SparseTensor(torch.Tensor):
     def with_values(self, values: Tensor, requires_grad: bool = False) -> SparseTensor:
         """A tensor of the same layout and pattern (shared, not copied) with other values."""
         parts = {**self.parts, "values": values}
-        return SparseTensor(self.spec, parts, self.stored_shape, self.transposed, requires_grad)
+        return SparseTensor(self.spec, parts, self.stored_shape, self.transposed, requires_grad, self.cache)
 
     def values_like(self, dense: Tensor) -> Tensor:
         """The `values` that a dense tensor of this shape has at this pattern."""
@@ -165,16 +216,36 @@ class SparseTensor(torch.Tensor):
 
 
 class Rule(torch.autograd.Function):
-    """An autograd.Function with `setup_context` (torch.func needs it) whose call, `run`, is cheap.
+    """An autograd.Function with `setup_context` (torch.func needs it) whose call is cheap.
 
-    torch's own `apply` reads the signature of `forward` each time, which takes longer than a small product.
+    A rule of an operator on a sparse weight names the operand that it is (`place`) and `now(*args, seen)`, which
+    computes without autograd; `seen` says whether the call is intercepted.
     """
+
+    place: ClassVar[int]
+    now: ClassVar[Callable[..., Tensor]]
+    record: ClassVar[Callable[..., Any]]  # `apply`, where neither torch.compile nor torch.func is active
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.record = private.apply_of(cls)
 
     @classmethod
     def run(cls, *args):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        """The rule, for autograd to record where it wants."""
+        return cls.apply(*args) if private.differentiates() else cls.record(*args)
+
+    @classmethod
+    def call(cls, *args):
+        """The rule where it has to see the call; otherwise `now`, at once."""
+        seen = private.intercepted(args[cls.place], *args)
+        if seen and private.differentiates():
             return cls.apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        if torch.is_grad_enabled():
+            for a in args:
+                if isinstance(a, Tensor) and a.requires_grad:
+                    return cls.record(*args)
+        return cls.now(*args, seen)
 
 
 def owned(out: Tensor) -> Tensor:
@@ -187,7 +258,7 @@ class ToDense(Rule):
 
     @staticmethod
     def forward(w):
-        return OPS.to_dense(w) if torch.compiler.is_compiling() else owned(unpack(w))
+        return OPS.to_dense(w) if is_compiling() else owned(unpack(w))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -216,7 +287,7 @@ class Project(Rule):
 
     @staticmethod
     def forward(grad, like):
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return OPS.project(grad, like)
         return project_now(grad, like)
 
@@ -298,12 +369,12 @@ def aten(*operators: Callable) -> Callable:
 
 def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
     """Run an operator without a rule on dense copies, with one warning; refuse if it would write into a sparse one."""
-    sparse = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, SparseTensor)]
+    sparse = [a for a in tree_leaves((args, kwargs)) if isinstance(a, SparseTensor)]
     name = getattr(func, "__name__", str(func))
-    if isinstance(func, torch._ops.OpOverload):
+    if isinstance(func, OpOverload):
         name = func._schema.name.removeprefix("aten::")
         for argument, given in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and any(isinstance(a, SparseTensor) for a in torch.utils._pytree.tree_leaves(given)):
+            if argument.is_write and any(isinstance(a, SparseTensor) for a in tree_leaves(given)):
                 raise NotImplementedError(
                     f"{name} cannot write into a {sparse[0].spec} tensor; to train, take the trainable form "
                     "(sten.attach, sten.trainable), or densify."
@@ -313,7 +384,8 @@ def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
     return func(*args, **kwargs)
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -366,4 +438,5 @@ def checked(name: str, values: dict, parts: Parts, shape, transposed: bool = Fal
 
 ATEN[OPS.to_dense.default] = lambda _, w: unpack(w)
 ATEN[OPS.project.default] = lambda _, dense, like: project_now(dense, like)
+private.SETTINGS.add(SparseTensor)
 torch.serialization.add_safe_globals([_load, SparseTensor])

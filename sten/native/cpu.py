@@ -2,68 +2,81 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cpp
-from ..dispatch import OPERATORS, kernel
+from .. import ops as ops  # declares the operators
+from ..dispatch import Flags, Plan, kernel
 from ..layout import Layout
 from ..layouts import CSR, GroupedNM
-from . import expand as expand  # registered first, so that these replace it
+
+Linear = Callable[[Tensor, dict[str, Tensor], Tensor | None], Tensor]
+LAST = (torch.channels_last, torch.channels_last_3d)
 
 
-def choose_linear(shape: tuple[int, ...], dtype: torch.dtype, spec: Layout) -> tuple[str, str]:
-    """The C++ kernels know float32."""
-    if dtype is torch.float32:
-        return "float32", "C++ kernel: multiplies the stored entries alone"
-    return "reference", f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
+def csr_run(layout: CSR, outputs: int) -> Linear:
+    """A row of the weight at a time, its entries gathered from a panel of activations."""
+    linear = torch.ops.sten.csr_linear.default
+    return lambda x, weight, bias: linear(x, weight["values"], weight["crow"], weight["col"], bias, outputs)
 
 
-def choose_conv(shape: tuple[int, ...], dtype: torch.dtype, spec: Layout) -> tuple[str, str]:
-    """A window of one pixel is a product; torch's convolution has no sparse form otherwise."""
-    if any(size != 1 for size in shape[3:]):
-        return "reference", "expands to dense: only a convolution with a window of 1 has a faster kernel here"
-    variant, reason = choose_linear(shape, dtype, spec)
-    where = " where channels lie last (channels_last) and groups=1, and expands to dense elsewhere"
-    return variant, reason if variant == "reference" else reason + where
+def grouped_nm_run(layout: GroupedNM, outputs: int) -> Linear:
+    """Accumulators stay in registers from one pattern to the next."""
+    linear, n, m, g = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g
+    return lambda x, weight, bias: linear(x, weight["values"], weight["index"], bias, n, m, g, outputs)
 
 
-def csr_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None, *, spec, shape, variant) -> Tensor:
-    """C++: a row of the weight at a time, its entries gathered from a panel of activations."""
-    return CSR_LINEAR(x, weight["values"], weight["crow"], weight["col"], bias, shape[0])
+def linear_by(run_of: Callable[[Layout, int], Linear]) -> Callable[..., Plan]:
+    """The `prepare` of linear by a C++ kernel: float32 alone."""
+
+    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+        if dtype is not torch.float32:
+            why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
+            return Plan.of("reference", why, None)
+        return Plan.of("float32", "C++ kernel: multiplies the stored entries alone", run_of(layout, shape[0]))
+
+    prepare.__name__ = run_of.__name__.replace("run", "linear")
+    return prepare
 
 
-def grouped_nm_linear(x: Tensor, weight: dict[str, Tensor], bias: Tensor | None, *, spec, shape, variant) -> Tensor:
-    """C++: accumulators stay in registers from one pattern to the next."""
-    return GROUPED_LINEAR(x, weight["values"], weight["index"], bias, spec.n, spec.m, spec.g, shape[0])
+def conv_by(prepare_linear: Callable[..., Plan]) -> Callable[..., Plan]:
+    """The `prepare` of a convolution by a kernel of linear.
 
-
-def pointwise_conv(linear: Callable) -> Callable:
-    """The convolution with a window of one pixel that a kernel of linear gives, for images whose channels lie last.
-
-    Turning others around takes longer than the product saves, so they go to the reference.
+    A window of one pixel is a product, of images whose channels lie last: turning others around takes longer than the
+    product saves, and torch's convolution has no sparse form otherwise.
     """
 
-    def conv(x, weight, bias, *, spec, shape, variant, stride, padding, dilation, groups):
-        if groups != 1 or not x.movedim(1, -1).is_contiguous():
-            geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-            return OPERATORS["conv2d"].reference(x, weight, bias, spec=spec, shape=shape, **geometry)
-        x = torch.nn.functional.pad(x, [p for p in reversed(padding) for _ in range(2)]) if any(padding) else x
-        pixels = x[(..., *(slice(None, None, s) for s in stride))].movedim(1, -1)
-        return linear(pixels, weight, bias, spec=spec, shape=shape[:2], variant=variant).movedim(-1, 1)
+    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+        wide, groups = any(size != 1 for size in shape[2:]), flags.geometry["groups"]
+        if wide or groups != 1 or flags.memory_format not in LAST:
+            which = "a window of 1" if wide else "groups=1" if groups != 1 else "channels that lie last (channels_last)"
+            why = f"expands to dense: only a convolution with {which} has a faster kernel here"
+            return Plan.of("reference", why, None)
+        plan = prepare_linear(layout, shape, dtype, flags)
+        return plan if plan.run is None else Plan.of(plan.variant, plan.reason, functools.partial(pointwise, plan.run))
 
-    conv.__name__ = linear.__name__.replace("linear", "conv")
-    return conv
+    prepare.__name__ = prepare_linear.__name__.replace("linear", "conv")
+    return prepare
+
+
+def pointwise(linear: Linear, x: Tensor, weight, bias, *, stride, padding, dilation, groups) -> Tensor:
+    """The convolution with a window of one pixel, by a product with each pixel's channels."""
+    if any(padding):
+        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    pixels = x[(..., *(slice(None, None, s) for s in stride))].movedim(1, -1)
+    return linear(pixels, weight, bias).movedim(-1, 1)
 
 
 if cpp.available():
-    CSR_LINEAR, GROUPED_LINEAR = torch.ops.sten.csr_linear.default, torch.ops.sten.grouped_nm_linear.default
-    for _layout, _linear in ((CSR, csr_linear), (GroupedNM, grouped_nm_linear)):
-        kernel("linear", weight=_layout, device="cpu", choose=choose_linear)(_linear)
-        kernel("conv2d", weight=_layout, device="cpu", choose=choose_conv)(pointwise_conv(_linear))
+    for _layout, _run_of in ((CSR, csr_run), (GroupedNM, grouped_nm_run)):
+        _linear = kernel("linear", weight=_layout, device="cpu", prepare=True)(linear_by(_run_of))
+        kernel("conv2d", weight=_layout, device="cpu", prepare=True)(conv_by(_linear))
 else:
     _why = f"they do not load here ({cpp.load_error()})" if cpp.load_error() else "they are not built"
     warnings.warn(

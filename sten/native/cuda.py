@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..dispatch import WRITTEN, kernel
+from .. import ops as ops  # declares the operators
+from ..dispatch import Plan, kernel
 from ..layouts import BSR, CSR, NM, GroupedNM, VectorNM
-from . import expand as expand  # registered first, so that these replace it
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -48,16 +49,18 @@ def in_known_dtypes(choose):
     return asked
 
 
-def binding(function):
-    """The `bind` of a product: its later calls go from the activations to the launch with one look-up."""
+def prepared(choose, function):
+    """The `prepare` of a launcher, which decides by the same rule when it runs."""
+    counts = "entries" in inspect.signature(choose).parameters
 
-    def bind(weight, *, spec, shape):
-        def product(x, bias):  # the variant is the launcher's own choice, by the same rule
-            return function(x, weight, bias, spec=spec, shape=shape, variant=None)
+    def prepare(layout, shape, dtype, flags):
+        entries = {"entries": flags.entries or 0} if counts else {}
+        variant, reason = choose((flags.tokens or 1, *shape), dtype, layout, **entries)
+        run = functools.partial(function, spec=layout, shape=shape, variant=None)
+        return Plan.of(variant, reason, run)
 
-        return kernels.bound.bind(product, weight) if weight["values"].dtype in DTYPES else None
-
-    return bind
+    prepare.__name__ = function.__name__
+    return prepare
 
 
 def choose_vector_nm(shape, dtype, spec):
@@ -195,16 +198,9 @@ TABLE = {
 }
 
 
-def renew(*written: Tensor) -> None:
-    """What kernels derived from a pattern that was written in place is made again where recorded graphs read it."""
-    if written and written[0].is_cuda:
-        kernels.derived.renew(*written)
-
-
 if kernels.available():
-    WRITTEN.append(renew)
     for _layout, (_choose, *_functions) in TABLE.items():
         _picks = {"linear": _choose, "linear_grad_input": choose_gradient, "linear_grad_weight": choose_grad_weight}
         for (_name, _pick), _function in zip(_picks.items(), _functions, strict=True):
-            _bind = binding(_function) if _name == "linear" else None
-            kernel(_name, weight=_layout, device="cuda", choose=in_known_dtypes(_pick), bind=_bind)(_function)
+            _prepare = prepared(in_known_dtypes(_pick), _function)
+            kernel(_name, weight=_layout, device="cuda", prepare=True)(_prepare)

@@ -1,21 +1,22 @@
-"""The honest expansion to dense, for every built-in layout, operator and device; faster kernels then replace it.
+"""The honest expansion to dense, for every built-in layout and operator on any device; faster kernels come before it.
 
 It is correct, it saves memory and not time, and `sten.which` says so.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 from .. import ops as ops  # declares the operators
-from ..dispatch import OPERATORS, kernel
+from ..dispatch import OPERATORS, Flags, Plan, kernel
 from ..layout import Layout
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 
 LAYOUTS = (Masked, CSR, BSR, NM, GroupedNM, VectorNM, FanIn)
-DEVICES = ("cpu", "cuda")
 
 EXPANDS = "expands to dense: no faster kernel for this layout here; saves memory, not time"
+MASKED = "multiplies the dense values under the mask; saves no memory, no time"
 GATHERS = "makes the dense gradient and gathers it at the pattern: no faster kernel for this layout here"
 REASONS = {
     "linear_grad_weight": GATHERS,
@@ -25,20 +26,17 @@ REASONS = {
 }
 
 
-def expand(name: str, layout: type[Layout], device: str) -> None:
-    """Register an operator's reference implementation as the kernel of a layout, with the reason it is no faster."""
-    reference = OPERATORS[name].reference
+def expand(name: str, layout: type[Layout]) -> None:
+    """Register an operator's reference implementation for a layout on any device, with the reason it is no faster."""
+    reference, reason = OPERATORS[name].reference, REASONS.get(name, MASKED if layout is Masked else EXPANDS)
 
-    def kernel_of(*args, **kwargs):
-        return reference(*args, **kwargs)
+    def prepare(layout: Layout, shape: tuple[int, ...], dtype, flags: Flags) -> Plan:
+        return Plan.of(None, reason, functools.partial(reference, layout=layout, shape=shape))
 
-    kernel_of.__name__ = f"{name}_expand"
-    kernel_of.__doc__ = REASONS.get(name, EXPANDS)
-    if layout is Masked and name not in REASONS:
-        kernel_of.__doc__ = "multiplies the dense values under the mask; saves neither memory nor time"
-    kernel(name, weight=layout, device=device)(kernel_of)
+    prepare.__name__ = f"{name}_expand"
+    kernel(name, weight=layout, device="any", prepare=True)(prepare)
 
 
-for _name, _layout, _device in itertools.product(OPERATORS, LAYOUTS, DEVICES):
+for _name, _layout in itertools.product(OPERATORS, LAYOUTS):
     if "weight" in OPERATORS[_name].sparse:
-        expand(_name, _layout, _device)
+        expand(_name, _layout)

@@ -32,8 +32,8 @@ def entries_of(source: SparseTensor, target: SparseTensor) -> SparseTensor:
 
 
 def adopt(w: SparseTensor, new: SparseTensor) -> None:
-    """Make `w` store what `new` stores; everything that refers to `w` sees it."""
-    w._adopt(new.spec, dict(new.parts), new.stored_shape, new.transposed)
+    """Make `w` store what `new` stores, and share the cache of its pattern; everything that refers to `w` sees it."""
+    w._adopt(new.spec, dict(new.parts), new.stored_shape, new.transposed, new.cache)
 
 
 @function(Tensor.copy_)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
-from ..dispatch import call, operator
+from .._torch_private import autocast_somewhere, intercepted, is_compiling
+from ..dispatch import operator, planned
 from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
-from .linear import autocast, bias_row, tracked
+from .linear import autocast, bias_row
+from .pattern import gradient
 
 FORWARD = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 INPUT = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}
@@ -34,49 +35,71 @@ def positions(shape: tuple[int, ...]) -> int:
 
 
 @operator("conv2d", tokens=positions)
-def conv2d_reference(x, weight, bias, *, spec, shape, stride, padding, dilation, groups):
-    return FORWARD[len(shape)](x, spec.unpack(weight, shape), bias, stride, padding, dilation, groups)
+def conv2d_reference(x, weight, bias, *, layout, shape, stride, padding, dilation, groups):
+    return FORWARD[len(shape)](x, layout.unpack(weight, shape), bias, stride, padding, dilation, groups)
 
 
 @operator("conv2d_grad_input", tokens=positions)
-def conv2d_grad_input_reference(grad, weight, *, spec, shape, size, stride, padding, dilation, groups):
-    return INPUT[len(shape)](size, spec.unpack(weight, shape), grad, stride, padding, dilation, groups)
+def conv2d_grad_input_reference(grad, weight, *, layout, shape, size, stride, padding, dilation, groups):
+    return INPUT[len(shape)](size, layout.unpack(weight, shape), grad, stride, padding, dilation, groups)
+
+
+def dense_grad_weight(grad, x, shape, stride, padding, dilation, groups):
+    return WEIGHT[len(shape)](x, shape, grad, stride, padding, dilation, groups)
 
 
 @operator("conv2d_grad_weight", tokens=positions)
-def conv2d_grad_weight_reference(grad, x, weight, *, spec, shape, stride, padding, dilation, groups):
-    return spec.pack_like(WEIGHT[len(shape)](x, shape, grad, stride, padding, dilation, groups), weight)
+def conv2d_grad_weight_reference(grad, x, weight, *, layout, shape, **geometry):
+    return layout.pack_like(dense_grad_weight(grad, x, shape, **geometry), weight)
 
 
-def conv_now(x, w, bias, *geometry):
-    bias = bias_row(bias, w.stored_shape[0])
-    geometry = dict(zip(GEOMETRY, geometry, strict=True))
-    return call("conv2d", w.spec, w.stored_shape, w.parts, x, w.parts, bias, **geometry)
+def named_geometry(stride, padding, dilation, groups) -> dict:
+    """The geometry as keywords of a kernel; tuples, since it is part of the signature."""
+    return {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
 
 
-def grad_input_now(grad, w, size, *geometry):
-    geometry = dict(zip(GEOMETRY, geometry, strict=True), size=tuple(size))
-    return call("conv2d_grad_input", w.spec, w.stored_shape, w.parts, grad, w.parts, **geometry)
+def conv_now(x, w, bias, stride, padding, dilation, groups, seen):
+    geometry, parts = named_geometry(stride, padding, dilation, groups), w.parts
+    return planned("conv2d", w, (x, parts, bias), geometry, seen).run(x, parts, bias, **geometry)
 
 
-def grad_weight_now(grad, x, w, *geometry):
-    geometry = dict(zip(GEOMETRY, geometry, strict=True))
-    return w.with_values(call("conv2d_grad_weight", w.spec, w.stored_shape, w.parts, grad, x, w.parts, **geometry))
+def grad_input_now(grad, w, size, stride, padding, dilation, groups, seen):
+    geometry, parts = {**named_geometry(stride, padding, dilation, groups), "size": tuple(size)}, w.parts
+    return planned("conv2d_grad_input", w, (grad, parts), geometry, seen).run(grad, parts, **geometry)
 
 
-aten(OPS.sparse_conv.default)(lambda _, *args: conv_now(*args))
-aten(OPS.sparse_conv_grad_input.default)(lambda _, *args: grad_input_now(*args))
-aten(OPS.sparse_conv_grad_weight.default)(lambda _, *args: grad_weight_now(*args))
+def grad_weight_now(grad, x, w, stride, padding, dilation, groups, seen):
+    geometry = named_geometry(stride, padding, dilation, groups)
+    return gradient("conv2d_grad_weight", dense_grad_weight, w, (grad, x), geometry, seen)
+
+
+@aten(OPS.sparse_conv.default)
+def _traced_conv(_, x, w, bias, *geometry):
+    return conv_now(x, w, bias, *geometry, intercepted(w, x, bias))
+
+
+@aten(OPS.sparse_conv_grad_input.default)
+def _traced_grad_input(_, grad, w, *size_and_geometry):
+    return grad_input_now(grad, w, *size_and_geometry, intercepted(w, grad))
+
+
+@aten(OPS.sparse_conv_grad_weight.default)
+def _traced_grad_weight(_, grad, x, w, *geometry):
+    return grad_weight_now(grad, x, w, *geometry, intercepted(w, grad, x))
 
 
 class Conv(Rule):
     """y = conv(x, w) + bias."""
 
+    place = 1
+    now = staticmethod(conv_now)
+
     @staticmethod
     def forward(x, w, bias, *geometry):
-        if torch.compiler.is_compiling():
+        seen = intercepted(w, x, bias)
+        if seen and is_compiling():
             return OPS.sparse_conv(x, w, bias, *geometry)
-        return owned(conv_now(x, w, bias, *geometry))
+        return owned(conv_now(x, w, bias, *geometry, seen))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -89,8 +112,8 @@ class Conv(Rule):
         x, w = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         return (
-            ConvGradInput.run(grad, w, x.shape, *ctx.geometry) if needs_x else None,
-            ConvGradWeight.run(grad, x, w, *ctx.geometry) if needs_w else None,
+            ConvGradInput.call(grad, w, x.shape, *ctx.geometry) if needs_x else None,
+            ConvGradWeight.call(grad, x, w, *ctx.geometry) if needs_w else None,
             grad.sum([d for d in range(grad.dim()) if d != 1]) if ctx.has_bias and needs_bias else None,
             *[None] * 4,
         )
@@ -100,16 +123,21 @@ class Conv(Rule):
         if in_dims[0] is None or any(dim is not None for dim in in_dims[1:3]):
             raise NotImplementedError("torch.vmap has no rule over a sparse weight or its bias; map over the input.")
         x = x.movedim(in_dims[0], 0)
-        return Conv.run(x.flatten(0, 1), w, bias, *geometry).unflatten(0, x.shape[:2]), 0
+        return Conv.call(x.flatten(0, 1), w, bias, *geometry).unflatten(0, x.shape[:2]), 0
 
 
 class ConvGradInput(Rule):
     """The transposed convolution of `grad` by w, of shape `size`."""
 
+    place = 1
+    now = staticmethod(grad_input_now)
+
     @staticmethod
     def forward(grad, w, size, *geometry):
-        run = OPS.sparse_conv_grad_input if torch.compiler.is_compiling() else grad_input_now
-        return run(grad, w, size, *geometry)
+        seen = intercepted(w, grad)
+        if seen and is_compiling():
+            return OPS.sparse_conv_grad_input(grad, w, size, *geometry)
+        return grad_input_now(grad, w, size, *geometry, seen)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -120,8 +148,8 @@ class ConvGradInput(Rule):
     def backward(ctx, grad_input):
         grad, w = ctx.saved_tensors
         return (
-            Conv.run(grad_input, w, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
-            ConvGradWeight.run(grad, grad_input, w, *ctx.geometry) if ctx.needs_input_grad[1] else None,
+            Conv.call(grad_input, w, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
+            ConvGradWeight.call(grad, grad_input, w, *ctx.geometry) if ctx.needs_input_grad[1] else None,
             *[None] * 5,
         )
 
@@ -131,17 +159,22 @@ class ConvGradInput(Rule):
             raise NotImplementedError("torch.vmap over a sparse weight has no rule; map over the input only.")
         grad = grad.movedim(in_dims[0], 0)
         whole = (grad.shape[0] * size[0], *size[1:])
-        out = ConvGradInput.run(grad.flatten(0, 1), w, whole, *geometry)
+        out = ConvGradInput.call(grad.flatten(0, 1), w, whole, *geometry)
         return out.unflatten(0, (grad.shape[0], size[0])), 0
 
 
 class ConvGradWeight(Rule):
     """The gradient of w at its pattern; the values of `like` do not matter."""
 
+    place = 2
+    now = staticmethod(grad_weight_now)
+
     @staticmethod
     def forward(grad, x, like, *geometry):
-        run = OPS.sparse_conv_grad_weight if torch.compiler.is_compiling() else grad_weight_now
-        return run(grad, x, like, *geometry)
+        seen = intercepted(like, grad, x)
+        if seen and is_compiling():
+            return OPS.sparse_conv_grad_weight(grad, x, like, *geometry)
+        return grad_weight_now(grad, x, like, *geometry, seen)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -152,8 +185,8 @@ class ConvGradWeight(Rule):
     def backward(ctx, grad_values):
         grad, x = ctx.saved_tensors
         return (
-            Conv.run(x, grad_values, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
-            ConvGradInput.run(grad, grad_values, x.shape, *ctx.geometry) if ctx.needs_input_grad[1] else None,
+            Conv.call(x, grad_values, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
+            ConvGradInput.call(grad, grad_values, x.shape, *ctx.geometry) if ctx.needs_input_grad[1] else None,
             *[None] * 5,
         )
 
@@ -171,15 +204,16 @@ def conv(
             f"A weight of shape {tuple(weight.shape)} with groups={groups} takes an input with "
             f"{weight.shape[1] * groups} channels and {dims} more dimensions; got shape {tuple(input.shape)}."
         )
-    input, weight, bias = autocast(input, weight, bias)
+    if autocast_somewhere():
+        input, weight, bias = autocast(input, weight, bias)
     if input.dtype != weight.dtype:
         kinds = f"Input ({input.dtype}) and weight ({weight.dtype})"
         raise RuntimeError(f"{kinds} must have the same dtype; convert one or use autocast.")
     stride, dilation = (list(s) if isinstance(s, (tuple, list)) else [s] * dims for s in (stride, dilation))
     input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
     single = input.dim() == dims + 1
-    args = (input.unsqueeze(0) if single else input, weight, bias, stride, padding, dilation, groups)
-    out = Conv.run(*args) if tracked(input, weight, bias) else conv_now(*args)
+    bias = bias_row(bias, weight.shape[0])
+    out = Conv.call(input.unsqueeze(0) if single else input, weight, bias, stride, padding, dilation, groups)
     return out.squeeze(0) if single else out
 
 

@@ -14,38 +14,64 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..dispatch import ask_bound, call, call_both, find, operator, say_densified
+from .._torch_private import autocast_somewhere, differentiates, intercepted, is_compiling
+from ..dispatch import find, operator, planned, run_both, say_densified
 from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
+from .pattern import gradient
+
+# what is checked once for a signature
 
 
-@operator("linear")
-def linear_reference(x, weight, bias, *, spec, shape):
-    return F.linear(x, spec.unpack(weight, shape), bias)
+def _expect(w: SparseTensor, x: Tensor, size: int, bias: Tensor | None = None) -> None:
+    if x.dim() == 0 or x.shape[-1] != size:
+        shapes = f"Input {tuple(x.shape)} and weight {tuple(w.shape)}"
+        raise RuntimeError(f"{shapes} do not fit: the last dimension of the input must be {size}.")
+    if x.dtype != w.dtype or (bias is not None and bias.dtype != w.dtype):
+        kinds = f"Input ({x.dtype}), weight ({w.dtype}) and bias ({w.dtype if bias is None else bias.dtype})"
+        raise RuntimeError(f"{kinds} must have the same dtype; convert one or use autocast.")
 
 
-@operator("linear_grad_input")
-def linear_grad_input_reference(grad, weight, *, spec, shape):
-    return grad @ spec.unpack(weight, shape)
+def _check_linear(w: SparseTensor, x: Tensor, weight: dict, bias: Tensor | None) -> None:
+    outputs, inputs = w.stored_shape
+    _expect(w, x, inputs, bias)
+    if bias is not None:
+        bias_row(bias, outputs)
+
+
+def _check_product(w: SparseTensor, x: Tensor, weight: dict) -> None:
+    _expect(w, x, w.stored_shape[0])
+
+
+@operator("linear", check=_check_linear)
+def linear_reference(x, weight, bias, *, layout, shape):
+    return F.linear(x, layout.unpack(weight, shape), bias)
+
+
+@operator("linear_grad_input", check=_check_product)
+def linear_grad_input_reference(grad, weight, *, layout, shape):
+    return grad @ layout.unpack(weight, shape)
+
+
+def dense_grad_weight(grad, x, shape):
+    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
 @operator("linear_grad_weight")
-def linear_grad_weight_reference(grad, x, weight, *, spec, shape):
-    dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-    return spec.pack_like(dense, weight)
+def linear_grad_weight_reference(grad, x, weight, *, layout, shape):
+    return layout.pack_like(dense_grad_weight(grad, x, shape), weight)
 
 
-@operator("matmul", sparse=("input", "other"), required=("other",))
-def matmul_reference(input, other, *, spec, shape):
+@operator("matmul", sparse=("input", "other"), required=("other",), check=_check_product)
+def matmul_reference(input, other, *, layout, shape):
     left, right = (
-        operand if layout is None else layout.unpack(operand, size)
-        for operand, layout, size in zip((input, other), spec, shape, strict=True)
+        operand if each is None else each.unpack(operand, size)
+        for operand, each, size in zip((input, other), layout, shape, strict=True)
     )
     return left @ right
 
 
-# without gradients
+# without gradients; `seen`: the call is intercepted
 
 
 def bias_row(bias: Tensor | None, outputs: int, repeat: bool = False) -> Tensor | None:
@@ -59,38 +85,40 @@ def bias_row(bias: Tensor | None, outputs: int, repeat: bool = False) -> Tensor 
     return bias.contiguous()
 
 
-def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
+def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None, seen: bool) -> Tensor:
     """x @ w.T + bias."""
-    bias = bias_row(bias, w.stored_shape[w.transposed], repeat=True)
     if w.transposed:
-        y = _times(x, w)
-        return y if bias is None else y + bias
-    y = ask_bound("linear", w, x, bias, checked=True)
-    return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias) if y is None else y
+        return _times(x, w, bias, seen)
+    parts = w.parts
+    return planned("linear", w, (x, parts, bias), None, seen).run(x, parts, bias)
 
 
-def matmul_now(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor:
+def matmul_now(x: Tensor, w: SparseTensor, bias: Tensor | None, seen: bool) -> Tensor:
     """x @ w + bias."""
-    bias = bias_row(bias, w.stored_shape[not w.transposed], repeat=True)
-    if w.transposed:
-        return call("linear", w.spec, w.stored_shape, w.parts, x, w.parts, bias)
-    y = _times(x, w)
-    return y if bias is None else y + bias
+    if not w.transposed:
+        return _times(x, w, bias, seen)
+    parts = w.parts
+    return planned("linear", w, (x, parts, bias), None, seen).run(x, parts, bias)
 
 
-def _times(x: Tensor, w: SparseTensor) -> Tensor:
-    """x @ the stored matrix: a kernel registered for matmul comes first, the gradient of linear is the same product."""
-    spec, shape, parts = w.spec, w.stored_shape, w.parts
-    if find("matmul", parts["values"].device.type, (None, spec)) is not None:
-        return call_both("matmul", (None, spec), (tuple(x.shape), shape), x, parts)
-    return call("linear_grad_input", spec, shape, parts, x, parts)
+def stored_product(w: SparseTensor) -> str:
+    """The operator that x @ the stored matrix is: a kernel registered for matmul comes first; the gradient of linear's
+    input is the same product."""
+    device = w.parts["values"].device.type
+    return "linear_grad_input" if find("matmul", device, (None, w.spec)) is None else "matmul"
 
 
-def grad_weight_now(grad: Tensor, x: Tensor, w: SparseTensor) -> SparseTensor:
+def _times(x: Tensor, w: SparseTensor, bias: Tensor | None, seen: bool) -> Tensor:
+    parts = w.parts
+    y = planned(stored_product(w), w, (x, parts), None, seen).run(x, parts)
+    return y if bias is None else y + bias_row(bias, y.shape[-1])
+
+
+def grad_weight_now(grad: Tensor, x: Tensor, w: SparseTensor, seen: bool) -> SparseTensor:
     """The gradient of linear's weight, grad.T @ x, at the pattern of w."""
     if w.transposed:
         grad, x = x, grad
-    return w.with_values(call("linear_grad_weight", w.spec, w.stored_shape, w.parts, grad, x, w.parts))
+    return gradient("linear_grad_weight", dense_grad_weight, w, (grad, x), None, seen)
 
 
 # what torch.compile sees: opaque operators on the SparseTensor, which __torch_dispatch__ answers
@@ -98,9 +126,9 @@ def grad_weight_now(grad: Tensor, x: Tensor, w: SparseTensor) -> SparseTensor:
 LIBRARY.define("sparse_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.define("sparse_matmul(Tensor input, Tensor other, Tensor? bias) -> Tensor")
 LIBRARY.define("sparse_grad_weight(Tensor grad, Tensor input, Tensor weight) -> Tensor")
-aten(OPS.sparse_linear.default)(lambda _, x, w, bias: linear_now(x, w, bias))
-aten(OPS.sparse_matmul.default)(lambda _, x, w, bias: matmul_now(x, w, bias))
-aten(OPS.sparse_grad_weight.default)(lambda _, grad, x, w: grad_weight_now(grad, x, w))
+aten(OPS.sparse_linear.default)(lambda _, x, w, bias: linear_now(x, w, bias, intercepted(w, x, bias)))
+aten(OPS.sparse_matmul.default)(lambda _, x, w, bias: matmul_now(x, w, bias, intercepted(w, x, bias)))
+aten(OPS.sparse_grad_weight.default)(lambda _, grad, x, w: grad_weight_now(grad, x, w, intercepted(w, grad, x)))
 
 
 def over_batch(apply, info, in_dims, x, *rest):
@@ -117,9 +145,15 @@ def _sum_rows(grad: Tensor) -> Tensor:
 class Linear(Rule):
     """y = x @ w.T + bias."""
 
+    place = 1
+    now = staticmethod(linear_now)
+
     @staticmethod
     def forward(x, w, bias):
-        return OPS.sparse_linear(x, w, bias) if torch.compiler.is_compiling() else owned(linear_now(x, w, bias))
+        seen = intercepted(w, x, bias)
+        if seen and is_compiling():
+            return OPS.sparse_linear(x, w, bias)
+        return owned(linear_now(x, w, bias, seen))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -130,22 +164,28 @@ class Linear(Rule):
         x, w = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
         return (
-            Matmul.run(grad, w, None) if needs_x else None,
-            GradWeight.run(grad, x, w) if needs_w else None,
+            Matmul.call(grad, w, None) if needs_x else None,
+            GradWeight.call(grad, x, w) if needs_w else None,
             _sum_rows(grad) if needs_bias else None,
         )
 
     @staticmethod
     def vmap(info, in_dims, x, w, bias):
-        return over_batch(Linear.run, info, in_dims, x, w, bias)
+        return over_batch(Linear.call, info, in_dims, x, w, bias)
 
 
 class Matmul(Rule):
     """y = x @ w + bias."""
 
+    place = 1
+    now = staticmethod(matmul_now)
+
     @staticmethod
     def forward(x, w, bias):
-        return OPS.sparse_matmul(x, w, bias) if torch.compiler.is_compiling() else owned(matmul_now(x, w, bias))
+        seen = intercepted(w, x, bias)
+        if seen and is_compiling():
+            return OPS.sparse_matmul(x, w, bias)
+        return owned(matmul_now(x, w, bias, seen))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -156,24 +196,28 @@ class Matmul(Rule):
         x, w = ctx.saved_tensors
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
         return (
-            Linear.run(grad, w, None) if needs_x else None,
-            GradWeight.run(x, grad, w) if needs_w else None,
+            Linear.call(grad, w, None) if needs_x else None,
+            GradWeight.call(x, grad, w) if needs_w else None,
             _sum_rows(grad) if needs_bias else None,
         )
 
     @staticmethod
     def vmap(info, in_dims, x, w, bias):
-        return over_batch(Matmul.run, info, in_dims, x, w, bias)
+        return over_batch(Matmul.call, info, in_dims, x, w, bias)
 
 
 class GradWeight(Rule):
     """g.T @ x at the pattern of `like` (whose values do not matter)."""
 
+    place = 2
+    now = staticmethod(grad_weight_now)
+
     @staticmethod
     def forward(grad, x, like):
-        if torch.compiler.is_compiling():
+        seen = intercepted(like, grad, x)
+        if seen and is_compiling():
             return OPS.sparse_grad_weight(grad, x, like)
-        return grad_weight_now(grad, x, like)
+        return grad_weight_now(grad, x, like, seen)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -184,16 +228,14 @@ class GradWeight(Rule):
         grad, x = ctx.saved_tensors
         needs_grad, needs_x, _ = ctx.needs_input_grad
         return (
-            Linear.run(x, grad_values, None) if needs_grad else None,
-            Matmul.run(grad, grad_values, None) if needs_x else None,
+            Linear.call(x, grad_values, None) if needs_grad else None,
+            Matmul.call(grad, grad_values, None) if needs_x else None,
             None,
         )
 
 
 def autocast(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> tuple[Tensor, SparseTensor, Tensor | None]:
     """The operands in autocast's dtype, where it is on; linear and convolutions are on its lower-precision list."""
-    if not torch._C._is_any_autocast_enabled():
-        return x, w, bias
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -202,48 +244,35 @@ def autocast(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> tuple[Te
     return x, w, bias
 
 
-def tracked(*tensors: Tensor | None) -> bool:
-    """Whether somebody watches: autograd of either mode, torch.func, torch.compile. If not, the kernel is called."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _check(x: Tensor, size: int, w: SparseTensor, bias: Tensor | None) -> None:
-    if x.shape[-1] != size:
-        shapes = f"Input {tuple(x.shape)} and weight {tuple(w.shape)}"
-        raise RuntimeError(f"{shapes} do not fit: the last dimension of the input must be {size}.")
-    if x.dtype != w.dtype or (bias is not None and bias.dtype != w.dtype):
-        kinds = f"Input ({x.dtype}), weight ({w.dtype}) and bias ({w.dtype if bias is None else bias.dtype})"
-        raise RuntimeError(f"{kinds} must have the same dtype; convert one or use autocast.")
-
-
-def _as_before(x: Tensor, w: SparseTensor, bias: Tensor | None) -> Tensor | None:
-    """The product without a check, where what is bound to the weight has answered for such operands; None otherwise."""
-    if not w.bound or w.transposed or torch._C._is_any_autocast_enabled():
-        return None
-    recorded = torch.is_grad_enabled() and w.requires_grad  # who else watches, it looks itself
-    return None if recorded else ask_bound("linear", w, x, bias, checked=False)
-
-
 @function(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear with a sparse weight; a sparse input is unpacked."""
     if not isinstance(weight, SparseTensor) or isinstance(input, SparseTensor):
         return matmul(input, weight.t()) if bias is None else matmul(input, weight.t()) + bias
-    y = _as_before(input, weight, bias)
-    if y is not None:
-        return y
-    input, weight, bias = autocast(input, weight, bias)
-    _check(input, weight.stored_shape[not weight.transposed], weight, bias)
-    return Linear.run(input, weight, bias) if tracked(input, weight, bias) else linear_now(input, weight, bias)
+    if autocast_somewhere():
+        input, weight, bias = autocast(input, weight, bias)
+    if bias is not None and (bias.dim() != 1 or bias.numel() == 1 or not bias.is_contiguous()):
+        bias = bias_row(bias, weight.shape[0], repeat=True)
+    seen = intercepted(weight, input, bias)
+    if seen and differentiates():
+        return Linear.apply(input, weight, bias)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return Linear.record(input, weight, bias)
+    if weight.transposed:
+        return linear_now(input, weight, bias, seen)
+    parts = weight.parts  # as `linear_now`, a call less: this is where a model spends its time
+    return planned("linear", weight, (input, parts, bias), None, seen).run(input, parts, bias)
 
 
 def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     """x @ w + bias for x of any number of dimensions: linear with the weight the other way round."""
-    x, w, bias = autocast(x, w, bias)
-    _check(x, w.stored_shape[w.transposed], w, bias)
-    return Matmul.run(x, w, bias) if tracked(x, w, bias) else matmul_now(x, w, bias)
+    if autocast_somewhere():
+        x, w, bias = autocast(x, w, bias)
+    if bias is not None:
+        bias = bias_row(bias, w.shape[1], repeat=True)
+    return Matmul.call(x, w, bias)
 
 
 @function(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
@@ -264,8 +293,9 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
 def _both(a: SparseTensor, b: SparseTensor) -> Tensor:
     """Sparse times sparse, dense result: a registered kernel, or the right operand unpacked, with a warning."""
     registered = find("matmul", a.parts["values"].device.type, (a.spec, b.spec)) is not None
-    if registered and not (a.transposed or b.transposed or tracked(a, b)):
-        return call_both("matmul", (a.spec, b.spec), (a.stored_shape, b.stored_shape), a.parts, b.parts)
+    recorded = differentiates() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+    if registered and not (a.transposed or b.transposed or recorded):
+        return run_both("matmul", a, b)
     say_densified("matmul", b.spec)
     return matmul(a, b.to_dense())
 

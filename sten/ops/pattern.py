@@ -1,31 +1,31 @@
-"""Padding and patterns: which slots are live, and how a dense operand gets to them."""
+"""Padding and patterns: which slots are live, and how a dense operand or a gradient gets to them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from .._torch_private import backward_pass
+from ..dispatch import planned
 from ..tensor import SparseTensor, project_now, traced, unpack
-
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a pattern's tensor -> (what it was then, its live slots)
 
 
 def live_slots(w: SparseTensor) -> Tensor | None:
     """Bool mask of the slots of `values` that are not padding; None where every slot is live.
 
-    Found once for a pattern and kept as long as its tensors live and are not written to.
+    Computed once for a pattern and kept in its cache, until `invalidate`, or an edit that the parts' versions show.
     """
     pattern = [p for name, p in w.parts.items() if name != "values"]
     if not pattern or any(traced(p) or p.is_inference() for p in pattern):
         return _find(w)
-    state = (w.spec, w.stored_shape, w.parts["values"].shape, [(id(p), p._version) for p in pattern])
-    known = _known.get(pattern[0])
-    if known is None or known[0] != state:
+    cache, state = w.cache, [(id(p), p._version) for p in pattern]
+    if cache.live is None or cache.live[0] != state:
         live = _find(w)
-        known = state, None if bool(live.all()) else live
-        _known[pattern[0]] = known
-    return known[1]
+        cache.live = state, None if bool(live.all()) else live
+    return cache.live[1]
 
 
 def _find(w: SparseTensor) -> Tensor:
@@ -52,10 +52,37 @@ def dense_to_values(w: SparseTensor, dense: Tensor, name: str) -> Tensor:
     """
     dense = torch.broadcast_to(dense, w.shape)
     gathered = project_now(dense, w)
-    accumulates = torch._C._current_graph_task_id() != -1
+    accumulates = backward_pass() != -1
     if not accumulates and not torch.equal(unpack(gathered), dense.to(gathered.dtype)):
         raise ValueError(
             f"{name} would write a tensor with non-zeros off the pattern into a {w.spec} weight: mask it first "
             "(tensor * w.mask()), or use sten.densify."
         )
     return gathered.parts["values"]
+
+
+def gradient(
+    name: str,
+    dense: Callable[..., Tensor],
+    w: SparseTensor,
+    operands: tuple,
+    geometry: dict[str, Any] | None,
+    seen: bool,
+) -> SparseTensor:
+    """The gradient of a weight, at its pattern.
+
+    Where a training method wants it dense (`PatternCache.dense_gradient`), it is computed dense, once, and handed over.
+
+    Args:
+        name: the operator, whose kernels take `operands`, then the parts of the weight, and `geometry`.
+        dense: `dense(*operands, shape, **geometry)` computes the same for every entry.
+        seen: whether the call is intercepted.
+    """
+    geometry, parts, wants = geometry or {}, w.parts, w.cache.dense_gradient
+    if wants is None:
+        values = planned(name, w, (*operands, parts), geometry, seen).run(*operands, parts, **geometry)
+    else:
+        whole = dense(*operands, w.stored_shape, **geometry)
+        wants(whole)
+        values = w.spec.pack_like(whole, parts)
+    return w.with_values(values)

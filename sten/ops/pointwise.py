@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._torch_private import tree_map
 from ..tensor import SparseTensor, aten, function, project, project_now, unpack
 from .pattern import clear_padding, dense_to_values, only_live
 
@@ -67,7 +68,7 @@ def on_values(func, args, kwargs) -> SparseTensor:
 @aten(*overloads(TO_DENSE), *overloads("pow"), A.sum.dim_IntList, A.mean.dim)
 def dense_result(func, *args, **kwargs):
     """The operator on dense copies: its result is dense by nature (f(0) is not 0)."""
-    args, kwargs = torch.utils._pytree.tree_map_only(SparseTensor, unpack, (args, kwargs))
+    args, kwargs = tree_map(lambda a: unpack(a) if isinstance(a, SparseTensor) else a, (args, kwargs))
     return func(*args, **kwargs)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import _VF
-from torch.utils._pytree import tree_leaves, tree_map
 
+from .._torch_private import fused_recurrent, tree_leaves, tree_map
 from ..dispatch import say_densified
 from ..tensor import SparseTensor, function
 
 KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-FUSED = [getattr(_VF, kind + ending) for kind in KINDS for ending in ("", "_cell")]
+FUSED = [getattr(fused_recurrent, kind + ending) for kind in KINDS for ending in ("", "_cell")]
 
 
 def _dense_rule(fused):

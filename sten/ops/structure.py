@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from .._torch_private import correct_aliasing
 from ..dispatch import say_densified
 from ..tensor import SparseTensor, aten, unpack
 from .pattern import dense_to_values as dense_to_values
@@ -16,7 +16,7 @@ A = torch.ops.aten
 
 
 def each_part(change, w: SparseTensor) -> SparseTensor:
-    """The same weight with `change` applied to every part."""
+    """The same weight with `change` applied to every part: a pattern of its own."""
     return SparseTensor(w.spec, {n: change(p) for n, p in w.parts.items()}, w.stored_shape, w.transposed)
 
 
@@ -28,8 +28,8 @@ def alias(func, args: tuple, transposed: bool) -> SparseTensor:
     w = args[0]
     with torch.inference_mode(w.is_inference()) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
         parts = {**w.parts, "values": w.parts["values"].detach()}
-        view = SparseTensor(w.spec, parts, w.stored_shape, transposed)
-    return return_and_correct_aliasing(func, args, {}, view)
+        view = SparseTensor(w.spec, parts, w.stored_shape, transposed, cache=w.cache)
+    return correct_aliasing(func, args, {}, view)
 
 
 @aten(A.detach.default, A.alias.default)
@@ -84,8 +84,9 @@ def to_copy(func, w, *, dtype=None, device=None, layout=None, pin_memory=None, n
         return func(unpack(w), dtype=dtype, device=device, non_blocking=non_blocking)
     place = {"device": device, "non_blocking": non_blocking}
     parts = {n: p.to(**place) if device is not None else p for n, p in w.parts.items()}
+    same = all(p is w.parts[n] for n, p in parts.items() if n != "values")
     parts["values"] = func(w.parts["values"], dtype=dtype, **place)
-    return SparseTensor(w.spec, parts, w.stored_shape, w.transposed)
+    return SparseTensor(w.spec, parts, w.stored_shape, w.transposed, cache=w.cache if same else None)
 
 
 @aten(A.zeros_like.default, A.empty_like.default, A.ones_like.default, A.rand_like.default, A.randn_like.default)

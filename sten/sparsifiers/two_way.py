@@ -66,27 +66,27 @@ def back(weight: Parts) -> Tensor:
     return weight["values"].masked_fill(~weight["backward"], 0)
 
 
-def linear(x, weight, bias, *, spec, shape):
+def linear(x, weight, bias, *, layout, shape):
     """Dense product with the forward mask."""
-    return F.linear(x, spec.unpack(weight, shape), bias)
+    return F.linear(x, layout.unpack(weight, shape), bias)
 
 
-def linear_grad_input(grad, weight, *, spec, shape):
+def linear_grad_input(grad, weight, *, layout, shape):
     """Dense product with the backward mask."""
     return grad @ back(weight)
 
 
-def linear_grad_weight(grad, x, weight, *, spec, shape):
+def linear_grad_weight(grad, x, weight, *, layout, shape):
     """The dense gradient."""
     return grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
-def conv2d_grad_input(grad, weight, *, spec, shape, size, **geometry):
+def conv2d_grad_input(grad, weight, *, layout, shape, size, **geometry):
     """Dense transposed convolution with the backward mask."""
     return INPUT[len(shape)](size, back(weight), grad, *(geometry[name] for name in GEOMETRY))
 
 
-def conv2d_grad_weight(grad, x, weight, *, spec, shape, **geometry):
+def conv2d_grad_weight(grad, x, weight, *, layout, shape, **geometry):
     """The dense gradient."""
     return WEIGHT[len(shape)](x, shape, grad, *(geometry[name] for name in GEOMETRY))
 

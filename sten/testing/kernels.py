@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dispatch import OPERATORS, call, find
+from ..dispatch import OPERATORS, find, planned
 from ..layout import Layout
+from ..tensor import SparseTensor
 from .layouts import accepts, claim, saying
 
 SHAPES = ((1, 1), (8, 16), (16, 8), (17, 33), (64, 40), (63, 100))
@@ -18,10 +20,30 @@ CONV_SHAPES = ((4, 3, 3, 3), (8, 8, 1, 1), (5, 7, 2, 3))
 LEADING = ((), (0,), (1,), (2,), (3, 5), (17,), (64,), (65,))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 GEOMETRY = (
-    {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1},
-    {"stride": [2, 1], "padding": [1, 2], "dilation": [1, 2], "groups": 1},
+    {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1},
+    {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 1},
 )
 Operands = Callable[[dict[str, Tensor], tuple[int, ...], Callable[..., Tensor]], Iterator[tuple[tuple, dict[str, Any]]]]
+
+
+@dataclass
+class Checked:
+    """What `check_kernel` tried.
+
+    Attributes:
+        operator, layout, device: the row of the kernel table.
+        dtypes, shapes: of the weights.
+        calls: how many calls were compared with the reference.
+        variants: what ran, as the Plans say: the name of a variant, or "reference", or of the kernel without variants.
+    """
+
+    operator: str
+    layout: Layout
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    calls: int = 0
+    variants: set[str] = field(default_factory=set)
 
 
 def check_kernel(
@@ -33,27 +55,29 @@ def check_kernel(
     shapes: Sequence[tuple[int, ...]] | None = None,
     sparsity: Sequence[float] = (0.5, 0.9, 0.0, 1.0),
     operands: Operands | None = None,
-) -> None:
+) -> Checked:
     """Compare the kernel registered for (operator, layout, device) with the reference in float64.
 
     AssertionError if it errs.
 
     Tried are weights that do not divide, empty and full patterns, zero, one and many tokens, activations of any number
-    of dimensions and of any strides, with and without bias, and results in memory that was full of NaN. The kernel must
-    leave its arguments alone. The error is measured in norm, against the dtype's tolerance. What the kernel binds to a
-    weight has to answer within it too, the first time and the second.
+    of dimensions and of any strides, images in both memory formats, with and without bias, and results in memory that
+    was full of NaN. Each call is made three times: a Plan's first call, which may build a launch, its second, which
+    uses it, and one with the Plan of an intercepted call. The kernel must leave its arguments, and what it returned
+    before, alone. The error is measured in norm, against the dtype's tolerance.
 
     Args:
         operator: its name, as in `sten.kernel`.
         layout: the layout whose kernel is checked.
-        device, dtypes: where to run it, and in which dtypes; those for which `choose` says "reference" prove nothing.
+        device, dtypes: where to run it, and in which dtypes; those that it leaves to the reference prove nothing.
         shapes: weight shapes; default: those of a fixed list that the layout accepts.
         sparsity: for layouts without a rate of their own.
         operands: for an operator of your own: `operands(parts, shape, randn)` yields (arguments, keywords) of calls.
 
     Example:
         >>> import sten
-        >>> sten.testing.check_kernel("linear", sten.CSR(), shapes=[(8, 16)])
+        >>> sorted(sten.testing.check_kernel("linear", sten.Masked(), shapes=[(8, 16)]).variants)
+        ['linear_expand']
     """
     entry = find(operator, device, layout)
     claim(entry is not None, f"No kernel is registered for {operator!r} with {type(layout).__name__} on {device}")
@@ -61,34 +85,38 @@ def check_kernel(
     claim(operands is not None, f"check_kernel does not know the operands of {operator!r}; pass operands=")
     if shapes is None:
         shapes = [s for s in (CONV_SHAPES if operator.startswith("conv") else SHAPES) if accepts(layout, s)]
-    for shape in shapes:
+    checked = Checked(operator, layout, device, tuple(dtypes), tuple(map(tuple, shapes)))
+    for shape in checked.shapes:
         for dtype in dtypes:
             for number in sparsity if layout.rate is None else (None,):
-                with saying(f"{operator} on {layout} at {tuple(shape)}, {dtype}, sparsity {number}"):
-                    _check_case(operator, layout, device, dtype, tuple(shape), number, operands)
+                with saying(f"{operator} on {layout} at {shape}, {dtype}, sparsity {number}"):
+                    _check_case(checked, dtype, shape, number, operands)
+    return checked
 
 
-def _check_case(operator, layout, device, dtype, shape, sparsity, operands) -> None:
+def _check_case(checked: Checked, dtype, shape, sparsity, operands) -> None:
     random = torch.Generator().manual_seed(math.prod(shape))
+    operator, layout, device = checked.operator, checked.layout, checked.device
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, generator=random).to(device, dtype)
 
-    w = randn(*shape)
-    parts = layout.pack(w, layout.mask(w.abs(), sparsity))
-    entry = find(operator, device, layout)
-    bound = entry.bind and entry.bind(parts, spec=layout, shape=shape)
-    for args, kwargs in operands(parts, shape, randn):
+    dense = randn(*shape)
+    w = SparseTensor(layout, layout.pack(dense, layout.mask(dense.abs(), sparsity)), shape)
+    for args, kwargs in operands(w.parts, shape, randn):
         where = f"{operator} on {layout}: weight {shape}, {dtype}, sparsity {sparsity}, operands {_sizes(args)}"
-        exact = OPERATORS[operator].reference(*_double(args), spec=layout, shape=shape, **kwargs)
-        before = _double(args)
-        _poison(exact, dtype, device)
-        _check_result(call(operator, layout, shape, parts, *args, **kwargs), exact, dtype, where)
-        for checked in (True, False) if bound else ():
+        exact = OPERATORS[operator].reference(*_double(args), layout=layout, shape=shape, **kwargs)
+        before, plan = _double(args), planned(operator, w, args, kwargs)
+        again, intercepted = planned(operator, w, args, kwargs), planned(operator, w, args, kwargs, True)
+        claim(again is plan, f"{where}: the Plan was not kept")
+        results = []
+        for each, turn in ((plan, "first call"), (again, "second call"), (intercepted, "intercepted call")):
             _poison(exact, dtype, device)
-            got = bound(args[0], args[2], checked)
-            if got is not None:
-                _check_result(got, exact, dtype, f"{where}, bound")
+            results.append(each.run(*args, **kwargs))
+            for result in results:
+                _check_result(result, exact, dtype, f"{where}, {turn}")
+            checked.calls += 1
+            checked.variants.add(each.variant or each.kernel)
         claim(all(_same(a, b) for a, b in zip(before, _double(args), strict=True)), f"{where}: an argument was changed")
 
 
@@ -153,7 +181,8 @@ def _linear_grad_weight(parts, shape, randn):
 
 def _conv(parts, shape, randn):
     for geometry in GEOMETRY:
-        yield (randn(2, shape[1], 9, 8), parts, randn(shape[0])), geometry
+        for form in (torch.contiguous_format, torch.channels_last):
+            yield (randn(2, shape[1], 9, 8).contiguous(memory_format=form), parts, randn(shape[0])), geometry
 
 
 def _conv_output(shape, randn, geometry) -> tuple[Tensor, Tensor]:

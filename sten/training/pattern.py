@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import Allocation
-from ..dispatch import written
 from ..layout import Parts, fields
 from ..sparsifiers import Sparsifier
-from ..tensor import Rule, SparseTensor, checked, project
+from ..tensor import PatternCache, Rule, SparseTensor, checked, project
 
 PREFIX = "sparse_"  # the holder of `weight` is the submodule `sparse_weight`
 
@@ -64,6 +63,7 @@ class SparseWeight(nn.Module):
             self.register_buffer(name, w.parts[name])
         self.method: Method | None = None
         self.extra: tuple[str, ...] = ()
+        self.cache = PatternCache()
         self.probe: Tensor | None = None  # set while a dense gradient is wanted (tap.py)
 
     @property
@@ -89,7 +89,7 @@ class SparseWeight(nn.Module):
         """Take on another pattern, and tell who derived something from the old one."""
         for name in self.names:
             self._buffers[name] = fill(self._buffers[name], parts[name])
-        written(*self.pattern.values())
+        self.cache.invalidate(*self.pattern.values())
 
     @torch.no_grad()
     def follow(self, other: SparseWeight, dense: Tensor) -> None:
@@ -103,14 +103,14 @@ class SparseWeight(nn.Module):
 
     def forward(self, param: Tensor | None = None) -> SparseTensor:
         if torch.compiler.is_compiling():
-            w = _traced(
-                self.values, self.spec, self.shape, self.transposed, self.names, *[self._buffers[n] for n in self.names]
-            )
+            pattern = [self._buffers[n] for n in self.names]
+            w = _traced(self.values, self.spec, self.shape, self.transposed, None, self.names, *pattern)
             return w if self.probe is None else w.to_dense() + self.probe
         values = self._parameters["values"]
         if torch.is_grad_enabled() and values.requires_grad:
-            return _Assemble.run(values, self.spec, self.shape, self.transposed, self.names, *self.pattern.values())
-        return SparseTensor(self.spec, self.parts, self.shape, self.transposed)
+            pattern = self.pattern.values()
+            return _Assemble.run(values, self.spec, self.shape, self.transposed, self.cache, self.names, *pattern)
+        return SparseTensor(self.spec, self.parts, self.shape, self.transposed, cache=self.cache)
 
     def tensor(self, param: Tensor | None = None) -> SparseTensor:
         """The weight as a SparseTensor that shares memory and is cut off from autograd; `requires_grad` as the
@@ -138,7 +138,7 @@ class SparseWeight(nn.Module):
                     own.data, own.grad = own.new_zeros(part.shape), None
         lost: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, lost, unexpected, errors)
-        written(*self.pattern.values())
+        self.cache.invalidate(*self.pattern.values())
         missing.extend(_public(prefix) + name.removeprefix(prefix) for name in lost)
 
 
@@ -153,13 +153,14 @@ class _Assemble(Rule):
     """Values and pattern to the SparseTensor; its gradient, which has the same pattern, back to the values."""
 
     @staticmethod
-    def forward(values, spec, shape, transposed, names, *pattern):
-        return SparseTensor(spec, {"values": values, **dict(zip(names, pattern, strict=True))}, shape, transposed)
+    def forward(values, spec, shape, transposed, cache, names, *pattern):
+        parts = {"values": values, **dict(zip(names, pattern, strict=True))}
+        return SparseTensor(spec, parts, shape, transposed, cache=cache)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        values, spec, shape, transposed, names, *pattern = inputs
-        ctx.like = (spec, {"values": values, **dict(zip(names, pattern, strict=True))}, shape, transposed)
+        values, spec, shape, transposed, cache, names, *pattern = inputs
+        ctx.like = (spec, {"values": values, **dict(zip(names, pattern, strict=True))}, shape, transposed, cache)
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -169,10 +170,11 @@ class _Assemble(Rule):
 
     @staticmethod
     def backward(ctx, grad):
-        spec, parts, shape, transposed = ctx.like
+        spec, parts, shape, transposed, cache = ctx.like
         if type(grad) is not SparseTensor:
-            grad = project(grad, SparseTensor(spec, {n: p.detach() for n, p in parts.items()}, shape, transposed))
-        return (_Values.run(grad) if torch.is_grad_enabled() else grad.parts["values"], *[None] * (3 + len(parts)))
+            parts = {n: p.detach() for n, p in parts.items()}
+            grad = project(grad, SparseTensor(spec, parts, shape, transposed, cache=cache))
+        return (_Values.run(grad) if torch.is_grad_enabled() else grad.parts["values"], *[None] * (4 + len(parts)))
 
 
 class _Values(Rule):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import dispatch
 from .pattern import SparseWeight
 
 
@@ -29,8 +28,7 @@ class Tap:
         self.holder, self.at_once = holder, at_once
         self.total: Tensor | None = None
         self.deliveries, self.task = 0, -1
-        self.key = id(next(iter(holder.pattern.values())))
-        dispatch.TAPS[self.key] = self.deliver
+        holder.cache.dense_gradient = self.deliver
         zero = holder.values.new_zeros(()).detach()
         shape = holder.shape[::-1] if holder.transposed else holder.shape
         holder.probe = zero.expand(shape).requires_grad_()
@@ -38,7 +36,7 @@ class Tap:
 
     def close(self) -> None:
         """Ordinary steps from now on."""
-        dispatch.TAPS.pop(self.key, None)
+        self.holder.cache.dense_gradient = None
         self.holder.probe, self.total = None, None
 
     def deliver(self, grad: Tensor) -> None:

@@ -1,0 +1,128 @@
+"""What sten needs of torch beyond its documented interface, in one place, and the question that most of it serves.
+
+Each name is fetched with a fallback that is slower and safe: where torch no longer has one of those that `intercepted`
+reads, every call counts as intercepted (a Plan is prepared each time), and nothing else changes. `PATHS` lists them.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+PATHS: dict[str, str] = {}  # name here -> its path below torch
+
+
+def _fetch(name: str, path: str, fallback: Any) -> Any:
+    """The object at a dotted path below `torch`, noted in PATHS, or the fallback."""
+    PATHS[name], found = path, torch
+    for step in path.split("."):
+        found = getattr(found, step, None)
+        if found is None:
+            return fallback
+    return found
+
+
+def _one() -> int:
+    return 1
+
+
+def _minus_one() -> int:
+    return -1
+
+
+def _without_alias(func: Callable, args: tuple, kwargs: dict, out: Any) -> Any:
+    return out
+
+
+is_compiling = torch.compiler.is_compiling  # public; Dynamo takes a call of it for the constant True
+
+# each of these says that something looks at the operators of a call; where one is gone, the answer is yes
+dispatch_modes = _fetch("dispatch_modes", "_C._len_torch_dispatch_stack", _one)
+function_modes = _fetch("function_modes", "_C._len_torch_function_stack", _one)
+transforms_active = _fetch("transforms_active", "_C._are_functorch_transforms_active", _one)
+tracing_state = _fetch("tracing_state", "_C._get_tracing_state", _one)
+profiler_enabled = _fetch("profiler_enabled", "_C._autograd._profiler_enabled", _one)
+_level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNamespace(_current_level=0)
+PATHS["_current_level"] = "autograd.forward_ad._current_level"
+
+no_function = torch._C.DisableTorchFunctionSubclass  # documented, in "Extending PyTorch"
+autocast_somewhere = _fetch("autocast_somewhere", "_C._is_any_autocast_enabled", _one)  # then it is asked by device
+backward_pass = _fetch("backward_pass", "_C._current_graph_task_id", _minus_one)  # -1 outside: dense writes are refused
+correct_aliasing = _fetch("correct_aliasing", "utils._python_dispatch.return_and_correct_aliasing", _without_alias)
+fused_recurrent = _fetch("fused_recurrent", "_VF", torch)
+OpOverload = type(torch.ops.aten.mm.default)
+
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+SETTINGS = {type(None), int, float, bool, str, tuple, list, dict, torch.Size}  # tensor.py adds SparseTensor
+
+
+def intercepted(w: Any, *operands: Any) -> bool:
+    """Whether something has to see the operators of a call: a compiler, a mode, torch.func, a tracer, the profiler,
+    forward AD, or a tensor that is more than its numbers (a subclass such as a fake tensor, a lazy negation).
+
+    If so, nothing is looked up or stored, and operators go through torch's dispatcher. Written for speed: it comes
+    before every call. Autograd in reverse mode is not asked about.
+
+    Args:
+        w: the SparseTensor of the call, looked at through its values.
+        *operands: the other operands; what is no tensor (None, parts, the geometry of a convolution) does not matter.
+    """
+    if (
+        is_compiling()  # first, so that Dynamo traces no further
+        or dispatch_modes()
+        or function_modes()
+        or transforms_active()
+        or tracing_state() is not None
+        or profiler_enabled()
+        or _level._current_level >= 0
+    ):
+        return True
+    for a in (w.parts["values"], *operands):
+        kind = type(a)
+        if kind in PLAIN:
+            if a.is_neg() or a._is_zerotensor():
+                return True
+        elif kind not in SETTINGS:  # a symbolic size is none of them
+            return True
+    return False
+
+
+def differentiates() -> bool:
+    """Whether a rule of autograd has to see every call: torch.compile, torch.func, forward AD (which it refuses)."""
+    return is_compiling() or bool(transforms_active()) or _level._current_level >= 0
+
+
+def apply_of(rule: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`rule.apply` where neither torch.compile nor torch.func is active: without reading the signature of `forward`,
+    which takes longer than a small product."""
+    return getattr(super(torch.autograd.Function, rule), "apply", rule.apply)
+
+
+def allows_tf32() -> bool:
+    """Whether torch may round fp32 products to tf32."""
+    try:
+        return torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # the newer switch was set, and torch refuses to mix the two
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def tree_map(change: Callable[[Any], Any], tree: Any) -> Any:
+    """The arguments of an operator with `change` applied to each leaf of their lists, tuples and dictionaries."""
+    if isinstance(tree, (list, tuple)):
+        branches = [tree_map(change, branch) for branch in tree]
+        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
+    if isinstance(tree, dict):
+        return {name: tree_map(change, branch) for name, branch in tree.items()}
+    return change(tree)
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """The leaves of the arguments of an operator."""
+    found: list[Any] = []
+    tree_map(found.append, tree)
+    return found
