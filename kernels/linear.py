@@ -64,7 +64,7 @@ class Linear(Operator):
         )
         super().__init__(schema, self._shape, self._make, choose=layout.choose)
         self.__doc__ = type(self).__doc__
-        self.absent = (None,) * (self.count + 1 if layout.dual else 0)  # in the place of a second weight
+        self.absent = (None,) * (self.count + 2 if layout.dual else 1)  # of a lone product: no gate, no second weight
 
     def _shape(self, x, *arguments):
         return *x.shape[:-1], arguments[len(self.tensors) - 1 + self.numbers.index("out_features")]
@@ -72,9 +72,8 @@ class Linear(Operator):
     def __call__(self, x, *weight, activation=None, gate=None, **given):
         name = epilogue.activation_name(activation)
         stored, bias = weight[: self.count], weight[self.count :] or (given.pop("bias", None),)
-        return super().__call__(
-            x, *stored, *bias, gate, *self.absent, activation=name, **{**self.layout.defaults, **given}
-        )
+        given = {**self.layout.defaults, **given, "activation": name}
+        return super().__call__(x, *stored, *bias, gate, *self.absent[1:], **given)
 
     def gated(self, x, up, gate, *, activation="silu", **given):
         """activation(x @ W_gate.T) * (x @ W_up.T), (*, O), where ``up`` and ``gate`` are each (*stored[, bias]).

@@ -130,18 +130,17 @@ def invalidate(*pattern: torch.Tensor) -> None:
                 entry.result = outside_of_pools(sources[0].device, made)
 
 
-def constant(key: tuple, device: torch.device, make) -> torch.Tensor:
-    """``make()``, a small table that depends on no weight, kept for each key and device as long as the program runs.
+def lasting(device: torch.device) -> bool:
+    """Whether what is made now may be kept: not what a trace or a capture of a CUDA graph makes."""
+    return not dispatch_modes() and not (device.type == "cuda" and stream_is_capturing())
 
-    Not while a trace or a capture runs: what is made there must not stay.
-    """
-    key = (*key, device)
-    found = None if dispatch_modes() else _constants.get(key)
-    if found is not None:
-        return found
-    if dispatch_modes() or (device.type == "cuda" and stream_is_capturing()):
+
+def constant(key: tuple, device: torch.device, make) -> torch.Tensor:
+    """``make()``, a small table that depends on no weight, kept for each key and device as long as the program runs."""
+    found = None if dispatch_modes() else _constants.get((key, device))
+    if found is None and not lasting(device):
         return make()
-    return _constants.setdefault(key, outside_of_pools(device, make))
+    return _constants.setdefault((key, device), outside_of_pools(device, make)) if found is None else found
 
 
 def outside_of_pools(device: torch.device, make, wait: bool = True) -> torch.Tensor:
