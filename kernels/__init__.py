@@ -11,7 +11,7 @@ modules need triton.
 import importlib
 import importlib.util
 
-MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "pattern_cache", "backend", "operators")
+MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "pattern_cache", "backend", "precision")
 
 
 def available() -> bool:

@@ -11,15 +11,14 @@ import functools
 import torch
 import triton
 
-from . import autotune, transpose
+from . import autotune, gated, transpose
 from .backend import INTERPRET, backend
 from .bsr_few import few_tokens
 from .bsr_gemm import block_gemm
 from .bsr_gradient import expand as expand
-from .bsr_gradient import grad_values as linear_grad_values
-from .gated import TWO_LAUNCHES, in_two_launches
+from .bsr_gradient import grad_values
 from .launch import into_new, table_launches
-from .linear import Layout, Linear
+from .linear import Linear
 from .operators import operator
 from .pattern_cache import Derived
 from .pdl import overlap
@@ -30,44 +29,7 @@ from .tiles import describable, matrix_of, power_of_two, wide
 FEW = 64
 
 
-# ---- which variant, and with which tiles
-
-
-def choose(tokens, outputs, inputs, dtype, *, bh, bw, blocks) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (split-K), ``blocks`` (block by block) or ``expand`` (then cuBLAS)."""
-    if tokens == 0 or outputs == 0:
-        return "empty", "nothing to compute"
-    density = blocks * bh * bw / max(1, outputs * inputs)
-    if tokens <= FEW:
-        return (
-            "few",
-            f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {density:.2g} of it once",
-        )
-    exactly, side = exact(dtype), min(bh, bw)
-    if exactly:
-        limit = 0.5 if side >= 64 else 0.35 if side >= 16 else 0.12
-    else:
-        limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
-    if density > limit:
-        return "expand", f"density {density:.2g} is over {limit} for blocks of {bh}x{bw}; expanded, cuBLAS runs"
-    means = "fp32 without tf32" if exactly else "tensor cores"
-    return "blocks", f"{means} over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
-
-
-def choose_grad_input(tokens, outputs, inputs, dtype, *, bh, bw, blocks) -> tuple[str, str]:
-    """(variant, reason) of grad @ W: ``empty``, ``blocks`` or ``expand``."""
-    variant, reason = choose(tokens, inputs, outputs, dtype, bh=bw, bw=bh, blocks=blocks)
-    if variant == "few":
-        return "blocks", f"{tokens} tokens: all blocks of each block column, by the transposed index"
-    return variant, reason
-
-
-def reference(*, bh, bw, **facts) -> str | None:
-    """Why a gradient with such blocks is better made dense, or None."""
-    if min(bh, bw) >= 16:
-        return None
-    # the kernels take them too, but more slowly
-    return f"blocks of {bh}x{bw} are below the 16 of tensor cores and each reads x again: dense is faster"
+# ---- tiles, and the tables that programs read
 
 
 def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> list[dict]:
@@ -79,18 +41,16 @@ def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> 
             tiles = [(64, 64, 4), (out, 128, 8), (64, 128, 4)]
         else:
             tiles = [(out, 128, 4), (out, 256, 4), (out, 256, 8)]
-        return [
-            {"BO": o, "BT": t, "BK": 16, "TOKENS_FIRST": False, "num_stages": 3, "num_warps": w} for o, t, w in tiles
-        ]
+        fixed = {"BK": 16, "TOKENS_FIRST": False, "num_stages": 3}
+        return [{"BO": o, "BT": t, "num_warps": w, **fixed} for o, t, w in tiles]
     depth = power_of_two(side_in, 16, 64 if itemsize == 2 else 32)
     first = out < 64
     if out >= 128:
         tiles = [(128, 3, 4, True), (256, 4, 8, True), (128, 3, 8, True)]
     else:
         tiles = [(128, 4, 4, True), (256, 4, 8, True), (256, 3, 4, True), (128, 3, 4, first)]
-    return [
-        {"BO": out, "BT": t, "BK": depth, "TOKENS_FIRST": f, "num_stages": s, "num_warps": w} for t, s, w, f in tiles
-    ]
+    names = ("BT", "num_stages", "num_warps", "TOKENS_FIRST")
+    return [{"BO": out, "BK": depth, **dict(zip(names, tile, strict=True))} for tile in tiles]
 
 
 def _few_configs(bh: int, bw: int, block_rows: int, blocks: int, width: int, programs: int) -> list[dict]:
@@ -118,17 +78,6 @@ def _few_configs(bh: int, bw: int, block_rows: int, blocks: int, width: int, pro
         most = max(1, triton.cdiv(work, waves * programs)) if waves else None
         configs.append({"BO": rows, "BK": depth, "C": most, "num_stages": stages, "num_warps": warps})
     return configs
-
-
-# ---- launchers
-
-
-def _described(x, values, bt, bk, w_block):
-    """How the copy engine sees the activations and the blocks as one matrix; nothing where rows are not aligned."""
-    matrix = values.view(-1, values.shape[2])
-    if not (describable(x) and describable(matrix)):
-        return {}
-    return {0: ([bt, bk], x.shape, x.stride()), 2: (w_block, matrix.shape, matrix.stride())}
 
 
 def _schedule(start, other, second_start=None):
@@ -174,141 +123,79 @@ def _shares(programs, most, depth, bw, *starts_and_others):
     return torch.stack(columns, 1).int()
 
 
-def _prepare_many(*given, activation):
-    """y[:, block row] = the sum over its blocks of x[:, other] @ block.
+# ---- launches
 
-    ``given``: x, values, crow, col, bias, gate, the same four of an up weight, y.
-    """
-    x, values, crow, up, y = *given[:3], given[6], given[-1]
-    blocks, halves = len(values) + (0 if up is None else len(up)), 1 if up is None else 2
+
+def _many(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y, block=None, *, activation):
+    """y[:, block row] = the sum over its blocks of x[:, other] @ block; with ``block``, their order, grad @ W."""
+    (tokens, inputs), outputs, block_rows, transposed = x.shape, y.shape[1], start.numel() - 1, block is not None
+    bh, bw = values.shape[:0:-1] if transposed else values.shape[1:]
+    blocks, table = len(values) + (0 if up is None else len(up)), Derived("bsr schedule", _schedule)
+    constants = {"BH": bh, "BW": bw, "TRANSPOSED": transposed, "WIDE": wide(x, y), "ACTIVATION": activation}
+    constants |= {"PRECISION": precision(x.dtype), **overlap(x)}
+    integers = (tokens, inputs, outputs, block_rows, *x.stride())
 
     def prepare(config):
-        if config == TWO_LAUNCHES:
-            return in_two_launches(_prepare_many, given, activation)
-        launches, x_at, w_at, rest = _launches_many(config, x, values, crow, up, y, False, activation)
-        table = Derived("bsr schedule", _schedule)
+        bo, bt, bk = config["BO"], config["BT"], config["BK"]
+        described, matrix = {}, values.view(-1, values.shape[2])  # the blocks as one matrix
+        if bw % bk == 0 and describable(x) and describable(matrix):
+            described[0] = [bt, bk], x.shape, x.stride()
+            if up is None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
+                described[2] = [bk, bo] if transposed else [bo, bk], matrix.shape, matrix.stride()
+        grid = (block_rows * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),)
+        launches = table_launches(block_gemm, grid, described, **constants, **config)
+
+        def call(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y, block=None):
+            schedule, ready = table(start, other) if up is None else table(start, other, up_start)
+            launches[ready](
+                x if 0 in described else None, x, values if 2 in described else None, values, other, block,
+                schedule, bias, gate, up, up_start, up_other, up_bias, y, *integers,
+            )  # fmt: skip
+
+        return call
+
+    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length(), transposed)
+    configs = _many_configs(bh, bw, x.element_size(), exact(x.dtype))
+    given = (x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y)
+    if transposed:
+        return autotune.pick("bsr_many", key, configs, prepare, (*given, block))
+    return gated.pick("bsr", "many", key, configs, prepare, given, _many, activation)
+
+
+def _few(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y, *, activation):
+    (tokens, inputs), outputs, (blocks, bh, bw) = x.shape, y.shape[1], values.shape
+    block_rows, halves = crow.numel() - 1, 1 if up is None else 2
+    blocks += 0 if up is None else len(up)
+    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    fixed = {"BH": bh, "BW": bw, "BT": width, "ACTIVATION": activation, "PRECISION": precision(x.dtype), **overlap(x)}
+    integers = (tokens, inputs, outputs, *x.stride())
+
+    def prepare(config):
+        constants, rows = dict(config), config["BO"]
+        most, depth = constants.pop("C"), constants["BK"]
+        sub, programs = triton.cdiv(bh, rows), _most_programs(block_rows, blocks, bw, depth, most, halves)
+        tiles, shares, size = block_rows * sub, programs * sub, halves * rows * width
+        make = functools.partial(_shares, programs, most, depth, bw)
+        table = Derived(f"bsr shares {programs} {most} {depth} {bw}", make)
+        constants |= {"SPLIT": shares > tiles, "STAGES": config["num_stages"], **fixed}
+        launches = table_launches(few_tokens, (shares,), **constants)
 
         def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
-            schedule, ready = table(crow, col) if up is None else table(crow, col, up_crow)
-            launches[ready](
-                x if x_at else None, x, values if w_at else None, values, col, None, schedule, bias, gate, up, up_crow,
-                up_col, up_bias, y, *rest,
-            )  # fmt: skip
+            shared, ready = table(crow, col) if up is None else table(crow, col, up_crow, up_col)
+            partial = workspace.take(x, tiles, shares, size)
+            launches[ready](x, values, col, bias, gate, up, up_col, up_bias, shared, y, *partial, *integers)
 
         return call
 
-    return _pick_many(prepare, given, values.shape[1:], blocks, halves, False)
-
-
-def _prepare_transposed(*given):
-    """y = grad @ W in the same way; ``given``: grad, values, crow, col, t_crow, t_row, t_block, y."""
-    grad, values, t_crow, y = given[0], given[1], given[4], given[-1]
-
-    def prepare(config):
-        launches, x_at, w_at, rest = _launches_many(config, grad, values, t_crow, None, y, True, "none")
-        table, absent = Derived("bsr schedule", _schedule), (None,) * 6
-
-        def call(grad, values, crow, col, t_crow, t_row, t_block, y):
-            schedule, ready = table(t_crow, t_row)
-            launches[ready](
-                grad if x_at else None, grad, values if w_at else None, values, t_row, t_block, schedule, *absent, y,
-                *rest,
-            )  # fmt: skip
-
-        return call
-
-    return _pick_many(prepare, given, values.shape[:0:-1], len(values), 1, True)
-
-
-def _pick_many(prepare, given, block, blocks, halves, transposed):
-    x, y = given[0], given[-1]
-    key = (x.dtype, y.shape[1], x.shape[1], *block, blocks.bit_length(), len(x).bit_length(), transposed)
-    configs = _many_configs(*block, x.element_size(), exact(x.dtype)) + [TWO_LAUNCHES] * (halves - 1)
-    return autotune.pick("bsr_many" if halves == 1 else "bsr_gated_many", key, configs, prepare, given)
-
-
-def _launches_many(config, x, values, start, up, y, transposed, activation):
-    """(launches, whether the copy engine fetches x, and the blocks, the integers that end the arguments)."""
-    (tokens, inputs), outputs, block_rows = x.shape, y.shape[1], start.numel() - 1
-    bh, bw = values.shape[:0:-1] if transposed else values.shape[1:]
-    bo, bt, bk = config["BO"], config["BT"], config["BK"]
-    described = _described(x, values, bt, bk, [bk, bo] if transposed else [bo, bk]) if bw % bk == 0 else {}
-    if up is not None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
-        described.pop(2, None)
-    launches = table_launches(
-        block_gemm, (block_rows * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
-        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x.dtype), **overlap(x),
-        **config,
-    )  # fmt: skip
-    return launches, 0 in described, 2 in described, (tokens, inputs, outputs, block_rows, *x.stride())
-
-
-def _prepare_few(*given, activation):
-    """``given``: x, values, crow, col, bias, gate, the same four of an up weight, y."""
-    x, values, crow, up, y = *given[:3], given[6], given[-1]
-    (blocks, bh, bw), block_rows, halves = values.shape, crow.numel() - 1, 1 if up is None else 2
-    blocks += 0 if up is None else len(up)
-    width = 1 if len(x) == 1 else power_of_two(len(x), 16, FEW)
-
-    def prepare(config):
-        if config == TWO_LAUNCHES:
-            return in_two_launches(_prepare_few, given, activation)
-        return _launch_few(config, width, blocks, x, values, block_rows, y.shape[1], activation, halves)
-
-    key = (x.dtype, y.shape[1], x.shape[1], bh, bw, blocks.bit_length(), width)
+    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width)
     configs = _few_configs(bh, bw, block_rows, blocks, width, backend.multiprocessors(x))
-    configs += [TWO_LAUNCHES] * (halves - 1)
-    return autotune.pick("bsr_few" if halves == 1 else "bsr_gated_few", key, configs, prepare, given)
+    given = (x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y)
+    return gated.pick("bsr", "few", key, configs, prepare, given, _few, activation)
 
 
-def _launch_few(config, width, blocks, x, values, block_rows, outputs, activation, halves):
-    (tokens, inputs), strides, (_, bh, bw) = x.shape, x.stride(), values.shape
-    constants, rows = dict(config), config["BO"]
-    most, depth = constants.pop("C"), constants["BK"]
-    sub, programs = triton.cdiv(bh, rows), _most_programs(block_rows, blocks, bw, depth, most, halves)
-    tiles, shares, size = block_rows * sub, programs * sub, halves * rows * width
-    table = Derived(f"bsr shares {programs} {most} {depth} {bw}", functools.partial(_shares, programs, most, depth, bw))
-    launches = table_launches(
-        few_tokens, (shares,), BH=bh, BW=bw, BT=width, SPLIT=shares > tiles, STAGES=config["num_stages"],
-        ACTIVATION=activation, PRECISION=precision(x.dtype), **overlap(x), **constants,
-    )  # fmt: skip
-
-    def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
-        shared, ready = table(crow, col) if up is None else table(crow, col, up_crow, up_col)
-        partial = workspace.take(x, tiles, shares, size)
-        launches[ready](
-            x, values, col, bias, gate, up, up_col, up_bias, shared, y, *partial, tokens, inputs, outputs, *strides
-        )
-
-    return call
-
-
-def _check(x, weight, outputs, inputs):
-    values, crow, _ = weight
-    _check_blocks(x, values, outputs, crow, values.shape[1])
-
-
-def _check_blocks(x, values, features, start, side):
-    if x.dtype != values.dtype:
-        raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}.")
-    expected, got = -(-features // side), start.numel() - 1
-    if got != expected:
-        raise ValueError(f"Expected {expected} block rows of side {side} for {features} features, got {got}.")
-
-
-def _facts(stored, up, numbers):
-    blocks, bh, bw = stored[0].shape
-    if up is not None:
-        if up[0].shape[1:] != stored[0].shape[1:]:
-            shapes = f"{bh}x{bw} and {up[0].shape[1]}x{up[0].shape[2]}"
-            raise ValueError(f"Expected blocks of one shape in one gated product, got {shapes}.")
-        blocks = (blocks + len(up[0]) + 1) // 2
-    return {"bh": bh, "bw": bw, "blocks": blocks}
-
-
-def _arrange(x, variant=None):
-    """x (*, I) as the kernels read it: rows without gaps; or columns, where each thread multiplies for itself and reads
-    along the tokens."""
+def _arrange(x):
+    """The function that makes x (*, I) as the kernels read it: rows without gaps; or columns, where each thread
+    multiplies for itself and reads along the tokens."""
     tokens = x.shape[:-1].numel()
     if not exact(x.dtype) or tokens <= 1:
         return matrix_of(x)
@@ -316,8 +203,66 @@ def _arrange(x, variant=None):
     return lambda x: turn(x).T[:tokens]
 
 
-def _launch(variant, x, *parts, activation):
-    return (_prepare_few if variant == "few" else _prepare_many)(x, *parts, activation=activation)
+def _check(x, values, features, start, side):
+    if x.dtype != values.dtype:
+        raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}.")
+    expected, got = -(-features // side), start.numel() - 1
+    if got != expected:
+        raise ValueError(f"Expected {expected} block rows of side {side} for {features} features, got {got}.")
+
+
+class BSRLinear(Linear):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``gate`` has the output's shape."""
+
+    prefix, stored, expand, dual = "gpu_bsr_linear", "Tensor values, Tensor crow, Tensor col", expand, True
+
+    def facts(self, stored, up, numbers):
+        blocks, bh, bw = stored[0].shape
+        if up is not None:
+            if up[0].shape[1:] != stored[0].shape[1:]:
+                shapes = f"{bh}x{bw} and {up[0].shape[1]}x{up[0].shape[2]}"
+                raise ValueError(f"Expected blocks of one shape in one gated product, got {shapes}.")
+            blocks = (blocks + len(up[0]) + 1) // 2
+        return {"bh": bh, "bw": bw, "blocks": blocks}
+
+    def choose(self, tokens, outputs, inputs, dtype, *, bh, bw, blocks):
+        """``empty``, ``few`` (split-K), ``blocks`` (block by block) or ``expand`` (then cuBLAS)."""
+        if tokens == 0 or outputs == 0:
+            return "empty", "nothing to compute"
+        density = blocks * bh * bw / max(1, outputs * inputs)
+        if tokens <= FEW:
+            why = f"time goes to reading the weight, and the split-K kernel reads {density:.2g} of it once"
+            return "few", f"{tokens} tokens: {why}"
+        exactly, side = exact(dtype), min(bh, bw)
+        if exactly:
+            limit = 0.5 if side >= 64 else 0.35 if side >= 16 else 0.12
+        else:
+            limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
+        if density > limit:
+            return "expand", f"density {density:.2g} is over {limit} for blocks of {bh}x{bw}; expanded, cuBLAS runs"
+        means = "fp32 without tf32" if exactly else "tensor cores"
+        return "blocks", f"{means} over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
+
+    def check(self, x, weight, outputs, inputs):
+        _check(x, weight[0], outputs, weight[1], weight[0].shape[1])
+
+    def arrange(self, x, variant):
+        return _arrange(x)
+
+    def launch(self, variant, x, *parts, activation):
+        return (_few if variant == "few" else _many)(x, *parts, activation=activation)
+
+
+linear = BSRLinear()
+choose, gated_linear, linear_grad_values = linear.choose, linear.gated, grad_values
+
+
+def choose_grad_input(tokens, outputs, inputs, dtype, *, bh, bw, blocks) -> tuple[str, str]:
+    """(variant, reason) of grad @ W: ``empty``, ``blocks`` or ``expand``."""
+    variant, reason = choose(tokens, inputs, outputs, dtype, bh=bw, bw=bh, blocks=blocks)
+    if variant == "few":
+        return "blocks", f"{tokens} tokens: all blocks of each block column, by the transposed index"
+    return variant, reason
 
 
 @operator(
@@ -329,34 +274,20 @@ def _launch(variant, x, *parts, activation):
 )
 def linear_grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features, variant=None):
     """grad (*, O) -> grad @ W, (*, I), by the blocks of each block column."""
-    (blocks, bh, bw), outputs, shape = values.shape, grad.shape[-1], (*grad.shape[:-1], in_features)
-    _check_blocks(grad, values, in_features, t_crow, bw)
-    tokens = grad.shape[:-1].numel()
+    (blocks, bh, bw), outputs, tokens = values.shape, grad.shape[-1], grad.shape[:-1].numel()
+    _check(grad, values, in_features, t_crow, bw)
     if variant is None:
         variant, _ = choose_grad_input(tokens, outputs, in_features, grad.dtype, bh=bh, bw=bw, blocks=blocks)
     if variant == "empty":
-        return lambda grad, *parts: grad.new_empty(shape)
+        return lambda grad, *parts: grad.new_empty(*grad.shape[:-1], in_features)
     if variant == "expand":
         dense = expand.prepare(values, crow, col, out_features=outputs, in_features=in_features)
         return lambda grad, values, crow, col, *rest: torch.matmul(grad, dense(values, crow, col))
-    arrange, y = _arrange(grad), grad.new_empty(tokens, in_features)
+    arrange, absent, y = _arrange(grad), (None,) * 6, grad.new_empty(tokens, in_features)
     flat = grad if arrange is None else arrange(grad)
-    launch = _prepare_transposed(flat, values, crow, col, t_crow, t_row, t_block, y)
-    return into_new(launch, grad, shape, arrange=arrange)
+    many = _many(flat, values, t_crow, t_row, *absent, y, t_block, activation="none")
 
+    def launch(grad, values, crow, col, t_crow, t_row, t_block, y):
+        many(grad, values, t_crow, t_row, *absent, y, t_block)
 
-linear = Linear(
-    Layout(
-        "bsr",
-        stored="Tensor values, Tensor crow, Tensor col",
-        numbers="",
-        check=_check,
-        choose=choose,
-        facts=_facts,
-        expand=expand,
-        arrange=_arrange,
-        launch=_launch,
-        dual=True,
-    )
-)
-gated_linear = linear.gated
+    return into_new(launch, grad, (*grad.shape[:-1], in_features), arrange=arrange)

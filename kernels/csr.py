@@ -11,7 +11,7 @@ from . import autotune, epilogue, transpose
 from .backend import INTERPRET
 from .epilogue import activate
 from .launch import into_new, triton_launch
-from .linear import Layout, Linear
+from .linear import Linear
 from .operators import CollectedProduct, ExpandedProduct, operator
 from .pdl import begin, overlap
 from .tiles import power_of_two, wide
@@ -72,76 +72,6 @@ def _collect_row(dense_ptr, crow_ptr, col_ptr, out_ptr, I, BC: tl.constexpr):
         tl.store(out_ptr + e, tl.load(dense_ptr + row.to(tl.int64) * I + column, mask=e < stop), mask=e < stop)
 
 
-# ---- which variant
-
-
-def choose(tokens, outputs, inputs, dtype, *, entries) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (row by row), ``cusparse`` or ``expand`` (dense, then cuBLAS)."""
-    if tokens == 0 or outputs == 0:
-        return "empty", "nothing to compute"
-    density = entries / max(1, outputs * inputs)
-    if tokens <= FEW and density * -(-tokens // 16) <= (0.6 if tokens == 1 else 0.3):
-        return (
-            "few",
-            f"{tokens} tokens: each of the {entries} entries ({density:.2g}) is read once, and gathers its activations",
-        )
-    if dtype == torch.float32 and density <= 0.002:
-        return "cusparse", f"density {density:.2g} in fp32: so few entries that cuSPARSE beats a dense product"
-    return (
-        "expand",
-        f"density {density:.2g} at {tokens} tokens: no tensor core reads single entries; expanded, cuBLAS runs",
-    )
-
-
-def _configs(tokens: int) -> list[dict]:
-    if INTERPRET:
-        return [{"BE": 16, "BT": 1 if tokens == 1 else 16}]
-    if tokens == 1:
-        return [{"BE": e, "BT": 1, "num_warps": w} for e, w in ((256, 1), (512, 1), (1024, 4))]
-    return [{"BE": e, "BT": 16, "num_warps": w} for e, w in ((32, 1), (64, 1))]
-
-
-# ---- launchers
-
-
-def _arrange(x, variant):
-    """(1, I), or feature-major (I, W) with whole tiles of tokens."""
-    return transpose.turned_rows(x, -(-x.shape[:-1].numel() // 16) * 16)
-
-
-def _launch(variant, x, values, crow, col, bias, gate, y, activation):
-    tokens, outputs = y.shape
-    stride = x.stride(1 if tokens == 1 else 0)
-
-    def prepare(config):
-        grid = (outputs, triton.cdiv(tokens, config["BT"]))
-        launch = triton_launch(_rows, grid, WIDE=wide(x), ACTIVATION=activation, **overlap(x), **config)
-
-        def call(x, values, crow, col, bias, gate, y):
-            launch(x, values, crow, col, bias, gate, y, tokens, outputs, stride)
-
-        return call
-
-    key = (x.dtype, outputs, values.numel().bit_length(), power_of_two(tokens, 1, 64))
-    return autotune.pick("csr_few", key, _configs(tokens), prepare, (x, values, crow, col, bias, gate, y))
-
-
-def _check(x, weight, outputs, inputs):
-    values, crow, _ = weight
-    if x.dtype != values.dtype or crow.numel() != outputs + 1:
-        got = f"x of {x.dtype} and values of {values.dtype}, {crow.numel() - 1} rows"
-        raise ValueError(f"Expected one dtype and {outputs} rows, got {got}.")
-
-
-def _by_cusparse(x, values, crow, col, bias, gate, shape, activation):
-    def call(x, values, crow, col, bias, gate):
-        weight = torch.sparse_csr_tensor(crow, col, values, (shape[-1], x.shape[-1]), check_invariants=False)
-        y = torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T.reshape(shape)
-        return epilogue.apply(y if bias is None else y + bias, activation, gate)
-
-    return call
-
-
 @operator(
     "gpu_csr_expand(Tensor values, Tensor crow, Tensor col, int in_features) -> Tensor",
     lambda values, crow, col, in_features: (crow.shape[0] - 1, in_features),
@@ -161,19 +91,67 @@ def collect(dense, crow, col):
     return into_new(launch, dense, col.shape, dense.shape[1])
 
 
-linear = Linear(
-    Layout(
-        "csr",
-        stored="Tensor values, Tensor crow, Tensor col",
-        numbers="",
-        check=_check,
-        choose=choose,
-        facts=lambda stored, up, numbers: {"entries": stored[0].numel()},
-        expand=expand,
-        arrange=_arrange,
-        launch=_launch,
-        library={"cusparse": _by_cusparse},
-    )
-)
+def _configs(tokens: int) -> list[dict]:
+    if INTERPRET:
+        return [{"BE": 16, "BT": 1 if tokens == 1 else 16}]
+    if tokens == 1:
+        return [{"BE": e, "BT": 1, "num_warps": w} for e, w in ((256, 1), (512, 1), (1024, 4))]
+    return [{"BE": e, "BT": 16, "num_warps": w} for e, w in ((32, 1), (64, 1))]
+
+
+class CSRLinear(Linear):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O)."""
+
+    prefix, stored, expand = "gpu_csr_linear", "Tensor values, Tensor crow, Tensor col", expand
+
+    def facts(self, stored, up, numbers):
+        return {"entries": stored[0].numel()}
+
+    def choose(self, tokens, outputs, inputs, dtype, *, entries):
+        """``empty``, ``few`` (row by row), ``cusparse`` or ``expand`` (dense, then cuBLAS)."""
+        if tokens == 0 or outputs == 0:
+            return "empty", "nothing to compute"
+        density = entries / max(1, outputs * inputs)
+        if tokens <= FEW and density * -(-tokens // 16) <= (0.6 if tokens == 1 else 0.3):
+            read = f"each of the {entries} entries ({density:.2g}) is read once, and gathers its activations"
+            return "few", f"{tokens} tokens: {read}"
+        if dtype == torch.float32 and density <= 0.002:
+            return "cusparse", f"density {density:.2g} in fp32: so few entries that cuSPARSE beats a dense product"
+        why = f"density {density:.2g} at {tokens} tokens: no tensor core reads single entries"
+        return "expand", f"{why}; expanded, cuBLAS runs"
+
+    def check(self, x, weight, outputs, inputs):
+        values, crow, _ = weight
+        if x.dtype != values.dtype or crow.numel() != outputs + 1:
+            got = f"x of {x.dtype} and values of {values.dtype}, {crow.numel() - 1} rows"
+            raise ValueError(f"Expected one dtype and {outputs} rows, got {got}.")
+
+    def arrange(self, x, variant):
+        """(1, I), or feature-major (I, W) with whole tiles of tokens."""
+        return transpose.turned_rows(x, -(-x.shape[:-1].numel() // 16) * 16)
+
+    def launch(self, variant, x, values, crow, col, bias, gate, y, activation):
+        tokens, outputs = y.shape
+        stride = x.stride(1 if tokens == 1 else 0)
+
+        def prepare(config):
+            grid = (outputs, triton.cdiv(tokens, config["BT"]))
+            launch = triton_launch(_rows, grid, WIDE=wide(x), ACTIVATION=activation, **overlap(x), **config)
+            return lambda *tensors: launch(*tensors, tokens, outputs, stride)
+
+        key = (x.dtype, outputs, values.numel().bit_length(), power_of_two(tokens, 1, 64))
+        return autotune.pick("csr_few", key, _configs(tokens), prepare, (x, values, crow, col, bias, gate, y))
+
+    def library(self, variant, x, *parts, shape, activation):
+        def by_cusparse(x, values, crow, col, bias, gate):
+            weight = torch.sparse_csr_tensor(crow, col, values, (shape[-1], x.shape[-1]), check_invariants=False)
+            y = torch.mm(weight, x.reshape(-1, x.shape[-1]).T).T.reshape(shape)
+            return epilogue.apply(y if bias is None else y + bias, activation, gate)
+
+        return by_cusparse if variant == "cusparse" else None
+
+
+linear = CSRLinear()
+choose = linear.choose
 linear_grad_input = ExpandedProduct(expand, "no tensor core reads single entries; expanded, cuBLAS runs")
 linear_grad_values = CollectedProduct(collect)

@@ -3,7 +3,7 @@
 torch's own wrapper plans anew at each call, about a millisecond of host time. Here the library that torch ships is
 called through ctypes; one plan per (device, sizes, dtype) lies in the launch cache, searched when it is used again, and
 a weight's compressed form in the pattern cache. A library that is not there, or of a version whose structs and numbers
-are not known, is left alone: torch's ``_cslt_*`` serve.
+are not known, is left alone, and weights are expanded: torch's wrapper is slower than a dense product.
 
 Letters: T tokens, I inputs, O outputs. The library computes D (O, T) = A (O, I, 2:4) @ B (I, T), all column-wise views
 of row-major tensors: B is x (T, I) read as its transpose, D is y (T, O) likewise.
@@ -75,8 +75,8 @@ def known(library) -> bool:
 
 @functools.cache
 def available() -> bool:
-    """Whether sparse tensor cores can be used, through the library or through torch."""
-    return backend.has_cusparselt()
+    """Whether sparse tensor cores can be used."""
+    return backend.has_cusparselt() and _library() is not None
 
 
 def _call(function: str, *arguments) -> None:
@@ -176,8 +176,6 @@ def _matmul(name: str):
 def prepare(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None):
     """(x, values, bias, make_dense) -> x (*, I) @ W.T + bias (*, O), for tensors like these; ``make_dense()`` gives the
     dense weight. None where it cannot be made now: in a capture, of a size that was not used before."""
-    if _library() is None:
-        return _by_torch()
     inputs, outputs, tokens = x.shape[-1], values.shape[0], x.shape[:-1].numel()
     extra, shape = -tokens % 8, (*x.shape[:-1], outputs)  # the library wants multiples of 8
     size = (x.get_device(), outputs, inputs, tokens + extra, x.dtype, bias is not None)
@@ -205,19 +203,3 @@ def prepare(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None):
 def _aligned(bias):
     """A copy where the library could not read it as it lies."""
     return bias if bias.is_contiguous() and bias.data_ptr() % 16 == 0 else bias.clone()
-
-
-def _by_torch():
-    """The same through torch's own wrapper, which plans anew at each call."""
-    compressed = Derived("torch 2:4", values=True)
-
-    def call(x, values, bias, make_dense):
-        inputs, outputs = x.shape[-1], values.shape[0]
-        flat = x.reshape(-1, inputs)
-        flat = torch.nn.functional.pad(flat, (0, 0, 0, -len(flat) % 8)).contiguous()
-        packed, _ = compressed(values, make=lambda _: torch._cslt_compress(make_dense()))
-        bias = bias if bias is None else bias.to(x.dtype)
-        y = torch._cslt_sparse_mm(packed, flat.T, bias=bias, transpose_result=True)
-        return y[: x.shape[:-1].numel()].reshape(*x.shape[:-1], outputs)
-
-    return call

@@ -15,7 +15,7 @@ from . import autotune
 from .backend import INTERPRET, backend
 from .grouped_nm_few import expand_columns, few_tokens
 from .launch import into_new, table_launches, triton_launch
-from .linear import Layout, Linear
+from .linear import Linear
 from .operators import CollectedProduct, ExpandedProduct, operator
 from .pattern_cache import Derived
 from .pdl import overlap
@@ -42,25 +42,8 @@ def _collect_slots(
             tl.store(out_ptr + (base + q) * N + i, value, mask=ok)
 
 
-# ---- which variant
-
-
 FEW = 64  # tokens up to which reading the weight decides
 AT_ONCE = 1 << 23  # slots that the table is made of at a time, in 64-bit integers on the way
-
-
-def choose(tokens, outputs, inputs, dtype, *, n, m, save_memory=False) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (straight from the stored slots) or ``expand`` (dense, then cuBLAS)."""
-    if tokens == 0 or outputs == 0:
-        return "empty", "nothing to compute"
-    exactly = exact(dtype)
-    if tokens == 1 or (tokens <= FEW and not exactly):
-        return "few", f"{tokens} tokens: the weight is read compressed, {n} of {m}"
-    if save_memory:
-        return "few", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
-    if exactly:
-        return "expand", f"fp32 without tf32 at {tokens} tokens: tiles made on the fly lose; expanded, cuBLAS runs"
-    return "expand", f"tiles made on the fly are too slow for {tokens} tokens; expanded, cuBLAS runs"
 
 
 def _configs(tokens: int, times: int, m: int, strips: int, inputs: int, programs: int) -> list[dict]:
@@ -87,9 +70,6 @@ def _tile(m, rows, depth, warps):
     return strips, min(depth, max(16, 2048 * warps // (strips * height)))
 
 
-# ---- launchers
-
-
 def _slots_of_columns(index):
     """(strips, chunks * Q): which slot of its chunk each column has; made once per pattern."""
     chunks, strips, patterns, g = index.shape
@@ -100,44 +80,6 @@ def _slots_of_columns(index):
         part.scatter_(2, column.long(), number.expand_as(part))
     slot = slot.transpose(0, 1).reshape(strips, chunks * q)
     return slot.to(torch.uint8) if q <= 256 else slot
-
-
-def _launch(variant, x, values, index, pattern, bias, gate, y, activation, m, save_memory):
-    chunks, strips, patterns, g, n = values.shape
-    (tokens, outputs), inputs, q = y.shape, x.shape[1], patterns * g
-    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
-    height, times, stride = power_of_two(m, 1, 256), triton.cdiv(tokens, width), x.stride(0)
-    constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BT": width, "ACTIVATION": activation}
-    constants |= {"PRECISION": precision(x.dtype), "WIDE": wide(values), **overlap(x)}
-    integers = (tokens, inputs, outputs, strips, chunks * q, stride)
-
-    def prepare(config):
-        grid = (triton.cdiv(strips, config["BS"]), config["S"], times)
-        tiles, shares, size = grid[0] * times, math.prod(grid), config["BS"] * height * width
-        launches = table_launches(few_tokens, grid, **constants, **config)
-        slots_of = Derived("grouped_nm slots", _slots_of_columns)
-
-        def call(x, values, index, pattern, bias, gate, y):
-            slots, ready = slots_of(index)
-            partial = workspace.take(x, tiles, shares, size)
-            launches[ready](x, values, slots, pattern, bias, gate, y, *partial, *integers)
-
-        return call
-
-    key = (x.dtype, outputs, inputs, n, m, g, width, times.bit_length())
-    configs = _configs(tokens, times, m, strips, inputs, backend.multiprocessors(x))
-    return autotune.pick("grouped_nm", key, configs, prepare, (x, values, index, pattern, bias, gate, y))
-
-
-def _check(x, weight, outputs, inputs, m, save_memory):
-    values, index, pattern = weight
-    if x.dtype != values.dtype:
-        raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}.")
-    _check_pattern(index, pattern)
-    if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
-        raise ValueError(
-            f"Expected values of ({outputs}, {inputs}) in strips of {m} rows, got the shape {tuple(values.shape)}."
-        )
 
 
 def _check_pattern(index, pattern):
@@ -176,19 +118,73 @@ def collect(dense, index, pattern, m):
     return into_new(launch, dense, (*index.shape, n), inputs, outputs, patterns * g, strips)
 
 
-linear = Linear(
-    Layout(
-        "grouped_nm",
-        stored="Tensor values, Tensor index, Tensor pattern",
-        numbers="int m, ",
-        check=_check,
-        choose=choose,
-        facts=lambda stored, up, numbers: {"n": stored[0].shape[-1], **numbers},
-        expand=expand,
-        arrange=lambda x, variant: matrix_of(x),
-        launch=_launch,
-        defaults={"save_memory": False},  # True rules out a dense weight, at a cost in time
-    )
-)
+class GroupedNMLinear(Linear):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``pattern`` (P, n) int32 lies on the same device.
+
+    ``save_memory`` rules out a dense weight, at a cost in time.
+    """
+
+    prefix, stored = "gpu_grouped_nm_linear", "Tensor values, Tensor index, Tensor pattern"
+    given, last, expand = "int m, ", "int out_features, str activation, bool save_memory", expand
+    defaults = {"save_memory": False}
+
+    def facts(self, stored, up, numbers):
+        return {"n": stored[0].shape[-1], **numbers}
+
+    def choose(self, tokens, outputs, inputs, dtype, *, n, m, save_memory=False):
+        """``empty``, ``few`` (straight from the stored slots) or ``expand`` (dense, then cuBLAS)."""
+        if tokens == 0 or outputs == 0:
+            return "empty", "nothing to compute"
+        exactly = exact(dtype)
+        if tokens == 1 or (tokens <= FEW and not exactly):
+            return "few", f"{tokens} tokens: the weight is read compressed, {n} of {m}"
+        if save_memory:
+            return "few", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
+        if exactly:
+            return "expand", f"fp32 without tf32 at {tokens} tokens: tiles made on the fly lose; expanded, cuBLAS runs"
+        return "expand", f"tiles made on the fly are too slow for {tokens} tokens; expanded, cuBLAS runs"
+
+    def check(self, x, weight, outputs, inputs, m, save_memory):
+        values, index, pattern = weight
+        if x.dtype != values.dtype:
+            raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}.")
+        _check_pattern(index, pattern)
+        if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
+            raise ValueError(
+                f"Expected values of ({outputs}, {inputs}) in strips of {m} rows, got the shape {tuple(values.shape)}."
+            )
+
+    def arrange(self, x, variant, **numbers):
+        return matrix_of(x)
+
+    def launch(self, variant, x, values, index, pattern, bias, gate, y, activation, m, save_memory):
+        chunks, strips, patterns, g, n = values.shape
+        (tokens, outputs), inputs, q = y.shape, x.shape[1], patterns * g
+        width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+        height, times, stride = power_of_two(m, 1, 256), triton.cdiv(tokens, width), x.stride(0)
+        constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BT": width, "ACTIVATION": activation}
+        constants |= {"PRECISION": precision(x.dtype), "WIDE": wide(values), **overlap(x)}
+        integers = (tokens, inputs, outputs, strips, chunks * q, stride)
+
+        def prepare(config):
+            grid = (triton.cdiv(strips, config["BS"]), config["S"], times)
+            tiles, shares, size = grid[0] * times, math.prod(grid), config["BS"] * height * width
+            launches = table_launches(few_tokens, grid, **constants, **config)
+            slots_of = Derived("grouped_nm slots", _slots_of_columns)
+
+            def call(x, values, index, pattern, bias, gate, y):
+                slots, ready = slots_of(index)
+                partial = workspace.take(x, tiles, shares, size)
+                launches[ready](x, values, slots, pattern, bias, gate, y, *partial, *integers)
+
+            return call
+
+        key = (x.dtype, outputs, inputs, n, m, g, width, times.bit_length())
+        configs = _configs(tokens, times, m, strips, inputs, backend.multiprocessors(x))
+        return autotune.pick("grouped_nm", key, configs, prepare, (x, values, index, pattern, bias, gate, y))
+
+
+linear = GroupedNMLinear()
+choose = linear.choose
 linear_grad_input = ExpandedProduct(expand, "the rows of a strip share no column; expanded, cuBLAS runs")
 linear_grad_values = CollectedProduct(collect)

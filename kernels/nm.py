@@ -12,7 +12,7 @@ import triton
 from . import autotune, cusparselt, epilogue
 from .backend import INTERPRET, backend
 from .launch import triton_launch
-from .linear import Layout, Linear
+from .linear import Linear
 from .nm_few import few_tokens, few_tokens_24, one_token_24
 from .nm_gradient import bits, has_words, words_of
 from .nm_gradient import collect as collect
@@ -24,32 +24,6 @@ from .split_k import workspace
 from .tiles import matrix_of, power_of_two, splits, wide
 
 FEW = 64  # tokens up to which reading the weight decides
-
-
-# ---- which variant, and with which tiles
-
-
-def choose(tokens, outputs, inputs, dtype, *, n, m, save_memory=False) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``word`` and ``few`` (2:4 by words), ``tiles``, ``cusparselt`` or ``expand``."""
-    if tokens == 0 or outputs == 0:
-        return "empty", "nothing to compute"
-    words, exactly = has_words(n, m, dtype, inputs), exact(dtype)
-    if tokens == 1 and words:
-        return "word", "one token of 2:4: 0.5625 of the dense bytes are read, a position is a shift"
-    if tokens <= FEW and not exactly:
-        if words:
-            return "few", f"{tokens} tokens of 2:4: 0.5625 of the dense bytes are read and expanded in registers"
-        return (
-            "tiles",
-            f"{tokens} tokens: the weight is read compressed, tiles are expanded on the way to the tensor cores",
-        )
-    if words and inputs % 64 == 0 and outputs % 64 == 0 and cusparselt.available():
-        return "cusparselt", "2:4 on sparse tensor cores, with a plan and a searched algorithm that are kept"
-    if save_memory:
-        return "tiles", "tiles are expanded on the fly: saves the dense weight's memory, and no time"
-    if exactly:
-        return "expand", "fp32 without tf32: tiles expanded on the fly are slower than the dense product; cuBLAS runs"
-    return "expand", f"{n}:{m} at {tokens} tokens is arithmetic that tensor cores cannot skip; expanded, cuBLAS runs"
 
 
 def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, itemsize: int) -> list[dict]:
@@ -74,88 +48,109 @@ def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, 
     return configs
 
 
-# ---- launchers
+class NMLinear(Linear):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``save_memory`` rules out a dense weight, and is slow."""
 
+    prefix, stored, given, expand = "gpu_nm_linear", "Tensor values, Tensor index", "int n, int m, ", expand
+    last, defaults = "int out_features, str activation, bool save_memory", {"save_memory": False}
 
-def _launch(variant, x, values, index, bias, gate, y, activation, n, m, save_memory):
-    (tokens, inputs), (outputs, slots) = x.shape, values.shape
-    stride, words, size = x.stride(0), inputs // 8, x.element_size()
+    def choose(self, tokens, outputs, inputs, dtype, *, n, m, save_memory=False):
+        """``empty``, ``word`` and ``few`` (2:4 by words), ``tiles``, ``cusparselt`` or ``expand`` (then cuBLAS)."""
+        if tokens == 0 or outputs == 0:
+            return "empty", "nothing to compute"
+        words, exactly = has_words(n, m, dtype, inputs), exact(dtype)
+        if tokens == 1 and words:
+            return "word", "one token of 2:4: 0.5625 of the dense bytes are read, a position is a shift"
+        if tokens <= FEW and not exactly:
+            if words:
+                return "few", f"{tokens} tokens of 2:4: 0.5625 of the dense bytes are read and expanded in registers"
+            return (
+                "tiles",
+                f"{tokens} tokens: the weight is read compressed, tiles are expanded on the way to the tensor cores",
+            )
+        if words and inputs % 64 == 0 and outputs % 64 == 0 and cusparselt.available():
+            return "cusparselt", "2:4 on sparse tensor cores, with a plan and a searched algorithm that are kept"
+        if save_memory:
+            return "tiles", "tiles are expanded on the fly: saves the dense weight's memory, and no time"
+        if exactly:
+            return (
+                "expand",
+                "fp32 without tf32: tiles expanded on the fly are slower than the dense product; cuBLAS runs",
+            )
+        return (
+            "expand",
+            f"{n}:{m} at {tokens} tokens is arithmetic that tensor cores cannot skip; expanded, cuBLAS runs",
+        )
 
-    def prepare(config):
-        height, width, split = config["BM"], config.get("BT", 1), config["S"]
-        grid = (triton.cdiv(outputs, height), split, triton.cdiv(tokens, width))
-        tiles, shares = grid[0] * grid[2], math.prod(grid)
-        # beyond 16 tokens programs compute more than they wait: those of the next launch, which come early to where
-        # there is room, would then share their multiprocessors unevenly (49 us became 60)
-        early = overlap(x) if width <= 16 else {"PDL": False}
-        common = dict(ACTIVATION=activation, WIDE=wide(x, values), **early, **config)
-        if variant == "word":
-            launch = triton_launch(one_token_24, grid, BF16=x.dtype == torch.bfloat16, **common)
-            integers, x_words = (tokens, outputs, words), words_of(x)
-        elif variant == "few":
-            launch = triton_launch(few_tokens_24, grid, **common)
-            integers, x_words = (tokens, outputs, words, stride), None
-        else:
-            launch = triton_launch(few_tokens, grid, N=n, M=m, BITS=bits(m), PRECISION=precision(x.dtype), **common)
-            integers, x_words = (tokens, inputs, outputs, slots, index.shape[1], stride), None
-        w_words = None if variant == "tiles" else words_of(values)
+    def check(self, x, weight, outputs, inputs, n, m, save_memory):
+        values, index = weight
+        slots = -(-inputs // m) * n
+        if x.dtype != values.dtype or index.dtype != torch.uint8:
+            got = f"x {x.dtype}, values {values.dtype}, index {index.dtype}"
+            raise TypeError(f"Expected x and values of one dtype and an index of uint8, got {got}.")
+        shapes = (outputs, slots), (outputs, -(-slots * bits(m) // 8))
+        if (values.shape, index.shape) != shapes:
+            got = f"{tuple(values.shape)} and {tuple(index.shape)}"
+            raise ValueError(
+                f"Expected values {shapes[0]} and index {shapes[1]} for {n}:{m} of {inputs} inputs, got {got}."
+            )
 
-        def call(x, values, index, bias, gate, y):
-            partial = workspace.take(y, tiles, shares, height * width)
-            if w_words is not None:
-                values, x = w_words(values), x if x_words is None else x_words(x.view(-1))
-            launch(x, values, index, bias, gate, y, *partial, *integers)
+    def arrange(self, x, variant, **numbers):
+        return matrix_of(x, aligned=True)
+
+    def launch(self, variant, x, values, index, bias, gate, y, activation, n, m, save_memory):
+        (tokens, inputs), (outputs, slots) = x.shape, values.shape
+        stride, words, size = x.stride(0), inputs // 8, x.element_size()
+
+        def prepare(config):
+            height, width, split = config["BM"], config.get("BT", 1), config["S"]
+            grid = (triton.cdiv(outputs, height), split, triton.cdiv(tokens, width))
+            tiles, shares = grid[0] * grid[2], math.prod(grid)
+            # beyond 16 tokens programs compute more than they wait: those of the next launch, which come early to where
+            # there is room, would then share their multiprocessors unevenly (49 us became 60)
+            early = overlap(x) if width <= 16 else {"PDL": False}
+            common = dict(ACTIVATION=activation, WIDE=wide(x, values), **early, **config)
+            if variant == "word":
+                launch = triton_launch(one_token_24, grid, BF16=x.dtype == torch.bfloat16, **common)
+                integers, x_words = (tokens, outputs, words), words_of(x)
+            elif variant == "few":
+                launch = triton_launch(few_tokens_24, grid, **common)
+                integers, x_words = (tokens, outputs, words, stride), None
+            else:
+                launch = triton_launch(few_tokens, grid, N=n, M=m, BITS=bits(m), PRECISION=precision(x.dtype), **common)
+                integers, x_words = (tokens, inputs, outputs, slots, index.shape[1], stride), None
+            w_words = None if variant == "tiles" else words_of(values)
+
+            def call(x, values, index, bias, gate, y):
+                partial = workspace.take(y, tiles, shares, height * width)
+                if w_words is not None:
+                    values, x = w_words(values), x if x_words is None else x_words(x.view(-1))
+                launch(x, values, index, bias, gate, y, *partial, *integers)
+
+            return call
+
+        key = (variant, x.dtype, outputs, inputs, n, m, power_of_two(tokens, 1, 1 << 20))
+        configs = _configs(variant, tokens, outputs, inputs, backend.multiprocessors(x), size)
+        return autotune.pick("nm", key, configs, prepare, (x, values, index, bias, gate, y))
+
+    def library(self, variant, x, values, index, bias, gate, shape, activation, n, m, save_memory):
+        if variant != "cusparselt":
+            return None
+        product = cusparselt.prepare(x, values, bias)
+        if product is None:
+            return "expand"
+        dense = expand.prepare(values, index, n=n, m=m, in_features=x.shape[-1])
+        if activation == "none" and gate is None:
+            return lambda x, values, index, bias, gate: product(x, values, bias, lambda: dense(values, index))
+
+        def call(x, values, index, bias, gate):
+            return epilogue.apply(product(x, values, bias, lambda: dense(values, index)), activation, gate)
 
         return call
 
-    key = (variant, x.dtype, outputs, inputs, n, m, power_of_two(tokens, 1, 1 << 20))
-    configs = _configs(variant, tokens, outputs, inputs, backend.multiprocessors(x), size)
-    return autotune.pick("nm", key, configs, prepare, (x, values, index, bias, gate, y))
 
-
-def _check(x, weight, outputs, inputs, n, m, save_memory):
-    values, index = weight
-    slots = -(-inputs // m) * n
-    if x.dtype != values.dtype or index.dtype != torch.uint8:
-        got = f"x {x.dtype}, values {values.dtype}, index {index.dtype}"
-        raise TypeError(f"Expected x and values of one dtype and an index of uint8, got {got}.")
-    shapes = (outputs, slots), (outputs, -(-slots * bits(m) // 8))
-    if (values.shape, index.shape) != shapes:
-        got = f"{tuple(values.shape)} and {tuple(index.shape)}"
-        raise ValueError(
-            f"Expected values {shapes[0]} and index {shapes[1]} for {n}:{m} of {inputs} inputs, got {got}."
-        )
-
-
-def _by_cusparselt(x, values, index, bias, gate, shape, activation, n, m, save_memory):
-    product = cusparselt.prepare(x, values, bias)
-    if product is None:
-        return None
-    dense = expand.prepare(values, index, n=n, m=m, in_features=x.shape[-1])
-    if activation == "none" and gate is None:
-        return lambda x, values, index, bias, gate: product(x, values, bias, lambda: dense(values, index))
-
-    def call(x, values, index, bias, gate):
-        return epilogue.apply(product(x, values, bias, lambda: dense(values, index)), activation, gate)
-
-    return call
-
-
-linear = Linear(
-    Layout(
-        "nm",
-        stored="Tensor values, Tensor index",
-        numbers="int n, int m, ",
-        check=_check,
-        choose=choose,
-        facts=lambda stored, up, numbers: numbers,
-        expand=expand,
-        arrange=lambda x, variant: matrix_of(x, aligned=True),
-        launch=_launch,
-        defaults={"save_memory": False},  # True rules out a dense weight, and is slow
-        library={"cusparselt": _by_cusparselt},
-    )
-)
+linear = NMLinear()
+choose = linear.choose
 linear_grad_input = ExpandedProduct(
     expand, "2:4 runs along the inputs, so that its transpose is dense to the hardware; expanded, cuBLAS runs"
 )

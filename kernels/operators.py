@@ -7,8 +7,8 @@ then takes ``variant=``, what was chosen, or None: it asks ``choose`` itself.
 
 | used as | by whom | decides |
 |---|---|---|
-| ``op(*tensors, **numbers)`` | anybody: compiled graphs, modes and tracers see the operator | a look-up in the launch cache |
-| ``op.prepare(*tensors, **numbers)`` | who keeps the result: a weight's plan | now, for tensors like these; nothing is kept here |
+| ``op(*tensors, **numbers)`` | anybody; compilers and modes see it | at the first call: the launch cache keeps it |
+| ``op.prepare(*tensors, **numbers)`` | a weight's plan, which keeps it | now, for tensors like these |
 
 ``Library.define`` and ``impl`` are used rather than ``custom_op`` because a call through them costs the host a few
 microseconds less, and the gradients belong to the framework's ``autograd.Function``, not to the operators.
@@ -110,6 +110,8 @@ class ExpandedProduct:
         self.expand, self.reason, self.numbers = expand, reason, expand.numbers
 
     def __call__(self, grad, *stored, **numbers):
+        if "out_features" in self.numbers:
+            numbers.setdefault("out_features", grad.shape[-1])
         return torch.matmul(grad, self.expand(*stored, **numbers))
 
     def choose(self, tokens, outputs, inputs, dtype, **pattern) -> tuple[str, str]:

@@ -4,13 +4,13 @@ A key is a tag and the identity of each source's storage, address and shape. The
 of its sources is freed. What follows a *pattern* does not look at versions: whoever writes a pattern in place calls
 ``invalidate``. What follows trained *values* (cuSPARSELt's form of a weight) does, since they change at every step.
 
-| state of a key | how it comes about | a look-up | in a capture of a CUDA graph |
+| state of a key | how it comes about | a look-up | and in a capture of a CUDA graph |
 |---|---|---|---|
-| absent | no look-up yet, or a source was freed | makes it: ready | makes its own: not kept, not ready |
-| ready | made, and the device has finished it | returns it | returns it; of values that are trained or have changed: makes its own |
-| queued | values changed, made again in place | returns it; another stream waits | makes its own |
-| outdated | values were written since | makes it again in place: queued | makes its own |
-| invalidated | ``invalidate`` names all its sources | (made again in place at once: ready) | a recorded graph reads the new one at its next replay |
+| absent | never looked up, or a source is freed | makes it: ready | makes its own: not kept, not ready |
+| ready | the device has finished it | returns it | returns it; of values that are trained or changed, its own |
+| outdated | values were written since | makes it in place: queued | makes its own |
+| queued | as above | returns it; other streams wait | makes its own |
+| invalidated | by ``invalidate`` | (made in place at once: ready) | (a recorded graph reads the new one) |
 
 *Ready* also means that a kernel may read it before it waits for the kernel before it (``pdl``). It keeps its address as
 long as its shape, which a recorded graph remembers. What a compiled graph computes on its way must not be a source:

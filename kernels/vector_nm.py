@@ -13,12 +13,11 @@ import functools
 import torch
 import triton
 
-from . import autotune, epilogue, transpose
+from . import gated, transpose
 from .backend import INTERPRET, backend
-from .gated import TWO_LAUNCHES, in_two_launches
 from .launch import triton_launch
-from .linear import Layout, Linear
-from .operators import ExpandedProduct, operator
+from .linear import Linear
+from .operators import ExpandedProduct
 from .pdl import overlap
 from .precision import exact, precision
 from .split_k import workspace
@@ -31,40 +30,7 @@ from .vector_nm_gradient import grad_values
 FEW = 64  # tokens up to which the split-K kernel reads the weight once
 
 
-# ---- which variant, and with which tiles
-
-
-def choose(tokens, outputs, inputs, dtype, *, n, m, v) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (split-K), ``gather`` (a gathered GEMM) or ``expand`` (then cuBLAS)."""
-    if tokens == 0 or outputs == 0:
-        return "empty", "nothing to compute"
-    if tokens <= FEW:
-        return (
-            "few",
-            f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {n}/{m} of it once",
-        )
-    kept = n / m
-    if exact(dtype):  # no tensor core whose shape asks for many rows
-        need = 0.6 if v >= 64 else 0.5 if v >= 32 else 0.4 if v >= 16 else 0.2 if v >= 8 else 0.0
-        if kept > need:
-            return "expand", f"v={v} rows are too few for {n}:{m} in fp32 without tf32; expanded, cuBLAS runs"
-        return "gather", f"{n}:{m} with v={v} in fp32 without tf32: the gathered GEMM does {kept:.3g} of the dense work"
-    if dtype == torch.float32:
-        return "expand", "fp32 rows cannot feed the tensor cores token-major; expanded, cuBLAS runs"
-    need = 0.75 if v >= 128 else 0.5 if v >= 64 else 0.26 if v >= 32 else 0.13 if v >= 16 else 0.0
-    if kept > need:
-        return (
-            "expand",
-            f"v={v} rows share a gathered row, too few for {n}:{m} at {tokens} tokens; expanded, cuBLAS runs",
-        )
-    return "gather", f"{n}:{m} with v={v}: the gathered GEMM does {kept:.3g} of the dense work on tensor cores"
-
-
-def reference(dtype, *, n, m, v) -> str | None:
-    """Why the values' gradient is better gathered from a dense one, or None."""
-    if exact(dtype) and n / m > 0.3 * (min(v, 128) / 128) ** 0.5:
-        return f"{n}:{m} with v={v} in fp32 without tf32: the dense gradient, gathered, is faster"
-    return None
+# ---- tiles
 
 
 def _many_configs(v: int, tokens: int, exactly: bool) -> list[dict]:
@@ -87,19 +53,12 @@ def _many_configs(v: int, tokens: int, exactly: bool) -> list[dict]:
         rows = min(held, 32)
         tiles = [(rows, 256, 0, 3, 4), (rows, 128, 3, 3, 4), (rows, 256, 0, 2, 4), (rows, 128, 0, 3, 4)]
     tiles = [tile for tile in tiles if tile[1] <= transpose.padded(tokens)]
+    fixed = {"BK": 16 if exactly else 64, "GROUP": 32}
     return [
-        {
-            "BM": rows,
-            "BN": width,
-            "BK": 16 if exactly else 64,
-            "GROUP": 32,
-            "TOKENS_FIRST": not exactly and (rows < 64 or (v < 128 and width < 256)),
-            "PER_SM": p,
-            "num_stages": stages,
-            "num_warps": warps,
-        }
-        for rows, width, p, stages, warps in tiles
-    ]
+        {"BM": rows, "BN": width, "TOKENS_FIRST": not exactly and (rows < 64 or (v < 128 and width < 256)),
+         "PER_SM": resident, "num_stages": stages, "num_warps": warps, **fixed}
+        for rows, width, resident, stages, warps in tiles
+    ]  # fmt: skip
 
 
 def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int, halves: int) -> list[dict]:
@@ -121,86 +80,167 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int, halv
     return configs
 
 
-# ---- launchers
+# ---- launches; x is feature-major (I, W), its rows contiguous; y is (T, O) when row_major, else (O, T)
 
 
-def _prepare_many(x, values, index, bias, gate, up, up_index, up_bias, y, **numbers):
-    """x is feature-major (I, >= tokens), its rows contiguous; y is (T, O) when row_major, else (O, T)."""
-    parts = (x, values, index, bias, gate, up, up_index, up_bias, y)
-    v, tokens, halves = numbers["v"], numbers["tokens"], 1 if up is None else 2
-
-    def prepare(config):
-        if config == TWO_LAUNCHES:
-            return _in_two_launches(_prepare_many, parts, numbers)
-        return _launch_many(dict(config), *parts, **numbers)
-
-    key = (x.dtype, len(values), x.shape[0], values.shape[1], v, tokens.bit_length(), numbers["row_major"])
-    configs = _many_configs(v, tokens, exact(x.dtype)) + [TWO_LAUNCHES] * (halves - 1)
-    return autotune.pick("vector_nm_many" if halves == 1 else "vector_nm_gated_many", key, configs, prepare, parts)
-
-
-def _in_two_launches(prepare, parts, numbers):
-    fixed = {name: value for name, value in numbers.items() if name != "activation"}
-    return in_two_launches(functools.partial(prepare, **fixed), parts, numbers["activation"])
-
-
-def _launch_many(
-    config, x, values, index, bias, gate, up, up_index, up_bias, y, tokens, row_major, n, m, v, activation
-):
+def _many(*given, n, m, v, tokens, row_major, activation):
+    """``given``: x of whole tiles of tokens, values, index, bias, gate, up, up_index, up_bias, y."""
+    x, values, up, y = given[0], given[1], given[5], given[-1]
     inputs, (outputs, slots) = x.shape[0], values.shape
     strides = (x.stride(0), *((1, outputs) if row_major else (tokens, 1)))
-    rows, width, resident = config["BM"], config["BN"], config.pop("PER_SM")
-    tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width)
-    programs = min(tiles, resident * backend.multiprocessors(x)) if resident else tiles
     # no descriptor where a program changes weights: a load in a branch is not pipelined, a pointer can be chosen
     described = up is None and describable(values)
-    launch = triton_launch(
-        gather_gemm, (programs,), {1: ([rows, config["BK"]], values.shape, values.stride())} if described else {},
-        V=v, ROW_MAJOR=row_major, PERSISTENT=programs < tiles, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
-        EVEN_K=slots % config["BK"] == 0, EVEN_I=slots * m == inputs * n, WIDE=wide(x, values, y),
-        ACTIVATION=activation, PRECISION=precision(x.dtype), **config,
-    )  # fmt: skip
-    integers = (tokens, inputs, outputs, slots, *strides, tiles, programs)
-
-    def call(x, values, *parts):
-        launch(x, values if described else None, values, *parts, *integers)
-
-    return call
-
-
-def _prepare_few(x, values, index, bias, gate, up, up_index, up_bias, y, **numbers):
-    """x is (1, I) in any order, or feature-major (I, W), W >= the tile's tokens; ``turned`` by the launch before."""
-    parts = (x, values, index, bias, gate, up, up_index, up_bias, y)
-    (outputs, slots), v, tokens, halves = values.shape, numbers["v"], numbers["tokens"], 1 if up is None else 2
-    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    constants = {"V": v, "ROW_MAJOR": row_major, "EVEN_I": slots * m == inputs * n, "WIDE": wide(x, values, y)}
+    constants |= {"ACTIVATION": activation, "PRECISION": precision(x.dtype)}
 
     def prepare(config):
-        if config == TWO_LAUNCHES:
-            return _in_two_launches(_prepare_few, parts, numbers)
-        return _launch_few(config, width, halves, *parts[:3], **numbers)
+        rows, width, depth, resident = config["BM"], config["BN"], config["BK"], config["PER_SM"]
+        tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width)
+        programs = min(tiles, resident * backend.multiprocessors(x)) if resident else tiles
+        launch = triton_launch(
+            gather_gemm, (programs,), {1: ([rows, depth], values.shape, values.stride())} if described else {},
+            PERSISTENT=programs < tiles, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
+            EVEN_K=slots % depth == 0, **constants, **{name: config[name] for name in config if name != "PER_SM"},
+        )  # fmt: skip
+        integers = (tokens, inputs, outputs, slots, *strides, tiles, programs)
 
-    key = (x.dtype, outputs, numbers["inputs"], slots, v, width)
-    configs = _few_configs(v, tokens, outputs, slots, backend.multiprocessors(x), halves)
-    configs += [TWO_LAUNCHES] * (halves - 1)
-    return autotune.pick("vector_nm_few" if halves == 1 else "vector_nm_gated_few", key, configs, prepare, parts)
+        def call(x, values, *parts):
+            launch(x, values if described else None, values, *parts, *integers)
+
+        return call
+
+    key = (x.dtype, outputs, inputs, slots, v, tokens.bit_length(), row_major)
+    lone = functools.partial(_many, n=n, m=m, v=v, tokens=tokens, row_major=row_major)
+    configs = _many_configs(v, tokens, exact(x.dtype))
+    return gated.pick("vector_nm", "many", key, configs, prepare, given, lone, activation)
 
 
-def _launch_few(config, width, halves, x, values, index, tokens, inputs, turned, row_major, n, m, v, activation):
-    outputs, slots = values.shape
+def _few(*given, n, m, v, tokens, row_major, inputs, turned, activation):
+    """The same ``given``; x is (1, I) in any order, or has W >= the tile's tokens; ``turned`` by the launch before."""
+    x, values, up = given[0], given[1], given[5]
+    (outputs, slots), halves = values.shape, 1 if up is None else 2
+    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
     strides = (x.stride(1 if tokens == 1 else 0), *((1, outputs) if row_major else (tokens, 1)))
-    tiles = triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"])
-    shares, size = tiles * config["S"], halves * config["BM"] * width
-    launch = triton_launch(
-        few_tokens, (tiles, config["S"]), V=v, BT=width, TURNED=turned, EVEN_K=slots % config["BK"] == 0,
-        EVEN_I=slots * m == inputs * n, WIDE=wide(x, values), ACTIVATION=activation, PRECISION=precision(x.dtype),
-        **overlap(x), **config,
-    )  # fmt: skip
+    constants = {"V": v, "BT": width, "TURNED": turned, "EVEN_I": slots * m == inputs * n, "WIDE": wide(x, values)}
+    constants |= {"ACTIVATION": activation, "PRECISION": precision(x.dtype), **overlap(x)}
     integers = (tokens, inputs, outputs, slots, *strides)
 
-    def call(x, *parts):
-        launch(x, *parts, *workspace.take(x, tiles, shares, size), *integers)
+    def prepare(config):
+        rows, split = config["BM"], config["S"]
+        tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows)
+        shares, size = tiles * split, halves * rows * width
+        launch = triton_launch(few_tokens, (tiles, split), EVEN_K=slots % config["BK"] == 0, **constants, **config)
 
-    return call
+        def call(x, *parts):
+            launch(x, *parts, *workspace.take(x, tiles, shares, size), *integers)
+
+        return call
+
+    key = (x.dtype, outputs, inputs, slots, v, width)
+    configs = _few_configs(v, tokens, outputs, slots, backend.multiprocessors(x), halves)
+    fixed = {"n": n, "m": m, "v": v, "tokens": tokens, "row_major": row_major, "inputs": inputs, "turned": turned}
+    return gated.pick("vector_nm", "few", key, configs, prepare, given, functools.partial(_few, **fixed), activation)
+
+
+class VectorNMLinear(Linear):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``gate`` has the output's shape."""
+
+    prefix, stored, given = "gpu_vector_nm_linear", "Tensor values, Tensor index", "int n, int m, int v, "
+    expand, dual = expand, True
+
+    def facts(self, stored, up, numbers):
+        return {name: numbers[name] for name in ("n", "m", "v")}
+
+    def choose(self, tokens, outputs, inputs, dtype, *, n, m, v):
+        """``empty``, ``few`` (split-K), ``gather`` (a gathered GEMM) or ``expand`` (then cuBLAS)."""
+        if tokens == 0 or outputs == 0:
+            return "empty", "nothing to compute"
+        if tokens <= FEW:
+            why = f"time goes to reading the weight, and the split-K kernel reads {n}/{m} of it once"
+            return "few", f"{tokens} tokens: {why}"
+        density = n / m
+        if exact(dtype):  # no tensor core whose shape asks for many rows
+            need = 0.6 if v >= 64 else 0.5 if v >= 32 else 0.4 if v >= 16 else 0.2 if v >= 8 else 0.0
+            if density > need:
+                return "expand", f"v={v} rows are too few for {n}:{m} in fp32 without tf32; expanded, cuBLAS runs"
+            return (
+                "gather",
+                f"{n}:{m} with v={v} in fp32 without tf32: the gathered GEMM does {density:.3g} of the dense work",
+            )
+        if dtype == torch.float32:
+            return "expand", "fp32 rows cannot feed the tensor cores token-major; expanded, cuBLAS runs"
+        need = 0.75 if v >= 128 else 0.5 if v >= 64 else 0.26 if v >= 32 else 0.13 if v >= 16 else 0.0
+        if density > need:
+            why = f"v={v} rows share a gathered row, too few for {n}:{m} at {tokens} tokens"
+            return "expand", f"{why}; expanded, cuBLAS runs"
+        return "gather", f"{n}:{m} with v={v}: the gathered GEMM does {density:.3g} of the dense work on tensor cores"
+
+    def check(self, x, weight, outputs, inputs, n, m, v, **rest):
+        values, index = weight
+        if x.dtype != values.dtype or index.dtype != torch.int32:
+            got = f"x {x.dtype}, values {values.dtype}, index {index.dtype}"
+            raise TypeError(f"Expected x and values of one dtype and an index of int32, got {got}.")
+        shapes = (outputs, -(-inputs // m) * n), (-(-outputs // v), values.shape[1])
+        if (values.shape, index.shape) != shapes:
+            expected = f"values {shapes[0]} and index {shapes[1]} for ({outputs}, {inputs}) as {n}:{m}, v={v}"
+            raise ValueError(f"Expected {expected}, got {tuple(values.shape)} and {tuple(index.shape)}.")
+
+    def arrange(self, x, variant, **numbers):
+        """Feature-major (I, W), W whole tiles of tokens; one token as it lies."""
+        tokens = x.shape[:-1].numel()
+        width = power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens)
+        return transpose.turned_rows(x, width)
+
+    def launch(self, variant, x, *parts, activation, **numbers):
+        tokens = len(parts[-1])
+        numbers |= {"tokens": tokens, "row_major": True, "activation": activation}
+        if variant == "gather":
+            return _many(x, *parts, **numbers)
+        return _few(x, *parts, inputs=x.shape[1 if tokens == 1 else 0], turned=tokens > 1, **numbers)
+
+
+class FeatureMajor(VectorNMLinear):
+    """The same of x (I, T or wider) -> (O, T), or (T, O) when ``row_major``."""
+
+    prefix, last = (
+        "gpu_vector_nm_linear_feature_major",
+        "int out_features, str activation, SymInt tokens, bool row_major",
+    )
+
+    def sizes(self, x, outputs, numbers):
+        shape = (numbers["tokens"], outputs) if numbers["row_major"] else (outputs, numbers["tokens"])
+        return numbers["tokens"], x.shape[0], shape, shape
+
+    def _shape(self, x, *arguments):
+        outputs, _, tokens, row_major = arguments[-4:]
+        return (tokens, outputs) if row_major else (outputs, tokens)
+
+    def arrange(self, x, variant, tokens, **numbers):
+        """x itself, or a padded copy where the kernel could not read it as it lies; one token becomes (1, I)."""
+        if tokens == 1:
+            return (lambda x: x[:, :1].T) if variant == "few" else None
+        width = transpose.padded(tokens) if variant == "gather" else power_of_two(tokens, 16, FEW)
+        whole = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+        if whole and (variant == "gather" or x.shape[1] >= width):
+            return None
+        return lambda x: torch.nn.functional.pad(x[:, :tokens], (0, width - tokens))
+
+    def multiply(self, x, dense, bias, numbers):
+        x = x[:, : numbers["tokens"]]
+        if numbers["row_major"]:
+            return torch.nn.functional.linear(x.T, dense, bias)
+        return torch.mm(dense, x) if bias is None else torch.addmm(bias[:, None], dense, x)
+
+    def launch(self, variant, x, *parts, **numbers):
+        if variant == "gather":
+            return _many(x, *parts, **numbers)
+        inputs = x.shape[1 if numbers["tokens"] == 1 else 0]
+        return _few(x, *parts, inputs=inputs, turned=False, **numbers)
+
+
+linear, _feature_major = VectorNMLinear(), FeatureMajor()
+choose, gated_linear = linear.choose, linear.gated
+linear_grad_input = ExpandedProduct(expand, "rows of one group share no column of the result; expanded, cuBLAS runs")
 
 
 def feature_major(x: torch.Tensor) -> torch.Tensor:
@@ -208,136 +248,24 @@ def feature_major(x: torch.Tensor) -> torch.Tensor:
     return transpose.transpose(x, transpose.padded(x.shape[0]))
 
 
-def _check(x, weight, outputs, inputs, n, m, v):
-    values, index = weight
-    if x.dtype != values.dtype or index.dtype != torch.int32:
-        got = f"x {x.dtype}, values {values.dtype}, index {index.dtype}"
-        raise TypeError(f"Expected x and values of one dtype and an index of int32, got {got}.")
-    shapes = (outputs, -(-inputs // m) * n), (-(-outputs // v), values.shape[1])
-    if (values.shape, index.shape) != shapes:
-        expected = f"values {shapes[0]} and index {shapes[1]} for ({outputs}, {inputs}) as {n}:{m}, v={v}"
-        raise ValueError(f"Expected {expected}, got {tuple(values.shape)} and {tuple(index.shape)}.")
-
-
-def _arrange(x, variant):
-    """Feature-major (I, W), W whole tiles of tokens; one token as it lies."""
-    tokens = x.shape[:-1].numel()
-    return transpose.turned_rows(x, power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens))
-
-
-def _launch(variant, x, *parts, activation, n, m, v):
-    tokens = len(parts[-1])
-    numbers = {"tokens": tokens, "row_major": True, "n": n, "m": m, "v": v, "activation": activation}
-    if variant == "gather":
-        return _prepare_many(x, *parts, **numbers)
-    inputs = x.shape[1] if tokens == 1 else x.shape[0]
-    return _prepare_few(x, *parts, inputs=inputs, turned=tokens > 1, **numbers)
-
-
-# ---- feature-major in, and out if wanted
-
-
-@operator(
-    "gpu_vector_nm_linear_feature_major(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? gate, Tensor? up,"
-    " Tensor? up_index, Tensor? up_bias, int n, int m, int v, str activation, SymInt tokens, bool row_major) -> Tensor",
-    lambda x, values, *rest: (rest[-2], len(values)) if rest[-1] else (len(values), rest[-2]),
-)
-def _feature_major(x, values, index, bias, gate, up, up_index, up_bias, n, m, v, activation, tokens, row_major):
-    inputs, outputs = x.shape[0], values.shape[0]
-    for weight in ((values, index), (up, up_index)):
-        if weight[0] is not None:
-            _check(x, weight, outputs, inputs, n, m, v)
-    shape = (tokens, outputs) if row_major else (outputs, tokens)
-    epilogue.check(outputs, shape, (bias, up_bias), gate)
-    variant, _ = linear.choose(tokens, outputs, inputs, x.dtype, n=n, m=m, v=v)
-    if variant == "empty":
-        return lambda x, *parts: x.new_empty(shape)
-    if variant == "expand":
-        return _expanded_feature_major(inputs, n, m, v, activation, tokens, row_major)
-    parts, new = (values, index, bias, gate, up, up_index, up_bias), backend.empty(x, *shape)
-    numbers = {"tokens": tokens, "row_major": row_major, "n": n, "m": m, "v": v, "activation": activation}
-    whole = _whole_tiles(x, tokens, variant)
-    flat = whole(x)
-    if variant == "gather":
-        launch = _prepare_many(flat, *parts, new(), **numbers)
-    else:
-        launch = _prepare_few(flat, *parts, new(), inputs=inputs, turned=False, **numbers)
-
-    def call(x, *parts):
-        y = new()
-        launch(whole(x), *parts, y)
-        return y
-
-    return call
-
-
-def _expanded_feature_major(inputs, n, m, v, activation, tokens, row_major):
-    def product(x, values, index, bias):
-        dense = expand(values, index, n=n, m=m, v=v, in_features=inputs)
-        if row_major:
-            return torch.nn.functional.linear(x.T, dense, bias)
-        return torch.mm(dense, x) if bias is None else torch.addmm(bias[:, None], dense, x)
-
-    def call(x, values, index, bias, gate, up, up_index, up_bias):
-        x = x[:, :tokens]
-        gate = gate if up is None else product(x, up, up_index, up_bias)
-        return epilogue.apply(product(x, values, index, bias), activation, gate)
-
-    return call
-
-
-def _whole_tiles(x, tokens, variant):
-    """The function from x (I, >= tokens) to itself, or to a padded copy where the kernel could not read it as it lies;
-    one token becomes (1, I)."""
-    if tokens == 1 and variant == "few":
-        return lambda x: x[:, :1].T
-    width = transpose.padded(tokens) if variant == "gather" else power_of_two(tokens, 16, FEW)
-    whole = x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
-    if tokens > 1 and (not whole or (variant == "few" and x.shape[1] < width)):
-        return lambda x: torch.nn.functional.pad(x[:, :tokens], (0, width - tokens))
-    return lambda x: x
-
-
-def linear_feature_major(
-    x, values, index, bias=None, *, n, m, v, activation=None, gate=None, tokens=None, row_major=False
-):
+def linear_feature_major(x, values, index, bias=None, *, tokens=None, row_major=False, **given):
     """x (I, T) -> activation(W @ x + bias) * gate, (O, T): a chain of such layers transposes once, at its start.
 
     ``tokens`` when x is a wider buffer, as ``feature_major`` gives; with ``row_major`` the output is (T, O), for the
     end of a chain. ``gate`` is in the output's order.
     """
-    numbers = {"n": n, "m": m, "v": v, "activation": epilogue.activation_name(activation), "row_major": row_major}
-    return _feature_major(x, values, index, bias, gate, tokens=x.shape[1] if tokens is None else tokens, **numbers)
+    tokens = x.shape[1] if tokens is None else tokens
+    given |= {"out_features": len(values), "tokens": tokens, "row_major": row_major}
+    return _feature_major(x, values, index, bias, **given)
 
 
-def gated_linear_feature_major(x, up, gate, *, n, m, v, activation="silu", tokens=None, row_major=False):
+def gated_linear_feature_major(x, up, gate, *, tokens=None, row_major=False, **given):
     """``gated_linear`` of x (I, T or wider) -> (O, T), or (T, O) when ``row_major``: part of a feature-major chain."""
-    up, gate = ((*weight, None)[:3] for weight in (up, gate))
-    numbers = {"n": n, "m": m, "v": v, "activation": epilogue.activation_name(activation), "row_major": row_major}
-    return _feature_major(x, *gate, None, *up, tokens=x.shape[1] if tokens is None else tokens, **numbers)
-
-
-# ---- what the framework calls
+    tokens = x.shape[1] if tokens is None else tokens
+    given |= {"out_features": len(up[0]), "tokens": tokens, "row_major": row_major}
+    return _feature_major.gated(x, up, gate, **given)
 
 
 def linear_grad_values(grad, x, index, *, n, m, v, feature_major=False):
     """grad (*, O), x (*, I) -> the gradient of ``values`` (O, K); with ``feature_major``, x is (I, T or wider)."""
     return grad_values(grad, x, index, n=n, m=m, v=v, feature_major=feature_major)
-
-
-linear = Linear(
-    Layout(
-        "vector_nm",
-        stored="Tensor values, Tensor index",
-        numbers="int n, int m, int v, ",
-        check=_check,
-        choose=choose,
-        facts=lambda stored, up, numbers: numbers,
-        expand=expand,
-        arrange=_arrange,
-        launch=_launch,
-        dual=True,
-    )
-)
-gated_linear = linear.gated
-linear_grad_input = ExpandedProduct(expand, "rows of one group share no column of the result; expanded, cuBLAS runs")

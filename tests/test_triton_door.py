@@ -26,12 +26,12 @@ def weights():
     return {
         "gpu_vector_nm_linear": (
             lambda x, b: vector_nm.linear(x, values, index, b, n=1, m=4, v=16, out_features=O),
-            lambda b, gate=None: (values, index, b, gate, 1, 4, 16, O, "relu"),
+            lambda b, gate=None: (values, index, b, gate, None, None, None, 1, 4, 16, O, "relu"),
             dense,
         ),
         "gpu_bsr_linear": (
             lambda x, b: bsr.linear(x, *blocks, b, out_features=O),
-            lambda b, gate=None: (*blocks, b, gate, O, "relu"),
+            lambda b, gate=None: (*blocks, b, gate, None, None, None, None, O, "relu"),
             dense_bsr,
         ),
         "gpu_nm_linear": (
