@@ -8,7 +8,7 @@ of its sources is freed. What follows a *pattern* does not look at versions: who
 |---|---|---|---|
 | absent | never looked up, or a source is freed | makes it: ready | makes its own: not kept, not ready |
 | ready | the device has finished it | returns it | returns it; of values that are trained or changed, its own |
-| outdated | values were written since | makes it in place: queued | makes its own |
+| outdated | values were written, or a pattern in a capture | makes it in place: queued, ready | makes its own |
 | queued | as above | returns it; other streams wait | makes its own |
 | invalidated | by ``invalidate`` | (made in place at once: ready) | (a recorded graph reads the new one) |
 
@@ -26,13 +26,15 @@ import torch
 from ._torch_private import StorageWeakRef, dispatch_modes, storage_identity, stream_is_capturing
 from .backend import backend
 
+OUTDATED = ()
 _entries: dict[tuple, "_Entry"] = {}
 _constants: dict[tuple, torch.Tensor] = {}
 _lock = threading.Lock()
 
 
 class _Entry:
-    """``versions``: of the values that it follows, None of a pattern; ``changed``: they were written since."""
+    """``versions``: of the values that it follows; None of a pattern, or OUTDATED. ``changed``: the values were written
+    since it was first made. ``make``: of a pattern alone, as values are followed by calls."""
 
     def __init__(self, make, sources, versions, result, changed=False, ready=True):
         self.make, self.versions, self.result, self.changed, self.ready = make, versions, result, changed, ready
@@ -59,7 +61,7 @@ class Derived:
         for known, source in zip(last, sources, strict=False):
             if known() is not source:
                 entry = None
-        if entry is None or self.values:
+        if entry is None or entry.versions is not None:
             entry = self._find(sources, make or self.make)
             if isinstance(entry, torch.Tensor):
                 return entry, False  # made in a capture
@@ -103,11 +105,12 @@ def _make(key, make, sources, versions):
         if old is not None and old.versions == versions:
             return old
         # values that are trained change at every step: the host does not wait for each form
-        result = outside_of_pools(sources[0].device, lambda: _at_its_place(old, make(*sources)), wait=old is None)
+        changed = old is not None and versions is not None
+        result = outside_of_pools(sources[0].device, lambda: _at_its_place(old, make(*sources)), wait=not changed)
         for other in [k for k, entry in _entries.items() if not entry.alive()]:
             del _entries[other]
-        kept = make if versions is None else None  # of values nothing is made but in a call, and it may hold tensors
-        entry = _entries[key] = _Entry(kept, sources, versions, result, old is not None, old is None)
+        kept = make if versions is None else None
+        entry = _entries[key] = _Entry(kept, sources, versions, result, changed, not changed)
         return entry
 
 
@@ -119,15 +122,19 @@ def invalidate(*pattern: torch.Tensor) -> None:
     """What was derived from these tensors alone, which have been written in place, is made again where it lies.
 
     They are the tensors themselves or views of their storages; another storage over the same memory is not recognized.
-    A CUDA graph that was recorded before reads the new tables; not to be called while one is captured.
+    A CUDA graph that was recorded before reads the new tables. In a capture, whose graph writes the pattern at each
+    replay, later calls of that capture make tables of their own.
     """
     places = {_place(t): t for t in pattern}
     with _lock:
         for key, entry in list(_entries.items()):
-            if entry.versions is None and all(place in places for place in key[1:]):
+            if entry.make is not None and all(place in places for place in key[1:]):
                 sources = [places[place] for place in key[1:]]
+                if backend.capturing(sources[0]):
+                    entry.versions = OUTDATED
+                    continue
                 made = lambda entry=entry, sources=sources: _at_its_place(entry, entry.make(*sources))  # noqa: E731
-                entry.result = outside_of_pools(sources[0].device, made)
+                entry.result, entry.versions = outside_of_pools(sources[0].device, made), None
 
 
 def lasting(device: torch.device) -> bool:
