@@ -14,7 +14,7 @@ class Columns(sten.Layout):
 
     def mask(self, score, sparsity=None):
         total = torch.where(score.isnan(), -math.inf, score).float().flatten(1).sum(0)
-        keep = sten.layout.top(total, sten.layout.kept(len(total), sparsity, self))
+        keep = sten.layout.top(total, sten.layout.count_to_keep(len(total), sparsity, self))
         return keep.expand(len(score), -1).reshape(score.shape).clone()
 
     def pack(self, dense, mask):
@@ -33,6 +33,6 @@ class Columns(sten.Layout):
 
 
 @sten.kernel("linear", weight=Columns, device="cpu")
-def columns_linear(x, weight, bias, *, spec, shape):
+def columns_linear(x, weight, bias, *, layout, shape):
     """Gather the inputs that live, then a smaller dense product."""
     return torch.nn.functional.linear(x[..., weight["column"]], weight["values"], bias)

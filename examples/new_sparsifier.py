@@ -1,38 +1,37 @@
-"""A method that sten does not have, without touching sten: inputs that have few weights so far are fed first."""
+"""A method that sten does not have, without touching sten: inputs that have few weights so far grow first."""
 from dataclasses import dataclass
 
 import torch
 
 import sten
-from sten.sparsifiers.units import fill_up, keep_largest
+from sten.sparsifiers.granularity import fill_up, keep_largest
 
 
 @dataclass(frozen=True)
-class HungryColumns(sten.Sparsifier):
+class FewestFirst(sten.PatternMethod):
     """RigL whose growth score is |g| / (1 + weights of the input). It runs on every layout and optimizer."""
     total_steps: int
     every: int = 100
     seed: int = 0
-    one_shot, needs, replaces_step = False, frozenset({"grad"}), True
-    @property
-    def ticks(self):
+    schedule: sten.schedule.Schedule | None = None
+    needs, replaces_step = frozenset({"grad"}), True
+    def default_schedule(self):
         return sten.schedule.Cosine(0.3, 0.0, 0, self.total_steps, self.every)
-
-    def score(self, view):  # the first pattern: random
+    def score(self, view):  # what the first pattern is made of
         return sten.scores.random(view.weight, view.generator)
-
-    def update(self, view, state):
-        keep = keep_largest(view, self.ticks.value(view.step))
+    def update(self, view):
+        if view.mask is None:
+            return super().update(view)
+        keep = keep_largest(view, self.schedule.value(view.step))
         return sten.Edit(mask=fill_up(view, keep, view.grad.abs() / (1 + keep.sum(0))))
 
 
 if __name__ == "__main__":
-    sten.testing.check_sparsifier(HungryColumns(total_steps=12, every=3))
+    sten.testing.check_sparsifier(FewestFirst(total_steps=12, every=3))
     model = torch.nn.Linear(64, 8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    sten.sparsify(model, sten.CSR(), HungryColumns(60, every=10), sparsity=0.8, optimizer=optimizer)
-    for _ in range(60):
-        x = torch.randn(128, 64)
+    sten.sparsify(model, sten.CSR(), FewestFirst(60, every=10), sparsity=0.8, optimizer=optimizer)
+    for x in torch.randn(60, 128, 64):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(x), x[:, :8].argmax(1)).backward()
         optimizer.step()

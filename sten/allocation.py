@@ -1,4 +1,4 @@
-"""Allocation: how the budget is spread over the weights.
+"""Allocation: how many entries each weight keeps of a budget for all of them.
 
 The contract, in one line: `assign(sizes, scores) -> how many entries of each weight stay`, exact in sum.
 """
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layout import top
+from .layouts.topk import top
 
 
 @dataclass(frozen=True)
 class Allocation(ABC):
-    """A sparsity for the whole model and the rule that spreads it.
+    """A sparsity for the whole model and the rule that shares it out among the weights.
 
     `sparsity` is the fraction of entries to drop, 0 to 1, over all chosen weights whose layout has no rate of its own.
     """
@@ -27,7 +27,7 @@ class Allocation(ABC):
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity is the fraction of entries to drop, from 0 to 1; got {self.sparsity!r}.")
+            raise ValueError(f"Expected a sparsity from 0 to 1, the fraction to drop, got {self.sparsity!r}.")
 
     @abstractmethod
     def assign(self, shapes: dict[str, tuple[int, ...]], score: Callable[[str], Tensor]) -> dict[str, int]:
@@ -66,7 +66,7 @@ class Global(Allocation):
     def __post_init__(self) -> None:
         Allocation.__post_init__(self)
         if not 0 <= self.floor <= 1:
-            raise ValueError(f"Global takes a floor from 0 to 1; got {self.floor}.")
+            raise ValueError(f"Expected a floor from 0 to 1 for Global, got {self.floor}.")
 
     def assign(self, shapes, score):
         sizes = [math.prod(shape) for shape in shapes.values()]
@@ -147,6 +147,7 @@ def allocation(sparsity: float | Allocation | None) -> Allocation | None:
         return sparsity
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
         raise TypeError(
-            f"sparsity= takes a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one; got {sparsity!r}."
+            "Expected for sparsity= a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one, "
+            f"got {sparsity!r}."
         )
     return Uniform(sparsity)

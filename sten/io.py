@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .forms import attached, move, settled_state, sparse_weights
-from .layout import fields
-from .targets import Target, all_weights, refuse_wrapped
+from .conversion.reparametrize import move
+from .conversion.select import Target, all_weights, once_each
+from .conversion.state_dict_hooks import finalized_state
+from .layouts.registry import fields
 from .tensor import SparseTensor, checked
 
 VERSION = 1
@@ -70,7 +71,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict
     sparse: dict[str, dict] = {}
     ties: dict[str, str] = {}
     seen: dict[int, str] = {}
-    for name, value in settled_state(model).items():
+    for name, value in finalized_state(model).items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}, not a tensor: sten.save writes tensors only.")
         if seen.setdefault(id(value), name) != name:
@@ -123,7 +124,7 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError(EXTRA) from None
-    refuse_wrapped(model)
+    targets = once_each(all_weights(model))
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
     try:
@@ -136,9 +137,9 @@ def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     if header.get("crc32") != _checksum(tensors):
         raise ValueError(f"The checksum of {os.fspath(path)!r} does not match its tensors: the file was damaged.")
     state = _unflatten(tensors, header)
-    current = settled_state(model)
+    current = finalized_state(model)
     _expect_fit(current, state)
-    _adopt(model, current, state)
+    _adopt(targets, current, state)
     return model
 
 
@@ -209,30 +210,18 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _adopt(model: nn.Module, current: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+def _adopt(targets: list[Target], current: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Put a state that fits into the model: the weights that are sparse on either side move, all else is copied."""
     moved, used = set(), set()
-    for target in [*sparse_weights(model), *_dense_weights(model)]:
-        value = state[target.names[0]]
-        if target.stored is None and not isinstance(value, SparseTensor):
+    for target in targets:
+        value = state.get(target.names[0])
+        dense = target.weight is None and not isinstance(target.tensor, SparseTensor)
+        if value is None or (dense and not isinstance(value, SparseTensor)):
             continue
         value = copy.deepcopy(value) if id(value) in used else value  # tied in the file, not in the model
         used.add(id(value))
-        move(target, value.to(target.tensor.device, target.tensor.dtype), attached)
+        move(target, value.to(target.tensor.device, target.tensor.dtype), [])
         moved.update(target.names)
     for name, have in current.items():
         if name not in moved:
             have.copy_(state[name])
-
-
-def _dense_weights(model: nn.Module) -> list[Target]:
-    """Every dense weight of two or more dimensions, once, with all its owners and names."""
-    found: dict[int, Target] = {}
-    for full, one in all_weights(model).items():
-        if not isinstance(one.tensor, SparseTensor):
-            target = found.setdefault(id(one.tensor), one)
-            target.names.append(full)
-            if target is not one:
-                target.owners.extend(one.owners)
-    trained = {id(t.tensor) for t in sparse_weights(model)}
-    return [t for t in found.values() if id(t.tensor) not in trained]

@@ -1,7 +1,7 @@
 """Schedule: when a method acts, and with what number.
 
 The contract, in one line: `due(step) -> bool` and `value(step) -> float`. A step is counted from 1, the first call of
-`optimizer.step()`; 0 is the state before it. `value` also takes a 0-d tensor and then answers with one, so that
+`optimizer.step()`; 0 is the state before it. `value` also takes a 0-d tensor and then returns one, so that
 compiled models do not recompile as the number moves.
 """
 
@@ -19,51 +19,51 @@ FOREVER = 2**62
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """Every `every` steps from `start` to `stop`, both included; the value goes from `first` to `last` in between.
+    """Every `every` steps from `start` to `stop`, both included, with a value that goes from one number to another.
 
-    Before `start` the value is `first`, after `stop` it is `last`. With `closing`, the step `stop` itself is always
-    due, so that a curve arrives at `last` also where `every` does not divide the length.
+    Before `start` the value is `initial_value`, after `stop` it is `final_value`. With `include_stop`, the step `stop`
+    itself is always due, so that a curve arrives at `final_value` also where `every` does not divide the length.
 
     Raises:
         ValueError: stop before start, or every below 1.
 
     Example:
         >>> import sten
-        >>> plan = sten.schedule.Linear(0.0, 1.0, start=10, stop=20, every=4, closing=True)
+        >>> plan = sten.schedule.Linear(0.0, 1.0, start=10, stop=20, every=4, include_stop=True)
         >>> [step for step in range(30) if plan.due(step)], plan.value(15)
         ([10, 14, 18, 20], 0.5)
     """
 
-    first: float
-    last: float
+    initial_value: float
+    final_value: float
     start: int = 0
     stop: int = FOREVER
     every: int = 1
-    closing: bool = False
+    include_stop: bool = False
 
     def __post_init__(self) -> None:
         whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.start, self.stop, self.every))
         if not whole or not 0 <= self.start <= self.stop or self.every < 1:
             raise ValueError(
-                f"{type(self).__name__} takes whole numbers 0 <= start <= stop and every >= 1; "
+                f"Expected whole numbers 0 <= start <= stop and every >= 1 for {type(self).__name__}, "
                 f"got start={self.start}, stop={self.stop}, every={self.every}."
             )
 
     def due(self, step: int) -> bool:
         """Whether the method acts at this step."""
         inside = self.start <= step <= self.stop
-        return inside and ((step - self.start) % self.every == 0 or (self.closing and step == self.stop))
+        return inside and ((step - self.start) % self.every == 0 or (self.include_stop and step == self.stop))
 
     def value(self, step: int | Tensor) -> float | Tensor:
         """The number at this step."""
         length = max(self.stop - self.start, 1)
         part = (step - self.start) / length
         part = part.clamp(0, 1) if isinstance(step, Tensor) else min(max(part, 0.0), 1.0)
-        return self.first + (self.last - self.first) * self.curve(part)
+        return self.initial_value + (self.final_value - self.initial_value) * self.curve(part)
 
     @abstractmethod
     def curve(self, part: float | Tensor) -> float | Tensor:
-        """How much of the way from `first` to `last` is done, 0 to 1, when `part` of the time has passed."""
+        """How much of the way to `final_value` is done, 0 to 1, when `part` of the time has passed."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cubic(Schedule):
-    """last + (first - last) * (1 - part)**3: fast while much is there to prune, slow at the end.
+    """final + (initial - final) * (1 - part)**3: fast while much is there to prune, slow at the end.
 
     Source: Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878, section 3.
 
@@ -98,9 +98,9 @@ class Cubic(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """last + (first - last) / 2 * (1 + cos(pi * part)).
+    """final + (initial - final) / 2 * (1 + cos(pi * part)).
 
-    Source: Evci et al., Rigging the Lottery, https://arxiv.org/abs/1911.11134, section 3 (2), with last = 0.
+    Source: Evci et al., Rigging the Lottery, https://arxiv.org/abs/1911.11134, section 3 (2), with final = 0.
 
     Example:
         >>> import sten
@@ -123,10 +123,10 @@ class Constant(Schedule):
         0.3
     """
 
-    last: float = 0.0
+    final_value: float = 0.0
 
     def value(self, step: int | Tensor) -> float:
-        return self.first
+        return self.initial_value
 
     def curve(self, part):
         return 0.0 * part
@@ -134,7 +134,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """first * exp(-rate * (step - start)), and exactly `last` from `stop` on: an exponential alone never arrives.
+    """initial * exp(-rate * (step - start)), and exactly `final_value` from `stop` on: an exponential never arrives.
 
     Example:
         >>> import sten
@@ -148,8 +148,9 @@ class Exponential(Schedule):
     def value(self, step):
         if isinstance(step, Tensor):
             past = (step - self.start).clamp(min=0)
-            return torch.where(step >= self.stop, self.last, self.first * torch.exp(-self.rate * past))
-        return self.last if step >= self.stop else self.first * math.exp(-self.rate * max(step - self.start, 0))
+            return torch.where(step >= self.stop, self.final_value, self.initial_value * torch.exp(-self.rate * past))
+        past = max(step - self.start, 0)
+        return self.final_value if step >= self.stop else self.initial_value * math.exp(-self.rate * past)
 
     def curve(self, part):
         return part

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _torch_private as private
-from . import kernels
-from ._torch_private import OpOverload, is_compiling, no_function, tree_leaves, tree_map
-from .dispatch import Plan, say_densified
-from .layout import Layout, Parts, fields, layout_from
+from ._torch_private import SETTINGS, OpOverload, is_compiling, no_function, tree_leaves, tree_map
+from .dispatch import say_densified
+from .layouts.base import Layout, Parts
+from .layouts.registry import fields, layout_from
+from .pattern_cache import PatternCache as PatternCache
+from .rule import Rule as Rule
 
 FUNCTIONS: dict[Callable, Callable] = {}
 ATEN: dict[Callable, Callable] = {}
@@ -28,48 +29,6 @@ LIBRARY = torch.library.Library("sten", "FRAGMENT")
 LIBRARY.define("to_dense(Tensor input) -> Tensor")
 LIBRARY.define("project(Tensor dense, Tensor like) -> Tensor")
 OPS = torch.ops.sten
-
-
-class PatternCache:
-    """What is kept for one pattern; all SparseTensors whose pattern parts are the same tensors share it.
-
-    States:
-        empty: made for a SparseTensor with a pattern of its own: from_dense, a copy, another device, a file, `.data =`.
-        filled: by calls and `sten.which` with Plans by signature (`sten.dispatch`), and with the live slots.
-        empty, one generation later: after `invalidate`, which every writer of the pattern in place calls; what kernels
-            derived from the pattern has been made again.
-
-    Attributes:
-        generation: how often the pattern was written.
-        plans: signature -> Plan.
-        dense_gradient: set while a training method wants the gradient of this weight dense: the operators that compute
-            a weight's gradient then compute it dense, once, hand it over in the orientation of the layout, and return
-            what lies in the pattern.
-        live: (generation and versions of the parts, the slots that are not padding): `sten.ops.pattern.live_slots`.
-
-    A user's own edit of a pattern part in place is noticed on the CPU, by the part's version, for what was derived
-    from it. On a GPU it is not: call `w.cache.invalidate(*pattern)`.
-    """
-
-    __slots__ = ("__weakref__", "dense_gradient", "generation", "live", "plans")
-
-    def __init__(self) -> None:
-        self.generation = 0
-        self.plans: dict[tuple, Plan] = {}
-        self.dense_gradient: Callable[[Tensor], None] | None = None
-        self.live: tuple[tuple, Tensor | None] | None = None
-
-    def invalidate(self, *pattern: Tensor) -> None:
-        """The pattern was written in place: forget what was made for it. `pattern`: the parts that were written, so
-        that what kernels derived from them is made again where it lies, as a recorded CUDA graph reads it."""
-        self.generation += 1
-        self.plans.clear()
-        self.live = None
-        if pattern and pattern[0].is_cuda:
-            kernels.pattern_cache.invalidate(*pattern)
-
-    def __reduce__(self) -> tuple:
-        return PatternCache, ()  # copies, and what is read from a file, start empty
 
 
 class SparseTensor(torch.Tensor):
@@ -213,39 +172,6 @@ class SparseTensor(torch.Tensor):
         with no_function():
             state = (self.stored_shape, self.transposed, self.requires_grad, _is_param(self))
         return _load, (type(self.spec).__name__, fields(self.spec), dict(self.parts), *state)
-
-
-class Rule(torch.autograd.Function):
-    """An autograd.Function with `setup_context` (torch.func needs it) whose call is cheap.
-
-    A rule of an operator on a sparse weight names the operand that it is (`place`) and `now(*args, seen)`, which
-    computes without autograd; `seen` says whether the call is intercepted.
-    """
-
-    place: ClassVar[int]
-    now: ClassVar[Callable[..., Tensor]]
-    record: ClassVar[Callable[..., Any]]  # `apply`, where neither torch.compile nor torch.func is active
-
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.record = private.apply_of(cls)
-
-    @classmethod
-    def run(cls, *args):
-        """The rule, for autograd to record where it wants."""
-        return cls.apply(*args) if private.differentiates() else cls.record(*args)
-
-    @classmethod
-    def call(cls, *args):
-        """The rule where it has to see the call; otherwise `now`, at once."""
-        seen = private.intercepted(args[cls.place], *args)
-        if seen and private.differentiates():
-            return cls.apply(*args)
-        if torch.is_grad_enabled():
-            for a in args:
-                if isinstance(a, Tensor) and a.requires_grad:
-                    return cls.record(*args)
-        return cls.now(*args, seen)
 
 
 def owned(out: Tensor) -> Tensor:
@@ -438,5 +364,5 @@ def checked(name: str, values: dict, parts: Parts, shape, transposed: bool = Fal
 
 ATEN[OPS.to_dense.default] = lambda _, w: unpack(w)
 ATEN[OPS.project.default] = lambda _, dense, like: project_now(dense, like)
-private.SETTINGS.add(SparseTensor)
+SETTINGS.add(SparseTensor)
 torch.serialization.add_safe_globals([_load, SparseTensor])

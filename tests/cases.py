@@ -1,21 +1,31 @@
 """THE table: the layouts, shapes and dtypes that tests run over, each dtype with its tolerance.
 
 Small and odd on purpose: sizes that divide nothing, a single row, a single column, primes. To put a new layout under
-every test, add one line to LAYOUTS.
+every test, add one line to LAYOUTS and one to SMALL.
+
+`COPIES` are the built-in layouts once more, as a stranger would write them: the same source under another name, without
+kernels. A test that is parametrised by `every_layout` runs on them, too.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+import types
+from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from sten.layout import Layout, Parts
-from sten.layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
+from sten.layouts import BSR, CSR, NM, DualMask, FanIn, GroupedNM, Masked, VectorNM
+from sten.layouts.registry import fields
 
 LAYOUTS: list[Layout] = [
     Masked(),
+    DualMask(),
     CSR(),
     FanIn(),
     BSR((16, 16)),
@@ -30,6 +40,35 @@ LAYOUTS: list[Layout] = [
     GroupedNM(1, 4, 4),
     GroupedNM(1, 10, 8),
 ]
+
+# one of each class that a model can be stored in, with blocks that fit layers of 8 to 32 features
+SMALL: list[Layout] = [Masked(), CSR(), BSR((4, 4)), NM(2, 4), VectorNM(1, 4, 4), GroupedNM(2, 4, 1), FanIn()]
+
+
+def copy_of(layout: Layout) -> Layout:
+    """A stranger's exact copy: the source of the class under another name (CSR: OtherCSR), registered, no kernels."""
+    original = type(layout)
+    name = "Other" + original.__name__
+    if name not in sys.modules:  # a module of its own, where pickle and torch.compile look for what it uses
+        source = inspect.getsource(original).replace(f"class {original.__name__}(", f"class {name}(")
+        module = sys.modules[name] = types.ModuleType(name)
+        vars(module).update({**vars(sys.modules[original.__module__]), "__name__": name})
+        exec(compile(source, inspect.getsourcefile(original), "exec", dont_inherit=True), vars(module))
+    return getattr(sys.modules[name], name)(**fields(layout))
+
+
+COPIES: list[Layout] = [copy_of(layout) for layout in {type(layout): layout for layout in LAYOUTS}.values()]
+
+
+def silent_copies(test: Callable) -> Callable:
+    """The test, in which copies run their reference implementations without the warning that says so."""
+    return pytest.mark.filterwarnings(r"ignore:sten. no kernel for .* with Other:UserWarning")(test)
+
+
+def every_layout(test: Callable) -> Callable:
+    """The test for each layout of the table and for a stranger's copy of each class."""
+    return silent_copies(pytest.mark.parametrize("layout", LAYOUTS + COPIES, ids=str)(test))
+
 
 # (out, in)
 SHAPES: list[tuple[int, ...]] = [(32, 64), (63, 100), (1, 50), (29, 1), (17, 31), (80, 96)]

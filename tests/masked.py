@@ -12,17 +12,24 @@ import torch
 from torch import Tensor, nn
 
 import sten
-from sten.training.pattern import holders
+from sten.training.attribute import trained_of
+from sten.training.pattern_weight import PatternWeight
 
 
 def sparse_weights(model: nn.Module) -> dict[str, sten.SparseTensor]:
     """Every sparse weight by the name of its Parameter, in either form; ties under the first name alone."""
     found = {n: p.detach() for n, p in model.named_parameters() if isinstance(p, sten.SparseTensor)}
-    return found | {name: holder.tensor().detach() for name, holder in _untied(model).items()}
+    return found | {name: weight.tensor().detach() for name, weight in trained(model).items()}
 
 
-def _untied(model: nn.Module) -> dict[str, sten.training.SparseWeight]:
-    return dict({id(holder): (name, holder) for name, _, _, holder in reversed(list(holders(model)))}.values())
+def trained(model: nn.Module) -> dict[str, sten.training.TrainedWeight]:
+    """The weights in trainable form by the name of their Parameter; ties under the first name alone."""
+    named = [
+        (f"{prefix}.{name}" if prefix else name, weight)
+        for prefix, module in model.named_modules()
+        for name, weight in trained_of(module)
+    ]
+    return dict({id(weight): (name, weight) for name, weight in reversed(named)}.values())
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
@@ -43,15 +50,18 @@ def masked_twin(dense: nn.Module, model: nn.Module) -> nn.Module:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """Parameters by name, dense and detached."""
-    found = {n: p.detach() for n, p in model.named_parameters() if "sparse_" not in n} | sparse_weights(model)
+    found = {n: p.detach() for n, p in model.named_parameters()} | sparse_weights(model)
     return {n: t.to_dense() if isinstance(t, sten.SparseTensor) else t.clone() for n, t in found.items()}
 
 
 def grads(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by name, dense; no entry where there is none."""
-    found = {n: p.grad for n, p in model.named_parameters() if "sparse_" not in n and p.requires_grad}
-    for name, holder in _untied(model).items():
-        found[name] = None if holder.values.grad is None else holder.tensor().with_values(holder.values.grad)
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for name, weight in trained(model).items():
+        grad = weight.param.grad
+        if isinstance(weight, PatternWeight) and grad is not None:
+            dense = weight.dense(grad)
+            found[name] = dense.t() if weight.transposed else dense
     return {n: g.to_dense() if isinstance(g, sten.SparseTensor) else g for n, g in found.items() if g is not None}
 
 
@@ -79,13 +89,13 @@ def slots(model: nn.Module, opt) -> dict[str, Tensor]:
     """Every slot by parameter and name, dense."""
     found = {}
     names = {id(p): (n, None) for n, p in model.named_parameters()}
-    for name, w in sparse_weights(model).items():
-        holder = model.get_submodule(name.rpartition(".")[0])._modules.get("sparse_weight")
-        if holder is not None:
-            names[id(holder.values)] = name, w
+    for name, weight in trained(model).items():
+        if isinstance(weight, PatternWeight):
+            names[id(weight.param)] = name, weight
     for param, own in opt.state.items():
-        name, w = names[id(param)]
+        name, weight = names[id(param)]
         for key, slot in own.items():
-            slot = w.with_values(slot) if w is not None and slot.shape == param.shape else slot
+            if weight is not None and slot.shape == param.shape:
+                slot = weight.dense(slot).t() if weight.transposed else weight.dense(slot)
             found[f"{name}/{key}"] = slot.to_dense() if isinstance(slot, sten.SparseTensor) else slot.clone()
     return found

@@ -8,8 +8,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sten.layout import REGISTERED, Layout, expect_dense, expect_parts, kept, top
+from sten.layout import Layout, count_to_keep, expect_dense, expect_parts, top
 from sten.layouts import NM
+from sten.layouts.registry import REGISTERED
 from sten.testing import check_layout
 
 
@@ -20,7 +21,7 @@ class Honest(Layout):
     pattern: ClassVar[tuple[str, ...]] = ("where",)
 
     def mask(self, score, sparsity=None):
-        return top(score, kept(score.numel(), sparsity, self))
+        return top(score, count_to_keep(score.numel(), sparsity, self))
 
     def pack(self, dense, mask):
         expect_dense(self, dense, mask)
@@ -44,7 +45,7 @@ def lowest(self, score, sparsity=None):
 
 
 def threshold(self, score, sparsity=None):
-    kept(score.numel(), sparsity, self)
+    count_to_keep(score.numel(), sparsity, self)
     return score >= score.flatten().kthvalue(max(1, round(sparsity * score.numel()))).values
 
 
@@ -59,7 +60,7 @@ def broken(name: str, words: str, **methods) -> object:
 
 
 BROKEN = [
-    broken("prefers low", "lowest score|prefers low scores", mask=lowest),
+    broken("prefers low", "lowest score|prefers low scores|infinite score", mask=lowest),
     broken("keeps ties", "must keep|prefers|lowest", mask=threshold),
     broken("float mask", "must be bool", mask=lambda self, s, sparsity=None: Honest.mask(self, s, sparsity).float()),
     broken("any sparsity", "must refuse sparsity", mask=lambda self, s, sparsity=None: top(s, s.numel() // 2)),

@@ -48,7 +48,7 @@ def test_parameters_keep_identity_through_every_form(layout):
     assert isinstance(model[0].weight, sten.SparseTensor) and isinstance(model[0].weight, nn.Parameter)
     sten.trainable(model)
     assert {id(p) for p in params} == {id(p) for p in model.parameters()}
-    assert model[0].sparse_weight.values is params[0] and type(params[0]) is nn.Parameter
+    assert model[0]._parameters["weight"] is params[0] and type(params[0]) is nn.Parameter
     sten.finalize(model)
     assert model[0].weight is params[0] and type(model[0]) is nn.Linear
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in dense.named_parameters()]
@@ -125,7 +125,7 @@ def test_torch_prune_is_taken_over():
     for i, dense, mask in zip((0, 2), want, kept, strict=True):
         assert torch.equal(model[i].weight.mask(), mask) and torch.equal(model[i].weight.to_dense(), dense)
         assert not model[i]._forward_pre_hooks and not list(model[i]._buffers)
-    assert model[0].sparse_weight.values is original
+    assert model[0]._parameters["weight"] is original
     train(model, opt, range(1))
     sten.densify(model)
     assert isinstance(model[0].weight, nn.Parameter) and set(model.state_dict()) == set(mlp().state_dict())
@@ -227,7 +227,7 @@ def test_the_model_is_the_layer():
     sten.attach(layer, opt)
     layer(torch.ones(1, 8)).sum().backward()
     opt.step()
-    assert set(layer.state_dict()) == {"bias", "weight.values", "weight.index"}
+    assert set(layer.state_dict()) == {"bias", "weight", "weight_pattern.index"}
     assert set(sten.finalize(layer).state_dict()) == {"weight", "bias"}
 
 
@@ -275,7 +275,7 @@ def test_ties_stay_ties_in_every_form(layout):
     sten.sparsify(model, layout=layout, sparsity=rate(layout), weights="*", optimizer=opt)
     twin = masked_twin(dense, model)
     other = torch.optim.AdamW(twin.parameters(), eps=1e-3)
-    assert model.head.sparse_weight is model.embed.sparse_weight
+    assert model.head.weight_pattern is model.embed.weight_pattern
     assert len(list(model.parameters())) == len(list(dense.parameters()))
     index = torch.tensor([[1, 2, 3], [3, 3, 9]])
     for _ in range(2):
@@ -285,7 +285,7 @@ def test_ties_stay_ties_in_every_form(layout):
             o.step()
         expect_close(state(model), state(twin))
     clone = copy.deepcopy(model)
-    assert clone.head.sparse_weight is clone.embed.sparse_weight
+    assert clone.head.weight_pattern is clone.embed.weight_pattern
     sten.finalize(model)
     assert model.head.weight is model.embed.weight
     assert copy.deepcopy(model).head.weight is not model.head.weight

@@ -137,8 +137,8 @@ def test_several_optimizers():
     loss_of(model, 0).backward()
     for opt in opts:
         opt.step()
-    assert opts[0].state[model[0].sparse_weight.values]["momentum_buffer"].shape == model[0].sparse_weight.values.shape
-    assert opts[1].state[model[2].sparse_weight.values]["exp_avg"].shape == model[2].sparse_weight.values.shape
+    assert opts[0].state[model[0]._parameters["weight"]]["momentum_buffer"].shape == model[0]._parameters["weight"].shape
+    assert opts[1].state[model[2]._parameters["weight"]]["exp_avg"].shape == model[2]._parameters["weight"].shape
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -222,7 +222,7 @@ def test_frozen_weights_stay_frozen():
     model[0].weight.requires_grad_(False)
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     sten.sparsify(model, optimizer=opt)
-    assert not model[0].sparse_weight.values.requires_grad
+    assert not model[0]._parameters["weight"].requires_grad
     loss_of(model, 0).backward()
-    assert model[0].sparse_weight.values.grad is None
+    assert model[0]._parameters["weight"].grad is None
     assert not sten.finalize(model)[0].weight.requires_grad and not sten.densify(model)[0].weight.requires_grad

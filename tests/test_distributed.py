@@ -12,6 +12,7 @@ from training_models import OPTIMIZERS, engine_of, masks, mlp
 
 import sten
 from sten.layouts import BSR, CSR, NM, VectorNM
+from sten.training.pattern_weight import PatternWeight
 
 STEPS = 10
 CASES = {
@@ -73,12 +74,13 @@ def under_fsdp(rank, world, case, device):
     return model, optimizer
 
 
-def masters(model):
-    """Dense masters, whole, or the weights of compressed layers."""
+def weights(model):
+    """Dense weights, whole, or the weights of compressed layers."""
     out = []
     for layer in (model[0], model[2]):
         param = layer._parameters["weight"]
-        param = layer.weight.to_dense() if param is None else param
+        if isinstance(layer.weight_pattern, PatternWeight):
+            param = layer.weight.to_dense()
         out.append((param.full_tensor() if hasattr(param, "full_tensor") else param).detach().cpu().clone())
     return out
 
@@ -94,9 +96,9 @@ def worker(rank, world, port, jobs, folder, backend):
         for kind, case in jobs:
             model, optimizer = (under_ddp if kind == "ddp" else under_fsdp)(rank, world, case, device)
             assert engine_of(model).step == STEPS and optimizer.param_groups
-            state = {"weights": masters(model), "masks": [mask.cpu() for mask in masks(model)]}
+            state = {"weights": weights(model), "masks": [mask.cpu() for mask in masks(model)]}
             torch.save(state, f"{folder}/{kind}-{case}-{rank}.pt")
-            sten.engine.stop(model)
+            sten.training.engine.stop(model)
     finally:
         dist.destroy_process_group()
 
@@ -125,7 +127,7 @@ def test_ranks_agree_and_equal_one_process(results, kind, case):
     loop(model, optimizer, 0, 1)
     on_gpus = "nccl" in os.environ["PYTEST_CURRENT_TEST"]  # whose sums are in another order; Adam makes more of it
     near = {"rtol": 1e-5, "atol": 1e-7} if on_gpus else {"rtol": 1e-7, "atol": 1e-9}
-    for have, want in zip(first["weights"], masters(model), strict=True):
+    for have, want in zip(first["weights"], weights(model), strict=True):
         torch.testing.assert_close(have, want, **near)
     assert all(map(torch.equal, first["masks"], masks(model)))
 
@@ -133,7 +135,7 @@ def test_ranks_agree_and_equal_one_process(results, kind, case):
 def test_a_method_that_resizes_is_refused_on_several_ranks(monkeypatch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    monkeypatch.setattr(sten.engine, "ranks", lambda: 2)
+    monkeypatch.setattr(sten.training.engine, "ranks", lambda: 2)
     with pytest.raises(ValueError, match=r"SRigL changes the shapes .* use sten\.RigL"):
         sten.sparsify(model, sten.FanIn(), sten.SRigL(12, every=3), 0.5, optimizer=optimizer)
     assert type(model[0]) is torch.nn.Linear

@@ -16,7 +16,7 @@ PUBLIC = sorted(
     n for n in vars(sten) if not n.startswith("_") and not inspect.ismodule(getattr(sten, n)) and n not in DATA
 )
 # Contracts and records that are read, not called; their use is shown where they are made.
-WITHOUT_EXAMPLE = {"Allocation", "Choice", "DensifyError", "Edit", "Layout", "Sparsifier", "View"}
+WITHOUT_EXAMPLE = {"Allocation", "DensifyError", "Edit", "Layout", "Sparsifier", "View"}
 
 
 PROMISED = """

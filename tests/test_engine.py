@@ -1,4 +1,4 @@
-"""The engine: hooks, ticks, edits, masks; what every method relies on."""
+"""The engine: hooks, mask updates, edits, masks; what every method relies on."""
 
 import copy
 import warnings
@@ -11,6 +11,7 @@ from training_models import OPTIMIZERS, batch, dense_weights, engine_of, loss_of
 
 import sten
 from sten.layouts import BSR, CSR, NM, Masked, VectorNM
+from sten.training.trained_weight import optimizer_slots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,10 +30,10 @@ def rigl_by_hand(model, start, optimizer, method, steps):
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss_of(model, step - 1).backward()
-        if method.ticks.due(step):
+        if method.schedule.due(step):
             for i, layer in enumerate(layers):
                 n = int(now[i].sum())
-                k = int(method.ticks.value(step) * n)
+                k = int(method.schedule.value(step) * n)
                 size = torch.where(now[i], layer.weight.detach().abs(), -1.0).flatten()
                 keep = torch.zeros_like(now[i].flatten())
                 keep[size.topk(n - k).indices] = True
@@ -64,7 +65,7 @@ def test_rigl_is_the_paper_on_dense_tensors(name):
     twin = mlp()
     expected = rigl_by_hand(twin, masks(model), OPTIMIZERS[name](twin.parameters()), method, 20)
     train(model, optimizer, 20)
-    assert engine.ticks == 4 and engine.step == 20
+    assert engine.updates == 4 and engine.step == 20
     for have, want in zip(masks(model), expected, strict=True):
         assert torch.equal(have, want)
     for have, want in zip(dense_weights(model), (twin[0].weight, twin[2].weight), strict=True):
@@ -78,8 +79,8 @@ def test_rigl_on_four_by_four_computed_by_hand():
         model[0].weight.copy_(w)
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     sten.sparsify(model, CSR(), sten.RigL(4, drop_fraction=1.0, every=2, stop=1.0), 1 - 5 / 16, optimizer=optimizer)
-    site = engine_of(model).sites[0]
-    site.rewrite(sten.Edit(mask=w != 0, value=w), optimizer)()  # from the pattern of w
+    weight = engine_of(model).weights[0]
+    weight.change(sten.Edit(mask=w != 0, value=w), optimizer)()  # from the pattern of w
     engine_of(model).step = 1  # the next step is a tick; alpha = 1/2 * (1 + cos(pi / 2)) = 1/2, k = int(2.5) = 2
     engine_of(model).prepare_next()
     # the gradient of sum_o y_o * c_o at x is c_o * x_i
@@ -95,22 +96,22 @@ def test_rigl_on_four_by_four_computed_by_hand():
 
 
 def snapshot(engine, optimizer):
-    """Dense (weight, mask, slots) of every site."""
+    """Dense (weight, mask, slots) of every weight."""
     out = []
-    for site in engine.sites:
-        slots = {k: site.dense(t).clone() for k, t in site.slots(optimizer)}
-        out.append((site.dense(site.param).clone(), site.mask.clone(), slots))
+    for weight in engine.weights:
+        slots = {k: weight.dense(t).clone() for k, t in optimizer_slots(weight.param, optimizer).items()}
+        out.append((weight.dense(weight.param).clone(), weight.active().clone(), slots))
     return out
 
 
 @every_layout
 @every_optimizer
-def test_a_tick_keeps_kept_weights_bit_by_bit_and_zeroes_new_ones(layout, name):
+def test_a_mask_update_keeps_kept_weights_bit_by_bit_and_zeroes_new_ones(layout, name):
     model, optimizer, engine = sparse(sten.RigL(40, every=5, drop_fraction=0.5), layout, optimizer=name)
     train(model, optimizer, 4)
     before = snapshot(engine, optimizer)
     train(model, optimizer, 1, first=4)
-    assert engine.ticks == 1
+    assert engine.updates == 1
     moved = False
     for (w, mask, slots), (new_w, new_mask, new_slots) in zip(before, snapshot(engine, optimizer), strict=True):
         assert int(mask.sum()) == int(new_mask.sum())
@@ -120,8 +121,8 @@ def test_a_tick_keeps_kept_weights_bit_by_bit_and_zeroes_new_ones(layout, name):
         for key, slot in new_slots.items():
             assert torch.equal(slot[both], slots[key][both]) and not slot[grown].any(), key
     assert moved
-    for site in engine.sites:
-        site.holder.spec.validate(site.holder.parts, site.holder.shape)
+    for weight in engine.weights:
+        weight.layout.validate(weight.parts(weight.param.detach()), weight.shape)
 
 
 @every_layout
@@ -135,8 +136,8 @@ def test_the_count_is_exact_after_every_tick(layout, method):
     for step in range(20):
         train(model, optimizer, 1, first=step)
         assert [int(mask.sum()) for mask in masks(model)] == counts
-        for site in engine.sites:
-            assert site.param.grad is None or site.param.grad.shape == site.param.shape
+        for weight in engine.weights:
+            assert weight.param.grad is None or weight.param.grad.shape == weight.param.shape
     assert not torch.equal(first[0], masks(model)[0])
     sten.finalize(model)
     assert [int(w.weight.mask().sum()) for w in (model[0], model[2])] == counts
@@ -163,7 +164,7 @@ def test_a_hard_mask_survives_momentum_for_a_thousand_steps(name):
     assert [int((~d).sum()) for d in dead] == [128, 64]
     for step in range(1000 if name == "momentum" else 50):
         train(model, optimizer, 1, first=step % 7)
-        assert not any(bool(site.param[d].any()) for site, d in zip(engine.sites, dead, strict=True))
+        assert not any(bool(weight.param[d].any()) for weight, d in zip(engine.weights, dead, strict=True))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -187,7 +188,7 @@ def test_grad_scaler_changes_nothing(method, fused):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_with_infinities_neither_ticks_nor_counts(fused):
+def test_a_step_with_infinities_neither_mask_updates_nor_counts(fused):
     runs = []
     for broken in (False, True):
         model = mlp()
@@ -204,21 +205,21 @@ def test_a_step_with_infinities_neither_ticks_nor_counts(fused):
             scaler.scale(loss_of(model, step)).backward()
             scaler.step(optimizer)
             scaler.update()
-        assert (engine_of(model).step, engine_of(model).ticks) == (10, 2)
+        assert (engine_of(model).step, engine_of(model).updates) == (10, 2)
         runs.append((masks(model), dense_weights(model)))
     for have, want in zip(runs[1][0] + runs[1][1], runs[0][0] + runs[0][1], strict=True):
         assert torch.equal(have, want)
 
 
-def test_nan_gradients_skip_the_tick_and_say_so():
+def test_nan_gradients_skip_the_mask_update_and_say_so():
     model, optimizer, engine = sparse(sten.RigL(24, every=4))
     train(model, optimizer, 3)
     before = masks(model)
     optimizer.zero_grad()
     (loss_of(model, 3) * torch.nan).backward()
-    with pytest.warns(UserWarning, match="not finite: the tick of step 4 is skipped"):
+    with pytest.warns(UserWarning, match="not finite: the mask update of step 4 is skipped"):
         optimizer.step()
-    assert engine.ticks == 0 and all(map(torch.equal, before, masks(model)))
+    assert engine.updates == 0 and all(map(torch.equal, before, masks(model)))
 
 
 @pytest.mark.parametrize("method", [sten.SRSTE(decay=0.1), sten.RigL(24, every=4)], ids=lambda m: type(m).__name__)
@@ -253,7 +254,7 @@ def test_groups_clipping_and_several_models():
             loss_of(model, step).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
-    assert [(engine_of(m).step, engine_of(m).ticks) for m, _ in models] == [(10, 2), (10, 2)]
+    assert [(engine_of(m).step, engine_of(m).updates) for m, _ in models] == [(10, 2), (10, 2)]
     alone = mlp(1)
     optimizer = torch.optim.AdamW(
         [{"params": alone[0].parameters(), "lr": 0.01}, {"params": alone[2].parameters(), "weight_decay": 0.1}], lr=0.02
@@ -284,24 +285,24 @@ def test_two_optimizers():
     assert all(not torch.equal(a, b) and a.sum() == b.sum() for a, b in zip(before, masks(model), strict=True))
 
 
-def test_nothing_dense_is_kept_between_ticks_and_one_gradient_at_a_time_on_them():
+def test_nothing_dense_is_kept_between_mask_updates_and_one_gradient_at_a_time_on_them():
     model, optimizer, engine = sparse(sten.RigL(24, every=4))
     train(model, optimizer, 2)
-    assert not engine.gather.taps
-    for site in engine.sites:
-        sizes = [site.param.numel(), site.param.grad.numel(), *(t.numel() for _, t in site.slots(optimizer))]
-        assert sizes == [int(site.mask.sum())] * 3
+    assert not engine.gradients.collectors
+    for weight in engine.weights:
+        sizes = [weight.param.numel(), weight.param.grad.numel(), *(t.numel() for _, t in optimizer_slots(weight.param, optimizer).items())]
+        assert sizes == [int(weight.active().sum())] * 3
     train(model, optimizer, 1, first=2)  # the next step is a tick
     optimizer.zero_grad()
     loss_of(model, 3).backward()
     assert all(
-        tap.at_once is not None and tap.total is None and tap.deliveries == 1 for tap in engine.gather.taps.values()
+        c.at_once is not None and c.total is None and c.deliveries == 1 for c in engine.gradients.collectors.values()
     )
     optimizer.step()
-    assert engine.ticks == 1
+    assert engine.updates == 1
 
 
-def test_a_weight_used_twice_ticks_a_step_later():
+def test_a_weight_used_twice_mask_updates_a_step_later():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -315,17 +316,17 @@ def test_a_weight_used_twice_ticks_a_step_later():
     sten.sparsify(model, CSR(), sten.RigL(24, every=4), 0.75, optimizer=optimizer)
     engine = engine_of(model)
     train(model, optimizer, 4)
-    assert engine.ticks == 0 and engine.owed == 5
+    assert engine.updates == 0 and engine.deferred_update_step == 5
     train(model, optimizer, 1, first=4)
-    assert engine.ticks == 1 and engine.owed is None
+    assert engine.updates == 1 and engine.deferred_update_step is None
 
 
 def test_an_error_of_a_method_leaves_everything_as_it_was():
     class Broken(sten.SET):
-        def update(self, view, state):
-            if view.last:
+        def update(self, view):
+            if view.last and view.mask is not None:
                 raise RuntimeError("no")
-            return super().update(view, state)
+            return super().update(view)
 
     model, optimizer, _ = sparse(Broken(24, every=2))
     train(model, optimizer, 1)
@@ -337,8 +338,8 @@ def test_an_error_of_a_method_leaves_everything_as_it_was():
 
 def test_masks_must_be_bool():
     class Ints(sten.SET):
-        def update(self, view, state):
-            return sten.Edit(mask=view.mask.int())
+        def update(self, view):
+            return super().update(view) if view.mask is None else sten.Edit(mask=view.mask.int())
 
     model, optimizer, _ = sparse(Ints(24, every=2))
     with pytest.raises(TypeError, match="masks are bool"):
@@ -362,14 +363,17 @@ def test_finalize_ends_the_engine():
     train(model, optimizer, 5)
     want = dense_weights(model)
     sten.finalize(model)
-    assert not engine.sites and not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not engine.weights and not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
     assert all(map(torch.equal, want, dense_weights(model)))
 
 
-def test_a_master_keeps_its_key_and_a_dense_checkpoint_fits():
+def test_a_dense_weight_keeps_its_key_and_a_dense_checkpoint_fits():
     model, optimizer, _ = sparse(sten.Gradual(2, 8, 2))
-    assert list(model.state_dict()) == list(mlp().state_dict()) == [n for n, _ in model.named_parameters()]
-    model.load_state_dict(mlp(3).state_dict())
+    names = list(mlp().state_dict())
+    assert [n for n, _ in model.named_parameters()] == names
+    assert [n for n in model.state_dict() if "_pattern" not in n] == names
+    with pytest.warns(UserWarning, match="no state of Gradual, so its schedule starts afresh"):
+        model.load_state_dict(mlp(3).state_dict())
     train(model, optimizer, 9)
     twin = copy.deepcopy(model)
     assert all(map(torch.equal, dense_weights(twin), dense_weights(model)))
@@ -379,7 +383,7 @@ def test_a_master_keeps_its_key_and_a_dense_checkpoint_fits():
 
 
 @pytest.mark.parametrize("method", [sten.SET(24, every=4), sten.Gradual(2, 8, 2)], ids=lambda m: type(m).__name__)
-def test_conv1d_like_transposes_tick_in_the_layouts_orientation(method):
+def test_conv1d_like_transposes_mask_update_in_the_layouts_orientation(method):
     pytest.importorskip("transformers")
     from transformers.pytorch_utils import Conv1D
 
@@ -387,7 +391,7 @@ def test_conv1d_like_transposes_tick_in_the_layouts_orientation(method):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     sten.sparsify(model, CSR(), method, 0.75, optimizer=optimizer)
     train(model, optimizer, 10)
-    assert engine_of(model).ticks >= 2
+    assert engine_of(model).updates >= 2
     sten.finalize(model)
     assert model[0].weight.shape == (16, 32) and model[0].weight.transposed and model[0].weight.density == 0.25
 
@@ -401,13 +405,13 @@ BAD = {
         0.5,
         "not in the optimizer",
     ),
-    "rate": (lambda m: torch.optim.SGD(m.parameters(), 0.1), NM(2, 4), sten.Gradual(0, 9), None, "one rate"),
+    "rate": (lambda m: torch.optim.SGD(m.parameters(), 0.1), NM(2, 4), sten.Gradual(0, 9), None, "without a rate"),
     "grouped": (
         lambda m: torch.optim.SGD(m.parameters(), 0.1),
         sten.GroupedNM(2, 4, 1),
         sten.SET(9, every=2),
         None,
-        "cannot move",
+        "can move one by one",
     ),
 }
 
@@ -441,7 +445,7 @@ def test_an_average_follows_the_pattern(layout):
         sums = [s * m for s, m in zip(sums, now, strict=True)]  # an entry that goes loses its average
         average.update_parameters(model)
         sums = [(s * step + w) / (step + 1) for s, w in zip(sums, dense_weights(model), strict=True)]
-    assert engine.ticks == 3 and not torch.equal(mask[0], now[0])
+    assert engine.updates == 3 and not torch.equal(mask[0], now[0])
     for have, want, m in zip(dense_weights(average.module), sums, now, strict=True):
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
         assert not have[~m].any()
@@ -467,7 +471,7 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("case", COMPILED, ids=lambda c: type(c[0]).__name__)
-def test_compiled_models_tick_and_do_not_recompile(case):
+def test_compiled_models_mask_update_and_do_not_recompile(case):
     method, layout, graphs = case
     plain, first, _ = sparse(method, layout, optimizer="adam")
     train(plain, first, 13)

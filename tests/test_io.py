@@ -260,7 +260,7 @@ def test_index_out_of_range(path, index):
         tensors["0.weight.col"][3] = index
 
     rewrite(path, change)
-    refused(mlp(), path, r"0\.weight: Part 'col' of CSR\(\) must hold numbers from 0 to 11")
+    refused(mlp(), path, r"0\.weight: Expected numbers from 0 to 11 in part 'col' of CSR\(\)")
 
 
 def test_other_lies(path):
@@ -279,12 +279,12 @@ def test_other_lies(path):
     lie("damaged", extra=lambda meta: meta.update(sten="{"))
     lie("damaged", extra=lambda meta: meta.update(sten="[]"))
     lie("lacks 'layout'", lambda t, h: about(h).pop("layout"))
-    lie("must have shape", lambda t, h: about(h).update(shape=[21, 12]))
+    lie("Expected shape", lambda t, h: about(h).update(shape=[21, 12]))
     lie(r"0\.weight", lambda t, h: about(h).update(shape="x"))
     lie(r"0\.weight", lambda t, h: about(h).update(shape=[-20, 12]))
     lie(r"0\.weight", lambda t, h: about(h).update(shape=[2**60, 2**60]))
-    lie("the parts", lambda t, h: t.pop("0.weight.crow"))
-    lie("the parts", lambda t, h: t.update({"0.weight.more": torch.ones(1)}))
+    lie("Expected the parts", lambda t, h: t.pop("0.weight.crow"))
+    lie("Expected the parts", lambda t, h: t.update({"0.weight.more": torch.ones(1)}))
     lie("int32", lambda t, h: t.update({"0.weight.col": t["0.weight.col"].long()}))
     lie("must start at 0", lambda t, h: t["0.weight.crow"].__setitem__(0, 5))
     lie("lacks", lambda t, h: t.pop("2.bias"))

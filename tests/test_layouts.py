@@ -8,18 +8,18 @@ import time
 import pytest
 import scipy.sparse
 import torch
-from cases import CONV_SHAPES, DTYPES, LAYOUTS, SHAPES, random_sparse_case, sparsity_of
+from cases import CONV_SHAPES, COPIES, DTYPES, LAYOUTS, SHAPES, every_layout, random_sparse_case, sparsity_of
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sten.layout import REGISTERED, Layout, layout_from, top, top_of_groups
+from sten.layout import Layout, top, top_of_groups
 from sten.layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
 from sten.layouts.grouped_nm import patterns
+from sten.layouts.registry import REGISTERED, layout_from
 from sten.testing import check_layout
 from sten.testing.layouts import same
 
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 every_shape = pytest.mark.parametrize("shape", SHAPES + CONV_SHAPES, ids=str)
 
 
@@ -42,7 +42,16 @@ def one_thread():
 
 @every_layout
 def test_all_laws(layout):
-    check_layout(layout)
+    checked = check_layout(layout)
+    assert checked.layout is layout and checked.cases >= 40 and len(checked.laws) == 10
+    assert len(checked.shapes) >= 9 and set(checked.dtypes) == {row.dtype for row in DTYPES}
+
+
+def test_the_table_has_every_registered_layout_and_a_copy_of_each():
+    of_sten = {name for name, cls in REGISTERED.items() if cls.__module__.startswith("sten.")}
+    assert of_sten == {type(layout).__name__ for layout in LAYOUTS}
+    assert {type(layout).__name__ for layout in COPIES} == {"Other" + name for name in of_sten}
+    assert not any(isinstance(copy, type(layout)) for copy in COPIES for layout in LAYOUTS)
 
 
 @every_layout
@@ -103,9 +112,10 @@ def test_every_tensor_is_made_on_the_device_of_its_inputs(layout, shape):
         assert torch.equal(layout.support(parts, shape), mask)
 
 
-@pytest.mark.parametrize("layout", [CSR(), BSR((4, 8)), NM(2, 4), VectorNM(1, 4, 8), GroupedNM(2, 4, 8)], ids=str)
+@every_layout
 @pytest.mark.filterwarnings("error::UserWarning:torch._dynamo")
 def test_compiles_in_one_graph(layout):
+    torch._dynamo.reset()  # the code below is one code object for all layouts, and recompilations are limited
     dense, _, parts = random_sparse_case(layout, (20, 30))
     both = torch.compile(
         lambda p, w: (layout.unpack(p, (20, 30)), layout.pack_like(w, p)), fullgraph=True, backend="aot_eager"
@@ -254,7 +264,7 @@ def test_csr_tolerates_capacity(shape):
     assert same(CSR().unpack_rows(longer, shape, torch.tensor([0, 4])), dense[[0, 4]])
     garbage = {**longer, "values": longer["values"].clone().index_fill_(0, torch.tensor([len(longer["col"]) - 1]), 9.0)}
     assert same(CSR().unpack(garbage, shape), dense)
-    with pytest.raises(ValueError, match="zero in slots that are padding"):
+    with pytest.raises(ValueError, match="that are padding or dropped, got 1 other"):
         CSR().validate(garbage, shape)
 
 
@@ -372,37 +382,37 @@ def test_augmenting_paths_repair_a_bad_start():
 def test_masks_that_cannot_be_held_name_the_place():
     full = torch.ones(6, 8, dtype=torch.bool)
     with pytest.raises(
-        ValueError, match=r"keeps 4 in the group of output 0 that starts at input 0: use NM\(n=2, m=4\)"
+        ValueError, match=r"got 4 in the group of output 0 that starts at input 0; use NM\(n=2, m=4\)"
     ):
         NM(2, 4).pack(torch.ones(6, 8), full)
     narrow = torch.zeros(2, 8, 3, 3, dtype=torch.bool)
     narrow[1, 4:7, 0, 2] = True
     with pytest.raises(ValueError, match=r"output 1 that starts at input 4, kernel position \(0, 2\)"):
         NM(2, 4).pack(torch.ones(2, 8, 3, 3), narrow)
-    with pytest.raises(ValueError, match="keeps 2 inputs in the group of outputs 2 to 3 that starts at input 4"):
+    with pytest.raises(ValueError, match="got 2 inputs in the group of outputs 2 to 3 that starts at input 4"):
         VectorNM(1, 4, 2).pack(torch.ones(4, 8), grid("x....... x....... ....x... .....x.."))
-    with pytest.raises(ValueError, match="keeps 2 in column 1 of outputs 2 to 3"):
+    with pytest.raises(ValueError, match="got 2 in column 1 of outputs 2 to 3"):
         GroupedNM(1, 2, 1).pack(torch.ones(4, 2), grid("x. .x .x .x"))
-    with pytest.raises(ValueError, match=r"the mask uses \(0,\) for 2 in columns 0 to 1 of outputs 0 to 1"):
+    with pytest.raises(ValueError, match=r"got \(0,\) for 2 in columns 0 to 1 of outputs 0 to 1"):
         GroupedNM(1, 2, 1).pack(torch.ones(2, 2), grid("xx .."))
-    with pytest.raises(ValueError, match="no such choice covers the mask in columns 0 to 2 of outputs 0 to 2"):
+    with pytest.raises(ValueError, match="no such choice covers in columns 0 to 2 of outputs 0 to 2"):
         GroupedNM(2, 3, 1).pack(torch.ones(3, 3), grid("xxx x.. ..."))
 
 
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: NM(5, 4), ValueError, "NM takes n from 1 to 4; got 5"),
+        (lambda: NM(5, 4), ValueError, "Expected n from 1 to 4 for NM, got 5"),
         (lambda: NM(0, 4), ValueError, "n from 1 to 4"),
         (lambda: NM(2, 300), ValueError, "m from 1 to 256"),
-        (lambda: NM(2.0, 4), TypeError, "NM takes a whole number for n; got 2.0"),
+        (lambda: NM(2.0, 4), TypeError, "Expected a whole number for n of NM, got 2.0"),
         (lambda: NM("2", 4), TypeError, "whole number"),
         (lambda: NM(True, 4), TypeError, "whole number"),
-        (lambda: VectorNM(2, 4, 0), ValueError, "VectorNM takes v from 1"),
+        (lambda: VectorNM(2, 4, 0), ValueError, "v from 1 to .* for VectorNM"),
         (lambda: VectorNM(5, 4, 8), ValueError, "n from 1 to 4"),
-        (lambda: GroupedNM(2, 4, 0), ValueError, "GroupedNM takes g from 1"),
+        (lambda: GroupedNM(2, 4, 0), ValueError, "g from 1 to .* for GroupedNM"),
         (lambda: GroupedNM(3, 2, 1), ValueError, "n from 1 to 2"),
-        (lambda: GroupedNM(8, 16, 3), ValueError, r"chunks of C\(m, n\) \* g = 38610 columns; 32767 fit"),
+        (lambda: GroupedNM(8, 16, 3), ValueError, r"at most 32767 columns .* C\(m, n\) \* g = 38610"),
         (lambda: BSR((0, 4)), ValueError, "block sizes of at least 1"),
         (lambda: BSR(16), TypeError, r"block=\(rows, columns\)"),
         (lambda: BSR((4, 4.0)), TypeError, "two whole numbers"),
@@ -431,20 +441,20 @@ def test_one_sentence_for_bad_input(make, error, words):
 
 
 WRONG = [
-    (CSR(), "crow", lambda t: t.flip(0), "must start at 0"),
+    (CSR(), "crow", lambda t: t.flip(0), "to start at 0"),
     (CSR(), "crow", lambda t: t.index_fill(0, torch.tensor([2]), 0), "never fall"),
-    (CSR(), "crow", lambda t: t + 1, "must start at 0"),
-    (CSR(), "col", lambda t: t.flip(0), "must ascend within a row"),
+    (CSR(), "crow", lambda t: t + 1, "to start at 0"),
+    (CSR(), "col", lambda t: t.flip(0), "to ascend within a row"),
     (CSR(), "col", lambda t: torch.cat([t, t[-1:]]), "equally long"),
-    (BSR((4, 8)), "col", lambda t: t.flip(0), "must"),
-    (BSR((4, 8)), "crow", lambda t: t.clamp(max=int(t[-1]) - 1), "must end at"),
-    (BSR((4, 8)), "t_block", lambda t: t.roll(1), "must list the blocks"),
+    (BSR((4, 8)), "col", lambda t: t.flip(0), "Expected"),
+    (BSR((4, 8)), "crow", lambda t: t.clamp(max=int(t[-1]) - 1), "to end at"),
+    (BSR((4, 8)), "t_block", lambda t: t.roll(1), "to list the blocks"),
     (BSR((4, 8)), "t_row", lambda t: torch.cat([t, t[-1:]]), "one for each block"),
     (NM(2, 4), "index", lambda t: torch.full_like(t, 0b00011011), "ascending positions"),
     (NM(2, 4), "index", lambda t: torch.zeros_like(t), "ascending positions"),
     (NM(3, 7), "index", lambda t: t | 0b1111, "numbers from 0 to 6"),
     (NM(1, 4), "index", lambda t: t | 0b11000000, "spare bits"),
-    (VectorNM(1, 4, 8), "index", lambda t: t.flip(1), "must ascend in a row"),
+    (VectorNM(1, 4, 8), "index", lambda t: t.flip(1), "to ascend in a row"),
     (VectorNM(1, 4, 8), "index", lambda t: t // 4, "1 columns in each group"),
     (GroupedNM(2, 4, 8), "index", lambda t: torch.zeros_like(t), "list each of the 48 columns"),
 ]
@@ -463,7 +473,7 @@ def test_validate_refuses_things_that_are_no_parts(layout, part):
     _, _, parts = random_sparse_case(layout, (13, 50))
     for name in parts:
         wrong = torch.eye(3).to_sparse() if part == "sparse" else part
-        with pytest.raises(ValueError, match="must"):
+        with pytest.raises(ValueError, match="Expected"):
             layout.validate({**parts, name: wrong}, (13, 50))
 
 

@@ -1,7 +1,9 @@
 """Every method: what it must do, by hand or against its equations; resume; the table method x layout x optimizer."""
 
 import copy
+import dataclasses
 import math
+import pickle
 import runpy
 import subprocess
 import sys
@@ -56,6 +58,109 @@ def test_a_killed_save_leaves_the_old_file(tmp_path):
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code, path], check=False).returncode == 9
     model = nn.Linear(8, 8)
     assert sten.load_run(path, model, torch.optim.SGD(model.parameters(), 0.1)) == {"epoch": 1}
+
+
+# what all methods share
+
+
+SCHEDULED = [
+    sten.SET(1000), sten.RigL(1000), sten.DSTEE(1000), sten.SRigL(1000), sten.SparseMomentum(1000), sten.Gradual(1, 9),
+    sten.BlockPruneGrow(1, 9), sten.DecayingStructure(9), sten.Transposable(), sten.BiMask(), sten.CAST(9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SCHEDULED, ids=lambda m: type(m).__name__)
+def test_a_schedule_is_made_once_or_taken_as_given(method):
+    assert method.schedule is method.schedule and "schedule" not in repr(method)
+    own = sten.schedule.Constant(0.25, start=3, stop=7, every=2)
+    other = dataclasses.replace(method, schedule=own)
+    assert other.schedule is own and "schedule=Constant(" in repr(other) and other != method
+    assert dataclasses.replace(other, schedule=None) == method
+    same = dataclasses.replace(method, schedule=dataclasses.replace(method.schedule))
+    assert same == method and hash(same) == hash(method) and repr(same) == repr(method)
+    assert copy.deepcopy(method) == pickle.loads(pickle.dumps(method)) == method
+    assert repr(copy.deepcopy(method)) == repr(method)
+
+
+def test_the_default_schedule_follows_the_fields():
+    method = sten.RigL(1000)
+    assert dataclasses.replace(method, seed=3).schedule == method.schedule
+    with pytest.raises(ValueError, match="pass schedule=None"):
+        dataclasses.replace(method, every=50)
+    assert dataclasses.replace(method, every=50, schedule=None) == sten.RigL(1000, every=50)
+    assert sten.SET(1000, schedule=method.schedule).schedule == method.schedule
+    sten.RigL(50, schedule=sten.schedule.Constant(0.3, every=5))  # the check of every is about the default
+    with pytest.raises(ValueError, match="never acts"):
+        sten.RigL(50)
+
+
+def test_a_given_schedule_is_what_training_follows():
+    method = sten.RigL(1000, schedule=sten.schedule.Constant(0.3, start=3, stop=9, every=3))
+    model, optimizer, engine = sparse(method)
+    moved = []
+    for step in range(12):
+        before = masks(model)
+        train(model, optimizer, 1, first=step)
+        moved.append(not all(torch.equal(a, b) for a, b in zip(before, masks(model), strict=True)))
+    assert [step + 1 for step, yes in enumerate(moved) if yes] == [3, 6, 9] and engine.ticks == 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgets(sten.PatternMethod):
+    schedule: sten.schedule.Schedule | None = None
+
+    def __post_init__(self):
+        pass
+
+    def default_schedule(self):
+        return sten.schedule.Constant(0.3, every=5)
+
+
+def test_a_method_that_forgets_its_schedule_is_told():
+    with pytest.raises(TypeError, match=r"Forgets.__post_init__ to call super\(\)"):
+        sten.sparsify(mlp(), CSR(), Forgets(), sparsity=0.5)
+
+
+def test_needs_that_nothing_can_give():
+    class Wanda(sten.Magnitude):
+        needs = frozenset({"x_norm"})
+
+    class Typo(sten.Magnitude):
+        needs = frozenset({"gradient", "momentum"})
+
+    with pytest.raises(NotImplementedError, match=r"Wanda needs calibration statistics \(x_norm\)"):
+        sten.sparsify(mlp(), sparsifier=Wanda())
+    with pytest.raises(ValueError, match=r"Expected Typo.needs to name some of .* got \['gradient'\]"):
+        sten.sparsify(mlp(), sparsifier=Typo())
+    sten.sparsifiers.check_needs(sten.RigL(1000))
+    with pytest.raises(NotImplementedError, match="Both to define score or update") as error:
+        type("Both", (sten.PatternMethod,), {"needs": frozenset({"grad", "momentum"})})().score(None)
+    assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match="abstract"):
+        sten.Sparsifier()
+
+
+class Rounded(sten.PatternMethod):
+    """Keeps the positive entries of each group and rounds them: a one-shot method that changes values."""
+
+    def update(self, view):
+        assert view.mask is None and view.step == 0 and view.state == {}
+        return sten.Edit(mask=view.layout.mask(view.weight, view.sparsity), value=view.weight.round(decimals=1))
+
+
+def test_a_one_shot_method_decides_values_too():
+    dense, model = mlp(), sten.sparsify(mlp(), NM(2, 4), Rounded())
+    for i in (0, 2):
+        w = dense[i].weight.detach()
+        assert torch.equal(model[i].weight.to_dense(), w.round(decimals=1) * NM(2, 4).mask(w))
+
+
+def test_an_earlier_pruning_is_kept_before_all_scores():
+    allowed = torch.zeros(4, 8, dtype=torch.bool)
+    allowed[:, 1] = True
+    view = sten.View("w", torch.arange(32.0).view(4, 8), CSR(), 0.75, allowed=allowed)
+    mask = sten.Magnitude().update(view).mask
+    assert mask.sum() == 8 and mask[:, 1].all()
 
 
 # STE, SR-STE, decaying masks
@@ -134,17 +239,17 @@ def test_cubic_at_both_ends_and_global():
 
 
 def test_all_ninety_transposable_patterns_and_the_best_of_them():
-    patterns = sten.sparsifiers.two_way.square_patterns(2, 4)
+    patterns = sten.sparsifiers.bidirectional.square_patterns(2, 4)
     assert patterns.shape == (90, 4, 4) and (patterns.sum(1) == 2).all() and (patterns.sum(2) == 2).all()
     score = torch.rand(8, 12)
-    mask = sten.sparsifiers.two_way.transposable(NM(2, 4), score)
+    mask = sten.sparsifiers.bidirectional.transposable(NM(2, 4), score)
     for i in range(0, 8, 4):
         for j in range(0, 12, 4):
             block = (slice(i, i + 4), slice(j, j + 4))
             assert (score[block] * mask[block]).sum() == pytest.approx(
                 float((score[block] * patterns).sum((1, 2)).max())
             )
-    greedy = sten.sparsifiers.two_way.transposable(NM(4, 8), torch.rand(16, 16))
+    greedy = sten.sparsifiers.bidirectional.transposable(NM(4, 8), torch.rand(16, 16))
     assert (greedy.view(16, 2, 8).sum(2) <= 4).all() and (greedy.view(2, 8, 16).sum(1) <= 4).all()
 
 
@@ -183,7 +288,7 @@ def test_srigl_has_constant_fan_in_and_spares_the_classifier(ablate):
         assert len(first[first > 0].unique()) == 1 and len(last.unique()) == 1 and bool((last > 0).all())
         assert int(first.sum()) <= round(0.2 * 512) and int(first.max()) == round(0.2 * 512) // int((first > 0).sum())
         dead = max(dead, int((first == 0).sum()))
-        assert model[0].sparse_weight.values.shape == (int((first > 0).sum()), int(first.max()))
+        assert model[0]._parameters["weight"].shape == (int((first > 0).sum()), int(first.max()))
     assert dead > 0 if ablate > 1 else dead < 8
     assert engine.ticks >= 13
     assert torch.isfinite(loss_of(sten.finalize(model), 0))
@@ -195,11 +300,11 @@ def test_srigl_by_hand():
     view = sten.View("w", w, FanIn(), 0.5, w != 0, step=30, grad=g)
     method = sten.SRigL(40, drop_fraction=0.7, every=10, stop=1.0, ablate=0.99)
     # alpha = .35 * (1 + cos(3 pi / 4)) = .1025, no growth: survivors are all six; every neuron has two
-    assert torch.equal(method.update(view, {}).mask, w != 0)
+    assert torch.equal(method.update(view).mask, w != 0)
     # alpha = .35 at half time: k = 2, K = 4: salient 4, 3, 2, 1 and g = 9, 8; neuron 2 has none: two with fan-in 3
     view = sten.View("w", w, FanIn(), 0.5, w != 0, step=20, grad=g)
     expected = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    assert torch.equal(method.update(view, {}).mask, expected)
+    assert torch.equal(method.update(view).mask, expected)
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam"])
@@ -262,11 +367,11 @@ def test_adams_without_masks_is_adam():
 
 def test_cast_gets_masks_decay_and_ramp_and_folds_its_scales():
     model, optimizer = cast()
-    assert any(p is model[0].sparse_weight.scale for g in optimizer.param_groups for p in g["params"])
+    assert any(p is model[0].weight_pattern.method_scale for g in optimizer.param_groups for p in g["params"])
     before = [layer._parameters["weight"].detach().clone() for layer in (model[0], model[2])]
     train(model, optimizer, 20)
     assert (optimizer.decay, optimizer.ramp) == (1e-2, 19 / 20) and len(optimizer.masks) == 2
-    w, scale = model[0]._parameters["weight"].detach(), model[0].sparse_weight.scale.detach()
+    w, scale = model[0]._parameters["weight"].detach(), model[0].weight_pattern.method_scale.detach()
     dropped = ~NM(2, 4).mask(w.abs())
     assert float(w[dropped].abs().mean()) < 0.5 * float(before[0][~NM(2, 4).mask(before[0].abs())].abs().mean())
     torch.testing.assert_close(model[0].weight, w * scale.repeat_interleave(8, 1))
@@ -339,7 +444,7 @@ def test_every_method_passes_the_kit(case):
 def test_the_example_passes_the_kit_and_is_short():
     path = Path(__file__).parent.parent / "examples" / "new_sparsifier.py"
     assert len(path.read_text().splitlines()) < 40
-    method = runpy.run_path(str(path))["HungryColumns"]
+    method = runpy.run_path(str(path))["FewestFirst"]
     for layout in (CSR(), BSR((4, 4)), NM(1, 4)):
         sten.testing.check_sparsifier(method(total_steps=12, every=3), layout)
 
@@ -349,23 +454,25 @@ class Leaks(sten.RigL):
 
     seen = 0
 
-    def growth(self, view, state):
+    def growth(self, view):
         Leaks.seen += 1
         return view.grad.abs() * (1 + torch.sin(torch.arange(view.grad.numel()) * Leaks.seen).view_as(view.grad))
 
 
 class Drifts(sten.SET):
-    def update(self, view, state):
+    def update(self, view):
+        if view.mask is None:
+            return super().update(view)
         return sten.Edit(mask=view.mask & (view.weight.abs() > view.weight.abs().max() / 10))
 
 
 class PerBackward(sten.STE):
     """Adds its decay in the backward pass, as the reference code of SR-STE does."""
 
-    def apply(self, w, view, state):
+    def apply(self, w, view):
         if w.requires_grad:
             w.register_hook(lambda g: g + 0.1 * w.detach())
-        return w * self.chosen(view)
+        return w * self.present_mask(view)
 
 
 BROKEN = [(Leaks(12, every=3), "bit by bit|must"), (Drifts(12, every=3), "count"), (PerBackward(), "one batch")]

@@ -1,4 +1,4 @@
-"""What the table says of CUDA, asked without a GPU: `choose` is a pure function."""
+"""What the table says of CUDA, asked without a GPU: a Plan is prepared without a tensor."""
 
 import pytest
 import torch
@@ -11,13 +11,27 @@ if not sten.kernels.available():
 LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.GroupedNM(1, 4, 4), sten.VectorNM(1, 4, 128)]
 
 
+def prepared(operator, layout, shape, dtype, entries):
+    """The Plan for shape = (tokens, outputs, inputs) on a GPU."""
+    flags = sten.dispatch.Flags(shape[0], entries, torch.device("cuda"))
+    return sten.dispatch.prepare(operator, layout, shape[1:], dtype, flags)
+
+
 @pytest.mark.parametrize("operator", ["linear", "linear_grad_input", "linear_grad_weight"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_dtypes(layout, operator):
-    entry = sten.dispatch.find(operator, "cuda", layout)
     for dtype, known in ((torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.float64, False)):
-        variant, reason = entry.pick((16, 256, 256), torch.empty(4096, dtype=dtype), layout)
-        assert (variant != "reference") == known and reason
+        plan = prepared(operator, layout, (16, 256, 256), dtype, 4096)
+        assert (plan.kernel != "reference") == known and plan.reason and plan.device == "cuda"
+
+
+@pytest.mark.parametrize("operator", ["linear", "linear_grad_input", "linear_grad_weight"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_size_that_is_a_symbol(layout, operator):
+    """Nothing is known of the tokens while the call is intercepted; the Plan runs an operator that decides later."""
+    flags = sten.dispatch.Flags(None, None, torch.device("cuda"))
+    plan = sten.dispatch.prepare(operator, layout, (256, 256), torch.bfloat16, flags)
+    assert plan.run is not None and plan.reason
 
 
 @pytest.fixture
@@ -44,14 +58,13 @@ def switch():
 )
 def test_tf32_decides(operator, layout, density, with_tf32, exactly, switch):
     """Tensor cores take fp32 only where torch's own switch allows them to round; each side has its own best variant."""
-    entry = sten.dispatch.find(operator, "cuda", layout)
-    values = torch.empty(int(1024 * 1024 * (density or 0.25)))
+    entries = int(1024 * 1024 * (density or 0.25))
     for allowed, expected in ((True, with_tf32), (False, exactly)):
         switch(allowed)
-        assert entry.pick((512, 1024, 1024), values, layout)[0] == expected
+        plan = prepared(operator, layout, (512, 1024, 1024), torch.float32, entries)
+        assert (plan.variant or plan.kernel) == expected
 
 
 def test_blocks_below_tensor_cores_expand_their_gradients():
-    entry = sten.dispatch.find("linear_grad_weight", "cuda", sten.BSR((4, 8)))
-    variant, reason = entry.pick((16, 256, 256), torch.empty(4096, dtype=torch.bfloat16), sten.BSR((4, 8)))
-    assert variant == "reference" and "below the 16" in reason
+    plan = prepared("linear_grad_weight", sten.BSR((4, 8)), (16, 256, 256), torch.bfloat16, 4096)
+    assert plan.kernel == "reference" and "below the 16" in plan.reason

@@ -9,8 +9,8 @@ from test_tensor import LAYOUTS, every_layout, make, one_sentence, stored
 from torch import nn
 
 import sten
+from sten import which
 from sten.layouts import BSR, CSR, NM, GroupedNM, Masked
-from sten.ops.route import which
 
 CONV = [
     ((6, 4, 3, 3), {"stride": 1, "padding": 1}),
@@ -466,9 +466,11 @@ def test_a_window_of_one_is_a_product(layout):
     if not sten.cpp.available():
         pytest.skip("the extension is not built")
     w, dense = make(layout, (8, 12, 1, 1))
-    assert which("conv2d", (2, 12, 5, 4), w).variant == "float32"
-    assert which("conv2d", (2, 12, 5, 4), make(layout, (8, 12, 3, 3))[0]).kernel == "reference"
     x, bias = torch.randn(2, 12, 5, 4), torch.randn(8)
+    last = x.to(memory_format=torch.channels_last)
+    assert which("conv2d", last, w).variant == "float32"
+    for operand, weight in ((x, w), ((2, 12, 5, 4), w), (last, make(layout, (8, 12, 3, 3))[0]), (last, w.double())):
+        assert which("conv2d", operand, weight).kernel == "reference"
     for picture in (x, x.to(memory_format=torch.channels_last), x[:, :, ::2], x[:0]):
         for geometry in ({}, {"stride": (2, 1), "padding": (1, 0)}):
             got, want = F.conv2d(picture, w, bias, **geometry), F.conv2d(picture, dense, bias, **geometry)

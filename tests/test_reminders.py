@@ -10,7 +10,7 @@ from training_models import OPTIMIZERS, loss_of, mlp, sparse, train
 
 import sten
 from sten.layouts import BSR, CSR, NM, FanIn, Masked, VectorNM
-from sten.training import idle
+from sten.training.engine import dynamic_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,16 +43,16 @@ def test_one_warning_for_a_large_model():
     assert len(said) == 1
 
 
-def test_a_tick_does_not_repeat_what_sparsify_said():
+def test_a_mask_update_does_not_repeat_what_sparsify_said():
     with pytest.warns(UserWarning, match="rows empty"):
         model, optimizer, engine = sparse(sten.SET(24, every=2), sparsity=0.97)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, 5)
-    assert engine.ticks == 2
+    assert engine.updates == 2
 
 
-def test_a_tick_names_what_it_leaves_empty():
+def test_a_mask_update_names_what_it_leaves_empty():
     model, optimizer, _ = sparse(sten.Gradual(2, 4, 2), sparsity=0.97)  # nothing is known before
     with pytest.warns(UserWarning, match=r"0\.weight \(\d+ of 32\)") as said:
         train(model, optimizer, 5)
@@ -105,7 +105,7 @@ def test_a_method_that_nobody_attached_says_so_once(case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, 2)
-    assert not any(holder in idle.WAITING for holder in model.modules())
+    assert not any(weight.reminder for weight in dynamic_weights(model))
 
 
 QUIET = [
@@ -141,7 +141,7 @@ def test_finalize_and_oblivion_end_the_waiting():
     model = sten.sparsify(mlp(), CSR(), sten.SET(24, every=4), 0.5)
     train(sten.finalize(model), OPTIMIZERS["sgd"](model.parameters()), 1)
     model = sten.sparsify(mlp(), CSR(), sten.SET(24, every=4), 0.5)
-    assert any(holder in idle.WAITING for holder in model.modules())
+    assert all(weight.reminder for weight in dynamic_weights(model))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     sten.attach(model, optimizer)
-    assert not any(holder in idle.WAITING for holder in model.modules())
+    assert not any(weight.reminder for weight in dynamic_weights(model))

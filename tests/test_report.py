@@ -82,7 +82,7 @@ def test_energy_of_an_empty_weight():
 def test_plan_is_the_summary_to_be():
     model = mlp()
     plan = sten.plan(model, layout=BSR((4, 4)), sparsity=0.5, weights="0.weight")
-    assert type(plan).__name__ == "Plan" and type(sten.summary(model)).__name__ == "Summary"
+    assert type(plan).__name__ == "SparsifyPlan" and type(sten.summary(model)).__name__ == "Summary"
     sten.sparsify(model, layout=BSR((4, 4)), sparsity=0.5, weights="0.weight")
     assert sorted(plan.rows, key=lambda r: r.name) == sten.summary(model).rows
     transposed = pytest.importorskip("transformers.pytorch_utils").Conv1D(8, 8)

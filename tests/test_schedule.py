@@ -38,7 +38,7 @@ def test_a_tensor_gives_the_same_number(plan):
 
 def test_due():
     assert [t for t in range(20) if Constant(0.0, start=4, stop=15, every=5).due(t)] == [4, 9, 14]
-    assert [t for t in range(20) if Linear(0.0, 1.0, 4, 15, 5, closing=True).due(t)] == [4, 9, 14, 15]
+    assert [t for t in range(20) if Linear(0.0, 1.0, 4, 15, 5, include_stop=True).due(t)] == [4, 9, 14, 15]
     assert [t for t in range(5) if Constant(0.0).due(t)] == [0, 1, 2, 3, 4]
 
 

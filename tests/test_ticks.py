@@ -1,4 +1,4 @@
-"""What makes steps and ticks cheap must change nothing: the mask of the forward pass, selection, moved slots."""
+"""What makes steps and mask updates cheap must change nothing: the mask of the forward pass, selection, moved slots."""
 
 import copy
 import io
@@ -9,9 +9,10 @@ from torch import nn
 from training_models import dense_weights, loss_of, mlp, sparse, train
 
 import sten
-from sten.layout import edge_by_topk, top, top_of_groups
+from sten.layouts.topk import edge_by_topk, top, top_of_groups
 from sten.layouts import CSR, NM, FanIn
-from sten.sparsifiers.select import _edge, highest
+from sten.sparsifiers.topk import _edge, highest
+from sten.training.trained_weight import optimizer_slots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,48 +78,47 @@ def test_a_mask_of_other_weights_is_not_used(how):
 def test_what_a_forward_pass_remembers_is_not_copied_nor_kept():
     model, optimizer, engine = sparse(sten.SRSTE(0.1), NM(2, 4))
     loss_of(model, 0).backward()
-    holder = engine.sites[0].holder
-    assert set(holder.memo[2]) == {"chosen"}
-    assert copy.deepcopy(model)[0].sparse_weight.memo is None
-    assert torch.optim.swa_utils.AveragedModel(model).module[0].sparse_weight.memo is None
+    weight = engine.weights[0]
+    assert set(weight.forward_cache[2]) == {"mask"}
+    assert copy.deepcopy(model)[0].weight_pattern.forward_cache is None
+    assert torch.optim.swa_utils.AveragedModel(model).module[0].weight_pattern.forward_cache is None
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    assert torch.load(file, weights_only=False)[0].sparse_weight.memo is None
-    assert list(model.state_dict()) == list(mlp().state_dict())
+    assert torch.load(file, weights_only=False)[0].weight_pattern.forward_cache is None
     optimizer.step()
-    assert holder.memo is None
+    assert weight.forward_cache is None
     with torch.no_grad():
         loss_of(model, 0)
-    assert holder.memo is None
+    assert weight.forward_cache is None
 
 
 def test_fresh_entries_and_new_values_of_a_compressed_weight():
     model, optimizer, engine = sparse(sten.SET(24, every=20), optimizer="adam")
     train(model, optimizer, 3)
-    site = engine.sites[0]
-    slots = [site.dense(t) for _, t in site.slots(optimizer)]
-    w, mask, fresh = site.dense(site.param), site.mask, torch.rand(32, 16) < 0.5
-    site.rewrite(sten.Edit(fresh=fresh), optimizer)()
-    assert torch.equal(site.mask, mask) and torch.equal(site.dense(site.param), w * ~fresh)
-    for have, want in zip((site.dense(t) for _, t in site.slots(optimizer)), slots, strict=True):
+    weight = engine.weights[0]
+    slots = [weight.dense(t) for _, t in optimizer_slots(weight.param, optimizer).items()]
+    w, mask, fresh = weight.dense(weight.param), weight.active(), torch.rand(32, 16) < 0.5
+    weight.change(sten.Edit(fresh=fresh), optimizer)()
+    assert torch.equal(weight.active(), mask) and torch.equal(weight.dense(weight.param), w * ~fresh)
+    for have, want in zip((weight.dense(t) for _, t in optimizer_slots(weight.param, optimizer).items()), slots, strict=True):
         assert torch.equal(have, want * ~fresh)
     mask = CSR().mask(torch.rand(32, 16), 0.75)
-    site.rewrite(sten.Edit(mask=mask, value=torch.ones(32, 16)), optimizer)()
+    weight.change(sten.Edit(mask=mask, value=torch.ones(32, 16)), optimizer)()
     assert torch.equal(dense_weights(model)[0], mask.float())
 
 
 def test_an_ablated_neuron_leaves_nothing_behind():
     model, optimizer, engine = sparse(sten.SRigL(60, every=20), FanIn(), optimizer="adam")
     train(model, optimizer, 2)
-    site = engine.sites[0]
-    mask = site.mask
-    w, slots = site.dense(site.param), [site.dense(t) for _, t in site.slots(optimizer)]
+    weight = engine.weights[0]
+    mask = weight.active()
+    w, slots = weight.dense(weight.param), [weight.dense(t) for _, t in optimizer_slots(weight.param, optimizer).items()]
     without, other = mask.clone(), mask.clone()
     without[5] = False
-    site.rewrite(sten.Edit(mask=without), optimizer)()
-    site.rewrite(sten.Edit(mask=other), optimizer)()
+    weight.change(sten.Edit(mask=without), optimizer)()
+    weight.change(sten.Edit(mask=other), optimizer)()
     other[5] = False
-    assert torch.equal(site.dense(site.param), w * other)
-    for have, want in zip((site.dense(t) for _, t in site.slots(optimizer)), slots, strict=True):
+    assert torch.equal(weight.dense(weight.param), w * other)
+    for have, want in zip((weight.dense(t) for _, t in optimizer_slots(weight.param, optimizer).items()), slots, strict=True):
         assert torch.equal(have, want * other)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sten
-from sten.engine import ENGINES
+from sten.training.engine import engines_of
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -44,7 +44,7 @@ def train(model, optimizer, steps, first=0, microbatches=1, dtype=torch.float32)
 
 
 def engine_of(model):
-    return next(e for e in ENGINES if any(site.module in set(model.modules()) for site in e.sites))
+    return engines_of(model)[0]
 
 
 def sparse(method, layout=None, sparsity=0.75, optimizer="momentum", seed=0, dtype=torch.float32):
@@ -63,8 +63,4 @@ def dense_weights(model):
 
 
 def masks(model):
-    return [
-        layer.sparse_weight.tensor(layer._parameters["weight"]).mask()
-        for layer in model
-        if isinstance(layer, nn.Linear)
-    ]
+    return [layer.weight_pattern.tensor().mask() for layer in model if isinstance(layer, nn.Linear)]

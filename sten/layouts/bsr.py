@@ -9,21 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    cut,
-    expect_compressed,
-    expect_dense,
-    expect_parts,
-    expect_score,
-    expect_zero,
-    kept,
-    pad_matrix,
-    row_of_slots,
-    slots_of_rows,
-    top,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
+from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
+from sten.layouts.padding import cut, pad_matrix
+from sten.layouts.topk import top, widest_float
 
 
 @dataclass(frozen=True)
@@ -52,9 +42,9 @@ class BSR(Layout):
         block = self.block
         whole = isinstance(block, tuple) and all(isinstance(b, int) and not isinstance(b, bool) for b in block)
         if not whole or len(block) != 2:
-            raise TypeError(f"BSR takes block=(rows, columns), two whole numbers; got {block!r}.")
+            raise TypeError(f"Expected block=(rows, columns), two whole numbers, for BSR, got {block!r}.")
         if min(block) < 1:
-            raise ValueError(f"BSR takes block sizes of at least 1; got {block}.")
+            raise ValueError(f"Expected block sizes of at least 1 for BSR, got {block}.")
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many rows and columns of blocks a weight of this shape has."""
@@ -64,16 +54,23 @@ class BSR(Layout):
         super().check(shape)
         rows, columns = self.grid(shape)
         if rows * columns >= 2**31:
-            raise ValueError(f"{self} holds fewer than 2**31 blocks; shape {tuple(shape)} has more: use larger blocks.")
+            raise ValueError(
+                f"Expected fewer than 2**31 blocks of {self}, got more in shape {tuple(shape)}; use larger blocks."
+            )
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The round((1 - sparsity) * blocks) blocks with the highest sums of scores, whole; padding counts zero."""
         expect_score(self, score, sparsity)
+        total = self.unit_totals(score.detach())
+        return self.unit_entries(top(total, count_to_keep(total.numel(), sparsity, self)), tuple(score.shape))
+
+    def unit_totals(self, score: Tensor) -> Tensor:
+        """The sum over each block."""
+        return self.blocks(score).sum((2, 3), dtype=widest_float(score.device))
+
+    def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
         bh, bw = self.block
-        # float64: the order of the sums must not depend on the device's way of adding up.
-        total = self.blocks(score.detach()).sum((2, 3), dtype=torch.float64)
-        live = top(total, kept(total.numel(), sparsity, self))
-        return cut(live.repeat_interleave(bh, 0).repeat_interleave(bw, 1), tuple(score.shape))
+        return cut(chosen.repeat_interleave(bh, 0).repeat_interleave(bw, 1), shape)
 
     def blocks(self, weight: Tensor) -> Tensor:
         """The weight as (block rows, block columns, bh, bw), zero-padded; a view where it can be one."""
@@ -88,10 +85,10 @@ class BSR(Layout):
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
-        live = self.blocks(mask).any(3).any(2)
-        row, col = live.nonzero(as_tuple=True)
+        stored = self.blocks(mask).any(3).any(2)
+        row, col = stored.nonzero(as_tuple=True)
         by_column = torch.argsort(col, stable=True)
-        offsets = [torch.nn.functional.pad(live.sum(d).cumsum(0), (1, 0)).int() for d in (1, 0)]
+        offsets = [torch.nn.functional.pad(stored.sum(d).cumsum(0), (1, 0)).int() for d in (1, 0)]
         return {
             "values": self.blocks(dense.masked_fill(~mask, 0))[row, col],
             "crow": offsets[0],
@@ -128,16 +125,23 @@ class BSR(Layout):
         count = len(parts["values"])
         if any(len(parts[name]) != count for name in index):
             raise ValueError(
-                f"Parts 'col', 't_row', 't_block' of {self} must have {count} entries, one for each block."
+                f"Expected {count} entries in the parts 'col', 't_row' and 't_block' of {self}, one for each block, "
+                f"got {[len(parts[name]) for name in index]}."
             )
         for crow, col, size in (("crow", "col", columns), ("t_crow", "t_row", rows)):
             expect_compressed(self, crow, parts[crow], col, parts[col], size)
             if int(parts[crow][-1]) != count:
-                raise ValueError(f"Part {crow!r} of {self} must end at {count}, the number of blocks.")
+                raise ValueError(
+                    f"Expected part {crow!r} of {self} to end at {count}, the number of blocks, "
+                    f"got {int(parts[crow][-1])}."
+                )
         row, by_column = row_of_slots(parts["crow"], count), torch.argsort(parts["col"], stable=True)
         t_col = row_of_slots(parts["t_crow"], count)
         same = [(parts["t_block"], by_column), (parts["t_row"], row[by_column]), (t_col, parts["col"][by_column])]
         if not all(bool((a == b).all()) for a, b in same):
-            raise ValueError(f"Parts 't_crow', 't_row', 't_block' of {self} must list the blocks of 'crow' and 'col'.")
+            raise ValueError(
+                f"Expected parts 't_crow', 't_row' and 't_block' of {self} to list the blocks of 'crow' and 'col', got "
+                "others; make the parts with pack."
+            )
         padding = torch.ones(shape, dtype=torch.bool, device=row.device)
         expect_zero(self, parts["values"][~self.blocks(padding)[row, parts["col"].long()]])

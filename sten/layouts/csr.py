@@ -9,19 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    expect_compressed,
-    expect_dense,
-    expect_parts,
-    expect_score,
-    expect_zero,
-    kept,
-    row_of_slots,
-    slots_of_rows,
-    top,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
+from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
+from sten.layouts.topk import top
 
 LIMIT = 2**31 - 1  # the indices are int32
 
@@ -43,25 +34,27 @@ class CSR(Layout):
     """
 
     pattern: ClassVar[tuple[str, ...]] = ("crow", "col")
+    unstructured: ClassVar[bool] = True
+    free_slots: ClassVar[bool] = True
 
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if max(shape[0], math.prod(shape[1:])) >= LIMIT:
-            raise ValueError(f"{self} holds at most {LIMIT - 1} rows and columns; got shape {tuple(shape)}.")
+            raise ValueError(f"Expected at most {LIMIT - 1} rows and columns for {self}, got shape {tuple(shape)}.")
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The round((1 - sparsity) * numel) highest scores of the whole weight."""
         expect_score(self, score, sparsity)
-        return top(score, kept(score.numel(), sparsity, self))
+        return top(score, count_to_keep(score.numel(), sparsity, self))
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
-        live = mask.reshape(len(mask), -1)
-        row, col = live.nonzero(as_tuple=True)
+        stored = mask.reshape(len(mask), -1)
+        row, col = stored.nonzero(as_tuple=True)
         if len(col) > LIMIT:
-            raise ValueError(f"{self} holds at most {LIMIT} entries; the mask has {len(col)}: use sten.BSR or sten.NM.")
-        crow = torch.nn.functional.pad(live.sum(1).cumsum(0), (1, 0))
-        return {"values": dense.reshape(live.shape)[row, col], "crow": crow.int(), "col": col.int()}
+            raise ValueError(f"Expected at most {LIMIT} entries for {self}, got {len(col)}; use sten.BSR or sten.NM.")
+        crow = torch.nn.functional.pad(stored.sum(1).cumsum(0), (1, 0))
+        return {"values": dense.reshape(stored.shape)[row, col], "crow": crow.int(), "col": col.int()}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, col = parts["values"], parts["col"].long()
@@ -82,6 +75,12 @@ class CSR(Layout):
         out = out.index_put((which, parts["col"][slot].long()), parts["values"][slot])
         return out.view(len(rows), *shape[1:])
 
+    def with_slots(self, parts: Parts, slots: int) -> Parts:
+        more = slots - len(parts["values"])
+        if more <= 0:
+            return parts
+        return {"crow": parts["crow"]} | {n: torch.nn.functional.pad(parts[n], (0, more)) for n in ("values", "col")}
+
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
         rows, columns = shape[0], math.prod(shape[1:])
@@ -89,6 +88,8 @@ class CSR(Layout):
         expect_parts(self, parts, {"values": ((-1,), None), **pattern})
         if len(parts["values"]) != len(parts["col"]):
             slots = len(parts["values"]), len(parts["col"])
-            raise ValueError(f"Parts 'values' and 'col' of {self} must be equally long; got {slots[0]} and {slots[1]}.")
+            raise ValueError(
+                f"Expected equally long parts 'values' and 'col' of {self}, got {slots[0]} and {slots[1]}."
+            )
         expect_compressed(self, "crow", parts["crow"], "col", parts["col"], columns)
         expect_zero(self, parts["values"][int(parts["crow"][-1]) :])

@@ -1,4 +1,4 @@
-"""FanIn: the same number of inputs for every living output, as SRigL trains; outputs without inputs are left out."""
+"""FanIn: the same number of inputs for every stored output, as SRigL trains; outputs without inputs are left out."""
 
 from __future__ import annotations
 
@@ -9,27 +9,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    complete_groups,
-    expect_dense,
-    expect_parts,
-    expect_range,
-    expect_score,
-    kept,
-    top_of_groups,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_range, expect_score
+from sten.layouts.topk import complete_groups, top_of_groups
 
 
 @dataclass(frozen=True)
 class FanIn(Layout):
-    """Constant fan-in: every living row of the weight seen as a matrix (R, C) = (O, prod(rest)) has f entries.
+    """Constant fan-in: every stored row of the weight seen as a matrix (R, C) = (O, prod(rest)) has f entries.
 
-    Parts, with L living rows: `values` (L, f); `index` (L, f) int32, columns, ascending in a row; `row` (L,) int32,
-    which rows they are, ascending. Rows that a mask leaves empty are not stored ("ablated neurons"). Where living rows
-    have
-    different counts, f is the highest, and the lowest free columns are stored as explicit zeros.
+    Parts, with L stored rows: `values` (L, f); `index` (L, f) int32, columns, ascending in a row; `row` (L,) int32,
+    which rows they are, ascending. Rows that a mask leaves empty are not stored ("ablated neurons"). Where stored rows
+    have different counts, f is the highest, and the lowest free columns are stored as explicit zeros.
 
     Example:
         >>> import torch, sten
@@ -42,25 +33,26 @@ class FanIn(Layout):
     """
 
     pattern: ClassVar[tuple[str, ...]] = ("index", "row")
+    omits_empty_rows: ClassVar[bool] = True
 
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if max(shape[0], math.prod(shape[1:])) >= 2**31:
-            raise ValueError(f"{self} holds fewer than 2**31 rows and columns; got shape {tuple(shape)}.")
+            raise ValueError(f"Expected fewer than 2**31 rows and columns for {self}, got shape {tuple(shape)}.")
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The f highest scores of every row; f = round((1 - sparsity) * numel) // R."""
         expect_score(self, score, sparsity)
         matrix = score.reshape(len(score), -1)
-        return top_of_groups(matrix, kept(matrix.numel(), sparsity, self) // len(matrix)).view(score.shape)
+        return top_of_groups(matrix, count_to_keep(matrix.numel(), sparsity, self) // len(matrix)).view(score.shape)
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         matrix = mask.reshape(len(mask), -1)
         row = matrix.any(1).nonzero()[:, 0]
-        live = matrix[row]
-        fan_in = int(live.sum(1).max()) if len(row) else 0
-        index = complete_groups(live, fan_in).nonzero()[:, 1].view(len(row), fan_in).int()
+        stored = matrix[row]
+        fan_in = int(stored.sum(1).max()) if len(row) else 0
+        index = complete_groups(stored, fan_in).nonzero()[:, 1].view(len(row), fan_in).int()
         parts = {"index": index, "row": row.int()}
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), parts), **parts}
 
@@ -82,4 +74,6 @@ class FanIn(Layout):
         expect_range(self, "row", parts["row"], 0, shape[0])
         for name in ("index", "row"):
             if bool((parts[name][..., 1:] <= parts[name][..., :-1]).any()):
-                raise ValueError(f"Part {name!r} of {self} must ascend, each number once.")
+                raise ValueError(
+                    f"Expected part {name!r} of {self} to ascend, each number once, got numbers in another order."
+                )

@@ -14,18 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    cut,
-    expect_dense,
-    expect_parts,
-    expect_range,
-    expect_score,
-    expect_whole,
-    expect_zero,
-    pad_matrix,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import expect_dense, expect_parts, expect_range, expect_score, expect_whole, expect_zero
+from sten.layouts.padding import cut, pad_matrix
 
 BATCH = 2**23  # entries of the (strip, column, pattern) table worked on at a time: 32 MiB, so that memory is bounded
 PRICE_STEPS = 6
@@ -70,6 +61,7 @@ class GroupedNM(Layout):
     g: int
 
     pattern: ClassVar[tuple[str, ...]] = ("index",)
+    independent_units: ClassVar[bool] = False  # a column takes its pattern from another one
     order: ClassVar[tuple[tuple[int, ...], ...]]  # patterns(n, m); not a field, so not part of repr, equality and files
 
     def __post_init__(self) -> None:
@@ -78,7 +70,8 @@ class GroupedNM(Layout):
         expect_whole(self, "g", 1, 2**15 - 1)
         if self.width >= 2**15:
             raise ValueError(
-                f"{self} needs chunks of C(m, n) * g = {self.width} columns; 32767 fit: choose a smaller m or g."
+                f"Expected chunks of at most 32767 columns for {self}, got C(m, n) * g = {self.width}; choose a "
+                "smaller m or g."
             )
         # Held by the instance, not asked from the cache: torch.compile cannot see through a cached function.
         object.__setattr__(self, "order", patterns(self.n, self.m))
@@ -125,8 +118,8 @@ class GroupedNM(Layout):
         chunks, strips = self.sizes(tuple(score.shape))
         columns = self.columns(comparable(score.detach(), self.n))
         chosen = torch.cat([assign(self.energy(part), self.g) for part in columns.split(self.batch)])
-        live = torch.zeros_like(columns, dtype=torch.bool).scatter_(-1, self.rows(score.device)[chosen], True)
-        blocks = live.view(chunks, strips, self.width, self.m).permute(1, 3, 0, 2)
+        stored = torch.zeros_like(columns, dtype=torch.bool).scatter_(-1, self.rows(score.device)[chosen], True)
+        blocks = stored.view(chunks, strips, self.width, self.m).permute(1, 3, 0, 2)
         return cut(blocks.reshape(strips * self.m, -1), tuple(score.shape))
 
     @property
@@ -141,57 +134,57 @@ class GroupedNM(Layout):
         index = index.view(*self.sizes(tuple(dense.shape)), -1, self.g)
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}
 
-    def recover(self, live: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def recover(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A pattern for every column (B, N) of a mask's columns (B, N, m); ValueError where there is none."""
-        count = live.sum(-1)
+        count = stored.sum(-1)
         if bool((count > self.n).any()):
             problem, column = (count > self.n).nonzero()[0].tolist()
             raise ValueError(
-                f"{self} keeps {self.n} of {self.m} outputs at every input, but the mask keeps "
-                f"{int(count[problem, column])} {self.place(problem, shape, column)}: use {self}.mask(score)."
+                f"Expected a mask with at most {self.n} of {self.m} outputs at every input for {self}, got "
+                f"{int(count[problem, column])} {self.place(problem, shape, column)}; use {self}.mask(score)."
             )
-        chosen = torch.cat([self.rank(part) for part in live.split(self.batch)])
+        chosen = torch.cat([self.rank(part) for part in stored.split(self.batch)])
         full = count == self.n
-        load = torch.zeros(len(live), self.width // self.g + 1, dtype=torch.int32, device=live.device)
+        load = torch.zeros(len(stored), self.width // self.g + 1, dtype=torch.int32, device=stored.device)
         # Columns with fewer than n entries are counted in a last pattern that does not exist.
         where = chosen.masked_fill(~full, load.shape[1] - 1)
         load.scatter_add_(1, where, torch.ones_like(where, dtype=torch.int32))
         if bool((load[:, :-1] > self.g).any()):
             problem, pattern = (load[:, :-1] > self.g).nonzero()[0].tolist()
             raise ValueError(
-                f"{self} uses every pattern for exactly {self.g} columns of a chunk, but the mask uses "
-                f"{self.order[pattern]} for {int(load[problem, pattern])} "
-                f"{self.place(problem, shape)}: use {self}.mask(score)."
+                f"Expected a mask that uses every pattern for exactly {self.g} columns of a chunk for {self}, got "
+                f"{self.order[pattern]} for {int(load[problem, pattern])} {self.place(problem, shape)}; "
+                f"use {self}.mask(score)."
             )
         if bool(full.all()):
             return chosen
         # Padding columns take what room is left, in order; other columns of fewer than n entries have to look for it.
         left = (self.g - load[:, :-1]).cumsum(1)
         chosen = torch.where(full, chosen, torch.searchsorted(left, (~full).cumsum(1) - 1, right=True))
-        real = self.columns(torch.ones(shape, dtype=torch.bool, device=live.device))
+        real = self.columns(torch.ones(shape, dtype=torch.bool, device=stored.device))
         short = (~full & real.any(-1)).any(-1).nonzero()[:, 0]
         for part in short.split(self.batch) if len(short) else ():
-            chosen[part] = self.fit(live[part], real[part], part, shape)
+            chosen[part] = self.fit(stored[part], real[part], part, shape)
         return chosen
 
-    def rank(self, live: Tensor) -> Tensor:
-        """The number of the pattern that each column's n live rows are, in revolving-door order (Knuth 7.2.1.3)."""
+    def rank(self, stored: Tensor) -> Tensor:
+        """The number of the pattern that each column's n kept rows are, in revolving-door order (Knuth 7.2.1.3)."""
         n = self.n
         term = [(-1) ** (n - k) * math.comb(r + 1, k) if k else 0 for r in range(self.m) for k in range(n + 1)]
-        term = torch.tensor(term, device=live.device)
-        nth = live.cumsum(-1).clamp_(max=n) * live
-        nth += torch.arange(self.m, device=live.device) * (n + 1)
+        term = torch.tensor(term, device=stored.device)
+        nth = stored.cumsum(-1).clamp_(max=n) * stored
+        nth += torch.arange(self.m, device=stored.device) * (n + 1)
         return term[nth].sum(-1) - n % 2
 
-    def fit(self, live: Tensor, real: Tensor, problems: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A pattern that contains each column's live rows, for problems with columns of fewer than n.
+    def fit(self, stored: Tensor, real: Tensor, problems: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A pattern that contains each column's kept rows, for problems with columns of fewer than n.
 
         In a short strip the pattern should add no real row to them, so that exactly the mask is stored; where that is
         impossible (a subset of what fits), it may.
         """
-        count = live.sum(-1, keepdim=True)
-        fits = self.energy(live.float()) == count
-        chosen = torch.full(live.shape[:2], -1, device=live.device)
+        count = stored.sum(-1, keepdim=True)
+        fits = self.energy(stored.float()) == count
+        chosen = torch.full(stored.shape[:2], -1, device=stored.device)
         for options in (fits & (self.energy(real.float()) == count), fits):
             todo = (options.any(-1).all(-1) & (chosen[:, 0] < 0)).nonzero()[:, 0]
             if len(todo):
@@ -199,8 +192,8 @@ class GroupedNM(Layout):
         if bool((chosen[:, 0] < 0).any()):
             problem = int(problems[(chosen[:, 0] < 0).nonzero()[0, 0]])
             raise ValueError(
-                f"{self} uses every pattern for exactly {self.g} columns of a chunk; no such choice covers the mask "
-                f"{self.place(problem, shape)}: use {self}.mask(score)."
+                f"Expected a mask that uses every pattern for exactly {self.g} columns of a chunk for {self}, got one "
+                f"that no such choice covers {self.place(problem, shape)}; use {self}.mask(score)."
             )
         return chosen
 
@@ -249,7 +242,9 @@ class GroupedNM(Layout):
         expect_range(self, "index", parts["index"], 0, self.width)
         columns = parts["index"].flatten(2).sort(-1).values
         if bool((columns != torch.arange(self.width, device=columns.device)).any()):
-            raise ValueError(f"Part 'index' of {self} must list each of the {self.width} columns of a chunk once.")
+            raise ValueError(
+                f"Expected part 'index' of {self} to list each of the {self.width} columns of a chunk once, got others."
+            )
         real = torch.ones(shape, dtype=torch.bool, device=columns.device)
         expect_zero(self, parts["values"][~self.pack_like(real, parts)])
 

@@ -8,7 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import Layout, Parts, expect_dense, expect_parts, expect_score, expect_zero, kept, top
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
+from sten.layouts.topk import top
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,12 @@ class Masked(Layout):
     """
 
     pattern: ClassVar[tuple[str, ...]] = ("mask",)
+    unstructured: ClassVar[bool] = True
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The round((1 - sparsity) * numel) highest scores of the whole weight."""
         expect_score(self, score, sparsity)
-        return top(score, kept(score.numel(), sparsity, self))
+        return top(score, count_to_keep(score.numel(), sparsity, self))
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)

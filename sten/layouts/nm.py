@@ -8,22 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    complete_groups,
-    expect_dense,
-    expect_parts,
-    expect_range,
-    expect_score,
-    expect_whole,
-    expect_zero,
-    reduction_back,
-    reduction_last,
-    reduction_place,
-    reduction_width,
-    top_of_groups,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import expect_dense, expect_parts, expect_range, expect_score, expect_whole, expect_zero
+from sten.layouts.padding import reduction_back, reduction_last, reduction_place, reduction_width
+from sten.layouts.topk import complete_groups, top_of_groups
 
 
 @dataclass(frozen=True)
@@ -99,8 +87,8 @@ class NM(Layout):
             row, group = (count > self.n).nonzero()[0].tolist()
             place = reduction_place(tuple(dense.shape), group * self.m, self.m)
             raise ValueError(
-                f"{self} holds {self.n} of {self.m} inputs, but the mask keeps {int(count[row, group])} in the group "
-                f"of output {row} that starts at {place}: use {self}.mask(score)."
+                f"Expected a mask with at most {self.n} of {self.m} inputs for {self}, got {int(count[row, group])} in "
+                f"the group of output {row} that starts at {place}; use {self}.mask(score)."
             )
         position = complete_groups(grouped, self.n).flatten().nonzero().view(*count.shape, self.n) % self.m
         values = self.groups(dense.masked_fill(~mask, 0)).gather(-1, position)
@@ -135,8 +123,10 @@ class NM(Layout):
         position = self.positions(parts["index"], groups)
         expect_range(self, "index", position, 0, self.m)
         if bool((position[..., 1:] <= position[..., :-1]).any()):
-            raise ValueError(f"Part 'index' of {self} must hold ascending positions in each group, each one once.")
+            raise ValueError(
+                f"Expected ascending positions in each group of part 'index' of {self}, each once, got another order."
+            )
         if not torch.equal(self.encode(position), parts["index"]):
-            raise ValueError(f"Part 'index' of {self} must have zeros in its spare bits.")
+            raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
         real = torch.ones(shape, dtype=torch.bool, device=position.device)
         expect_zero(self, parts["values"][~self.pack_like(real, parts)])

@@ -8,23 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sten.layout import (
-    Layout,
-    Parts,
-    complete_groups,
-    expect_dense,
-    expect_parts,
-    expect_range,
-    expect_score,
-    expect_whole,
-    expect_zero,
-    pad_matrix,
-    reduction_back,
-    reduction_last,
-    reduction_place,
-    reduction_width,
-    top_of_groups,
-)
+from sten.layouts.base import Layout, Parts
+from sten.layouts.checks import expect_dense, expect_parts, expect_range, expect_score, expect_whole, expect_zero
+from sten.layouts.padding import pad_matrix, reduction_back, reduction_last, reduction_place, reduction_width
+from sten.layouts.topk import complete_groups, top_of_groups, widest_float
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class VectorNM(Layout):
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
         if reduction_width(shape, self.m) >= 2**31:
-            raise ValueError(f"{self} holds fewer than 2**31 columns; got shape {tuple(shape)}.")
+            raise ValueError(f"Expected fewer than 2**31 columns for {self}, got shape {tuple(shape)}.")
 
     def vectors(self, weight: Tensor) -> Tensor:
         """The weight as (ceil(R / v), v, G, m), zero-padded; v is at most R."""
@@ -79,11 +66,18 @@ class VectorNM(Layout):
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n columns of every (vector, group) with the highest sums over the vector's rows."""
         expect_score(self, score, sparsity)
-        # float64: the order of the sums must not depend on the device's way of adding up.
-        total = self.vectors(score.detach()).sum(1, dtype=torch.float64)
+        total = self.unit_totals(score.detach())
         real = self.vectors(torch.ones_like(score[:1], dtype=torch.bool)).any(1)
         keep = top_of_groups(total.masked_fill(~real, -torch.inf), self.n).flatten(1)
         return reduction_back(self.columns(keep, len(score)) > 0, tuple(score.shape), self.m)
+
+    def unit_totals(self, score: Tensor) -> Tensor:
+        """The sum over each vector, (vectors, G, m)."""
+        return self.vectors(score).sum(1, dtype=widest_float(score.device))
+
+    def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
+        rows = torch.arange(shape[0], device=chosen.device) // self.v
+        return reduction_back(chosen.flatten(1)[rows], shape, self.m)
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
@@ -94,9 +88,9 @@ class VectorNM(Layout):
             place = reduction_place(tuple(dense.shape), group * self.m, self.m)
             last = min((vector + 1) * self.v, len(dense)) - 1
             raise ValueError(
-                f"{self} holds {self.n} of {self.m} inputs for {self.v} outputs together, but the mask keeps "
-                f"{int(count[vector, group])} inputs in the group of outputs {vector * self.v} to {last} that starts "
-                f"at {place}: use {self}.mask(score)."
+                f"Expected a mask with at most {self.n} of {self.m} inputs for {self.v} outputs together for {self}, "
+                f"got {int(count[vector, group])} inputs in the group of outputs {vector * self.v} to {last} that "
+                f"starts at {place}; use {self}.mask(score)."
             )
         index = complete_groups(union, self.n).flatten(1).nonzero()[:, 1].view(len(union), -1).int()
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}
@@ -126,7 +120,8 @@ class VectorNM(Layout):
         owner = torch.arange(slots, device=index.device) // self.n
         if bool((index // self.m != owner).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
             raise ValueError(
-                f"Part 'index' of {self} must ascend in a row, {self.n} columns in each group of {self.m}."
+                f"Expected part 'index' of {self} to ascend in a row, {self.n} columns in each group of {self.m}, got "
+                "others."
             )
         real = torch.ones(shape, dtype=torch.bool, device=index.device)
         expect_zero(self, parts["values"][~self.pack_like(real, parts)])

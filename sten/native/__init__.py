@@ -3,6 +3,6 @@
 They come in through `sten.kernel`, the door that is open to everybody.
 """
 
-from . import cpu, cuda, expand
+from . import cpu, cuda, dual_mask, expand
 
-__all__ = ["cpu", "cuda", "expand"]
+__all__ = ["cpu", "cuda", "dual_mask", "expand"]

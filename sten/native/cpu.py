@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import cpp
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
-from ..layout import Layout
+from ..layouts.base import Layout
 from ..layouts import CSR, GroupedNM
 
 Linear = Callable[[Tensor, dict[str, Tensor], Tensor | None], Tensor]

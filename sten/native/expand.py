@@ -10,7 +10,7 @@ import itertools
 
 from .. import ops as ops  # declares the operators
 from ..dispatch import OPERATORS, Flags, Plan, kernel
-from ..layout import Layout
+from ..layouts.base import Layout
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 
 LAYOUTS = (Masked, CSR, BSR, NM, GroupedNM, VectorNM, FanIn)

@@ -1,18 +1,19 @@
-"""Sparsifiers: which entries live."""
+"""Sparsifiers: which entries of a weight are kept, and when that changes."""
 
-from .blocks import BlockPruneGrow
+from .bidirectional import BDWP, BiMask, Transposable
+from .block_prune_grow import BlockPruneGrow
 from .cast import CAST
+from .decaying import DecayingMask, DecayingStructure
 from .drop_grow import DSTEE, SET, RigL, Static
 from .gradual import Gradual, Rewind
-from .masks import SRSTE, STE, DecayingMask, DecayingStructure
 from .one_shot import Magnitude, Random
 from .sparse_momentum import SparseMomentum
-from .sparsifier import Edit, Sparsifier, State, View
+from .sparsifier import DenseWeightMethod, Edit, PatternMethod, Sparsifier, State, View, check_needs
 from .srigl import SRigL
-from .two_way import BDWP, BiMask, Transposable, TwoFaced
+from .straight_through import SRSTE, STE
 
 __all__ = [
     "BDWP", "CAST", "DSTEE", "SET", "SRSTE", "STE", "BiMask", "BlockPruneGrow", "DecayingMask", "DecayingStructure",
-    "Edit", "Gradual", "Magnitude", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum", "Sparsifier", "State",
-    "Static", "Transposable", "TwoFaced", "View",
+    "DenseWeightMethod", "Edit", "Gradual", "Magnitude", "PatternMethod", "Random", "Rewind", "RigL", "SRigL",
+    "SparseMomentum", "Sparsifier", "State", "Static", "Transposable", "View", "check_needs",
 ]  # fmt: skip

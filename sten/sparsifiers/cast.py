@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..schedule import FOREVER, Constant, Schedule
-from .masks import DenseMaster
-from .sparsifier import Edit, State, View
+from .sparsifier import DenseWeightMethod, Edit, State, View
 
 
 @dataclass(frozen=True)
-class CAST(DenseMaster):
+class CAST(DenseWeightMethod):
     """Continuous, adaptive sparse training: train with `sten.optim.AdamS` and add `sten.distill_loss` to the loop.
 
     The model computes densely, with A * w: A (rows, groups), trained from ones, scales contiguous blocks of columns.
@@ -43,11 +42,11 @@ class CAST(DenseMaster):
     decay: float = 4e-7
     refresh: int = 10
     groups: int = 2
+    schedule: Schedule | None = field(default=None, kw_only=True)
 
     optimizer: ClassVar[str | None] = "AdamS"
 
-    @property
-    def ticks(self) -> Schedule:
+    def default_schedule(self) -> Schedule:
         return Constant(0.0, start=self.refresh, stop=FOREVER, every=self.refresh)
 
     def init(self, view: View) -> State:
@@ -57,17 +56,17 @@ class CAST(DenseMaster):
             )
         }
 
-    def update(self, view: View, state: State) -> Edit:
-        return Edit(mask=self.chosen(view))
+    def update(self, view: View) -> Edit:
+        return Edit(mask=self.present_mask(view))
 
-    def apply(self, w: Tensor, view: View, state: State) -> Tensor:
+    def apply(self, w: Tensor, view: View) -> Tensor:
         columns = w[0].numel()
-        scale = state["scale"].repeat_interleave(-(-columns // self.groups), 1)[:, :columns]
+        scale = view.state["scale"].repeat_interleave(-(-columns // self.groups), 1)[:, :columns]
         return scale.reshape(w.shape) * w
 
     def strength(self, step: int) -> tuple[float, float]:
         """For AdamS: the decay, and how far its ramp is after `step` steps."""
         return self.decay, min(step / self.total_steps, 1.0)
 
-    def finish(self, view: View, state: State) -> Edit:
-        return Edit(mask=self.chosen(view), value=self.apply(view.weight, view, state).detach())
+    def finish(self, view: View) -> Edit:
+        return Edit(mask=self.present_mask(view), value=self.apply(view.weight, view).detach())

@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import scores
+from ..layout import Layout
 from ..schedule import Constant, Cosine, Schedule
-from .sparsifier import Edit, Sparsifier, State, View
-from .units import expect_free_units, fill_up, keep_largest
+from .granularity import expect_independent_units, fill_up, keep_largest
+from .sparsifier import Edit, PatternMethod, Sparsifier, State, View
 
 
 @dataclass(frozen=True)
-class Static(Sparsifier):
+class Static(PatternMethod):
     """A random pattern that stays: the baseline of dynamic methods. Use `sparsity=sten.ERK(...)`.
 
     Source: Mocanu et al., https://arxiv.org/abs/1707.04780 (the random initialisation of SET).
@@ -37,7 +38,7 @@ class Static(Sparsifier):
 
 
 def expect_to_act(method: Sparsifier, stop: float) -> None:
-    """Raise ValueError, in one sentence, if no tick falls into the first `stop` of the method's total_steps."""
+    """Raise ValueError, in one sentence, if no mask update falls into the first `stop` of the method's total_steps."""
     most = int(stop * method.total_steps)
     if not 1 <= method.every <= most:
         hint = f"pass every={max(most // 10, 1)}, say" if most >= 1 else "raise total_steps"
@@ -46,9 +47,8 @@ def expect_to_act(method: Sparsifier, stop: float) -> None:
 
 
 @dataclass(frozen=True)
-class DropGrow(Sparsifier):
-    """Every `every` steps, drop a fraction of the living weights, those of the smallest |w|, and grow as many
-    elsewhere.
+class DropGrow(PatternMethod):
+    """Every `every` steps, drop a fraction of the weights, those of the smallest |w|, and grow as many elsewhere.
 
     The count of a weight never changes, nor its n:m groups. New entries start at zero, in the weight and in every slot
     of the optimizer. A layout of blocks or vectors drops and grows whole ones, by the sums of their scores.
@@ -56,8 +56,9 @@ class DropGrow(Sparsifier):
     Attributes:
         total_steps: optimizer steps of the whole training.
         drop_fraction: at the start.
-        every: steps between two ticks.
-        stop: the last tick, as a fraction of total_steps.
+        every: steps between two mask updates.
+        stop: the last mask update, as a fraction of total_steps.
+        schedule: the steps of mask updates, and as its value the fraction to drop; None: made of the fields above.
     """
 
     total_steps: int
@@ -65,36 +66,39 @@ class DropGrow(Sparsifier):
     every: int = 100
     stop: float = 1.0
     seed: int = 0
-
-    one_shot: ClassVar[bool] = False
+    schedule: Schedule | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.drop_fraction <= 1 or not 0 < self.stop <= 1:
-            raise ValueError(f"{type(self).__name__} takes drop_fraction and stop between 0 and 1; got {self}.")
-        expect_to_act(self, self.stop)
+            raise ValueError(f"Expected drop_fraction and stop between 0 and 1 for {type(self).__name__}, got {self}.")
+        if self.schedule is None:
+            expect_to_act(self, self.stop)
+        super().__post_init__()
 
-    @property
-    def ticks(self) -> Schedule:
+    def default_schedule(self) -> Schedule:
         return Cosine(self.drop_fraction, 0.0, 0, int(self.stop * self.total_steps), self.every)
 
-    def check(self, layout) -> None:
-        expect_free_units(layout)
+    def check(self, layout: Layout) -> None:
+        super().check(layout)
+        expect_independent_units(layout)
 
     def score(self, view: View) -> Tensor:
         return scores.random(view.weight, view.generator)
 
     @abstractmethod
-    def growth(self, view: View, state: State) -> Tensor:
+    def growth(self, view: View) -> Tensor:
         """How much each entry deserves to grow; read where nothing is kept."""
 
-    def update(self, view: View, state: State) -> Edit:
-        keep = keep_largest(view, self.ticks.value(view.step))
-        return Edit(mask=fill_up(view, keep, self.growth(view, state)))
+    def update(self, view: View) -> Edit:
+        if view.mask is None:
+            return super().update(view)  # the first pattern, at random
+        keep = keep_largest(view, self.schedule.value(view.step))
+        return Edit(mask=fill_up(view, keep, self.growth(view)))
 
 
 @dataclass(frozen=True)
 class SET(DropGrow):
-    """Sparse evolutionary training: grow at random, a constant fraction each time. The tick follows the optimizer step.
+    """Sparse evolutionary training: grow at random, a constant fraction each time, after the optimizer step.
 
     Source: Mocanu et al., https://arxiv.org/abs/1707.04780, section "SET"; drop_fraction 0.3 is theirs (zeta).
 
@@ -108,18 +112,17 @@ class SET(DropGrow):
         0.25
     """
 
-    @property
-    def ticks(self) -> Schedule:
+    def default_schedule(self) -> Schedule:
         return Constant(self.drop_fraction, start=self.every, stop=int(self.stop * self.total_steps), every=self.every)
 
-    def growth(self, view: View, state: State) -> Tensor:
+    def growth(self, view: View) -> Tensor:
         score = scores.random(view.weight, view.generator, portable=False)  # the engine shares rank 0's masks
         return score.masked_fill(view.mask, -1)  # what was just dropped comes last
 
 
 @dataclass(frozen=True)
 class RigL(DropGrow):
-    """Rigged lottery: grow where the dense gradient is largest. A tick takes the place of the optimizer step.
+    """Rigged lottery: grow where the dense gradient is largest. A mask update takes the place of the optimizer step.
 
     Just-dropped entries may come back; then they keep their value and their slots.
 
@@ -132,7 +135,7 @@ class RigL(DropGrow):
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
         >>> method = sten.RigL(total_steps=1000)
         >>> model = sten.sparsify(model, sten.CSR(), method, sparsity=sten.ERK(0.75), optimizer=optimizer)
-        >>> [step for step in range(1, 1000) if method.ticks.due(step)]
+        >>> [step for step in range(1, 1000) if method.schedule.due(step)]
         [100, 200, 300, 400, 500, 600, 700]
     """
 
@@ -142,20 +145,20 @@ class RigL(DropGrow):
     replaces_step: ClassVar[bool] = True
     ranks_only: ClassVar[bool] = True
 
-    def growth(self, view: View, state: State) -> Tensor:
+    def growth(self, view: View) -> Tensor:
         return view.grad.abs()
 
 
 @dataclass(frozen=True)
 class DSTEE(DropGrow):
-    """RigL with exploration: growth |g| + c * ln(t) / (N + eps), N = ticks that an entry has lived through so far.
+    """RigL with exploration: growth |g| + c * ln(t) / (N + eps), N = mask updates that an entry has lasted.
 
     Source: Huang et al., Dynamic Sparse Training via Balancing the Exploration-Exploitation Trade-off,
     https://arxiv.org/abs/2211.16667. UNVERIFIED: the formula's constants c and eps.
 
     Example:
         >>> import sten
-        >>> sten.DSTEE(total_steps=1000).ticks.every
+        >>> sten.DSTEE(total_steps=1000).schedule.every
         100
     """
 
@@ -169,10 +172,11 @@ class DSTEE(DropGrow):
     def init(self, view: View) -> State:
         return {"lived": view.mask.to(torch.int32)}
 
-    def growth(self, view: View, state: State) -> Tensor:
-        return view.grad.abs() + self.c * math.log(view.step) / (state["lived"] + self.eps)
+    def growth(self, view: View) -> Tensor:
+        return view.grad.abs() + self.c * math.log(view.step) / (view.state["lived"] + self.eps)
 
-    def update(self, view: View, state: State) -> Edit:
-        keep = keep_largest(view, self.ticks.value(view.step))
-        mask = fill_up(view, keep, self.growth(view, state))
-        return Edit(mask=mask, state={"lived": state["lived"] + mask})
+    def update(self, view: View) -> Edit:
+        edit = super().update(view)
+        if view.mask is None:
+            return edit
+        return Edit(mask=edit.mask, state={"lived": view.state["lived"] + edit.mask})

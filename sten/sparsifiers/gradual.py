@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -13,42 +13,41 @@ from torch import Tensor, nn
 from ..allocation import Allocation
 from ..layout import Layout
 from ..schedule import Cubic, Schedule
-from .masks import DenseMaster
-from .sparsifier import Edit, State, View
+from .sparsifier import DenseWeightMethod, Edit, View
 
 
 @dataclass(frozen=True)
-class Cubically(DenseMaster):
-    """A hard mask whose sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`, every `every` steps and at
-    `stop`."""
+class GradualPruning(DenseWeightMethod):
+    """A mask whose sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`, every `every` steps and then.
+
+    Entries off the mask are zero. `schedule` gives the steps of mask updates, and as its value, from 0 to 1, how much
+    of the sparsity is reached.
+    """
 
     start: int
     stop: int
     every: int = 100
+    schedule: Schedule | None = field(default=None, kw_only=True)
 
-    hard: ClassVar[bool] = True
+    zero_pruned: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        _ = self.ticks  # refuses what is no schedule
+    def default_schedule(self) -> Schedule:
+        return Cubic(0.0, 1.0, self.start, self.stop, self.every, include_stop=True)
 
-    @property
-    def ticks(self) -> Schedule:
-        return Cubic(0.0, 1.0, self.start, self.stop, self.every, closing=True)
-
-    def allocate(self, views: Mapping[str, View], spread: Allocation) -> dict[str, int]:
+    def allocate(self, views: Mapping[str, View], allocation: Allocation) -> dict[str, int]:
         shapes = {name: tuple(view.weight.shape) for name, view in views.items()}
-        done = self.ticks.value(next(iter(views.values())).step)
-        now = dataclasses.replace(spread, sparsity=spread.sparsity * done)
+        done = self.schedule.value(next(iter(views.values())).step)
+        now = dataclasses.replace(allocation, sparsity=allocation.sparsity * done)
         return now.assign(shapes, lambda name: self.score(views[name]))
 
 
 @dataclass(frozen=True)
-class Gradual(Cubically):
+class Gradual(GradualPruning):
     """Prune the smallest |w| step by step: from dense at `start` to sparsify's sparsity at `stop`, by a cubic.
 
     s(t) = s_final * (1 - (1 - (t - start) / (stop - start))**3), every `every` steps and at `stop`. Pruned weights are
     zero from then on, after every optimizer step: momentum would revive them. With `sten.Global` the budget is shared
-    anew at each tick.
+    anew at each mask update.
 
     Source: Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878, section 3.
 
@@ -68,15 +67,19 @@ class Gradual(Cubically):
     """
 
     def check(self, layout: Layout) -> None:
+        super().check(layout)
         if layout.rate is not None:
             raise ValueError(
-                f"Gradual raises the sparsity, but {layout} has one rate: use sten.DecayingMask or sten.SRSTE."
+                f"Expected a layout without a rate of its own for Gradual, which raises the sparsity, got {layout}; "
+                "use sten.DecayingMask or sten.SRSTE."
             )
 
-    def apply(self, w: Tensor, view: View, state: State) -> Tensor:
+    def apply(self, w: Tensor, view: View) -> Tensor:
         return w * view.mask
 
-    def update(self, view: View, state: State) -> Edit:
+    def update(self, view: View) -> Edit:
+        if view.mask is None:
+            return super().update(view)
         return Edit(mask=view.layout.mask(self.score(view).masked_fill(~view.mask, -1), view.sparsity))
 
 
@@ -102,7 +105,7 @@ class Rewind:
 
     def __init__(self, model: nn.Module, sparsity: float, rounds: int) -> None:
         if not 0 < sparsity < 1 or rounds < 1:
-            raise ValueError(f"Rewind takes a sparsity between 0 and 1 and rounds >= 1; got {sparsity} and {rounds}.")
+            raise ValueError(f"Expected a sparsity between 0 and 1 and rounds >= 1, got {sparsity} and {rounds}.")
         self.model, self.sparsity, self.rounds = model, sparsity, rounds
         self.start = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -113,6 +116,6 @@ class Rewind:
     def apply(self, masks: dict[str, Tensor]) -> None:
         """Put the first weights back, those that the masks (by name) drop as zeros."""
         if any(mask.dtype != torch.bool for mask in masks.values()):
-            raise TypeError("Masks are bool: True keeps the entry.")
+            raise TypeError("Expected bool masks, where True keeps the entry; compare with zero first.")
         state = {name: value * masks[name] if name in masks else value for name, value in self.start.items()}
         self.model.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Sparsifiers that decide once, from the weights alone."""
+"""Methods that decide once, from the weights alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import scores
-from .sparsifier import Sparsifier, View
+from .sparsifier import PatternMethod, View
 
 
 @dataclass(frozen=True)
-class Magnitude(Sparsifier):
+class Magnitude(PatternMethod):
     """Keep the largest |w|.
 
     Example:
@@ -26,7 +26,7 @@ class Magnitude(Sparsifier):
 
 
 @dataclass(frozen=True)
-class Random(Sparsifier):
+class Random(PatternMethod):
     """Keep entries drawn uniformly; the same ones for the same seed and name order, on every device.
 
     Example:

@@ -1,10 +1,26 @@
-"""Sparsifier: which entries of a weight live.
+"""Sparsifier: which entries of a weight are kept. Methods decide, the engine acts.
 
-Methods decide, the engine acts: a sparsifier reads a `View` and answers with an `Edit`; it changes nothing itself.
+A method reads a `View` and returns an `Edit`; it changes nothing itself. Every method is one of two kinds:
+
+- `PatternMethod`: what the layout stores is trained, and `update` moves the pattern (Magnitude, once; RigL);
+- `DenseWeightMethod`: a dense weight is trained, and `apply` says what the model computes with (SR-STE, Gradual).
+
+What is called, and when:
+
+| call | when | what of the View is set |
+|---|---|---|
+| `check(layout)` | first, once a weight | |
+| `update(view)` | at `sten.sparsify` | `mask` is None, `step` is 0, `state` is empty |
+| `init(view)` | at `sten.sparsify`, unless the method `acts_once` | `mask` |
+| `apply(w, view)` | every forward pass, of a DenseWeightMethod | `mask`, `state`, `step` (a 0-d tensor) |
+| `grad(view)` | before every optimizer step, of a DenseWeightMethod | `mask`, `state`, `step` |
+| `allocate(views, allocation)`, `update(view)` | on the steps of `schedule` | all |
+| `finish(view)` | at `sten.finalize`, of a DenseWeightMethod | `mask`, `state`, `step` |
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,27 +29,33 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import scores
 from ..allocation import Allocation
 from ..layout import Layout
 from ..schedule import Schedule
 
 State = dict[str, Tensor]
 
+NEEDS = frozenset({"grad", "momentum"})
+CALIBRATION = frozenset({"x_norm", "x_gram", "x_mean_var"})
+
 
 @dataclass(frozen=True)
 class View:
-    """What a sparsifier may read of one weight.
+    """What a method may read of one weight.
 
     Attributes:
         name: full name of the parameter.
         weight: dense, detached, in the orientation of the layout (a transposed weight is already turned).
         layout: how the weight is, or will be, stored.
         sparsity: the fraction to drop that the allocation gave this weight; None where the layout fixes it.
-        mask: bool mask of the entries that live now; None before the first.
+        mask: bool mask of the present entries; None at `sten.sparsify`, when the first mask is chosen.
+        allowed: the entries that an earlier pruning (torch.nn.utils.prune) left; None: all. At `sten.sparsify` only.
         step: optimizer steps, the present one included; in `apply` a 0-d tensor with the steps done.
         generator: random numbers, the same on every rank.
-        grad, momentum, stats: what the sparsifier's `needs` asked for; None otherwise.
+        grad, momentum, stats: what the method's `needs` asked for; None otherwise.
         last: whether it is the last of the chosen weights, mostly the classifier.
+        state: the tensors that the method's `init` made for this weight, as the last `Edit.state` left them.
         memo: what a method works out once about this very weight; `dataclasses.replace` starts an empty one.
     """
 
@@ -48,16 +70,18 @@ class View:
     momentum: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
     last: bool = False
+    state: State = field(default_factory=dict)
+    allowed: Tensor | None = None
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What a sparsifier decided for one weight; None leaves a thing as it is.
+    """What a method decided for one weight; None leaves a thing as it is.
 
     Attributes:
-        mask: bool, which entries live from now on. Entries that did not live before start at zero, in the weight and in
-            every optimizer slot.
+        mask: bool, which entries are kept from now on. Entries that were not there before start at zero, in the weight
+            and in every optimizer slot.
         value: dense, new values of the weight, also where entries are new.
         fresh: bool, further entries whose weight and every optimizer slot become zero.
         state: the method's new state.
@@ -70,79 +94,190 @@ class Edit:
 
 
 class Sparsifier(ABC):
-    """Decides which entries live. A one-shot method defines `score` alone; a dynamic one says `one_shot = False`.
+    """Decides which entries of a weight are kept. A method derives from `PatternMethod` or `DenseWeightMethod`.
 
-    A dynamic method has one of two forms. With `master = False` the trained Parameter is what the layout stores, and
-    `update` moves the pattern (SET, RigL). With `master = True` the dense Parameter stays, and `apply` says what the
-    model computes with (SR-STE, Gradual).
+    A method is a frozen dataclass. One that acts during training has a field `schedule: Schedule | None = None`, and
+    defines `default_schedule` from its other fields.
 
     Attributes:
-        needs: what its View must hold on ticks, of {"grad", "momentum"}; calibration: {"x_norm", "x_gram",
-        "x_mean_var"}.
-        one_shot: whether it acts once, at `sten.sparsify`, or during training.
-        master: the form, as above.
-        hard: of a master: whether entries off the mask are zero in the master itself, after every step.
-        replaces_step: whether a tick takes the place of the optimizer step (RigL) or follows it.
-        ranks_only: whether only the order of |grad| matters; then the engine frees each dense gradient at once.
-        alone: whether nothing happens around steps (STE), so that no engine is missed.
-        resizes: whether ticks change the shapes of compressed weights (SRigL), which DDP cannot follow.
+        layouts: the layouts that the method is about, subclasses included; empty: every layout whose traits allow it.
+        needs: what its View must hold when `update` is called, of {"grad", "momentum"}.
+        schedule: the optimizer steps on which `update` is called; None: never after `sten.sparsify`.
+        replaces_step: whether a mask update takes the place of the optimizer step (RigL) or follows it.
+        stateless: whether nothing happens around steps (STE), so that no engine is missed.
         optimizer: name of the optimizer class that the method is defined for; None: any.
-        capacity: slots of a compressed weight as a multiple of its first count, where `allocate` moves counts (CSR).
+        capacity: slots of a weight as a multiple of its first count, where `allocate` moves counts between weights.
+        resizes: whether mask updates change the shapes of parameters (SRigL), which DDP cannot follow.
+        ranks_only: whether only the order of |grad| matters; then the engine frees each dense gradient at once.
         seed: of the random numbers in its View.
     """
 
+    layouts: ClassVar[tuple[type[Layout], ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
-    one_shot: ClassVar[bool] = True
-    master: ClassVar[bool] = False
-    hard: ClassVar[bool] = False
     replaces_step: ClassVar[bool] = False
-    ranks_only: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
-    resizes: ClassVar[bool] = False
+    stateless: ClassVar[bool] = False
     optimizer: ClassVar[str | None] = None
     capacity: ClassVar[float] = 1.0
+    resizes: ClassVar[bool] = False
+    ranks_only: ClassVar[bool] = False
+    schedule: Schedule | None = None
     seed = 0
 
-    @property
-    def ticks(self) -> Schedule | None:
-        """When `update` is asked; None: never."""
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in cls.__dict__:  # @dataclass would write one that prints the default schedule
+            cls.__repr__ = Sparsifier.__repr__
+
+    def __post_init__(self) -> None:
+        """Make the default schedule. A dataclass with a `__post_init__` of its own must call this one."""
+        default, given, kind = self.default_schedule(), self.schedule, type(self).__qualname__
+        if default is None:
+            return
+        if given is None or given == default:
+            object.__setattr__(default, "default_of", kind)
+            object.__setattr__(self, "schedule", default)
+        elif getattr(given, "default_of", None) == kind:  # dataclasses.replace would keep it, against the new fields
+            raise ValueError(
+                f"Expected schedule=None or a schedule of your own, got the default of a {kind} with other fields; "
+                "with dataclasses.replace, pass schedule=None to have it made again."
+            )
+
+    def __repr__(self) -> str:
+        """As of any dataclass, without a default schedule: checkpoints hold it."""
+        if not dataclasses.is_dataclass(self):
+            return object.__repr__(self)
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
+        kind, schedule = type(self).__qualname__, shown.get("schedule")
+        if schedule is None or getattr(schedule, "default_of", None) == kind:
+            shown.pop("schedule", None)
+        return f"{kind}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+    def default_schedule(self) -> Schedule | None:
+        """The schedule of a method that was given none, made of its fields; None: it acts once."""
         return None
+
+    @property
+    @abstractmethod
+    def acts_once(self) -> bool:
+        """Whether it decides at `sten.sparsify` and never again. Both kinds of method define it."""
 
     def check(self, layout: Layout) -> None:
         """Raise ValueError, in one sentence, if a weight in this layout cannot be trained so."""
-        del layout
+        kind = type(self).__name__
+        if self.layouts and not isinstance(layout, self.layouts):
+            names = " or ".join(f"sten.{known.__name__}" for known in self.layouts)
+            raise ValueError(f"Expected layout={names} for {kind}, which is about that layout alone, got {layout}.")
+        if self.schedule is None and type(self).default_schedule is not Sparsifier.default_schedule:
+            raise TypeError(f"Expected {kind}.__post_init__ to call super().__post_init__(), which makes its schedule.")
 
     def init(self, view: View) -> State:
         """Tensors that go with a weight, saved and resumed with the run; an nn.Parameter among them is trained."""
         del view
         return {}
 
-    @abstractmethod
     def score(self, view: View) -> Tensor:
-        """Importance of each entry, in the weight's shape; higher is better, ties go to the lower index."""
+        """Importance of each entry, in the weight's shape; higher is better, ties go to the lower index.
 
-    def apply(self, w: Tensor, view: View, state: State) -> Tensor:
-        """The weight that the model computes with, differentiable; of a master only."""
-        del view, state
+        A convenience: the default `update` keeps the highest scores, and `sten.Global` compares those of all weights.
+        """
+        raise NotImplementedError(f"Expected {type(self).__name__} to define score or update.")
+
+    def allocate(self, views: Mapping[str, View], allocation: Allocation | None) -> dict[str, int] | None:
+        """How many entries of each weight are kept by this mask update, where counts move; None: as many as now."""
+        del views, allocation
+        return None
+
+    def update(self, view: View) -> Edit:
+        """The decision: by default the highest scores that the layout can hold at the view's sparsity.
+
+        Called at `sten.sparsify` with `view.mask` None, to choose the first mask, and then on the steps of `schedule`.
+        A method that acts once may return values, too (`Edit.value`, as SparseGPT does).
+        """
+        score = self.scored(view)
+        if view.mask is None and view.allowed is not None:
+            score = score.masked_fill(~view.allowed, -torch.inf)
+        return Edit(mask=view.layout.mask(score, view.sparsity))
+
+    def scored(self, view: View) -> Tensor:
+        """`score`, once a View: an allocation that asked for the scores has drawn the random numbers already."""
+        if "score" not in view.memo:
+            view.memo["score"] = self.score(view)
+        return view.memo["score"]
+
+
+class PatternMethod(Sparsifier):
+    """Trains what the layout stores; `update` moves the pattern. With `schedule` None it acts once.
+
+    Example:
+        >>> import torch, sten
+        >>> class NearMean(sten.sparsifiers.PatternMethod):
+        ...     def score(self, view):
+        ...         return -(view.weight - view.weight.mean()).abs()
+        >>> NearMean().acts_once
+        True
+    """
+
+    @property
+    def acts_once(self) -> bool:
+        return self.schedule is None
+
+
+class DenseWeightMethod(Sparsifier):
+    """Trains a dense weight under its own name; `apply` says what the model computes with. Scores are |w| by default.
+
+    Attributes:
+        zero_pruned: whether entries off the mask are zero in the dense weight itself, after every step. The first mask
+            of such a method holds all entries (or those that an earlier pruning left).
+
+    Example:
+        >>> import torch, sten
+        >>> class Halved(sten.sparsifiers.DenseWeightMethod):
+        ...     def apply(self, w, view):
+        ...         return torch.where(self.present_mask(view), w, w / 2)
+        >>> Halved().zero_pruned, Halved().acts_once
+        (False, False)
+    """
+
+    zero_pruned: ClassVar[bool] = False
+
+    @property
+    def acts_once(self) -> bool:
+        return False
+
+    def score(self, view: View) -> Tensor:
+        return scores.magnitude(view.weight)
+
+    def present_mask(self, view: View) -> Tensor:
+        """The mask that the layout takes from the present scores, made once a View: `grad` gets the one of `apply`."""
+        if "mask" not in view.memo:
+            view.memo["mask"] = view.layout.mask(self.score(view), view.sparsity)
+        return view.memo["mask"]
+
+    def apply(self, w: Tensor, view: View) -> Tensor:
+        """The weight that the model computes with, differentiable."""
+        del view
         return w
 
-    def grad(self, view: View, state: State) -> Tensor | None:
-        """What to add to the gradient of a master, once an optimizer step, on unscaled gradients; None: nothing."""
-        del view, state
+    def grad(self, view: View) -> Tensor | None:
+        """What to add to the gradient, once an optimizer step, on unscaled gradients; None: nothing."""
+        del view
         return None
 
-    def allocate(self, views: Mapping[str, View], spread: Allocation | None) -> dict[str, int] | None:
-        """How many entries of each weight live after this tick, where counts move; None: as many as now."""
-        del views, spread
-        return None
+    def finish(self, view: View) -> Edit:
+        """The end of training: mask and value of what is stored."""
+        return Edit(mask=view.mask) if self.zero_pruned else self.update(view)
 
-    def update(self, view: View, state: State) -> Edit:
-        """The decision of a tick: by default the highest scores that the layout can hold at the view's sparsity."""
-        del state
-        return Edit(mask=view.layout.mask(self.score(view), view.sparsity))
 
-    def finish(self, view: View, state: State) -> Edit:
-        """The end of training: mask and value of what is stored; of a master only."""
-        if self.hard:
-            return Edit(mask=view.mask)
-        return self.update(view, state)
+def check_needs(method: Sparsifier) -> None:
+    """Raise ValueError or NotImplementedError, in one sentence, if nothing can give the method what it `needs`."""
+    kind = type(method).__name__
+    if method.needs & CALIBRATION:
+        names = ", ".join(sorted(method.needs & CALIBRATION))
+        raise NotImplementedError(
+            f"{kind} needs calibration statistics ({names}), which sten does not collect yet: use a method that needs "
+            "none, such as sten.Magnitude()."
+        )
+    if method.needs - NEEDS:
+        raise ValueError(
+            f"Expected {kind}.needs to name some of {sorted(NEEDS | CALIBRATION)}, got {sorted(method.needs - NEEDS)}."
+        )

@@ -1,4 +1,4 @@
-"""SRigL: RigL with a constant fan-in and with neurons that may die."""
+"""SRigL: RigL with a constant fan-in and with neurons that may be ablated."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..layout import Layout, kept
+from ..layout import Layout, count_to_keep
 from ..layouts import FanIn
 from .drop_grow import DropGrow
-from .select import highest
-from .sparsifier import Edit, State, View
+from .sparsifier import Edit, View
+from .topk import highest
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SRigL(DropGrow):
     Salient are the largest |w| that survive the drop and the largest |g| that would grow, over the whole layer. A
     neuron with fewer than max(1, int(ablate * fan_in)) of them is ablated; it may return. The last of the chosen
     weights, mostly the classifier, never loses a neuron. New entries start at zero. Ablation changes the shape of the
-    Parameter, (living rows, fan-in), so a compiled model recompiles, and several ranks are refused.
+    Parameter, (rows that are left, fan-in), so a compiled model recompiles, and several ranks are refused.
 
     Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity, https://arxiv.org/abs/2305.02299, section 3
     and appendix; ablate 0.3 is theirs for conv nets (0.95 for transformers).
@@ -39,38 +39,37 @@ class SRigL(DropGrow):
     stop: float = 0.75
     ablate: float = 0.3
 
+    layouts: ClassVar[tuple[type[Layout], ...]] = (FanIn,)
     needs: ClassVar[frozenset[str]] = frozenset({"grad"})
     replaces_step: ClassVar[bool] = True
     ranks_only: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
 
-    def check(self, layout: Layout) -> None:
-        if not isinstance(layout, FanIn):
-            raise ValueError(f"SRigL keeps a constant fan-in: use layout=sten.FanIn(); got {layout}.")
-
-    def growth(self, view: View, state: State) -> Tensor:
+    def growth(self, view: View) -> Tensor:
         return view.grad.abs()
 
-    def update(self, view: View, state: State) -> Edit:
-        size, grad = view.weight.abs().flatten(), self.growth(view, state).flatten(1).contiguous()
+    def update(self, view: View) -> Edit:
+        if view.mask is None:
+            return super().update(view)
+        size, grad = view.weight.abs().flatten(), self.growth(view).flatten(1).contiguous()
         rows, columns = grad.shape
-        budget = kept(grad.numel(), view.sparsity, view.layout)
-        place = view.mask.flatten().nonzero()[:, 0]  # of the living; all that is about |w| is done on them alone
-        grown = int(self.ticks.value(view.step) * len(place))
-        stay = len(place) - grown
+        budget = count_to_keep(grad.numel(), view.sparsity, view.layout)
+        index = view.mask.flatten().nonzero()[:, 0]  # present entries: all that is about |w|
+        grown = int(self.schedule.value(view.step) * len(index))
+        stay = len(index) - grown
         salient = highest(grad.view(-1), grown)
-        salient[place[highest(size[place], stay)]] = True
-        live = self._live(salient.view(rows, columns), budget, view.last)
-        fan_in = min(budget // max(int(live.sum()), 1), columns)
-        place = place[live.view(-1)[place // columns]]
-        place = place[highest(size[place], stay)]
+        salient[index[highest(size[index], stay)]] = True
+        active = self._active(salient.view(rows, columns), budget, view.last)
+        fan_in = min(budget // max(int(active.sum()), 1), columns)
+        index = index[active.view(-1)[index // columns]]
+        index = index[highest(size[index], stay)]
         # Kept entries come first, by |w|; then growth, by |g|.
         order = grad / grad.max().clamp(min=1e-30)
-        order.view(-1)[place] = (2 + size[place] / size.max()).to(order.dtype)
-        return Edit(mask=(highest(order, fan_in) & live).view(view.weight.shape))
+        order.view(-1)[index] = (2 + size[index] / size.max()).to(order.dtype)
+        return Edit(mask=(highest(order, fan_in) & active).view(view.weight.shape))
 
-    def _live(self, salient: Tensor, budget: int, exempt: bool) -> Tensor:
-        """(R, 1), which neurons live: enough of them to hold the budget at full fan-in."""
+    def _active(self, salient: Tensor, budget: int, exempt: bool) -> Tensor:
+        """(R, 1), which neurons are not ablated: enough of them to hold the budget at full fan-in."""
         rows, columns = salient.shape
         counts = salient.sum(1)
         fewest = max(-(-budget // columns), 1)

@@ -11,17 +11,44 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layout import REGISTERED, Layout, Parts, fields, layout_from
+from ..layout import Layout, Parts, count_to_keep, top
+from ..layouts.registry import REGISTERED, fields, layout_from
 
 SHAPES = ((1, 1), (1, 9), (8, 1), (13, 17), (16, 32), (63, 100), (5, 3, 3), (6, 7, 3, 3), (3, 4, 2, 2, 2))
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SCORES = ("magnitude", "random", "ties", "constant", "negative", "nan")
 EXAMPLES = 40
+
+
+LAWS = (
+    "the class is a frozen dataclass, registered by its name",
+    "check and mask refuse bad arguments",
+    "mask is bool, deterministic, prefers high scores and takes NaN for the lowest",
+    "unpack(pack(w, m)) is w * m, bit for bit",
+    "support(pack(w, m)) is m for m = mask(score)",
+    "another mask is stored exactly or refused",
+    "pack_like, unpack_rows, support and the gradient of unpack agree with unpack",
+    "padded slots are zero",
+    "traits hold: holds_any_mask, unstructured, independent_units, free_slots, units",
+    "validate accepts what pack makes and refuses corrupted parts",
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_layout` has tested: the laws, on `cases` pairs of a weight and a score of these shapes and dtypes."""
+
+    layout: Layout
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    cases: int
+    laws: tuple[str, ...] = LAWS
 
 
 class Case(NamedTuple):
@@ -63,7 +90,7 @@ def check_layout(
     layout: Layout,
     shapes: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
-) -> None:
+) -> Checked:
     """Test every law of `sten.Layout` on one layout; AssertionError, with a sentence that names the law, if one fails.
 
     Args:
@@ -77,39 +104,54 @@ def check_layout(
     the mask, bit for bit, infinities and NaN included; any other mask is stored as exactly or refused with ValueError;
     `pack_like`, `unpack_rows`, `support` and the gradient of `unpack` agree with `unpack`; padded slots are zero;
     `validate` accepts what `pack` makes and refuses parts that are missing, surplus, of another shape or dtype, with
-    a number out of range (integer parts: -1, and the largest of the dtype), or with something in a padded slot.
+    a number out of range (integer parts: -1, and the largest of the dtype), or with something in a padded slot; the
+    traits of `sten.Layout` (`holds_any_mask`, `unstructured`, `independent_units`, `free_slots`, the units) hold.
+
+    Returns:
+        What was tested: layout, shapes, dtypes, the number of cases, and the laws in words.
 
     Example:
         >>> import sten
-        >>> sten.testing.check_layout(sten.NM(2, 4), shapes=[(5, 12)])
+        >>> checked = sten.testing.check_layout(sten.NM(2, 4), shapes=[(5, 12)])
+        >>> checked.shapes, len(checked.laws)
+        (((5, 12),), 10)
     """
     check_class(layout)
     if shapes is None:
         shapes = [shape for shape in SHAPES if accepts(layout, shape)]
         claim(shapes, f"{layout}.check refuses every default shape; pass shapes= that it accepts")
-    shapes, dtypes = [tuple(shape) for shape in shapes], tuple(dtypes or DTYPES)
+    shapes, dtypes = tuple(tuple(shape) for shape in shapes), tuple(dtypes or DTYPES)
     for shape in shapes:
         claim(accepts(layout, shape), f"{layout}.check refuses the shape {shape}")
     check_arguments(layout, shapes[0])
-    for_cases(shapes, dtypes, lambda case: check_case(layout, case))
+    cases = for_cases(shapes, dtypes, lambda case: check_case(layout, case))
     check_corrupt(layout, Case(shapes[-1], dtypes[0], "random", 0.5, 0))
+    return Checked(layout, shapes, dtypes, cases)
 
 
-def for_cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], check: Callable[[Case], None]) -> None:
-    """Run a check on many cases."""
+def for_cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], check: Callable[[Case], None]) -> int:
+    """Run a check on many cases; returns how many."""
+    done = 0
+
+    def count(case: Case) -> None:
+        nonlocal done
+        check(case)
+        done += 1
+
     try:
         from hypothesis import HealthCheck, given, settings
         from hypothesis import strategies as st
     except ImportError:
         for i, scores in enumerate(SCORES):
             for j, shape in enumerate(shapes):
-                check(Case(shape, dtypes[(i + j) % len(dtypes)], scores, (0.5, 0.0, 0.9, 1.0)[(i + j) % 4], i))
-        return
+                count(Case(shape, dtypes[(i + j) % len(dtypes)], scores, (0.5, 0.0, 0.9, 1.0)[(i + j) % 4], i))
+        return done
     parts = (shapes, dtypes, SCORES, (0.5, 0.9, 0.3, 0.0, 1.0))
     cases = st.builds(Case, *map(st.sampled_from, parts), st.integers(0, 9999))
     quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "print_blob": False}
     steady = settings(max_examples=EXAMPLES, derandomize=True, report_multiple_bugs=False, **quiet)
-    steady(given(cases)(check))()
+    steady(given(cases)(count))()
+    return done
 
 
 def claim(holds: object, sentence: str) -> None:
@@ -134,7 +176,7 @@ def refuses(call: Callable[[], object], what: str) -> bool:
     try:
         call()
     except ValueError as error:
-        claim(str(error), f"{what} is refused without a word")
+        claim(str(error), f"{what} is refused without a sentence")
         return True
     except Exception as error:
         raise AssertionError(f"{what} must raise ValueError; got {type(error).__name__}: {error}") from error
@@ -179,13 +221,47 @@ def check_case(layout: Layout, case: Case) -> None:
         parts = check_pack(layout, w, mask, where)
         claim(torch.equal(layout.support(parts, case.shape), mask), f"{where}: support(pack(w, m)) is not m")
         check_parts(layout, w, parts, where)
+        check_traits(layout, case, w, mask, parts, where)
         random = torch.Generator("cpu").manual_seed(case.seed)
         some = (torch.rand(case.shape, generator=random, device="cpu") < 0.5).to(w.device)
         for other in (mask & some, torch.zeros_like(mask), torch.ones_like(mask), some):
             # Masks that `mask` does not make: refused or stored exactly, never changed.
-            if not refuses(lambda m=other: layout.pack(w, m), f"{where}: pack of a mask that cannot be held"):
+            refused = refuses(lambda m=other: layout.pack(w, m), f"{where}: pack of a mask that cannot be held")
+            claim(not (refused and layout.holds_any_mask), f"{where}: pack refuses a mask, against holds_any_mask")
+            if not refused:
                 parts = check_pack(layout, w, other, where)
                 check_parts(layout, w, parts, where)
+                exact = not layout.unstructured or torch.equal(layout.support(parts, case.shape), other)
+                claim(exact, f"{where}: support(pack(w, m)) is not m, against unstructured")
+
+
+def check_traits(layout: Layout, case: Case, w: Tensor, mask: Tensor, parts: Parts, where: str) -> None:
+    """What the traits of the layout promise, for a mask of its own."""
+    units = layout.unit_totals(mask).bool()
+    same_mask = torch.equal(layout.unit_entries(units, case.shape), mask)
+    claim(same_mask, f"{where}: unit_entries(unit_totals(mask) > 0) is not mask: a mask keeps whole units")
+    random = torch.Generator("cpu").manual_seed(case.seed + 2)
+    sparsity = case.sparsity if layout.rate is None else None
+    if layout.independent_units:
+        some = units & (torch.rand(units.shape, generator=random, device="cpu") < 0.5).to(w.device)
+        keep = layout.unit_entries(some, case.shape) & mask
+        score = torch.rand(case.shape, generator=random, device="cpu").to(w.device).masked_fill(keep, math.inf)
+        held = not bool((keep & ~layout.mask(score, sparsity)).any())
+        claim(held, f"{where}: mask drops units of infinite score, against independent_units")
+    if layout.unstructured:
+        highest = top(case.score(w), count_to_keep(w.numel(), sparsity, layout))
+        claim(torch.equal(mask, highest), f"{where}: mask is not the highest scores of all, against unstructured")
+    slots = len(parts["values"]) + 3
+    more = layout.with_slots(parts, slots)
+    if not layout.free_slots:
+        claim(more is parts, f"{where}: with_slots changes parts, against free_slots")
+        return
+    claim(len(more["values"]) == slots, f"{where}: with_slots(parts, {slots}) makes {len(more['values'])} slots")
+    claim(
+        same(layout.unpack(more, case.shape), layout.unpack(parts, case.shape)), f"{where}: with_slots changes unpack"
+    )
+    check_parts(layout, w, more, where)
+    layout.validate(more, case.shape)
 
 
 def check_mask(layout: Layout, case: Case, w: Tensor, where: str) -> Tensor:

@@ -5,56 +5,76 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ..convert import finalize, sparsify
+from ..conversion import finalize, sparsify
 from ..layout import Layout
-from ..layouts import CSR, NM, FanIn
-from ..optim import AdamS
+from ..layouts import CSR, NM
 from ..sparsifiers import Sparsifier
-from ..training.resume import engines_of, load_state_dict, state_dict
-from ..training.site import Site
+from ..training.engine import engines_of
+from ..training.optim import AdamS
+from ..training.pattern_weight import PatternWeight
+from ..training.trained_weight import TrainedWeight, optimizer_slots
 
 Run = tuple[nn.Module, Optimizer]
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What `check_sparsifier` checked."""
+
+    sparsifier: Sparsifier
+    layout: Layout
+    sparsity: float | None
+    steps: int
+    updates: int
+    resumed_at: tuple[int, ...]
+
+
 def check_sparsifier(
     sparsifier: Sparsifier, layout: Layout | None = None, sparsity: float | None = None, steps: int = 12
-) -> None:
+) -> Checked:
     """Test on a small model that a method keeps the laws of training; AssertionError names the one that does not hold.
 
-    - masks are bool, and as many entries live after every tick as the budget says;
-    - a tick leaves kept entries of a compressed weight as they are, bit by bit; new ones are zero, in every optimizer
-    slot too;
-    - entries off a hard mask are zero after every step;
+    - the method acts: some mask, or what the model computes with, is not that of the dense model;
+    - masks are bool, and as many entries are active after every mask update as the budget says;
+    - a mask update leaves active entries of a pattern as they are, bit by bit; new ones are zero, in every optimizer
+      slot too;
+    - where the method zeroes pruned entries, they are zero after every step;
     - k microbatches equal one batch, and a loss scale changes nothing;
     - a run taken up from saved state, at any step, ends in the same weights bit by bit;
     - the finalized model computes what the trained one did with its last mask, and is stored in the layout.
 
     Args:
         sparsifier: an instance that acts within `steps` steps.
-        layout: how weights are stored; default CSR, or NM(2, 4) for a dense master that no CSR can hold.
+        layout: how weights are stored; default CSR, or NM(2, 4) for a method that CSR is no layout for.
         sparsity: default 0.75, none for a layout with a rate.
         steps: optimizer steps of each run.
 
+    Returns:
+        What was checked.
+
     Example:
         >>> import sten
-        >>> sten.testing.check_sparsifier(sten.RigL(total_steps=12, every=3))
+        >>> sten.testing.check_sparsifier(sten.RigL(total_steps=12, every=3)).updates
+        3
     """
     layout = layout if layout is not None else _default(sparsifier)
     sparsity = sparsity if sparsity is not None or layout.rate is not None else 0.75
     kit = _Kit(sparsifier, layout, sparsity, steps)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # empty rows, reference kernels: not what is tested here
-        kit.ticks()
+        updates = kit.updates()
         kit.same("k microbatches must equal one batch (is something added once a backward pass?)", kit.run(parts=4))
         kit.same("a loss scale must change nothing (is something added to scaled gradients?)", kit.run(scale=2.0**8))
-        kit.resume()
+        resumed_at = kit.resume()
         kit.end()
+    return Checked(sparsifier, layout, sparsity, steps, updates, resumed_at)
 
 
 def _default(sparsifier: Sparsifier) -> Layout:
@@ -119,88 +139,95 @@ class _Kit:
         pairs = zip(self.weights(run), self.weights(self.run()), strict=True)
         claim(all(close(a, b) for a, b in pairs), law)
 
-    def ticks(self) -> None:
-        """Count, kept and new entries around every step."""
+    def updates(self) -> int:
+        """Count, active and new entries around every step; returns the number of mask updates."""
         run = self.start()
         engines = engines_of(run[0])
-        sites = [site for engine in engines for site in engine.sites]
-        total, done = sum(int(site.mask.sum()) for site in sites if not site.master), 0
+        weights = [weight for engine in engines for weight in engine.weights]
+        total = self._count(weights)
         for step in range(self.steps):
-            if engines:
-                trial = self._next_ticks(engines[0].step + 1)
-                before = [self._entries(site, run[1]) for site in sites]
-                self.go(run, step, step + 1)
-                for site, old in zip(sites, before, strict=True):
-                    self._after(site, old, run[1], trial and self.method.replaces_step)
-                now = sum(int(site.mask.sum()) for site in sites if not site.master)
-                # a constant fan-in leaves the remainder of a division out
-                slack = sum(site.holder.shape[0] for site in sites) if isinstance(self.layout, FanIn) else 0
-                claim(
-                    abs(now - total) <= slack, f"the count must equal the budget after every tick: {total}, not {now}"
-                )
-                done = engines[0].ticks
-            else:
-                self.go(run, step, step + 1)
+            due = bool(engines) and engines[0].due(engines[0].step + 1)
+            before = [self._entries(weight, run[1]) for weight in weights]
+            self.go(run, step, step + 1)
+            for weight, old in zip(weights, before, strict=True):
+                self._after(weight, old, run[1], due and self.method.replaces_step)
+            now = self._count(weights)
+            # layouts of equal rows leave the remainder of a division out
+            slack = sum(weight.shape[0] for weight in weights) if self.layout.omits_empty_rows else 0
+            claim(
+                abs(now - total) <= slack,
+                f"the count must equal the budget after every mask update: {total}, not {now}",
+            )
+        done = sum(engine.updates for engine in engines)
         claim(
-            self.method.ticks is None or done > 0,
+            self.method.schedule is None or done > 0,
             f"{self.method} must act within {self.steps} steps: give it a shorter schedule",
         )
+        self._acted(run[0])
+        return done
 
-    def _next_ticks(self, step: int) -> bool:
-        return self.method.ticks is not None and self.method.ticks.due(step)
+    def _count(self, weights: list[TrainedWeight]) -> int:
+        return sum(int(weight.active().sum()) for weight in weights if isinstance(weight, PatternWeight))
 
-    def _entries(self, site: Site, optimizer: Optimizer) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        slots = {key: site.dense(slot).clone() for key, slot in site.slots(optimizer)}
-        return site.dense(site.param).clone(), None if site.mask is None else site.mask.clone(), slots
-
-    def _after(self, site: Site, old, optimizer: Optimizer, replaced: bool) -> None:
-        (was, mask, slots), (now, new, new_slots) = old, self._entries(site, optimizer)
+    def _acted(self, model: nn.Module) -> None:
+        """A method that leaves every weight dense has done nothing."""
+        stored = [layer.weight_pattern.tensor() for layer in model if isinstance(layer, nn.Linear)]
         claim(
-            new is None or new.dtype == torch.bool,
-            f"the mask of {site.name} must be bool; got {None if new is None else new.dtype}",
+            any(w.density < 1 for w in stored),
+            f"{self.method} never acted: every weight would be stored dense after {self.steps} steps",
         )
-        if new is not None and (self.method.hard or not site.master):
-            claim(not now[~new].any(), f"entries of {site.name} off the mask must be zero")
+
+    def _entries(self, weight: TrainedWeight, optimizer: Optimizer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        slots = {k: weight.dense(slot).clone() for k, slot in optimizer_slots(weight.param, optimizer).items()}
+        return weight.dense(weight.param).clone(), weight.active().clone(), slots
+
+    def _after(self, weight: TrainedWeight, old, optimizer: Optimizer, replaced: bool) -> None:
+        (was, mask, slots), (now, new, new_slots) = old, self._entries(weight, optimizer)
+        claim(new.dtype == torch.bool, f"the mask of {weight.name} must be bool; got {new.dtype}")
+        pattern = isinstance(weight, PatternWeight)
+        if pattern or self.method.zero_pruned:
+            claim(not now[~new].any(), f"entries of {weight.name} off the mask must be zero")
             grown = new & ~mask
-            claim(not now[grown].any(), f"new entries of {site.name} must start at zero")
+            claim(not now[grown].any(), f"new entries of {weight.name} must start at zero")
             claim(
                 not any(s[grown].any() for s in new_slots.values()),
-                f"new entries of {site.name} must have empty optimizer slots",
+                f"new entries of {weight.name} must have empty optimizer slots",
             )
-        if replaced and not site.master:
+        if replaced and pattern:
             both = mask & new
             claim(
                 torch.equal(was[both], now[both]),
-                f"kept entries of {site.name} must not change in a tick that replaces the step",
+                f"active entries of {weight.name} must not change in an update that replaces the step",
             )
             claim(
                 all(torch.equal(slots[k][both], new_slots[k][both]) for k in slots),
-                f"optimizer slots of kept entries of {site.name} must not change",
+                f"optimizer slots of active entries of {weight.name} must not change",
             )
 
-    def resume(self) -> None:
-        for stop in {1, self.steps // 2, self.steps - 1}:
+    def resume(self) -> tuple[int, ...]:
+        stops = tuple(sorted({1, self.steps // 2, self.steps - 1}))
+        for stop in stops:
             first = self.start()
             self.go(first, 0, stop)
             file = io.BytesIO()
-            torch.save([first[0].state_dict(), first[1].state_dict(), state_dict(first[0])], file)
+            torch.save([first[0].state_dict(), first[1].state_dict()], file)
             file.seek(0)
             saved = torch.load(file, weights_only=True)
             second = self.start()
             second[0].load_state_dict(saved[0])
             second[1].load_state_dict(saved[1])
-            load_state_dict(second[0], saved[2])
             self.go(second, stop, self.steps)
             self.same(
                 f"a run resumed at step {stop} must end in the same weights bit by bit (is state kept outside init()?)",
                 second,
                 exact=True,
             )
+        return stops
 
     def end(self) -> None:
         model, _ = self.run()
         held = [layer for layer in model if isinstance(layer, nn.Linear)]
-        last = [layer.sparse_weight.tensor(layer._parameters["weight"]).to_dense() for layer in held]
+        last = [layer.weight_pattern.tensor().to_dense() for layer in held]
         finalize(model)
         for layer, want in zip(held, last, strict=True):
             claim(layer.weight.spec == self.layout, f"the finalized weight must be stored in {self.layout}")

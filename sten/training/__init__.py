@@ -1,5 +1,5 @@
-"""The trainable forms of a sparse weight."""
+"""Weights that train, and what acts on them around the steps of an optimizer."""
 
-from .pattern import SparseWeight
+from .trained_weight import TrainedWeight
 
-__all__ = ["SparseWeight"]
+__all__ = ["TrainedWeight"]

@@ -21,7 +21,7 @@ class Bitmask(sten.Layout):
     pattern = ("bits", "start")
 
     def mask(self, score, sparsity=None):
-        return sten.layout.top(score, sten.layout.kept(score.numel(), sparsity, self))
+        return sten.layout.top(score, sten.layout.count_to_keep(score.numel(), sparsity, self))
 
     def pack(self, dense, mask):
         live = mask.flatten(1)
@@ -62,21 +62,17 @@ class Bitmask(sten.Layout):
             raise ValueError(f"Part 'bits' of {self} has bits set beyond column {columns - 1}.")
 
 
-def choose(shape, dtype, spec):
+@sten.kernel("linear", weight=Bitmask, device="cpu", prepare=True)
+def bitmask_linear(layout, shape, dtype, flags):
     """The C++ kernel is float32; other dtypes take sten's reference."""
-    return (
-        ("cpp", "C++, rows over threads")
-        if dtype == torch.float32
-        else ("reference", f"the kernel is float32, not {dtype}")
-    )
+    if dtype != torch.float32:
+        return sten.Plan.of("reference", f"the kernel is for float32, not {dtype}", None)
+    columns = math.prod(shape[1:])
 
+    def run(x, weight, bias):
+        return torch.ops.sten_bitmask.linear(x, weight["values"], weight["bits"], weight["start"], bias, columns)
 
-@sten.kernel("linear", weight=Bitmask, device="cpu", choose=choose)
-def bitmask_linear(x, weight, bias, *, spec, shape, variant):
-    """The bits of a row decoded once, then every token."""
-    return torch.ops.sten_bitmask.linear(
-        x, weight["values"], weight["bits"], weight["start"], bias, math.prod(shape[1:])
-    )
+    return sten.Plan.of("cpp", "C++, rows over threads: the bits of a row decoded once, then every token", run)
 
 
 @torch.library.register_fake("sten_bitmask::linear")

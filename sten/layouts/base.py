@@ -1,0 +1,147 @@
+"""Layout: how a sparsity pattern is stored.
+
+The contract, in one line: `mask(score) -> which`, `pack(dense, which) -> parts`, `unpack(parts, shape) -> dense`.
+A layout is a frozen dataclass: hashable, printable, without tensors. It is the dispatch key and the repr.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sten.layouts.registry import register
+
+Parts = dict[str, Tensor]
+
+
+class Layout(ABC):
+    """A way to store a sparse weight as a dictionary of plain tensors, its *parts*.
+
+    Exactly one part, `values`, holds weights; the others, listed in `pattern`, are the pattern. Laws, which
+    `sten.testing.check_layout` tests:
+
+    - `unpack(pack(w, m), shape) == w * m` bit for bit, for every mask `m` that the layout can hold;
+    - `support(pack(w, m), shape) == m` for every `m = mask(score, sparsity)`: exactly `m` is stored;
+    - `pack_like(unpack(parts, shape), parts) == parts["values"]`;
+    - shapes that do not divide are padded inside (padded slots of `values` are zero), or `check` refuses them;
+    - the traits below hold.
+
+    A subclass is a frozen dataclass; its class name is its name in files, so it must be unique.
+
+    Traits, by which methods and conversion decide what a weight in this layout can do; no code asks for the class:
+
+    Attributes:
+        pattern: names of the parts beside `values`.
+        rate: the density that the layout itself fixes (n/m); None where `sparsity` decides.
+        holds_any_mask: whether `pack` takes every mask, filling up with explicit zeros where it must.
+        unstructured: whether `mask` takes the highest scores of the whole weight and `pack` stores exactly any mask, so
+            that entries can be chosen one by one and counts can move between weights.
+        independent_units: whether a unit can be dropped or grown without moving others.
+        rows_may_be_empty: whether a high sparsity can leave rows without entries, which sten then looks for and names.
+        omits_empty_rows: whether rows without entries are left out on purpose, so that no warning names them.
+        free_slots: whether slots may stay free behind the last entry (`with_slots`), so that shapes stay as they are
+            when the number of entries changes.
+
+    Example:
+        >>> import sten
+        >>> sten.NM(2, 4).rate, sten.NM(2, 4).holds_any_mask, sten.CSR().unstructured
+        (0.5, False, True)
+    """
+
+    pattern: ClassVar[tuple[str, ...]] = ()
+    unstructured: ClassVar[bool] = False
+    independent_units: ClassVar[bool] = True
+    omits_empty_rows: ClassVar[bool] = False
+    free_slots: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        register(cls)
+
+    @property
+    def rate(self) -> float | None:
+        """The density that the layout itself fixes (n/m), or None where `sparsity` decides."""
+        return None
+
+    @property
+    def holds_any_mask(self) -> bool:
+        """Whether `pack` takes every mask. By default: those without a rate do."""
+        return self.rate is None
+
+    @property
+    def rows_may_be_empty(self) -> bool:
+        """Whether a high sparsity can leave rows without entries. By default: of those without a rate it can."""
+        return self.rate is None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError, with one sentence that says what would fit, if a weight of this shape cannot be stored."""
+        if len(shape) < 2 or 0 in shape:
+            raise ValueError(
+                f"Expected a weight of two or more dimensions, none empty, for {self}, got shape {tuple(shape)}."
+            )
+
+    @abstractmethod
+    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
+        """The bool mask, of score's shape, of the entries to keep: the highest scores the layout can hold together.
+
+        Args:
+            score: importance of each entry, any floating dtype; higher is better. Ties go to the lower index.
+            sparsity: fraction of entries to drop; required where `rate` is None, must be None or 1 - rate elsewhere.
+        """
+
+    @abstractmethod
+    def pack(self, dense: Tensor, mask: Tensor) -> Parts:
+        """Store `dense * mask`; ValueError, in one sentence, if the layout cannot hold the mask.
+
+        A layout with a fixed number of slots fills the ones that the mask leaves free with explicit zeros.
+        """
+
+    @abstractmethod
+    def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        """The dense tensor of this shape, in the dtype of `parts["values"]` (any dtype, integers included)."""
+
+    def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
+        """New `values` for the same pattern: the entries of `dense` where `parts` has slots, zero in padded slots."""
+        values = parts["values"]
+        slots = torch.arange(1, values.numel() + 1, device=values.device).view_as(values)
+        where = self.unpack({**parts, "values": slots}, tuple(dense.shape)).flatten()
+        used = where > 0
+        out = torch.zeros(values.numel(), dtype=dense.dtype, device=values.device)
+        out[where[used] - 1] = dense.flatten()[used]
+        return out.view_as(values)
+
+    def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
+        """The dense rows `rows` (a 1-D int64 tensor) of the weight, shape (len(rows), *shape[1:])."""
+        return self.unpack(parts, shape)[rows]
+
+    def support(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
+        """The bool mask of the stored entries (explicit zeros count, padding does not)."""
+        ones = torch.ones_like(parts["values"], dtype=torch.bool)
+        return self.unpack({**parts, "values": ones}, shape)
+
+    def with_slots(self, parts: Parts, slots: int) -> Parts:
+        """The parts with `slots` slots, those behind the last entry free and zero; as they are without `free_slots`."""
+        del slots
+        return parts
+
+    def unit_totals(self, score: Tensor) -> Tensor:
+        """One number for each unit, the smallest piece that is kept or dropped as a whole: its scores, summed up.
+
+        By default a unit is an entry.
+        """
+        return score
+
+    def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The bool mask, of the weight's shape, of all entries of the chosen units (bool, shaped as `unit_totals`)."""
+        del shape
+        return chosen
+
+    @abstractmethod
+    def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        """Check parts that come from outside (a file, a state_dict): names, shapes, dtypes and every index.
+
+        ValueError with one sentence. After it, no kernel can read or write out of bounds.
+        """

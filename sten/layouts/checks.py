@@ -1,0 +1,117 @@
+"""Checks of arguments and parts. Each raises one sentence: what was expected, what came, what would work."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sten.layouts.base import Layout, Parts
+
+
+def expect_parts(layout: Layout, parts: Parts, expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]]) -> None:
+    """Raise ValueError unless `parts` has exactly the expected names, shapes and dtypes (None: any floating one).
+
+    A size of -1 in an expected shape accepts any size.
+    """
+    if set(parts) != set(expected):
+        raise ValueError(f"Expected the parts {sorted(expected)} for {layout}, got {sorted(parts)}.")
+    for name, (shape, dtype) in expected.items():
+        part = parts[name]
+        if not isinstance(part, Tensor) or part.layout != torch.strided:
+            kind = f"a tensor of {part.layout}" if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            raise ValueError(f"Expected a plain dense tensor for part {name!r} of {layout}, got {kind}.")
+        have = tuple(part.shape)
+        if len(have) != len(shape) or any(want not in (-1, size) for want, size in zip(shape, have, strict=True)):
+            raise ValueError(f"Expected shape {_shape(shape)} for part {name!r} of {layout}, got {have}.")
+        if part.dtype != dtype if dtype is not None else not part.dtype.is_floating_point:
+            want = dtype or "a floating-point dtype"
+            raise ValueError(f"Expected {want} for part {name!r} of {layout}, got {part.dtype}; convert it with .to().")
+    _expect_one_device(layout, parts)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return (
+        "(" + ", ".join("any" if size == -1 else str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
+    )
+
+
+def _expect_one_device(layout: Layout, parts: Parts) -> None:
+    device = parts["values"].device
+    for name, part in parts.items():
+        if part.device != device:
+            raise ValueError(
+                f"Expected all parts of {layout} on one device, got {name} on {part.device} and values on {device}; "
+                "call .to(device) on the module."
+            )
+
+
+def expect_range(layout: Layout, name: str, index: Tensor, low: int, high: int) -> None:
+    """Raise ValueError unless every entry of `index` lies in [low, high)."""
+    if index.numel() and (int(index.min()) < low or int(index.max()) >= high):
+        raise ValueError(
+            f"Expected numbers from {low} to {high - 1} in part {name!r} of {layout}, "
+            f"got {int(index.min())} to {int(index.max())}."
+        )
+
+
+def expect_zero(layout: Layout, padding: Tensor) -> None:
+    """Raise ValueError unless these values, which belong to padding or to dropped entries, are zero."""
+    wrong = int((padding != 0).sum())
+    if wrong:
+        raise ValueError(
+            f"Expected zeros in the slots of part 'values' of {layout} that are padding or dropped, got {wrong} other "
+            "numbers."
+        )
+
+
+def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
+    """Raise ValueError unless `dense` is a floating weight that fits the layout and `mask` a bool mask of its shape."""
+    layout.check(tuple(dense.shape))
+    if not dense.dtype.is_floating_point:
+        raise ValueError(f"Expected a floating-point weight for {layout}, got {dense.dtype}; convert it first.")
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"Expected a bool tensor for the mask (True keeps the entry), got {mask.dtype}; compare with zero first."
+        )
+    if mask.shape != dense.shape:
+        raise ValueError(f"Expected a mask of the weight's shape {tuple(dense.shape)}, got shape {tuple(mask.shape)}.")
+
+
+def expect_score(layout: Layout, score: Tensor, sparsity: float | None) -> None:
+    """Raise ValueError unless the layout can choose a mask from this score at this sparsity."""
+    layout.check(tuple(score.shape))
+    check_sparsity(sparsity, layout)
+    if not score.dtype.is_floating_point:
+        raise ValueError(f"Expected a floating-point tensor for the score, got {score.dtype}; call .float() on it.")
+
+
+def expect_whole(owner: object, name: str, low: int, high: int) -> None:
+    """Raise TypeError or ValueError unless the field `name` of a layout is a whole number from `low` to `high`."""
+    value, kind = getattr(owner, name), type(owner).__name__
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"Expected a whole number for {name} of {kind}, got {value!r}.")
+    if not low <= value <= high:
+        raise ValueError(f"Expected {name} from {low} to {high} for {kind}, got {value}.")
+
+
+def check_sparsity(sparsity: float | None, layout: Layout) -> None:
+    """Raise ValueError unless `sparsity` is a number from 0 to 1 and agrees with the layout's own rate."""
+    if layout.rate is not None:
+        if sparsity is not None and not math.isclose(sparsity, 1 - layout.rate, abs_tol=1e-6):
+            raise ValueError(
+                f"{layout} has sparsity {1 - layout.rate:g} by construction; got sparsity={sparsity:g}: leave it out."
+            )
+    elif sparsity is None:
+        raise ValueError(f"{layout} has no rate of its own: pass sparsity=, for example sparsity=0.9.")
+    elif not 0 <= sparsity <= 1:
+        raise ValueError(f"Expected a sparsity from 0 to 1, the fraction of entries to drop, got {sparsity}.")
+
+
+def count_to_keep(total: int, sparsity: float | None, layout: Layout) -> int:
+    """How many of `total` entries stay at this sparsity: round((1 - sparsity) * total), with the argument checked."""
+    check_sparsity(sparsity, layout)
+    return round((1.0 - sparsity) * total)

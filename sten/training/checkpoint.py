@@ -1,0 +1,111 @@
+"""Files of a run: model, optimizer and what else is given, whole or absent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .engine import dynamic_weights
+from .trained_weight import NO_STEP, TrainedWeight, encoded
+
+
+def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **more: Any) -> None:
+    """Write a run (model, optimizer, and what else is given) to one file, in one step: the old file or the new one.
+
+    The state of the sparsifier (masks, steps, random numbers) is part of `model.state_dict()`, so a trainer that saves
+    the two state dicts itself needs no call of sten.
+
+    Example:
+        >>> import tempfile, torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> path = tempfile.mkdtemp() + "/run.pt"
+        >>> sten.save_run(model, path, optimizer, epoch=3)
+        >>> sten.load_run(model, path, optimizer)
+        {'epoch': 3}
+    """
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more}
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) -> dict[str, Any]:
+    """Read a file of `save_run` into a model and an optimizer that were made and sparsified in the same way.
+
+    Returns:
+        What `save_run` was given beside them.
+
+    Raises:
+        ValueError: not a complete file of save_run; RuntimeError or ValueError: another model, method or optimizer.
+
+    Example:
+        >>> import tempfile, torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> path = tempfile.mkdtemp() + "/run.pt"
+        >>> sten.save_run(model, path, optimizer, step=7)
+        >>> sten.load_run(model, path, optimizer)["step"]
+        7
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        parts = [state[key] for key in ("model", "optimizer", "more")]
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        raise ValueError(
+            f"{os.fspath(path)!r} is not a complete file of sten.save_run ({type(error).__name__})."
+        ) from None
+    if "sten" in state:
+        parts[0] = _from_version_1(model, parts[0], state["sten"])
+    model.load_state_dict(parts[0])
+    optimizer.load_state_dict(parts[1])
+    if "sten" in state:
+        _flatten_slots(model, optimizer)
+    return parts[2]
+
+
+def _from_version_1(model: nn.Module, state: dict[str, Tensor], runs: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's state with the state of its runs, which files of sten before 0.1 kept beside it."""
+    weights = {weight.name: weight for weight in dynamic_weights(model)}
+    state = {key.replace(".sparse_weight.", ".weight_pattern.method_"): value for key, value in state.items()}
+    for engine in runs["engines"]:
+        for name, tensors in engine["weights"].items():
+            if name in weights:
+                state.update({f"{name}_pattern.{key}": t for key, t in _run_of(engine, tensors, weights[name])})
+    return state
+
+
+def _run_of(engine: dict[str, Any], tensors: dict[str, Tensor], weight: TrainedWeight):
+    """(buffer, tensor) of the state of one weight's run."""
+    counts = (engine["ticks"], engine["owed"], engine["passes"])
+    yield "run_method", encoded(engine["method"])
+    yield "run_step", torch.tensor(engine["step"])
+    yield "run_counts", torch.tensor([NO_STEP if count is None else count for count in counts])
+    yield "run_generator", engine["generator"]
+    for key, tensor in tensors.items():
+        renamed = {"first": "momentum_first", "second": "momentum_second"}.get(key, key)
+        yield renamed.replace("state.", "method_"), tensor
+
+
+def _flatten_slots(model: nn.Module, optimizer: Optimizer) -> None:
+    """Those files hold the optimizer's state of a pattern in the shape of the layout's values."""
+    for weight in dynamic_weights(model):
+        param = weight.param
+        for key, slot in optimizer.state.get(param, {}).items():
+            if isinstance(slot, Tensor) and slot.dim() and slot.numel() == param.numel():
+                optimizer.state[param][key] = slot.view(param.shape)

@@ -1,0 +1,402 @@
+"""Engine: acts on what sparsifiers decide, through the optimizer's public step hooks; the training loop stays as it is.
+
+Around each optimizer step, in this order:
+
+    before   gradients are complete: what the method adds to them; a mask update that replaces the step
+    after    a mask update that follows the step; pruned entries zeroed; the next step prepared if it needs a dense
+             gradient
+
+When a mask update is decided and when it is written:
+
+    the method                                                   decided                           written
+    reads no gradient (SET, Gradual, SR-STE's masks)             after the step                    after the step
+    reads |grad| by order, replaces the step, and one process
+      and one backward pass make a step (RigL, SRigL)            in backward, weight by weight     before the step
+    reads gradients and replaces the step (DSTEE, RigL with
+      microbatches or several processes)                         before the step                   before the step
+    reads gradients or momenta and follows the step              after the step                    after the step
+
+    and then, whatever the method:
+    a weight was used twice in the one backward pass             not at all: one step later ("deferred")
+    a gradient is not finite                                     not at all; a warning says so
+    GradScaler skips the step                                    not at all; the step does not count
+
+A mask update asks the method about every weight, computes every change, and only then writes: an error leaves all as it
+was.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..allocation import Allocation
+from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
+from .attribute import trained_of
+from .dense_gradients import DenseGradients
+from .dense_weight import DenseWeight
+from .distributed import agreed, ranks, sharded
+from .pattern_weight import PatternWeight
+from .reminders import acted_for, empty_rows, warn_of_empty_rows
+from .trained_weight import TrainedWeight
+
+
+class Engine:
+    """Trains some weights of a model under one optimizer by one method. Made by `sten.sparsify` and `sten.attach`.
+
+    Attributes:
+        step: optimizer steps done.
+        updates: mask updates done.
+        deferred_update_step: the step of a mask update that could not happen when it was due.
+        weights: the TrainedWeights.
+    """
+
+    def __init__(
+        self, method: Sparsifier, weights: list[TrainedWeight], optimizer: Optimizer, allocation: Allocation | None
+    ) -> None:
+        expect(method, weights, optimizer)
+        self.method, self.weights, self.allocation = method, weights, allocation
+        self.generator = torch.Generator().manual_seed(method.seed + 1)
+        self.step = self.updates = self.backward_passes = 0
+        self.deferred_update_step: int | None = None
+        self.gradients = DenseGradients(method, weights)
+        self.running = self.prepared = False
+        self.passes_so_far = 0
+        self.handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+        if self.gradients.window:
+            self.handles.append(weights[0].param.register_post_accumulate_grad_hook(_counter(self)))
+        for weight in weights:
+            acted_for(weight)
+            weight.engine = self
+            can_warn = weight.layout.rows_may_be_empty
+            weight.warned_of_empty_rows = can_warn and empty_rows(weight.active(), weight.layout) is not None
+            self.gradients.read_averages(weight, weight.loaded_averages)
+        self._read_counts(weights[0])
+        with torch.no_grad():
+            self.prepare_next()
+
+    def close(self, weights: list[TrainedWeight]) -> None:
+        """Let go of these weights; the last one ends the engine."""
+        for weight in weights:
+            weight.write_run()
+            weight.engine = None
+        self.weights = [weight for weight in self.weights if weight.engine is self]
+        if not self.weights:
+            self.gradients.close()
+            for handle in self.handles:
+                handle.remove()
+
+    # the state of a run
+
+    def _read_counts(self, weight: TrainedWeight) -> None:
+        if not self.method.stateless:
+            for name, count in weight.read_run().items():
+                setattr(self, name, count)
+            self.generator.set_state(weight.run_generator.cpu())
+
+    @torch.no_grad()
+    def read_run(self, weight: TrainedWeight, averages: dict[str, Tensor]) -> None:
+        """A state dict brought this weight's state of a run; all weights of an engine hold the same counts."""
+        self._read_counts(weight)
+        self.gradients.read_averages(weight, averages)
+        self.prepare_next()
+
+    # hooks
+
+    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict):
+        self.running = self.prepared = False
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._prepare(optimizer)
+            return None
+
+        @functools.wraps(closure)
+        def complete():
+            loss = closure()
+            if not self.prepared:
+                self._prepare(optimizer)
+            return loss
+
+        return ((args[0], complete, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": complete})
+
+    @torch.no_grad()
+    def _prepare(self, optimizer: Optimizer) -> None:
+        """Gradients are complete."""
+        self.prepared = True
+        found = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips inside its step
+        self.running = found is None or not bool(found)
+        if not self.running:
+            return
+        self.backward_passes, self.passes_so_far = self.passes_so_far, 0
+        self._add_grads(getattr(optimizer, "grad_scale", None))
+        if self.method.optimizer is not None:
+            masks = {weight.param: weight.packed(weight.active()) for weight in self.weights}
+            optimizer.steer(masks, *self.method.strength(self.step))
+        if "momentum" in self.method.needs:
+            self.gradients.average(optimizer)
+        if self.method.replaces_step and self.due(self.step + 1) and self._update(self.step + 1, optimizer):
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self.running:
+            return
+        self.running = False
+        self.step += 1
+        if not self.method.replaces_step and self.due(self.step):
+            self._update(self.step, optimizer)
+        if getattr(self.method, "zero_pruned", False):
+            for weight in self.weights:
+                weight.zero_pruned()
+        self.prepare_next()
+
+    def _add_grads(self, scale: Tensor | None) -> None:
+        """What the method adds to the gradients of dense weights; in the units that they have now."""
+        if getattr(type(self.method), "grad", DenseWeightMethod.grad) is DenseWeightMethod.grad:
+            return
+        for weight in self.weights:
+            grad = weight.param.grad
+            more = None if grad is None else self.method.grad(weight.view(step=self.step + 1))
+            if more is not None:
+                grad.add_(weight.packed(more if scale is None else more * scale))
+
+    def prepare_next(self) -> None:
+        """Tell dense weights how many steps are done, and collect dense gradients if a coming update wants them."""
+        for weight in self.weights:
+            if isinstance(weight, DenseWeight) and not self.method.stateless:
+                weight.run_step.fill_(self.step)
+        window = self.gradients.window
+        if window and any(self.due(self.step + i) for i in range(1, window + 1)):
+            at_once = self.backward_passes == 1 and self.deferred_update_step is None
+            self.gradients.open(self._decide if at_once else None)
+        else:
+            self.gradients.close()
+
+    # mask updates
+
+    def due(self, step: int) -> bool:
+        """Whether the method acts at this step."""
+        schedule = self.method.schedule
+        return schedule is not None and (schedule.due(step) or step == self.deferred_update_step)
+
+    @torch.no_grad()
+    def _decide(self, weight: TrainedWeight, grad: Tensor) -> Edit:
+        return self.method.update(weight.view(step=self.step + 1, grad=grad, generator=self.generator))
+
+    def _update(self, step: int, optimizer: Optimizer) -> bool:
+        """Ask, compute all, write all; False if nothing was written."""
+        trouble = self.gradients.trouble(self.weights[0].param.device) if self.gradients.window else None
+        self.deferred_update_step = step + 1 if trouble == "late" else None
+        if trouble == "infinite":
+            warnings.warn(f"sten: a gradient is not finite: the mask update of step {step} is skipped.", stacklevel=5)
+        if trouble is not None:
+            return False
+        views = Views(self, step, optimizer)
+        counts = self.method.allocate(views, self.allocation)
+        writes, empty = [], {}
+        for weight in self.weights:
+            edit = self.gradients.edits.get(weight) or self._ask(views, weight, counts)
+            if edit is None:
+                continue
+            edit = checked(edit, weight, self.method)
+            writes.append(weight.change(edit, optimizer))
+            if edit.mask is not None and not weight.warned_of_empty_rows:
+                rows = empty_rows(edit.mask, weight.layout)
+                if rows:
+                    weight.warned_of_empty_rows, empty[weight.name] = True, rows
+        averages = [(w, a, a.dense(a.param)) for w in self.weights for ref in w.averages if (a := ref()) is not None]
+        for write in writes:
+            write()
+        for weight, average, dense in averages:
+            average.follow(weight, dense)
+        self.gradients.forget_averages()
+        self.updates += 1
+        warn_of_empty_rows(empty, stacklevel=5 + self.method.replaces_step)
+        return True
+
+    def _ask(self, views: Views, weight: TrainedWeight, counts: dict[str, int] | None) -> Edit | None:
+        view = views.of(weight, None if counts is None else counts[weight.name])
+        needed = [getattr(view, name) for name in ("grad", "momentum") if name in self.method.needs]
+        if any(x is None for x in needed):
+            warnings.warn(
+                f"sten: no gradient reached {weight.name} at the mask update of step {views.step}: its mask stays.",
+                stacklevel=6,
+            )
+            return None
+        edit = self.method.update(view)
+        self.gradients.release(weight)
+        return edit
+
+
+def _counter(engine: Engine):
+    """A hook that counts backward passes, without keeping the engine alive as long as the model."""
+    weak = weakref.ref(engine)
+
+    def count(param: Tensor) -> None:
+        engine = weak()
+        if engine is not None:
+            engine.passes_so_far += 1
+
+    return count
+
+
+class Views(Mapping):
+    """The Views of a mask update by name, each made when it is read, so that one weight is dense at a time."""
+
+    def __init__(self, engine: Engine, step: int, optimizer: Optimizer) -> None:
+        self.engine, self.step, self.optimizer = engine, step, optimizer
+        self.weights = {weight.name: weight for weight in engine.weights}
+
+    def of(self, weight: TrainedWeight, count: int | None = None) -> View:
+        gradients, needs = self.engine.gradients, self.engine.method.needs
+        more: dict[str, Any] = {} if count is None else {"sparsity": 1 - count / max(weight.size, 1)}
+        return weight.view(
+            step=self.step,
+            generator=self.engine.generator,
+            grad=gradients.gradient(weight) if "grad" in needs else None,
+            momentum=gradients.momentum(weight, self.optimizer) if "momentum" in needs else None,
+            **more,
+        )
+
+    def __getitem__(self, name: str) -> View:
+        return self.of(self.weights[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def checked(edit: Edit, weight: TrainedWeight, method: Sparsifier) -> Edit:
+    """The same edit on every rank; TypeError if its masks are not bool."""
+    for name in ("mask", "fresh"):
+        given = getattr(edit, name)
+        if given is not None and given.dtype != torch.bool:
+            raise TypeError(f"Expected a bool {name} of {method} for {weight.name}, got {given.dtype}: masks are bool.")
+    if edit.mask is None or ranks() == 1:
+        return edit
+    return Edit(agreed(edit.mask), edit.value, edit.fresh, edit.state)
+
+
+def expect_optimizer(method: Sparsifier, optimizer: Optimizer) -> None:
+    """Raise, in one sentence, if the method is not defined for this optimizer, or not on so many processes."""
+    kind = type(method).__name__
+    if method.resizes and ranks() > 1:
+        raise ValueError(f"{kind} changes the shapes of its parameters, which DDP cannot follow: use sten.RigL.")
+    if method.optimizer not in (None, type(optimizer).__name__):
+        raise TypeError(f"Expected sten.optim.{method.optimizer} for {kind}, got {type(optimizer).__name__}.")
+
+
+def expect(method: Sparsifier, weights: list[TrainedWeight], optimizer: Optimizer) -> None:
+    """Raise TypeError or ValueError, in one sentence, if this method cannot train these weights with this optimizer."""
+    expect_optimizer(method, optimizer)
+    for weight in weights:
+        if weight.engine is not None:
+            raise ValueError(
+                f"{weight.name} is trained by an engine already: sten.finalize the model before a second one."
+            )
+        if sharded(weight.param) and isinstance(weight, PatternWeight):
+            raise TypeError(
+                f"{weight.name} is compressed and its pattern cannot be sharded by FSDP: use DDP, or a method that "
+                "trains a dense weight."
+            )
+
+
+def trained_weights(model: nn.Module) -> list[TrainedWeight]:
+    """The weights of a model that are in trainable form, each once."""
+    found: dict[int, TrainedWeight] = {}
+    for module in model.modules():
+        for name, weight in trained_of(module):
+            weight.add_owner(module, name)
+            found.setdefault(id(weight), weight)
+    return list(found.values())
+
+
+def dynamic_weights(model: nn.Module) -> list[TrainedWeight]:
+    """Those of them that a method is given for."""
+    return [weight for weight in trained_weights(model) if weight.method is not None]
+
+
+def engines_of(model: nn.Module) -> list[Engine]:
+    """The engines that train a model's weights, in the order of their weights."""
+    return list({id(w.engine): w.engine for w in trained_weights(model) if w.engine is not None}.values())
+
+
+def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
+    """An engine for each method and optimizer that the model's unattached weights ask for; all or nothing."""
+    groups: dict[tuple[int, Sparsifier], list[TrainedWeight]] = {}
+    weights = dynamic_weights(model)
+    for weight in [weight for weight in weights if weight.engine is None] or weights:
+        param = weight.param
+        owner = next(
+            (i for i, o in enumerate(optimizers) for g in o.param_groups for p in g["params"] if p is param), None
+        )
+        if owner is None and param.requires_grad:
+            raise ValueError(
+                f"{weight.name} is not in the optimizer: make the optimizer from this model's parameters first."
+            )
+        if owner is not None:
+            groups.setdefault((owner, weight.method), []).append(weight)
+    for (owner, method), members in groups.items():
+        expect(method, members, optimizers[owner])
+    for (owner, method), members in groups.items():
+        Engine(method, members, optimizers[owner], members[0].allocation)
+
+
+def stop(model: nn.Module) -> None:
+    """End the training of all of a model's weights."""
+    weights = dynamic_weights(model)
+    for weight in weights:
+        acted_for(weight)
+    for engine in engines_of(model):
+        schedule = engine.method.schedule
+        if schedule is not None and schedule.include_stop and engine.step < schedule.stop:
+            kind, end = type(engine.method).__name__, f"ends at step {schedule.stop}, but training ended at"
+            warnings.warn(
+                f"sten: {kind} {end} {engine.step}: the sparsity that was asked for is not reached.", stacklevel=4
+            )
+        engine.close([weight for weight in weights if weight.engine is engine])
+
+
+def follow(average: nn.Module, model: nn.Module) -> nn.Module:
+    """Keep a running average of a model's weights (`torch.optim.swa_utils.AveragedModel`, an EMA) in its patterns.
+
+    Averages are taken slot by slot, so when a mask update moves the pattern of a compressed weight, the average must
+    move with it: entries that stay keep their average, new ones start at zero. Dense weights need no call.
+
+    Args:
+        average: a deep copy of the model, or a wrapper with one as its `module`; returned.
+        model: the model that an engine trains.
+
+    Raises:
+        ValueError: `average` is no copy of the model.
+
+    Example:
+        >>> import torch, sten
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> model = sten.sparsify(model, sten.CSR(), sten.SET(100, every=10), sparsity=0.75, optimizer=optimizer)
+        >>> average = sten.follow(torch.optim.swa_utils.AveragedModel(model), model)
+    """
+    copy = average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average
+    copies = {weight.name: weight for weight in dynamic_weights(copy)}
+    ours = [weight for weight in dynamic_weights(model) if weight.engine is not None]
+    if not ours or any(copies.get(weight.name, weight) is weight for weight in ours):
+        raise ValueError("Expected a deep copy of the model that an engine trains, or an AveragedModel of it.")
+    for weight in ours:
+        if isinstance(weight, PatternWeight):
+            weight.averages.append(weakref.ref(copies[weight.name]))
+    return average

@@ -1,0 +1,253 @@
+"""PatternWeight: a weight of which only the values that its layout stores are trained.
+
+The Parameter is plain and 2-D, the pattern lies in buffers, and `module.weight` is put together as a SparseTensor at
+each use. So optimizers (foreach and fused), gradient clipping, GradScaler, EMA, DDP and rules by `p.ndim` see a plain
+matrix, and weight, gradient and optimizer state have the size of the pattern.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..layout import Parts
+from ..sparsifiers import Edit
+from ..pattern_cache import PatternCache
+from ..rule import Rule
+from ..tensor import SparseTensor, project
+from .distributed import whole
+from .trained_weight import TrainedWeight, fill, optimizer_slots
+
+Move = Callable[[Tensor], Tensor]
+
+
+def as_matrix(values: Tensor) -> Tensor:
+    """The values of a layout as the Parameter holds them: (rows, slots), or (nnz, 1) where they have one dimension."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
+
+
+class PatternWeight(TrainedWeight):
+    """The pattern of a weight, as buffers under the names of the layout's parts.
+
+    Attributes:
+        part_names: the layout's parts, without the values.
+        tail: the values' dimensions after the first, which the 2-D Parameter has flattened.
+        cache: what is derived from the pattern; every SparseTensor that is made here shares it.
+        probe: a dense zero whose gradient is the weight's dense one, while a compiled model is asked for it.
+
+    Example:
+        >>> import torch, sten
+        >>> layer = sten.trainable(sten.sparsify(torch.nn.Linear(4, 8), sten.CSR(), sparsity=0.75))
+        >>> [(name, tuple(p.shape)) for name, p in layer.named_parameters()]
+        [('weight', (8, 1)), ('bias', (8,))]
+        >>> layer.weight.shape, list(layer.weight_pattern.pattern)
+        (torch.Size([8, 4]), ['crow', 'col'])
+    """
+
+    def __init__(self, name: str, w: SparseTensor) -> None:
+        super().__init__(name, w.spec, w.stored_shape, w.transposed)
+        self.part_names = tuple(name for name in w.parts if name != "values")
+        self.tail = tuple(w.parts["values"].shape[1:])
+        for name in self.part_names:
+            self._buffers[name] = w.parts[name]  # not registered: a part may bear the name of an attribute
+        self.cache = w.cache
+        self.probe: Tensor | None = None
+
+    def __getstate__(self):
+        return {k: v for k, v in super().__getstate__().items() if k not in ("cache", "probe")}
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        self.cache, self.probe = PatternCache(), None
+
+    @property
+    def pattern(self) -> Parts:
+        return {name: self._buffers[name] for name in self.part_names}
+
+    def parts(self, param: Tensor) -> Parts:
+        """All parts, with the Parameter as the layout has its values."""
+        return {"values": param.view(len(param), *self.tail), **self.pattern}
+
+    def active(self) -> Tensor:
+        return self.layout.support(self.parts(self.param.detach()), self.shape)
+
+    def dense(self, t: Tensor) -> Tensor:
+        return self.layout.unpack(self.parts(t.detach()), self.shape)
+
+    def packed(self, dense: Tensor) -> Tensor:
+        return as_matrix(self.layout.pack_like(dense, self.parts(self.param.detach())))
+
+    def forward(self, param: Tensor) -> Tensor:
+        """The weight as a SparseTensor, part of autograd's graph."""
+        if torch.compiler.is_compiling():
+            w = _traced(param, self.layout, self.shape, self.transposed, self.tail, self.part_names, *self._parts())
+            return w if self.probe is None else w.to_dense() + self.probe
+        if torch.is_grad_enabled() and param.requires_grad:
+            w = Assemble.run(param, self.layout, self.shape, self.transposed, self.tail, self.part_names, *self._parts())
+            w.cache = self.cache
+        else:
+            w = SparseTensor(self.layout, self.parts(param), self.shape, self.transposed, cache=self.cache)
+        w.trained = self
+        return w
+
+    def _parts(self) -> list[Tensor]:
+        return [self._buffers[name] for name in self.part_names]
+
+    def tensor(self, param: Tensor | None = None) -> SparseTensor:
+        """The weight as a SparseTensor that shares memory and is cut off from autograd; `requires_grad` as the
+        Parameter's."""
+        param = self.param if param is None else param
+        parts = {name: part.detach() for name, part in self.parts(whole(param.detach())).items()}
+        return SparseTensor(self.layout, parts, self.shape, self.transposed, param.requires_grad, cache=self.cache)
+
+    @torch.no_grad()
+    def assign(self, param: Tensor, value: Tensor) -> None:
+        self.tensor(param).detach().copy_(value.detach())
+
+    # changes of the pattern
+
+    def set_pattern(self, parts: Parts, assign: bool = False) -> None:
+        """Take on another pattern, its numbers or (`assign`) its tensors; what was derived from the old one is invalid."""
+        for name in self.part_names:
+            self._buffers[name] = parts[name] if assign else fill(self._buffers[name], parts[name])
+        self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
+        self.cache.invalidate(*self.pattern.values())
+
+    @torch.no_grad()
+    def load(self, parts: Parts, assign: bool = False) -> None:
+        """Values and pattern of a state dict, validated by the caller; another number of entries is allowed."""
+        param, values = self.param, as_matrix(parts["values"])
+        if assign:
+            parts = {name: part.detach() for name, part in parts.items()}
+            self.replace_param(nn.Parameter(values, requires_grad=param.requires_grad))
+        elif param.shape != values.shape:
+            param.data, param.grad = values.to(param.device, param.dtype, copy=True), None
+        else:
+            param.copy_(values)
+        pattern = {name: parts[name].to(self.param.device, copy=not assign) for name in self.part_names}
+        self.set_pattern({**pattern, "values": parts["values"]}, assign)
+
+    @torch.no_grad()
+    def follow(self, other: PatternWeight, dense: Tensor) -> None:
+        """Take the pattern of another weight, and from `dense` the numbers that it has there."""
+        self.set_pattern({name: part.clone() for name, part in other.pattern.items()})
+        self.tail = other.tail
+        values, param = as_matrix(self.layout.pack_like(dense, other.parts(other.param.detach()))), self.param
+        if values.shape == param.shape:
+            param.copy_(values)
+        else:
+            param.data = values
+
+    @torch.no_grad()
+    def change(self, edit: Edit, optimizer: Optimizer) -> Callable[[], None]:
+        mask = self.active() if edit.mask is None else edit.mask
+        parts, move = self._in_pattern(mask, edit)
+        new, grad = move(self.param), self.param.grad
+        if edit.value is not None:
+            new = as_matrix(self.layout.pack_like(edit.value.to(self.param.dtype).masked_fill(~mask, 0), parts))
+        slots = {key: move(slot) for key, slot in optimizer_slots(self.param, optimizer).items()}
+        grad = None if grad is None else move(grad)
+
+        @torch.no_grad()
+        def write() -> None:
+            if self.param.shape == new.shape:
+                self.param.copy_(new)
+            else:
+                _replace_in_run(self, nn.Parameter(new, requires_grad=self.param.requires_grad), optimizer)
+            for key, slot in slots.items():
+                optimizer.state[self.param][key] = fill(optimizer.state[self.param][key], slot)
+            self.param.grad = grad
+            self.set_pattern(parts)
+            self.keep_state(edit.state)
+
+        return write
+
+    def _in_pattern(self, mask: Tensor, edit: Edit) -> tuple[Parts, Move]:
+        """The parts of the new pattern, and what moves the values, a slot or the gradient into it.
+
+        Only the numbers of the slots become dense, once: `source` says for each new slot which old one it takes.
+        """
+        param = self.param.detach()
+        number = torch.int32 if param.numel() < 2**31 else torch.int64
+        numbers = torch.arange(1, param.numel() + 1, dtype=number, device=param.device).view(param.shape)
+        numbers = self.dense(numbers)
+        if edit.fresh is not None:
+            numbers = numbers.masked_fill(edit.fresh, 0)
+        parts = self.layout.pack(param.new_zeros(()).expand(self.shape), mask)
+        if self.layout.free_slots:
+            parts = self.layout.with_slots(parts, len(param))
+        source = as_matrix(self.layout.pack_like(numbers, parts))
+
+        def move(t: Tensor) -> Tensor:
+            old = torch.cat([t.new_zeros(1), t.detach().flatten()])
+            return old.index_select(0, source.flatten()).view(source.shape)
+
+        return parts, move
+
+
+def _replace_in_run(weight: PatternWeight, param: nn.Parameter, optimizer: Optimizer) -> None:
+    """Another Parameter, of another shape: a graph that is still alive holds the old one to its shape."""
+    old = weight.param
+    weight.replace_param(param)
+    for group in optimizer.param_groups:
+        group["params"] = [param if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[param] = optimizer.state.pop(old)
+    if old._post_accumulate_grad_hooks:
+        for hook in old._post_accumulate_grad_hooks.values():
+            param.register_post_accumulate_grad_hook(hook)
+
+
+class Assemble(Rule):
+    """Parameter and pattern to the SparseTensor; its gradient, which has the same pattern, back to the Parameter."""
+
+    @staticmethod
+    def forward(param, layout, shape, transposed, tail, names, *pattern):
+        parts = {"values": param.view(len(param), *tail), **dict(zip(names, pattern, strict=True))}
+        return SparseTensor(layout, parts, shape, transposed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        param, layout, shape, transposed, tail, names, *pattern = inputs
+        parts = {"values": param.view(len(param), *tail), **dict(zip(names, pattern, strict=True))}
+        ctx.like, ctx.param_shape = (layout, parts, shape, transposed), param.shape
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        if any(dim is not None for dim in in_dims):
+            raise NotImplementedError("torch.vmap over a sparse weight's values has no rule; map over the input only.")
+        return Assemble.apply(*args), None
+
+    @staticmethod
+    def backward(ctx, grad):
+        layout, parts, shape, transposed = ctx.like
+        if type(grad) is not SparseTensor:
+            like = {name: part.detach() for name, part in parts.items()}
+            grad = project(grad, SparseTensor(layout, like, shape, transposed))
+        values = Values.run(grad) if torch.is_grad_enabled() else grad.parts["values"]
+        return (values.view(ctx.param_shape), *[None] * (4 + len(parts)))
+
+
+class Values(Rule):
+    """The values of a SparseTensor, as a step of a graph (needed for gradients of gradients alone)."""
+
+    @staticmethod
+    def forward(w):
+        return w.parts["values"].clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.like = inputs[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.like.with_values(grad)
+
+
+@torch._dynamo.allow_in_graph
+def _traced(*args):
+    return Assemble.apply(*args)

@@ -1,0 +1,270 @@
+"""TrainedWeight: all that belongs to one weight in trainable form, in one object on its module.
+
+The trained Parameter stands in `module._parameters["weight"]`, under the dense weight's own name and place, always 2-D
+for a pattern; this object is the submodule `weight_pattern` beside it. There are two kinds:
+
+    class           the trained Parameter             what the module computes with
+    PatternWeight   the layout's values, 2-D          a SparseTensor of the values and the pattern
+    DenseWeight     the dense weight                  what the method makes of it (`apply`)
+
+A weight's life, by name:
+
+    state        engine   how it gets there                               what a mask update does
+    fixed        None     no method, or one that needs no steps           nothing
+    unattached   None     sten.sparsify without optimizer=, a copy        nothing; the first optimizer step says so
+    active       set      sten.attach, sten.sparsify(optimizer=)          moves the pattern, on schedule
+    finalized    -        sten.finalize takes this object away            -
+
+The state of a run (method, step, counts, random numbers, mask, the method's tensors) is buffers here, so that
+`model.state_dict()` has all of it. A state dict without them loads, with a warning, as the start of a run.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..layout import Layout
+from ..sparsifiers import Edit, State, View
+from ..tensor import SparseTensor
+
+if TYPE_CHECKING:
+    from ..allocation import Allocation
+    from ..sparsifiers import Sparsifier
+    from .engine import Engine
+
+COUNTS = ("updates", "deferred_update_step", "backward_passes")  # of an engine, in the buffer `counts`
+NO_STEP = -1
+NOT_COPIED = ("engine", "owners", "averages", "reminder", "loaded_averages", "warned_of_empty_rows")
+
+
+class TrainedWeight(nn.Module):
+    """One weight in trainable form.
+
+    Attributes:
+        name: the weight's full name when it was chosen.
+        layout, shape, transposed: how it is, or will be, stored; the shape is that of the stored matrix.
+        method, sparsity, allocation, is_last: the dynamic method, this weight's share of the budget, the rule that
+            spread it, and whether it was the last of the chosen weights. None without a method.
+        engine: what acts on the method's decisions; None unless attached.
+        owners: (weak reference to a module, attribute), several where the weight is tied.
+    """
+
+    def __init__(self, name: str, layout: Layout, shape: tuple[int, ...], transposed: bool) -> None:
+        super().__init__()
+        self.name, self.layout, self.shape, self.transposed = name, layout, tuple(shape), transposed
+        self.method: Sparsifier | None = None
+        self.sparsity: float | None = None
+        self.allocation: Allocation | None = None
+        self.is_last = False
+        self.state_names: tuple[str, ...] = ()
+        self._detach_from_run()
+
+    def _detach_from_run(self) -> None:
+        """What a copy or a pickle does not take along."""
+        self.engine: Engine | None = None
+        self.owners: list[tuple[weakref.ref, str]] = []
+        self.averages: list[weakref.ref] = []
+        self.reminder: Any = None
+        self.loaded_averages: State = {}
+        self.warned_of_empty_rows = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.write_run()
+        return {k: v for k, v in self.__dict__.items() if k not in NOT_COPIED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._detach_from_run()
+
+    def add_owner(self, module: nn.Module, attribute: str) -> None:
+        """This module reads the weight through this object."""
+        if not any(ref() is module and name == attribute for ref, name in self.owners):
+            self.owners.append((weakref.ref(module), attribute))
+
+    def owner_modules(self) -> list[tuple[nn.Module, str]]:
+        """(module, attribute) of every owner that still exists."""
+        return [(module, name) for ref, name in self.owners if (module := ref()) is not None]
+
+    @property
+    def param(self) -> nn.Parameter | None:
+        """The trained Parameter; None if the module is gone."""
+        for ref, name in self.owners:
+            module = ref()
+            if module is not None:
+                return module._parameters[name]
+        return None
+
+    @property
+    def size(self) -> int:
+        """How many entries the dense weight has."""
+        return math.prod(self.shape)
+
+    def replace_param(self, param: nn.Parameter) -> None:
+        """Another Parameter in the place of the present one, in every module that owns the weight."""
+        for module, name in self.owner_modules():
+            module._parameters[name] = param
+
+    # what the two kinds have to say
+
+    @abstractmethod
+    def active(self) -> Tensor:
+        """The entries that are active, bool, in the orientation of the layout."""
+
+    @abstractmethod
+    def dense(self, t: Tensor) -> Tensor:
+        """The Parameter, or a tensor of its shape (a slot, a gradient), dense and in the orientation of the layout."""
+
+    @abstractmethod
+    def packed(self, dense: Tensor) -> Tensor:
+        """The inverse of `dense`, at the present pattern."""
+
+    @abstractmethod
+    def tensor(self, param: Tensor | None = None) -> SparseTensor:
+        """What `sten.finalize` would store now."""
+
+    @abstractmethod
+    def assign(self, param: Tensor, value: Tensor) -> None:
+        """`module.weight = value` of a user: the numbers go into the weight, or ValueError."""
+
+    @abstractmethod
+    def change(self, edit: Edit, optimizer: Optimizer) -> Any:
+        """All that an Edit changes (Parameter, gradient, slots, pattern), computed; calling the result writes it.
+
+        Pattern parts are shared, so reading after writing would mix two patterns.
+        """
+
+    # the run
+
+    def set_method(self, method: Sparsifier, view: View, allocation: Allocation | None) -> None:
+        """Take a dynamic method and the tensors that it starts with."""
+        self.method, self.sparsity, self.allocation, self.is_last = method, view.sparsity, allocation, view.last
+        device = view.weight.device
+        if not method.stateless:
+            self.register_buffer("run_method", encoded(repr(method)).to(device))
+            self.register_buffer("run_step", torch.zeros((), dtype=torch.int64, device=device))
+            self.register_buffer("run_counts", torch.zeros(len(COUNTS), dtype=torch.int64, device=device))
+            self.register_buffer("run_generator", torch.Generator().manual_seed(method.seed + 1).get_state().to(device))
+        state = method.init(view)
+        self.state_names = tuple(state)
+        for name, value in state.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter("method_" + name, value)
+            else:
+                self.register_buffer("method_" + name, value)
+
+    @property
+    def state(self) -> State:
+        """The method's tensors."""
+        return {name: getattr(self, "method_" + name) for name in self.state_names}
+
+    def keep_state(self, state: State | None) -> None:
+        for name, value in (state or {}).items():
+            getattr(self, "method_" + name).copy_(value)
+
+    def view(self, **more: Any) -> View:
+        """What the method may read; weight and mask are made for it."""
+        given = {"sparsity": self.sparsity, "state": self.state, **more}
+        return View(self.name, self.dense(self.param), self.layout, mask=self.active(), last=self.is_last, **given)
+
+    def run_names(self) -> tuple[str, ...]:
+        """The names of the tensors that hold the state of a run."""
+        if self.method is None or self.method.stateless:
+            return ()
+        return ("run_method", "run_step", "run_counts", "run_generator", *("method_" + name for name in self.state_names))
+
+    def write_run(self) -> None:
+        """Bring the buffers up to date with the engine, which counts in Python."""
+        if self.engine is not None and not self.method.stateless:
+            self.run_step.fill_(self.engine.step)
+            counts = [getattr(self.engine, name) for name in COUNTS]
+            self.run_counts.copy_(torch.tensor([NO_STEP if count is None else count for count in counts]))
+            self.run_generator.copy_(self.engine.generator.get_state())
+
+    def read_run(self) -> dict[str, Any]:
+        """The counts that the buffers hold."""
+        counts = dict(zip(COUNTS, self.run_counts.tolist(), strict=True))
+        deferred = counts["deferred_update_step"]
+        return {**counts, "step": int(self.run_step), "deferred_update_step": None if deferred <= 0 else deferred}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self.write_run()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.engine is not None:
+            for key, value in self.engine.gradients.averages_of(self).items():
+                destination[prefix + key] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        """The state of a run; the pattern is loaded together with the values (`conversion.state_dict_hooks`)."""
+        if self.method is None or self.method.stateless:
+            return
+        state = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
+        run = {name: state[name] for name in self.run_names() if name in state}
+        if not run:
+            warnings.warn(
+                f"sten: the state dict has no state of {type(self.method).__name__}, so its schedule starts afresh; "
+                "take model.state_dict() while the method trains.",
+                stacklevel=2,
+            )
+        elif problem := self._problem(run):
+            errors.append(f"{self.name}: {problem}.")
+        else:
+            self._load_run(run, state)
+
+    def _problem(self, run: dict[str, Tensor]) -> str | None:
+        """Why this is no state of this weight's run; None if it is."""
+        lacking = [name for name in self.run_names() if name not in run]
+        if lacking:
+            return f"Expected the state of a run with {lacking[0]!r}, got one without it"
+        theirs, ours = decoded(run["run_method"]), repr(self.method)
+        if theirs != ours:
+            return f"Expected the state of {ours}, got that of {theirs}; sparsify the model with that method first"
+        for name in run:
+            have, want = run[name], getattr(self, name)
+            if name != "run_method" and (have.shape != want.shape or have.dtype != want.dtype):
+                shapes = f"{want.dtype} of shape {tuple(want.shape)}, got {have.dtype} of shape {tuple(have.shape)}"
+                return f"Expected {name} to be {shapes}"
+        return None
+
+    @torch.no_grad()
+    def _load_run(self, run: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        for name, value in run.items():
+            getattr(self, name).copy_(value)
+        averages = {key: value for key, value in state.items() if key.startswith("momentum_")}
+        if self.engine is not None:
+            self.engine.read_run(self, averages)
+        else:
+            self.loaded_averages = averages  # for the engine that `sten.attach` makes
+
+    def extra_repr(self) -> str:
+        method = f"{self.method}, " if self.method is not None else ""
+        return f"{method}{self.layout}, shape={self.shape}{', transposed' if self.transposed else ''}"
+
+
+def encoded(text: str) -> Tensor:
+    """Text as a tensor, which every file of tensors can hold."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def decoded(text: Tensor) -> str:
+    return bytes(text.flatten().to("cpu", torch.uint8).tolist()).decode(errors="replace")
+
+
+def optimizer_slots(param: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors that go with each entry of the parameter, by name."""
+    state = optimizer.state.get(param, {})
+    return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0 and t.shape == param.shape}
+
+
+def fill(old: Tensor | None, new: Tensor) -> Tensor:
+    """The old tensor with the new numbers, so that references survive; the new one where shapes differ."""
+    if old is None or old.shape != new.shape:
+        return new
+    return old.copy_(new)
