@@ -59,7 +59,7 @@ class VectorNM:
         return y.T if self.chain else y
 
     def which(self, out, inputs, tokens, weight):
-        return vector_nm.choose(out, inputs, self.n, self.m, self.v, tokens, DTYPE)[0]
+        return vector_nm.choose(tokens, out, inputs, DTYPE, n=self.n, m=self.m, v=self.v)[0]
 
 
 class Ordinary:
@@ -96,7 +96,7 @@ class BSR(Ordinary):
         return bsr.linear(x, *weight[:3], out_features=out)
 
     def which(self, out, inputs, tokens, weight):
-        return bsr.choose(out, inputs, self.block, self.block, len(weight[0]), tokens, DTYPE)[0]
+        return bsr.choose(tokens, out, inputs, DTYPE, bh=self.block, bw=self.block, blocks=len(weight[0]))[0]
 
     def peers(self, x, dense):
         """{name: (call, weights)} of other libraries on the same pattern; ``dense`` are the dense weights."""
@@ -131,7 +131,7 @@ class NM(Ordinary):
         return nm.linear(x, *weight, n=2, m=4, out_features=out)
 
     def which(self, out, inputs, tokens, weight):
-        return nm.choose(out, inputs, 2, 4, tokens, DTYPE)[0]
+        return nm.choose(tokens, out, inputs, DTYPE, n=2, m=4)[0]
 
     def peers(self, x, dense):
         weights = [torch._cslt_compress(w) for w in dense[:2]]
@@ -162,7 +162,7 @@ class CSR(Ordinary):
         return csr.linear(x, *weight[:3], out_features=out)
 
     def which(self, out, inputs, tokens, weight):
-        return csr.choose(out, inputs, len(weight[0]), tokens, DTYPE)[0]
+        return csr.choose(tokens, out, inputs, DTYPE, entries=len(weight[0]))[0]
 
 
 class GroupedNM(Ordinary):
@@ -186,7 +186,7 @@ class GroupedNM(Ordinary):
         return grouped_nm.linear(x, *weight, self.pattern, m=self.m, out_features=out)
 
     def which(self, out, inputs, tokens, weight):
-        return grouped_nm.choose(out, inputs, self.n, self.m, tokens, DTYPE)[0]
+        return grouped_nm.choose(tokens, out, inputs, DTYPE, n=self.n, m=self.m)[0]
 
 
 def cases():

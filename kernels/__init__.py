@@ -1,16 +1,17 @@
 """Triton kernels: plain tensors in, plain tensors out; nothing here knows of a SparseTensor.
 
 One module a layout (``vector_nm``, ``bsr``, ``nm``, ``grouped_nm``, ``csr``) with the same surface: ``linear``,
-``linear_grad_input``, ``linear_grad_values``, ``expand`` (parts -> dense) and ``choose`` (which variant runs, and why).
-The parts are those of ``docs/formats.md``. ``transpose`` gives the feature-major order that some read, and ``derived``
-keeps what is computed from a pattern once, ``bound`` what was decided for a weight. Importing this package needs
-neither triton nor a GPU; its modules need triton.
+``linear_grad_input``, ``linear_grad_values``, ``expand`` (parts -> dense): objects that can be called, that ``choose``
+(which variant runs, and why) and that ``prepare`` (the launches for tensors like those that are given; see
+``operators``). The parts are those of ``docs/formats.md``. ``transpose`` gives the feature-major order that some read;
+``pattern_cache`` keeps what is computed from a pattern once. Importing this package needs neither triton nor a GPU; its
+modules need triton.
 """
 
 import importlib
 import importlib.util
 
-MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "derived", "bound", "pattern_cache")
+MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "pattern_cache", "backend", "precision")
 
 
 def available() -> bool:

@@ -39,7 +39,8 @@ import time
 import torch
 import triton
 
-from .library import INTERPRET, capturing, precision
+from .backend import INTERPRET, backend
+from .precision import precision
 
 try:
     import fcntl
@@ -63,7 +64,7 @@ class Timer:
 
     def usable(self, x: torch.Tensor) -> bool:
         """Whether work may be timed now: not while a CUDA graph is captured, which forbids synchronization."""
-        return not capturing(x)
+        return not backend.capturing(x)
 
     def milliseconds(self, call, chain, flush) -> float:
         """Of one of several calls in a row; the flush before them is long enough that the host has queued them by its
@@ -88,7 +89,7 @@ class Tuner:
         self.lock = threading.RLock()
 
     def pick(self, kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
-        key = (kernel, (*key, precision(given[0])), given[0].device)
+        key = (kernel, (*key, precision(given[0].dtype)), given[0].device)
         config = self.chosen.get(key)
         if config is None:
             config = self._decide(key, _unique(configs), prepare, given)

@@ -1,9 +1,9 @@
 """BSR: dense blocks (bh, bw) at block columns ``col`` of each block row, and the same blocks column by column.
 
 Letters: T tokens, I inputs, O outputs; BO output features, BT tokens, BK reduction a tile.
-BH and BW are the block's output and reduction sides: (bh, bw) for x @ W.T, (bw, bh) for grad @ W, which is the same
-walk over ``t_crow``, ``t_row`` and ``t_block``. A line is a block row (or column); its blocks form a reduction of
-length count * BW, walked BK at a time.
+BH and BW are the block's output and reduction sides: (bh, bw) for x @ W.T, (bw, bh) for grad @ W, which goes through
+``t_crow``, ``t_row`` and ``t_block`` in the same way. The blocks of a block row (or column) form a reduction of length
+count * BW, BK at a time.
 """
 
 import functools
@@ -11,63 +11,25 @@ import functools
 import torch
 import triton
 
-from . import autotune, epilogue, transpose
+from . import autotune, gated, transpose
+from .backend import INTERPRET, backend
 from .bsr_few import few_tokens
 from .bsr_gemm import block_gemm
-from .bsr_gradient import expand as expand_parts
+from .bsr_gradient import expand as expand
 from .bsr_gradient import grad_values
-from .derived import derived
-from .gated import TWO_LAUNCHES, in_two_launches, with_bias
-from .library import (
-    INTERPRET,
-    as_rows,
-    contiguous,
-    describable,
-    exact,
-    filled,
-    for_tables,
-    multiprocessors,
-    operator,
-    overlap,
-    plan,
-    power_of_two,
-    precision,
-    rows_contiguous,
-    wide,
-)
+from .launch import into_new, table_launches
+from .linear import Linear
+from .operators import operator
+from .pattern_cache import Derived
+from .pdl import overlap
+from .precision import exact, precision
+from .split_k import workspace
+from .tiles import describable, matrix_of, power_of_two, wide
 
 FEW = 64
 
 
-# ---- which variant, and with which tiles
-
-
-def choose(
-    out_features: int, in_features: int, bh: int, bw: int, blocks: int, tokens: int, dtype: torch.dtype
-) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (split-K), ``blocks`` (block by block) or ``expand`` (then cuBLAS)."""
-    return _choose(out_features, in_features, bh, bw, blocks, tokens, exact(dtype))
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(out_features, in_features, bh, bw, blocks, tokens, exactly):
-    if tokens == 0 or out_features == 0:
-        return "empty", "nothing to compute"
-    density = blocks * bh * bw / max(1, out_features * in_features)
-    if tokens <= FEW:
-        return (
-            "few",
-            f"{tokens} tokens: time goes to reading the weight, and the split-K kernel reads {density:.2g} of it once",
-        )
-    side = min(bh, bw)
-    if exactly:
-        limit = 0.5 if side >= 64 else 0.35 if side >= 16 else 0.12
-    else:
-        limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
-    if density > limit:
-        return "expand", f"density {density:.2g} is over {limit} for blocks of {bh}x{bw}; expanded, cuBLAS runs"
-    means = "fp32 without tf32" if exactly else "tensor cores"
-    return "blocks", f"{means} over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
+# ---- tiles, and the tables that programs read
 
 
 def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> list[dict]:
@@ -79,22 +41,20 @@ def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> 
             tiles = [(64, 64, 4), (out, 128, 8), (64, 128, 4)]
         else:
             tiles = [(out, 128, 4), (out, 256, 4), (out, 256, 8)]
-        return [
-            {"BO": o, "BT": t, "BK": 16, "TOKENS_FIRST": False, "num_stages": 3, "num_warps": w} for o, t, w in tiles
-        ]
+        fixed = {"BK": 16, "TOKENS_FIRST": False, "num_stages": 3}
+        return [{"BO": o, "BT": t, "num_warps": w, **fixed} for o, t, w in tiles]
     depth = power_of_two(side_in, 16, 64 if itemsize == 2 else 32)
     first = out < 64
     if out >= 128:
         tiles = [(128, 3, 4, True), (256, 4, 8, True), (128, 3, 8, True)]
     else:
         tiles = [(128, 4, 4, True), (256, 4, 8, True), (256, 3, 4, True), (128, 3, 4, first)]
-    return [
-        {"BO": out, "BT": t, "BK": depth, "TOKENS_FIRST": f, "num_stages": s, "num_warps": w} for t, s, w, f in tiles
-    ]
+    names = ("BT", "num_stages", "num_warps", "TOKENS_FIRST")
+    return [{"BO": out, "BK": depth, **dict(zip(names, tile, strict=True))} for tile in tiles]
 
 
-def _few_configs(bh: int, bw: int, lines: int, blocks: int, width: int, programs: int) -> list[dict]:
-    """C: how many steps of BK one program takes at most; None: a line is not split."""
+def _few_configs(bh: int, bw: int, block_rows: int, blocks: int, width: int, programs: int) -> list[dict]:
+    """C: how many steps of BK one program takes at most; None: a block row is not split."""
     if INTERPRET:
         return [{"BO": 16, "BK": 16, "C": 2, "num_stages": 1}]
     depth = power_of_two(bw, 16, 128)
@@ -109,47 +69,32 @@ def _few_configs(bh: int, bw: int, lines: int, blocks: int, width: int, programs
     else:
         tiles = [(64, short, 4, 4, 0), (64, short, 4, 4, 2), (64, depth, 4, 3, 0), (64, depth, 4, 3, 2)]
         tiles += [(32, depth, 4, 3, 2), (32, short, 4, 5, 0)]
-    if 2 * lines * triton.cdiv(bh, tiles[0][0]) < programs:  # whole lines leave most of the machine idle
+    if 2 * block_rows * triton.cdiv(bh, tiles[0][0]) < programs:  # whole block rows leave most of the machine idle
         tiles.sort(key=lambda tile: tile[-1] == 0)
-    found = []
+    configs = []
     for rows, depth, warps, stages, waves in tiles:  # as many programs as fill the machine so often
         rows = min(rows, power_of_two(bh, 1 if width == 1 else 16, 128))
         work = triton.cdiv(blocks * bw, depth) * triton.cdiv(bh, rows)
         most = max(1, triton.cdiv(work, waves * programs)) if waves else None
-        found.append({"BO": rows, "BK": depth, "C": most, "num_stages": stages, "num_warps": warps})
-    return found
+        configs.append({"BO": rows, "BK": depth, "C": most, "num_stages": stages, "num_warps": warps})
+    return configs
 
 
-# ---- launchers
+def _schedule(start, other, second_start=None):
+    """(block row, its start, its stop, the first of ``other``) for each, the longest first: none is left for last.
 
-
-def _described(x, values, bt, bk, w_block):
-    """How the copy engine sees the activations and the blocks as one matrix; nothing where rows are not aligned."""
-    matrix = values.view(-1, values.shape[2])
-    if not (describable(x) and describable(matrix)):
-        return {}
-    return {0: ([bt, bk], x.shape, x.stride()), 2: (w_block, matrix.shape, matrix.stride())}
-
-
-def _schedule(start, other, beside=None):
-    """(line, its start, its stop, the first of ``other``) for each line, the longest first: none is left for last.
-
-    ``beside`` is the ``start`` of a second weight whose lines the same programs walk. It only decides the order.
+    ``second_start`` is the ``start`` of a second weight that the same programs go through; it only decides the order.
     """
-    return derived("bsr schedule", _scheduled, *((start, other) if beside is None else (start, other, beside)))
+    length = start.diff() if second_start is None else start.diff() + second_start.diff()
+    row = length.argsort(descending=True, stable=True)
+    first = other[start[row].long().clamp(max=len(other) - 1)] if len(other) else torch.zeros_like(start[1:])
+    return torch.stack([row.int(), start[row], start[row + 1], first], 1).contiguous()
 
 
-def _scheduled(start, other, beside=None):
-    length = start.diff() if beside is None else start.diff() + beside.diff()
-    line = length.argsort(descending=True, stable=True)
-    first = other[start[line].long().clamp(max=len(other) - 1)] if len(other) else torch.zeros_like(start[1:])
-    return torch.stack([line.int(), start[line], start[line + 1], first], 1).contiguous()
-
-
-def _most_programs(lines, blocks, bw, depth, most, halves):
+def _most_programs(block_rows, blocks, bw, depth, most, halves):
     """How many programs of up to ``most`` steps any pattern of so many blocks can need."""
-    steps = min(blocks * triton.cdiv(bw, depth), halves * lines + blocks * bw // depth)
-    return lines + (steps // most if most else 0)
+    steps = min(blocks * triton.cdiv(bw, depth), halves * block_rows + blocks * bw // depth)
+    return block_rows + (steps // most if most else 0)
 
 
 def _shares(programs, most, depth, bw, *starts_and_others):
@@ -157,20 +102,20 @@ def _shares(programs, most, depth, bw, *starts_and_others):
     steps of ``depth``; of two weights one more, since each is rounded up.
 
     How many programs a pattern needs is known to the device alone: there is a row for as many as there may be, and
-    those left over do nothing, in a line that is not there.
+    those left over do nothing, in a block row that is not there.
     """
     weights = list(zip(starts_and_others[::2], starts_and_others[1::2], strict=True))
     starts = [start.long() for start, _ in weights]
     steps = [-(-(start.diff() * bw) // depth) for start in starts]
     splits = torch.ones_like(steps[0]) if most is None else (-(-sum(steps) // most)).clamp(min=1)
-    stops, lines = splits.cumsum(0), splits.numel()
+    stops, count = splits.cumsum(0), splits.numel()
     program = torch.arange(programs, device=splits.device)
-    line = torch.searchsorted(stops, program, right=True)
-    here, at = line < lines, line.clamp(max=lines - 1)
-    split, count = program - (stops - splits)[at], torch.where(here, splits[at], 1)
-    columns = [line, torch.where(here, split, 0), count]
+    row = torch.searchsorted(stops, program, right=True)
+    here, at = row < count, row.clamp(max=count - 1)
+    split, shares = program - (stops - splits)[at], torch.where(here, splits[at], 1)
+    columns = [row, torch.where(here, split, 0), shares]
     for start, length, (_, other) in zip(starts, steps, weights, strict=True):
-        share = -(-length[at] // count)
+        share = -(-length[at] // shares)
         low = torch.minimum(split * share, length[at])
         high = torch.where(here, torch.minimum(low + share, length[at]), low)
         first = (start[at] + low * depth // bw).clamp(max=max(len(other) - 1, 0))
@@ -178,233 +123,171 @@ def _shares(programs, most, depth, bw, *starts_and_others):
     return torch.stack(columns, 1).int()
 
 
-def _plan_many(*given, transposed, activation):
-    """y[:, line] = the sum over the line's blocks of x[:, other] @ block; ``transposed`` for grad @ W.
+# ---- launches
 
-    ``given``: x, values, start, other, block, bias, gate, the same five of an up weight, y.
-    """
-    x, values, up, y = given[0], given[1], given[7], given[-1]
-    bh, bw = values.shape[1:] if not transposed else values.shape[:0:-1]
-    blocks, halves = len(values) + (0 if up is None else len(up)), 1 if up is None else 2
+
+def _many(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y, block=None, *, activation):
+    """y[:, block row] = the sum over its blocks of x[:, other] @ block; with ``block``, their order, grad @ W."""
+    (tokens, inputs), outputs, block_rows, transposed = x.shape, y.shape[1], start.numel() - 1, block is not None
+    bh, bw = values.shape[:0:-1] if transposed else values.shape[1:]
+    blocks, table = len(values) + (0 if up is None else len(up)), Derived("bsr schedule", _schedule)
+    constants = {"BH": bh, "BW": bw, "TRANSPOSED": transposed, "WIDE": wide(x, y), "ACTIVATION": activation}
+    constants |= {"PRECISION": precision(x.dtype), **overlap(x)}
+    integers = (tokens, inputs, outputs, block_rows, *x.stride())
 
     def prepare(config):
-        if config == TWO_LAUNCHES:
-            return in_two_launches(functools.partial(_plan_many, transposed=False), given, activation)
-        return _launch_many(config, *given[:3], up, y, bh, bw, transposed, activation)
+        bo, bt, bk = config["BO"], config["BT"], config["BK"]
+        described, matrix = {}, values.view(-1, values.shape[2])  # the blocks as one matrix
+        if bw % bk == 0 and describable(x) and describable(matrix):
+            described[0] = [bt, bk], x.shape, x.stride()
+            if up is None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
+                described[2] = [bk, bo] if transposed else [bo, bk], matrix.shape, matrix.stride()
+        grid = (block_rows * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),)
+        launches = table_launches(block_gemm, grid, described, **constants, **config)
 
-    key = (x.dtype, y.shape[1], x.shape[1], bh, bw, blocks.bit_length(), len(x).bit_length(), transposed)
-    configs = _many_configs(bh, bw, x.element_size(), exact(x.dtype)) + [TWO_LAUNCHES] * (halves - 1)
-    return autotune.pick("bsr_many" if halves == 1 else "bsr_gated_many", key, configs, prepare, given)
+        def call(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y, block=None):
+            schedule, ready = table(start, other) if up is None else table(start, other, up_start)
+            launches[ready](
+                x if 0 in described else None, x, values if 2 in described else None, values, other, block,
+                schedule, bias, gate, up, up_start, up_other, up_bias, y, *integers,
+            )  # fmt: skip
 
+        return call
 
-def _launch_many(config, x, values, start, up, y, bh, bw, transposed, activation):
-    (tokens, inputs), outputs, lines, strides = x.shape, y.shape[1], start.numel() - 1, x.stride()
-    bo, bt, bk = config["BO"], config["BT"], config["BK"]
-    described = _described(x, values, bt, bk, [bk, bo] if transposed else [bo, bk]) if bw % bk == 0 else {}
-    if up is not None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
-        described.pop(2, None)
-    launches = for_tables(
-        block_gemm, (lines * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),), described, BH=bh, BW=bw,
-        TRANSPOSED=transposed, WIDE=wide(x, y), ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **config,
-    )  # fmt: skip
-
-    def call(x, values, start, other, block, bias, gate, up, up_start, up_other, up_block, up_bias, y):
-        schedule, settled = _schedule(start, other, up_start)
-        launches[settled](
-            x if 0 in described else None, x, values if 2 in described else None, values, other, block,
-            schedule, bias, gate, up, up_start, up_other, up_bias, y,
-            tokens, inputs, outputs, lines, *strides,
-        )  # fmt: skip
-
-    return call
+    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length(), transposed)
+    configs = _many_configs(bh, bw, x.element_size(), exact(x.dtype))
+    given = (x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y)
+    if transposed:
+        return autotune.pick("bsr_many", key, configs, prepare, (*given, block))
+    return gated.pick("bsr", "many", key, configs, prepare, given, _many, activation)
 
 
-def _plan_few(*given, activation):
-    """``given``: x, values, crow, col, bias, gate, the same four of an up weight, y."""
-    x, values, crow, up, y = *given[:3], given[6], given[-1]
-    (blocks, bh, bw), lines, halves = values.shape, crow.numel() - 1, 1 if up is None else 2
+def _few(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y, *, activation):
+    (tokens, inputs), outputs, (blocks, bh, bw) = x.shape, y.shape[1], values.shape
+    block_rows, halves = crow.numel() - 1, 1 if up is None else 2
     blocks += 0 if up is None else len(up)
-    width = 1 if len(x) == 1 else power_of_two(len(x), 16, FEW)
+    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    fixed = {"BH": bh, "BW": bw, "BT": width, "ACTIVATION": activation, "PRECISION": precision(x.dtype), **overlap(x)}
+    integers = (tokens, inputs, outputs, *x.stride())
 
     def prepare(config):
-        if config == TWO_LAUNCHES:
-            return in_two_launches(_plan_few, given, activation)
-        return _launch_few(config, width, blocks, x, values, lines, y.shape[1], activation, halves)
+        constants, rows = dict(config), config["BO"]
+        most, depth = constants.pop("C"), constants["BK"]
+        sub, programs = triton.cdiv(bh, rows), _most_programs(block_rows, blocks, bw, depth, most, halves)
+        tiles, shares, size = block_rows * sub, programs * sub, halves * rows * width
+        make = functools.partial(_shares, programs, most, depth, bw)
+        table = Derived(f"bsr shares {programs} {most} {depth} {bw}", make)
+        constants |= {"SPLIT": shares > tiles, "STAGES": config["num_stages"], **fixed}
+        launches = table_launches(few_tokens, (shares,), **constants)
 
-    key = (x.dtype, y.shape[1], x.shape[1], bh, bw, blocks.bit_length(), width)
-    configs = _few_configs(bh, bw, lines, blocks, width, multiprocessors(x))
-    configs += [TWO_LAUNCHES] * (halves - 1)
-    return autotune.pick("bsr_few" if halves == 1 else "bsr_gated_few", key, configs, prepare, given)
+        def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
+            shared, ready = table(crow, col) if up is None else table(crow, col, up_crow, up_col)
+            partial = workspace.take(x, tiles, shares, size)
+            launches[ready](x, values, col, bias, gate, up, up_col, up_bias, shared, y, *partial, *integers)
 
+        return call
 
-def _launch_few(config, width, blocks, x, values, lines, outputs, activation, halves):
-    (tokens, inputs), strides, (_, bh, bw) = x.shape, x.stride(), values.shape
-    constants, rows = dict(config), config["BO"]
-    most, depth = constants.pop("C"), constants["BK"]
-    sub, programs = triton.cdiv(bh, rows), _most_programs(lines, blocks, bw, depth, most, halves)
-    tiles, shares, tag = lines * sub, programs * sub, f"bsr shares {programs} {most} {depth} {bw}"
-    make = functools.partial(_shares, programs, most, depth, bw)
-    launches = for_tables(
-        few_tokens, (shares,), BH=bh, BW=bw, BT=width, SPLIT=shares > tiles, STAGES=config["num_stages"],
-        ACTIVATION=activation, PRECISION=precision(x), **overlap(x), **constants,
-    )  # fmt: skip
-
-    def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
-        weights = (crow, col) if up is None else (crow, col, up_crow, up_col)
-        table, settled = derived(tag, make, *weights)
-        met = epilogue.hand_over.take(x, tiles, shares, halves * rows * width)
-        launch = launches[settled]
-        launch(x, values, col, bias, gate, up, up_col, up_bias, table, y, *met, tokens, inputs, outputs, *strides)
-
-    return call
+    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width)
+    configs = _few_configs(bh, bw, block_rows, blocks, width, backend.multiprocessors(x))
+    given = (x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y)
+    return gated.pick("bsr", "few", key, configs, prepare, given, _few, activation)
 
 
-def _check(x, values, features, lines, side):
-    if x.dtype != values.dtype:
-        raise TypeError(f"x is {x.dtype} and values {values.dtype}; expected one dtype")
-    if lines != -(-features // side):
-        raise ValueError(f"{lines} lines of blocks of side {side} do not hold {features} features")
-
-
-def _linear_fake(x, values, crow, col, bias, gate, out_features, activation):
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-@operator(
-    "gpu_bsr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, Tensor? gate, int out_features,"
-    " str activation) -> Tensor",
-    _linear_fake,
-)
-def _linear(x, values, crow, col, bias, gate, out_features, activation):
-    bias, gate = contiguous(bias, gate)
-    return _planned(out_features, activation, x, values, crow, col, bias, gate, None, None, None, None)
-
-
-def _gated_fake(x, values, crow, col, bias, up, up_crow, up_col, up_bias, out_features, activation):
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-@operator(
-    "gpu_bsr_gated_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, Tensor up, Tensor up_crow,"
-    " Tensor up_col, Tensor? up_bias, int out_features, str activation) -> Tensor",
-    _gated_fake,
-)
-def _gated_linear(x, values, crow, col, bias, up, up_crow, up_col, up_bias, out_features, activation):
-    if up.shape[1:] != values.shape[1:]:
-        raise ValueError(f"blocks of {tuple(values.shape[1:])} and of {tuple(up.shape[1:])} in one gated product")
-    bias, up_bias = contiguous(bias, up_bias)
-    return _planned(out_features, activation, x, values, crow, col, bias, None, up, up_crow, up_col, up_bias)
-
-
-def _planned(outputs, activation, *tensors):
-    statics = ("bsr", outputs, activation, precision(tensors[0]))
-    return plan(statics, tensors, lambda: _plan_linear(outputs, activation, *tensors))(*tensors)
-
-
-def _plan_linear(outputs, activation, x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias):
-    """The callable for one layout of arguments; it is made on the first call's tensors."""
-    (blocks, bh, bw), inputs, shape = values.shape, x.shape[-1], (*x.shape[:-1], outputs)
-    _check(x, values, outputs, crow.numel() - 1, bh)
-    if up is not None:
-        _check(x, up, outputs, up_crow.numel() - 1, bh)
-        blocks = (blocks + len(up) + 1) // 2
-    epilogue.check(outputs, shape, (bias, up_bias), gate)
-    tokens = x.numel() // inputs
-    variant, _ = choose(outputs, inputs, bh, bw, blocks, tokens, x.dtype)
-    if variant == "empty":
-        return lambda x, *parts: x.new_empty(shape)
-    if variant == "expand":
-        return functools.partial(_expanded, outputs, activation)
-    parts = (values, crow, col, bias, gate, up, up_crow, up_col, up_bias)
-    rows = as_rows(x)
-    given = (_arranged(rows(x)), *parts, x.new_empty(tokens, outputs))
-    if variant == "few":
-        run = _plan_few(*given, activation=activation)
-    else:
-        many = _plan_many(*_with_order(*given), transposed=False, activation=activation)
-        run = lambda *given: many(*_with_order(*given))  # noqa: E731
-
-    return filled(run, x, shape, arrange=lambda x: _arranged(rows(x)))
-
-
-def _arranged(x):
-    """The matrix (tokens, I) as the kernels read it: its rows are contiguous; or its columns, where each thread
+def _arrange(x):
+    """The function that makes x (*, I) as the kernels read it: rows without gaps; or columns, where each thread
     multiplies for itself and reads along the tokens."""
-    if exact(x.dtype) and len(x) > 1:
-        return transpose.transpose(x, transpose.padded(len(x))).T[: len(x)]
-    return rows_contiguous(x)
+    tokens = x.shape[:-1].numel()
+    if not exact(x.dtype) or tokens <= 1:
+        return matrix_of(x)
+    turn = transpose.prepared(x, transpose.padded(tokens))
+    return lambda x: turn(x).T[:tokens]
 
 
-def _with_order(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
-    """As the walk over many tokens has it, where an order of the blocks may follow ``col``: here they lie in order."""
-    return x, values, crow, col, None, bias, gate, up, up_crow, up_col, None, up_bias, y
+def _check(x, values, features, start, side):
+    if x.dtype != values.dtype:
+        raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}.")
+    expected, got = -(-features // side), start.numel() - 1
+    if got != expected:
+        raise ValueError(f"Expected {expected} block rows of side {side} for {features} features, got {got}.")
 
 
-def _expanded(outputs, activation, x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias):
-    """Dense weights, cuBLAS, and the epilogue in torch."""
+class BSRLinear(Linear):
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``gate`` has the output's shape."""
 
-    def product(values, crow, col, bias):
-        dense = expand(values, crow, col, out_features=outputs, in_features=x.shape[-1])
-        return torch.nn.functional.linear(x, dense, bias)
+    prefix, stored, expand, dual = "gpu_bsr_linear", "Tensor values, Tensor crow, Tensor col", expand, True
 
-    gate = gate if up is None else product(up, up_crow, up_col, up_bias)
-    return epilogue.apply(product(values, crow, col, bias), activation, gate)
+    def facts(self, stored, up, numbers):
+        blocks, bh, bw = stored[0].shape
+        if up is not None:
+            if up[0].shape[1:] != stored[0].shape[1:]:
+                shapes = f"{bh}x{bw} and {up[0].shape[1]}x{up[0].shape[2]}"
+                raise ValueError(f"Expected blocks of one shape in one gated product, got {shapes}.")
+            blocks = (blocks + len(up[0]) + 1) // 2
+        return {"bh": bh, "bw": bw, "blocks": blocks}
+
+    def choose(self, tokens, outputs, inputs, dtype, *, bh, bw, blocks):
+        """``empty``, ``few`` (split-K), ``blocks`` (block by block) or ``expand`` (then cuBLAS)."""
+        if tokens == 0 or outputs == 0:
+            return "empty", "nothing to compute"
+        density = blocks * bh * bw / max(1, outputs * inputs)
+        if tokens <= FEW:
+            why = f"time goes to reading the weight, and the split-K kernel reads {density:.2g} of it once"
+            return "few", f"{tokens} tokens: {why}"
+        exactly, side = exact(dtype), min(bh, bw)
+        if exactly:
+            limit = 0.5 if side >= 64 else 0.35 if side >= 16 else 0.12
+        else:
+            limit = 0.4 if side >= 128 else 0.35 if side >= 64 else 0.15 if side >= 32 else 0.06
+        if density > limit:
+            return "expand", f"density {density:.2g} is over {limit} for blocks of {bh}x{bw}; expanded, cuBLAS runs"
+        means = "fp32 without tf32" if exactly else "tensor cores"
+        return "blocks", f"{means} over {blocks} blocks of {bh}x{bw}, {density:.2g} of the dense work"
+
+    def check(self, x, weight, outputs, inputs):
+        _check(x, weight[0], outputs, weight[1], weight[0].shape[1])
+
+    def arrange(self, x, variant):
+        return _arrange(x)
+
+    def launch(self, variant, x, *parts, activation):
+        return (_few if variant == "few" else _many)(x, *parts, activation=activation)
 
 
-def _grad_input_fake(grad, values, crow, col, t_crow, t_row, t_block, in_features):
-    return grad.new_empty(*grad.shape[:-1], in_features)
+linear = BSRLinear()
+choose, gated_linear, linear_grad_values = linear.choose, linear.gated, grad_values
+
+
+def choose_grad_input(tokens, outputs, inputs, dtype, *, bh, bw, blocks) -> tuple[str, str]:
+    """(variant, reason) of grad @ W: ``empty``, ``blocks`` or ``expand``."""
+    variant, reason = choose(tokens, inputs, outputs, dtype, bh=bw, bw=bh, blocks=blocks)
+    if variant == "few":
+        return "blocks", f"{tokens} tokens: all blocks of each block column, by the transposed index"
+    return variant, reason
 
 
 @operator(
     "gpu_bsr_grad_input(Tensor grad, Tensor values, Tensor crow, Tensor col, Tensor t_crow, Tensor t_row,"
     " Tensor t_block, int in_features) -> Tensor",
-    _grad_input_fake,
+    lambda grad, *rest: (*grad.shape[:-1], rest[-1]),
+    strided=("grad",),
+    choose=choose_grad_input,
 )
-def _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features):
-    (blocks, bh, bw), outputs = values.shape, grad.shape[-1]
-    _check(grad, values, in_features, t_crow.numel() - 1, bw)
-    y = grad.new_empty(*grad.shape[:-1], in_features)
-    flat = grad.reshape(-1, outputs)
-    variant, _ = choose(in_features, outputs, bw, bh, blocks, flat.shape[0], grad.dtype)
+def linear_grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features, variant=None):
+    """grad (*, O) -> grad @ W, (*, I), by the blocks of each block column."""
+    (blocks, bh, bw), outputs, tokens = values.shape, grad.shape[-1], grad.shape[:-1].numel()
+    _check(grad, values, in_features, t_crow, bw)
+    if variant is None:
+        variant, _ = choose_grad_input(tokens, outputs, in_features, grad.dtype, bh=bh, bw=bw, blocks=blocks)
+    if variant == "empty":
+        return lambda grad, *parts: grad.new_empty(*grad.shape[:-1], in_features)
     if variant == "expand":
-        return torch.matmul(grad, expand(values, crow, col, out_features=outputs, in_features=in_features))
-    if variant != "empty":
-        flat = _arranged(flat)
-        given = (flat, values, t_crow, t_row, t_block, *(None,) * 7, y.view(-1, in_features))
-        make = functools.partial(_plan_many, *given, transposed=True, activation="none")
-        plan(("bsr grad", precision(flat)), given, make)(*given)
-    return y
+        dense = expand.prepare(values, crow, col, out_features=outputs, in_features=in_features)
+        return lambda grad, values, crow, col, *rest: torch.matmul(grad, dense(values, crow, col))
+    arrange, absent, y = _arrange(grad), (None,) * 6, grad.new_empty(tokens, in_features)
+    flat = grad if arrange is None else arrange(grad)
+    many = _many(flat, values, t_crow, t_row, *absent, y, t_block, activation="none")
 
+    def launch(grad, values, crow, col, t_crow, t_row, t_block, y):
+        many(grad, values, t_crow, t_row, *absent, y, t_block)
 
-# ---- what the framework calls
-
-
-def linear(x, values, crow, col, bias=None, *, out_features, activation=None, gate=None):
-    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``gate`` has the output's shape."""
-    return _linear(x, values, crow, col, bias, gate, out_features, epilogue.activation_name(activation))
-
-
-def gated_linear(x, up, gate, *, out_features, activation="silu"):
-    """activation(x @ W_gate.T) * (x @ W_up.T), (*, O), where ``up`` and ``gate`` are each (values, crow, col[, bias]).
-
-    One launch, or two where they are faster. Over 64 tokens the up half is rounded to the output's dtype once, on its
-    way through the output; below, both halves meet in fp32. Both weights have blocks of one shape. A recorded graph
-    goes on with the patterns that it met: after a change of one, call ``derived.renew`` with the parts of both.
-    """
-    parts, name = (*with_bias(gate, 3), *with_bias(up, 3)), epilogue.activation_name(activation)
-    return _gated_linear(x, *parts, out_features, name)
-
-
-def linear_grad_input(grad, values, crow, col, t_crow, t_row, t_block, *, in_features):
-    """grad (*, O) -> grad @ W, (*, I), by walking the blocks of a column."""
-    return _grad_input(grad, values, crow, col, t_crow, t_row, t_block, in_features)
-
-
-def linear_grad_values(grad, x, col, t_row, t_block, *, bh, bw):
-    """grad (*, O), x (*, I) -> the gradient of ``values`` (blocks, bh, bw): a product sampled at the blocks."""
-    return grad_values(grad, x, col, t_row, t_block, bh, bw)
-
-
-def expand(values, crow, col, *, out_features, in_features):
-    """The dense weight (O, I)."""
-    return expand_parts(values, crow, col, out_features, in_features)
+    return into_new(launch, grad, (*grad.shape[:-1], in_features), arrange=arrange)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import finish
-from .tiles import begin
+from .pdl import begin
 
 HEAD, SHARE = tl.constexpr(3), tl.constexpr(5)  # numbers of a program, and of each of its shares
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import activate
-from .tiles import begin
+from .pdl import begin
 
 
 @triton.jit

@@ -6,23 +6,14 @@ Letters: T tokens, I inputs, O outputs; a block is (BH, BW); BM by BN of it are 
 import triton
 import triton.language as tl
 
-from . import autotune, epilogue
+from . import autotune
+from .backend import INTERPRET, backend
 from .epilogue import add_up, last_to_arrive
-from .library import (
-    INTERPRET,
-    Launch,
-    describable,
-    exact,
-    filled,
-    multiprocessors,
-    operator,
-    plan,
-    power_of_two,
-    precision,
-    rows_contiguous,
-    splits,
-    wide,
-)
+from .launch import into_new, triton_launch
+from .operators import operator
+from .precision import exact, precision
+from .split_k import workspace
+from .tiles import describable, matrix_of, power_of_two, splits, wide
 
 
 @triton.jit
@@ -117,28 +108,38 @@ def _gradient_configs(
     return found
 
 
-def _grad_values_fake(grad, x, col, t_row, t_block, bh, bw):
-    return grad.new_empty(col.shape[0], bh, bw)
+def choose_grad_values(tokens, outputs, inputs, dtype, *, bh, bw, blocks) -> tuple[str, str]:
+    """(variant, reason) of the values' gradient: ``sampled``."""
+    return "sampled", f"a product sampled at {blocks} blocks of {bh}x{bw}, block column by block column"
 
 
 @operator(
     "gpu_bsr_grad_values(Tensor grad, Tensor x, Tensor col, Tensor t_row, Tensor t_block, int bh, int bw) -> Tensor",
-    _grad_values_fake,
+    lambda grad, x, col, t_row, t_block, bh, bw: (col.shape[0], bh, bw),
+    strided=("grad", "x"),
+    choose=choose_grad_values,
 )
-def grad_values(grad, x, col, t_row, t_block, bh, bw):
-    blocks, outputs, inputs = col.shape[0], grad.shape[-1], x.shape[-1]
-    grad, x = grad.reshape(-1, outputs).contiguous(), rows_contiguous(x.reshape(-1, inputs))
-    tokens = x.shape[0]
-    out = grad.new_empty(blocks, bh, bw)
-    if tokens == 0 or blocks == 0:
-        return out.zero_()
+def grad_values(grad, x, col, t_row, t_block, bh, bw, variant=None):
+    """grad (*, O), x (*, I) -> the gradient of ``values`` (blocks, bh, bw): a product sampled at the blocks."""
+    shape = (col.shape[0], bh, bw)
+    if x.numel() == 0 or grad.numel() == 0 or col.shape[0] == 0:
+        return lambda grad, *rest: grad.new_zeros(shape)
+    columns, turn, new = grad.shape[-1], matrix_of(x), backend.empty(grad, *shape)
 
-    given = (grad, x, col, t_row, t_block, out)
-    plan(("bsr grad values", bh, bw, precision(x)), given, lambda: _plan_grad_values(*given), strided=1)(*given)
-    return out
+    def arranged(grad, x):
+        return grad.reshape(-1, columns).contiguous(), x if turn is None else turn(x)
+
+    launch = _prepare_grad_values(*arranged(grad, x), col, t_row, t_block, new())
+
+    def call(grad, x, *pattern):
+        out = new()
+        launch(*arranged(grad, x), *pattern, out)
+        return out
+
+    return call
 
 
-def _plan_grad_values(grad, x, col, t_row, t_block, out):
+def _prepare_grad_values(grad, x, col, t_row, t_block, out):
     (blocks, bh, bw), (tokens, inputs), outputs, stride = out.shape, x.shape, grad.shape[1], x.stride(0)
 
     def prepare(config):
@@ -149,44 +150,30 @@ def _plan_grad_values(grad, x, col, t_row, t_block, out):
         whole = all(side >= 16 and side * x.element_size() % 16 == 0 for side in (bh, bw))
         if whole and describable(x) and describable(grad):
             described = {0: ([bk, bm], grad.shape, grad.stride()), 2: ([bk, bn], x.shape, x.stride())}
-        launch = Launch(
-            _sampled_product,
-            (tiles, split),
-            described,
-            BH=bh,
-            BW=bw,
-            WIDE=wide(x, grad),
-            PRECISION=precision(x),
-            **config,
-        )
+        constants = {"BH": bh, "BW": bw, "WIDE": wide(x, grad), "PRECISION": precision(x.dtype)}
+        launch = triton_launch(_sampled_product, (tiles, split), described, **constants, **config)
 
         def call(grad, x, col, t_row, t_block, out):
-            met = epilogue.hand_over.take(x, tiles, tiles * split, bm * bn)
+            partial = workspace.take(x, tiles, tiles * split, bm * bn)
             g_desc, x_desc = (grad, x) if described else (None, None)
-            launch(g_desc, grad, x_desc, x, col, t_row, t_block, out, *met, tokens, inputs, outputs, stride)
+            launch(g_desc, grad, x_desc, x, col, t_row, t_block, out, *partial, tokens, inputs, outputs, stride)
 
         return call
 
     key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length())
-    configs = _gradient_configs(bh, bw, blocks, tokens, x.element_size(), multiprocessors(x), exact(x.dtype))
+    programs = backend.multiprocessors(x)
+    configs = _gradient_configs(bh, bw, blocks, tokens, x.element_size(), programs, exact(x.dtype))
     return autotune.pick("bsr_grad_values", key, configs, prepare, (grad, x, col, t_row, t_block, out))
 
 
-def _expand_fake(values, crow, col, out_features, in_features):
-    return values.new_empty(out_features, in_features)
-
-
 @operator(
-    "gpu_bsr_expand(Tensor values, Tensor crow, Tensor col, int out_features, int in_features) -> Tensor", _expand_fake
+    "gpu_bsr_expand(Tensor values, Tensor crow, Tensor col, int out_features, int in_features) -> Tensor",
+    lambda values, crow, col, out_features, in_features: (out_features, in_features),
+    strided=(),
 )
 def expand(values, crow, col, out_features, in_features):
-    given, shape = (values, crow, col), (out_features, in_features)
-    return plan(("bsr expand", *shape), given, lambda: _plan_expand(*given, *shape), strided=None)(*given)
-
-
-def _plan_expand(values, crow, col, outputs, inputs):
-    """values, crow, col -> the dense weight."""
+    """values, crow, col -> the dense weight (O, I)."""
     _, bh, bw = values.shape
     grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
-    launch = Launch(_expand_line, grid, BH=bh, BW=bw, BM=16, BC=width)
-    return filled(launch, values, (outputs, inputs), inputs, outputs)
+    launch = triton_launch(_expand_line, grid, BH=bh, BW=bw, BM=16, BC=width)
+    return into_new(launch, values, (out_features, in_features), in_features, out_features)

@@ -1,17 +1,12 @@
-"""What happens to a finished fp32 tile before it is stored: bias, activation, gate; and the split-K hand-over.
+"""What happens to a finished fp32 tile before it is stored: bias, activation, gate; and how the programs that
+share one (split-K) add up their parts.
 
 Letters: y the output tile; its reduction may be split.
 """
 
-import functools
-import threading
-
 import torch
 import triton
 import triton.language as tl
-
-from .derived import outside_of_pools
-from .library import on_default_stream
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
@@ -131,67 +126,3 @@ def finish_rows(
         row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
         1, S > 1, ROWS, BT, ACTIVATION,
     )  # fmt: skip
-
-
-class HandOver:
-    """Where the splits of a tile meet: fp32 room for their partial sums, and a counter that is zero before a launch.
-
-    Launches of one stream follow each other and share counters, and on the default stream the room; every launch that a
-    CUDA graph records keeps its own, since the graph may be replayed beside anything. No kernel zeroes the counters,
-    unless one capture uses up what is left of a slab.
-    """
-
-    SLAB = 1 << 20  # counters
-    KEPT = 1 << 21  # partial sums; more room than that is given back after the launch
-
-    def __init__(self):
-        self._slabs, self._used, self._counts, self._rooms, self._turn = {}, {}, {}, {}, threading.Lock()
-
-    def take(self, x: torch.Tensor, tiles: int, shares: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(partial sums, counters) for ``shares`` of ``tiles``, of ``size`` elements each; pointers that nobody follows
-        where no tile is split."""
-        return (self.room(x, shares * size), self.count(x, tiles)) if shares > tiles else (x, x)
-
-    def room(self, x: torch.Tensor, size: int) -> torch.Tensor:
-        """At least ``size`` fp32 numbers, whatever they hold, for the next launch on the current stream of x."""
-        device = x.get_device()
-        kept = x.is_cuda and size <= self.KEPT and on_default_stream(x)
-        held = self._rooms.get(device) if kept else None
-        if held is None or held.numel() < size:
-            held = torch.empty(size, dtype=torch.float32, device=x.device)
-            if kept:
-                self._rooms[device] = held
-        return held
-
-    def count(self, x: torch.Tensor, size: int) -> torch.Tensor:
-        """At least ``size`` counters that are zero before the next launch on the current stream of x."""
-        if not x.is_cuda:
-            return torch.zeros(size, dtype=torch.int32)
-        device = x.get_device()
-        if torch._C._cuda_isCurrentStreamCapturing():
-            return self._cut(device, size)
-        if self._used.get(device, self.SLAB) > self.SLAB // 2:  # captures took the rest
-            self._renew(x.device)
-        place = (device, torch._C._cuda_getCurrentRawStream(device))
-        held = self._counts.get(place)
-        if held is None or held.numel() < size:
-            held = self._counts[place] = self._cut(device, max(size, 4096))
-        return held
-
-    def _renew(self, device):
-        make = functools.partial(torch.zeros, self.SLAB, dtype=torch.int32, device=device)
-        slab = outside_of_pools(device, make)
-        with self._turn:
-            self._slabs.setdefault(device.index, []).append(slab)  # graphs go on with the ones before
-            self._used[device.index] = 0
-
-    def _cut(self, device, size):
-        with self._turn:
-            start = self._used.get(device, self.SLAB)
-            if start + size > self.SLAB:
-                return torch.zeros(size, dtype=torch.int32, device=torch.device("cuda", device))
-            self._used[device] = start + -(-size // 4) * 4  # every slice as aligned as the first: a launch relies on it
-            return self._slabs[device][-1][start : start + size]
-
-
-hand_over = HandOver()

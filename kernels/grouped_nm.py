@@ -5,34 +5,23 @@ n values, at rows m*s + pattern[p] of column Q*c + index[c, s, q]. MP: m rounded
 ``pattern`` (P, n) int32 is the layout's own table: kernels read it, so the order of patterns is settled in one place.
 """
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from . import autotune, epilogue
-from .derived import derived
+from . import autotune
+from .backend import INTERPRET, backend
 from .grouped_nm_few import expand_columns, few_tokens
-from .library import (
-    INTERPRET,
-    Launch,
-    as_rows,
-    contiguous,
-    exact,
-    filled,
-    for_tables,
-    multiprocessors,
-    operator,
-    overlap,
-    plan,
-    power_of_two,
-    precision,
-    rows_contiguous,
-    splits,
-    wide,
-)
+from .launch import into_new, table_launches, triton_launch
+from .linear import Linear
+from .operators import CollectedProduct, ExpandedProduct, operator
+from .pattern_cache import Derived
+from .pdl import overlap
+from .precision import exact, precision
+from .split_k import workspace
+from .tiles import matrix_of, power_of_two, splits, wide
 
 
 @triton.jit
@@ -53,31 +42,8 @@ def _collect_slots(
             tl.store(out_ptr + (base + q) * N + i, value, mask=ok)
 
 
-# ---- which variant
-
-
 FEW = 64  # tokens up to which reading the weight decides
 AT_ONCE = 1 << 23  # slots that the table is made of at a time, in 64-bit integers on the way
-
-
-def choose(
-    out_features: int, in_features: int, n: int, m: int, tokens: int, dtype: torch.dtype, save_memory: bool = False
-) -> tuple[str, str]:
-    """(variant, reason): ``empty``, ``few`` (straight from the stored slots) or ``expand`` (dense, then cuBLAS)."""
-    return _choose(out_features, n, m, tokens, save_memory, exact(dtype))
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(out_features, n, m, tokens, save_memory, exactly):
-    if tokens == 0 or out_features == 0:
-        return "empty", "nothing to compute"
-    if tokens == 1 or (tokens <= FEW and not exactly):
-        return "few", f"{tokens} tokens: the weight is read compressed, {n} of {m}"
-    if save_memory:
-        return "few", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
-    if exactly:
-        return "expand", f"fp32 without tf32 at {tokens} tokens: tiles made on the fly lose; expanded, cuBLAS runs"
-    return "expand", f"tiles made on the fly are too slow for {tokens} tokens; expanded, cuBLAS runs"
 
 
 def _configs(tokens: int, times: int, m: int, strips: int, inputs: int, programs: int) -> list[dict]:
@@ -89,12 +55,12 @@ def _configs(tokens: int, times: int, m: int, strips: int, inputs: int, programs
     else:
         waves = 24 if tokens <= 16 else 12
         tiles = [(32, 128, 4, waves), (32, 128, 2, waves), (32, 64, 2, waves), (64, 64, 4, waves), (64, 128, 8, waves)]
-    found = []
+    configs = []
     for rows, depth, warps, waves in tiles:  # as many warps as hide the latency of the values
         height, depth = _tile(m, rows, depth, warps)
         split = splits(-(-strips // height) * times * warps, waves * programs, inputs, 2 * depth, most=inputs)
-        found.append({"BS": height, "BK": depth, "S": split, "num_warps": warps, "num_stages": 1})
-    return found
+        configs.append({"BS": height, "BK": depth, "S": split, "num_warps": warps, "num_stages": 1})
+    return configs
 
 
 def _tile(m, rows, depth, warps):
@@ -104,15 +70,8 @@ def _tile(m, rows, depth, warps):
     return strips, min(depth, max(16, 2048 * warps // (strips * height)))
 
 
-# ---- launchers
-
-
-def _slots(index):
-    """(strips, chunks * Q): which slot of its chunk each column has; made once per pattern."""
-    return derived("grouped_nm slots", _slots_of_columns, index)
-
-
 def _slots_of_columns(index):
+    """(strips, chunks * Q): which slot of its chunk each column has; made once per pattern."""
     chunks, strips, patterns, g = index.shape
     q = patterns * g
     number, slot = torch.arange(q, device=index.device, dtype=torch.int16), index.new_zeros(chunks, strips, q)
@@ -123,152 +82,109 @@ def _slots_of_columns(index):
     return slot.to(torch.uint8) if q <= 256 else slot
 
 
-def _plan_few(x, values, index, pattern, bias, gate, y, inputs, m, activation):
-    chunks, strips, patterns, g, n = values.shape
-    (tokens, outputs), q = y.shape, patterns * g
-    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
-    height, times, stride = power_of_two(m, 1, 256), triton.cdiv(tokens, width), x.stride(0)
-    constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BT": width, "ACTIVATION": activation}
-    constants |= {"PRECISION": precision(x), "WIDE": wide(values), **overlap(x)}
-
-    def prepare(config):
-        tiles = triton.cdiv(strips, config["BS"])
-        grid = (tiles, config["S"], times)
-        launches = for_tables(few_tokens, grid, **constants, **config)
-
-        def call(x, values, index, pattern, bias, gate, y):
-            slots, settled = _slots(index)
-            met = epilogue.hand_over.take(x, tiles * times, math.prod(grid), config["BS"] * height * width)
-            launches[settled](
-                x, values, slots, pattern, bias, gate, y, *met, tokens, inputs, outputs, strips, chunks * q, stride
-            )
-
-        return call
-
-    key = (x.dtype, outputs, inputs, n, m, g, width, times.bit_length())
-    configs = _configs(tokens, times, m, strips, inputs, multiprocessors(x))
-    return autotune.pick("grouped_nm", key, configs, prepare, (x, values, index, pattern, bias, gate, y))
-
-
 def _check_pattern(index, pattern):
     if index.dtype != torch.int16 or pattern.dtype != torch.int32:
-        raise TypeError(f"index {index.dtype} and pattern {pattern.dtype} do not fit; expected int16 and int32")
-
-
-def _linear_fake(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):
-    return x.new_empty(*x.shape[:-1], out_features)
-
-
-@operator(
-    "gpu_grouped_nm_linear(Tensor x, Tensor values, Tensor index, Tensor pattern, Tensor? bias, Tensor? gate, int m,"
-    " int out_features, str activation, bool save_memory) -> Tensor",
-    _linear_fake,
-)
-def _linear(x, values, index, pattern, bias, gate, m, out_features, activation, save_memory):
-    bias, gate = contiguous(bias, gate)
-    tensors = (x, values, index, pattern, bias, gate)
-    statics = ("grouped_nm", m, out_features, activation, save_memory, precision(x))
-    return plan(statics, tensors, lambda: _plan_linear(*tensors, *statics[1:5]))(*tensors)
-
-
-def _plan_linear(x, values, index, pattern, bias, gate, m, outputs, activation, save_memory):
-    """The callable for one layout of arguments; it is made on the first call's tensors."""
-    inputs, shape, n = x.shape[-1], (*x.shape[:-1], outputs), values.shape[-1]
-    if x.dtype != values.dtype:
-        raise TypeError(f"x is {x.dtype} and values {values.dtype}; expected one dtype")
-    _check_pattern(index, pattern)
-    if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
-        raise ValueError(f"values {tuple(values.shape)} do not hold ({outputs}, {inputs}) in strips of {m}")
-    epilogue.check(outputs, shape, (bias,), gate)
-    tokens = x.numel() // inputs
-    variant, _ = choose(outputs, inputs, n, m, tokens, x.dtype, save_memory)
-    if variant == "empty":
-        return lambda x, *rest: x.new_empty(shape)
-    if variant == "expand":
-        dense = _plan_expand(values, index, pattern, m, outputs, inputs)
-
-        def call(x, values, index, pattern, bias, gate):
-            y = torch.nn.functional.linear(x, dense(values, index, pattern), bias)
-            return epilogue.apply(y, activation, gate)
-
-        return call
-
-    rows, y = as_rows(x), x.new_empty(tokens, outputs)
-    run = _plan_few(rows_contiguous(rows(x)), values, index, pattern, bias, gate, y, inputs, m, activation)
-    return filled(run, x, shape, arrange=lambda x: rows_contiguous(rows(x)))
-
-
-def _expand_fake(values, index, pattern, m, out_features, in_features):
-    return values.new_empty(out_features, in_features)
+        raise TypeError(f"Expected an index of int16 and a pattern of int32, got {index.dtype} and {pattern.dtype}.")
 
 
 @operator(
     "gpu_grouped_nm_expand(Tensor values, Tensor index, Tensor pattern, int m, int out_features, int in_features)"
     " -> Tensor",
-    _expand_fake,
+    lambda values, index, pattern, m, out_features, in_features: (out_features, in_features),
+    strided=(),
 )
-def _expand(values, index, pattern, m, out_features, in_features):
-    given, statics = (values, index, pattern), (m, out_features, in_features)
-    return plan(("grouped_nm expand", *statics), given, lambda: _plan_expand(*given, *statics), strided=None)(*given)
-
-
-def _plan_expand(values, index, pattern, m, outputs, inputs):
-    """values, index, pattern -> the dense weight."""
+def expand(values, index, pattern, m, out_features, in_features):
+    """values, index, pattern -> the dense weight (O, I)."""
     _check_pattern(index, pattern)
     chunks, strips, patterns, g, n = values.shape
     q, height = patterns * g, power_of_two(m, 1, 256)
     rows, depth = _tile(m, 32, 16 if INTERPRET else 128, 4)
-    grid = (triton.cdiv(strips, rows), triton.cdiv(inputs, depth))
+    grid = (triton.cdiv(strips, rows), triton.cdiv(in_features, depth))
     constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BS": rows, "BK": depth, "WIDE": wide(values)}
-    launch = Launch(expand_columns, grid, **constants)
-    launch = filled(launch, values, (outputs, inputs), inputs, outputs, strips, chunks * q)
-    return lambda values, index, pattern: launch(values, _slots(index)[0], pattern)
+    launch = triton_launch(expand_columns, grid, **constants)
+    launch = into_new(launch, values, (out_features, in_features), in_features, out_features, strips, chunks * q)
+    slots_of = Derived("grouped_nm slots", _slots_of_columns)
+    return lambda values, index, pattern: launch(values, slots_of(index)[0], pattern)
 
 
-def _collect_fake(dense, index, pattern, m):
-    return dense.new_empty(*index.shape, pattern.shape[1])
-
-
-@operator("gpu_grouped_nm_collect(Tensor dense, Tensor index, Tensor pattern, int m) -> Tensor", _collect_fake)
-def _collect(dense, index, pattern, m):
-    given = (dense.contiguous(), index, pattern)
-    return plan(("grouped_nm collect", m), given, lambda: _plan_collect(*given, m))(*given)
-
-
-def _plan_collect(dense, index, pattern, m):
+@operator(
+    "gpu_grouped_nm_collect(Tensor dense, Tensor index, Tensor pattern, int m) -> Tensor",
+    lambda dense, index, pattern, m: (*index.shape, pattern.shape[1]),
+)
+def collect(dense, index, pattern, m):
+    """A dense matrix (O, I) at the pattern: values (chunks, strips, P, g, n)."""
     (outputs, inputs), (chunks, strips, patterns, g), n = dense.shape, index.shape, pattern.shape[1]
-    launch = Launch(_collect_slots, (strips, chunks), G=g, N=n, M=m, BQ=16 if INTERPRET else 128)
-    return filled(launch, dense, (*index.shape, n), inputs, outputs, patterns * g, strips)
+    launch = triton_launch(_collect_slots, (strips, chunks), G=g, N=n, M=m, BQ=16 if INTERPRET else 128)
+    return into_new(launch, dense, (*index.shape, n), inputs, outputs, patterns * g, strips)
 
 
-# ---- what the framework calls
-
-
-def linear(x, values, index, pattern, bias=None, *, m, out_features, activation=None, gate=None, save_memory=False):
+class GroupedNMLinear(Linear):
     """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``pattern`` (P, n) int32 lies on the same device.
 
     ``save_memory`` rules out a dense weight, at a cost in time.
     """
-    name = epilogue.activation_name(activation)
-    return _linear(x, values, index, pattern, bias, gate, m, out_features, name, save_memory)
+
+    prefix, stored = "gpu_grouped_nm_linear", "Tensor values, Tensor index, Tensor pattern"
+    given, last, expand = "int m, ", "int out_features, str activation, bool save_memory", expand
+    defaults = {"save_memory": False}
+
+    def facts(self, stored, up, numbers):
+        return {"n": stored[0].shape[-1], **numbers}
+
+    def choose(self, tokens, outputs, inputs, dtype, *, n, m, save_memory=False):
+        """``empty``, ``few`` (straight from the stored slots) or ``expand`` (dense, then cuBLAS)."""
+        if tokens == 0 or outputs == 0:
+            return "empty", "nothing to compute"
+        exactly = exact(dtype)
+        if tokens == 1 or (tokens <= FEW and not exactly):
+            return "few", f"{tokens} tokens: the weight is read compressed, {n} of {m}"
+        if save_memory:
+            return "few", "tiles are made from the slots on the fly: saves the dense weight's memory, and no time"
+        if exactly:
+            return "expand", f"fp32 without tf32 at {tokens} tokens: tiles made on the fly lose; expanded, cuBLAS runs"
+        return "expand", f"tiles made on the fly are too slow for {tokens} tokens; expanded, cuBLAS runs"
+
+    def check(self, x, weight, outputs, inputs, m, save_memory):
+        values, index, pattern = weight
+        if x.dtype != values.dtype:
+            raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}.")
+        _check_pattern(index, pattern)
+        if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
+            raise ValueError(
+                f"Expected values of ({outputs}, {inputs}) in strips of {m} rows, got the shape {tuple(values.shape)}."
+            )
+
+    def arrange(self, x, variant, **numbers):
+        return matrix_of(x)
+
+    def launch(self, variant, x, values, index, pattern, bias, gate, y, activation, m, save_memory):
+        chunks, strips, patterns, g, n = values.shape
+        (tokens, outputs), inputs, q = y.shape, x.shape[1], patterns * g
+        width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+        height, times, stride = power_of_two(m, 1, 256), triton.cdiv(tokens, width), x.stride(0)
+        constants = {"Q": q, "G": g, "N": n, "M": m, "MP": height, "BT": width, "ACTIVATION": activation}
+        constants |= {"PRECISION": precision(x.dtype), "WIDE": wide(values), **overlap(x)}
+        integers = (tokens, inputs, outputs, strips, chunks * q, stride)
+
+        def prepare(config):
+            grid = (triton.cdiv(strips, config["BS"]), config["S"], times)
+            tiles, shares, size = grid[0] * times, math.prod(grid), config["BS"] * height * width
+            launches = table_launches(few_tokens, grid, **constants, **config)
+            slots_of = Derived("grouped_nm slots", _slots_of_columns)
+
+            def call(x, values, index, pattern, bias, gate, y):
+                slots, ready = slots_of(index)
+                partial = workspace.take(x, tiles, shares, size)
+                launches[ready](x, values, slots, pattern, bias, gate, y, *partial, *integers)
+
+            return call
+
+        key = (x.dtype, outputs, inputs, n, m, g, width, times.bit_length())
+        configs = _configs(tokens, times, m, strips, inputs, backend.multiprocessors(x))
+        return autotune.pick("grouped_nm", key, configs, prepare, (x, values, index, pattern, bias, gate, y))
 
 
-def linear_grad_input(grad, values, index, pattern, *, m, in_features):
-    """grad (*, O) -> grad @ W, (*, I)."""
-    dense = expand(values, index, pattern, m=m, out_features=grad.shape[-1], in_features=in_features)
-    return torch.matmul(grad, dense)
-
-
-def linear_grad_values(grad, x, index, pattern, *, m):
-    """grad (*, O), x (*, I) -> the gradient of ``values``: a dense product, collected at the pattern."""
-    return collect(grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]), index, pattern, m=m)
-
-
-def expand(values, index, pattern, *, m, out_features, in_features):
-    """The dense weight (O, I)."""
-    return _expand(values, index, pattern, m, out_features, in_features)
-
-
-def collect(dense, index, pattern, *, m):
-    """A dense matrix (O, I) at the pattern: values (chunks, strips, P, g, n)."""
-    return _collect(dense, index, pattern, m)
+linear = GroupedNMLinear()
+choose = linear.choose
+linear_grad_input = ExpandedProduct(expand, "the rows of a strip share no column; expanded, cuBLAS runs")
+linear_grad_values = CollectedProduct(collect)

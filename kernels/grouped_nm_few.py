@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import finish_rows
-from .tiles import begin
+from .pdl import begin
 
 
 @triton.jit

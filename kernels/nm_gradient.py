@@ -7,8 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .library import INTERPRET, Launch, filled, operator, plan
+from .backend import INTERPRET
+from .launch import into_new, triton_launch
 from .nm_few import dense_tile, dense_words
+from .operators import operator
 
 
 @triton.jit
@@ -60,45 +62,38 @@ def has_words(n: int, m: int, dtype: torch.dtype, in_features: int) -> bool:
     return (n, m) == (2, 4) and dtype in (torch.float16, torch.bfloat16) and in_features % 8 == 0
 
 
-def as_words(x: torch.Tensor) -> torch.Tensor:
-    return (x if x.data_ptr() % 8 == 0 else x.clone()).view(torch.int64)
+def words_of(x: torch.Tensor):
+    """The function that views tensors like x, of 16-bit numbers, as 64-bit words; a copy where x is not aligned."""
+    if x.data_ptr() % 8:
+        return lambda x: x.clone().view(torch.int64)
+    return lambda x: x.view(torch.int64)
 
 
-def _expand_fake(values, index, n, m, in_features):
-    return values.new_empty(values.shape[0], in_features)
-
-
-@operator("gpu_nm_expand(Tensor values, Tensor index, int n, int m, int in_features) -> Tensor", _expand_fake)
+@operator(
+    "gpu_nm_expand(Tensor values, Tensor index, int n, int m, int in_features) -> Tensor",
+    lambda values, index, n, m, in_features: (values.shape[0], in_features),
+    strided=(),
+)
 def expand(values, index, n, m, in_features):
-    given, statics = (values, index), (n, m, in_features)
-    return plan(("nm expand", *statics), given, lambda: plan_expand(*given, *statics), strided=None)(*given)
-
-
-def plan_expand(values, index, n, m, inputs):
-    """values, index -> the dense weight."""
-    outputs, words = len(values), inputs // 8
-    if has_words(n, m, values.dtype, inputs) and not INTERPRET:
-        launch = Launch(_expand_words, (triton.cdiv(outputs, 8), triton.cdiv(words, 128)), BM=8, BW=128)
-        return filled(launch, values, (outputs, inputs), outputs, words, arrange=as_words)
+    """values, index -> the dense weight (O, I)."""
+    outputs, words = len(values), in_features // 8
+    if has_words(n, m, values.dtype, in_features) and not INTERPRET:
+        launch = triton_launch(_expand_words, (triton.cdiv(outputs, 8), triton.cdiv(words, 128)), BM=8, BW=128)
+        return into_new(launch, values, (outputs, in_features), outputs, words, arrange=words_of(values))
     height, width = (16, 32) if INTERPRET else (8, 512)
-    grid = (triton.cdiv(outputs, height), triton.cdiv(inputs, width))
-    launch = Launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
-    return filled(launch, values, (outputs, inputs), inputs, outputs, values.shape[1], index.shape[1])
+    grid = (triton.cdiv(outputs, height), triton.cdiv(in_features, width))
+    launch = triton_launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
+    return into_new(launch, values, (outputs, in_features), in_features, outputs, values.shape[1], index.shape[1])
 
 
-def _collect_fake(dense, index, n, m):
-    return dense.new_empty(dense.shape[0], -(-dense.shape[1] // m) * n)
-
-
-@operator("gpu_nm_collect(Tensor dense, Tensor index, int n, int m) -> Tensor", _collect_fake)
+@operator(
+    "gpu_nm_collect(Tensor dense, Tensor index, int n, int m) -> Tensor",
+    lambda dense, index, n, m: (dense.shape[0], -(-dense.shape[1] // m) * n),
+)
 def collect(dense, index, n, m):
-    given = (dense.contiguous(), index)
-    return plan(("nm collect", n, m), given, lambda: _plan_collect(*given, n, m))(*given)
-
-
-def _plan_collect(dense, index, n, m):
+    """A dense matrix (O, I) at the pattern: values (O, K)."""
     (outputs, inputs), height, width = dense.shape, *((16, 32) if INTERPRET else (8, 512))
     slots = -(-inputs // m) * n
     grid = (triton.cdiv(outputs, height), triton.cdiv(slots, width))
-    launch = Launch(_collect_slots, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
-    return filled(launch, dense, (outputs, slots), inputs, outputs, slots, index.shape[1])
+    launch = triton_launch(_collect_slots, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)
+    return into_new(launch, dense, (outputs, slots), inputs, outputs, slots, index.shape[1])

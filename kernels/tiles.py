@@ -1,11 +1,13 @@
-"""Where a program works, the order of the output tiles; and when it begins.
+"""Tiles: the order in which programs take them, how large they are, and how matrices are read by them.
 
-GROUP row tiles walk the columns together, so that programs running at once share both operands in L2.
+GROUP row tiles go through the columns together, so that programs running at once share both operands in L2.
 """
 
+import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .backend import backend
 
 
 @triton.jit
@@ -17,13 +19,41 @@ def grouped(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + inside % height, inside // height
 
 
-@triton.jit
-def begin(PDL: tl.constexpr):
-    """With PDL (programmatic dependent launch), this program was started while the kernel before it still ran.
+def power_of_two(size: int, low: int, high: int) -> int:
+    """The power of two that holds ``size``, within ``low`` and ``high``."""
+    return min(high, max(low, triton.next_power_of_2(max(size, 1))))
 
-    It waits until that one has ended and its writes are seen; every program must, so that the next kernel, which may
-    start as soon as all have passed here, waits for all before it. What a kernel may have written is read after it.
-    """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
+
+def splits(tiles: int, wanted: int, length: int, least: int, most: int = 16) -> int:
+    """In how many parts each of ``tiles`` reductions of ``length`` is split, a power of two up to ``most``: so that
+    there are as many parts as ``wanted``, where each may still have ``least``."""
+    split = 1
+    while tiles * split < wanted and split < most and length // (2 * split) >= least:
+        split *= 2
+    return split
+
+
+def wide(*tensors: torch.Tensor | None) -> bool:
+    """Whether any offset into ``tensors`` needs 64 bits."""
+    return any(
+        t is not None and sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
+        for t in tensors
+    )
+
+
+def describable(matrix: torch.Tensor) -> bool:
+    """Whether the copy engine can fetch tiles of ``matrix``: Hopper, and rows that start at multiples of 16 bytes."""
+    if matrix.numel() == 0 or matrix.data_ptr() % 16 or matrix.stride(0) * matrix.element_size() % 16:
+        return False
+    return matrix.stride(1) == 1 and backend.capability(matrix.device)[0] >= 9
+
+
+def matrix_of(x: torch.Tensor, aligned: bool = False, packed: bool = False):
+    """The function that makes tensors like ``x`` (*, features) a matrix whose rows have no gaps inside; None where they
+    are one. ``aligned``: and that starts at a multiple of 16 bytes; ``packed``: and has no gaps between rows."""
+    size = (x.shape[:-1].numel(), x.shape[-1])
+    flat = x.reshape(size)
+    if flat.stride(1) != 1 or (aligned and flat.data_ptr() % 16) or (packed and not flat.is_contiguous()):
+        # `contiguous` would leave a matrix of one column as it is, whatever its stride
+        return lambda x: x.reshape(size).clone(memory_format=torch.contiguous_format)
+    return None if x.dim() == 2 else lambda x: x.reshape(size)

@@ -8,8 +8,11 @@ import triton
 import triton.language as tl
 
 from . import autotune
-from .library import INTERPRET, Launch, as_rows, filled, operator, overlap, plan, rows_contiguous, wide
-from .tiles import begin
+from .backend import INTERPRET
+from .launch import into_new, triton_launch
+from .operators import operator
+from .pdl import begin, overlap
+from .tiles import matrix_of, wide
 
 
 @triton.jit
@@ -43,21 +46,16 @@ def padded(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _fake(x, leading):
-    return x.new_empty(x.shape[1], leading)
-
-
 def prepared(x, leading):
-    """The launch itself, x -> (C, leading), for matrices of this shape, stride and alignment."""
-    if x.stride(1) != 1:
-        after = prepared(rows_contiguous(x), leading)
-        return lambda x: after(rows_contiguous(x))
-    (rows, cols), stride = x.shape, x.stride(0)
+    """The function x (*, C) -> (C, leading), for tensors of this shape, strides and alignment."""
+    arrange = matrix_of(x)
+    flat = x if arrange is None else arrange(x)
+    (rows, cols), stride = flat.shape, flat.stride(0)
 
     def prepare(config):
         grid = (triton.cdiv(rows, config["BR"]) * triton.cdiv(cols, config["BC"]),)
-        launch = Launch(_transpose, grid, WIDE=wide(x) or cols * leading >= 2**31, **overlap(x), **config)
-        return filled(launch, x, (cols, leading), rows, cols, stride, leading)
+        launch = triton_launch(_transpose, grid, WIDE=wide(flat) or cols * leading >= 2**31, **overlap(x), **config)
+        return into_new(launch, x, (cols, leading), rows, cols, stride, leading, arrange=arrange)
 
     if rows == 0 or cols == 0:
         return lambda x: x.new_empty(cols, leading)
@@ -65,21 +63,20 @@ def prepared(x, leading):
     return autotune.pick("transpose", key, CONFIGS, prepare, (x,))
 
 
-def prepared_rows(x, leading):
-    """``prepared`` for x (*, C); one token, which is row-major and feature-major at once, stays (1, C)."""
-    rows = as_rows(x)
-    flat = rows(x)
-    if len(flat) == 1:
-        return rows
-    turn = prepared(flat, leading)
-    return turn if x.dim() == 2 else lambda x: turn(rows(x))
+def turned_rows(x, leading):
+    """``prepared``, but that one token, which is row-major and feature-major at once, stays (1, C), of any stride:
+    None where it is that already."""
+    if x.shape[:-1].numel() > 1:
+        return prepared(x, leading)
+    return None if x.dim() == 2 else lambda x: x.reshape(1, x.shape[-1])
 
 
-@operator("gpu_transpose(Tensor x, int leading) -> Tensor", _fake)
-def _transpose_op(x, leading):
-    return plan(("transpose", leading), (x,), lambda: prepared(x, leading))(x)
+@operator("gpu_transpose(Tensor x, int leading) -> Tensor", lambda x, leading: (x.shape[1], leading))
+def transposed(x, leading):
+    """x (R, C) -> (C, leading); columns R and above of the result are left unwritten."""
+    return prepared(x, leading)
 
 
 def transpose(x: torch.Tensor, leading: int | None = None) -> torch.Tensor:
     """x (R, C) -> (C, leading); columns R and above of the result are left unwritten. leading defaults to R."""
-    return _transpose_op(x, x.shape[0] if leading is None else leading)
+    return transposed(x, leading=x.shape[0] if leading is None else leading)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import finish
-from .tiles import begin
+from .pdl import begin
 from .vector_nm_gemm import group_rows, load_columns
 
 

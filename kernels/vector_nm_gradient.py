@@ -7,8 +7,11 @@ import triton
 import triton.language as tl
 
 from . import autotune, transpose
-from .library import INTERPRET, Launch, exact, filled, operator, plan, power_of_two, precision, wide
-from .tiles import grouped
+from .backend import INTERPRET, backend
+from .launch import into_new, triton_launch
+from .operators import operator
+from .precision import exact, precision
+from .tiles import grouped, power_of_two, wide
 from .vector_nm_gemm import group_rows
 
 
@@ -80,37 +83,47 @@ def _gradient_configs(v: int, itemsize: int, exactly: bool) -> list[dict]:
     return [{"BM": a, "BN": b, "BK": depth, "GROUP": 8, "num_stages": c, "num_warps": d} for a, b, c, d in tiles]
 
 
-def _values_fake(grad, x, index, n, m, v, feature_major):
-    return x.new_empty(grad.shape[-1], index.shape[1])
+def choose_grad_values(tokens, outputs, inputs, dtype, *, n, m, v) -> tuple[str, str]:
+    """(variant, reason) of the values' gradient: ``gather``."""
+    return "gather", f"a gathered product of {n}/{m} of the dense work"
 
 
 @operator(
     "gpu_vector_nm_grad_values(Tensor grad, Tensor x, Tensor index, int n, int m, int v, bool feature_major) -> Tensor",
-    _values_fake,
+    lambda grad, x, index, *numbers: (grad.shape[-1], index.shape[1]),
+    strided=("grad", "x"),
+    choose=choose_grad_values,
 )
-def grad_values(grad, x, index, n, m, v, feature_major_x):
+def grad_values(grad, x, index, n, m, v, feature_major, variant=None):
+    """grad (*, O), x (*, I) -> the gradient of ``values`` (O, K); with ``feature_major``, x is (I, T or wider)."""
     outputs, slots = grad.shape[-1], index.shape[1]
-    grad = grad.reshape(-1, outputs).contiguous()
-    tokens = grad.shape[0]
-    out = grad.new_empty(outputs, slots)
-    if tokens == 0 or out.numel() == 0:
-        return out.zero_()
-    if not feature_major_x:
-        x = transpose.transpose(x.reshape(tokens, x.shape[-1]), transpose.padded(tokens))
+    tokens = grad.shape[:-1].numel()
+    if tokens == 0 or outputs == 0 or slots == 0:
+        return lambda grad, *rest: grad.new_zeros(outputs, slots)
+    turn = None if feature_major else transpose.prepared(x, transpose.padded(tokens))
+    new = backend.empty(grad, outputs, slots)
 
-    given, statics = (grad, x, index, out), ("vector_nm grad values", v, precision(x))
-    plan(statics, given, lambda: _plan_grad_values(*given, v), strided=1)(*given)
-    return out
+    def arranged(grad, x):
+        return grad.reshape(tokens, outputs).contiguous(), x if turn is None else turn(x)
+
+    launch = _prepare_grad_values(*arranged(grad, x), index, new(), v)
+
+    def call(grad, x, index):
+        out = new()
+        launch(*arranged(grad, x), index, out)
+        return out
+
+    return call
 
 
-def _plan_grad_values(grad, x, index, out, v):
+def _prepare_grad_values(grad, x, index, out, v):
     (tokens, outputs), slots, inputs, stride = grad.shape, index.shape[1], x.shape[0], x.stride(0)
 
     def prepare(config):
         grid = (triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]) * triton.cdiv(slots, config["BN"]),)
-        launch = Launch(
+        launch = triton_launch(
             _values_gradient, grid, V=v, EVEN_T=tokens % config["BK"] == 0, WIDE=wide(grad, x, out),
-            PRECISION=precision(x), **config,
+            PRECISION=precision(x.dtype), **config,
         )  # fmt: skip
 
         def call(grad, x, index, out):
@@ -123,21 +136,14 @@ def _plan_grad_values(grad, x, index, out, v):
     return autotune.pick("vector_nm_grad_values", key, configs, prepare, (grad, x, index, out))
 
 
-def _expand_fake(values, index, n, m, v, in_features):
-    return values.new_empty(values.shape[0], in_features)
-
-
 @operator(
-    "gpu_vector_nm_expand(Tensor values, Tensor index, int n, int m, int v, int in_features) -> Tensor", _expand_fake
+    "gpu_vector_nm_expand(Tensor values, Tensor index, int n, int m, int v, int in_features) -> Tensor",
+    lambda values, index, n, m, v, in_features: (values.shape[0], in_features),
+    strided=(),
 )
 def expand(values, index, n, m, v, in_features):
-    given, statics = (values, index), (n, m, v, in_features)
-    return plan(("vector_nm expand", *statics), given, lambda: _plan_expand(*given, *statics), strided=None)(*given)
-
-
-def _plan_expand(values, index, n, m, v, inputs):
-    """values, index -> the dense weight."""
+    """values, index -> the dense weight (O, I)."""
     (outputs, slots), (rows, width) = values.shape, (16, 32) if INTERPRET else (power_of_two(v, 4, 32), 256)
-    grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(inputs, width))
-    launch = Launch(_expand_tile, grid, N=n, M=m, V=v, BM=rows, BC=width, WIDE=outputs * inputs >= 2**31)
-    return filled(launch, values, (outputs, inputs), inputs, outputs, slots)
+    grid = (triton.cdiv(outputs, v) * triton.cdiv(v, rows), triton.cdiv(in_features, width))
+    launch = triton_launch(_expand_tile, grid, N=n, M=m, V=v, BM=rows, BC=width, WIDE=outputs * in_features >= 2**31)
+    return into_new(launch, values, (outputs, in_features), in_features, outputs, slots)

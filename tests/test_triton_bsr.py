@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton_cases import ACTIVATIONS, DEVICE, TOKENS, bsr_parts, close, poisoned_outputs, random, two_launches  # noqa: F401
 
-from sten.kernels import bsr
+from sten.kernels import bsr, pattern_cache
 
 SHAPES = [  # outputs, inputs, block: dividing, ragged in both, oblong, not a power of two
     (64, 64, (16, 16)),
@@ -20,7 +20,7 @@ if DEVICE != "cpu":
 
 @pytest.fixture(params=["few", "blocks", "expand"])
 def variant(request, monkeypatch):
-    monkeypatch.setattr(bsr, "choose", lambda *a: (request.param, "the test says so"))
+    monkeypatch.setattr(bsr.linear, "choose", lambda *a, **facts: (request.param, "the test says so"))
     return request.param
 
 
@@ -52,7 +52,7 @@ def gated(parts, bias=None):
 @pytest.mark.parametrize("dtype", HALF_TOO, ids=str)
 @pytest.mark.parametrize("outputs, inputs, block", SHAPES)
 def test_gated_linear(outputs, inputs, block, dtype, variant):
-    """Different patterns: the first line of ``gate`` is empty, and of ``up`` the last column alone."""
+    """Different patterns: the first block row of ``gate`` is empty, and of ``up`` the last column alone."""
     gate, gate_dense = bsr_parts(outputs, inputs, *block, dtype=dtype, seed=1)
     keep = torch.rand(-(-outputs // block[0]), -(-inputs // block[1]), generator=torch.Generator().manual_seed(2)) < 0.2
     keep[:, -1], keep[1] = True, False
@@ -89,7 +89,7 @@ def test_gated_linear_without_a_block(variant):
 
 def test_gated_linear_refuses_two_block_shapes():
     (up, _), (gate, _) = bsr_parts(64, 64, 16, 16), bsr_parts(64, 64, 32, 16)
-    with pytest.raises(ValueError, match="in one gated product"):
+    with pytest.raises(ValueError, match="one gated product"):
         bsr.gated_linear(random(2, 64), gated(up), gated(gate), out_features=64)
 
 
@@ -100,7 +100,7 @@ GRADIENTS = [(SHAPES[1], tokens) for tokens in TOKENS] + [(SHAPES[2], 17), (SHAP
 @pytest.mark.parametrize("shape, tokens", GRADIENTS)
 def test_gradients(shape, tokens, path, monkeypatch):
     outputs, inputs, block = shape
-    monkeypatch.setattr(bsr, "choose", lambda *a: (path, "the test says so"))
+    monkeypatch.setattr(bsr, "choose_grad_input", lambda *a, **facts: (path, "the test says so"))
     parts, dense = bsr_parts(outputs, inputs, *block)
     x, grad = random(tokens, inputs), random(tokens, outputs, seed=1)
     close(bsr.linear_grad_input(grad, **parts, in_features=inputs), grad @ dense)
@@ -137,7 +137,7 @@ def test_expand(outputs, inputs, block):
 @pytest.mark.parametrize("depth, width", [(16, 32), (32, 16), (16, 24), (128, 16)])
 @pytest.mark.parametrize("seed", range(4))
 def test_shares(seed, depth, width, most):
-    """Every step of every line is taken once, by programs that stand together; what is left over takes none."""
+    """Every step of every block row is taken once, by programs that stand together; what is left over takes none."""
     weights = []
     for half in range(1 + seed % 2):
         g = torch.Generator().manual_seed(10 * seed + half)
@@ -181,6 +181,7 @@ def test_pattern_written_in_place(variant):
         both = bsr.gated_linear(x, gated(first), gated(other), out_features=64)
         for name in names:
             first[name].copy_(second[name])
+        pattern_cache.invalidate(first["crow"], first["col"], other["crow"], other["col"])
     close(got, x @ dense.T)
     close(both, torch.nn.functional.silu(x @ other_dense.T) * (x @ dense.T))
 
@@ -228,5 +229,5 @@ def test_memory_beyond_x_is_not_read(variant):
 
 def test_choose_explains():
     for tokens in (0, 1, 64, 65, 4096):
-        variant, reason = bsr.choose(4096, 4096, 64, 64, 400, tokens, torch.bfloat16)
+        variant, reason = bsr.choose(tokens, 4096, 4096, torch.bfloat16, bh=64, bw=64, blocks=400)
         assert variant in ("empty", "few", "blocks", "expand") and reason

@@ -41,7 +41,7 @@ GROUPED = [(16, 24, 1, 4, 4), (22, 50, 2, 4, 2), (20, 40, 1, 10, 3), (25, 600, 5
 
 @pytest.mark.parametrize("path", ["few", "cusparse", "expand"])
 def test_csr_linear(path, monkeypatch):
-    monkeypatch.setattr(csr, "choose", lambda *a: (path, "the test says so"))
+    monkeypatch.setattr(csr.linear, "choose", lambda *a, **facts: (path, "the test says so"))
     parts, dense = csr_parts(37, 50)
     bias = random(37)
     for tokens in (1, 3, 17, 63):
@@ -91,7 +91,7 @@ def test_grouped_linear(outputs, inputs, n, m, g, tokens):
 @pytest.mark.parametrize("outputs, inputs, n, m, g", GROUPED)
 @pytest.mark.parametrize("path", ["few", "expand"])
 def test_grouped_linear_in_half(outputs, inputs, n, m, g, path, monkeypatch):
-    monkeypatch.setattr(grouped_nm, "choose", lambda *a: (path, "the test says so"))
+    monkeypatch.setattr(grouped_nm.linear, "choose", lambda *a, **facts: (path, "the test says so"))
     half = torch.float16
     (values, *pattern), dense = grouped_parts(outputs, inputs, n, m, g)
     values, dense, bias = values.to(half), dense.to(half).double(), random(outputs, dtype=half)
@@ -147,5 +147,5 @@ def test_shapes_of_x():
 
 def test_choose_explains():
     for tokens in (0, 1, 16, 4096):
-        assert csr.choose(4096, 4096, 10**6, tokens, torch.float32)[1]
-        assert grouped_nm.choose(4096, 4096, 1, 4, tokens, torch.float32)[1]
+        assert csr.choose(tokens, 4096, 4096, torch.float32, entries=10**6)[1]
+        assert grouped_nm.choose(tokens, 4096, 4096, torch.float32, n=1, m=4)[1]

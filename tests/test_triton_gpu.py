@@ -5,7 +5,7 @@ import torch
 from triton_cases import DEVICE, bsr_parts, close, nm_parts, random, vector_nm_parts
 
 import sten
-from sten.kernels import bsr, derived, epilogue, grouped_nm, nm, transpose, vector_nm
+from sten.kernels import bsr, grouped_nm, nm, pattern_cache, split_k, transpose, vector_nm
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 HALF = torch.bfloat16
@@ -93,6 +93,7 @@ def test_back_to_back(tokens, captured):
         for call, target, source in layers:
             for mine, new in zip(target, source, strict=True):
                 mine.copy_(new)  # the weight is written just before it is used
+            pattern_cache.invalidate(*target[1:])
             y = call(y)
         return y
 
@@ -134,7 +135,7 @@ def turned_layer(seed):
 
 
 def blocks_layer(seed):
-    """The table of who takes which blocks follows the pattern: it is made again, in a capture for each replay."""
+    """The table of who takes which blocks follows the pattern: it is made again, in a capture at each replay."""
     parts, _ = bsr_parts(2048, 2048, 64, 64, dtype=HALF, seed=seed)
     weight = parts["values"] / 23, parts["crow"], parts["col"]
     return written_late(lambda x, *weight: bsr.linear(x, *weight, out_features=2048), *weight)
@@ -167,7 +168,7 @@ def slots():
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 @pytest.mark.parametrize("kind", [blocks, slots], ids=["bsr", "grouped_nm"])
 def test_a_recorded_graph_follows_its_pattern(kind, tokens):
-    """A tick writes the pattern in place and says so; the graph reads the tables where they were."""
+    """A mask update writes the pattern in place and invalidates it; the graph reads the tables where they were."""
     (call, patterns), x = kind(), random(tokens, 2048, dtype=HALF)
     mine = [part.clone() for part in patterns[0][0]]
     for _ in range(2):
@@ -178,7 +179,7 @@ def test_a_recorded_graph_follows_its_pattern(kind, tokens):
     for number, (parts, dense) in enumerate(patterns * 2):
         for own, part in zip(mine, parts, strict=True):
             own.copy_(part)
-        derived.renew(*mine[1:])
+        pattern_cache.invalidate(*mine[1:])
         if number % 2:  # an eager call between changes nothing for the graph
             call(x, mine)
         graph.replay()
@@ -187,14 +188,15 @@ def test_a_recorded_graph_follows_its_pattern(kind, tokens):
 
 def test_captures_use_up_the_counters(monkeypatch):
     """A capture that finds no counters left has them zeroed in its graph; the next call outside provides more."""
-    monkeypatch.setattr(epilogue.HandOver, "SLAB", 1 << 14)
-    monkeypatch.setattr(epilogue, "hand_over", epilogue.HandOver())
+    monkeypatch.setattr(split_k.Workspace, "BLOCK", 1 << 14)
+    fresh = split_k.Workspace()
+    monkeypatch.setattr(nm, "workspace", fresh)
     values, index, dense = nm_parts(256, 2048, 2, 4, HALF)[:3]
     x = random(16, 2048, dtype=HALF)
     expected, recorded = x.double() @ dense.double().T, []
     for launches in (200, 2000, 20):
         nm.linear(x, values, index, n=2, m=4, out_features=256)
-        assert epilogue.hand_over._used[0] <= (1 << 13) + 4096
+        assert fresh._used[0] <= (1 << 13) + 4096
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             results = [nm.linear(x, values, index, n=2, m=4, out_features=256) for _ in range(launches)]
@@ -206,7 +208,7 @@ def test_captures_use_up_the_counters(monkeypatch):
             graph.replay()
             for result in results:
                 close(result, expected, HALF)
-    assert len(epilogue.hand_over._slabs[0]) > 1
+    assert len(fresh._blocks[0]) > 1
 
 
 def test_compiled_by_inductor():

@@ -18,7 +18,7 @@ def call(x, parts, *bias, **more):
 @pytest.mark.parametrize("outputs, inputs, n, m", SHAPES)
 @pytest.mark.parametrize("path", ["tiles", "expand"])
 def test_linear(outputs, inputs, n, m, path, monkeypatch):
-    monkeypatch.setattr(nm, "choose", lambda *a: (path, "the test says so"))
+    monkeypatch.setattr(nm.linear, "choose", lambda *a, **facts: (path, "the test says so"))
     parts, bias = nm_parts(outputs, inputs, n, m), random(outputs)
     for tokens in (1, 3, 17, 63):
         x = random(tokens, inputs)
@@ -28,7 +28,7 @@ def test_linear(outputs, inputs, n, m, path, monkeypatch):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_one_token_from_words(dtype):
     parts, x, bias = nm_parts(20, 72, 2, 4, dtype), random(1, 72, dtype=dtype), random(20, dtype=dtype)
-    assert nm.choose(20, 72, 2, 4, 1, dtype)[0] == "word"
+    assert nm.choose(1, 20, 72, dtype, n=2, m=4)[0] == "word"
     close(call(x, parts, bias), x.double() @ parts[2].double().T + bias.double(), dtype)
 
 
@@ -44,7 +44,7 @@ def test_one_token_of_a_wide_tensor():
 @pytest.mark.parametrize("tokens", [3, 17, 63, 64])
 def test_few_tokens_from_words(dtype, tokens):
     parts, x, bias = nm_parts(130, 264, 2, 4, dtype), random(tokens, 264, dtype=dtype), random(130, dtype=dtype)
-    assert nm.choose(130, 264, 2, 4, tokens, dtype)[0] == "few"
+    assert nm.choose(tokens, 130, 264, dtype, n=2, m=4)[0] == "few"
     close(call(x, parts, bias), x.double() @ parts[2].double().T + bias.double(), dtype)
 
 
@@ -53,7 +53,7 @@ def test_few_tokens_from_words(dtype, tokens):
 def test_cusparselt(tokens):
     """One plan serves every bias; neither it nor x has to lie where the library can read it."""
     parts, x, flat = nm_parts(128, 256, 2, 4, HALF[1]), random(tokens, 256, dtype=HALF[1]), random(400, dtype=HALF[1])
-    assert nm.choose(128, 256, 2, 4, tokens, HALF[1])[0] == "cusparselt"
+    assert nm.choose(tokens, 128, 256, HALF[1], n=2, m=4)[0] == "cusparselt"
     product = x.double() @ parts[2].double().T
     for _ in range(3):  # the second call times the library's algorithms
         for bias in (flat[:128], flat[128:256], flat[129:257], flat[::3][:128]):
@@ -110,5 +110,5 @@ def test_shapes_of_x():
 def test_choose_explains():
     for n, m in ((2, 4), (1, 8)):
         for tokens in (0, 1, 16, 65, 4096):
-            variant, reason = nm.choose(4096, 4096, n, m, tokens, torch.bfloat16)
+            variant, reason = nm.choose(tokens, 4096, 4096, torch.bfloat16, n=n, m=m)
             assert variant in ("empty", "word", "few", "tiles", "cusparselt", "expand") and reason

@@ -30,13 +30,12 @@ if DEVICE != "cpu":
 
 @pytest.fixture(params=["few", "gather", "expand"])
 def variant(request, monkeypatch):
-    decide = vector_nm.choose
-
-    def choose(*given):
-        variant, reason = decide(*given)
+    def choose(*given, **facts):
+        variant, reason = vector_nm.choose(*given, **facts)
         return (variant, reason) if variant == "empty" else (request.param, "the test says so")
 
-    monkeypatch.setattr(vector_nm, "choose", choose)
+    for product in (vector_nm.linear, vector_nm._feature_major):
+        monkeypatch.setattr(product, "choose", choose)
     return request.param
 
 
@@ -96,7 +95,7 @@ def test_gated_epilogue(activation, launches, variant, monkeypatch):
 
 def test_gated_linear_refuses_two_shapes():
     up, gate = vector_nm_parts(50, 80, 1, 4, 16), vector_nm_parts(50, 72, 1, 4, 16)
-    with pytest.raises(ValueError, match="do not hold"):
+    with pytest.raises(ValueError, match="Expected values"):
         vector_nm.gated_linear(random(2, 72), up[:2], gate[:2], n=1, m=4, v=16, out_features=50)
 
 
@@ -148,7 +147,7 @@ def test_padded_columns_are_not_read(variant):
 
 def test_mismatches_are_refused():
     values, index, _ = vector_nm_parts(50, 72, 1, 4, 16)
-    with pytest.raises(ValueError, match="do not hold"):
+    with pytest.raises(ValueError, match="Expected values"):
         vector_nm.linear(random(2, 80), values, index, n=1, m=4, v=16, out_features=50)
     with pytest.raises(TypeError, match="one dtype"):
         vector_nm.linear(random(2, 72).half(), values, index, n=1, m=4, v=16, out_features=50)
@@ -158,7 +157,7 @@ def test_mismatches_are_refused():
 
 def test_choose_is_pure_and_explains():
     for tokens in (0, 1, 64, 65, 4096):
-        variant, reason = vector_nm.choose(4096, 4096, 1, 4, 128, tokens, torch.bfloat16)
+        variant, reason = vector_nm.choose(tokens, 4096, 4096, torch.bfloat16, n=1, m=4, v=128)
         assert variant in ("empty", "few", "gather", "expand") and reason
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests of the Triton floor: the interpreter switch, packers of raw parts, the reference, the comparison.
+"""Shared by the tests of the Triton kernels: the interpreter switch, packers of raw parts, the reference, the comparison.
 
 Import it before anything that imports triton: without a GPU the kernels run in Triton's interpreter, and the switch is
 read at import.
@@ -116,8 +116,8 @@ def two_launches(monkeypatch, module):
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
-    """Every output buffer starts as NaN, so that an element that no program writes is seen; no plan is remembered."""
-    from sten.kernels import library
+    """Every output buffer starts as NaN, so that an element that no program writes is seen; no launch is remembered."""
+    from sten.kernels import _torch_private, launch_cache
 
     def poisoned(allocate):
         def make(*args, **options):
@@ -126,7 +126,7 @@ def poisoned_outputs(monkeypatch):
 
         return make
 
-    library._plans.clear()
-    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (library, "ALLOCATE")):
+    launch_cache.clear()
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (_torch_private, "empty_strided")):
         if getattr(owner, name) is not None:
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -16,19 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sten.kernels import (
-    autotune,
-    bsr,
-    bsr_gradient,
-    csr,
-    derived,
-    grouped_nm,
-    library,
-    nm,
-    transpose,
-    vector_nm,
-    vector_nm_gradient,
-)
+from sten.kernels import autotune, bsr, csr, grouped_nm, launch, nm, pattern_cache, vector_nm
+from sten.kernels.backend import Backend
 
 ARCH = int(sys.argv[1])
 O, I, HALF = 4096, 4096, torch.bfloat16
@@ -36,8 +25,8 @@ found: dict[str, list] = {}
 under: list[str] = []  # the tuning key whose configurations are being compiled
 
 
-def compile_only(launch, *args):
-    """Stands for ``Launch.__call__``: the same specialization as Triton's front end, and no launch."""
+def compile_only(launch, args):
+    """Stands for ``TritonKernel.__call__``: the same specialization as Triton's front end, and no launch."""
     names, signature, constants, attributes = launch.kernel.arg_names, {}, {}, {}
     for place, name in enumerate(names):
         given = args[place] if place < len(args) else launch.constants[name]
@@ -83,54 +72,54 @@ def every_config(kernel, key, configs, prepare, given):
     calls = [prepare(config) for config in configs]
     for call in calls:
         call(*given)
-    module = {"bsr": bsr, "grouped": grouped_nm}.get(kernel.partition("_")[0])
-    if module:  # and as in a capture, where tables are not settled
-        module.derived = lambda tag, make, *sources: (make(*sources), False)
+    if kernel.partition("_")[0] in ("bsr", "grouped"):  # and as in a capture, where tables are not ready
+        look_up = pattern_cache.Derived.__call__
+        pattern_cache.Derived.__call__ = lambda self, *sources: (self.make(*sources), False)
         for call in calls:
             call(*given)
-        module.derived = derived.derived
+        pattern_cache.Derived.__call__ = look_up
     under.pop()
     return calls[0]
 
 
-def plans(tokens, v, block, dtype=HALF):
-    """Plans the products and gradients of every layout, as the first call on a GPU would."""
+def prepare(tokens, v, block, dtype=HALF):
+    """Prepares the products and gradients of every layout, as the first call on a GPU would."""
     x, grad = torch.randn(tokens, I, dtype=dtype), torch.randn(tokens, O, dtype=dtype)
     values, index = torch.empty(O, I // 4, dtype=dtype), torch.zeros(O // v, I // 4, dtype=torch.int32)
-    vector_nm._plan_row_major(1, 4, v, O, "none", x, values, index, *[None] * 5)
+    few, none, rate = tokens <= vector_nm.FEW, (None,) * 4, {"n": 1, "m": 4, "v": v, "out_features": O}
+    gather = {"variant": "few" if few else "gather", **rate}  # what would rather be expanded is compiled too
+    blocks_of = {"variant": "few" if few else "blocks", "out_features": O, "activation": "none"}
+    vector_nm.linear.prepare(x, values, index, None, *none, activation="none", **gather)
     if v == 128 and dtype == HALF:
-        vector_nm._plan_row_major(1, 4, v, O, "silu", x, values, index, None, None, values, index, None)
+        vector_nm.linear.prepare(x, values, index, None, None, values, index, None, activation="silu", **gather)
     crow = torch.arange(O // block + 1, dtype=torch.int32) * (I // block // 16)
     col = torch.zeros(int(crow[-1]), dtype=torch.int32)
     blocks = torch.empty(len(col), block, block, dtype=dtype)
-    bsr._plan_linear(O, "none", x, blocks, crow, col, *[None] * 6)
+    bsr.linear.prepare(x, blocks, crow, col, None, *none, None, **blocks_of)
     if tokens > vector_nm.FEW:
-        turned = torch.empty(I, tokens, dtype=dtype)
-        vector_nm_gradient._plan_grad_values(grad, turned, index, values, v)
-        bsr_gradient._plan_grad_values(grad, x, col, col, col, blocks)
+        vector_nm.grad_values.prepare(grad, x, index, n=1, m=4, v=v, feature_major=False)
+        bsr.linear_grad_values.prepare(grad, x, col, col, col, bh=block, bw=block)
         return
+    fixed = {"out_features": O, "activation": "none", "save_memory": True}
     for n in (1, 2):
         fine = torch.empty(O, n * I // 4, dtype=HALF), torch.zeros(O, n * I // 16, dtype=torch.uint8)
-        nm._plan_linear(x, *fine, None, None, n, 4, O, "none", True)
+        nm.linear.prepare(x, *fine, None, None, n=n, m=4, **fixed)
     entries = (torch.empty(40 * O, dtype=HALF), torch.arange(O + 1, dtype=torch.int32) * 40)
-    csr._plan_linear(x, *entries, torch.zeros(40 * O, dtype=torch.int32), None, None, O, "none")
+    col = torch.zeros(40 * O, dtype=torch.int32)
+    csr.linear.prepare(x, *entries, col, None, None, out_features=O, activation="none")
     for n, m, g in ((1, 16, 16), (2, 4, 8), (1, 200, 2)):
         rows = torch.tensor(list(itertools.combinations(range(m), n)), dtype=torch.int32)
         index = torch.zeros(-(-I // (g * len(rows))), -(-O // m), len(rows), g, dtype=torch.int16)
         slots = torch.empty(*index.shape, n, dtype=HALF), index, rows
-        grouped_nm._plan_linear(x, *slots, None, None, m, O, "none", True)
-        grouped_nm._plan_expand(*slots, m, O, I)(*slots)
+        grouped_nm.linear.prepare(x, *slots, None, None, m=m, **fixed)
+        grouped_nm.expand.prepare(*slots, m=m, out_features=O, in_features=I)(*slots)
 
 
-library.Launch.__call__ = compile_only
-library._capability = lambda device: divmod(ARCH, 10)
+launch.TritonKernel.__call__ = compile_only
+Backend.capability = lambda self, device: divmod(ARCH, 10)
 autotune.pick = every_config
-transpose.transpose = lambda x, leading: transpose.prepared(x, leading)(x)  # the operator would want a GPU
-# what would rather be expanded is compiled too
-vector_nm.choose = lambda *given: ("few" if given[-2] <= vector_nm.FEW else "gather", "")
-bsr.choose = lambda *given: ("few" if given[-2] <= bsr.FEW else "blocks", "")
 for case in ((1, 128, 128), (16, 128, 128), (64, 64, 64), (2048, 128, 128), (2048, 16, 16)):
-    plans(*case)
-plans(2048, 128, 128, torch.float32)
-plans(2048, 16, 16, torch.float32)
+    prepare(*case)
+prepare(2048, 128, 128, torch.float32)
+prepare(2048, 16, 16, torch.float32)
 print(json.dumps(found))

@@ -1,206 +1,191 @@
-"""The Triton kernels of CUDA, where triton can be imported. Each function only names the parts that a kernel reads."""
+"""The Triton kernels of CUDA, where triton can be imported: which tensors and numbers each of them takes, in one table.
+
+A Plan that is made for a known number of tokens prepares its launches from the tensors of its first call, and keeps
+them; one that is made for an intercepted call runs operators of torch, which decide when they run.
+"""
 
 from __future__ import annotations
 
 import functools
-import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from .. import ops as ops  # declares the operators
-from ..dispatch import Plan, kernel
+from ..dispatch import Flags, Plan, kernel
+from ..layout import Layout
 from ..layouts import BSR, CSR, NM, GroupedNM, VectorNM
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PRODUCTS = {"linear": "linear", "linear_grad_input": "linear_grad_input", "linear_grad_weight": "linear_grad_values"}
+ENDS = {"activation": "none", "save_memory": False, "feature_major": False}
 
 
-def rate(layout: VectorNM) -> dict[str, int]:
-    return {"n": layout.n, "m": layout.m, "v": layout.v}
+@dataclass(frozen=True)
+class Row:
+    """How the kernels of a layout are called.
+
+    `parts`: those that linear takes, that its two gradients take. `facts(layout, entries)`: what the kernels' `choose`
+    reads. `numbers(layout)`: what their operators take beside shapes. `table(layout, device)`: one more tensor after
+    the parts. `reference(name, layout, dtype)`: why an operator's reference implementation is better, or None.
+    """
+
+    module: str
+    parts: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    facts: Callable[[Layout, int], dict[str, int]]
+    numbers: Callable[[Layout], dict[str, int]]
+    table: Callable[[Layout, torch.device], Tensor] | None = None
+    reference: Callable[[str, Layout, torch.dtype], str | None] = lambda name, layout, dtype: None
 
 
-_patterns: dict[tuple[GroupedNM, torch.device], Tensor] = {}
+def rate(layout: Layout) -> dict[str, int]:
+    return {name: getattr(layout, name) for name in ("n", "m", "v") if hasattr(layout, name)}
+
+
+def rate_facts(layout: Layout, entries: int) -> dict[str, int]:
+    return rate(layout)
+
+
+def block(layout: BSR) -> dict[str, int]:
+    bh, bw = layout.block
+    return {"bh": bh, "bw": bw}
+
+
+def block_facts(layout: BSR, entries: int) -> dict[str, int]:
+    bh, bw = layout.block
+    return {"bh": bh, "bw": bw, "blocks": entries // (bh * bw)}
+
+
+def small_blocks(name: str, layout: BSR, dtype: torch.dtype) -> str | None:
+    if name == "linear" or min(layout.block) >= 16:
+        return None
+    size = "x".join(map(str, layout.block))  # the kernels take them too, but more slowly
+    return f"blocks of {size} are below the 16 of tensor cores and each reads x again: dense is faster"
+
+
+def dense_gradient(name: str, layout: VectorNM, dtype: torch.dtype) -> str | None:
+    if name != "linear_grad_weight":
+        return None
+    n, m, v = layout.n, layout.m, layout.v
+    if not kernels.precision.exact(dtype) or n / m <= 0.3 * (min(v, 128) / 128) ** 0.5:
+        return None
+    return f"{n}:{m} with v={v} in fp32 without tf32: the dense gradient, gathered, is faster"
 
 
 def patterns(layout: GroupedNM, device: torch.device) -> Tensor:
-    """GroupedNM's patterns (P, n) int32 on the device; kept, unless a trace or a capture runs: what they make must not
-    stay here."""
-    traced = torch._C._len_torch_dispatch_stack()
-    found = None if traced else _patterns.get((layout, device))
-    if found is not None:
-        return found
-    if traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return layout.rows(device).int()
-    made = kernels.derived.outside_of_pools(device, lambda: layout.rows(device).int())
-    return _patterns.setdefault((layout, device), made)
+    """GroupedNM's patterns (P, n) int32 on the device."""
+    return kernels.pattern_cache.constant((layout,), device, lambda: layout.rows(device).int())
 
 
-def in_known_dtypes(choose):
-    """A `choose` that answers for every dtype: the kernels know three, the others expand."""
-
-    @functools.wraps(choose)  # the signature too: it says whether the number of entries is wanted
-    def asked(shape, dtype, spec, **entries):
-        if dtype not in DTYPES:
-            known = "float16, bfloat16 and float32"
-            return "reference", f"expands to dense: the Triton kernels are for {known}, not {dtype}"
-        return choose(shape, dtype, spec, **entries)
-
-    return asked
-
-
-def prepared(choose, function):
-    """The `prepare` of a launcher, which decides by the same rule when it runs."""
-    counts = "entries" in inspect.signature(choose).parameters
-
-    def prepare(layout, shape, dtype, flags):
-        entries = {"entries": flags.entries or 0} if counts else {}
-        variant, reason = choose((flags.tokens or 1, *shape), dtype, layout, **entries)
-        run = functools.partial(function, spec=layout, shape=shape, variant=None)
-        return Plan.of(variant, reason, run)
-
-    prepare.__name__ = function.__name__
-    return prepare
-
-
-def choose_vector_nm(shape, dtype, spec):
-    tokens, outputs, inputs = shape
-    return kernels.vector_nm.choose(outputs, inputs, spec.n, spec.m, spec.v, tokens, dtype)
-
-
-def choose_bsr(shape, dtype, spec, *, entries):
-    tokens, outputs, inputs = shape
-    (bh, bw) = spec.block
-    return kernels.bsr.choose(outputs, inputs, bh, bw, entries // (bh * bw), tokens, dtype)
-
-
-def choose_nm(shape, dtype, spec):
-    tokens, outputs, inputs = shape
-    return kernels.nm.choose(outputs, inputs, spec.n, spec.m, tokens, dtype)
-
-
-def choose_csr(shape, dtype, spec, *, entries):
-    tokens, outputs, inputs = shape
-    return kernels.csr.choose(outputs, inputs, entries, tokens, dtype)
-
-
-def choose_grouped_nm(shape, dtype, spec):
-    tokens, outputs, inputs = shape
-    return kernels.grouped_nm.choose(outputs, inputs, spec.n, spec.m, tokens, dtype)
-
-
-def choose_gradient(shape, dtype, spec):
-    if isinstance(spec, BSR) and min(spec.block) < 16:
-        size = "x".join(map(str, spec.block))  # the kernel takes them too, but more slowly
-        return "reference", f"blocks of {size} are below the 16 of tensor cores and each reads x again: dense is faster"
-    return "triton", "Triton, or its expansion and a dense product"
-
-
-def choose_grad_weight(shape, dtype, spec):
-    if isinstance(spec, VectorNM):
-        return kernels.vector_nm.choose_grad_values(spec.n, spec.m, spec.v, dtype)
-    return choose_gradient(shape, dtype, spec)
-
-
-def vector_nm_linear(x, weight, bias, *, spec, shape, variant):
-    """Triton: a gathered dense product on tensor cores."""
-    return kernels.vector_nm.linear(x, weight["values"], weight["index"], bias, **rate(spec), out_features=shape[0])
-
-
-def vector_nm_linear_grad_input(grad, weight, *, spec, shape, variant):
-    """Triton expansion, then the dense product: the rows of a group share no column."""
-    return kernels.vector_nm.linear_grad_input(
-        grad, weight["values"], weight["index"], **rate(spec), in_features=shape[1]
-    )
-
-
-def vector_nm_linear_grad_weight(grad, x, weight, *, spec, shape, variant):
-    """Triton: the stored entries' products alone."""
-    return kernels.vector_nm.linear_grad_values(grad, x, weight["index"], **rate(spec))
-
-
-def bsr_linear(x, weight, bias, *, spec, shape, variant):
-    """Triton: a product block by block on tensor cores."""
-    return kernels.bsr.linear(x, weight["values"], weight["crow"], weight["col"], bias, out_features=shape[0])
-
-
-def bsr_linear_grad_input(grad, weight, *, spec, shape, variant):
-    """Triton: the blocks of a column, by the transposed index."""
-    parts = (weight[name] for name in ("values", "crow", "col", "t_crow", "t_row", "t_block"))
-    return kernels.bsr.linear_grad_input(grad, *parts, in_features=shape[1])
-
-
-def bsr_linear_grad_weight(grad, x, weight, *, spec, shape, variant):
-    """Triton: a product sampled at the blocks."""
-    bh, bw = spec.block
-    parts = (weight[name] for name in ("col", "t_row", "t_block"))
-    return kernels.bsr.linear_grad_values(grad, x, *parts, bh=bh, bw=bw)
-
-
-def nm_linear(x, weight, bias, *, spec, shape, variant):
-    """cuSPARSELt for many tokens of 2:4, Triton otherwise."""
-    given = {"n": spec.n, "m": spec.m, "out_features": shape[0]}
-    return kernels.nm.linear(x, weight["values"], weight["index"], bias, **given)
-
-
-def nm_linear_grad_input(grad, weight, *, spec, shape, variant):
-    """Triton expansion, then the dense product."""
-    given = {"n": spec.n, "m": spec.m, "in_features": shape[1]}
-    return kernels.nm.linear_grad_input(grad, weight["values"], weight["index"], **given)
-
-
-def nm_linear_grad_weight(grad, x, weight, *, spec, shape, variant):
-    """The dense gradient, collected at the pattern by Triton."""
-    return kernels.nm.linear_grad_values(grad, x, weight["index"], n=spec.n, m=spec.m)
-
-
-def csr_linear(x, weight, bias, *, spec, shape, variant):
-    """Triton for few tokens, expansion for more."""
-    return kernels.csr.linear(x, weight["values"], weight["crow"], weight["col"], bias, out_features=shape[0])
-
-
-def csr_linear_grad_input(grad, weight, *, spec, shape, variant):
-    """Triton expansion, then the dense product."""
-    parts = (weight[name] for name in ("values", "crow", "col"))
-    return kernels.csr.linear_grad_input(grad, *parts, in_features=shape[1])
-
-
-def csr_linear_grad_weight(grad, x, weight, *, spec, shape, variant):
-    """The dense gradient, collected at the pattern by Triton."""
-    return kernels.csr.linear_grad_values(grad, x, weight["crow"], weight["col"])
-
-
-def grouped_nm_linear(x, weight, bias, *, spec, shape, variant):
-    """Triton from the stored slots for few tokens, expansion for more."""
-    pattern = patterns(spec, x.device)
-    given = {"m": spec.m, "out_features": shape[0]}
-    return kernels.grouped_nm.linear(x, weight["values"], weight["index"], pattern, bias, **given)
-
-
-def grouped_nm_linear_grad_input(grad, weight, *, spec, shape, variant):
-    """Triton expansion, then the dense product."""
-    pattern = patterns(spec, grad.device)
-    given = {"m": spec.m, "in_features": shape[1]}
-    return kernels.grouped_nm.linear_grad_input(grad, weight["values"], weight["index"], pattern, **given)
-
-
-def grouped_nm_linear_grad_weight(grad, x, weight, *, spec, shape, variant):
-    """The dense gradient, collected at the pattern by Triton."""
-    return kernels.grouped_nm.linear_grad_values(grad, x, weight["index"], patterns(spec, grad.device), m=spec.m)
-
-
+PAIR, TRIPLE = ("values", "index"), ("values", "crow", "col")
+TRANSPOSED = ("t_crow", "t_row", "t_block")
 TABLE = {
-    VectorNM: (choose_vector_nm, vector_nm_linear, vector_nm_linear_grad_input, vector_nm_linear_grad_weight),
-    BSR: (choose_bsr, bsr_linear, bsr_linear_grad_input, bsr_linear_grad_weight),
-    NM: (choose_nm, nm_linear, nm_linear_grad_input, nm_linear_grad_weight),
-    CSR: (choose_csr, csr_linear, csr_linear_grad_input, csr_linear_grad_weight),
-    GroupedNM: (choose_grouped_nm, grouped_nm_linear, grouped_nm_linear_grad_input, grouped_nm_linear_grad_weight),
+    VectorNM: Row("vector_nm", (PAIR, PAIR, ("index",)), rate_facts, rate, reference=dense_gradient),
+    BSR: Row(
+        "bsr", (TRIPLE, TRIPLE + TRANSPOSED, ("col", *TRANSPOSED[1:])), block_facts, block, reference=small_blocks
+    ),
+    NM: Row("nm", (PAIR, PAIR, ("index",)), rate_facts, rate),
+    CSR: Row("csr", (TRIPLE, TRIPLE, ("crow", "col")), lambda _, entries: {"entries": entries}, lambda _: {}),
+    GroupedNM: Row("grouped_nm", (PAIR, PAIR, ("index",)), rate_facts, rate, patterns),
 }
 
 
+class Launches:
+    """The launches of one signature. The first call prepares them for tensors like its own, and times the candidates;
+    a capture of a CUDA graph, in which nothing can be timed, prepares its own and keeps none."""
+
+    def __init__(self, product, variant: str, numbers: dict):
+        self.product, self.variant, self.numbers, self.launch = product, variant, numbers, None
+        self.backend = kernels.backend.backend
+        self.several, self.current = self.backend.several, self.backend.device
+
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        launch = self.launch
+        if launch is None or (self.several and tensors[0].get_device() != self.current()):
+            return self._elsewhere(tensors)
+        return launch(*tensors)
+
+    def _elsewhere(self, tensors):
+        """On the device of the tensors, which need not be the current one."""
+        with self.backend.on(tensors[0]):
+            launch = self.launch
+            if launch is None:
+                launch = self.product.prepare(*tensors, variant=self.variant, **self.numbers)
+                if not self.backend.capturing(tensors[0]):
+                    self.launch = launch
+            return launch(*tensors)
+
+
+def stored(names: tuple[str, ...], layout: Layout, row: Row) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
+    """Parts -> the tensors that an operator takes of them, contiguous, and the layout's own table behind them."""
+    read = itemgetter(*names) if len(names) > 1 else lambda weight: (weight[names[0]],)
+    table = None
+
+    def tensors(weight):
+        parts = read(weight)
+        if not parts[0].is_contiguous():  # values that autograd made by expansion, say
+            parts = (parts[0].contiguous(), *parts[1:])
+        return parts
+
+    def tensors_and_table(weight):
+        nonlocal table
+        parts = tensors(weight)
+        if table is not None:
+            return *parts, table
+        device = parts[0].device
+        made = row.table(layout, device)
+        if kernels.pattern_cache.lasting(device):
+            table = made
+        return *parts, made
+
+    return tensors if row.table is None else tensors_and_table
+
+
+def prepare_by(name: str, row: Row) -> Callable[..., Plan]:
+    """The `prepare` of an operator by the kernels of a layout."""
+    names = row.parts[list(PRODUCTS).index(name)]
+
+    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+        if dtype not in DTYPES:
+            known = "float16, bfloat16 and float32"
+            return Plan.of("reference", f"expands to dense: the Triton kernels are for {known}, not {dtype}", None)
+        why = row.reference(name, layout, dtype)
+        if why is not None:
+            return Plan.of("reference", why, None)
+        product = getattr(getattr(kernels, row.module), PRODUCTS[name])
+        known = {**row.numbers(layout), "out_features": shape[0], "in_features": shape[1], **ENDS}
+        numbers = {number: known[number] for number in product.numbers}
+        if flags.tokens is None:
+            variant, reason = "operator", "an operator of torch that the compiler sees decides when it runs"
+            launches, absent = functools.partial(product, **numbers), ()
+        else:
+            variant, reason = product.choose(flags.tokens, *shape, dtype, **row.facts(layout, flags.entries or 0))
+            launches, absent = Launches(product, variant, numbers), getattr(product, "absent", ())
+        return Plan.of(variant, reason, RUNS[name](launches, stored(names, layout, row), absent))
+
+    prepare.__name__ = f"{row.module}_{name}"
+    return prepare
+
+
+def linear_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
+    return lambda x, weight, bias: launches(x, *tensors(weight), bias, *absent)
+
+
+def grad_input_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
+    return lambda grad, weight: launches(grad, *tensors(weight))
+
+
+def grad_weight_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
+    return lambda grad, x, weight: launches(grad, x, *tensors(weight))
+
+
+RUNS = {"linear": linear_run, "linear_grad_input": grad_input_run, "linear_grad_weight": grad_weight_run}
+
 if kernels.available():
-    for _layout, (_choose, *_functions) in TABLE.items():
-        _picks = {"linear": _choose, "linear_grad_input": choose_gradient, "linear_grad_weight": choose_grad_weight}
-        for (_name, _pick), _function in zip(_picks.items(), _functions, strict=True):
-            _prepare = prepared(in_known_dtypes(_pick), _function)
-            kernel(_name, weight=_layout, device="cuda", prepare=True)(_prepare)
+    for _layout, _row in TABLE.items():
+        for _name in PRODUCTS:
+            kernel(_name, weight=_layout, device="cuda", prepare=True)(prepare_by(_name, _row))

@@ -1,4 +1,4 @@
-"""How a kernel is called: at once, or as an operator where somebody watches, and never on tensors that do not fit."""
+"""The operators of torch behind the kernels: schema, fake, whoever intercepts a call; never on tensors that do not fit."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from torch.overrides import TorchFunctionMode
 from triton_cases import DEVICE, bsr_parts, close, nm_parts, random, vector_nm_parts
 
 import sten
-from sten.kernels import bsr, csr, grouped_nm, library, nm, vector_nm
+from sten.kernels import bsr, csr, grouped_nm, nm, tiles, vector_nm
+from sten.kernels.backend import backend
 
 O, I = 20, 48
 
@@ -26,12 +27,12 @@ def weights():
     return {
         "gpu_vector_nm_linear": (
             lambda x, b: vector_nm.linear(x, values, index, b, n=1, m=4, v=16, out_features=O),
-            lambda b, gate=None: (values, index, b, gate, 1, 4, 16, O, "relu"),
+            lambda b, gate=None: (values, index, b, gate, None, None, None, 1, 4, 16, O, "relu"),
             dense,
         ),
         "gpu_bsr_linear": (
             lambda x, b: bsr.linear(x, *blocks, b, out_features=O),
-            lambda b, gate=None: (*blocks, b, gate, O, "relu"),
+            lambda b, gate=None: (*blocks, b, gate, None, None, None, None, O, "relu"),
             dense_bsr,
         ),
         "gpu_nm_linear": (
@@ -58,7 +59,7 @@ OPERATORS = list(weights())
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_operator(name, tokens):
-    """The schema says what it writes, the fake has the output's shape, and the direct call is the same product."""
+    """The schema says what it writes, the fake has the output's shape, and the call by name is the same product."""
     call, rest, dense = weights()[name]
     x, bias = random(tokens, I), random(O)
     overload = getattr(torch.ops.sten, name).default
@@ -68,7 +69,7 @@ def test_operator(name, tokens):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_who_watches_sees_the_operator(name):
+def test_an_intercepted_call_shows_the_operator(name):
     call, _, _ = weights()[name]
     x, bias = random(3, I), random(O)
     call(x, bias)  # what is computed once is not traced
@@ -156,15 +157,15 @@ def test_refused(name):
 
 def test_wide_looks_at_the_farthest_element():
     """Not at how many there are: a slice of a fused projection has few elements, far apart."""
-    assert library.wide(torch.empty_strided((3, 64), (2**30, 1), device="meta"))
-    assert not library.wide(torch.empty(2**20, 2**10, device="meta"), None)
-    assert library.wide(torch.empty(2**20, 2**11 + 1, device="meta"))
+    assert tiles.wide(torch.empty_strided((3, 64), (2**30, 1), device="meta"))
+    assert not tiles.wide(torch.empty(2**20, 2**10, device="meta"), None)
+    assert tiles.wide(torch.empty(2**20, 2**11 + 1, device="meta"))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (0, 5), (5, 0), (2, 3, 4), torch.Size((2, 1, 7))])
-def test_blank_is_what_new_empty_makes(shape):
+def test_empty_is_what_new_empty_makes(shape):
     like = random(2, 2, dtype=torch.float16)
-    new, usual = library.blank(like, *shape), like.new_empty(shape)
+    new, usual = backend.empty(like, *shape), like.new_empty(shape)
     made = new()
     assert (made.shape, made.stride(), made.dtype, made.device) == (
         usual.shape, usual.stride(), usual.dtype, usual.device,
@@ -174,5 +175,5 @@ def test_blank_is_what_new_empty_makes(shape):
         assert new().is_inference()
 
 
-def test_blank_is_poisoned_where_torch_is_told_to(poisoned):
-    assert library.blank(random(2), 3, 4)().isnan().all()
+def test_empty_memory_is_poisoned_in_deterministic_mode(poisoned):
+    assert backend.empty(random(2), 3, 4)().isnan().all()

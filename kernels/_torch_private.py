@@ -1,0 +1,51 @@
+"""The private parts of torch that kernels use, each with a public fallback that is slower and safe.
+
+``NAMES`` lists them for the test that tells when a torch no longer has one; nothing else in this package looks into
+``torch._C``.
+"""
+
+import torch
+
+NAMES = (
+    "_C._cuda_getCurrentRawStream",
+    "_C._cuda_getDevice",
+    "_C._cuda_isCurrentStreamCapturing",
+    "_C._dynamo.guards._empty_strided_cuda",
+    "_C._get_deterministic_algorithms",
+    "_C._len_torch_dispatch_stack",
+    "multiprocessing.reductions.StorageWeakRef",
+)
+
+
+def _fetch(name: str, fallback):
+    found = torch
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return fallback if found is None else found
+
+
+class _AlwaysExpired:
+    """In place of torch's weak reference to a storage: nothing is kept for a storage that cannot be followed."""
+
+    def __init__(self, storage):
+        pass
+
+    def expired(self) -> bool:
+        return True
+
+
+# stream(device index) -> the handle of the current stream; 0 is the default stream
+raw_stream = _fetch(NAMES[0], lambda index: torch.cuda.current_stream(index).cuda_stream)
+current_device = _fetch(NAMES[1], torch.cuda.current_device)
+stream_is_capturing = _fetch(NAMES[2], torch.cuda.is_current_stream_capturing)
+# (shape, strides, dtype) -> empty tensor on the current device, by the way that torch.compile's own code takes: a few
+# microseconds less host time than torch.empty. None: take torch.empty. It does not fill memory in deterministic mode.
+empty_strided = _fetch(NAMES[3], None)
+deterministic = _fetch(NAMES[4], torch.are_deterministic_algorithms_enabled)
+dispatch_modes = _fetch(NAMES[5], lambda: 1)  # how many are active; if unknown, as if one were
+StorageWeakRef = _fetch(NAMES[6], _AlwaysExpired)
+
+
+def storage_identity(t: torch.Tensor):
+    """Equal for two tensors on one storage, and for no other storage while a ``StorageWeakRef`` to it is held."""
+    return getattr(t.untyped_storage(), "_cdata", None) or object()

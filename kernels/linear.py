@@ -1,0 +1,128 @@
+"""The product with a weight, as the five layouts share it: ``sten::gpu_<layout>_linear``, its decision and its launch.
+
+x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). Where a layout takes a second weight, ``up``, the gate is
+x @ up.T + up_bias, and both products are one launch or two (``gated``).
+"""
+
+import torch
+
+from . import epilogue
+from .launch import into_new
+from .operators import Operator
+
+
+class Linear(Operator):
+    """The operator of one layout; ``linear(x, *stored, bias=None, *, out_features, activation=None, gate=None, ...)``.
+
+    ``gate`` has the output's shape. A subclass says which tensors are ``stored`` for a weight, which ``numbers`` go
+    with them, and what stands under "of a layout". ``parts`` are the stored tensors, bias and gate, and, if ``dual``,
+    those of a second weight and its bias. The variants that all layouts share are ``empty`` (no launch) and ``expand``
+    (a dense weight, then cuBLAS).
+    """
+
+    prefix, stored, given, dual, last = "", "", "", False, "int out_features, str activation"
+    defaults: dict = {}  # numbers that a caller may leave out
+    expand: Operator
+
+    def __init__(self):
+        self.count = self.stored.count("Tensor ")
+        names = self.stored.replace("Tensor ", "").replace(" ", "").split(",")
+        up = "".join(f" Tensor? up_{name}," for name in (*names, "bias")) if self.dual else ""
+        schema = f"{self.prefix}(Tensor x, {self.stored}, Tensor? bias, Tensor? gate,{up} {self.given}{self.last}"
+        super().__init__(f"{schema}) -> Tensor", self._shape, self._make, choose=self.choose)
+        self.__doc__ = type(self).__doc__
+        self.absent = (None,) * (self.count + 2 if self.dual else 1)  # of a lone product: no gate, no second weight
+
+    # ---- of a layout
+
+    def choose(self, tokens, outputs, inputs, dtype, **facts) -> tuple[str, str]:
+        """(variant, reason)."""
+        raise NotImplementedError
+
+    def facts(self, stored, up, numbers) -> dict:
+        """What ``choose`` reads of a weight."""
+        return numbers
+
+    def check(self, x, weight, outputs, inputs, **numbers) -> None:
+        """Raises where the stored tensors hold no such weight."""
+        raise NotImplementedError
+
+    def arrange(self, x, variant, **numbers):
+        """The function that makes activations as the kernel reads them, or None."""
+        raise NotImplementedError
+
+    def launch(self, variant, x, *parts, activation, **numbers):
+        """The function of the same tensors that fills the last of them, y (T, O)."""
+        raise NotImplementedError
+
+    def library(self, variant, x, *parts, shape, activation, **numbers):
+        """The function of a variant that is no launch of ours; "expand" where there is none now, None for launches."""
+        return None
+
+    def sizes(self, x, outputs, numbers):
+        """(tokens, inputs, the result's shape, the shape that the launch sees of it)."""
+        tokens = x.shape[:-1].numel()
+        return tokens, x.shape[-1], (*x.shape[:-1], outputs), (tokens, outputs)
+
+    def multiply(self, x, dense, bias, numbers):
+        """The product with a dense weight, by cuBLAS."""
+        return torch.nn.functional.linear(x, dense, bias)
+
+    # ---- shared
+
+    def _shape(self, x, *arguments):
+        return *x.shape[:-1], arguments[len(self.tensors) - 1 + self.numbers.index("out_features")]
+
+    def __call__(self, x, *weight, activation=None, gate=None, **given):
+        stored, bias = weight[: self.count], weight[self.count :] or (given.pop("bias", None),)
+        given = {**self.defaults, **given, "activation": epilogue.activation_name(activation)}
+        return super().__call__(x, *stored, *bias, gate, *self.absent[1:], **given)
+
+    def gated(self, x, up, gate, *, activation="silu", **given):
+        """activation(x @ W_gate.T) * (x @ W_up.T), (*, O), where ``up`` and ``gate`` are each (*stored[, bias]).
+
+        One launch, or two where they are faster. Over 64 tokens the up half is rounded to the output's dtype once, on
+        its way through the output; below, both halves meet in fp32. Nothing follows a change of one of two patterns
+        alone but ``pattern_cache.invalidate`` with the tensors of both.
+        """
+        up, gate = ((*weight, None)[: self.count + 1] for weight in (up, gate))
+        given = {**self.defaults, **given, "activation": epilogue.activation_name(activation)}
+        return super().__call__(x, *gate, None, *up, **given)
+
+    def _make(self, x, *parts, out_features, activation, variant=None, **numbers):
+        count = self.count
+        tokens, inputs, shape, flat_shape = self.sizes(x, out_features, numbers)
+        stored, bias, gate = parts[:count], parts[count], parts[count + 1]
+        up, up_bias = (parts[count + 2 : -1], parts[-1]) if self.dual and parts[-2] is not None else (None, None)
+        for weight in (stored, up):
+            if weight is not None:
+                self.check(x, weight, out_features, inputs, **numbers)
+        epilogue.check(out_features, shape, (bias, up_bias), gate)
+        facts = self.facts(stored, up, numbers)
+        if variant is None:
+            variant, _ = self.choose(tokens, out_features, inputs, x.dtype, **facts)
+        if variant == "empty":
+            return lambda x, *parts: x.new_empty(shape)
+        library = self.library(variant, x, *parts, shape=shape, activation=activation, **numbers)
+        if variant == "expand" or library == "expand":
+            return self._expanded(x, stored, up, activation, inputs, out_features, numbers)
+        if library is not None:
+            return library
+        arrange = self.arrange(x, variant, **numbers)
+        flat, y = x if arrange is None else arrange(x), x.new_empty(flat_shape)
+        launch = self.launch(variant, flat, *parts, y, activation=activation, **numbers)
+        return into_new(launch, x, shape, arrange=arrange)
+
+    def _expanded(self, x, stored, up, activation, inputs, outputs, numbers):
+        """Dense weights, cuBLAS, and the epilogue in torch."""
+        count, multiply, known = self.count, self.multiply, {"in_features": inputs, "out_features": outputs, **numbers}
+        known = {name: known[name] for name in self.expand.numbers}
+        dense, dense_up = (None if w is None else self.expand.prepare(*w, **known) for w in (stored, up))
+
+        def call(x, *parts):
+            y, gate = multiply(x, dense(*parts[:count]), parts[count], numbers), parts[count + 1]
+            if dense_up is not None:
+                gate = multiply(x, dense_up(*parts[count + 2 : -1]), parts[-1], numbers)
+            return epilogue.apply(y, activation, gate)
+
+        return call

@@ -1,0 +1,144 @@
+"""An operator of this package: ``sten::gpu_...`` in torch's registry, and the same prepared once for like tensors.
+
+``@operator(schema, shape)`` on a function ``prepare(*tensors, **numbers)`` makes an ``Operator``. Its schema names
+tensors first, then numbers; ``shape(*arguments)`` is that of the result, which has the first tensor's dtype and device.
+With ``choose(tokens, outputs, inputs, dtype, **facts) -> (variant, reason)`` it may run in several ways: ``prepare``
+then takes ``variant=``, what was chosen, or None: it asks ``choose`` itself.
+
+| used as | by whom | decides |
+|---|---|---|
+| ``op(*tensors, **numbers)`` | anybody; compilers and modes see it | at the first call: the launch cache keeps it |
+| ``op.prepare(*tensors, **numbers)`` | a weight's plan, which keeps it | now, for tensors like these |
+
+``Library.define`` and ``impl`` are used rather than ``custom_op`` because a call through them costs the host a few
+microseconds less, and the gradients belong to the framework's ``autograd.Function``, not to the operators.
+"""
+
+import torch
+
+from . import launch_cache
+from .backend import INTERPRET, backend
+from .precision import precision
+
+LIB = torch.library.Library("sten", "FRAGMENT")
+MADE_CONTIGUOUS = ("bias", "gate", "up_bias", "dense")  # of any strides: copied where the kernel could not read them
+
+
+class Operator:
+    """See the module. ``strided``: the tensors that may have any strides, as activations do."""
+
+    def __init__(self, schema: str, shape, make, strided: tuple[str, ...] = ("x",), choose=None):
+        self.name, _, arguments = schema.partition("(")
+        arguments = [a.split("=")[0].split() for a in arguments.partition(")")[0].split(",")]
+        self.tensors = tuple(name for kind, name in arguments if kind.startswith("Tensor"))
+        self.numbers = tuple(name for kind, name in arguments if not kind.startswith("Tensor"))
+        self.make, self.strided, self.choose, self.__doc__ = make, strided, choose, make.__doc__
+        LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIB.impl(self.name, self._on_gpu, "CUDA")
+        LIB.impl(self.name, self._on_cpu, "CPU")
+        torch.library.register_fake(f"sten::{self.name}", lambda x, *rest: x.new_empty(shape(x, *rest)), lib=LIB)
+        self.overload = getattr(torch.ops.sten, self.name).default
+
+    def __call__(self, *tensors, **given):
+        given = dict(zip(self.tensors, tensors, strict=False)) | given
+        return self.overload(*map(given.get, self.tensors), *[given[name] for name in self.numbers])
+
+    def prepare(self, *tensors, variant: str | None = None, **numbers):
+        """The function from tensors like these to the result. It trusts that later ones have the same dtypes, shapes,
+        strides, device, and alignment to 16 bytes, and that their device is the current one."""
+        self._refuse(tensors)
+        if self.choose is not None:
+            numbers["variant"] = variant
+        copied = [
+            place
+            for place, (name, t) in enumerate(zip(self.tensors, tensors, strict=True))
+            if name in MADE_CONTIGUOUS and t is not None and not t.is_contiguous()
+        ]
+        if not copied:
+            return self.make(*tensors, **numbers)
+
+        def readable(tensors):
+            return [t.contiguous() if place in copied else t for place, t in enumerate(tensors)]
+
+        launch = self.make(*readable(tensors), **numbers)
+        return lambda *tensors: launch(*readable(tensors))
+
+    def _refuse(self, tensors):
+        devices = {str(t.device) for t in tensors if t is not None}
+        if len(devices) > 1:
+            raise RuntimeError(f"Expected all tensors on one device, got {', '.join(sorted(devices))}.")
+        any_strides = (*self.strided, *MADE_CONTIGUOUS)
+        for name, t in zip(self.tensors, tensors, strict=True):
+            if t is not None and name not in any_strides and not t.is_contiguous():
+                raise ValueError(
+                    f"Expected a contiguous {name} of shape {tuple(t.shape)}, got strides {t.stride()}; call"
+                    " .contiguous() on it."
+                )
+
+    def _run(self, *arguments):
+        count = len(self.tensors)
+        tensors, numbers = arguments[:count], arguments[count:]
+        x = tensors[0]
+        key = (self.name, *numbers, precision(x.dtype), *map(launch_cache.signature, tensors))
+
+        def make():
+            return self.prepare(*tensors, **dict(zip(self.numbers, numbers, strict=True)))
+
+        return launch_cache.cached(key, x, make)(*tensors)
+
+    def _on_gpu(self, x, *rest):
+        if x.get_device() == backend.device():
+            return self._run(x, *rest)
+        with backend.on(x):  # Triton launches on the current device
+            return self._run(x, *rest)
+
+    def _on_cpu(self, *arguments):
+        if not INTERPRET:
+            raise RuntimeError(f"sten::{self.name} needs a GPU, or TRITON_INTERPRET=1 set before triton is imported.")
+        return self._run(*arguments)
+
+
+def operator(schema: str, shape, **options):
+    """Registers the decorated ``prepare(*tensors, **numbers)`` as an operator, see ``Operator``."""
+    return lambda make: Operator(schema, shape, make, **options)
+
+
+class ExpandedProduct:
+    """grad (*, O) -> grad @ W, (*, I): the weight is expanded, and cuBLAS multiplies."""
+
+    def __init__(self, expand: Operator, reason: str):
+        self.expand, self.reason, self.numbers = expand, reason, expand.numbers
+
+    def __call__(self, grad, *stored, **numbers):
+        if "out_features" in self.numbers:
+            numbers.setdefault("out_features", grad.shape[-1])
+        return torch.matmul(grad, self.expand(*stored, **numbers))
+
+    def choose(self, tokens, outputs, inputs, dtype, **pattern) -> tuple[str, str]:
+        return "expand", self.reason
+
+    def prepare(self, grad, *stored, variant=None, **numbers):
+        dense = self.expand.prepare(*stored, **numbers)
+        return lambda grad, *stored: torch.matmul(grad, dense(*stored))
+
+
+class CollectedProduct:
+    """grad (*, O), x (*, I) -> the gradient of the values: the dense product by cuBLAS, collected at the pattern."""
+
+    def __init__(self, collect: Operator):
+        self.collect, self.numbers = collect, collect.numbers
+
+    def __call__(self, grad, x, *pattern, **numbers):
+        return self.collect(_outer(grad, x), *pattern, **numbers)
+
+    def choose(self, tokens, outputs, inputs, dtype, **pattern) -> tuple[str, str]:
+        return "collect", "the dense gradient by cuBLAS, collected at the pattern by one more kernel"
+
+    def prepare(self, grad, x, *pattern, variant=None, **numbers):
+        collect = self.collect.prepare(grad.new_empty(grad.shape[-1], x.shape[-1]), *pattern, **numbers)
+        return lambda grad, x, *pattern: collect(_outer(grad, x), *pattern)
+
+
+def _outer(grad, x):
+    """The dense gradient (O, I)."""
+    return grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
