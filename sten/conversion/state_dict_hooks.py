@@ -17,6 +17,7 @@ from ..ops.pattern import dense_to_values
 from ..tensor import SparseTensor, checked
 from ..training.attribute import SUFFIX, trained_of
 from ..training.pattern_weight import PatternWeight, as_matrix
+from ..training.trained_weight import is_of_run
 
 
 def accept_every_form(module: nn.Module) -> None:
@@ -41,6 +42,9 @@ def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing,
             continue
         if weight is None:
             state_dict[prefix + name] = entry
+            beside = prefix + name + SUFFIX + "."  # what only a run that goes on needs
+            for key in [k for k in state_dict if k.startswith(beside) and is_of_run(k.removeprefix(beside))]:
+                del state_dict[key]
         else:
             if entry is not present:
                 weight.load(entry.parts, metadata.get("assign_to_params_buffers", False))

@@ -204,9 +204,11 @@ class TrainedWeight(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         """The state of a run; the pattern is loaded together with the values (`conversion.state_dict_hooks`)."""
+        state = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
+        if strict:
+            unexpected += [prefix + name for name in state if not is_of_run(name)]
         if self.method is None or self.method.stateless:
             return
-        state = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
         run = {name: state[name] for name in self.run_names() if name in state}
         if not run:
             warnings.warn(
@@ -247,6 +249,11 @@ class TrainedWeight(nn.Module):
     def extra_repr(self) -> str:
         method = f"{self.method}, " if self.method is not None else ""
         return f"{method}{self.layout}, shape={self.shape}{', transposed' if self.transposed else ''}"
+
+
+def is_of_run(name: str) -> bool:
+    """Whether a tensor beside a weight, by its name in a state dict, is state of a run, not a part of the pattern."""
+    return name == "mask" or name.startswith(("run_", "method_", "momentum_"))
 
 
 def encoded(text: str) -> Tensor:
