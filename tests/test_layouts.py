@@ -381,9 +381,7 @@ def test_augmenting_paths_repair_a_bad_start():
 
 def test_masks_that_cannot_be_held_name_the_place():
     full = torch.ones(6, 8, dtype=torch.bool)
-    with pytest.raises(
-        ValueError, match=r"got 4 in the group of output 0 that starts at input 0; use NM\(n=2, m=4\)"
-    ):
+    with pytest.raises(ValueError, match=r"got 4 in the group of output 0 that starts at input 0; use NM\(n=2, m=4\)"):
         NM(2, 4).pack(torch.ones(6, 8), full)
     narrow = torch.zeros(2, 8, 3, 3, dtype=torch.bool)
     narrow[1, 4:7, 0, 2] = True

@@ -158,7 +158,7 @@ class GroupedNM(Layout):
             )
         if bool(full.all()):
             return chosen
-        # Padding columns take the patterns that are left, in order; other columns of fewer than n entries have to look for it.
+        # Padding columns take the patterns that are left, in order; other columns of fewer than n entries search them.
         left = (self.g - load[:, :-1]).cumsum(1)
         chosen = torch.where(full, chosen, torch.searchsorted(left, (~full).cumsum(1) - 1, right=True))
         real = self.columns(torch.ones(shape, dtype=torch.bool, device=stored.device))
