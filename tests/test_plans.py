@@ -202,8 +202,7 @@ def test_a_kernel_of_matmul():
 
     @sten.kernel("matmul", input=CSR, other=Copied, device="cpu")
     def both(input, other, *, layout, shape):
-        left, right = (each.unpack(parts, size) for each, parts, size in zip(layout, (input, other), shape, strict=True))
-        return left @ right
+        return layout[0].unpack(input, shape[0]) @ layout[1].unpack(other, shape[1])
 
     torch.testing.assert_close(x @ w, x @ dense)
     plan = which("matmul", x, w)
