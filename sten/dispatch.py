@@ -98,8 +98,11 @@ def _made(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any],
         known.check(w, *operands, **geometry)
     layout, shape, values = w.spec, w.stored_shape, parts["values"]
     if len(known.sparse) > 1:
-        layout = tuple(layout if a is parts else None for a in operands)
-        shape = tuple(shape if a is parts else tuple(a.shape) for a in operands)
+        layouts = tuple(layout if a is parts else None for a in operands)
+        if known.otherwise is not None and find(name, values.device.type, layouts) is None:
+            name = known.otherwise
+        else:
+            layout, shape = layouts, tuple(shape if a is parts else tuple(a.shape) for a in operands)
     entries = values.numel()
     flags = Flags(
         tokens=None if seen or isinstance(first, dict) else known.tokens(tuple(first.shape)),

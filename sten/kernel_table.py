@@ -117,6 +117,7 @@ class Operator:
     required: tuple[str, ...]
     tokens: Callable[[tuple[int, ...]], int]
     check: Callable[..., None] | None
+    otherwise: str | None
 
 
 KERNELS = Table()
@@ -136,6 +137,7 @@ def operator(
     required: tuple[str, ...] = (),
     tokens: Callable[[tuple[int, ...]], int] = rows,
     check: Callable[..., None] | None = None,
+    otherwise: str | None = None,
 ) -> Callable:
     """Declare an operator; the decorated function is its reference implementation, for every layout and device.
 
@@ -148,6 +150,8 @@ def operator(
         required: those of them that are sparse in every kernel.
         tokens: the size of the work, from the shape of the first operand (`Flags.tokens`).
         check: `check(w, *operands, **geometry)` raises for operands that do not fit; called once for a signature.
+        otherwise: with several sparse operands, the operator that is the same where the last alone is sparse: its
+            kernels run where this one has none.
 
     Example:
         >>> import torch, sten
@@ -160,7 +164,7 @@ def operator(
     """
 
     def register(function: Callable) -> Callable:
-        OPERATORS[name] = Operator(name, sparse, function, required, tokens, check)
+        OPERATORS[name] = Operator(name, sparse, function, required, tokens, check, otherwise)
         return function
 
     return register

@@ -188,6 +188,31 @@ def test_a_prepared_kernel_of_a_stranger():
     assert sten.testing.check_kernel("linear", CSR(), shapes=[(3, 4)]).calls
 
 
+def test_a_kernel_of_matmul():
+    """It comes before the kernel of linear's input gradient, which is the same product; and serves two sparse ones."""
+    w, dense = copied()
+    x = torch.randn(4, 7)
+    assert which("matmul", x, w).operator == "linear_grad_input"
+
+    @sten.kernel("matmul", other=Copied, device="cpu")
+    def times(input, other, *, layout, shape):
+        """Dense times sparse."""
+        assert layout == (None, Copied()) and shape == ((4, 7), (7, 5))
+        return input @ layout[1].unpack(other, shape[1])
+
+    @sten.kernel("matmul", input=CSR, other=Copied, device="cpu")
+    def both(input, other, *, layout, shape):
+        return layout[0].unpack(input, shape[0]) @ layout[1].unpack(other, shape[1])
+
+    torch.testing.assert_close(x @ w, x @ dense)
+    plan = which("matmul", x, w)
+    assert (plan.operator, plan.kernel, plan.reason) == ("matmul", "times", "Dense times sparse") and plan in plans(w)
+    left, its = make(CSR(), (3, 7), seed=1)
+    with sten.dispatch.observe() as seen:
+        torch.testing.assert_close(left @ w, its @ dense)
+    assert [kernel.function for *_, kernel in seen] == [both]
+
+
 def test_any_device():
     """Expansion and the reference ask for no device in particular."""
     w = make(NM(2, 4), (8, 12))[0].to("meta")

@@ -62,7 +62,9 @@ def linear_grad_weight_reference(grad, x, weight, *, layout, shape):
     return layout.pack_like(dense_grad_weight(grad, x, shape), weight)
 
 
-@operator("matmul", sparse=("input", "other"), required=("other",), check=_check_product)
+@operator(
+    "matmul", sparse=("input", "other"), required=("other",), check=_check_product, otherwise="linear_grad_input"
+)
 def matmul_reference(input, other, *, layout, shape):
     left, right = (
         operand if each is None else each.unpack(operand, size)
@@ -101,16 +103,10 @@ def matmul_now(x: Tensor, w: SparseTensor, bias: Tensor | None, seen: bool) -> T
     return planned("linear", w, (x, parts, bias), None, seen).run(x, parts, bias)
 
 
-def stored_product(w: SparseTensor) -> str:
-    """The operator that x @ the stored matrix is: a kernel registered for matmul comes first; the gradient of linear's
-    input is the same product."""
-    device = w.parts["values"].device.type
-    return "linear_grad_input" if find("matmul", device, (None, w.spec)) is None else "matmul"
-
-
 def _times(x: Tensor, w: SparseTensor, bias: Tensor | None, seen: bool) -> Tensor:
+    """x @ the stored matrix: by a kernel of matmul, or of the gradient of linear's input, which is the same product."""
     parts = w.parts
-    y = planned(stored_product(w), w, (x, parts), None, seen).run(x, parts)
+    y = planned("matmul", w, (x, parts), None, seen).run(x, parts)
     return y if bias is None else y + bias_row(bias, y.shape[-1])
 
 

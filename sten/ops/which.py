@@ -12,7 +12,7 @@ from .._torch_private import no_function
 from ..dispatch import OPERATORS, Plan, planned
 from ..tensor import SparseTensor, contiguous_strides
 from .conv import named_geometry
-from .linear import bias_row, stored_product
+from .linear import bias_row
 
 FEATURES = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weight": 0, "embedding_grad_weight": 1}
 
@@ -64,16 +64,16 @@ def which(
             operands = (*((other, first) if weight.transposed else (first, other)), weight.parts)
             keywords = geometry
         else:
-            operator = resolve(operator, weight)
+            operator = _resolve(operator, weight)
             operands, keywords = _in_order(operator, first, weight, bias), geometry
         return planned(operator, weight, operands, keywords)
 
 
-def resolve(operator: str, w: SparseTensor) -> str:
+def _resolve(operator: str, w: SparseTensor) -> str:
     """The operator of the table that a product becomes for this weight; any other is itself."""
     if operator not in ("linear", "matmul", "linear_grad_input"):
         return operator
-    return "linear" if (operator == "linear") != w.transposed else stored_product(w)
+    return "linear" if (operator == "linear") != w.transposed else "matmul"
 
 
 class Contiguous:
@@ -156,4 +156,4 @@ def _expect(operator: str, shape: tuple[int, ...], w: SparseTensor) -> None:
         )
 
 
-__all__ = ["resolve", "which"]
+__all__ = ["which"]
