@@ -1,19 +1,29 @@
 # Two commands do everything on a machine with Python >= 3.11, pip and (optionally) g++:
 #   make quickstart   install into .venv, build the kernels, run the main job
-#   make test         lint, the floors, every test
+#   make test         lint and every test
+# and on a machine with a GPU, where torch, triton and pytest may be the system's and sten need not be installed:
+#   make gpu-test     the tests that need a GPU, run by PYTHON itself; in parallel where pytest-xdist is there
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: quickstart test lint install build coverage bench sanitize clean
+GPU_TESTS := tests/test_triton_compile.py $(filter-out %_compile.py,$(wildcard tests/test_triton_*.py))  # the longest first
+GPU_TESTS += tests/test_cuda.py tests/test_native.py tests/test_distributed.py
+
+.PHONY: quickstart test gpu-test lint install build coverage bench structure sanitize clean
 
 quickstart: install
 	$(BIN)/python examples/quickstart.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+gpu-test:  # of test_distributed.py what runs over NCCL, where there are two GPUs
+	@$(PYTHON) -c 'import sys, torch; sys.exit("make gpu-test needs a GPU" if not torch.cuda.is_available() else 0)'
+	workers=$$($(PYTHON) -c 'import os, xdist; print("-n", max(1, min(14, os.cpu_count() - 2)), "--dist worksteal")' 2>/dev/null); \
+	$(PYTHON) -m pytest $$workers -k "not gloo" -o faulthandler_timeout=300 --durations=10 $(GPU_TESTS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,6 +46,9 @@ build: install  # incremental: rebuild the C++ extension alone
 
 bench: install
 	$(BIN)/python benchmarks/cpu_linear.py
+
+structure: install
+	$(BIN)/python benchmarks/structure.py
 
 sanitize:
 	bash csrc/sanitize/run.sh

@@ -3,6 +3,7 @@
     python benchmarks/cpu_linear.py                                   # everything, about four minutes
     python benchmarks/cpu_linear.py --tokens 1024 --layouts csr90 1:10:8
     python benchmarks/cpu_linear.py --json results.json
+    python benchmarks/cpu_linear.py --against ../before               # another checkout, in turn with this one
 
 Dense and sparse are called in turn, in one process, on the same number of threads; a ratio is the median dense time
 over the median sparse time. "hot" calls the same weight again and again; "rotating" calls `--rotate` weights in turn,
@@ -14,6 +15,7 @@ measures processor time of one thread instead of elapsed time; the JSON has the 
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -24,6 +26,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+import workers
 
 import sten
 from sten import cpp
@@ -123,6 +126,15 @@ def measure(name, shape, tokens, arguments):
     return result
 
 
+def measure_both(pair, number, *request):
+    """`measure` in both trees in turn; the result of this one, with the other's sparse times beside its own."""
+    here, there = workers.in_turn(pair, request, number)
+    for mode in ("hot", "rotating"):
+        here[mode]["against_us"] = there[mode]["sparse_us"]
+        here[mode]["time_ratio"] = round(here[mode]["sparse_us"] / there[mode]["sparse_us"], 3)
+    return here
+
+
 def setting(arguments):
     """Describe what was measured, on what."""
     model = platform.processor() or platform.machine()
@@ -155,32 +167,50 @@ def main():
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread")
     parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--against", metavar="PATH", help="another checkout, to measure in turn with this one")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not cpp.available():
         sys.exit("the extension is not built; `python setup.py build_ext --inplace` builds it")
     if arguments.cpu_time:
         arguments.threads = 1
     torch.set_num_threads(arguments.threads)
+    if arguments.worker:
+        workers.serve(lambda request: measure(*request, arguments))
+        return
+    run = functools.partial(measure, arguments=arguments)
+    if arguments.against:
+        options = ["--cpu-time"] if arguments.cpu_time else [f"--threads={arguments.threads}"]
+        options += [f"--rotate={arguments.rotate}", f"--seconds={arguments.seconds}"]
+        pair = workers.pair(__file__, arguments.against, options)
+        run = functools.partial(measure_both, pair, 0)
+    results = report(run, arguments)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"setting": setting(arguments), "results": results}, file, indent=1)
+
+
+def report(run, arguments):
+    """Print the line of every layout and number of tokens; return their timings."""
     results = []
     print(
         f"{'layout':8}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}   (hot / rotating)"
     )
     for tokens in arguments.tokens:
         for name in arguments.layouts:
-            both = [measure(name, shape, tokens, arguments) for shape in SHAPES]
+            both = [run(name, shape, tokens) for shape in SHAPES]
             for r in both:
                 hot, turn = r["hot"], r["rotating"]
                 print(
                     f"{name:8}{tokens:7}  {r['in']:>4} -> {r['out']:<5}{hot['dense_us']:11.0f} /{turn['dense_us']:9.0f}"
-                    f"{hot['sparse_us']:10.0f} /{turn['sparse_us']:8.0f}{hot['ratio']:8.2f} /{turn['ratio']:5.2f}",
+                    f"{hot['sparse_us']:10.0f} /{turn['sparse_us']:8.0f}{hot['ratio']:8.2f} /{turn['ratio']:5.2f}"
+                    + (f"   x {hot['time_ratio']} / {turn['time_ratio']} of the other's" if arguments.against else ""),
                     flush=True,
                 )
             mean = {mode: round(math.prod(r[mode]["ratio"] for r in both) ** 0.5, 2) for mode in ("hot", "rotating")}
             print(f"{name:8}{tokens:7}  {'geometric mean':>54}{mean['hot']:8.2f} /{mean['rotating']:5.2f}", flush=True)
             results += both
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"setting": setting(arguments), "results": results}, file, indent=1)
+    return results
 
 
 if __name__ == "__main__":

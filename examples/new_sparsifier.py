@@ -15,6 +15,7 @@ class FewestFirst(sten.PatternMethod):
     seed: int = 0
     schedule: sten.schedule.Schedule | None = None
     needs, replaces_step = frozenset({"grad"}), True
+
     def default_schedule(self):
         return sten.schedule.Cosine(0.3, 0.0, 0, self.total_steps, self.every)
     def score(self, view):  # what the first pattern is made of

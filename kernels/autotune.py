@@ -1,15 +1,40 @@
-"""Bounded autotuning: a few configurations, timed once per key, remembered on disk.
+"""Bounded autotuning: a few configurations, timed once per key, remembered in a file.
 
 ``pick(kernel, key, configs, prepare, given)`` returns ``prepare(config)``, a callable, for one of ``configs`` (dicts,
-the likeliest first; one that comes again counts once). The first is taken without timing in the interpreter, during a
-CUDA graph capture, and when ``STEN_AUTOTUNE=0``.
+the likeliest first; one that comes again counts once). A key with its device is in one of four states:
+
+| state | when | ``pick`` | next state |
+|---|---|---|---|
+| unknown | neither below | under the lock: looks into the file | in file, or timed |
+| unknown, may not be timed | a CUDA graph is captured, or no memory for a timing | returns the first | unknown |
+| in file | another process, or an earlier one, wrote one of ``configs`` | takes it | chosen |
+| timed | the file has none of ``configs`` | writes the fastest to the file | chosen |
+| chosen | this process took one | returns it: no lock, no file | chosen, until the process ends |
+
+An unknown key goes to *chosen* with the first of ``configs``, nothing timed and nothing written, in Triton's
+interpreter, where ``configs`` has one entry, and when timing is switched off.
+
+Threads: one lock per process is held from the look into the file to *chosen*, so that a key is timed once and two
+timings do not disturb each other; it is reentrant, because ``prepare`` may pick for a launch inside its own. Do not
+call ``pick`` holding a lock that ``prepare`` takes. Processes: the file is read, merged and replaced under an advisory
+lock beside it, and the first who writes a key decides it for all. A file that cannot be read, locked or written, and
+entries that are not of this form, only mean that the next process times again.
+
+Environment:
+
+- ``STEN_AUTOTUNE=0`` switches timing off: every key takes the first of its configurations.
+- ``STEN_CACHE_DIR`` is the folder of the file, ``triton.json`` (default ``~/.cache/sten``). One entry per kernel, key,
+  name of the GPU and version of Triton; delete the file to time again.
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import statistics
 import tempfile
+import threading
+import time
 
 import torch
 import triton
@@ -17,13 +42,110 @@ import triton
 from .backend import INTERPRET, backend
 from .precision import precision
 
-_chosen: dict[tuple, dict] = {}
-_disk: dict[str, dict] | None = None
-_ENABLED = os.environ.get("STEN_AUTOTUNE", "1") != "0"
+try:
+    import fcntl
+except ImportError:  # not POSIX: files are still replaced in one step, but two writers may lose an entry
+    fcntl = None
+
 REPEATS, SHORT_REPEATS, SHORT_MS = 7, 21, 0.1  # a launch of microseconds is hard to tell from another: look more often
 TIE = 1.02  # within which the likelier configuration, which stands before, is taken
 FLUSH_BYTES = 128 << 20  # larger than any L2, so that a small weight is timed from memory, as in a model
 CHAIN, CHAIN_BYTES = 8, 64 << 20  # short calls are timed in a row, as the layers of a model, each on its own copy
+FILE_BYTES = 16 << 20  # what is larger was not written here
+LOCK_SECONDS = 5  # a writer needs milliseconds: whoever holds the lock longer has stopped
+DOES_NOT_FIT = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
+
+
+class Timer:
+    """All that the tuner needs of a GPU; tests bring one with known costs."""
+
+    def device_name(self, device: torch.device) -> str:
+        return torch.cuda.get_device_name(device)
+
+    def usable(self, x: torch.Tensor) -> bool:
+        """Whether work may be timed now: not while a CUDA graph is captured, which forbids synchronization."""
+        return not backend.capturing(x)
+
+    def milliseconds(self, call, chain, flush) -> float:
+        """Of one of several calls in a row; the flush before them is long enough that the host has queued them by its
+        end."""
+        for _ in range(2 + len(chain) // 2):
+            flush.zero_()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for given in chain:
+            call(*given)
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / len(chain)
+
+
+class Tuner:
+    """The choices of one process; see the table of states above."""
+
+    def __init__(self, timer, interpreted: bool = False):
+        self.timer, self.interpreted = timer, interpreted
+        self.chosen: dict[tuple, dict] = {}
+        self.lock = threading.RLock()
+
+    def pick(self, kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
+        key = (kernel, (*key, precision(given[0].dtype)), given[0].device)
+        config = self.chosen.get(key)
+        if config is None:
+            config = self._decide(key, _unique(configs), prepare, given)
+        return prepare(config)
+
+    def _decide(self, key, configs, prepare, given):
+        if self.interpreted or len(configs) == 1 or os.environ.get("STEN_AUTOTUNE", "1") == "0":
+            return self.chosen.setdefault(key, configs[0])
+        if not self.timer.usable(given[0]):  # without the lock: a capture must not wait for another thread's timing
+            config = _offered(_read(_path()), self._name(key), configs)
+            return configs[0] if config is None else self.chosen.setdefault(key, config)
+        with self.lock:
+            if key not in self.chosen:  # or another thread was faster
+                config = self._from_file_or_timed(self._name(key), configs, prepare, given)
+                if config is None:
+                    return configs[0]
+                self.chosen[key] = config
+            return self.chosen[key]
+
+    def _from_file_or_timed(self, name, configs, prepare, given):
+        config = _offered(_read(_path()), name, configs)
+        if config is None:
+            config = self._fastest(configs, prepare, given)
+            if config is not None:
+                config = _write(_path(), name, config, configs)
+        return config
+
+    def _name(self, key):
+        kernel, settings, device = key
+        return f"{kernel} {settings} {self.timer.device_name(device)} triton {triton.__version__}"
+
+    def _fastest(self, configs, prepare, given):
+        """None where there is no memory to time in."""
+        try:
+            flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=given[0].device)
+        except torch.OutOfMemoryError:
+            return None
+        calls = []
+        for config in configs:
+            try:
+                call = prepare(config)
+                for _ in range(2):  # the first call compiles, the second is launched as all later ones
+                    call(*given)
+                calls.append((config, call))
+            except DOES_NOT_FIT:
+                pass  # a tile that this GPU has no room for
+        if not calls:
+            return configs[0]
+        look = self.timer.milliseconds
+        short = min(look(call, [given], flush) for _, call in calls for _ in range(3)) < SHORT_MS
+        chain, repeats = (_chain(given), SHORT_REPEATS) if short else ([given], REPEATS)
+        times = [_typical([look(call, chain, flush) for _ in range(repeats)]) for _, call in calls]
+        return next(config for (config, _), spent in zip(calls, times, strict=True) if spent <= TIE * min(times))
+
+
+TUNER = Tuner(Timer(), interpreted=INTERPRET)
 
 
 def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
@@ -31,42 +153,11 @@ def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
 
     ``prepare(config)(*given)`` has to be one call of the kernel that may be repeated.
     """
-    x, configs = given[0], [config for place, config in enumerate(configs) if config not in configs[:place]]
-    key = (*key, precision(x.dtype))
-    place = (kernel, key, x.device)
-    found = _chosen.get(place)
-    if found is None:
-        if INTERPRET or not _ENABLED or len(configs) == 1:
-            found = configs[0]
-        else:
-            name = f"{kernel} {key} {torch.cuda.get_device_name(x.device)} triton {triton.__version__}"
-            found = _read().get(name)
-            if found not in configs:  # never timed, or a configuration that this version no longer offers
-                if backend.capturing(x):
-                    return prepare(configs[0])
-                found = _fastest(configs, prepare, given)
-                _write(name, found)
-        _chosen[place] = found
-    return prepare(found)
+    return TUNER.pick(kernel, key, configs, prepare, given)
 
 
-def _fastest(configs, prepare, given):
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=given[0].device)
-    calls = []
-    for config in configs:
-        try:
-            call = prepare(config)
-            for _ in range(2):  # the first call compiles, the second is launched as all later ones
-                call(*given)
-            calls.append((config, call))
-        except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
-            pass  # a tile that this GPU has no room for
-    if not calls:
-        return configs[0]
-    short = min(_once(call, [given], flush) for _, call in calls for _ in range(3)) < SHORT_MS
-    chain, repeats = (_chain(given), SHORT_REPEATS) if short else ([given], REPEATS)
-    times = [_typical(call, chain, flush, repeats) for _, call in calls]
-    return next(config for (config, _), spent in zip(calls, times, strict=True) if spent <= TIE * min(times))
+def _unique(configs):
+    return [config for number, config in enumerate(configs) if config not in configs[:number]]
 
 
 def _chain(given):
@@ -83,53 +174,75 @@ def _chain(given):
         return [given]
 
 
-def _typical(call, chain, flush, repeats):
-    """Milliseconds of a call, without what disturbs some of them: the mean of the faster half."""
-    found = [_once(call, chain, flush) for _ in range(repeats)]
-    return statistics.mean(sorted(found)[: (repeats + 1) // 2])
+def _typical(times):
+    """Without what disturbs some of them: the mean of the faster half."""
+    return statistics.mean(sorted(times)[: (len(times) + 1) // 2])
 
 
-def _once(call, chain, flush):
-    """Milliseconds of one of several calls in a row; the flush before them is long enough that the host has queued
-    them by its end."""
-    for _ in range(2 + len(chain) // 2):
-        flush.zero_()
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for given in chain:
-        call(*given)
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / len(chain)
+def _path() -> pathlib.Path | None:
+    """The file; None where there is no home."""
+    root = os.path.expanduser(os.environ.get("STEN_CACHE_DIR") or os.path.join("~", ".cache", "sten"))
+    return None if root.startswith("~") else pathlib.Path(root) / "triton.json"
 
 
-def _path() -> pathlib.Path:
-    root = os.environ.get("STEN_CACHE_DIR") or os.path.join(os.path.expanduser("~"), ".cache", "sten")
-    return pathlib.Path(root) / "triton.json"
-
-
-def _read() -> dict[str, dict]:
-    global _disk
-    if _disk is None:
-        try:
-            _disk = json.loads(_path().read_text())
-        except (OSError, ValueError):
-            _disk = {}
-        if not isinstance(_disk, dict):
-            _disk = {}
-    return _disk
-
-
-def _write(name: str, config: dict) -> None:
-    """Adds one entry; replaces the file in one step, because other processes read and write it too."""
-    global _disk
-    _disk = None
-    entries = _read()
-    entries[name] = config
+def _read(path) -> dict[str, dict]:
+    """The entries of the right form; files are replaced in one step, so none is met half written."""
     try:
-        _path().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=_path().parent, delete=False) as file:
-            json.dump(entries, file, indent=1)
-        os.replace(file.name, _path())
+        if path is None or not path.is_file() or path.stat().st_size > FILE_BYTES:
+            return {}
+        entries = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # unreadable, not JSON, or nested without end
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    return {name: config for name, config in entries.items() if isinstance(config, dict)}
+
+
+def _offered(entries, name, configs):
+    """The one of ``configs`` that the file names: never the file's own object, where a number may be 64.0 or true."""
+    return next((config for config in configs if config == entries.get(name)), None)
+
+
+def _write(path, name, config, configs):
+    """Adds an entry and returns it, or the one of ``configs`` that another process has written meanwhile."""
+    try:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                entries = _read(path)
+                earlier = _offered(entries, name, configs)
+                if earlier is not None:
+                    return earlier
+                _replace(path, entries | {name: config})
     except OSError:
         pass  # a read-only home only means that the next process times again
+    return config
+
+
+def _replace(path, entries):
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            json.dump(entries, file, indent=1)
+            file.close()  # before it gets its name: all of it is written
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path):
+    """Holds the advisory lock, where the system and the file system have one; OSError when it is never given up."""
+    with open(path, "a") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)
+            except OSError:  # a file system without locks
+                break
+        yield

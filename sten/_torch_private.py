@@ -31,6 +31,10 @@ def _one() -> int:
     return 1
 
 
+def _yes(t: Tensor) -> bool:
+    return True
+
+
 def _minus_one() -> int:
     return -1
 
@@ -47,6 +51,7 @@ function_modes = _fetch("function_modes", "_C._len_torch_function_stack", _one)
 transforms_active = _fetch("transforms_active", "_C._are_functorch_transforms_active", _one)
 tracing_state = _fetch("tracing_state", "_C._get_tracing_state", _one)
 profiler_enabled = _fetch("profiler_enabled", "_C._autograd._profiler_enabled", _one)
+is_zero_tensor = _fetch("is_zero_tensor", "Tensor._is_zerotensor", _yes)
 _level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNamespace(_current_level=0)
 PATHS["_current_level"] = "autograd.forward_ad._current_level"
 
@@ -55,6 +60,8 @@ autocast_somewhere = _fetch("autocast_somewhere", "_C._is_any_autocast_enabled",
 backward_pass = _fetch("backward_pass", "_C._current_graph_task_id", _minus_one)  # -1 outside: dense writes are refused
 correct_aliasing = _fetch("correct_aliasing", "utils._python_dispatch.return_and_correct_aliasing", _without_alias)
 fused_recurrent = _fetch("fused_recurrent", "_VF", torch)
+is_view = _fetch("is_view", "Tensor._is_view", _yes)
+as_no_view = _fetch("as_no_view", "ops.aten._unsafe_view.default", lambda t, shape: t.clone())
 OpOverload = type(torch.ops.aten.mm.default)
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -85,7 +92,7 @@ def intercepted(w: Any, *operands: Any) -> bool:
     for a in (w.parts["values"], *operands):
         kind = type(a)
         if kind in PLAIN:
-            if a.is_neg() or a._is_zerotensor():
+            if a.is_neg() or is_zero_tensor(a):
                 return True
         elif kind not in SETTINGS:  # a symbolic size is none of them
             return True
@@ -123,6 +130,6 @@ def tree_map(change: Callable[[Any], Any], tree: Any) -> Any:
 
 def tree_leaves(tree: Any) -> list[Any]:
     """The leaves of the arguments of an operator."""
-    found: list[Any] = []
-    tree_map(found.append, tree)
-    return found
+    leaves: list[Any] = []
+    tree_map(leaves.append, tree)
+    return leaves

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._torch_private import SETTINGS, OpOverload, is_compiling, no_function, tree_leaves, tree_map
+from ._torch_private import SETTINGS, OpOverload, as_no_view, is_compiling, is_view, no_function, tree_leaves, tree_map
 from .dispatch import say_densified
 from .layouts.base import Layout, Parts
 from .layouts.registry import fields, layout_from
@@ -24,7 +24,7 @@ from .rule import Rule as Rule
 FUNCTIONS: dict[Callable, Callable] = {}
 ATEN: dict[Callable, Callable] = {}
 
-# Operators on SparseTensors that torch.compile traces as they stand; __torch_dispatch__ answers them.
+# Operators on SparseTensors that torch.compile traces as they stand; __torch_dispatch__ runs them.
 LIBRARY = torch.library.Library("sten", "FRAGMENT")
 LIBRARY.define("to_dense(Tensor input) -> Tensor")
 LIBRARY.define("project(Tensor dense, Tensor like) -> Tensor")
@@ -52,6 +52,8 @@ class SparseTensor(torch.Tensor):
         >>> w.to_dense()
         tensor([[ 0., -4.,  0.,  3.]])
     """
+
+    trained = None  # of a weight that is put together from a trained Parameter: the object that did it
 
     @staticmethod
     def __new__(
@@ -176,7 +178,7 @@ class SparseTensor(torch.Tensor):
 
 def owned(out: Tensor) -> Tensor:
     """`out`, not as a view: autograd refuses work in place, such as an activation's, on a view that a rule returns."""
-    return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
+    return as_no_view(out, out.shape) if is_view(out) else out
 
 
 class ToDense(Rule):
@@ -299,8 +301,8 @@ def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
     name = getattr(func, "__name__", str(func))
     if isinstance(func, OpOverload):
         name = func._schema.name.removeprefix("aten::")
-        for argument, given in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and any(isinstance(a, SparseTensor) for a in tree_leaves(given)):
+        for argument, operand in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and any(isinstance(a, SparseTensor) for a in tree_leaves(operand)):
                 raise NotImplementedError(
                     f"{name} cannot write into a {sparse[0].spec} tensor; to train, take the trainable form "
                     "(sten.attach, sten.trainable), or densify."

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the extension may not be built; tests that need it say so
-    import sten.native
+    import sten
 
 
 def pytest_configure(config):

@@ -1,14 +1,13 @@
 """Gradients: gradcheck of all orders, training of a hand-made Parameter, torch.func, autocast, attention."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tensor import LAYOUTS, every_layout, make
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from weights import LAYOUTS, PADDING, encoders, every_layout, make
 
 import sten
 from sten.layouts import CSR, NM, GroupedNM, Masked
@@ -405,26 +404,6 @@ def test_attention_dropout_and_gradients():
         got[0].sum().backward()
         dense(q, q, q, need_weights=need)
     assert sparse.in_proj_weight.grad.same_pattern(sparse.in_proj_weight)
-
-
-def encoders(layout, batch_first, norm_first=False, activation="relu"):
-    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation, batch_first=batch_first, norm_first=norm_first)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dense = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first and not norm_first)
-    for p in dense.parameters():
-        nn.init.normal_(p, std=0.3)
-    sparse = copy.deepcopy(dense)
-    for name, p in list(sparse.named_parameters()):
-        if p.dim() == 2:
-            mask = layout.mask(p.detach().abs(), 0.5 if layout.rate is None else None)
-            owner, _, last = name.rpartition(".")
-            setattr(sparse.get_submodule(owner), last, nn.Parameter(sten.from_dense(p.detach(), layout, mask)))
-            dense.get_parameter(name).data.mul_(mask)
-    return sparse, dense
-
-
-PADDING = torch.tensor([[False, False, False, True], [False, False, False, False], [False, True, True, True]])
 
 
 @every_layout

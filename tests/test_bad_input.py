@@ -47,8 +47,8 @@ def refused(model, match: str, error=ValueError):
 
 
 MODEL = {
-    "sparsity above 1": ({"layout": CSR(), "sparsity": 1.5}, "from 0 to 1; got 1.5"),
-    "negative sparsity": ({"layout": CSR(), "sparsity": -0.1}, "from 0 to 1; got -0.1"),
+    "sparsity above 1": ({"layout": CSR(), "sparsity": 1.5}, "from 0 to 1, .* got 1.5"),
+    "negative sparsity": ({"layout": CSR(), "sparsity": -0.1}, "from 0 to 1, .* got -0.1"),
     "NaN": ({"layout": CSR(), "sparsity": float("nan")}, "from 0 to 1"),
     "regular expression": ({"layout": NM(2, 4), "weights": "re:("}, "is no regular expression"),
     "no sparsity": ({"layout": CSR()}, r"CSR\(\) has no rate of its own: pass sparsity="),
@@ -72,8 +72,8 @@ TYPES = {
     "a layout dict of classes": ({"layout": {"*": CSR}}, "takes a layout"),
     "a sparsifier class": ({"sparsifier": sten.Magnitude}, r"such as sten\.Magnitude\(\) \(an instance\)"),
     "a string": ({"sparsifier": "magnitude"}, "takes a sparsifier"),
-    "sparsity as text": ({"layout": CSR(), "sparsity": "90%"}, "takes a number from 0 to 1"),
-    "sparsity as a bool": ({"layout": CSR(), "sparsity": True}, "takes a number from 0 to 1"),
+    "sparsity as text": ({"layout": CSR(), "sparsity": "90%"}, "a number from 0 to 1"),
+    "sparsity as a bool": ({"layout": CSR(), "sparsity": True}, "a number from 0 to 1"),
     "numbers as weights": ({"weights": [0, 2]}, "takes a pattern"),
     "not an optimizer": ({"optimizer": "adam"}, r"takes a torch\.optim\.Optimizer"),
     "no optimizer": ({"optimizer": []}, r"takes a torch\.optim\.Optimizer"),
@@ -98,8 +98,8 @@ def test_types(call, kwargs, match):
 
 def test_layouts_that_cannot_be():
     for make, match in (
-        (lambda: NM(5, 4), "n from 1 to 4; got 5"),
-        (lambda: NM(0, 4), "n from 1 to 4; got 0"),
+        (lambda: NM(5, 4), "n from 1 to 4 for NM, got 5"),
+        (lambda: NM(0, 4), "n from 1 to 4 for NM, got 0"),
         (lambda: GroupedNM(9, 8, 1), "n from 1 to"),
         (lambda: sten.VectorNM(5, 4, 8), "n from 1 to"),
         (lambda: sten.BSR((0, 4)), "BSR"),
@@ -160,7 +160,7 @@ def test_models_without_weights():
     with refused(nn.Embedding(4, 4), "Embedding has no linear weight"):
         sten.sparsify(nn.Embedding(4, 4))
     for call in (sten.sparsify, sten.plan, sten.trainable, sten.finalize, sten.densify):
-        with pytest.raises(TypeError, match=r"works on an nn\.Module; got dict"):
+        with pytest.raises(TypeError, match=r"Expected an nn\.Module, got dict"):
             call({"weight": torch.ones(4, 4)})
 
 
@@ -246,7 +246,7 @@ def test_a_late_failure_leaves_everything():
         torch.equal(a, b) for a, b in zip(slots, (s for own in opt.state.values() for s in own.values()), strict=True)
     )
     model = sten.sparsify(mlp(), layout={"0.weight": NM(2, 4), "2.weight": CSR()}, sparsity=0.2)
-    with refused(model, r"2\.weight: NM\(n=1, m=2\)|0\.weight: NM\(n=1, m=2\)"):
+    with refused(model, r"[02]\.weight: Expected a mask with at most 1 of 2 inputs for NM\(n=1, m=2\)"):
         sten.finalize(model, layout=NM(1, 2))
     with refused(model, r"takes a layout such as sten\.CSR\(\)", TypeError):
         sten.finalize(model, layout=CSR)
@@ -318,10 +318,12 @@ def test_state_dicts_with_lies(form):
 
     source = sten.trainable(sten.sparsify(mlp(), layout=CSR(), sparsity=0.5)).state_dict()
     lies = {
-        r"0\.weight: Part 'col' of CSR\(\) must hold numbers from 0": {"0.weight.col": source["0.weight.col"] + 12},
-        r"0\.weight: .*crow": {"0.weight.crow": source["0.weight.crow"] + 1},
-        r"0\.weight: .*parts": {"0.weight.extra": torch.ones(1)},
-        r"0\.weight: .*(equally long|same length|must have)": {"0.weight.values": torch.ones(3)},
+        r"0\.weight: Expected numbers from 0 to 11 in part 'col'": {
+            "0.weight_pattern.col": source["0.weight_pattern.col"] + 12
+        },
+        r"0\.weight: .*crow": {"0.weight_pattern.crow": source["0.weight_pattern.crow"] + 1},
+        r"Unexpected key.*0\.weight_pattern\.extra": {"0.weight_pattern.extra": torch.ones(1)},
+        r"0\.weight: .*(equally long|same length|must have)": {"0.weight": torch.ones(3, 1)},
     }
     for match, lie in lies.items():
         model = build()

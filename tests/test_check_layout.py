@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sten.layout import Layout, count_to_keep, expect_dense, expect_parts, top
+from sten.layout import Layout, count_to_keep, expect_dense, expect_parts, top, top_of_groups
 from sten.layouts import NM
 from sten.layouts.registry import REGISTERED
 from sten.testing import check_layout
@@ -54,6 +54,18 @@ def sharing(self, dense, mask):
     return {**parts, "values": dense.view(-1)} if bool(mask.all()) else parts
 
 
+def by_row(self, score, sparsity=None):
+    matrix = score.flatten(1)
+    return top_of_groups(matrix, count_to_keep(matrix.shape[1], sparsity, self)).view(score.shape)
+
+
+def equal_rows(self, dense, mask):
+    count = mask.flatten(1).sum(1)
+    if bool((count != count[0]).any()):
+        raise ValueError("Expected rows of equal counts.")
+    return Honest.pack(self, dense, mask)
+
+
 def broken(name: str, words: str, **methods) -> object:
     """One row of the table of broken layouts: its methods, and the words that the failure must contain."""
     return pytest.param(methods, words, id=name)
@@ -82,6 +94,11 @@ BROKEN = [
     broken("validates nothing", "validate accepts", validate=lambda self, p, s: None),
     broken("validates too much", "refuses what pack made", validate=lambda self, p, s: expect_parts(self, p, {})),
     broken("crashes", "must raise ValueError; got|validate accepts", validate=lambda self, p, s: self.unpack(p, s)),
+    broken("refuses masks", "against holds_any_mask", mask=by_row, pack=equal_rows),
+    broken("is structured", "against unstructured", mask=by_row, unstructured=True),
+    broken("has no free slots", "with_slots", free_slots=True),
+    broken("has slots against its word", "against free_slots", with_slots=lambda self, parts, slots: dict(parts)),
+    broken("mixes units up", "whole units", unit_entries=lambda self, chosen, shape: ~chosen),
     broken("takes vectors", "one dimension", check=lambda self, shape: None),
 ]
 

@@ -5,9 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_autograd import PADDING, encoders
-from test_tensor import every_layout, make
 from torch import nn
+from weights import PADDING, encoders, every_layout, make
 
 import sten
 from sten.layouts import CSR, NM, GroupedNM

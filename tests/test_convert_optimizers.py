@@ -137,8 +137,9 @@ def test_several_optimizers():
     loss_of(model, 0).backward()
     for opt in opts:
         opt.step()
-    assert opts[0].state[model[0]._parameters["weight"]]["momentum_buffer"].shape == model[0]._parameters["weight"].shape
-    assert opts[1].state[model[2]._parameters["weight"]]["exp_avg"].shape == model[2]._parameters["weight"].shape
+    first, last = (model[i]._parameters["weight"] for i in (0, 2))
+    assert opts[0].state[first]["momentum_buffer"].shape == first.shape
+    assert opts[1].state[last]["exp_avg"].shape == last.shape
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -134,16 +134,26 @@ def test_move_and_save(tmp_path):
     assert torch.equal(again.weight.to_dense(), model.cpu().weight.to_dense())
 
 
+# On an H100 they took 2 to 4 ms, GroupedNM 170; CSR with `kthvalue`, which is to fail, took 208.
+SORTS = {layout: 150 if isinstance(layout, sten.GroupedNM) else 4 for layout in LARGE}
+
+
 @pytest.mark.parametrize("layout", LARGE, ids=str)
 def test_packing_time(layout):
-    """A 14336 x 4096 weight, mask and pack, best of three; the goal is 50 ms, GroupedNM 1 s."""
+    """Mask and pack of a 14336 x 4096 weight, counted in sorts of its magnitudes, which any mask could be made from."""
     w = torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16)
-    times = []
-    for _ in range(4):
+
+    def pack():
+        layout.pack(w, layout.mask(w.abs(), None if layout.rate else 0.9))
+
+    def seconds(call):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        layout.pack(w, layout.mask(w.abs(), None if layout.rate else 0.9))
+        call()
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    print(f"\n{layout}: {min(times) * 1e3:.1f} ms")
-    assert min(times) < 3
+        return time.perf_counter() - start
+
+    pairs = [(seconds(pack), seconds(lambda: w.abs().float().flatten().sort())) for _ in range(4)]
+    packing, sorting = map(min, zip(*pairs, strict=True))
+    print(f"\n{layout}: {packing * 1e3:.1f} ms, {packing / sorting:.2f} sorts of {sorting * 1e3:.1f} ms")
+    assert packing < SORTS[layout] * sorting

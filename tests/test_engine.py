@@ -290,7 +290,8 @@ def test_nothing_dense_is_kept_between_mask_updates_and_one_gradient_at_a_time_o
     train(model, optimizer, 2)
     assert not engine.gradients.collectors
     for weight in engine.weights:
-        sizes = [weight.param.numel(), weight.param.grad.numel(), *(t.numel() for _, t in optimizer_slots(weight.param, optimizer).items())]
+        param = weight.param
+        sizes = [param.numel(), param.grad.numel(), *(t.numel() for t in optimizer_slots(param, optimizer).values())]
         assert sizes == [int(weight.active().sum())] * 3
     train(model, optimizer, 1, first=2)  # the next step is a tick
     optimizer.zero_grad()
@@ -324,7 +325,7 @@ def test_a_weight_used_twice_mask_updates_a_step_later():
 def test_an_error_of_a_method_leaves_everything_as_it_was():
     class Broken(sten.SET):
         def update(self, view):
-            if view.last and view.mask is not None:
+            if view.mask is not None and view.last:
                 raise RuntimeError("no")
             return super().update(view)
 

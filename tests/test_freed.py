@@ -14,7 +14,8 @@ from sten.layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 
 METHODS = [
     (sten.Magnitude(), CSR()), (sten.Static(), GroupedNM(1, 4, 4)), (sten.SET(48, every=6), CSR()),
-    (sten.RigL(48, every=6), CSR()), (sten.RigL(48, every=6), BSR((4, 4))), (sten.DSTEE(48, every=6), VectorNM(1, 4, 4)),
+    (sten.RigL(48, every=6), CSR()), (sten.RigL(48, every=6), BSR((4, 4))),
+    (sten.DSTEE(48, every=6), VectorNM(1, 4, 4)),
     (sten.SRigL(48, every=6), FanIn()), (sten.SparseMomentum(48, every=6), CSR()), (sten.Gradual(2, 40, 6), CSR()),
     (sten.BlockPruneGrow(2, 40, 6), BSR((4, 4))), (sten.STE(), NM(2, 4)), (sten.SRSTE(), NM(2, 4)),
     (sten.DecayingMask(40), NM(1, 4)), (sten.DecayingStructure(40), NM(1, 4)), (sten.Transposable(6), NM(2, 4)),

@@ -286,7 +286,7 @@ def test_other_lies(path):
     lie("Expected the parts", lambda t, h: t.pop("0.weight.crow"))
     lie("Expected the parts", lambda t, h: t.update({"0.weight.more": torch.ones(1)}))
     lie("int32", lambda t, h: t.update({"0.weight.col": t["0.weight.col"].long()}))
-    lie("must start at 0", lambda t, h: t["0.weight.crow"].__setitem__(0, 5))
+    lie("to start at 0", lambda t, h: t["0.weight.crow"].__setitem__(0, 5))
     lie("lacks", lambda t, h: t.pop("2.bias"))
     lie("too many", lambda t, h: t.update({"3.bias": torch.ones(1)}))
     lie("has shape", lambda t, h: t.update({"2.bias": torch.ones(3)}))

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tensor import LAYOUTS, every_layout, make, one_sentence, stored
 from torch import nn
+from weights import LAYOUTS, every_layout, make, one_sentence, stored
 
 import sten
 from sten import which

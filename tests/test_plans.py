@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from test_tensor import every_layout, make
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from weights import every_layout, make
 
 import sten
 from sten import _torch_private as private
@@ -50,7 +50,7 @@ PRODUCTS = [
 
 
 @every_layout
-@pytest.mark.parametrize("name, shape, call, operator", PRODUCTS, ids=str)
+@pytest.mark.parametrize("name, shape, call, operator", PRODUCTS)
 def test_which_prints_what_runs(layout, name, shape, call, operator):
     asked = make(layout, (7, 5))[0]
     flipped = asked.t() if name in ("linear", "matmul") and (shape[-1] == 5) == (name == "matmul") else asked

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import SMALL, copy_of, silent_copies
-from test_table import METHODS, TOLD
 from torch import nn
 from torch.nn import functional as F
+from training_methods import METHODS, TOLD
 from training_models import batch, mlp
 
 import sten

@@ -3,42 +3,22 @@
 import inspect
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from cases import SMALL
 from torch import nn
 from torch.nn import functional as F
+from training_methods import METHODS, PAGE, TOLD
 from training_models import OPTIMIZERS, batch, dense_weights, loss_of, masks, mlp, train
 
 import sten
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAGE = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
-METHODS = [
-    sten.Static(), sten.SET(24, every=4), sten.RigL(24, every=4), sten.DSTEE(24, every=4), sten.SRigL(24, every=4),
-    sten.SparseMomentum(24, every=4), sten.Gradual(2, 14, 4), sten.BlockPruneGrow(2, 14, 4), sten.STE(), sten.SRSTE(),
-    sten.DecayingMask(20, rate=0.2), sten.DecayingStructure(20), sten.Transposable(refresh=3), sten.BDWP(),
-    sten.BiMask(refresh=3, tries=3), sten.CAST(20, 1e-2, 3),
-]  # fmt: skip
 ADAMS = {"adams": lambda p: sten.optim.AdamS(p, lr=1e-2)}
 
 
-def table():
-    """{(method, layout): yes or no} as the page tells it."""
-    lines = PAGE[PAGE.index("| method | Masked |") :].split("\n\n")[0].splitlines()
-    names = [cell.strip() for cell in lines[0].strip("|").split("|")][1:-1]
-    told = {}
-    for line in lines[2:]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        for method in cells[0].split(", "):
-            told |= {(method, name): cell for name, cell in zip(names, cells[1:-1], strict=True)}
-    return told
-
-
-TOLD = table()
 ALL = [(method, layout) for method in METHODS for layout in SMALL]
 YES = [cell for cell in ALL if TOLD[type(cell[0]).__name__, type(cell[1]).__name__] == "yes"]
 NO = [cell for cell in ALL if cell not in YES]
@@ -103,10 +83,10 @@ def test_resume_is_bit_identical(cell, stop, tmp_path):
     train(straight, optimizer, 14)
     model, optimizer = build(cell, name, 0.75)
     train(model, optimizer, stop)
-    sten.save_run(tmp_path / "run.pt", model, optimizer, step=stop)
+    sten.save_run(model, tmp_path / "run.pt", optimizer, step=stop)
     again, optimizer = build(cell, name, 0.75)
     train(again, optimizer, 2, first=50)  # leftovers of another run
-    assert sten.load_run(tmp_path / "run.pt", again, optimizer) == {"step": stop}
+    assert sten.load_run(again, tmp_path / "run.pt", optimizer) == {"step": stop}
     train(again, optimizer, 14 - stop, first=stop)
     for have, want in zip(dense_weights(again), dense_weights(straight), strict=True):
         assert torch.equal(have, want)

@@ -6,13 +6,18 @@ import io
 import pytest
 import torch
 from torch import nn
-from training_models import dense_weights, loss_of, mlp, sparse, train
+from training_models import dense_weights, loss_of, sparse, train
 
 import sten
-from sten.layouts.topk import edge_by_topk, top, top_of_groups
 from sten.layouts import CSR, NM, FanIn
+from sten.layouts.topk import edge_by_topk, top, top_of_groups
 from sten.sparsifiers.topk import _edge, highest
 from sten.training.trained_weight import optimizer_slots
+
+
+def slots_of(weight, optimizer):
+    return optimizer_slots(weight.param, optimizer).values()
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,11 +102,11 @@ def test_fresh_entries_and_new_values_of_a_compressed_weight():
     model, optimizer, engine = sparse(sten.SET(24, every=20), optimizer="adam")
     train(model, optimizer, 3)
     weight = engine.weights[0]
-    slots = [weight.dense(t) for _, t in optimizer_slots(weight.param, optimizer).items()]
+    slots = [weight.dense(t) for t in slots_of(weight, optimizer)]
     w, mask, fresh = weight.dense(weight.param), weight.active(), torch.rand(32, 16) < 0.5
     weight.change(sten.Edit(fresh=fresh), optimizer)()
     assert torch.equal(weight.active(), mask) and torch.equal(weight.dense(weight.param), w * ~fresh)
-    for have, want in zip((weight.dense(t) for _, t in optimizer_slots(weight.param, optimizer).items()), slots, strict=True):
+    for have, want in zip((weight.dense(t) for t in slots_of(weight, optimizer)), slots, strict=True):
         assert torch.equal(have, want * ~fresh)
     mask = CSR().mask(torch.rand(32, 16), 0.75)
     weight.change(sten.Edit(mask=mask, value=torch.ones(32, 16)), optimizer)()
@@ -113,12 +118,12 @@ def test_an_ablated_neuron_leaves_nothing_behind():
     train(model, optimizer, 2)
     weight = engine.weights[0]
     mask = weight.active()
-    w, slots = weight.dense(weight.param), [weight.dense(t) for _, t in optimizer_slots(weight.param, optimizer).items()]
+    w, slots = weight.dense(weight.param), [weight.dense(t) for t in slots_of(weight, optimizer)]
     without, other = mask.clone(), mask.clone()
     without[5] = False
     weight.change(sten.Edit(mask=without), optimizer)()
     weight.change(sten.Edit(mask=other), optimizer)()
     other[5] = False
     assert torch.equal(weight.dense(weight.param), w * other)
-    for have, want in zip((weight.dense(t) for _, t in optimizer_slots(weight.param, optimizer).items()), slots, strict=True):
+    for have, want in zip((weight.dense(t) for t in slots_of(weight, optimizer)), slots, strict=True):
         assert torch.equal(have, want * other)

@@ -49,7 +49,7 @@ def test_convolutions_are_matrices_too():
 
 
 def test_a_dense_model_refuses_the_file():
-    with pytest.raises(RuntimeError, match="size mismatch for 0.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
         mlp().load_state_dict(trainable().state_dict(), strict=False)
 
 
@@ -143,7 +143,7 @@ def run(case, steps=0):
 @pytest.mark.parametrize("order", ["attach first", "load first"])
 def test_two_state_dicts_resume_a_run(case, order):
     """As a trainer does it: model.state_dict() and optimizer.state_dict(), through a file."""
-    straight, optimizer = run(case, 12)
+    straight, _ = run(case, 12)
     model, first = run(case, 6)
     file = io.BytesIO()
     torch.save([model.state_dict(), first.state_dict()], file)
@@ -169,7 +169,7 @@ def test_the_state_of_another_method_is_refused(case):
     other, _ = run((sten.SET(99, every=7), CSR()) if case[1].rate is None else (sten.SRSTE(0.5), NM(2, 4)))
     if type(other[0].weight_pattern) is not type(model[0].weight_pattern):
         return
-    with pytest.raises(RuntimeError, match="Expected the state of .* got that of"):
+    with pytest.raises(RuntimeError, match=r"Expected the state of .* got that of"):
         other.load_state_dict(model.state_dict(), strict=False)
 
 

@@ -22,7 +22,7 @@ ROOM = {80: 99 << 10, 90: 227 << 10}
 def test_compiles(arch, tmp_path):
     script = pathlib.Path(__file__).with_name("triton_compile.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(script.parent.parent)}
     done = subprocess.run([sys.executable, script, str(arch)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from gpt import SIZES, in_blocks, make
+from sten.training.resume import engines_of
 from torch import nn
 from torch.nn import functional as F
 
 import sten
-from sten.training.resume import engines_of
 
 METHODS = {
     "static (no engine)": (lambda: sten.Static(), lambda: sten.CSR()),

@@ -32,8 +32,8 @@ class Target:
         why: what keeps it dense; empty for a target.
         names: all its names.
         weight: of the trainable form; None in the others.
-        result: what it becomes (a dense weight under a method: at the end), and `energy`, the share of sum |w| that this
-            keeps: once `plan.decide` has decided.
+        result: what it becomes (a dense weight under a method: at the end), once `plan.decide` has decided.
+        energy: the share of sum |w| that this keeps.
     """
 
     name: str
@@ -173,7 +173,8 @@ def select(
     if not targets:
         reasons = "; ".join(sorted({t.why for t in groups}))[:300]
         reasons = reasons or "the model has no parameter of two or more dimensions"
-        raise ValueError(f"No weight of {type(model).__name__} is left to make sparse ({reasons}): choose with weights=.")
+        kind = type(model).__name__
+        raise ValueError(f"No weight of {kind} is left to make sparse ({reasons}): choose with weights=.")
     for target in targets:
         _check(target)
     return targets, [t for t in groups if t.why]

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..layouts.registry import fields
@@ -18,6 +17,7 @@ from ..ops.pattern import dense_to_values
 from ..tensor import SparseTensor, checked
 from ..training.attribute import SUFFIX, trained_of
 from ..training.pattern_weight import PatternWeight, as_matrix
+from ..training.trained_weight import is_of_run
 
 
 def accept_every_form(module: nn.Module) -> None:
@@ -42,6 +42,9 @@ def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing,
             continue
         if weight is None:
             state_dict[prefix + name] = entry
+            beside = prefix + name + SUFFIX + "."  # what only a run that goes on needs
+            for key in [k for k in state_dict if k.startswith(beside) and is_of_run(k.removeprefix(beside))]:
+                del state_dict[key]
         else:
             if entry is not present:
                 weight.load(entry.parts, metadata.get("assign_to_params_buffers", False))
@@ -86,11 +89,10 @@ def _parts(state_dict, key: str, present: SparseTensor) -> dict[str, Tensor]:
 def _unflattened(values: Tensor, present: SparseTensor) -> Tensor:
     """The trained 2-D values as the layout has them."""
     like = present.parts["values"]
-    if not isinstance(values, Tensor) or values.dim() != 2 or (like.dim() > 2 and values.shape[1:] != as_matrix(like).shape[1:]):
+    width = None if like.dim() == 2 else as_matrix(like).shape[1]
+    if not isinstance(values, Tensor) or values.dim() != 2 or width not in (None, values.shape[1]):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"Expected the trained values as a matrix of {tuple(as_matrix(like).shape)}, got {shape}.")
-    if like.dim() == 1 and values.shape[1] != 1:
-        raise ValueError(f"Expected the trained values as a matrix of one column, got shape {tuple(values.shape)}.")
     return values.detach().view(len(values), *(like.shape[1:] if like.dim() != 2 else values.shape[1:]))
 
 

@@ -23,7 +23,7 @@ class BSR(Layout):
     Parts: `values` (blocks, bh, bw), `crow` (ceil(R / bh) + 1,) and `col` (blocks,), and the same blocks column by
     column: `t_crow` (ceil(C / bw) + 1,), `t_row` (blocks,), `t_block` (blocks,: which block of `values`); all int32.
     Any mask fits: a block with any kept entry is stored, what the mask drops inside it as explicit zeros. `mask`
-    itself keeps whole blocks. A transposed product walks the transposed index (stk does the same).
+    itself keeps whole blocks. A transposed product follows the transposed index (stk does the same).
 
     Example:
         >>> import torch, sten

@@ -73,7 +73,7 @@ class GroupedNM(Layout):
                 f"Expected chunks of at most 32767 columns for {self}, got C(m, n) * g = {self.width}; choose a "
                 "smaller m or g."
             )
-        # Held by the instance, not asked from the cache: torch.compile cannot see through a cached function.
+        # An attribute, not read from the cache at each use: torch.compile cannot see through a cached function.
         object.__setattr__(self, "order", patterns(self.n, self.m))
 
     @property
@@ -158,7 +158,7 @@ class GroupedNM(Layout):
             )
         if bool(full.all()):
             return chosen
-        # Padding columns take what room is left, in order; other columns of fewer than n entries have to look for it.
+        # Padding columns take the patterns that are left, in order; other columns of fewer than n entries have to look for it.
         left = (self.g - load[:, :-1]).cumsum(1)
         chosen = torch.where(full, chosen, torch.searchsorted(left, (~full).cumsum(1) - 1, right=True))
         real = self.columns(torch.ones(shape, dtype=torch.bool, device=stored.device))
@@ -262,11 +262,11 @@ def assign(energy: Tensor, g: int) -> Tensor:
     """A pattern for each column (B, N), each of P used g times, of (nearly) the highest total energy (B, N, P).
 
     Prices first: a pattern that too many columns want becomes dearer, until demand is nearly even. Then every column,
-    the one with most to lose first, takes its best pattern that has room. Then exchanges of two columns, while any
+    the one with most to lose first, takes its best pattern that is free. Then exchanges of two columns, while any
     gains. On Gaussian weights this reached 99.4 % of the optimum and more, greedy choice alone 97.6 to 99 %.
     """
     price = torch.zeros_like(energy[:, 0])
-    # Columns to which all patterns are equal, as padding is, fill what room is left: they make nothing dear, and with
+    # Columns to which all patterns are equal, as padding is, take what is left: they make nothing dear, and with
     # them about a pattern with few takers needs no discount.
     choosy = (energy.amax(-1) > energy.amin(-1)).to(energy.dtype)
     least = torch.where(choosy.amin(1, keepdim=True) > 0, -math.inf, 0.0)
@@ -286,16 +286,16 @@ def lead(energy: Tensor) -> Tensor:
 
 
 def greedy(energy: Tensor, g: int) -> Tensor:
-    """Each column in turn, by how much its best pattern beats its second, takes the best pattern with room: (B, N)."""
+    """Each column in turn, by how much its best pattern beats its second, takes the best free pattern: (B, N)."""
     problems, _, count = energy.shape
     order = lead(energy).sort(dim=1, descending=True, stable=True).indices
     turns = energy.gather(1, order.unsqueeze(-1).expand_as(energy)).transpose(0, 1).contiguous()
-    room = torch.full((problems, count), g, dtype=torch.int32, device=energy.device)
+    free = torch.full((problems, count), g, dtype=torch.int32, device=energy.device)
     one = torch.ones(problems, 1, dtype=torch.int32, device=energy.device)
     picks = []
     for turn in turns:
-        pick = turn.masked_fill_(room == 0, -math.inf).max(-1, keepdim=True).indices
-        room.scatter_add_(1, pick, -one)
+        pick = turn.masked_fill_(free == 0, -math.inf).max(-1, keepdim=True).indices
+        free.scatter_add_(1, pick, -one)
         picks.append(pick)
     return torch.empty_like(order).scatter_(1, order, torch.cat(picks, 1))
 

@@ -1,6 +1,6 @@
 """The kernels that sten brings: C++ on the CPU, Triton on CUDA, and an honest expansion to dense everywhere else.
 
-They come in through `sten.kernel`, the door that is open to everybody.
+They are registered by `sten.kernel`, as anybody's are.
 """
 
 from . import cpu, cuda, dual_mask, expand

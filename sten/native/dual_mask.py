@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as conv_grad
@@ -41,14 +39,5 @@ def conv2d_grad_weight(grad, x, weight, *, layout: DualMask, shape, stride, padd
     return CONV_WEIGHT[len(shape)](x, shape, grad, stride, padding, dilation, groups)
 
 
-def _with_spec(function):
-    @functools.wraps(function)
-    def call(*operands, spec, **geometry):
-        return function(*operands, layout=spec, **geometry)
-
-    return call
-
-
 for _function in (linear, linear_grad_input, linear_grad_weight, conv2d_grad_input, conv2d_grad_weight):
-    for _device in ("cpu", "cuda"):
-        kernel(_function.__name__, weight=DualMask, device=_device)(_with_spec(_function))
+    kernel(_function.__name__, weight=DualMask, device="any")(_function)

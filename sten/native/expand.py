@@ -10,8 +10,8 @@ import itertools
 
 from .. import ops as ops  # declares the operators
 from ..dispatch import OPERATORS, Flags, Plan, kernel
-from ..layouts.base import Layout
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
+from ..layouts.base import Layout
 
 LAYOUTS = (Masked, CSR, BSR, NM, GroupedNM, VectorNM, FanIn)
 

@@ -65,19 +65,28 @@ def set_data(w: SparseTensor, new: Tensor) -> None:
 
     (`dense.data = sparse` never gets here: torch asks only the tensor on the left.)
     """
-    mine, given = ((tuple(t.shape), t.dtype, t.device, getattr(t, "transposed", w.transposed)) for t in (w, new))
-    if mine != given:
+    mine, other = ((tuple(t.shape), t.dtype, t.device, getattr(t, "transposed", w.transposed)) for t in (w, new))
+    if mine != other:
         raise TypeError(
-            f".data takes a tensor with the same (shape, dtype, device, transposed) {mine}; got {given}: assign a new "
+            f".data takes a tensor with the same (shape, dtype, device, transposed) {mine}; got {other}: assign a new "
             "Parameter to the module, or use .to() on it."
         )
     with torch.no_grad():
-        adopt(w, new if isinstance(new, SparseTensor) else w.with_values(dense_to_values(w, new, ".data =")))
+        if w.trained is not None:
+            w.trained.assign(w.trained.param, new)
+        else:
+            adopt(w, new if isinstance(new, SparseTensor) else w.with_values(dense_to_values(w, new, ".data =")))
 
 
 @function(Tensor.grad.__get__)
 def get_grad(w: Tensor) -> Tensor | None:
-    """A dense gradient (of an operator whose formula gives one) is projected to the pattern when it is read."""
+    """A dense gradient (of an operator whose formula gives one) is projected to the pattern when it is read.
+
+    A weight in trainable form has the gradient of the Parameter that is trained for it.
+    """
+    if isinstance(w, SparseTensor) and w.trained is not None:
+        grad = w.trained.param.grad
+        return None if grad is None else w.detach().with_values(grad.view(w.parts["values"].shape))
     grad = w.grad
     if grad is not None and isinstance(w, SparseTensor) and not isinstance(grad, SparseTensor):
         with torch.no_grad():
@@ -85,7 +94,47 @@ def get_grad(w: Tensor) -> Tensor | None:
     return grad
 
 
-# what torch answers from a storage, which a SparseTensor does not have
+# a weight in trainable form is put together at each use: what is done to it must reach the trained Parameter
+
+
+@function(Tensor.grad.__set__)
+def set_grad(w: Tensor, grad: Tensor | None) -> None:
+    """`w.grad = g`, for a weight in trainable form on the Parameter that is trained for it."""
+    if not isinstance(w, SparseTensor) or w.trained is None:
+        w.grad = grad
+        return
+    param = w.trained.param
+    if grad is not None:
+        grad = (grad if isinstance(grad, SparseTensor) else project_now(grad, w)).parts["values"].reshape(param.shape)
+    param.grad = grad
+
+
+@function(Tensor.requires_grad_)
+def requires_grad_(w: SparseTensor, requires_grad: bool = True) -> SparseTensor:
+    if w.trained is None:
+        return w.requires_grad_(requires_grad)
+    w.trained.param.requires_grad_(requires_grad)
+    return w
+
+
+@function(Tensor.requires_grad.__set__)
+def set_requires_grad(w: SparseTensor, requires_grad: bool) -> None:
+    requires_grad_(w, requires_grad)
+
+
+@function(Tensor.register_hook)
+def register_hook(w: SparseTensor, hook):
+    """Refused where the tensor is put together anew at each use, so that the hook would be lost."""
+    if w.trained is not None:
+        name = w.trained.owners[0][1]
+        raise RuntimeError(
+            "Expected a tensor that lasts for a hook, got a weight that is put together at each use; register it on "
+            f'the trained Parameter, module._parameters["{name}"].'
+        )
+    return w.register_hook(hook)
+
+
+# what torch reads from a storage, which a SparseTensor does not have
 
 
 @function(Tensor.data_ptr, Tensor.storage)  # untyped_storage must answer: torch.compile asks every tensor for it

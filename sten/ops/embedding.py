@@ -21,8 +21,7 @@ LIBRARY.define("sparse_embedding_grad(Tensor grad, Tensor index, Tensor weight, 
 def embedding_reference(index, weight, *, layout, shape):
     if traced(index):  # how many entries the rows have depends on the data, and a graph needs static shapes
         return layout.unpack(weight, shape)[index]
-    found = layout.unpack_rows(weight, shape, index.reshape(-1))
-    return found.view(*index.shape, shape[1])
+    return layout.unpack_rows(weight, shape, index.reshape(-1)).view(*index.shape, shape[1])
 
 
 def dense_grad_weight(grad, index, shape, padding):
@@ -104,8 +103,8 @@ class EmbeddingGrad(Rule):
     @staticmethod
     def backward(ctx, grad_values):
         (index,) = ctx.saved_tensors
-        found = Embedding.call(index, grad_values, ctx.padding)
-        return found.masked_fill((index == ctx.padding).unsqueeze(-1), 0), None, None, None
+        rows_of_grad = Embedding.call(index, grad_values, ctx.padding)
+        return rows_of_grad.masked_fill((index == ctx.padding).unsqueeze(-1), 0), None, None, None
 
 
 @function(F.embedding)

@@ -121,7 +121,7 @@ def grad_weight_now(grad: Tensor, x: Tensor, w: SparseTensor, seen: bool) -> Spa
     return gradient("linear_grad_weight", dense_grad_weight, w, (grad, x), None, seen)
 
 
-# what torch.compile sees: opaque operators on the SparseTensor, which __torch_dispatch__ answers
+# what torch.compile sees: opaque operators on the SparseTensor, which __torch_dispatch__ runs
 
 LIBRARY.define("sparse_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.define("sparse_matmul(Tensor input, Tensor other, Tensor? bias) -> Tensor")

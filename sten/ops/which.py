@@ -112,26 +112,23 @@ def _in_order(operator: str, first: Any, w: SparseTensor, bias: Tensor | None) -
     return tuple(operands)
 
 
-def _convolution(operator: str, first: Any, w: SparseTensor, bias: Tensor | None, given: dict) -> tuple[tuple, dict]:
+def _convolution(operator: str, first: Any, w: SparseTensor, bias: Tensor | None, keywords: dict) -> tuple[tuple, dict]:
     """The operands and keywords of a convolution or of one of its gradients."""
     dims = w.dim() - 2
     if first.dim() == dims + 1:
         first = first.unsqueeze(0) if isinstance(first, Tensor) else Contiguous((1, *first.shape), w)
-    default = {"stride": 1, "padding": 0, "dilation": 1}
+    sides = {name: keywords.get(name, usual) for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1))}
+    sides = {name: [side] * dims if isinstance(side, int) else side for name, side in sides.items()}
+    channels = first.shape[1] if operator == "conv2d" else keywords["size"][1] if "size" in keywords else w.shape[1]
+    geometry = named_geometry(**sides, groups=keywords.get("groups", channels // w.shape[1]))
     if operator == "conv2d":
-        default["groups"] = first.shape[1] // w.shape[1]
-    geometry = {**default, **{name: value for name, value in given.items() if name != "size"}}
-    geometry.setdefault("groups", given["size"][1] // w.shape[1] if "size" in given else 1)
-    sides = {n: [v] * dims if isinstance(v, int) else v for n, v in geometry.items() if n != "groups"}
-    keywords = named_geometry(**sides, groups=geometry["groups"])
-    if operator == "conv2d":
-        return (first, w.parts, bias_row(bias, w.shape[0])), keywords
-    rows = zip(first.shape[2:], keywords["stride"], keywords["padding"], keywords["dilation"], w.shape[2:], strict=True)
+        return (first, w.parts, bias_row(bias, w.shape[0])), geometry
+    rows = zip(first.shape[2:], geometry["stride"], geometry["padding"], geometry["dilation"], w.shape[2:], strict=True)
     least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in rows]
-    size = tuple(given.get("size", (first.shape[0], w.shape[1] * keywords["groups"], *least)))
+    size = tuple(keywords.get("size", (first.shape[0], w.shape[1] * geometry["groups"], *least)))
     if operator == "conv2d_grad_input":
-        return (first, w.parts), {**keywords, "size": size}
-    return (first, Contiguous(size, w), w.parts), keywords
+        return (first, w.parts), {**geometry, "size": size}
+    return (first, Contiguous(size, w), w.parts), geometry
 
 
 def _shape(x) -> tuple[int, ...]:

@@ -55,7 +55,7 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 
 
 def _assign(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """`module.weight = value`: what a wrapper that shards sets is stored; what a user sets is copied into the weight."""
+    """`module.weight = value`: what a sharding wrapper sets is stored; what a user sets is copied into the weight."""
     current = module._parameters.get(name)
     if value is current or sharded(value) or sharded(current):
         module._parameters[name] = value

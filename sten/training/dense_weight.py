@@ -29,7 +29,14 @@ class DenseWeight(TrainedWeight):
         forward_cache: what the last forward pass worked out, for the step that follows it.
     """
 
-    def __init__(self, layout: Layout, transposed: bool, method: DenseWeightMethod, view: View, allocation: Allocation | None) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        transposed: bool,
+        method: DenseWeightMethod,
+        view: View,
+        allocation: Allocation | None,
+    ) -> None:
         super().__init__(view.name, layout, tuple(view.weight.shape), transposed)
         self.register_buffer("mask", view.mask, persistent=not method.stateless)
         self.set_method(method, view, allocation)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layout import Parts
-from ..sparsifiers import Edit
 from ..pattern_cache import PatternCache
 from ..rule import Rule
+from ..sparsifiers import Edit
 from ..tensor import SparseTensor, project
 from .distributed import whole
 from .trained_weight import TrainedWeight, fill, optimizer_slots
@@ -83,11 +83,12 @@ class PatternWeight(TrainedWeight):
 
     def forward(self, param: Tensor) -> Tensor:
         """The weight as a SparseTensor, part of autograd's graph."""
+        context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
-            w = _traced(param, self.layout, self.shape, self.transposed, self.tail, self.part_names, *self._parts())
+            w = _traced(param, *context, *self._parts())
             return w if self.probe is None else w.to_dense() + self.probe
         if torch.is_grad_enabled() and param.requires_grad:
-            w = Assemble.run(param, self.layout, self.shape, self.transposed, self.tail, self.part_names, *self._parts())
+            w = Assemble.run(param, *context, *self._parts())
             w.cache = self.cache
         else:
             w = SparseTensor(self.layout, self.parts(param), self.shape, self.transposed, cache=self.cache)
@@ -111,7 +112,7 @@ class PatternWeight(TrainedWeight):
     # changes of the pattern
 
     def set_pattern(self, parts: Parts, assign: bool = False) -> None:
-        """Take on another pattern, its numbers or (`assign`) its tensors; what was derived from the old one is invalid."""
+        """Take on another pattern, its numbers or (`assign`) its tensors; invalidate what was derived of the old one."""
         for name in self.part_names:
             self._buffers[name] = parts[name] if assign else fill(self._buffers[name], parts[name])
         self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail

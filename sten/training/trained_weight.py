@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 COUNTS = ("updates", "deferred_update_step", "backward_passes")  # of an engine, in the buffer `counts`
 NO_STEP = -1
+RUN = ("run_method", "run_step", "run_counts", "run_generator")
 NOT_COPIED = ("engine", "owners", "averages", "reminder", "loaded_averages", "warned_of_empty_rows")
 
 
@@ -178,7 +179,7 @@ class TrainedWeight(nn.Module):
         """The names of the tensors that hold the state of a run."""
         if self.method is None or self.method.stateless:
             return ()
-        return ("run_method", "run_step", "run_counts", "run_generator", *("method_" + name for name in self.state_names))
+        return (*RUN, *("method_" + name for name in self.state_names))
 
     def write_run(self) -> None:
         """Bring the buffers up to date with the engine, which counts in Python."""
@@ -203,9 +204,11 @@ class TrainedWeight(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         """The state of a run; the pattern is loaded together with the values (`conversion.state_dict_hooks`)."""
+        state = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
+        if strict:
+            unexpected += [prefix + name for name in state if not is_of_run(name)]
         if self.method is None or self.method.stateless:
             return
-        state = {key[len(prefix) :]: state_dict[key] for key in state_dict if key.startswith(prefix)}
         run = {name: state[name] for name in self.run_names() if name in state}
         if not run:
             warnings.warn(
@@ -246,6 +249,11 @@ class TrainedWeight(nn.Module):
     def extra_repr(self) -> str:
         method = f"{self.method}, " if self.method is not None else ""
         return f"{method}{self.layout}, shape={self.shape}{', transposed' if self.transposed else ''}"
+
+
+def is_of_run(name: str) -> bool:
+    """Whether a tensor beside a weight, by its name in a state dict, is state of a run, not a part of the pattern."""
+    return name == "mask" or name.startswith(("run_", "method_", "momentum_"))
 
 
 def encoded(text: str) -> Tensor:
