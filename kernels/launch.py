@@ -28,7 +28,7 @@ class Launch:
 
     ``compile(arguments)`` runs the kernel once and returns (start, args, constants, descriptors) for all later calls,
     or None: ``start(x, y, z, stream, *args, *arguments, *constants)`` on a grid (x, y, z). ``descriptors`` says how to
-    encode arguments that the copy engine fetches, {place: (fill, fixed, rest)}; each call does, in about a microsecond.
+    encode arguments that the copy engine fetches, {place: (fill, fixed, rest)}; each call does, by one call of C.
     """
 
     def __init__(self, compile, grid: tuple[int, ...]):

@@ -29,7 +29,7 @@ class Linear(Operator):
         names = self.stored.replace("Tensor ", "").replace(" ", "").split(",")
         up = "".join(f" Tensor? up_{name}," for name in (*names, "bias")) if self.dual else ""
         schema = f"{self.prefix}(Tensor x, {self.stored}, Tensor? bias, Tensor? gate,{up} {self.given}{self.last}"
-        super().__init__(f"{schema}) -> Tensor", self._shape, self._make, choose=self.choose)
+        super().__init__(f"{schema}) -> Tensor", self._shape, self._make, choose=self.choose, defaults=self.defaults)
         self.__doc__ = type(self).__doc__
         self.absent = (None,) * (self.count + 2 if self.dual else 1)  # of a lone product: no gate, no second weight
 
@@ -75,8 +75,8 @@ class Linear(Operator):
 
     def __call__(self, x, *weight, activation=None, gate=None, **given):
         stored, bias = weight[: self.count], weight[self.count :] or (given.pop("bias", None),)
-        given = {**self.defaults, **given, "activation": epilogue.activation_name(activation)}
-        return super().__call__(x, *stored, *bias, gate, *self.absent[1:], **given)
+        name = epilogue.activation_name(activation)
+        return super().__call__(x, *stored, *bias, gate, *self.absent[1:], activation=name, **given)
 
     def gated(self, x, up, gate, *, activation="silu", **given):
         """activation(x @ W_gate.T) * (x @ W_up.T), (*, O), where ``up`` and ``gate`` are each (*stored[, bias]).
@@ -86,8 +86,8 @@ class Linear(Operator):
         alone but ``pattern_cache.invalidate`` with the tensors of both.
         """
         up, gate = ((*weight, None)[: self.count + 1] for weight in (up, gate))
-        given = {**self.defaults, **given, "activation": epilogue.activation_name(activation)}
-        return super().__call__(x, *gate, None, *up, **given)
+        name = epilogue.activation_name(activation)
+        return super().__call__(x, *gate, None, *up, activation=name, **given)
 
     def _make(self, x, *parts, out_features, activation, variant=None, **numbers):
         count = self.count

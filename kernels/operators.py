@@ -25,14 +25,16 @@ MADE_CONTIGUOUS = ("bias", "gate", "up_bias", "dense")  # of any strides: copied
 
 
 class Operator:
-    """See the module. ``strided``: the tensors that may have any strides, as activations do."""
+    """See the module. ``strided``: the tensors that may have any strides, as activations do; ``defaults``: numbers that
+    a caller may leave out."""
 
-    def __init__(self, schema: str, shape, make, strided: tuple[str, ...] = ("x",), choose=None):
+    def __init__(self, schema: str, shape, make, strided: tuple[str, ...] = ("x",), choose=None, defaults=()):
         self.name, _, arguments = schema.partition("(")
         arguments = [a.split("=")[0].split() for a in arguments.partition(")")[0].split(",")]
         self.tensors = tuple(name for kind, name in arguments if kind.startswith("Tensor"))
         self.numbers = tuple(name for kind, name in arguments if not kind.startswith("Tensor"))
         self.make, self.strided, self.choose, self.__doc__ = make, strided, choose, make.__doc__
+        self.defaults = dict(defaults)
         LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIB.impl(self.name, self._on_gpu, "CUDA")
         LIB.impl(self.name, self._on_cpu, "CPU")
@@ -40,7 +42,7 @@ class Operator:
         self.overload = getattr(torch.ops.sten, self.name).default
 
     def __call__(self, *tensors, **given):
-        given = dict(zip(self.tensors, tensors, strict=False)) | given
+        given = self.defaults | dict(zip(self.tensors, tensors, strict=False)) | given
         return self.overload(*map(given.get, self.tensors), *[given[name] for name in self.numbers])
 
     def prepare(self, *tensors, variant: str | None = None, **numbers):

@@ -239,7 +239,7 @@ class FeatureMajor(VectorNMLinear):
 
 
 linear, _feature_major = VectorNMLinear(), FeatureMajor()
-choose, gated_linear = linear.choose, linear.gated
+choose, gated_linear, linear_grad_values = linear.choose, linear.gated, grad_values
 linear_grad_input = ExpandedProduct(expand, "rows of one group share no column of the result; expanded, cuBLAS runs")
 
 
@@ -264,8 +264,3 @@ def gated_linear_feature_major(x, up, gate, *, tokens=None, row_major=False, **g
     tokens = x.shape[1] if tokens is None else tokens
     given |= {"out_features": len(up[0]), "tokens": tokens, "row_major": row_major}
     return _feature_major.gated(x, up, gate, **given)
-
-
-def linear_grad_values(grad, x, index, *, n, m, v, feature_major=False):
-    """grad (*, O), x (*, I) -> the gradient of ``values`` (O, K); with ``feature_major``, x is (I, T or wider)."""
-    return grad_values(grad, x, index, n=n, m=m, v=v, feature_major=feature_major)

@@ -93,6 +93,7 @@ def choose_grad_values(tokens, outputs, inputs, dtype, *, n, m, v) -> tuple[str,
     lambda grad, x, index, *numbers: (grad.shape[-1], index.shape[1]),
     strided=("grad", "x"),
     choose=choose_grad_values,
+    defaults={"feature_major": False},
 )
 def grad_values(grad, x, index, n, m, v, feature_major, variant=None):
     """grad (*, O), x (*, I) -> the gradient of ``values`` (O, K); with ``feature_major``, x is (I, T or wider)."""

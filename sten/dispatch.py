@@ -1,7 +1,7 @@
 """One decision a call: the Plan of its signature, from the weight's cache or prepared by the registered kernel.
 
 A `Plan` is what runs for one signature: the operator, shape, strides, dtype, device and alignment of every dense
-operand, dtype and alignment of the values, torch's tf32 switch where it matters, the geometry of a convolution.
+operand, dtype, strides and alignment of the values, torch's tf32 switch where it matters, the geometry of a convolution.
 `sten.which` prints it. The plans of a weight are kept in its `PatternCache` (`w.cache.plans`), and hold no pointer into
 a pattern. The states of a signature:
 
@@ -64,7 +64,7 @@ def planned(
         return _made(name, w, operands, geometry or {}, seen)
     parts = w.parts
     values = parts["values"]
-    key = [name, KERNELS.version, values.dtype, values.data_ptr() & 15]
+    key = [name, KERNELS.version, values.dtype, values.stride(), values.data_ptr() & 15]
     for a in operands:
         if a is None:
             key.append(None)

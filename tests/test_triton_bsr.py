@@ -68,7 +68,7 @@ def test_gated_linear(outputs, inputs, block, dtype, variant):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_epilogue(activation, launches, variant, monkeypatch):
     if launches == 2:
-        two_launches(monkeypatch, bsr)
+        two_launches(monkeypatch)
     (up, up_dense), (gate, gate_dense) = bsr_parts(50, 72, 16, 16), bsr_parts(50, 72, 16, 16, density=0.7, seed=1)
     biases = random(50), random(50, seed=1)
     for x in (random(5, 72), random(72, 6).T, random(2, 3, 144)[..., ::2], random(0, 72)):

@@ -1,4 +1,4 @@
-"""The operators of torch behind the kernels: schema, fake, whoever intercepts a call; never on tensors that do not fit."""
+"""The operators of torch behind the kernels: schema, fake, intercepted calls; tensors that do not fit are refused."""
 
 import pytest
 import torch

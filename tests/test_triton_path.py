@@ -225,6 +225,19 @@ def test_gradients(layout, prepared):
     assert not F.linear(x, frozen, bias).requires_grad
 
 
+def test_gradients_that_kernels_compute():
+    """Of layouts whose small tiles are no reason to go by the dense gradient; on the CPU in the interpreter."""
+    for layout in (sten.VectorNM(1, 8, 64), sten.BSR((16, 16))):
+        w, x, above = weight(layout), random(5, I), random(5, O, seed=1)
+        flags = dispatch.Flags(5, w.parts["values"].numel(), x.device)
+        for name, operands in (("linear_grad_weight", (above, x, w.parts)), ("linear_grad_input", (above, w.parts))):
+            plan = cuda.prepare_by(name, cuda.TABLE[type(layout)])(layout, (O, I), torch.float32, flags)
+            expected = dispatch.OPERATORS[name].reference(*operands, layout=layout, shape=(O, I))
+            assert plan.variant in ("gather", "sampled", "blocks", "expand")
+            for _ in range(2):
+                close(plan.run(*operands), expected)
+
+
 def test_which_names_what_runs_for_gradients(layout, prepared):
     """An expansion and cuBLAS are no kernel of the layout, and say so."""
     w, known = weight(layout), ("expand", "collect", "blocks", "sampled", "gather")

@@ -1,4 +1,4 @@
-"""What is kept of a stored tensor: as long as it lives, at one address, and made again when its pattern is invalidated."""
+"""What is kept of a stored tensor: as long as it lives, at one address, made again when its pattern is invalidated."""
 
 import gc
 import sys

@@ -79,7 +79,7 @@ def test_gated_linear(outputs, inputs, n, m, v, dtype, variant):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gated_epilogue(activation, launches, variant, monkeypatch):
     if launches == 2:
-        two_launches(monkeypatch, vector_nm)
+        two_launches(monkeypatch)
     up, gate = vector_nm_parts(50, 72, 1, 4, 16), vector_nm_parts(50, 72, 1, 4, 16, seed=1)
     biases, given = (random(50), random(50, seed=1)), {"n": 1, "m": 4, "v": 16, "activation": activation}
     parts = (*up[:2], biases[1]), (*gate[:2], biases[0])

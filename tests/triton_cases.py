@@ -1,4 +1,4 @@
-"""Shared by the tests of the Triton kernels: the interpreter switch, packers of raw parts, the reference, the comparison.
+"""Shared by the tests of the Triton kernels: the interpreter switch, packers of raw parts, references, the comparison.
 
 Import it before anything that imports triton: without a GPU the kernels run in Triton's interpreter, and the switch is
 read at import.
@@ -102,16 +102,17 @@ def bsr_parts(outputs, inputs, bh, bw, density=0.4, keep=None, dtype=torch.float
     return {name: part.to(DEVICE) for name, part in parts.items()}, dense.contiguous().to(DEVICE)
 
 
-def two_launches(monkeypatch, module):
-    """The gated products of ``module`` take the slower candidate of their tuning, where they have it."""
-    from sten.kernels.gated import TWO_LAUNCHES
+def two_launches(monkeypatch):
+    """Gated products take the slower candidate of their tuning, where they have it."""
+    from sten.kernels import autotune, gated
 
-    pick = module.autotune.pick
+    pick = autotune.pick
 
     def forced(kernel, key, configs, prepare, given):
-        return pick(kernel + " forced", key, [TWO_LAUNCHES] if TWO_LAUNCHES in configs else configs, prepare, given)
+        two = [gated.TWO_LAUNCHES] if gated.TWO_LAUNCHES in configs else configs
+        return pick(kernel + " forced", key, two, prepare, given)
 
-    monkeypatch.setattr(module.autotune, "pick", forced)
+    monkeypatch.setattr(autotune, "pick", forced)
 
 
 @pytest.fixture(autouse=True)
