@@ -153,7 +153,7 @@ class _Kit:
                 self._after(weight, old, run[1], due and self.method.replaces_step)
             now = self._count(weights)
             # layouts of equal rows leave the remainder of a division out
-            slack = sum(weight.shape[0] for weight in weights) if self.layout.omits_empty_rows else 0
+            slack = sum(weight.shape[0] for weight in weights) if self.method.resizes else 0
             claim(
                 abs(now - total) <= slack,
                 f"the count must equal the budget after every mask update: {total}, not {now}",
