@@ -28,6 +28,7 @@ import workers
 from torch import nn
 
 import sten
+from sten.backends import cpp
 
 LAYOUTS = [sten.Masked(), sten.CSR(), sten.BSR((4, 4)), sten.NM(2, 4), sten.VectorNM(2, 4, 4), sten.GroupedNM(2, 4, 1)]
 GPU_LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.VectorNM(1, 4, 128), sten.GroupedNM(1, 4, 16)]
@@ -145,7 +146,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "cpu": sten.cpp.features(),
+        "cpu": cpp.features(),
     }
     if args.against:
         result["layouts"] = compare(args)

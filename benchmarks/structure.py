@@ -21,6 +21,7 @@ is called.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -66,6 +67,16 @@ class Count:
     def report(self) -> dict[str, int]:
         own = [name for name in map(os.path.realpath, self.frames) if name.startswith(self.folders)]
         return {"frames": len(self.frames), "sten": len(own), "files": len(set(own))}
+
+
+def compiled() -> bool:
+    """Whether the C++ kernels of the tree are there, wherever it keeps them."""
+    for name in ("sten.backends.cpp", "sten.cpp"):
+        try:
+            return importlib.import_module(name).available()
+        except ModuleNotFoundError:
+            continue
+    return False
 
 
 def layouts(sten):
@@ -202,7 +213,7 @@ def measure(root: Path) -> dict:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "C++ kernels": sten.cpp.available() if hasattr(sten, "cpp") else None,
+        "C++ kernels": compiled(),
         "frames": {
             "cpu": attempt(calls_on_the_cpu, sten, torch, root),
             "gpu": attempt(calls_on_a_gpu, sten, torch, root) if gpu else None,

@@ -1,4 +1,5 @@
 """A layout that sten does not have, with a kernel, without touching a file of sten: whole input columns are kept."""
+
 import math
 from dataclasses import dataclass
 
@@ -10,11 +11,12 @@ import sten
 @dataclass(frozen=True)
 class Columns(sten.Layout):
     """Keeps whole inputs: `values` (R, k) and `column` (k,) int64, for a weight seen as a matrix (R, C)."""
+
     pattern = ("column",)
 
     def mask(self, score, sparsity=None):
         total = torch.where(score.isnan(), -math.inf, score).float().flatten(1).sum(0)
-        keep = sten.layout.top(total, sten.layout.count_to_keep(len(total), sparsity, self))
+        keep = sten.extend.top(total, sten.extend.count_to_keep(len(total), sparsity, self))
         return keep.expand(len(score), -1).reshape(score.shape).clone()
 
     def pack(self, dense, mask):
@@ -26,8 +28,8 @@ class Columns(sten.Layout):
         return out.index_copy(1, parts["column"], parts["values"]).view(shape)
 
     def validate(self, parts, shape):
-        sten.layout.expect_parts(self, parts, {"values": ((shape[0], -1), None), "column": ((-1,), torch.int64)})
-        sten.layout.expect_range(self, "column", parts["column"], 0, math.prod(shape[1:]))
+        sten.extend.expect_parts(self, parts, {"values": ((shape[0], -1), None), "column": ((-1,), torch.int64)})
+        sten.extend.expect_range(self, "column", parts["column"], 0, math.prod(shape[1:]))
         if len(parts["column"]) != parts["values"].shape[1] or bool((parts["column"].diff() <= 0).any()):
             raise ValueError(f"Part 'column' of {self} must be ascending, one entry for every column of 'values'.")
 

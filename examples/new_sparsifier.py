@@ -1,4 +1,5 @@
 """A method that sten does not have, without touching sten: inputs that have few weights so far grow first."""
+
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,9 @@ from sten.sparsifiers.granularity import fill_up, keep_largest
 
 
 @dataclass(frozen=True)
-class FewestFirst(sten.PatternMethod):
+class FewestFirst(sten.extend.PatternMethod):
     """RigL whose growth score is |g| / (1 + weights of the input). It runs on every layout and optimizer."""
+
     total_steps: int
     every: int = 100
     seed: int = 0
@@ -18,13 +20,15 @@ class FewestFirst(sten.PatternMethod):
 
     def default_schedule(self):
         return sten.schedule.Cosine(0.3, 0.0, 0, self.total_steps, self.every)
+
     def score(self, view):  # what the first pattern is made of
         return sten.scores.random(view.weight, view.generator)
+
     def update(self, view):
         if view.mask is None:
             return super().update(view)
         keep = keep_largest(view, self.schedule.value(view.step))
-        return sten.Edit(mask=fill_up(view, keep, view.grad.abs() / (1 + keep.sum(0))))
+        return sten.extend.Edit(mask=fill_up(view, keep, view.grad.abs() / (1 + keep.sum(0))))
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def picture(weight, results, path):
 
     left, right = (fig := Figure(figsize=(12, 4.5))).subplots(1, 2)
     left.imshow(weight.mask()[:80, :160], cmap="Greys", interpolation="nearest")
-    left.set(title=f"Stored entries of {weight.spec}", xlabel="input", ylabel="output")
+    left.set(title=f"Stored entries of {weight.sparse_layout}", xlabel="input", ylabel="output")
     for name, (speed, score) in results.items():
         right.scatter(speed, 100 * score)
         right.annotate(name, (speed, 100 * score), textcoords="offset points", xytext=(5, 4), fontsize=8)

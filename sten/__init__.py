@@ -1,68 +1,60 @@
-"""sten: sparsity for PyTorch: layouts x operators x sparsifiers, on any nn.Module, in training and in inference."""
+"""sten: sparsity for PyTorch: layouts x operators x sparsifiers, on any nn.Module, in training and in inference.
 
-from . import layout as layout
-from . import native as native
-from . import ops as ops
-from . import schedule as schedule
-from . import scores as scores
-from . import testing as testing
-from . import training as training
-from .allocation import ERK as ERK
-from .allocation import Allocation as Allocation
-from .allocation import Global as Global
-from .allocation import Uniform as Uniform
-from .conversion import attach as attach
-from .conversion import densify as densify
-from .conversion import finalize as finalize
-from .conversion import plan as plan
-from .conversion import sparsify as sparsify
-from .conversion import summary as summary
-from .conversion import trainable as trainable
-from .dispatch import OPERATORS as OPERATORS
-from .dispatch import DensifyError as DensifyError
-from .dispatch import Plan as Plan
-from .dispatch import kernel as kernel
-from .dispatch import operator as operator
-from .dispatch import strict as strict
-from .io import load as load
-from .io import save as save
-from .layout import Layout as Layout
-from .layouts import BSR as BSR
-from .layouts import CSR as CSR
-from .layouts import NM as NM
-from .layouts import FanIn as FanIn
-from .layouts import GroupedNM as GroupedNM
-from .layouts import Masked as Masked
-from .layouts import VectorNM as VectorNM
-from .ops.which import which as which
-from .sparsifiers import BDWP as BDWP
-from .sparsifiers import CAST as CAST
-from .sparsifiers import DSTEE as DSTEE
-from .sparsifiers import SET as SET
-from .sparsifiers import SRSTE as SRSTE
-from .sparsifiers import STE as STE
-from .sparsifiers import BiMask as BiMask
-from .sparsifiers import BlockPruneGrow as BlockPruneGrow
-from .sparsifiers import DecayingMask as DecayingMask
-from .sparsifiers import DecayingStructure as DecayingStructure
-from .sparsifiers import DenseWeightMethod as DenseWeightMethod
-from .sparsifiers import Edit as Edit
-from .sparsifiers import Gradual as Gradual
-from .sparsifiers import Magnitude as Magnitude
-from .sparsifiers import PatternMethod as PatternMethod
-from .sparsifiers import Random as Random
-from .sparsifiers import Rewind as Rewind
-from .sparsifiers import RigL as RigL
-from .sparsifiers import SparseMomentum as SparseMomentum
-from .sparsifiers import Sparsifier as Sparsifier
-from .sparsifiers import SRigL as SRigL
-from .sparsifiers import Static as Static
-from .sparsifiers import Transposable as Transposable
-from .sparsifiers import View as View
-from .tensor import SparseTensor as SparseTensor
-from .tensor import from_dense as from_dense
-from .training import optim as optim
-from .training.checkpoint import load_run as load_run
-from .training.checkpoint import save_run as save_run
-from .training.distill import distill_loss as distill_loss
-from .training.engine import follow as follow
+What users call stands here; `sten.extend` has what authors of layouts, kernels and methods need, `sten.testing` the
+checks for what they bring. Every other module is private.
+"""
+
+from . import backends as _backends  # noqa: F401 - registers the kernels
+from . import extend, testing
+from .conversion import attach, densify, finalize, plan, sparsify, summary, trainable
+from .dispatch import DensifyError, kernel, strict
+from .io import load, save
+from .layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
+from .layouts.base import Layout
+from .ops.which import which
+from .sparsifiers import (
+    BDWP,
+    CAST,
+    DSTEE,
+    SET,
+    SRSTE,
+    STE,
+    BiMask,
+    BlockPruneGrow,
+    DecayingMask,
+    DecayingStructure,
+    Gradual,
+    Magnitude,
+    Random,
+    Rewind,
+    RigL,
+    SparseMomentum,
+    Sparsifier,
+    SRigL,
+    Static,
+    Transposable,
+    schedule,
+    scores,
+)
+from .sparsifiers.allocation import ERK, Allocation, Global, Uniform
+from .tensor import SparseTensor, from_dense
+from .training import optim
+from .training.average import follow
+from .training.checkpoint import load_run, save_run
+from .training.distill import distill_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask", "BlockPruneGrow",
+    "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "Global", "Gradual", "GroupedNM", "Layout",
+    "Magnitude", "Masked", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum", "SparseTensor", "Sparsifier",
+    "Static", "Transposable", "Uniform", "VectorNM", "attach", "densify", "distill_loss", "extend", "finalize",
+    "follow", "from_dense", "kernel", "load", "load_run", "optim", "plan", "save", "save_run", "schedule", "scores",
+    "sparsify", "strict", "summary", "testing", "trainable", "which",
+]  # fmt: skip
+
+# Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as
+# `sten.x` is the list above (`from sten.tensor import ...` works as ever).
+for _name in [name for name in globals() if not name.startswith("_") and name not in __all__]:
+    del globals()[_name]

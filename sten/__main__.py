@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import sten
+from sten import dispatch
+from sten.backends import cpp
 
 LAYOUTS = {
     "GroupedNM(1, 10, 8)": (sten.GroupedNM(1, 10, 8), None),
@@ -27,7 +29,7 @@ def info() -> None:
     """What runs here."""
     machine = f"Python {platform.python_version()}, {platform.machine()}"
     print(f"sten-torch {_version()}, torch {torch.__version__}, {machine}")
-    features = sten.cpp.features()
+    features = cpp.features()
     kinds = "not built"
     if features["available"]:
         kinds = f"{features['instruction_set']} (of {', '.join(features['instruction_sets'])})"
@@ -35,7 +37,7 @@ def info() -> None:
     for i in range(torch.cuda.device_count()):
         print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
     print("\nkernels registered (operator, device, layouts):")
-    for key, entry in sorted(sten.dispatch.KERNELS.items(), key=str):
+    for key, entry in sorted(dispatch.KERNELS.items(), key=str):
         name, device, *layouts = key
         if not entry.function.__name__.endswith("_expand"):
             titles = ", ".join("dense" if cls is None else cls.__name__ for cls in layouts)

@@ -1,8 +1,8 @@
 """One decision a call: the Plan of its signature, from the weight's cache or prepared by the registered kernel.
 
 A `Plan` is what runs for one signature: the operator, shape, strides, dtype, device and alignment of every dense
-operand, dtype, strides and alignment of the values, torch's tf32 switch where it matters, the geometry of a convolution.
-`sten.which` prints it. The plans of a weight are kept in its `PatternCache` (`w.cache.plans`), and hold no pointer into
+operand, dtype, strides and alignment of the values, torch's tf32 switch where it matters, the geometry of a
+convolution. `sten.which` prints it. The plans of a weight are kept in its `PatternCache` (`w.cache.plans`), and hold no pointer into
 a pattern. The states of a signature:
 
     absent       its first call; a kernel was registered since; MAX_PLANS others came; `observe()` is on.
@@ -96,7 +96,7 @@ def _made(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any],
     known, parts, first = OPERATORS[name], w.parts, operands[0]
     if known.check is not None:
         known.check(w, *operands, **geometry)
-    layout, shape, values = w.spec, w.stored_shape, parts["values"]
+    layout, shape, values = w.sparse_layout, w.stored_shape, parts["values"]
     if len(known.sparse) > 1:
         layouts = tuple(layout if a is parts else None for a in operands)
         if known.otherwise is not None and find(name, values.device.type, layouts) is None:
@@ -133,7 +133,7 @@ def run(name: str, w: SparseTensor, *operands: Any, **geometry: Any) -> Any:
     """Run an operator whose sparse operand is `w`, whose cache keeps the Plan.
 
     Args:
-        name: a name in `sten.OPERATORS`.
+        name: a name in `sten.extend.OPERATORS`.
         w: the SparseTensor.
         *operands: those of a kernel, in order; `w.parts` in the place of the sparse one.
         **geometry: further keywords of the operator's kernels; tuples, no lists.
@@ -144,7 +144,7 @@ def run(name: str, w: SparseTensor, *operands: Any, **geometry: Any) -> Any:
 
 def run_both(name: str, a: SparseTensor, b: SparseTensor) -> Any:
     """Run an operator on two sparse operands; its Plan is made anew at each call."""
-    values, layouts = b.parts["values"], (a.spec, b.spec)
+    values, layouts = b.parts["values"], (a.sparse_layout, b.sparse_layout)
     flags = Flags(None, values.numel(), values.device)
     plan = prepare(name, layouts, (a.stored_shape, b.stored_shape), values.dtype, flags)
     _note(name, b, layouts)
@@ -188,7 +188,8 @@ def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None]]]:
     Example:
         >>> import torch, sten
         >>> w = sten.from_dense(torch.eye(4), sten.CSR())
-        >>> with sten.dispatch.observe() as seen:
+        >>> from sten.dispatch import observe
+        >>> with observe() as seen:
         ...     y = torch.nn.functional.linear(torch.ones(1, 4), w)
         >>> [name for name, *_ in seen]
         ['linear']
@@ -204,4 +205,4 @@ def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None]]]:
 
 def _note(name: str, w: SparseTensor, layout: Layout | tuple[Layout | None, ...]) -> None:
     for seen in _observers:
-        seen.append((name, w.spec, w.parts, find(name, w.parts["values"].device.type, layout)))
+        seen.append((name, w.sparse_layout, w.parts, find(name, w.parts["values"].device.type, layout)))

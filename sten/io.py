@@ -45,7 +45,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         >>> model = sten.sparsify(torch.nn.Linear(8, 4))
         >>> path = tempfile.mkdtemp() + "/model.safetensors"
         >>> sten.save(model, path)
-        >>> sten.load(torch.nn.Linear(8, 4), path).weight.spec
+        >>> sten.load(torch.nn.Linear(8, 4), path).weight.sparse_layout
         NM(n=2, m=4)
     """
     try:
@@ -77,7 +77,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict
         if seen.setdefault(id(value), name) != name:
             ties[name] = seen[id(value)]
         elif isinstance(value, SparseTensor):
-            about = {"layout": type(value.spec).__name__, "fields": fields(value.spec)}
+            about = {"layout": type(value.sparse_layout).__name__, "fields": fields(value.sparse_layout)}
             sparse[name] = {**about, "shape": list(value.stored_shape), "transposed": value.transposed}
             tensors.update({f"{name}.{part}": _plain(tensor) for part, tensor in value.parts.items()})
         else:

@@ -155,11 +155,11 @@ def operator(
 
     Example:
         >>> import torch, sten
-        >>> @sten.operator("row_norms")
+        >>> @sten.extend.operator("row_norms")
         ... def row_norms(weight, *, layout, shape):
         ...     return torch.linalg.vector_norm(layout.unpack(weight, shape), dim=1)
         >>> w = sten.from_dense(torch.eye(2), sten.CSR())
-        >>> sten.dispatch.run("row_norms", w, w.parts)
+        >>> sten.extend.run("row_norms", w, w.parts)
         tensor([1., 1.])
     """
 
@@ -174,13 +174,13 @@ def kernel(operator: str, *, device: str, prepare: bool = False, **operands: typ
     """Register the decorated function for an operator, given layouts and a device type: a kernel, or what prepares one.
 
     Args:
-        operator: "linear", "linear_grad_input", "linear_grad_weight", "conv2d", "embedding", ... (`sten.OPERATORS`).
+        operator: "linear", "linear_grad_input", "linear_grad_weight", "conv2d", ... (`sten.extend.OPERATORS`).
         device: "cpu", "cuda", ..., or "any": for devices without a kernel of their own.
         prepare: False: the function is the kernel, `function(*operands, layout=, shape=)`, and always runs. True: it
             is `function(layout, shape, dtype, flags) -> Plan`, asked once for a signature, with the stored shape of
-            the weight, the dtype of its values and `sten.dispatch.Flags`; it returns
-            `sten.Plan.of(variant, reason, run)` with `run(*operands)`, or None (or the variant "reference") for the
-            reference implementation. What it decides by is the signature's, so `run` may build a launch from the
+            the weight, the dtype of its values and `sten.extend.Flags`; it returns
+            `sten.extend.Plan.of(variant, reason, run)` with `run(*operands)`, or None (or the variant "reference") for
+            the reference implementation. What it decides by is the signature's, so `run` may build a launch from the
             tensors of its first call, but must not keep them.
         **operands: the layout class of each sparse operand by name, mostly `weight=`.
 
@@ -195,14 +195,16 @@ def kernel(operator: str, *, device: str, prepare: bool = False, **operands: typ
         ...     return torch.nn.functional.linear(x, weight["values"], bias)
         >>> @sten.kernel("linear", weight=Shadow, device="cpu", prepare=True)
         ... def shadow_linear(layout, shape, dtype, flags):
+        ...     def run(x, weight, bias):
+        ...         return torch.nn.functional.linear(x, weight["values"], bias)
         ...     if dtype is not torch.float32:
-        ...         return sten.Plan.of("reference", f"the kernel is for float32, not {dtype}", None)
-        ...     return sten.Plan.of("dense", "multiplies all", lambda x, weight, bias: x @ weight["values"].T + bias)
+        ...         return sten.extend.Plan.of("reference", f"the kernel is for float32, not {dtype}", None)
+        ...     return sten.extend.Plan.of("dense", "multiplies all entries", run)
     """
     known = OPERATORS.get(operator)
     if known is None:
         names = ", ".join(sorted(OPERATORS))
-        raise ValueError(f"No operator named {operator!r}; sten has {names}; declare it with sten.operator.")
+        raise ValueError(f"No operator named {operator!r}; sten has {names}; declare it with sten.extend.operator.")
     if not operands or not set(known.required) <= set(operands) <= set(known.sparse):
         must = f" and needs {', '.join(known.required)}" if known.required else ""
         takes, got = ", ".join(known.sparse), ", ".join(operands)

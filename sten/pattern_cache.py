@@ -25,7 +25,7 @@ class PatternCache:
         dense_gradient: set while a training method wants the gradient of this weight dense: the operators that compute
             a weight's gradient then compute it dense, once, hand it over in the orientation of the layout, and return
             what lies in the pattern.
-        live: (generation and versions of the parts, the slots that are not padding): `sten.ops.pattern.live_slots`.
+        live: (generation and versions of the parts, the slots that are not padding): `sten.ops.padding.live_slots`.
 
     A user's own edit of a pattern part in place is noticed on the CPU, by the part's version, for what was derived
     from it. On a GPU it is not: call `w.cache.invalidate(*pattern)`.

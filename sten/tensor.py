@@ -1,6 +1,6 @@
 """SparseTensor: the one class that torch sees.
 
-A wrapper subclass with the true shape, dtype and device. It carries `spec` (the layout), and the parts as plain
+A wrapper subclass with the true shape, dtype and device. It carries `sparse_layout`, and the parts as plain
 tensors. What an operator does with it stands in two tables that `sten/ops/` fills: FUNCTIONS by Python function (the
 operators with a gradient rule of their own) and ATEN by aten operator (what autograd and torch.compile ask for below).
 """
@@ -35,7 +35,7 @@ class SparseTensor(torch.Tensor):
     """A tensor stored in a sparse layout. Made by `sten.from_dense` and `sten.sparsify`.
 
     Attributes:
-        spec: the `Layout`.
+        sparse_layout: the `Layout`.
         parts: dict of the plain tensors that store it; `values` holds the weights, the others the pattern.
         transposed: whether the parts store the transpose.
         cache: the `PatternCache` of the pattern.
@@ -58,7 +58,7 @@ class SparseTensor(torch.Tensor):
     @staticmethod
     def __new__(
         cls,
-        spec: Layout,
+        layout: Layout,
         parts: Parts,
         shape: Iterable[int],
         transposed: bool = False,
@@ -73,25 +73,25 @@ class SparseTensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=strides, dtype=values.dtype, device=values.device, requires_grad=requires_grad
         )
-        self._adopt(spec, parts, shape, transposed, cache)
+        self._adopt(layout, parts, shape, transposed, cache)
         return self
 
     def _adopt(
-        self, spec: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool, cache: PatternCache | None
+        self, layout: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool, cache: PatternCache | None
     ) -> None:
         """Set what the wrapper stores. torch.compile reaches each part as an attribute of its own, `part_<name>`."""
-        self.spec, self.parts, self.stored_shape, self.transposed = spec, parts, shape, transposed
+        self.sparse_layout, self.parts, self.stored_shape, self.transposed = layout, parts, shape, transposed
         self.cache = PatternCache() if cache is None else cache
         for name, part in parts.items():
             setattr(self, "part_" + name, part)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        return ["part_" + name for name in self.parts], (self.spec, self.stored_shape, self.transposed)
+        return ["part_" + name for name in self.parts], (self.sparse_layout, self.stored_shape, self.transposed)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: tuple, outer_size, outer_stride) -> SparseTensor:
-        spec, shape, transposed = context
-        return SparseTensor(spec, {k.removeprefix("part_"): v for k, v in inner.items()}, shape, transposed)
+        layout, shape, transposed = context
+        return SparseTensor(layout, {k.removeprefix("part_"): v for k, v in inner.items()}, shape, transposed)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -110,7 +110,7 @@ class SparseTensor(torch.Tensor):
 
     def mask(self) -> Tensor:
         """Bool mask of the stored entries, in the tensor's shape; explicit zeros count as stored."""
-        mask = self.spec.support(self.parts, self.stored_shape)
+        mask = self.sparse_layout.support(self.parts, self.stored_shape)
         return mask.t() if self.transposed else mask
 
     def to_dense(self) -> Tensor:
@@ -132,15 +132,19 @@ class SparseTensor(torch.Tensor):
     def with_values(self, values: Tensor, requires_grad: bool = False) -> SparseTensor:
         """A tensor of the same layout and pattern (shared, not copied) with other values."""
         parts = {**self.parts, "values": values}
-        return SparseTensor(self.spec, parts, self.stored_shape, self.transposed, requires_grad, self.cache)
+        return SparseTensor(self.sparse_layout, parts, self.stored_shape, self.transposed, requires_grad, self.cache)
 
     def values_like(self, dense: Tensor) -> Tensor:
         """The `values` that a dense tensor of this shape has at this pattern."""
-        return self.spec.pack_like(dense.t() if self.transposed else dense, self.parts)
+        return self.sparse_layout.pack_like(dense.t() if self.transposed else dense, self.parts)
 
     def same_pattern(self, other: SparseTensor) -> bool:
         """Whether both store the same entries in the same slots. Shared pattern tensors decide without reading them."""
-        if self.spec != other.spec or self.stored_shape != other.stored_shape or self.transposed != other.transposed:
+        if (
+            self.sparse_layout != other.sparse_layout
+            or self.stored_shape != other.stored_shape
+            or self.transposed != other.transposed
+        ):
             return False
         mine, yours = self.parts, other.parts
         return all(mine[n] is yours[n] or _equal(mine[n], yours[n]) for n in mine if n != "values")
@@ -153,7 +157,7 @@ class SparseTensor(torch.Tensor):
             density = "" if traced(self.parts["values"]) else f", density={self.density:.3g}"
         kind = "Parameter(SparseTensor)" if getattr(self, "_is_param", False) else "SparseTensor"
         flip = ", transposed" if self.transposed else ""
-        return f"{kind}({self.spec}, shape={shape}, dtype={dtype}{density}{device}{flip}{grad})"
+        return f"{kind}({self.sparse_layout}, shape={shape}, dtype={dtype}{density}{device}{flip}{grad})"
 
     # copies and files
 
@@ -164,7 +168,9 @@ class SparseTensor(torch.Tensor):
             if not self.is_leaf:
                 raise RuntimeError("Only a leaf can be deep-copied; detach() this SparseTensor first.")
             parts = {name: copy.deepcopy(part, memo) for name, part in self.parts.items()}
-            new = _restore(self.spec, parts, self.stored_shape, self.transposed, self.requires_grad, _is_param(self))
+            new = _restore(
+                self.sparse_layout, parts, self.stored_shape, self.transposed, self.requires_grad, _is_param(self)
+            )
             memo[id(self)] = new
             if self.grad is not None:
                 new.grad = copy.deepcopy(self.grad, memo)
@@ -173,7 +179,7 @@ class SparseTensor(torch.Tensor):
     def __reduce_ex__(self, protocol):
         with no_function():
             state = (self.stored_shape, self.transposed, self.requires_grad, _is_param(self))
-        return _load, (type(self.spec).__name__, fields(self.spec), dict(self.parts), *state)
+        return _load, (type(self.sparse_layout).__name__, fields(self.sparse_layout), dict(self.parts), *state)
 
 
 def owned(out: Tensor) -> Tensor:
@@ -199,7 +205,7 @@ class ToDense(Rule):
 
 def unpack(w: SparseTensor) -> Tensor:
     """The dense tensor, without a gradient."""
-    dense = w.spec.unpack(w.parts, w.stored_shape)
+    dense = w.sparse_layout.unpack(w.parts, w.stored_shape)
     return dense.t() if w.transposed else dense
 
 
@@ -304,10 +310,10 @@ def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
         for argument, operand in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and any(isinstance(a, SparseTensor) for a in tree_leaves(operand)):
                 raise NotImplementedError(
-                    f"{name} cannot write into a {sparse[0].spec} tensor; to train, take the trainable form "
+                    f"{name} cannot write into a {sparse[0].sparse_layout} tensor; to train, take the trainable form "
                     "(sten.attach, sten.trainable), or densify."
                 )
-    say_densified(name, sparse[0].spec)
+    say_densified(name, sparse[0].sparse_layout)
     args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -338,8 +344,8 @@ def _is_param(t: Tensor) -> bool:
     return bool(getattr(t, "_is_param", False))
 
 
-def _restore(spec, parts, shape, transposed, requires_grad, is_param) -> SparseTensor:
-    w = SparseTensor(spec, parts, shape, transposed, requires_grad)
+def _restore(layout, parts, shape, transposed, requires_grad, is_param) -> SparseTensor:
+    w = SparseTensor(layout, parts, shape, transposed, requires_grad)
     return torch.nn.Parameter(w, requires_grad) if is_param else w
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sten.layout import Layout, Parts
+from sten.extend import Layout, Parts
 from sten.layouts import BSR, CSR, NM, DualMask, FanIn, GroupedNM, Masked, VectorNM
 from sten.layouts.registry import fields
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sten
+from sten.training import TrainedWeight
 from sten.training.attribute import trained_of
 from sten.training.pattern_weight import PatternWeight
 
@@ -22,7 +23,7 @@ def sparse_weights(model: nn.Module) -> dict[str, sten.SparseTensor]:
     return found | {name: weight.tensor().detach() for name, weight in trained(model).items()}
 
 
-def trained(model: nn.Module) -> dict[str, sten.training.TrainedWeight]:
+def trained(model: nn.Module) -> dict[str, TrainedWeight]:
     """The weights in trainable form by the name of their Parameter; ties under the first name alone."""
     named = [
         (f"{prefix}.{name}" if prefix else name, weight)

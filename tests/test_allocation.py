@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sten
-from sten.allocation import proportional
+from sten.sparsifiers.allocation import proportional
 
 SHAPES = {"wide": (16, 16), "narrow": (2, 16), "conv": (8, 4, 3, 3)}
 

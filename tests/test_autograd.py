@@ -114,7 +114,7 @@ def test_gradients_have_the_layout_and_the_pattern(layout):
     w = nn.Parameter(make(layout, (7, 5))[0])
     x = torch.randn(3, 5)
     F.linear(x, w).sum().backward()
-    assert isinstance(w.grad, sten.SparseTensor) and w.grad.spec == layout and w.grad.same_pattern(w)
+    assert isinstance(w.grad, sten.SparseTensor) and w.grad.sparse_layout == layout and w.grad.same_pattern(w)
     first = w.grad.to_dense()
     torch.testing.assert_close(first, torch.ones(7, 3) @ x * w.mask())
     F.linear(x, w).sum().backward()
@@ -191,7 +191,7 @@ def test_training_matches_the_masked_dense_model(layout, name, foreach, strictly
     for i in (0, 2):
         w = sparse[i].weight
         assert isinstance(w, sten.SparseTensor)
-        w.spec.validate(w.parts, w.stored_shape)
+        w.sparse_layout.validate(w.parts, w.stored_shape)
         for slot in runs[0][1].state[w].values():
             if isinstance(slot, torch.Tensor) and slot.dim():
                 assert isinstance(slot, sten.SparseTensor)
@@ -322,7 +322,7 @@ def test_inference_mode(layout):
         assert torch.equal((model.weight + model.weight).to_dense(), 2 * dense)
         fresh = make(layout, (7, 5))[0]
         fresh.add_(1)
-        fresh.spec.validate(fresh.parts, fresh.stored_shape)
+        fresh.sparse_layout.validate(fresh.parts, fresh.stored_shape)
 
 
 def test_checkpointing():

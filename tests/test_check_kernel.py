@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sten
+from sten import dispatch
 from sten.layouts import CSR
 
 
@@ -20,7 +21,7 @@ def check(function, prepare=False, operator="linear", **more):
     try:
         return sten.testing.check_kernel(operator, Tried(), shapes=[(6, 9)], sparsity=(0.5,), **more)
     finally:
-        del sten.dispatch.KERNELS[(operator, "cpu", Tried)]
+        del dispatch.KERNELS[(operator, "cpu", Tried)]
 
 
 def plain(x, weight, bias, *, layout, shape):
@@ -38,9 +39,9 @@ def prepared(layout, shape, dtype, flags):
     if dtype is not torch.float32:
         return None
     if flags.tokens is not None and flags.tokens < 2:
-        return sten.Plan.of("reference", "few tokens", None)
+        return sten.extend.Plan.of("reference", "few tokens", None)
     variant = "later" if flags.tokens is None else "few" if flags.tokens < 16 else "many"
-    return sten.Plan.of(variant, "by tokens", lambda *operands: plain(*operands, layout=layout, shape=shape))
+    return sten.extend.Plan.of(variant, "by tokens", lambda *operands: plain(*operands, layout=layout, shape=shape))
 
 
 def test_a_prepared_kernel():
@@ -53,7 +54,7 @@ def of(run):
 
     def prepare(layout, shape, dtype, flags):
         state = {}
-        return sten.Plan.of(
+        return sten.extend.Plan.of(
             "one",
             "always",
             lambda x, weight, bias: run(state, lambda: plain(x, weight, bias, layout=layout, shape=shape), x),
@@ -114,7 +115,7 @@ def test_a_convolution_in_both_memory_formats():
     try:
         sten.testing.check_kernel("conv2d", Tried())
     finally:
-        del sten.dispatch.KERNELS[("conv2d", "cpu", Tried)]
+        del dispatch.KERNELS[("conv2d", "cpu", Tried)]
     forms = (torch.contiguous_format, torch.channels_last)
     assert seen >= {(form, stride) for form in forms for stride in ((1, 1), (2, 1))}
 

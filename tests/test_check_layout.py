@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from sten.layout import Layout, count_to_keep, expect_dense, expect_parts, top, top_of_groups
+from sten.extend import Layout, count_to_keep, expect_dense, expect_parts, top, top_of_groups
 from sten.layouts import NM
 from sten.layouts.registry import REGISTERED
 from sten.testing import check_layout

@@ -104,7 +104,7 @@ def test_finalize_in_another_layout():
     train(model, opt, range(2))
     want, moments = state(model), slots(model, opt)
     sten.finalize(model, layout=CSR())
-    assert model[0].weight.spec == CSR()
+    assert model[0].weight.sparse_layout == CSR()
     expect_close(state(model), want, 0, 0)
     expect_close(slots(model, opt), moments, 0, 0)
 
@@ -216,7 +216,7 @@ def test_weights_by_pattern():
 def test_layouts_by_pattern():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     sten.sparsify(model, layout={"0.*": CSR(), "re:1\\..*": GroupedNM(1, 4, 2), "*": NM(2, 4)}, sparsity=0.75)
-    assert [m.weight.spec for m in model] == [CSR(), GroupedNM(1, 4, 2), NM(2, 4)]
+    assert [m.weight.sparse_layout for m in model] == [CSR(), GroupedNM(1, 4, 2), NM(2, 4)]
     assert model[0].weight.density == 0.25
 
 

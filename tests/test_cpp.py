@@ -285,7 +285,7 @@ def test_instruction_sets():
     assert SETS[-1] == "portable" and cpp.features()["instruction_set"] == SETS[0]
     with pytest.raises(ValueError, match="'sse9'"):
         cpp.set_instruction_set("sse9")
-    code = "import sten.cpp as c; print(c.features()['instruction_set'])"
+    code = "import sten.backends.cpp as c; print(c.features()['instruction_set'])"
     environment = dict(os.environ, STEN_CPU="portable", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "portable"

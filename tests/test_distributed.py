@@ -12,6 +12,7 @@ from training_models import OPTIMIZERS, engine_of, masks, mlp
 
 import sten
 from sten.layouts import BSR, CSR, NM, VectorNM
+from sten.training import engine as engines
 from sten.training.pattern_weight import PatternWeight
 
 STEPS = 10
@@ -98,7 +99,7 @@ def worker(rank, world, port, jobs, folder, backend):
             assert engine_of(model).step == STEPS and optimizer.param_groups
             state = {"weights": weights(model), "masks": [mask.cpu() for mask in masks(model)]}
             torch.save(state, f"{folder}/{kind}-{case}-{rank}.pt")
-            sten.training.engine.stop(model)
+            engines.stop(model)
     finally:
         dist.destroy_process_group()
 
@@ -135,7 +136,7 @@ def test_ranks_agree_and_equal_one_process(results, kind, case):
 def test_a_method_that_resizes_is_refused_on_several_ranks(monkeypatch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    monkeypatch.setattr(sten.training.engine, "ranks", lambda: 2)
+    monkeypatch.setattr(engines, "ranks", lambda: 2)
     with pytest.raises(ValueError, match=r"SRigL changes the shapes .* use sten\.RigL"):
         sten.sparsify(model, sten.FanIn(), sten.SRigL(12, every=3), 0.5, optimizer=optimizer)
     assert type(model[0]) is torch.nn.Linear

@@ -80,7 +80,7 @@ def test_rigl_on_four_by_four_computed_by_hand():
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     sten.sparsify(model, CSR(), sten.RigL(4, drop_fraction=1.0, every=2, stop=1.0), 1 - 5 / 16, optimizer=optimizer)
     weight = engine_of(model).weights[0]
-    weight.change(sten.Edit(mask=w != 0, value=w), optimizer)()  # from the pattern of w
+    weight.change(sten.extend.Edit(mask=w != 0, value=w), optimizer)()  # from the pattern of w
     engine_of(model).step = 1  # the next step is a tick; alpha = 1/2 * (1 + cos(pi / 2)) = 1/2, k = int(2.5) = 2
     engine_of(model).prepare_next()
     # the gradient of sum_o y_o * c_o at x is c_o * x_i
@@ -340,7 +340,7 @@ def test_an_error_of_a_method_leaves_everything_as_it_was():
 def test_masks_must_be_bool():
     class Ints(sten.SET):
         def update(self, view):
-            return super().update(view) if view.mask is None else sten.Edit(mask=view.mask.int())
+            return super().update(view) if view.mask is None else sten.extend.Edit(mask=view.mask.int())
 
     model, optimizer, _ = sparse(Ints(24, every=2))
     with pytest.raises(TypeError, match="masks are bool"):
@@ -379,7 +379,7 @@ def test_a_dense_weight_keeps_its_key_and_a_dense_checkpoint_fits():
     twin = copy.deepcopy(model)
     assert all(map(torch.equal, dense_weights(twin), dense_weights(model)))
     sten.finalize(twin)
-    assert twin[0].weight.spec == CSR() and twin[0].weight.density == 0.25
+    assert twin[0].weight.sparse_layout == CSR() and twin[0].weight.density == 0.25
     assert torch.equal(twin(batch(0)[0]), sten.finalize(model)(batch(0)[0]))
 
 

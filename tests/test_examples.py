@@ -50,7 +50,7 @@ def test_new_layout():
     model = sten.sparsify(torch.nn.Linear(64, 32), layout=columns, sparsity=0.75)
     assert sten.which("linear", torch.ones(1, 64), model.weight).kernel == "columns_linear"
     model(torch.randn(3, 64)).sum().backward()
-    assert model.weight.grad.spec == columns
+    assert model.weight.grad.sparse_layout == columns
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")

@@ -24,7 +24,9 @@ from sten.io import _checksum
 def same_model(a: nn.Module, b: nn.Module) -> None:
     """The same forms, patterns, numbers and dtypes."""
     expect_close(state(a), state(b), 0, 0)
-    assert {n: w.spec for n, w in sparse_weights(a).items()} == {n: w.spec for n, w in sparse_weights(b).items()}
+    assert {n: w.sparse_layout for n, w in sparse_weights(a).items()} == {
+        n: w.sparse_layout for n, w in sparse_weights(b).items()
+    }
     assert all(torch.equal(mask, masks(b)[n]) for n, mask in masks(a).items())
     for (n, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         assert type(p) is type(q) and p.dtype == q.dtype, n

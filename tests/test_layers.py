@@ -24,7 +24,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 
 # from the bottom to the top: a room imports rooms of earlier rows only, beside itself
 LAYERS = [
-    ("L0", "_torch_private", "kernels", "cpp"),
+    ("L0", "_torch_private", "kernels"),
     ("L1", "layouts"),
     ("L2", "rule", "kernel_table"),
     ("L2", "pattern_cache"),
@@ -37,12 +37,6 @@ LAYERS = [
     ("L4", "io", "testing", "integrations"),
     ("L4", "extend", "__main__"),
 ]
-# files whose room is another than the file or folder directly below sten that they lie in
-ROOMS = {
-    "layout": "layouts",
-    "native": "backends",
-    **dict.fromkeys(("allocation", "schedule", "scores"), "sparsifiers"),
-}
 # the files of sten/layouts that are no layout
 SHARED = {"__init__", "base", "checks", "compressed_rows", "padding", "registry", "topk"}
 UPWARDS_AT_WORK: set[str] = set()
@@ -55,8 +49,8 @@ STATE = {
     "sten.tensor.ATEN",
     "sten.tensor.FUNCTIONS",
     "sten.dispatch._strict",  # a ContextVar: `sten.strict` in this thread or task
-    "sten.cpp._library",
-    "sten.cpp._load_error",
+    "sten.backends.cpp._library",
+    "sten.backends.cpp._load_error",
     "sten.kernels.autotune.TUNER",
 }
 # caches of launches and of what is derived from a pattern: docs/performance/host_path.md has key, limit, invalidation
@@ -66,37 +60,21 @@ STATE |= {
     "sten.kernels.pattern_cache._entries",
     "sten.kernels.split_k.workspace",
 }
-STATE_AT_WORK = {
-    "sten.dispatch._observers",
-    "sten.kernel_table._warned",
-    "sten.native.cuda._patterns",
-    "sten._torch_private.PATHS",
-    "sten.kernels.cusparselt._plans",
-    "sten.kernels.derived._kept",
-    "sten.kernels.epilogue.hand_over",
-    "sten.kernels.library._asked",
-    "sten.kernels.library._plans",
-}
+# what was warned of once, and the lists that `observe()` fills while it is on
+STATE |= {"sten.kernel_table._warned", "sten.dispatch._observers", "sten._torch_private.PATHS"}
+STATE_AT_WORK: set[str] = set()
 
 PRIVATE = {"sten/_torch_private.py", "kernels/_torch_private.py", "kernels/_triton_private.py"}
-PRIVATE_AT_WORK = {
-    "kernels/bound.py",
-    "kernels/cusparselt.py",
-    "kernels/epilogue.py",
-    "kernels/library.py",
-    "sten/native/cuda.py",
-    "sten/sparsifiers/bidirectional.py",
-    "sten/training/pattern_weight.py",
-}
+PRIVATE_AT_WORK: set[str] = set()
 
 BY_CLASS: set[str] = set()
-BY_CLASS_AT_WORK = {"sten/native/cuda.py"}
+BY_CLASS_AT_WORK: set[str] = set()
 
 
 def room(module: str) -> str:
     """The row of LAYERS that a module, as `sten.ops.linear`, belongs to by name."""
     parts = module.split(".")[1:]
-    return ROOMS.get(".".join(parts[:2])) or ROOMS.get(parts[0], parts[0])
+    return parts[0]
 
 
 def height(module: str) -> int:

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sten.layout import Layout, top, top_of_groups
+from sten.extend import Layout, top, top_of_groups
 from sten.layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
 from sten.layouts.grouped_nm import patterns
 from sten.layouts.registry import REGISTERED, layout_from

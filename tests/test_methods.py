@@ -17,6 +17,7 @@ from training_models import batch, engine_of, loss_of, masks, mlp, sparse, train
 
 import sten
 from sten.layouts import BSR, CSR, NM, FanIn, VectorNM
+from sten.sparsifiers import bidirectional, check_needs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,7 +107,7 @@ def test_a_given_schedule_is_what_training_follows():
 
 
 @dataclasses.dataclass(frozen=True)
-class Forgets(sten.PatternMethod):
+class Forgets(sten.extend.PatternMethod):
     schedule: sten.schedule.Schedule | None = None
 
     def __post_init__(self):
@@ -132,20 +133,20 @@ def test_needs_that_nothing_can_give():
         sten.sparsify(mlp(), sparsifier=Wanda())
     with pytest.raises(ValueError, match=r"Expected Typo.needs to name some of .* got \['gradient'\]"):
         sten.sparsify(mlp(), sparsifier=Typo())
-    sten.sparsifiers.check_needs(sten.RigL(1000))
+    check_needs(sten.RigL(1000))
     with pytest.raises(NotImplementedError, match="Both to define score or update") as error:
-        type("Both", (sten.PatternMethod,), {"needs": frozenset({"grad", "momentum"})})().score(None)
+        type("Both", (sten.extend.PatternMethod,), {"needs": frozenset({"grad", "momentum"})})().score(None)
     assert "\n" not in str(error.value)
     with pytest.raises(TypeError, match="abstract"):
         sten.Sparsifier()
 
 
-class Rounded(sten.PatternMethod):
+class Rounded(sten.extend.PatternMethod):
     """Keeps the positive entries of each group and rounds them: a one-shot method that changes values."""
 
     def update(self, view):
         assert view.mask is None and view.step == 0 and view.state == {}
-        return sten.Edit(mask=view.layout.mask(view.weight, view.sparsity), value=view.weight.round(decimals=1))
+        return sten.extend.Edit(mask=view.layout.mask(view.weight, view.sparsity), value=view.weight.round(decimals=1))
 
 
 def test_a_one_shot_method_decides_values_too():
@@ -158,7 +159,7 @@ def test_a_one_shot_method_decides_values_too():
 def test_an_earlier_pruning_is_kept_before_all_scores():
     allowed = torch.zeros(4, 8, dtype=torch.bool)
     allowed[:, 1] = True
-    view = sten.View("w", torch.arange(32.0).view(4, 8), CSR(), 0.75, allowed=allowed)
+    view = sten.extend.View("w", torch.arange(32.0).view(4, 8), CSR(), 0.75, allowed=allowed)
     mask = sten.Magnitude().update(view).mask
     assert mask.sum() == 8 and mask[:, 1].all()
 
@@ -239,17 +240,17 @@ def test_cubic_at_both_ends_and_global():
 
 
 def test_all_ninety_transposable_patterns_and_the_best_of_them():
-    patterns = sten.sparsifiers.bidirectional.square_patterns(2, 4)
+    patterns = bidirectional.square_patterns(2, 4)
     assert patterns.shape == (90, 4, 4) and (patterns.sum(1) == 2).all() and (patterns.sum(2) == 2).all()
     score = torch.rand(8, 12)
-    mask = sten.sparsifiers.bidirectional.transposable(NM(2, 4), score)
+    mask = bidirectional.transposable(NM(2, 4), score)
     for i in range(0, 8, 4):
         for j in range(0, 12, 4):
             block = (slice(i, i + 4), slice(j, j + 4))
             assert (score[block] * mask[block]).sum() == pytest.approx(
                 float((score[block] * patterns).sum((1, 2)).max())
             )
-    greedy = sten.sparsifiers.bidirectional.transposable(NM(4, 8), torch.rand(16, 16))
+    greedy = bidirectional.transposable(NM(4, 8), torch.rand(16, 16))
     assert (greedy.view(16, 2, 8).sum(2) <= 4).all() and (greedy.view(2, 8, 16).sum(1) <= 4).all()
 
 
@@ -297,12 +298,12 @@ def test_srigl_has_constant_fan_in_and_spares_the_classifier(ablate):
 def test_srigl_by_hand():
     w = torch.tensor([[4.0, 3, 0, 0], [0, 1, 2, 0], [0.5, 0, 0, 0.4]])
     g = torch.tensor([[0.0, 0, 9, 0], [8, 0, 0, 0], [0, 0, 0, 0]])
-    view = sten.View("w", w, FanIn(), 0.5, w != 0, step=30, grad=g)
+    view = sten.extend.View("w", w, FanIn(), 0.5, w != 0, step=30, grad=g)
     method = sten.SRigL(40, drop_fraction=0.7, every=10, stop=1.0, ablate=0.99)
     # alpha = .35 * (1 + cos(3 pi / 4)) = .1025, no growth: survivors are all six; every neuron has two
     assert torch.equal(method.update(view).mask, w != 0)
     # alpha = .35 at half time: k = 2, K = 4: salient 4, 3, 2, 1 and g = 9, 8; neuron 2 has none: two with fan-in 3
-    view = sten.View("w", w, FanIn(), 0.5, w != 0, step=20, grad=g)
+    view = sten.extend.View("w", w, FanIn(), 0.5, w != 0, step=20, grad=g)
     expected = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
     assert torch.equal(method.update(view).mask, expected)
 
@@ -463,7 +464,7 @@ class Drifts(sten.SET):
     def update(self, view):
         if view.mask is None:
             return super().update(view)
-        return sten.Edit(mask=view.mask & (view.weight.abs() > view.weight.abs().max() / 10))
+        return sten.extend.Edit(mask=view.mask & (view.weight.abs() > view.weight.abs().max() / 10))
 
 
 class PerBackward(sten.STE):

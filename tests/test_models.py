@@ -12,6 +12,7 @@ from masked import calls, expect_close, grads, masked_twin, sparse_weights, stat
 from torch import nn
 
 import sten
+from sten import dispatch
 from sten.dispatch import observe
 from sten.layouts import BSR, CSR, NM, GroupedNM, VectorNM
 
@@ -228,7 +229,7 @@ def test_finalized_form_equals_masked_dense(case, layout):
     """Forward (train and eval), the kernels that run, backward and one step of AdamW on SparseTensor Parameters."""
     model, twin = sparsified(case, layout)
     assert sorted(sparse_weights(model)) == sorted(case.sparse)
-    assert all(w.spec == layout for w in sparse_weights(model).values())
+    assert all(w.sparse_layout == layout for w in sparse_weights(model).values())
     with sten.strict(), observe() as seen:
         got = case.run(model)
         assert {n: len(c) for n, c in calls(model, seen).items()} == {n: case.forward.get(n, 1) for n in case.sparse}
@@ -365,7 +366,7 @@ def test_recurrent_weights_run_dense_with_a_warning():
     x = inputs(3, 6, 8)
     with sten.strict(), pytest.raises(sten.DensifyError, match="lstm"):
         model(x)
-    sten.dispatch._warned.clear()
+    dispatch._warned.clear()
     with pytest.warns(UserWarning, match="'lstm'.*dense copy"):
         got = model(x)
     want = twin(x)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import sten
+from sten import dispatch, kernels
 
-if not sten.kernels.available():
+if not kernels.available():
     pytest.skip("the Triton kernels need triton", allow_module_level=True)
 
 LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.GroupedNM(1, 4, 4), sten.VectorNM(1, 4, 128)]
@@ -13,8 +14,8 @@ LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.GroupedNM(1, 4, 4
 
 def prepared(operator, layout, shape, dtype, entries):
     """The Plan for shape = (tokens, outputs, inputs) on a GPU."""
-    flags = sten.dispatch.Flags(shape[0], entries, torch.device("cuda"))
-    return sten.dispatch.prepare(operator, layout, shape[1:], dtype, flags)
+    flags = dispatch.Flags(shape[0], entries, torch.device("cuda"))
+    return dispatch.prepare(operator, layout, shape[1:], dtype, flags)
 
 
 @pytest.mark.parametrize("operator", ["linear", "linear_grad_input", "linear_grad_weight"])
@@ -29,8 +30,8 @@ def test_dtypes(layout, operator):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_size_that_is_a_symbol(layout, operator):
     """Nothing is known of the tokens while the call is intercepted; the Plan runs an operator that decides later."""
-    flags = sten.dispatch.Flags(None, None, torch.device("cuda"))
-    plan = sten.dispatch.prepare(operator, layout, (256, 256), torch.bfloat16, flags)
+    flags = dispatch.Flags(None, None, torch.device("cuda"))
+    plan = dispatch.prepare(operator, layout, (256, 256), torch.bfloat16, flags)
     assert plan.run is not None and plan.reason
 
 

@@ -9,8 +9,10 @@ from torch import nn
 from weights import LAYOUTS, every_layout, make, one_sentence, stored
 
 import sten
-from sten import which
+from sten import dispatch, which
+from sten.backends import cpp
 from sten.layouts import BSR, CSR, NM, GroupedNM, Masked
+from sten.ops import padding
 
 CONV = [
     ((6, 4, 3, 3), {"stride": 1, "padding": 1}),
@@ -207,7 +209,7 @@ def test_anything_else_densifies_aloud():
 
 def test_one_warning_for_an_operator_and_a_layout():
     w = make(BSR((2, 2)), (7, 5))[0]
-    sten.dispatch._warned.clear()
+    dispatch._warned.clear()
     with pytest.warns(UserWarning, match="cumprod.*BSR"):
         w.cumprod(0)
     with warnings.catch_warnings():
@@ -326,7 +328,7 @@ def test_in_place(layout, change, strictly):
         torch.testing.assert_close(w.to_dense(), torch.where(w.mask(), want, 0), equal_nan=True)
         if not want[w.mask()].isnan().any():
             stored(w)
-            slots = torch.where(sten.ops.pattern._find(w), 0, w.parts["values"])
+            slots = torch.where(padding._find(w), 0, w.parts["values"])
             assert not slots.any()
 
 
@@ -396,7 +398,7 @@ def test_recurrent_layers_densify_aloud():
         setattr(layer, name, nn.Parameter(w))
         getattr(twin, name).data.mul_(w.mask())
         x = torch.randn(3, 6) if kind is nn.LSTMCell else torch.randn(4, 3, 6)
-        sten.dispatch._warned.clear()
+        dispatch._warned.clear()
         with pytest.warns(UserWarning, match="has no rule"):
             out = layer(x)[0]
         torch.testing.assert_close(out, twin(x)[0])
@@ -422,7 +424,7 @@ def test_which_says_what_runs(layout):
     assert [a.operator for a in answers] == ["linear", "linear_grad_input", "linear_grad_input", "linear"]
     for answer in answers + [which("embedding", (3,), w), which("linear_grad_weight", (2, 7), w)]:
         assert answer.kernel != "reference" and len(answer.reason) > 20 and str(layout) in str(answer)
-    with sten.dispatch.observe() as seen:
+    with dispatch.observe() as seen:
         F.linear(torch.ones(2, 5), w)
         torch.ones(2, 7) @ w
     assert [(name, spec) for name, spec, *_ in seen] == [("linear", layout), ("linear_grad_input", layout)]
@@ -454,7 +456,7 @@ def test_no_warning_for_any_built_in(recwarn):
 
 @pytest.mark.parametrize("layout", [CSR(), GroupedNM(2, 4, 1)], ids=str)
 def test_float32_on_the_cpu_runs_compiled(layout):
-    if not sten.cpp.available():
+    if not cpp.available():
         pytest.skip("the extension is not built")
     w = make(layout, (7, 5))[0]
     assert which("linear", (2, 5), w).variant == "float32"
@@ -463,7 +465,7 @@ def test_float32_on_the_cpu_runs_compiled(layout):
 
 @pytest.mark.parametrize("layout", [CSR(), GroupedNM(2, 4, 1)], ids=str)
 def test_a_window_of_one_is_a_product(layout):
-    if not sten.cpp.available():
+    if not cpp.available():
         pytest.skip("the extension is not built")
     w, dense = make(layout, (8, 12, 1, 1))
     x, bias = torch.randn(2, 12, 5, 4), torch.randn(8)

@@ -16,20 +16,22 @@ from weights import every_layout, make
 
 import sten
 from sten import _torch_private as private
-from sten import which
+from sten import dispatch, which
+from sten.backends import cpp
 from sten.layouts import CSR, NM, GroupedNM
+from sten.ops import padding
 
 
 @pytest.fixture(autouse=True)
 def registrations(monkeypatch):
     """What a test registers goes with it."""
-    before = dict(sten.dispatch.KERNELS)
+    before = dict(dispatch.KERNELS)
     yield
-    for key in [key for key in sten.dispatch.KERNELS if key not in before]:
-        del sten.dispatch.KERNELS[key]
+    for key in [key for key in dispatch.KERNELS if key not in before]:
+        del dispatch.KERNELS[key]
     for key, entry in before.items():
-        if sten.dispatch.KERNELS.get(key) is not entry:
-            sten.dispatch.KERNELS[key] = entry
+        if dispatch.KERNELS.get(key) is not entry:
+            dispatch.KERNELS[key] = entry
 
 
 def plans(w):
@@ -101,7 +103,7 @@ def test_which_prints_what_runs_for_convolutions(layout, form):
 
 @pytest.mark.parametrize("layout", [CSR(), GroupedNM(2, 4, 1)], ids=str)
 def test_the_memory_format_decides(layout):
-    if not sten.cpp.available():
+    if not cpp.available():
         pytest.skip("the extension is not built")
     for shape, size in (((8, 12, 1), (9,)), ((8, 12, 1, 1), (5, 4)), ((8, 12, 1, 1, 1), (2, 3, 4))):
         w, dense = make(layout, shape)
@@ -145,7 +147,7 @@ def copied(shape=(7, 5), dtype=torch.float32):
 def test_a_copy_without_kernels_runs_the_reference_and_says_so_once():
     w, dense = copied()
     x = torch.randn(3, 5)
-    sten.dispatch._warned.clear()
+    dispatch._warned.clear()
     assert which("linear", x, w).kernel == "reference" and "no kernel is registered" in which("linear", x, w).reason
     with pytest.warns(UserWarning, match="weight=Copied"):
         got = F.linear(x, w)
@@ -171,8 +173,8 @@ def test_a_prepared_kernel_of_a_stranger():
         if dtype is not torch.float32:
             return None
         if flags.tokens == 1:
-            return sten.Plan.of("reference", "one token is not worth it", None)
-        return sten.Plan.of("dense", "all at once", lambda x, weight, bias: F.linear(x, w.to_dense(), bias))
+            return sten.extend.Plan.of("reference", "one token is not worth it", None)
+        return sten.extend.Plan.of("dense", "all at once", lambda x, weight, bias: F.linear(x, w.to_dense(), bias))
 
     plan = which("linear", x, w, bias)
     assert (plan.kernel, plan.variant, plan.reason, plan.layouts) == ("mine", "dense", "all at once", ("Copied()",))
@@ -208,7 +210,7 @@ def test_a_kernel_of_matmul():
     plan = which("matmul", x, w)
     assert (plan.operator, plan.kernel, plan.reason) == ("matmul", "times", "Dense times sparse") and plan in plans(w)
     left, its = make(CSR(), (3, 7), seed=1)
-    with sten.dispatch.observe() as seen:
+    with dispatch.observe() as seen:
         torch.testing.assert_close(left @ w, its @ dense)
     assert [kernel.function for *_, kernel in seen] == [both]
 
@@ -220,7 +222,7 @@ def test_any_device():
         warnings.simplefilter("error")
         assert F.linear(torch.empty(3, 12, device="meta"), w).shape == (3, 8)
     assert which("linear", (3, 12), w).kernel == "linear_expand"
-    assert sten.dispatch.find("linear", "xpu", NM(2, 4)).function.__name__ == "linear_expand"
+    assert dispatch.find("linear", "xpu", NM(2, 4)).function.__name__ == "linear_expand"
 
 
 # what is kept
@@ -248,7 +250,7 @@ def test_plans_die_with_the_pattern():
     w.parts["values"].mul_(2)
     F.linear(x, w)
     assert plans(w) == [plan], "values are read where they lie"
-    sten.ops.pattern.live_slots(w)
+    padding.live_slots(w)
     before = w.cache.generation
     other = make(NM(2, 4), (8, 12), seed=1)[0]
     w.parts["index"].copy_(other.parts["index"])
@@ -366,7 +368,7 @@ def test_observing_costs_nothing_outside():
     x = torch.randn(3, 5)
     F.linear(x, w)
     before = plans(w)
-    with sten.dispatch.observe() as seen:
+    with dispatch.observe() as seen:
         F.linear(x, w)
         F.linear(x, w)
     F.linear(x, w)
@@ -388,7 +390,7 @@ def frames(call) -> list[str]:
 
 @pytest.mark.parametrize("layout", [CSR(), GroupedNM(2, 4, 1)], ids=str)
 def test_how_many_python_frames_a_product_takes(layout):
-    if not sten.cpp.available():
+    if not cpp.available():
         pytest.skip("the extension is not built")
     w, x, bias = make(layout, (8, 12))[0], torch.randn(3, 12), torch.randn(8)
     for call in (lambda: F.linear(x, w), lambda: F.linear(x, w, bias)):

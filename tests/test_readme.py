@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sten
+from sten.backends import cpp
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 ROWS = [[cell.strip() for cell in row.strip("| \n").split("|")] for row in re.findall(r"^\|.*\|$", TEXT, re.M)]
@@ -68,16 +69,16 @@ def test_cells(name):
             (pointwise, sparse(layout, 12, 16)),
         ):
             run(w).square().sum().backward()
-            assert w.grad.spec == layout and bool(w.grad.parts["values"].any())
+            assert w.grad.sparse_layout == layout and bool(w.grad.parts["values"].any())
         table = sparse(layout, 12, 16)
         F.embedding(torch.tensor([[1, 2], [0, 1]]), table).sum().backward()
-        assert table.grad.spec == layout
+        assert table.grad.sparse_layout == layout
         attention(layout).sum().backward()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_cpu_column_is_true(name):
-    if not sten.cpp.available():
+    if not cpp.available():
         pytest.skip("the C++ kernels are not built")
     kernel = sten.which("linear", (64, 16), sparse(LAYOUTS[name], 12, 16)).kernel
     assert TABLE[name]["linear on CPU"] == ("expand" if kernel.endswith("_expand") else "C++"), kernel

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sten.schedule import Constant, Cosine, Cubic, Exponential, Linear
+from sten.sparsifiers.schedule import Constant, Cosine, Cubic, Exponential, Linear
 
 CURVES = [Linear(0.2, 0.9, 3, 11), Cubic(0.2, 0.9, 3, 11), Cosine(0.2, 0.9, 3, 11)]
 

@@ -58,7 +58,7 @@ def test_a_copy_trains_as_the_original(cell):
     ours, sizes, said = run(method, layout)
     theirs, other_sizes, other_said = run(method, copy_of(layout))
     for have, want in zip(theirs, ours, strict=True):
-        assert have.spec == copy_of(layout) and torch.equal(have.to_dense(), want.to_dense())
+        assert have.sparse_layout == copy_of(layout) and torch.equal(have.to_dense(), want.to_dense())
         assert torch.equal(have.mask(), want.mask())
     assert other_sizes == sizes and other_said == said
 
@@ -79,7 +79,7 @@ class Tight(NM):
 
 def test_a_subclass_is_as_good_as_the_layout_that_a_method_is_about():
     for method in (sten.Transposable(refresh=3), sten.BDWP(), sten.DecayingStructure(20)):
-        assert run(method, Tight(2, 4), 4)[0][0].spec == Tight(2, 4)
+        assert run(method, Tight(2, 4), 4)[0][0].sparse_layout == Tight(2, 4)
 
 
 def test_free_slots_keep_the_shapes_of_a_copy_of_csr():
@@ -96,12 +96,14 @@ def test_a_copy_converts_as_the_original(layout, tmp_path):
         model = sten.sparsify(mlp(), one, sparsity=None if layout.rate else 0.75)
         again = sten.sparsify(mlp(seed=1), one, sparsity=None if layout.rate else 0.75)
         again.load_state_dict(model.state_dict())
-        assert again[0].weight.spec == one and torch.equal(again[0].weight.to_dense(), model[0].weight.to_dense())
+        assert again[0].weight.sparse_layout == one and torch.equal(
+            again[0].weight.to_dense(), model[0].weight.to_dense()
+        )
         kept = sten.sparsify(sten.densify(again), one, sparsifier=None)
         sten.save(model, tmp_path / "model.safetensors")
         loaded = sten.load(mlp(seed=2), tmp_path / "model.safetensors")
         found.append([model[0].weight, kept[0].weight, loaded[0].weight])
-        assert [w.spec for w in found[-1]] == [one] * 3
+        assert [w.sparse_layout for w in found[-1]] == [one] * 3
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours.to_dense(), theirs.to_dense()) and ours.stored_bytes == theirs.stored_bytes
 
@@ -123,4 +125,4 @@ def columns():
 @pytest.mark.parametrize("method", FOUR_METHODS, ids=lambda m: type(m).__name__)
 def test_a_layout_of_four_methods_trains(method, columns):
     (first, _), _, _ = run(method, columns)
-    assert first.spec == columns and first.density == pytest.approx(0.25)
+    assert first.sparse_layout == columns and first.density == pytest.approx(0.25)

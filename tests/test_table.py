@@ -59,9 +59,9 @@ def test_yes_learns_and_ends_in_its_layout(cell, optimizer):
     want = model(x).detach()
     sten.finalize(model)
     left = [layer.weight.mask() for layer in model if isinstance(layer, nn.Linear)]
-    assert model[0].weight.spec == layout
+    assert model[0].weight.sparse_layout == layout
     assert sum(int(m.sum()) for m in left) / 768 == pytest.approx(layout.rate or 0.5, abs=0.1)
-    if isinstance(method, sten.PatternMethod) or method.zero_pruned:
+    if isinstance(method, sten.extend.PatternMethod) or method.zero_pruned:
         assert all(torch.equal(a, b) for a, b in pairs)
         torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
 

@@ -46,7 +46,7 @@ def test_copies(layout, shape):
         assert torch.equal(got.to_dense(), change(dense))
         stored(got)
     for twin in (w.clone(), copy.deepcopy(w), pickle.loads(pickle.dumps(w)), w.to("cpu", copy=True)):
-        assert isinstance(twin, sten.SparseTensor) and twin.spec == layout and twin.same_pattern(w)
+        assert isinstance(twin, sten.SparseTensor) and twin.sparse_layout == layout and twin.same_pattern(w)
         twin.mul_(2)
         assert torch.equal(w.to_dense(), dense) and torch.equal(twin.to_dense(), 2 * dense)
     alias = w.detach()
@@ -79,18 +79,18 @@ def test_files(layout, shape, parameter):
     buffer.seek(0)
     got = torch.load(buffer, weights_only=True)["w"]
     assert isinstance(got, nn.Parameter) == parameter and got.requires_grad == parameter
-    assert torch.equal(got.to_dense(), dense) and got.spec == layout and got.same_pattern(w)
+    assert torch.equal(got.to_dense(), dense) and got.sparse_layout == layout and got.same_pattern(w)
 
 
 def corrupt(w):
     """Every pattern part in turn, with one entry pushed out of range."""
-    for name in w.spec.pattern:
+    for name in w.sparse_layout.pattern:
         part = w.parts[name]
         if part.dtype != torch.bool:
             bad = part.clone()
             bad.view(-1)[-1] = torch.iinfo(part.dtype).max
-            yield name, sten.SparseTensor(w.spec, {**w.parts, name: bad}, w.stored_shape)
-        yield name, sten.SparseTensor(w.spec, {**w.parts, name: part[:-1].clone()}, w.stored_shape)
+            yield name, sten.SparseTensor(w.sparse_layout, {**w.parts, name: bad}, w.stored_shape)
+        yield name, sten.SparseTensor(w.sparse_layout, {**w.parts, name: part[:-1].clone()}, w.stored_shape)
 
 
 @every_layout
@@ -141,7 +141,7 @@ def test_load_state_dict_between_layouts_keeps_the_layout():
     model = nn.Linear(12, 8)
     model.weight = nn.Parameter(make(CSR(), (8, 12), torch.float64, seed=1)[0])
     model.load_state_dict({"weight": w, "bias": model.bias})
-    assert model.weight.spec == CSR() and model.weight.dtype == torch.float64
+    assert model.weight.sparse_layout == CSR() and model.weight.dtype == torch.float64
     assert torch.equal(model.weight.to_dense(), dense.double())
     model.weight = nn.Parameter(make(NM(1, 4), (8, 12), seed=1)[0])
     with pytest.raises(RuntimeError, match="at most 1 of 4"):

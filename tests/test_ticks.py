@@ -104,12 +104,12 @@ def test_fresh_entries_and_new_values_of_a_compressed_weight():
     weight = engine.weights[0]
     slots = [weight.dense(t) for t in slots_of(weight, optimizer)]
     w, mask, fresh = weight.dense(weight.param), weight.active(), torch.rand(32, 16) < 0.5
-    weight.change(sten.Edit(fresh=fresh), optimizer)()
+    weight.change(sten.extend.Edit(fresh=fresh), optimizer)()
     assert torch.equal(weight.active(), mask) and torch.equal(weight.dense(weight.param), w * ~fresh)
     for have, want in zip((weight.dense(t) for t in slots_of(weight, optimizer)), slots, strict=True):
         assert torch.equal(have, want * ~fresh)
     mask = CSR().mask(torch.rand(32, 16), 0.75)
-    weight.change(sten.Edit(mask=mask, value=torch.ones(32, 16)), optimizer)()
+    weight.change(sten.extend.Edit(mask=mask, value=torch.ones(32, 16)), optimizer)()
     assert torch.equal(dense_weights(model)[0], mask.float())
 
 
@@ -121,8 +121,8 @@ def test_an_ablated_neuron_leaves_nothing_behind():
     w, slots = weight.dense(weight.param), [weight.dense(t) for t in slots_of(weight, optimizer)]
     without, other = mask.clone(), mask.clone()
     without[5] = False
-    weight.change(sten.Edit(mask=without), optimizer)()
-    weight.change(sten.Edit(mask=other), optimizer)()
+    weight.change(sten.extend.Edit(mask=without), optimizer)()
+    weight.change(sten.extend.Edit(mask=other), optimizer)()
     other[5] = False
     assert torch.equal(weight.dense(weight.param), w * other)
     for have, want in zip((weight.dense(t) for t in slots_of(weight, optimizer)), slots, strict=True):

@@ -23,7 +23,7 @@ def weights():
     sparse = sten.from_dense(random(O, I), sten.CSR(), random(O, I, seed=1) > 0.5)
     grouped = sten.from_dense(random(O, I), sten.GroupedNM(2, 4, 1))
     entries = [sparse.parts[name] for name in ("values", "crow", "col")]
-    slots = [grouped.parts["values"], grouped.parts["index"], grouped.spec.rows(DEVICE).int()]
+    slots = [grouped.parts["values"], grouped.parts["index"], grouped.sparse_layout.rows(DEVICE).int()]
     return {
         "gpu_vector_nm_linear": (
             lambda x, b: vector_nm.linear(x, values, index, b, n=1, m=4, v=16, out_features=O),

@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import DEVICE, close, random
 
 import sten
-from sten import dispatch
-from sten.native import cuda
+from sten import dispatch, kernels
+from sten.backends import cuda
 
 O, I = 24, 64
 LAYOUTS = [sten.CSR(), sten.BSR((8, 8)), sten.NM(2, 4), sten.VectorNM(1, 4, 8), sten.GroupedNM(2, 4, 1)]
@@ -111,7 +111,7 @@ def test_what_is_written_in_place_is_seen(layout, prepared):
             part.copy_(other.parts[name])
         pattern = [part for name, part in w.parts.items() if name != "values"]
         w.cache.invalidate(*pattern)
-        sten.kernels.pattern_cache.invalidate(*pattern)  # which the former does on a GPU
+        kernels.pattern_cache.invalidate(*pattern)  # which the former does on a GPU
         close(F.linear(x, w), x @ other.to_dense().T)
 
 

@@ -29,7 +29,7 @@ def make(layout, shape=(7, 5), dtype=torch.float32, seed=0):
 
 def stored(w):
     """Raises unless the parts of `w` are well formed."""
-    return w.spec.validate(w.parts, w.stored_shape)
+    return w.sparse_layout.validate(w.parts, w.stored_shape)
 
 
 def one_sentence(error):

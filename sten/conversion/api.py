@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..allocation import Allocation, allocation
-from ..layout import Layout
 from ..layouts import NM
+from ..layouts.base import Layout
 from ..sparsifiers import Magnitude, Sparsifier, View
+from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.sparsifier import check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
@@ -257,14 +257,14 @@ def finalize(model: nn.Module, layout: Layout | None = None) -> nn.Module:
     Example:
         >>> import torch, sten
         >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4)))
-        >>> sten.finalize(model).weight.spec
+        >>> sten.finalize(model).weight.sparse_layout
         NM(n=2, m=4)
     """
     if layout is not None and not isinstance(layout, Layout):
         raise TypeError(f"layout= takes a layout such as sten.CSR(), or None; got {layout!r}.")
 
     def change(w: SparseTensor) -> SparseTensor:
-        if layout is None or layout == w.spec:
+        if layout is None or layout == w.sparse_layout:
             return w
         stored = w.t() if w.transposed else w
         new = from_dense(stored.to_dense(), layout, stored.mask())

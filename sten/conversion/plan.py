@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..allocation import Allocation
-from ..layout import check_sparsity
+from ..layouts.checks import check_sparsity
 from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
+from ..sparsifiers.allocation import Allocation
 from ..tensor import SparseTensor, from_dense
 from .select import Target
 
@@ -122,4 +122,3 @@ def _pack(target: Target, dense: Tensor, mask: Tensor) -> None:
     kept = float(size.masked_fill_(~mask, 0).sum(dtype=widest_float(size.device)))
     target.energy = kept / total if total > 0 else 1.0
     target.result = result.t() if target.transposed else result
-

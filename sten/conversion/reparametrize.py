@@ -53,9 +53,7 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
     return weight
 
 
-def begin(
-    target: Target, sparsifier: Sparsifier, view: View, allocation, optimizers: list[Optimizer]
-) -> TrainedWeight:
+def begin(target: Target, sparsifier: Sparsifier, view: View, allocation, optimizers: list[Optimizer]) -> TrainedWeight:
     """Give a chosen weight the form that its dynamic method trains."""
     if not isinstance(sparsifier, DenseWeightMethod):
         weight = move(target, with_capacity(target.result, sparsifier.capacity), optimizers, trainable=True)
@@ -74,10 +72,12 @@ def begin(
 
 def with_capacity(w: SparseTensor, capacity: float) -> SparseTensor:
     """The weight with free slots, for a method that moves entries between weights."""
-    if capacity <= 1 or not w.spec.free_slots:
+    if capacity <= 1 or not w.sparse_layout.free_slots:
         return w
     slots = min(round(capacity * len(w.parts["values"])), w.numel())
-    return SparseTensor(w.spec, w.spec.with_slots(w.parts, slots), w.stored_shape, w.transposed, w.requires_grad)
+    return SparseTensor(
+        w.sparse_layout, w.sparse_layout.with_slots(w.parts, slots), w.stored_shape, w.transposed, w.requires_grad
+    )
 
 
 def _all(target: Target, optimizers: list[Optimizer]) -> list[Optimizer]:

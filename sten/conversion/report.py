@@ -104,7 +104,7 @@ def _row(name: str, w: Tensor, remark: float | str | None, tied_to: str = "") ->
     dense = w.numel() * w.element_size()
     sparse = isinstance(w, SparseTensor)
     energy, why = (None, remark) if isinstance(remark, str) else (remark, "")
-    layout = f"{w.spec}{' transposed' if w.transposed else ''}" if sparse else "dense"
+    layout = f"{w.sparse_layout}{' transposed' if w.transposed else ''}" if sparse else "dense"
     density, stored = (w.density, w.stored_bytes) if sparse else (1.0, dense)
     why = "; ".join(filter(None, (tied_to and f"tied to {tied_to}", why)))
     return Row(name, layout, tuple(w.shape), density, stored, dense, energy, why, tied_to)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..layout import Layout
+from ..layouts.base import Layout
 from ..tensor import SparseTensor
 from ..training.attribute import installed, trained_of
 from ..training.trained_weight import TrainedWeight

@@ -1,10 +1,10 @@
 """What sparse weights accept in `load_state_dict`: any form of the same weight, checked; never a silent dense one.
 
-    entry of `fc.weight`                                       from
-    `weight` (a SparseTensor)                                  a finalized model
-    `weight` (2-D values), `weight_pattern.<part>`             a model in trainable form
-    `weight.values`, `weight.<part>`                           sten.save's files; the trainable form before sten 0.1
-    `weight` (dense)                                           any model: it must be zero off the present pattern
+entry of `fc.weight`                                       from
+`weight` (a SparseTensor)                                  a finalized model
+`weight` (2-D values), `weight_pattern.<part>`             a model in trainable form
+`weight.values`, `weight.<part>`                           sten.save's files; the trainable form before sten 0.1
+`weight` (dense)                                           any model: it must be zero off the present pattern
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layouts.registry import fields
 from ..ops.attributes import entries_of
-from ..ops.pattern import dense_to_values
+from ..ops.padding import dense_to_values
 from ..tensor import SparseTensor, checked
 from ..training.attribute import SUFFIX, trained_of
 from ..training.pattern_weight import PatternWeight, as_matrix
@@ -59,7 +59,7 @@ def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | 
     parts = _parts(state_dict, key, present)
     entry = state_dict.pop(key, None)
     if parts:
-        layout = type(present.spec).__name__, fields(present.spec)
+        layout = type(present.sparse_layout).__name__, fields(present.sparse_layout)
         return SparseTensor(*checked(*layout, parts, present.stored_shape, present.transposed))
     if entry is None:
         return None
@@ -69,8 +69,8 @@ def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | 
     entry = entry.detach()
     if not isinstance(entry, SparseTensor):
         return present.with_values(dense_to_values(present, entry.to(present.device), "load_state_dict"))
-    if entry.spec == present.spec and entry.transposed == present.transposed:
-        entry.spec.validate(entry.parts, entry.stored_shape)
+    if entry.sparse_layout == present.sparse_layout and entry.transposed == present.transposed:
+        entry.sparse_layout.validate(entry.parts, entry.stored_shape)
         return entry
     return entries_of(entry, present)
 

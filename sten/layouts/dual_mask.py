@@ -23,7 +23,8 @@ class DualMask(Layout):
 
     Example:
         >>> import torch, sten
-        >>> w = sten.from_dense(torch.ones(1, 2), sten.layouts.DualMask(), torch.tensor([[True, False]]))
+        >>> from sten.layouts import DualMask
+        >>> w = sten.from_dense(torch.ones(1, 2), DualMask(), torch.tensor([[True, False]]))
         >>> w.to_dense()
         tensor([[1., 0.]])
     """

@@ -1,7 +1,7 @@
 """What operators do with a SparseTensor: each file fills the tables of `sten.tensor` and `sten.dispatch`."""
 
-from . import attention, attributes, conv, embedding, linear, pattern, pointwise, recurrent, structure, which
+from . import attention, attributes, conv, embedding, linear, padding, pointwise, recurrent, views, which
 
 __all__ = [
-    "attention", "attributes", "conv", "embedding", "linear", "pattern", "pointwise", "recurrent", "structure", "which",
+    "attention", "attributes", "conv", "embedding", "linear", "padding", "pointwise", "recurrent", "views", "which",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..tensor import SparseTensor, aten, function, project_now, unpack
-from .pattern import dense_to_values
+from .padding import dense_to_values
 
 A = torch.ops.aten
 
@@ -21,19 +21,19 @@ def entries_of(source: SparseTensor, target: SparseTensor) -> SparseTensor:
 
     ValueError, with one sentence, if the parts of `source` are not valid or the layout cannot hold its pattern.
     """
-    source.spec.validate(source.parts, source.stored_shape)
-    if source.spec == target.spec and source.transposed == target.transposed:
+    source.sparse_layout.validate(source.parts, source.stored_shape)
+    if source.sparse_layout == target.sparse_layout and source.transposed == target.transposed:
         values = source.parts["values"].to(target.dtype)
         parts = {name: part.to(target.device, copy=True) for name, part in {**source.parts, "values": values}.items()}
     else:
         dense, mask = (t.t() if target.transposed else t for t in (unpack(source), source.mask()))
-        parts = target.spec.pack(dense.to(target.device, target.dtype), mask.to(target.device))
-    return SparseTensor(target.spec, parts, target.stored_shape, target.transposed)
+        parts = target.sparse_layout.pack(dense.to(target.device, target.dtype), mask.to(target.device))
+    return SparseTensor(target.sparse_layout, parts, target.stored_shape, target.transposed)
 
 
 def adopt(w: SparseTensor, new: SparseTensor) -> None:
     """Make `w` store what `new` stores, and share the cache of its pattern; everything that refers to `w` sees it."""
-    w._adopt(new.spec, dict(new.parts), new.stored_shape, new.transposed, new.cache)
+    w._adopt(new.sparse_layout, dict(new.parts), new.stored_shape, new.transposed, new.cache)
 
 
 @function(Tensor.copy_)
@@ -139,7 +139,9 @@ def register_hook(w: SparseTensor, hook):
 
 @function(Tensor.data_ptr, Tensor.storage)  # untyped_storage must answer: torch.compile asks every tensor for it
 def no_buffer(w: SparseTensor, *args):
-    raise TypeError(f"A {w.spec} tensor has no buffer of its own; take one of a part: w.parts['values'].data_ptr().")
+    raise TypeError(
+        f"A {w.sparse_layout} tensor has no buffer of its own; take one of a part: w.parts['values'].data_ptr()."
+    )
 
 
 @function(Tensor.numpy, Tensor.__array__, Tensor.tolist)
@@ -162,4 +164,4 @@ def is_shared(w: SparseTensor) -> bool:
 @function(Tensor.pin_memory)
 def pin_memory(w: SparseTensor, *args) -> SparseTensor:
     parts = {name: part.pin_memory(*args) for name, part in w.parts.items()}
-    return SparseTensor(w.spec, parts, w.stored_shape, w.transposed)
+    return SparseTensor(w.sparse_layout, parts, w.stored_shape, w.transposed)

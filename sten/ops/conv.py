@@ -16,7 +16,7 @@ from .._torch_private import autocast_somewhere, intercepted, is_compiling
 from ..dispatch import operator, planned
 from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
 from .linear import autocast, bias_row
-from .pattern import gradient
+from .padding import gradient
 
 FORWARD = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 INPUT = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._torch_private import intercepted, is_compiling, transforms_active
 from ..dispatch import operator, planned, rows, say_densified
 from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned, traced
-from .pattern import gradient
+from .padding import gradient
 
 LIBRARY.define("sparse_embedding(Tensor index, Tensor weight) -> Tensor")
 LIBRARY.define("sparse_embedding_grad(Tensor grad, Tensor index, Tensor weight, int padding) -> Tensor")
@@ -121,9 +121,11 @@ def embedding(
     if not isinstance(weight, SparseTensor):
         raise TypeError("The index of an embedding must be a dense integer tensor.")
     if max_norm is not None:
-        raise NotImplementedError(f"max_norm writes into the table, {weight.spec} here: clip its rows beforehand.")
+        raise NotImplementedError(
+            f"max_norm writes into the table, {weight.sparse_layout} here: clip its rows beforehand."
+        )
     if scale_grad_by_freq or weight.transposed:
-        say_densified("embedding", weight.spec)
+        say_densified("embedding", weight.sparse_layout)
         return F.embedding(input, weight.to_dense(), padding_idx, None, norm_type, scale_grad_by_freq)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     _check(input, weight)

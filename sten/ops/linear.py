@@ -18,7 +18,7 @@ from torch import Tensor
 from .._torch_private import autocast_somewhere, differentiates, intercepted, is_compiling
 from ..dispatch import find, operator, planned, run_both, say_densified
 from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
-from .pattern import gradient
+from .padding import gradient
 
 # what is checked once for a signature
 
@@ -62,9 +62,7 @@ def linear_grad_weight_reference(grad, x, weight, *, layout, shape):
     return layout.pack_like(dense_grad_weight(grad, x, shape), weight)
 
 
-@operator(
-    "matmul", sparse=("input", "other"), required=("other",), check=_check_product, otherwise="linear_grad_input"
-)
+@operator("matmul", sparse=("input", "other"), required=("other",), check=_check_product, otherwise="linear_grad_input")
 def matmul_reference(input, other, *, layout, shape):
     left, right = (
         operand if each is None else each.unpack(operand, size)
@@ -288,11 +286,11 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
 
 def _both(a: SparseTensor, b: SparseTensor) -> Tensor:
     """Sparse times sparse, dense result: a registered kernel, or the right operand unpacked, with a warning."""
-    registered = find("matmul", a.parts["values"].device.type, (a.spec, b.spec)) is not None
+    registered = find("matmul", a.parts["values"].device.type, (a.sparse_layout, b.sparse_layout)) is not None
     recorded = differentiates() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     if registered and not (a.transposed or b.transposed or recorded):
         return run_both("matmul", a, b)
-    say_densified("matmul", b.spec)
+    say_densified("matmul", b.sparse_layout)
     return matmul(a, b.to_dense())
 
 

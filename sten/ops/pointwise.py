@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch_private import tree_map
 from ..tensor import SparseTensor, aten, function, project, project_now, unpack
-from .pattern import clear_padding, dense_to_values, only_live
+from .padding import clear_padding, dense_to_values, only_live
 
 A = torch.ops.aten
 

@@ -25,8 +25,8 @@ def which(
     It is the object that a call with such operands runs, unless a compiler, a mode, a profiler or the like looks on.
 
     Args:
-        operator: a name in `sten.OPERATORS`, as the user means it: "linear" is x @ weight.T, "matmul" is x @ weight.
-            A transposed weight resolves to the product that really runs.
+        operator: a name in `sten.extend.OPERATORS`, as the user means it: "linear" is x @ weight.T, "matmul" is
+            x @ weight. A transposed weight resolves to the product that really runs.
         x: the first operand (activations, an index, or for "..._grad_..." the gradient), or its shape: then it is
             contiguous, of the weight's dtype and device, as all further operands are taken to be.
         weight: a `SparseTensor`; a module's weight in trainable form reads as one.

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..layout import Layout
 from ..layouts import NM, DualMask
+from ..layouts.base import Layout
 from ..layouts.topk import widest_float
-from ..schedule import FOREVER, Constant, Schedule
 from ..tensor import SparseTensor
+from .schedule import FOREVER, Constant, Schedule
 from .sparsifier import DenseWeightMethod, Edit, State, View
 from .straight_through import masked_straight_through, pruned_decay
 
@@ -33,7 +33,7 @@ class DualMaskWeight(torch.autograd.Function):
         return grad.parts["values"] if isinstance(grad, SparseTensor) else grad, None, None
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 def dual_masked(w: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
     """The weight that a product sees through one mask and the gradient of its input through another."""
     return DualMaskWeight.apply(w, forward, backward)

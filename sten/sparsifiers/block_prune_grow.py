@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..layout import Layout
 from ..layouts import BSR
+from ..layouts.base import Layout
 from .gradual import GradualPruning
 from .granularity import fill_up, keep_largest
 from .sparsifier import Edit, View

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..schedule import FOREVER, Constant, Schedule
+from .schedule import FOREVER, Constant, Schedule
 from .sparsifier import DenseWeightMethod, Edit, State, View
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..layout import Layout
 from ..layouts import NM
-from ..schedule import FOREVER, Constant, Exponential, Linear, Schedule
+from ..layouts.base import Layout
+from .schedule import FOREVER, Constant, Exponential, Linear, Schedule
 from .sparsifier import DenseWeightMethod, Edit, View
 from .straight_through import StraightThrough, masked_straight_through
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import scores
-from ..layout import Layout
-from ..schedule import Constant, Cosine, Schedule
+from ..layouts.base import Layout
+from . import scores
 from .granularity import expect_independent_units, fill_up, keep_largest
+from .schedule import Constant, Cosine, Schedule
 from .sparsifier import Edit, PatternMethod, Sparsifier, State, View
 
 

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..allocation import Allocation
-from ..layout import Layout
-from ..schedule import Cubic, Schedule
+from ..layouts.base import Layout
+from .allocation import Allocation
+from .schedule import Cubic, Schedule
 from .sparsifier import DenseWeightMethod, Edit, View
 
 

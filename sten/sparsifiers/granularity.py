@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Layout, count_to_keep
+from ..layouts.base import Layout
+from ..layouts.checks import count_to_keep
 from .sparsifier import View
 from .topk import highest
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import scores
+from . import scores
 from .sparsifier import PatternMethod, View
 
 

@@ -8,12 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .. import scores
-from ..allocation import Allocation, proportional
-from ..layout import Layout
-from ..schedule import Cosine, Schedule
+from ..layouts.base import Layout
+from . import scores
+from .allocation import Allocation, proportional
 from .drop_grow import expect_to_act
 from .granularity import fill_up, keep_largest
+from .schedule import Cosine, Schedule
 from .sparsifier import Edit, PatternMethod, View
 
 CAPACITY = 2.0  # slots of a weight, as a multiple of its first count

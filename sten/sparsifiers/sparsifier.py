@@ -29,10 +29,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import scores
-from ..allocation import Allocation
-from ..layout import Layout
-from ..schedule import Schedule
+from ..layouts.base import Layout
+from . import scores
+from .allocation import Allocation
+from .schedule import Schedule
 
 State = dict[str, Tensor]
 
@@ -210,7 +210,7 @@ class PatternMethod(Sparsifier):
 
     Example:
         >>> import torch, sten
-        >>> class NearMean(sten.sparsifiers.PatternMethod):
+        >>> class NearMean(sten.extend.PatternMethod):
         ...     def score(self, view):
         ...         return -(view.weight - view.weight.mean()).abs()
         >>> NearMean().acts_once
@@ -231,7 +231,7 @@ class DenseWeightMethod(Sparsifier):
 
     Example:
         >>> import torch, sten
-        >>> class Halved(sten.sparsifiers.DenseWeightMethod):
+        >>> class Halved(sten.extend.DenseWeightMethod):
         ...     def apply(self, w, view):
         ...         return torch.where(self.present_mask(view), w, w / 2)
         >>> Halved().zero_pruned, Halved().acts_once

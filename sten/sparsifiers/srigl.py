@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..layout import Layout, count_to_keep
 from ..layouts import FanIn
+from ..layouts.base import Layout
+from ..layouts.checks import count_to_keep
 from .drop_grow import DropGrow
 from .sparsifier import Edit, View
 from .topk import highest

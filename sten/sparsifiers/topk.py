@@ -1,4 +1,4 @@
-"""Selection for mask updates: the same entries as `sten.layout.top` and `top_of_groups`, without a sort.
+"""Selection for mask updates: the same entries as `sten.extend.top` and `top_of_groups`, without a sort.
 
 Those are traced into compiled forward passes, which cannot wait for a number or call NumPy; mask updates run eagerly.
 """
@@ -19,7 +19,7 @@ def highest(score: Tensor, count: int) -> Tensor:
 
     Example:
         >>> import torch
-        >>> from sten.sparsifiers.topk import highest
+        >>> from .topk import highest
         >>> highest(torch.tensor([1.0, 3.0, 2.0, 2.0]), 2)
         tensor([False,  True,  True, False])
     """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import OPERATORS, find, planned
-from ..layout import Layout
+from ..layouts.base import Layout
 from ..tensor import SparseTensor
 from .layouts import accepts, claim, saying
 

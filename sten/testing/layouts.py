@@ -17,8 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import Layout, Parts, count_to_keep, top
+from ..layouts.base import Layout, Parts
+from ..layouts.checks import count_to_keep
 from ..layouts.registry import REGISTERED, fields, layout_from
+from ..layouts.topk import top
 
 SHAPES = ((1, 1), (1, 9), (8, 1), (13, 17), (16, 32), (63, 100), (5, 3, 3), (6, 7, 3, 3), (3, 4, 2, 2, 2))
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -209,7 +211,7 @@ def check_arguments(layout: Layout, shape: tuple[int, ...]) -> None:
     wrong = [-0.1, 1.1, math.nan, None if layout.rate is None else layout.rate / 2]
     for sparsity in wrong:
         refused = refuses(lambda s=sparsity: layout.mask(torch.rand(shape), s), f"{layout}.mask(score, {sparsity})")
-        claim(refused, f"{layout}.mask must refuse sparsity={sparsity} (sten.layout.check_sparsity does it)")
+        claim(refused, f"{layout}.mask must refuse sparsity={sparsity} (sten.extend.check_sparsity does it)")
 
 
 def check_case(layout: Layout, case: Case) -> None:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from ..conversion import finalize, sparsify
-from ..layout import Layout
 from ..layouts import CSR, NM
+from ..layouts.base import Layout
 from ..sparsifiers import Sparsifier
 from ..training.engine import engines_of
 from ..training.optim import AdamS
@@ -230,7 +230,7 @@ class _Kit:
         last = [layer.weight_pattern.tensor().to_dense() for layer in held]
         finalize(model)
         for layer, want in zip(held, last, strict=True):
-            claim(layer.weight.spec == self.layout, f"the finalized weight must be stored in {self.layout}")
+            claim(layer.weight.sparse_layout == self.layout, f"the finalized weight must be stored in {self.layout}")
             claim(
                 torch.equal(layer.weight.to_dense(), want),
                 "the finalized weight must be the trained one in its last mask",

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..allocation import Allocation
-from ..layout import Layout
+from ..layouts.base import Layout
 from ..sparsifiers import DenseWeightMethod, Edit, View
+from ..sparsifiers.allocation import Allocation
 from ..tensor import SparseTensor, from_dense
 from .distributed import shard_like, sharded, whole
 from .trained_weight import TrainedWeight, optimizer_slots

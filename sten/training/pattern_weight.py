@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layout import Parts
+from ..layouts.base import Parts
 from ..pattern_cache import PatternCache
 from ..rule import Rule
 from ..sparsifiers import Edit
@@ -49,7 +49,7 @@ class PatternWeight(TrainedWeight):
     """
 
     def __init__(self, name: str, w: SparseTensor) -> None:
-        super().__init__(name, w.spec, w.stored_shape, w.transposed)
+        super().__init__(name, w.sparse_layout, w.stored_shape, w.transposed)
         self.part_names = tuple(name for name in w.parts if name != "values")
         self.tail = tuple(w.parts["values"].shape[1:])
         for name in self.part_names:
@@ -112,7 +112,7 @@ class PatternWeight(TrainedWeight):
     # changes of the pattern
 
     def set_pattern(self, parts: Parts, assign: bool = False) -> None:
-        """Take on another pattern, its numbers or (`assign`) its tensors; invalidate what was derived of the old one."""
+        """Take on another pattern, its numbers or (`assign`) its tensors; what was derived is invalidated."""
         for name in self.part_names:
             self._buffers[name] = parts[name] if assign else fill(self._buffers[name], parts[name])
         self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
@@ -249,6 +249,6 @@ class Values(Rule):
         return ctx.like.with_values(grad)
 
 
-@torch._dynamo.allow_in_graph
+@torch.compiler.allow_in_graph
 def _traced(*args):
     return Assemble.apply(*args)

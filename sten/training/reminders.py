@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..layout import Layout
+from ..layouts.base import Layout
 from ..tensor import SparseTensor
 from .trained_weight import TrainedWeight
 
@@ -40,7 +40,11 @@ def empty_rows(mask: Tensor, layout: Layout) -> str | None:
 
 def empty_rows_of(w: SparseTensor) -> str | None:
     """The same of a weight as it is stored."""
-    return empty_rows(w.spec.support(w.parts, w.stored_shape), w.spec) if w.spec.rows_may_be_empty else None
+    return (
+        empty_rows(w.sparse_layout.support(w.parts, w.stored_shape), w.sparse_layout)
+        if w.sparse_layout.rows_may_be_empty
+        else None
+    )
 
 
 def warn_of_empty_rows(rows: dict[str, str], stacklevel: int) -> None:

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layout import Layout
+from ..layouts.base import Layout
 from ..sparsifiers import Edit, State, View
 from ..tensor import SparseTensor
 
 if TYPE_CHECKING:
-    from ..allocation import Allocation
     from ..sparsifiers import Sparsifier
+    from ..sparsifiers.allocation import Allocation
     from .engine import Engine
 
 COUNTS = ("updates", "deferred_update_step", "backward_passes")  # of an engine, in the buffer `counts`

@@ -21,7 +21,7 @@ class Bitmask(sten.Layout):
     pattern = ("bits", "start")
 
     def mask(self, score, sparsity=None):
-        return sten.layout.top(score, sten.layout.count_to_keep(score.numel(), sparsity, self))
+        return sten.extend.top(score, sten.extend.count_to_keep(score.numel(), sparsity, self))
 
     def pack(self, dense, mask):
         live = mask.flatten(1)
@@ -43,7 +43,7 @@ class Bitmask(sten.Layout):
 
     def validate(self, parts, shape):
         rows, columns = shape[0], math.prod(shape[1:])
-        sten.layout.expect_parts(
+        sten.extend.expect_parts(
             self,
             parts,
             {
@@ -66,13 +66,13 @@ class Bitmask(sten.Layout):
 def bitmask_linear(layout, shape, dtype, flags):
     """The C++ kernel is float32; other dtypes take sten's reference."""
     if dtype != torch.float32:
-        return sten.Plan.of("reference", f"the kernel is for float32, not {dtype}", None)
+        return sten.extend.Plan.of("reference", f"the kernel is for float32, not {dtype}", None)
     columns = math.prod(shape[1:])
 
     def run(x, weight, bias):
         return torch.ops.sten_bitmask.linear(x, weight["values"], weight["bits"], weight["start"], bias, columns)
 
-    return sten.Plan.of("cpp", "C++, rows over threads: the bits of a row decoded once, then every token", run)
+    return sten.extend.Plan.of("cpp", "C++, rows over threads: the bits of a row decoded once, then every token", run)
 
 
 @torch.library.register_fake("sten_bitmask::linear")

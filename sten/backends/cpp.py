@@ -3,8 +3,8 @@
 Importing this module loads the library `sten._C` if it is there and tells torch.compile the shapes of its operators; it
 never fails for want of it. Floor F0: plain tensors in, plain tensors out, and nothing of sten but the library.
 
-    >>> import sten.cpp
-    >>> sten.cpp.features()["available"] == sten.cpp.available()
+    >>> from sten.backends import cpp
+    >>> cpp.features()["available"] == cpp.available()
     True
 """
 

@@ -1,6 +1,6 @@
 """Scores: how important each entry of a weight is. A pure function of tensors; higher is better.
 
-Ties are decided by index where masks are cut (`sten.layout.top`), so a score needs no noise.
+Ties are decided by index where masks are cut (`sten.extend.top`), so a score needs no noise.
 """
 
 from __future__ import annotations

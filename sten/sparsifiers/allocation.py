@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .layouts.topk import top
+from ..layouts.topk import top
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import torch
 from .._torch_private import correct_aliasing
 from ..dispatch import say_densified
 from ..tensor import SparseTensor, aten, unpack
-from .pattern import dense_to_values as dense_to_values
-from .pattern import only_live
+from .padding import dense_to_values as dense_to_values
+from .padding import only_live
 
 A = torch.ops.aten
 
 
 def each_part(change, w: SparseTensor) -> SparseTensor:
     """The same weight with `change` applied to every part: a pattern of its own."""
-    return SparseTensor(w.spec, {n: change(p) for n, p in w.parts.items()}, w.stored_shape, w.transposed)
+    return SparseTensor(w.sparse_layout, {n: change(p) for n, p in w.parts.items()}, w.stored_shape, w.transposed)
 
 
 def alias(func, args: tuple, transposed: bool) -> SparseTensor:
@@ -28,7 +28,7 @@ def alias(func, args: tuple, transposed: bool) -> SparseTensor:
     w = args[0]
     with torch.inference_mode(w.is_inference()) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
         parts = {**w.parts, "values": w.parts["values"].detach()}
-        view = SparseTensor(w.spec, parts, w.stored_shape, transposed, cache=w.cache)
+        view = SparseTensor(w.sparse_layout, parts, w.stored_shape, transposed, cache=w.cache)
     return correct_aliasing(func, args, {}, view)
 
 
@@ -65,7 +65,9 @@ def _flips(w: SparseTensor, dims: list[int]) -> bool:
     """Whether this order of dimensions is a transposition (or no change); an error where it is neither."""
     same = dims == list(range(w.dim()))
     if not same and w.dim() != 2:
-        raise NotImplementedError(f"Only a matrix can be transposed in {w.spec}; this has shape {tuple(w.shape)}.")
+        raise NotImplementedError(
+            f"Only a matrix can be transposed in {w.sparse_layout}; this has shape {tuple(w.shape)}."
+        )
     return not same
 
 
@@ -74,7 +76,7 @@ def view(func, w, size, **kwargs):
     """To its own shape, as gradients are; any other shape is dense."""
     if len(size) == w.dim() and all(want in (-1, have) for want, have in zip(size, w.shape, strict=True)):
         return alias(func, (w, size), w.transposed)
-    say_densified("view", w.spec)
+    say_densified("view", w.sparse_layout)
     return func(unpack(w).contiguous(), size, **kwargs)
 
 
@@ -86,7 +88,7 @@ def to_copy(func, w, *, dtype=None, device=None, layout=None, pin_memory=None, n
     parts = {n: p.to(**place) if device is not None else p for n, p in w.parts.items()}
     same = all(p is w.parts[n] for n, p in parts.items() if n != "values")
     parts["values"] = func(w.parts["values"], dtype=dtype, **place)
-    return SparseTensor(w.spec, parts, w.stored_shape, w.transposed, cache=w.cache if same else None)
+    return SparseTensor(w.sparse_layout, parts, w.stored_shape, w.transposed, cache=w.cache if same else None)
 
 
 @aten(A.zeros_like.default, A.empty_like.default, A.ones_like.default, A.rand_like.default, A.randn_like.default)

@@ -17,8 +17,8 @@ from torch import Tensor
 from .. import kernels
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
-from ..layout import Layout
 from ..layouts import BSR, CSR, NM, GroupedNM, VectorNM
+from ..layouts.base import Layout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTS = {"linear": "linear", "linear_grad_input": "linear_grad_input", "linear_grad_weight": "linear_grad_values"}

@@ -29,7 +29,9 @@ def live_slots(w: SparseTensor) -> Tensor | None:
 
 
 def _find(w: SparseTensor) -> Tensor:
-    return w.spec.pack_like(torch.ones(w.stored_shape, dtype=torch.bool, device=w.parts["values"].device), w.parts)
+    return w.sparse_layout.pack_like(
+        torch.ones(w.stored_shape, dtype=torch.bool, device=w.parts["values"].device), w.parts
+    )
 
 
 def only_live(w: SparseTensor, values: Tensor) -> SparseTensor:
@@ -55,8 +57,8 @@ def dense_to_values(w: SparseTensor, dense: Tensor, name: str) -> Tensor:
     accumulates = backward_pass() != -1
     if not accumulates and not torch.equal(unpack(gathered), dense.to(gathered.dtype)):
         raise ValueError(
-            f"{name} would write a tensor with non-zeros off the pattern into a {w.spec} weight: mask it first "
-            "(tensor * w.mask()), or use sten.densify."
+            f"{name} would write a tensor with non-zeros off the pattern into a {w.sparse_layout} weight: mask it "
+            "first (tensor * w.mask()), or use sten.densify."
         )
     return gathered.parts["values"]
 
@@ -84,5 +86,5 @@ def gradient(
     else:
         whole = dense(*operands, w.stored_shape, **geometry)
         wants(whole)
-        values = w.spec.pack_like(whole, parts)
+        values = w.sparse_layout.pack_like(whole, parts)
     return w.with_values(values)

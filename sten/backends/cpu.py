@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cpp
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
 from ..layouts import CSR, GroupedNM
 from ..layouts.base import Layout
+from . import cpp
 
 Linear = Callable[[Tensor, dict[str, Tensor], Tensor | None], Tensor]
 LAST = (torch.channels_last, torch.channels_last_3d)
