@@ -2,8 +2,8 @@
 
 A `Plan` is what runs for one signature: the operator, shape, strides, dtype, device and alignment of every dense
 operand, dtype, strides and alignment of the values, torch's tf32 switch where it matters, the geometry of a
-convolution. `sten.which` prints it. The plans of a weight are kept in its `PatternCache` (`w.cache.plans`), and hold no pointer into
-a pattern. The states of a signature:
+convolution. `sten.which` prints it. The plans of a weight are kept in its `PatternCache` (`w.cache.plans`), and hold no
+pointer into a pattern. The states of a signature:
 
     absent       its first call; a kernel was registered since; MAX_PLANS others came; `observe()` is on.
                  A call checks the operands, prepares a Plan, stores it (not under `observe()`, nor while a CUDA graph
