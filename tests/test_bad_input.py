@@ -194,7 +194,7 @@ def test_another_parametrization():
 def test_pruning_that_does_not_fit():
     model = nn.Linear(8, 4)
     prune.custom_from_mask(model, "weight", torch.ones(4, 8))
-    with refused(model, r"non-zeros of weight do not fit NM\(n=2, m=4\): pass a sparsifier to choose"):
+    with refused(model, r"weight: Expected non-zeros that fit NM\(n=2, m=4\), got others; pass a sparsifier"):
         sten.sparsify(model, layout=NM(2, 4), sparsifier=None)
 
 
@@ -340,6 +340,6 @@ def test_weights_that_diverged():
     model = nn.Linear(8, 4)
     with torch.no_grad():
         model.weight[1, 2] = float("nan")
-    with pytest.raises(ValueError, match="weight holds NaN"):
+    with pytest.raises(ValueError, match="weight: Expected numbers, got NaN"):
         sten.sparsify(model, NM(2, 4))
     assert type(model.weight) is nn.Parameter

@@ -80,8 +80,12 @@ def sparsify(
     elif begun:
         remind(begun)
     if sparsifier is not None and not getattr(sparsifier, "zero_pruned", False):  # those say it when it happens
-        rows = {target.name: empty_rows_of(target.result) for target in targets}
-        warn_of_empty_rows({name: what for name, what in rows.items() if what}, stacklevel=2)
+        empty = {}
+        for target in targets:
+            if rows := empty_rows_of(target.result):
+                empty[target.name] = rows
+        if empty:
+            warn_of_empty_rows(empty, stacklevel=2)
     return model
 
 

@@ -11,7 +11,7 @@ from ..layouts.checks import check_sparsity
 from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from ..sparsifiers.allocation import Allocation
-from ..tensor import SparseTensor, from_dense
+from ..tensor import SparseTensor
 from .select import Target
 
 
@@ -19,57 +19,82 @@ def decide(targets: list[Target], sparsifier: Sparsifier | None, allocation: All
     """Set `result` and `energy` of every target; of a dynamic method return what it sees of each weight at the start.
 
     Raises:
-        ValueError: rate, sparsity and layout do not go together.
+        ValueError: rate, sparsity and layout do not go together, or a layout cannot hold a weight.
     """
     if allocation is not None and sparsifier is None:
         raise ValueError("sparsifier=None keeps the existing non-zeros: leave sparsity= out.")
-    if allocation is not None and all(target.layout.rate is not None for target in targets):
+    free = {}
+    for target in targets:
+        if target.layout.rate is None:
+            free[target.name] = target
+    if allocation is not None and not free:
         for target in targets:
             check_sparsity(allocation.sparsity, target.layout)
+    starts: dict[str, View] = {}
     with torch.no_grad():
-        if sparsifier is not None:
-            return _choose(targets, sparsifier, allocation)
+        views = _Views(targets, sparsifier)
+        counts = _counts(views, free, sparsifier, allocation) if sparsifier is not None else {}
         for target in targets:
-            dense = _dense(target)
-            _pack(target, dense, _existing(target, dense))
-        return {}
+            try:
+                if sparsifier is None:
+                    dense = _dense(target)
+                    _pack(target, dense, _existing(target, dense))
+                else:
+                    _choose(target, views.take(target), counts.get(target.name), sparsifier, starts)
+            except ValueError as error:
+                raise ValueError(f"{target.name}: {error}") from None
+    return starts
 
 
-def _choose(targets: list[Target], sparsifier: Sparsifier, allocation: Allocation | None) -> dict[str, View]:
-    """By the method. What an allocation asks for is kept until it is used, the rest is made one weight at a time."""
-    generator = torch.Generator().manual_seed(sparsifier.seed)
-    free = {t.name: t for t in targets if t.layout.rate is None}
-    views: dict[str, View] = {}
+class _Views(dict):
+    """What the method sees of each target; made when an allocation or the choice wants it, and given up by `take`."""
 
-    def view_of(target: Target) -> View:
-        if target.name not in views:
+    def __init__(self, targets: list[Target], sparsifier: Sparsifier | None) -> None:
+        super().__init__()
+        self.last = targets[-1]
+        self.generator = torch.Generator().manual_seed(sparsifier.seed) if sparsifier is not None else None
+
+    def of(self, target: Target) -> View:
+        if target.name not in self:
             allowed = _oriented(target, target.mask)
-            given = {"generator": generator, "last": target is targets[-1], "allowed": allowed}
-            views[target.name] = View(target.name, _dense(target), target.layout, **given)
-        return views[target.name]
+            given = {"generator": self.generator, "last": target is self.last, "allowed": allowed}
+            self[target.name] = View(target.name, _dense(target), target.layout, **given)
+        return self[target.name]
+
+    def take(self, target: Target) -> View:
+        view = self.of(target)
+        del self[target.name]
+        return view
+
+
+def _counts(
+    views: _Views, free: dict[str, Target], sparsifier: Sparsifier, allocation: Allocation | None
+) -> dict[str, int]:
+    """How many entries of each weight without a rate stay."""
+    if not free or allocation is None:
+        return {}
+    shapes = {name: _stored_shape(target) for name, target in free.items()}
 
     def score(name: str) -> Tensor:
-        view = view_of(free[name])
+        view = views.of(free[name])
         return _allowed(view, sparsifier.scored(view))
 
-    shapes = {name: _stored_shape(t) for name, t in free.items()}
-    counts = allocation.assign(shapes, score) if free and allocation else {}
-    starts: dict[str, View] = {}
-    for target in targets:
-        view = view_of(target)
-        if target.name in counts:
-            sized = dataclasses.replace(view, sparsity=1 - counts[target.name] / target.tensor.numel())
-            sized.memo.update(view.memo)
-            view = sized
-        del views[target.name]
-        edit = sparsifier.update(view)
-        end = edit.mask
-        if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; its first mask may be wider
-            end = target.layout.mask(_allowed(view, sparsifier.scored(view)), view.sparsity)
-        _pack(target, view.weight if edit.value is None else edit.value, end)
-        if not sparsifier.acts_once:
-            starts[target.name] = _start(view, sparsifier, edit)
-    return starts
+    return allocation.assign(shapes, score)
+
+
+def _choose(target: Target, view: View, count: int | None, sparsifier: Sparsifier, starts: dict[str, View]) -> None:
+    """The method's first decision for a weight, and what that makes of it."""
+    if count is not None:
+        sized = dataclasses.replace(view, sparsity=1 - count / target.tensor.numel())
+        sized.memo.update(view.memo)
+        view = sized
+    edit = sparsifier.update(view)
+    end = edit.mask
+    if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; its first mask may be wider
+        end = target.layout.mask(_allowed(view, sparsifier.scored(view)), view.sparsity)
+    _pack(target, view.weight if edit.value is None else edit.value, end)
+    if not sparsifier.acts_once:
+        starts[target.name] = _start(view, sparsifier, edit)
 
 
 def _allowed(view: View, score: Tensor) -> Tensor:
@@ -109,16 +134,16 @@ def _existing(target: Target, dense: Tensor) -> Tensor:
         return mask
     full = target.layout.mask(torch.where(mask, dense.abs(), -torch.ones_like(dense)))
     if bool((mask & ~full).any()):
-        raise ValueError(f"The non-zeros of {target.name} do not fit {target.layout}: pass a sparsifier to choose.")
+        raise ValueError(f"Expected non-zeros that fit {target.layout}, got others; pass a sparsifier to choose.")
     return full
 
 
 def _pack(target: Target, dense: Tensor, mask: Tensor) -> None:
-    result = from_dense(dense, target.layout, mask)
-    size = dense.abs()
-    total = float(size.sum(dtype=widest_float(size.device)))
+    result = SparseTensor(target.layout, target.layout.pack(dense, mask), dense.shape)
+    size, exact = dense.abs(), widest_float(dense.device)
+    total = float(size.sum(dtype=exact))
     if total != total:
-        raise ValueError(f"{target.name} holds NaN, which pruning would hide: load weights that did not diverge.")
-    kept = float(size.masked_fill_(~mask, 0).sum(dtype=widest_float(size.device)))
+        raise ValueError("Expected numbers, got NaN, which pruning would hide; load weights that did not diverge.")
+    kept = float(size.masked_fill_(~mask, 0).sum(dtype=exact))
     target.energy = kept / total if total > 0 else 1.0
     target.result = result.t() if target.transposed else result

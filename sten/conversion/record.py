@@ -34,7 +34,8 @@ class Record:
 
 def record_of(module: nn.Module, name: str) -> Record:
     """The record of a weight; an empty one if there is none."""
-    return module.__dict__.get(ATTRIBUTE, {}).get(name, Record())
+    records = module.__dict__.get(ATTRIBUTE, {})
+    return records[name] if name in records else Record()
 
 
 def remember(target: Target, optimizers: Iterable[Optimizer] = (), why: str = "") -> None:
@@ -43,7 +44,8 @@ def remember(target: Target, optimizers: Iterable[Optimizer] = (), why: str = ""
         record = module.__dict__.setdefault(ATTRIBUTE, {}).setdefault(name, Record())
         record.energy = record.energy if target.energy is None else target.energy
         record.why = why
-        remember_optimizers(module, name, optimizers)
+        if optimizers:
+            remember_optimizers(module, name, optimizers)
 
 
 def remember_optimizers(module: nn.Module, name: str, optimizers: Iterable[Optimizer]) -> None:
@@ -55,4 +57,7 @@ def remember_optimizers(module: nn.Module, name: str, optimizers: Iterable[Optim
 
 def known_optimizers(module: nn.Module, name: str) -> list[Optimizer]:
     """The optimizers that a weight was given."""
-    return [o for ref in record_of(module, name).optimizers if (o := ref()) is not None]
+    record = module.__dict__.get(ATTRIBUTE, {}).get(name)
+    if record is None or not record.optimizers:
+        return []
+    return [o for ref in record.optimizers if (o := ref()) is not None]

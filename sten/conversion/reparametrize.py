@@ -33,11 +33,12 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
     """Give a weight the form of `after`: dense, a SparseTensor, or that one's trainable form, which is returned."""
     old, optimizers = target.tensor, _all(target, optimizers)
     weight = PatternWeight(target.name, after.detach().requires_grad_(old.requires_grad)) if trainable else None
-    after = after if trainable or not isinstance(after, SparseTensor) else after.detach()
     new = nn.Parameter(as_matrix(after.parts["values"].detach()) if trainable else after, old.requires_grad)
     with torch.no_grad():
-        pairs = [(o, k, t) for o in optimizers for k, t in optimizer_slots(old, o).items()]
-        slots = [(o, key, _in_form(slot, target, after, trainable)) for o, key, slot in pairs]
+        slots = []
+        for optimizer in optimizers:
+            for key, slot in optimizer_slots(old, optimizer).items():
+                slots.append((optimizer, key, _in_form(slot, target, after, trainable)))
         grad = None if old.grad is None else _in_form(old.grad, target, after, trainable)
     take_off(target)
     param = _become(old, new, optimizers)
@@ -47,7 +48,8 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
         else:
             setattr(module, name, param)  # a recurrent layer notes it in its list of weights
         accept_every_form(module)
-    param.grad = grad
+    if grad is not None:
+        param.grad = grad
     for optimizer, key, slot in slots:
         optimizer.state[param][key] = slot
     return weight
@@ -82,8 +84,12 @@ def with_capacity(w: SparseTensor, capacity: float) -> SparseTensor:
 
 def _all(target: Target, optimizers: list[Optimizer]) -> list[Optimizer]:
     """These optimizers and those that the weight was given before."""
-    known = [o for module, name in target.owners for o in known_optimizers(module, name)]
-    return list({id(o): o for o in (*optimizers, *known)}.values())
+    everyone = list(optimizers)
+    for module, name in target.owners:
+        for optimizer in known_optimizers(module, name):
+            if not any(optimizer is other for other in everyone):
+                everyone.append(optimizer)
+    return everyone
 
 
 def _in_form(t: Tensor, target: Target, after: Tensor, trainable: bool) -> Tensor:

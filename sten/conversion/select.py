@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layouts.base import Layout
 from ..tensor import SparseTensor
-from ..training.attribute import installed, trained_of
+from ..training.attribute import trained_of
 from ..training.trained_weight import TrainedWeight
 
 Weights = str | Iterable[str] | Callable[[str, nn.Module, str], bool] | None
@@ -32,6 +32,7 @@ class Target:
         why: what keeps it dense; empty for a target.
         names: all its names.
         weight: of the trainable form; None in the others.
+        transposed: whether the reduction runs along dimension 0, as in Hugging Face's Conv1D: the transpose is stored.
         result: what it becomes (a dense weight under a method: at the end), once `plan.decide` has decided.
         energy: the share of sum |w| that this keeps.
     """
@@ -44,13 +45,9 @@ class Target:
     why: str = ""
     names: list[str] = field(default_factory=list)
     weight: TrainedWeight | None = None
+    transposed: bool = False
     result: SparseTensor | None = None
     energy: float | None = None
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the reduction runs along dimension 0, as in Hugging Face's Conv1D: the transpose is stored."""
-        return any(is_conv1d(module) for module, _ in self.owners)
 
     @property
     def stored(self) -> SparseTensor | None:
@@ -62,7 +59,8 @@ class Target:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Hugging Face's Conv1D: a linear layer whose weight is (in, out)."""
-    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+    names = [(cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__]
+    return ("Conv1D", "transformers") in names
 
 
 def is_default(module: nn.Module, name: str) -> bool:
@@ -95,7 +93,7 @@ def all_weights(model: nn.Module, wrapped: bool = False) -> list[Target]:
 
 def _add_weights(found: list[Target], module: nn.Module, prefix: str) -> None:
     """The weights of one module."""
-    trained = dict(trained_of(module)) if installed(module) else {}
+    trained = dict(trained_of(module)) if hasattr(module, "sparse_names") else {}
     for name, tensor in module._parameters.items():
         if name in trained:
             trained[name].add_owner(module, name)
@@ -106,6 +104,9 @@ def _add_weights(found: list[Target], module: nn.Module, prefix: str) -> None:
             full = plain if isinstance(mask, Tensor) else name
             mask = mask.bool() if isinstance(mask, Tensor) else None
             found.append(Target(prefix + full, [(module, full)], tensor, mask))
+        else:
+            continue
+        found[-1].transposed = not isinstance(module, nn.Linear) and is_conv1d(module)
     if "parametrizations" in module._modules:
         _add_parametrized(found, module, prefix)
 
@@ -132,6 +133,7 @@ def once_each(targets: Iterable[Target]) -> list[Target]:
         target.names.append(one.name)
         if target is not one:
             target.owners.extend(one.owners)
+            target.transposed |= one.transposed
     return list(found.values())
 
 
@@ -158,26 +160,27 @@ def select(
     model: nn.Module, layout: Layout | dict[str, Layout | None], weights: Weights
 ) -> tuple[list[Target], list[Target]]:
     """(targets with their layout, the other weights with the reason); one sentence for what cannot be meant."""
-    found = {target.name: target for target in all_weights(model)}
-    layouts = _layouts(layout)
-    chosen, named = _chosen(found, weights, layouts)
-    for name, target in found.items():
+    found = all_weights(model)
+    rules = _layouts(layout)
+    chosen, named = _chosen(found, weights, rules)
+    for target in found:
         if target.weight is not None:
             target.why = "it is in trainable form already: sten.finalize the model first"
         if not target.why:
-            target.why = _reason(target, name in chosen, name in named, layouts, weights is None)
-        elif name in named:
-            raise ValueError(f"{name} cannot be made sparse: {target.why}.")
-    groups = _tie(found, named)
-    targets = [t for t in groups if not t.why]
+            target.why = _reason(target, target.name in chosen, target.name in named, rules, weights is None)
+        elif target.name in named:
+            raise ValueError(f"{target.name} cannot be made sparse: {target.why}.")
+    targets, others = [], []
+    for target in _tie(found, named):
+        (others if target.why else targets).append(target)
     if not targets:
-        reasons = "; ".join(sorted({t.why for t in groups}))[:300]
+        reasons = "; ".join(sorted({t.why for t in others}))[:300]
         reasons = reasons or "the model has no parameter of two or more dimensions"
         kind = type(model).__name__
         raise ValueError(f"No weight of {kind} is left to make sparse ({reasons}): choose with weights=.")
     for target in targets:
         _check(target)
-    return targets, [t for t in groups if t.why]
+    return targets, others
 
 
 def _layouts(layout) -> list[tuple[str, Layout | None]]:
@@ -192,36 +195,44 @@ def _layouts(layout) -> list[tuple[str, Layout | None]]:
     return pairs
 
 
-def _chosen(found: dict[str, Target], weights: Weights, layouts) -> tuple[set[str], set[str]]:
+def _chosen(found: list[Target], weights: Weights, rules) -> tuple[set[str], set[str]]:
     """(names chosen, names written out in full): from `weights`, or the default kinds and full names in the layouts."""
-    patterns = [pattern for pattern, _ in layouts]
+    patterns, chosen, named = [], set(), set()
+    for pattern, _ in rules:
+        if pattern != "*":
+            patterns.append(pattern)
     if weights is None or callable(weights):
-        named = {p for p in patterns if _is_plain(p)} - {"*"}
-        rule = weights or (lambda _, module, name: is_default(module, name))
-        chosen = {n for n, t in found.items() if any(rule(n, *owner) for owner in t.owners)} | (named & set(found))
+        named = set(filter(_is_plain, patterns))
+        for target in found:
+            for module, name in target.owners:
+                if target.name in named or (
+                    weights(target.name, module, name) if weights else is_default(module, name)
+                ):
+                    chosen.add(target.name)
     else:
-        asked = [weights] if isinstance(weights, str) else list(weights)
-        if not all(isinstance(p, str) for p in asked):
+        requested = [weights] if isinstance(weights, str) else list(weights)
+        if not all(isinstance(p, str) for p in requested):
             raise TypeError(
                 f"weights= takes a pattern, a list of them, or predicate(name, module, attribute); got {weights!r}."
             )
-        patterns = [*asked, *(p for p in patterns if p != "*")]
-        chosen = {n for n in found if any(matches(p, n) for p in asked)}
-        named = {p for p in asked if _is_plain(p)}
+        patterns = [*requested, *patterns]
+        chosen = {t.name for t in found if any(matches(p, t.name) for p in requested)}
+        named = set(filter(_is_plain, requested))
     for pattern in patterns:
-        if pattern != "*" and not any(matches(pattern, n) for n in found):
+        if not any(matches(pattern, target.name) for target in found):
             raise ValueError(
                 f"The pattern {pattern!r} matches no weight of two or more dimensions; there are {_some(found)}."
             )
-    return chosen, named & set(found)
+    return chosen, named
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "none"
+def _some(targets: list[Target]) -> str:
+    names = [target.name for target in targets]
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return ", ".join(names[:6]) + more if names else "none"
 
 
-def _reason(target: Target, chosen: bool, named: bool, layouts, default: bool) -> str:
+def _reason(target: Target, chosen: bool, named: bool, rules, default: bool) -> str:
     """Why a weight stays dense; sets its layout where it does not."""
     if not chosen:
         kind, dims = type(target.owners[0][0]).__name__, target.tensor.dim()
@@ -233,34 +244,37 @@ def _reason(target: Target, chosen: bool, named: bool, layouts, default: bool) -
         )
     if isinstance(target.tensor, SparseTensor) and not named:
         return "it is sparse already; sten.densify it first, or name it in full"
-    for pattern, layout in layouts:
-        if matches(pattern, target.name):
+    for pattern, layout in rules:
+        if pattern == "*" or matches(pattern, target.name):
             target.layout = layout
             return "" if layout is not None else f"the layout of {pattern!r} is None"
     return "no pattern of layout= matches it"
 
 
-def _tie(found: dict[str, Target], named: set[str]) -> list[Target]:
+def _tie(found: list[Target], named: set[str]) -> list[Target]:
     """One Target a tensor. A tie between a target and another weight is no target, or an error if it was named."""
     groups: dict[int, list[Target]] = {}
-    for target in found.values():
+    for target in found:
+        target.names = [target.name]
         groups.setdefault(id(target.tensor), []).append(target)
-    out = []
-    for members in groups.values():
-        first = next((t for t in members if not t.why), members[0])
-        others = [t for t in members if t.why and t is not first]
-        if not first.why and others:
-            if first.name in named:
-                raise ValueError(
-                    f"{first.name} is tied to {others[0].name}, which is not chosen: name both, or untie them."
-                )
-            first.why = f"tied to {others[0].name}, which is not chosen"
-        if not first.why and len({t.layout for t in members}) > 1:
-            raise ValueError(f"{first.name} and {members[-1].name} are one tied weight: give both the same layout.")
-        first.owners = [owner for t in members for owner in t.owners]
-        first.names = [t.name for t in members]
-        out.append(first)
-    return out
+    return [members[0] if len(members) == 1 else _tied(members, named) for members in groups.values()]
+
+
+def _tied(members: list[Target], named: set[str]) -> Target:
+    first = next((t for t in members if not t.why), members[0])
+    others = [t for t in members if t.why and t is not first]
+    if not first.why and others:
+        if first.name in named:
+            raise ValueError(
+                f"{first.name} is tied to {others[0].name}, which is not chosen: name both, or untie them."
+            )
+        first.why = f"tied to {others[0].name}, which is not chosen"
+    if not first.why and len({t.layout for t in members}) > 1:
+        raise ValueError(f"{first.name} and {members[-1].name} are one tied weight: give both the same layout.")
+    first.owners = [owner for t in members for owner in t.owners]
+    first.names = [t.name for t in members]
+    first.transposed = any(t.transposed for t in members)
+    return first
 
 
 def _check(target: Target) -> None:

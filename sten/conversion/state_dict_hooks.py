@@ -22,8 +22,10 @@ from ..training.trained_weight import is_of_run
 
 def accept_every_form(module: nn.Module) -> None:
     """Let `load_state_dict` of a module with sparse weights take dense, sparse and part-wise entries."""
-    if not any(getattr(hook, "hook", None) is _fit_state for hook in module._load_state_dict_pre_hooks.values()):
-        module.register_load_state_dict_pre_hook(_fit_state)
+    for hook in module._load_state_dict_pre_hooks.values():
+        if getattr(hook, "hook", None) is _fit_state:
+            return
+    module.register_load_state_dict_pre_hook(_fit_state)
 
 
 def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
