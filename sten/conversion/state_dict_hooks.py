@@ -16,6 +16,7 @@ from ..ops.attributes import entries_of
 from ..ops.padding import dense_to_values
 from ..tensor import SparseTensor, checked
 from ..training.attribute import SUFFIX, trained_of
+from ..training.distributed import whole
 from ..training.pattern_weight import PatternWeight, as_matrix
 from ..training.trained_weight import is_of_run
 
@@ -68,7 +69,7 @@ def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | 
     if not isinstance(entry, Tensor) or entry.shape != present.shape:
         shape = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
         raise ValueError(f"the entry must be a tensor of shape {tuple(present.shape)}; got {shape}.")
-    entry = entry.detach()
+    entry = whole(entry.detach())
     if not isinstance(entry, SparseTensor):
         return present.with_values(dense_to_values(present, entry.to(present.device), "load_state_dict"))
     if entry.sparse_layout == present.sparse_layout and entry.transposed == present.transposed:
@@ -95,7 +96,8 @@ def _unflattened(values: Tensor, present: SparseTensor) -> Tensor:
     if not isinstance(values, Tensor) or values.dim() != 2 or width not in (None, values.shape[1]):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"Expected the trained values as a matrix of {tuple(as_matrix(like).shape)}, got {shape}.")
-    return values.detach().view(len(values), *(like.shape[1:] if like.dim() != 2 else values.shape[1:]))
+    values = whole(values.detach())
+    return values.view(len(values), *(like.shape[1:] if like.dim() != 2 else values.shape[1:]))
 
 
 def finalized_state(model: nn.Module) -> dict[str, Tensor]:

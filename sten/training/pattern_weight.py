@@ -19,7 +19,7 @@ from ..pattern_cache import PatternCache
 from ..rule import Rule
 from ..sparsifiers import Edit
 from ..tensor import SparseTensor, project
-from .distributed import whole
+from .distributed import shard_like, sharded, whole
 from .trained_weight import TrainedWeight, fill, optimizer_slots
 
 Move = Callable[[Tensor], Tensor]
@@ -125,6 +125,8 @@ class PatternWeight(TrainedWeight):
         if assign:
             parts = {name: part.detach() for name, part in parts.items()}
             self.replace_param(nn.Parameter(values, requires_grad=param.requires_grad))
+        elif sharded(param):  # the shards keep their sizes, so another number of entries is refused by torch
+            param.copy_(shard_like(values.to(param.dtype), param))
         elif param.shape != values.shape:
             param.data, param.grad = values.to(param.device, param.dtype, copy=True), None
         else:
