@@ -16,6 +16,7 @@ import json
 import os
 import zlib
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from .conversion.state_dict_hooks import finalized_state
 from .layouts.registry import fields
 from .tensor import SparseTensor, checked
 
+Model = TypeVar("Model", bound=nn.Module)
 VERSION = 1
 EXTRA = "sten.save and sten.load need the package safetensors: pip install safetensors (or sten-torch[hf])."
 
@@ -100,7 +102,7 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
     return total
 
 
-def load(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load(model: Model, path: str | os.PathLike) -> Model:
     """Read a file of `sten.save` into a model of the same architecture, dense or sparse, in place; it is returned.
 
     All or nothing: names, shapes, layouts and indices are checked before the model is touched. Weights that are sparse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +23,20 @@ from .reparametrize import begin, move
 from .report import SparsifyPlan, rows_of
 from .select import Target, Weights, select, sparse_weights
 
+Model = TypeVar("Model", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer] | None
 BY_MATRIX = (torch.optim.LBFGS, torch.optim.Muon, torch.optim.Adafactor)
 
 
 def sparsify(
-    model: nn.Module,
+    model: Model,
     layout: Layout | dict[str, Layout | None] = NM(2, 4),  # noqa: B008 - layouts are frozen
     sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
     optimizer: Optimizers = None,
     calibration: Iterable | None = None,
-) -> nn.Module:
+) -> Model:
     """Make weights of a model sparse, in place; the model is returned. All or nothing: an error leaves it as it was.
 
     Args:
@@ -193,7 +195,7 @@ def _expect_trainable(targets: list[Target]) -> None:
             )
 
 
-def trainable(model: nn.Module) -> nn.Module:
+def trainable(model: Model) -> Model:
     """Give every SparseTensor Parameter its trainable form, in place: a plain `values` Parameter beside the pattern.
 
     Optimizers made afterwards see ordinary tensors; `sparsify(optimizer=)` and `attach` do it for one that exists.
@@ -207,7 +209,7 @@ def trainable(model: nn.Module) -> nn.Module:
     return _train(model, sparse_weights(model), [])
 
 
-def attach(model: nn.Module, optimizer: Optimizers) -> nn.Module:
+def attach(model: Model, optimizer: Optimizers) -> Model:
     """Make a sparse model trainable under an optimizer that was made from its parameters.
 
     The same as `sparsify(optimizer=)`, for optimizers that a trainer makes later. Parameters keep identity, groups and
@@ -242,7 +244,7 @@ def attach(model: nn.Module, optimizer: Optimizers) -> nn.Module:
     return model
 
 
-def _train(model: nn.Module, targets: list[Target], optimizers: list[Optimizer]) -> nn.Module:
+def _train(model: Model, targets: list[Target], optimizers: list[Optimizer]) -> Model:
     targets = [t for t in targets if t.weight is None]
     _expect_trainable(targets)
     for target in targets:
@@ -250,7 +252,7 @@ def _train(model: nn.Module, targets: list[Target], optimizers: list[Optimizer])
     return model
 
 
-def finalize(model: nn.Module, layout: Layout | None = None) -> nn.Module:
+def finalize(model: Model, layout: Layout | None = None) -> Model:
     """End of training: every sparse weight becomes a SparseTensor Parameter, stored in its own layout or in `layout`.
 
     The fastest form to call. With `layout`, the stored entries must fit it.
@@ -277,7 +279,7 @@ def finalize(model: nn.Module, layout: Layout | None = None) -> nn.Module:
     return _convert(model, change)
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: Model) -> Model:
     """Back to plain dense Parameters with the same numbers, in place.
 
     Example:
@@ -289,7 +291,7 @@ def densify(model: nn.Module) -> nn.Module:
     return _convert(model, lambda w: w.to_dense().contiguous())
 
 
-def _convert(model: nn.Module, change: Callable[[SparseTensor], Tensor]) -> nn.Module:
+def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:
     """Give every sparse weight, in either form, what `change` makes of it; all are made before one is set."""
     targets = sparse_weights(model)
     with torch.no_grad():

@@ -18,7 +18,11 @@ FEATURES = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weigh
 
 
 def which(
-    operator: str, x: Tensor | tuple[int, ...], weight: Tensor, bias: Tensor | None = None, **geometry: Any
+    operator: str,
+    x: Tensor | tuple[int, ...],
+    weight: Tensor | torch.nn.Module,
+    bias: Tensor | None = None,
+    **geometry: Any,
 ) -> Plan:
     """The Plan that would run for an operator on a sparse weight, without running it; print it to read why.
 
