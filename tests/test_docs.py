@@ -52,7 +52,7 @@ def test_example_runs(name):
     assert runner.failures == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/concepts.md", "docs/extending.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/concepts.md", "docs/extending.md"])
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """The python blocks of a page, in order, as one program; a block marked `python no-run` is only compiled."""
     monkeypatch.chdir(tmp_path)
@@ -68,6 +68,6 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 
 def test_links_of_the_pages():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
