@@ -34,7 +34,7 @@ LAYERS = [
     ("L3", "backends", "sparsifiers"),
     ("L4", "training"),
     ("L4", "conversion"),
-    ("L4", "io", "testing", "integrations"),
+    ("L4", "io", "testing"),
     ("L4", "extend", "__main__"),
 ]
 # the files of sten/layouts that are no layout
@@ -79,7 +79,7 @@ def room(module: str) -> str:
 
 def height(module: str) -> int:
     heights = [number for number, (_, *rooms) in enumerate(LAYERS) if room(module) in rooms]
-    assert heights, f"{module} is in no layer: add {room(module)!r} to LAYERS and to docs/concepts.md"
+    assert heights, f"{module} is in no layer: add {room(module)!r} to LAYERS and to docs/architecture.md"
     return heights[0]
 
 
