@@ -28,7 +28,11 @@ import workers
 from torch import nn
 
 import sten
-from sten.backends import cpp
+
+try:
+    from sten.backends import cpp
+except ModuleNotFoundError:  # a checkout before the folders were named so, with --against
+    from sten import cpp
 
 LAYOUTS = [sten.Masked(), sten.CSR(), sten.BSR((4, 4)), sten.NM(2, 4), sten.VectorNM(2, 4, 4), sten.GroupedNM(2, 4, 1)]
 GPU_LAYOUTS = [sten.CSR(), sten.BSR((64, 64)), sten.NM(2, 4), sten.VectorNM(1, 4, 128), sten.GroupedNM(1, 4, 16)]
