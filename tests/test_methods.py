@@ -36,7 +36,7 @@ def test_a_damaged_run_never_loads_wrongly(tmp_path):
     data = (tmp_path / "run.pt").read_bytes()
     for size in (0, 10, len(data) // 2, len(data) - 1):
         (tmp_path / "cut.pt").write_bytes(data[:size])
-        with pytest.raises(ValueError, match="not a complete file"):
+        with pytest.raises(ValueError, match="Expected a complete file"):
             sten.load_run(model, tmp_path / "cut.pt", optimizer)
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
     state = model.state_dict()
@@ -341,21 +341,32 @@ def adams_by_hand(w, m, v, g, kept, t, total, lr, decay, beta1=0.9, beta2=0.999,
 def test_adams_is_its_equations_scalar_by_scalar():
     w = torch.tensor([0.5, -0.3, 0.2, -0.7], dtype=torch.float64)
     param = nn.Parameter(w.clone())
-    kept = torch.tensor([True, False, False, True])
+    mask = torch.tensor([True, False, False, True])
     optimizer = sten.optim.AdamS([param], lr=1e-2)
     state = [(x, 0.0, 0.0) for x in w.tolist()]
     for t in range(30):
         g = torch.sin(torch.arange(4, dtype=torch.float64) + t)
         param.grad = g.clone()
-        optimizer.steer({param: kept}, 0.05, t / 30)
+        optimizer.steer({param: mask}, 0.05, t / 30)
         optimizer.step()
         state = [
             adams_by_hand(*s, gi, k, t, 30, 1e-2, 0.05)
-            for s, gi, k in zip(state, g.tolist(), kept.tolist(), strict=True)
+            for s, gi, k in zip(state, g.tolist(), mask.tolist(), strict=True)
         ]
     torch.testing.assert_close(param.detach(), torch.tensor([s[0] for s in state], dtype=torch.float64))
     with pytest.raises(TypeError, match="bool"):
-        optimizer.steer({param: kept.int()}, 0.0, 0.0)
+        optimizer.steer({param: mask.int()}, 0.0, 0.0)
+
+
+def test_a_copy_of_adams_steps_without_masks():
+    param = nn.Parameter(torch.ones(2))
+    optimizer = sten.optim.AdamS([param], lr=0.1)
+    optimizer.steer({param: torch.tensor([True, False])}, 0.1, 0.5)
+    other = copy.deepcopy(optimizer)
+    (copied,) = other.param_groups[0]["params"]
+    copied.grad = torch.ones(2)
+    other.step()
+    assert other.masks == {} and copied[0] == copied[1] and optimizer.masks
 
 
 def test_adams_without_masks_is_adam():

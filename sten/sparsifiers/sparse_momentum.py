@@ -41,7 +41,7 @@ class SparseMomentum(PatternMethod):
         >>> method = sten.SparseMomentum(total_steps=1000)
         >>> model = sten.sparsify(model, sten.CSR(), method, sparsity=0.75, optimizer=optimizer)
         >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-        [('bias', (8,)), ('sparse_weight.values', (32,))]
+        [('weight', (32, 1)), ('bias', (8,))]
     """
 
     total_steps: int
