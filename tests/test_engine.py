@@ -6,17 +6,17 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
+from cases import SMALL
 from torch import nn
 from training_models import OPTIMIZERS, batch, dense_weights, engine_of, loss_of, masks, mlp, sparse, train
 
 import sten
-from sten.layouts import BSR, CSR, NM, Masked, VectorNM
+from sten.layouts import BSR, CSR, NM, Masked
 from sten.training.trained_weight import optimizer_slots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LAYOUTS = [Masked(), CSR(), BSR((4, 4)), NM(1, 4), VectorNM(1, 4, 4)]
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+every_layout = pytest.mark.parametrize("layout", [layout for layout in SMALL if layout.independent_units], ids=str)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
