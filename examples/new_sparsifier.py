@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 import sten
-from sten.sparsifiers.granularity import fill_up, keep_largest
 
 
 @dataclass(frozen=True)
@@ -14,21 +13,18 @@ class FewestFirst(sten.extend.PatternMethod):
 
     total_steps: int
     every: int = 100
-    seed: int = 0
     schedule: sten.schedule.Schedule | None = None
     needs, replaces_step = frozenset({"grad"}), True
 
     def default_schedule(self):
         return sten.schedule.Cosine(0.3, 0.0, 0, self.total_steps, self.every)
 
-    def score(self, view):  # what the first pattern is made of
-        return sten.scores.random(view.weight, view.generator)
-
     def update(self, view):
-        if view.mask is None:
-            return super().update(view)
-        keep = keep_largest(view, self.schedule.value(view.step))
-        return sten.extend.Edit(mask=fill_up(view, keep, view.grad.abs() / (1 + keep.sum(0))))
+        if view.mask is None:  # the first pattern, at random
+            score = sten.scores.random(view.weight, view.generator)
+            return sten.extend.Edit(mask=view.layout.mask(score, view.sparsity))
+        keep = sten.extend.keep_largest(view, self.schedule.value(view.step))
+        return sten.extend.Edit(mask=sten.extend.fill_up(view, keep, view.grad.abs() / (1 + keep.sum(0))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m sten info`: versions, devices, instruction sets, kernels. `python -m sten bench`: layers against dense."""
+"""`python -m sten info`: versions, devices, kernels. `python -m sten bench`: sparse linear layers against dense."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYOUTS = {
 
 
 def info() -> None:
-    """What runs here."""
+    """Print versions, devices, instruction sets and registered kernels."""
     machine = f"Python {platform.python_version()}, {platform.machine()}"
     print(f"sten-torch {_version()}, torch {torch.__version__}, {machine}")
     features = cpp.features()
@@ -42,7 +42,7 @@ def info() -> None:
         if not entry.function.__name__.endswith("_expand"):
             titles = ", ".join("dense" if cls is None else cls.__name__ for cls in layouts)
             print(f"  {name:20} {device:5} {titles:12} {entry.function.__name__}")
-    print("All other built-in combinations expand to dense; ask sten.which(operator, x, weight).")
+    print("All other built-in combinations expand to dense: see sten.which(operator, x, weight).")
 
 
 def _version() -> str:
@@ -55,7 +55,7 @@ def _version() -> str:
 
 
 def _medians(runs, repeats: int, synchronize) -> list[float]:
-    """Median milliseconds of several calls, taken in turn, so that a busy machine is busy for all of them."""
+    """Median milliseconds of several calls, made in turn, so that other load affects all of them."""
     times = [[] for _ in runs]
     for i in range(repeats + 2):
         for run, own in zip(runs, times, strict=True):
@@ -70,7 +70,7 @@ def _medians(runs, repeats: int, synchronize) -> list[float]:
 
 @torch.inference_mode()
 def bench(out: int, inputs: int, tokens: list[int], device: str, dtype: torch.dtype, repeats: int) -> None:
-    """One linear layer, every layout against dense in this process; correctness is checked before a time is printed."""
+    """Print the speed-up of one linear layer in each layout over dense; a wrong result ends the program."""
     torch.manual_seed(0)
     dense = torch.randn(out, inputs, device=device, dtype=dtype)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -86,18 +86,20 @@ def bench(out: int, inputs: int, tokens: list[int], device: str, dtype: torch.dt
             exact = F.linear(x, w.to_dense())
             error = (F.linear(x, w) - exact).norm() / exact.norm().clamp(min=1e-30)
             if not error < 2e-2:
-                raise SystemExit(f"{title} is wrong at {t} tokens (relative error {float(error):.2g}): no times.")
+                raise SystemExit(
+                    f"Expected the dense result of {title} at {t} tokens, got a relative error of {float(error):.2g}."
+                )
             slow, fast = _medians([lambda x=x, w=w: F.linear(x, w) for w in (dense, w)], repeats, synchronize)
             cells.append(slow / fast)
-        choice = sten.which("linear", inputs_of[tokens[-1]], w)
-        print(f"{title:22}" + "".join(f"{c:>16.2f}x" for c in cells) + f"  {choice.kernel}")
+        plan = sten.which("linear", inputs_of[tokens[-1]], w)
+        print(f"{title:22}" + "".join(f"{c:>16.2f}x" for c in cells) + f"  {plan.kernel}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sten", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, kernels")
-    b = commands.add_parser("bench", help="layers side by side with dense")
+    b = commands.add_parser("bench", help="a linear layer in each layout against dense")
     b.add_argument("--out", type=int, default=3072)
     b.add_argument("--in", dest="inputs", type=int, default=768)
     b.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 1024])

@@ -1,7 +1,7 @@
 """save and load: one safetensors file with the parts of every weight, and their layouts as JSON in its header.
 
-No pickle, no import of a name found in a file; a layout must be registered, and every index is checked before use. The
-file appears under its name only when it is complete, and a checksum finds bytes that were changed later.
+No pickle, and no import of a name from a file: a layout must be registered, and every index is checked before use. The
+file has its name only when it is complete, and a checksum detects bytes that were changed later.
 
 Format: each part of a sparse weight `fc.weight` is a tensor `fc.weight.<part>`, all else a tensor of its own name. The
 header's `sten` entry is `{"version": 1, "sparse": {name: {"layout", "fields", "shape", "transposed"}}, "ties": {name:
@@ -26,10 +26,11 @@ from .conversion.select import Target, all_weights, once_each
 from .conversion.state_dict_hooks import finalized_state
 from .layouts.registry import fields
 from .tensor import SparseTensor, checked
+from .training.checkpoint import replacing
 
 Model = TypeVar("Model", bound=nn.Module)
 VERSION = 1
-EXTRA = "sten.save and sten.load need the package safetensors: pip install safetensors (or sten-torch[hf])."
+EXTRA = "Expected the package safetensors for sten.save and sten.load: pip install safetensors (or sten-torch[hf])."
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -40,7 +41,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         path: the file; it is replaced in one step, so that a killed process leaves the old file or the new one.
 
     Raises:
-        ValueError: the state holds something that is not a tensor (an extra state of a module).
+        ValueError: the state has something that is not a tensor (an extra state of a module).
+        FileNotFoundError: the folder does not exist.
 
     Example:
         >>> import tempfile, torch, sten
@@ -56,31 +58,24 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         raise ImportError(EXTRA) from None
     tensors, sparse, ties = _flatten(model)
     header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties, "crc32": _checksum(tensors)})
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {os.fspath(path.parent)!r} to write {path.name!r} in.")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "sten": header})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, str]]:
-    """(plain tensors, what is sparse, what is tied to what) of a model's state."""
+    """(plain tensors, descriptions of sparse weights, ties) of a model's state."""
     tensors: dict[str, Tensor] = {}
     sparse: dict[str, dict] = {}
     ties: dict[str, str] = {}
     seen: dict[int, str] = {}
     for name, value in finalized_state(model).items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} is a {type(value).__name__}, not a tensor: sten.save writes tensors only.")
+            raise ValueError(f"Expected only tensors in the state, got a {type(value).__name__} for {name}.")
         if seen.setdefault(id(value), name) != name:
             ties[name] = seen[id(value)]
         elif isinstance(value, SparseTensor):
-            about = {"layout": type(value.sparse_layout).__name__, "fields": fields(value.sparse_layout)}
-            sparse[name] = {**about, "shape": list(value.stored_shape), "transposed": value.transposed}
+            layout = {"layout": type(value.sparse_layout).__name__, "fields": fields(value.sparse_layout)}
+            sparse[name] = {**layout, "shape": list(value.stored_shape), "transposed": value.transposed}
             tensors.update({f"{name}.{part}": _plain(tensor) for part, tensor in value.parts.items()})
         else:
             tensors[name] = _plain(value)
@@ -103,16 +98,19 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 
 
 def load(model: Model, path: str | os.PathLike) -> Model:
-    """Read a file of `sten.save` into a model of the same architecture, dense or sparse, in place; it is returned.
+    """Read a file of `sten.save` into a model of the same architecture, dense or sparse, in place.
 
-    All or nothing: names, shapes, layouts and indices are checked before the model is touched. Weights that are sparse
-    in the file become SparseTensor Parameters, the others dense ones, in the model's dtype and on its device. They
-    keep their identity, ties of the model stay, and optimizers that sten knows (`sten.attach`) follow.
+    All or nothing: names, shapes, layouts and indices are checked before the model is changed. Weights that are sparse
+    in the file become SparseTensor Parameters, the others dense ones, in the model's dtype and on its device. Their
+    identity and ties do not change, and optimizers that sten knows (`sten.attach`) are updated.
+
+    Returns:
+        The model.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a complete sten file, an unknown layout, an index out of range, or names and shapes that do not
-            fit the model; one sentence.
+        ValueError: not a complete sten file, an unknown layout, an index out of range, or names and shapes that are not
+            the model's.
 
     Example:
         >>> import tempfile, torch, sten
@@ -128,16 +126,16 @@ def load(model: Model, path: str | os.PathLike) -> Model:
         raise ImportError(EXTRA) from None
     targets = once_each(all_weights(model))
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+        raise FileNotFoundError(f"Expected a file of sten.save, got no file at {os.fspath(path)!r}.")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("sten")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a complete safetensors file ({error}).") from None
+        raise ValueError(f"Expected a complete safetensors file, got {os.fspath(path)!r} ({error}).") from None
     header = _header(header, path)
     if header.get("crc32") != _checksum(tensors):
-        raise ValueError(f"The checksum of {os.fspath(path)!r} does not match its tensors: the file was damaged.")
+        raise ValueError(f"Expected tensors with the checksum of {os.fspath(path)!r}, got others: the file is damaged.")
     state = _unflatten(tensors, header)
     current = finalized_state(model)
     _expect_fit(current, state)
@@ -147,7 +145,7 @@ def load(model: Model, path: str | os.PathLike) -> Model:
 
 def _header(text: str | None, path) -> dict:
     if text is None:
-        raise ValueError(f"{os.fspath(path)!r} was not written by sten.save: its header has no 'sten' entry.")
+        raise ValueError(f"Expected a file of sten.save, got {os.fspath(path)!r} without 'sten' in its header.")
     try:
         header = json.loads(text)
         version = header.get("version")
@@ -155,55 +153,55 @@ def _header(text: str | None, path) -> dict:
     except (ValueError, KeyError, AttributeError, RecursionError):
         fits = False
     if not fits:
-        raise ValueError(f"The 'sten' entry in the header of {os.fspath(path)!r} is damaged.")
+        raise ValueError(f"Expected valid JSON for 'sten' in the header of {os.fspath(path)!r}: the file is damaged.")
     if version != VERSION:
-        raise ValueError(
-            f"{os.fspath(path)!r} has format version {version}; this sten reads {VERSION}: update sten-torch."
-        )
+        raise ValueError(f"Expected format version {VERSION} of {os.fspath(path)!r}, got {version}: update sten-torch.")
     return header
 
 
 def _unflatten(tensors: dict[str, Tensor], header: dict) -> dict[str, Tensor]:
-    """The state that a file holds, sparse weights validated."""
+    """The state in a file, with sparse weights validated."""
     state: dict[str, Tensor] = {}
-    for name, about in header["sparse"].items():
+    for name, entry in header["sparse"].items():
         parts = {k.removeprefix(name + "."): tensors.pop(k) for k in list(tensors) if k.startswith(name + ".")}
         try:
-            layout, values = str(about["layout"]), dict(about["fields"])
-            state[name] = SparseTensor(*checked(layout, values, parts, about["shape"], about["transposed"]))
+            layout, values = str(entry["layout"]), dict(entry["fields"])
+            state[name] = SparseTensor(*checked(layout, values, parts, entry["shape"], entry["transposed"]))
         except KeyError as error:
-            raise ValueError(f"The description of {name} in the file lacks {error}.") from None
+            raise ValueError(f"Expected {error} in the file's description of {name}, got none.") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from None
     state.update(tensors)
     for name, other in header["ties"].items():
         if other not in state:
-            raise ValueError(f"The file ties {name} to {other}, which it does not have.")
+            raise ValueError(f"Expected {other}, to which the file ties {name}, got a file without it.")
         state[name] = state[other]
     return state
 
 
 def _expect_fit(current: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """The file's names, shapes and kinds of numbers are the model's, and tied entries are equal."""
+    """Raise ValueError unless names, shapes and kinds of dtypes are the model's, and tied entries equal."""
     missing, surplus = sorted(set(current) - set(state)), sorted(set(state) - set(current))
     if missing or surplus:
-        raise ValueError(f"The file does not fit the model: it lacks {missing[:5]} and has {surplus[:5]} too many.")
+        raise ValueError(
+            f"Expected the model's names in the file, got none for {missing[:5]} and {surplus[:5]} too many."
+        )
     first: dict[int, str] = {}
     for name, have in current.items():
         value = state[name]
         if not isinstance(have, Tensor):
-            raise ValueError(
-                f"{name} of the model is a {type(have).__name__}, not a tensor: sten.load reads tensors only."
-            )
+            raise ValueError(f"Expected only tensors in the model's state, got a {type(have).__name__} for {name}.")
         if value.shape != have.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)} in the file and {tuple(have.shape)} in the model.")
+            raise ValueError(f"Expected shape {tuple(have.shape)} for {name}, got {tuple(value.shape)} in the file.")
         if value.is_floating_point() != have.is_floating_point() or value.is_complex() != have.is_complex():
-            raise ValueError(f"{name} holds {value.dtype} in the file and {have.dtype} in the model.")
+            raise ValueError(f"Expected {have.dtype} or the like for {name}, got {value.dtype} in the file.")
         if have.is_meta:
-            raise ValueError(f"{name} of the model is on the meta device: call model.to_empty(device=...) first.")
+            raise ValueError(
+                f"Expected a model with memory, got {name} on meta: call model.to_empty(device=...) first."
+            )
         other = state[first.setdefault(id(have), name)]
         if value is not other and not _same(value, other):
-            raise ValueError(f"{first[id(have)]} and {name} are one tied weight of the model, but differ in the file.")
+            raise ValueError(f"Expected equal numbers for {first[id(have)]} and {name}, which are tied, got others.")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -213,7 +211,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 @torch.no_grad()
 def _adopt(targets: list[Target], current: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Put a state that fits into the model: the weights that are sparse on either side move, all else is copied."""
+    """Put a checked state into the model: weights that are sparse on either side change form, all else is copied."""
     moved, used = set(), set()
     for target in targets:
         value = state.get(target.names[0])

@@ -1,9 +1,9 @@
-"""THE table: the layouts, shapes and dtypes that tests run over, each dtype with its tolerance.
+"""The table of the layouts, shapes and dtypes that tests run over, each dtype with its tolerance.
 
-Small and odd on purpose: sizes that divide nothing, a single row, a single column, primes. To put a new layout under
-every test, add one line to LAYOUTS and one to SMALL.
+Small and odd on purpose: sizes that divide nothing, a single row, a single column, primes. To test a new layout
+everywhere, add one line to each of LAYOUTS, SMALL and ODD.
 
-`COPIES` are the built-in layouts once more, as a stranger would write them: the same source under another name, without
+`COPIES` are copies of the built-in layouts as a user would write them: the same source under another name, without
 kernels. A test that is parametrised by `every_layout` runs on them, too.
 """
 
@@ -45,8 +45,14 @@ LAYOUTS: list[Layout] = [
 SMALL: list[Layout] = [Masked(), CSR(), BSR((4, 4)), NM(2, 4), VectorNM(1, 4, 4), GroupedNM(2, 4, 1), FanIn()]
 
 
+# of odd blocks, for weights of a few rows and columns
+ODD: list[Layout] = [
+    Masked(), CSR(), FanIn(), BSR((3, 2)), NM(2, 4), VectorNM(1, 3, 4), GroupedNM(1, 3, 2), GroupedNM(2, 4, 1),
+]  # fmt: skip
+
+
 def copy_of(layout: Layout) -> Layout:
-    """A stranger's exact copy: the source of the class under another name (CSR: OtherCSR), registered, no kernels."""
+    """A user's exact copy: the source of the class under another name (CSR: OtherCSR), registered, no kernels."""
     original = type(layout)
     name = "Other" + original.__name__
     if name not in sys.modules:  # a module of its own, where pickle and torch.compile look for what it uses
@@ -66,7 +72,7 @@ def silent_copies(test: Callable) -> Callable:
 
 
 def every_layout(test: Callable) -> Callable:
-    """The test for each layout of the table and for a stranger's copy of each class."""
+    """The test for each layout of the table and for a user's copy of each class."""
     return silent_copies(pytest.mark.parametrize("layout", LAYOUTS + COPIES, ids=str)(test))
 
 
@@ -103,7 +109,7 @@ def sparsity_of(layout: Layout) -> float | None:
 def random_sparse_case(
     layout: Layout, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, Tensor, Parts]:
-    """A random weight in the layout: (dense with zeros off the mask, mask, parts). The kept entries are not zero."""
+    """A random weight in the layout: (dense with zeros off the mask only, mask, parts)."""
     random = torch.Generator().manual_seed(seed)
     dense = torch.randn(shape, generator=random, dtype=torch.float64)
     dense = (dense + dense.sign() * 0.1).to(dtype)

@@ -27,7 +27,7 @@ def seed():
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody has written holds NaN, in Python and in C++, so that reading it shows."""
+    """Uninitialized memory is full of NaN, in Python and in C++, so that reading it shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

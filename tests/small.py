@@ -1,16 +1,14 @@
-"""The small model that the tests of sparsify share, and how it trains. A helper of the tests, not a test."""
+"""The small model of the tests of sparsify, and its training loop. A helper of the tests, not a test."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cases import SMALL
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from sten.layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
-
-LAYOUTS = [Masked(), CSR(), BSR((4, 4)), NM(2, 4), VectorNM(1, 4, 8), GroupedNM(1, 4, 4)]
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+every_layout = pytest.mark.parametrize("layout", SMALL, ids=str)
 
 
 def rate(layout) -> float | None:

@@ -8,11 +8,12 @@ import copy
 import pytest
 import torch
 from masked import sparse_weights
-from small import CSR, NM, GroupedNM, loss_of, mlp, train
+from small import loss_of, mlp, train
 from torch import nn
 from torch.nn.utils import prune
 
 import sten
+from sten.layouts import CSR, NM, GroupedNM
 
 
 def look(model: nn.Module) -> dict:
@@ -51,9 +52,9 @@ MODEL = {
     "negative sparsity": ({"layout": CSR(), "sparsity": -0.1}, "from 0 to 1, .* got -0.1"),
     "NaN": ({"layout": CSR(), "sparsity": float("nan")}, "from 0 to 1"),
     "regular expression": ({"layout": NM(2, 4), "weights": "re:("}, "is no regular expression"),
-    "no sparsity": ({"layout": CSR()}, r"CSR\(\) has no rate of its own: pass sparsity="),
-    "no sparsity for one of two layouts": ({"layout": {"0.*": NM(2, 4), "2.*": CSR()}}, "pass sparsity="),
-    "sparsity against n:m": ({"layout": NM(2, 4), "sparsity": 0.9}, "has sparsity 0.5 by construction.*leave it out"),
+    "no sparsity": ({"layout": CSR()}, r"Expected sparsity= for CSR\(\), got None"),
+    "no sparsity for one of two layouts": ({"layout": {"0.*": NM(2, 4), "2.*": CSR()}}, "pass the fraction to drop"),
+    "sparsity against n:m": ({"layout": NM(2, 4), "sparsity": 0.9}, "fixes it at 0.5, got 0.9: leave it out"),
     "sparsity with None": ({"layout": CSR(), "sparsifier": None, "sparsity": 0.5}, "leave sparsity= out"),
     "a pattern without a match": (
         {"weights": "head.*"},
@@ -64,7 +65,10 @@ MODEL = {
     "a layout pattern without a match": ({"layout": {"nothing": NM(2, 4)}}, "'nothing' matches no weight"),
     "all layouts None": ({"layout": {"*": None}}, "left to make sparse.*is None"),
     "nothing chosen": ({"weights": lambda *_: False}, "left to make sparse"),
-    "calibration for nobody": ({"calibration": [1]}, r"Magnitude\(\) reads no activations: leave calibration= out"),
+    "calibration not read": (
+        {"calibration": [1]},
+        r"Magnitude\(\) reads no activations: leave calibration= out",
+    ),
 }
 TYPES = {
     "not a layout": ({"layout": "2:4"}, r"takes a layout such as sten\.NM\(2, 4\)"),
@@ -234,13 +238,13 @@ def test_slots_without_a_sparse_form():
         sten.sparsify(model, optimizer=opt)
 
 
-def test_a_late_failure_leaves_everything():
+def test_a_late_failure_changes_nothing():
     """The second weight fails when the first is done: nothing is written before all is made."""
     model = mlp()
     opt = torch.optim.AdamW(model.parameters())
     train(model, opt, range(1))
     slots = [s.clone() for own in opt.state.values() for s in own.values()]
-    with refused(model, "pass sparsity="):
+    with refused(model, "pass the fraction to drop"):
         sten.sparsify(model, layout={"0.weight": NM(2, 4), "2.weight": CSR()}, optimizer=opt)
     assert all(
         torch.equal(a, b) for a, b in zip(slots, (s for own in opt.state.values() for s in own.values()), strict=True)
@@ -309,7 +313,7 @@ def test_wrap_after_works(gloo):
 
 
 @pytest.mark.parametrize("form", ["finalized", "trainable"])
-def test_state_dicts_with_lies(form):
+def test_corrupted_state_dicts(form):
     """An index out of range, missing parts, another shape: load_state_dict says which weight; the weight stays."""
 
     def build():

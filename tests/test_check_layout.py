@@ -112,7 +112,7 @@ def registry():
     REGISTERED.update(before)
 
 
-def test_the_honest_layout_passes():
+def test_a_correct_layout_passes():
     check_layout(Honest())
 
 

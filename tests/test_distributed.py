@@ -111,11 +111,8 @@ def results(tmp_path_factory, request):
     if request.param == "nccl" and torch.cuda.device_count() < 2:
         pytest.skip("two GPUs are wanted")
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     jobs = [("ddp", case) for case in CASES] + [("fsdp", case) for case in SHARDED]
-    mp.spawn(worker, args=(2, port, jobs, str(folder), request.param), nprocs=2)
+    mp.spawn(worker, args=(2, free_port(), jobs, str(folder), request.param), nprocs=2)
     return lambda kind, case: [torch.load(folder / f"{kind}-{case}-{rank}.pt") for rank in range(2)]
 
 
@@ -133,10 +130,41 @@ def test_ranks_agree_and_equal_one_process(results, kind, case):
     assert all(map(torch.equal, first["masks"], masks(model)))
 
 
+def one_rank_without_a_weight(rank, world, port):
+    """A layer that one rank does not use in the step of a mask update."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        sten.sparsify(model, CSR(), sten.RigL(12, every=1), 0.75, optimizer=optimizer)
+        x = torch.randn(4, 16)
+        hidden = model[:2](x)
+        (hidden.sum() if rank else model[2](hidden).sum()).backward()
+        optimizer.step()
+        both = [torch.zeros(8, 32, dtype=torch.uint8) for _ in range(world)]
+        dist.all_gather(both, masks(model)[1].to(torch.uint8))
+        assert engine_of(model).updates == 1 and torch.equal(*both)
+    finally:
+        dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch.distributed without gloo")
+def test_a_weight_that_one_rank_does_not_use_gloo():
+    mp.spawn(one_rank_without_a_weight, args=(2, free_port()), nprocs=2)
+
+
 def test_a_method_that_resizes_is_refused_on_several_ranks(monkeypatch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monkeypatch.setattr(engines, "ranks", lambda: 2)
-    with pytest.raises(ValueError, match=r"SRigL changes the shapes .* use sten\.RigL"):
+    with pytest.raises(ValueError, match=r"Expected one process for SRigL, .* use sten\.RigL"):
         sten.sparsify(model, sten.FanIn(), sten.SRigL(12, every=3), 0.5, optimizer=optimizer)
     assert type(model[0]) is torch.nn.Linear

@@ -302,14 +302,14 @@ def test_encoder_steps_around_the_fused_path(norm_first, form, padded):
     twin = masked_twin(dense, model).eval()
     model = (sten.trainable(model) if form == "trainable" else model).eval()
     x, mask = inputs(3, 6, 16), PADDING if padded else None
-    live = ~PADDING if padded else slice(None)
+    valid = ~PADDING if padded else slice(None)
     with sten.strict(), torch.no_grad(), observe() as seen:
         got = model(x, src_key_padding_mask=mask)
         assert calls(model, seen) == {name: ["linear"] for name in ENCODER}
         layer = model.layers[0](x, src_key_padding_mask=mask)
     with torch.no_grad():
-        torch.testing.assert_close(got[live], twin(x, src_key_padding_mask=mask)[live])
-        torch.testing.assert_close(layer[live], twin.layers[0](x, src_key_padding_mask=mask)[live])
+        torch.testing.assert_close(got[valid], twin(x, src_key_padding_mask=mask)[valid])
+        torch.testing.assert_close(layer[valid], twin.layers[0](x, src_key_padding_mask=mask)[valid])
 
 
 COMPILED = {

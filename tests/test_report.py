@@ -6,10 +6,11 @@ import builtins
 
 import pytest
 import torch
-from small import BSR, CSR, NM, mlp
+from small import mlp
 from torch import nn
 
 import sten
+from sten.layouts import BSR, CSR, NM
 
 
 def rows(model: nn.Module) -> dict:

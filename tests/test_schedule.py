@@ -11,7 +11,7 @@ CURVES = [Linear(0.2, 0.9, 3, 11), Cubic(0.2, 0.9, 3, 11), Cosine(0.2, 0.9, 3, 1
 
 
 @pytest.mark.parametrize("plan", CURVES, ids=lambda p: type(p).__name__)
-def test_both_ends_and_what_lies_beyond(plan):
+def test_values_at_and_beyond_both_ends(plan):
     assert [plan.value(t) for t in (0, 3)] == [0.2, 0.2]
     assert [plan.value(t) for t in (11, 500)] == pytest.approx([0.9, 0.9], abs=1e-12)
     values = [plan.value(t) for t in range(3, 12)]
@@ -43,10 +43,10 @@ def test_due():
 
 
 @pytest.mark.parametrize("bad", [{"start": 5, "stop": 4}, {"every": 0}, {"start": -1}, {"start": 0.5}])
-def test_what_is_no_schedule(bad):
+def test_invalid_schedules_are_refused(bad):
     with pytest.raises(ValueError, match="0 <= start <= stop and every >= 1"):
         Linear(0.0, 1.0, **bad)
 
 
-def test_schedules_are_values():
+def test_schedules_compare_by_value():
     assert Linear(0.0, 1.0, 2, 5) == Linear(0.0, 1.0, 2, 5) and len({Cosine(1.0, 0.0), Cosine(1.0, 0.0)}) == 1

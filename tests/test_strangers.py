@@ -9,7 +9,7 @@ import torch
 from cases import SMALL, copy_of, silent_copies
 from torch import nn
 from torch.nn import functional as F
-from training_methods import METHODS, TOLD
+from training_methods import METHODS, SUPPORTED
 from training_models import batch, mlp
 
 import sten
@@ -28,7 +28,7 @@ def name_of(cell):
 
 
 def is_yes(method, layout):
-    return TOLD[type(method).__name__, type(layout).__name__] == "yes"
+    return SUPPORTED[type(method).__name__, type(layout).__name__] == "yes"
 
 
 def run(method, layout, steps=14):
@@ -53,7 +53,7 @@ def run(method, layout, steps=14):
 
 @silent_copies
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if is_yes(*cell) and not cell[0].layouts], ids=name_of)
-def test_a_copy_trains_as_the_original(cell):
+def test_a_copy_trains_like_the_original(cell):
     method, layout = cell
     ours, sizes, said = run(method, layout)
     theirs, other_sizes, other_said = run(method, copy_of(layout))
@@ -64,7 +64,7 @@ def test_a_copy_trains_as_the_original(cell):
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if not is_yes(*cell) or cell[0].layouts], ids=name_of)
-def test_a_copy_is_refused_in_one_sentence_where_the_method_is_about_one_layout(cell):
+def test_a_copy_is_refused_by_a_method_of_one_layout(cell):
     method, layout = cell
     model, other = mlp(), copy_of(layout)
     kind = sten.optim.AdamS if method.optimizer else torch.optim.AdamW
@@ -77,7 +77,7 @@ class Tight(NM):
     """A layout that extends NM."""
 
 
-def test_a_subclass_is_as_good_as_the_layout_that_a_method_is_about():
+def test_a_subclass_is_accepted_by_a_method_of_one_layout():
     for method in (sten.Transposable(refresh=3), sten.BDWP(), sten.DecayingStructure(20)):
         assert run(method, Tight(2, 4), 4)[0][0].sparse_layout == Tight(2, 4)
 
@@ -90,7 +90,7 @@ def test_free_slots_keep_the_shapes_of_a_copy_of_csr():
 
 @silent_copies
 @pytest.mark.parametrize("layout", SMALL, ids=str)
-def test_a_copy_converts_as_the_original(layout, tmp_path):
+def test_a_copy_converts_like_the_original(layout, tmp_path):
     found = []
     for one in (layout, copy_of(layout)):
         model = sten.sparsify(mlp(), one, sparsity=None if layout.rate else 0.75)

@@ -9,7 +9,7 @@ import torch
 from cases import SMALL
 from torch import nn
 from torch.nn import functional as F
-from training_methods import METHODS, PAGE, TOLD
+from training_methods import METHODS, PAGE, SUPPORTED
 from training_models import OPTIMIZERS, batch, dense_weights, loss_of, masks, mlp, train
 
 import sten
@@ -20,7 +20,7 @@ ADAMS = {"adams": lambda p: sten.optim.AdamS(p, lr=1e-2)}
 
 
 ALL = [(method, layout) for method in METHODS for layout in SMALL]
-YES = [cell for cell in ALL if TOLD[type(cell[0]).__name__, type(cell[1]).__name__] == "yes"]
+YES = [cell for cell in ALL if SUPPORTED[type(cell[0]).__name__, type(cell[1]).__name__] == "yes"]
 NO = [cell for cell in ALL if cell not in YES]
 
 
@@ -41,14 +41,14 @@ def build(cell, optimizer, sparsity):
 
 
 def test_the_table_has_every_cell():
-    assert set(TOLD.values()) == {"yes", "no"} and len(TOLD) == len(ALL)
-    assert set(TOLD) == {(type(method).__name__, type(layout).__name__) for method, layout in ALL}
+    assert set(SUPPORTED.values()) == {"yes", "no"} and len(SUPPORTED) == len(ALL)
+    assert set(SUPPORTED) == {(type(method).__name__, type(layout).__name__) for method, layout in ALL}
 
 
 @pytest.mark.parametrize(
     ("cell", "optimizer"), [(cell, name) for cell in YES for name in optimizers_of(cell[0])], ids=name_of
 )
-def test_yes_learns_and_ends_in_its_layout(cell, optimizer):
+def test_supported_cells_learn_and_end_in_their_layout(cell, optimizer):
     method, layout = cell
     model, opt = build(cell, optimizer, 0.5)
     before = [float(loss_of(model, step)) for step in range(100, 104)]
@@ -67,7 +67,7 @@ def test_yes_learns_and_ends_in_its_layout(cell, optimizer):
 
 
 @pytest.mark.parametrize("cell", NO, ids=name_of)
-def test_no_is_one_sentence_and_changes_nothing(cell):
+def test_refused_cells_raise_one_sentence_and_change_nothing(cell):
     model, (method, layout) = mlp(), cell
     optimizer = next(iter(optimizers_of(method).values()))(model.parameters())
     with pytest.raises(ValueError) as error:

@@ -1,4 +1,4 @@
-"""Every training method, small enough for a test, and what the table of docs/training.md says of it."""
+"""Every training method, small enough for a test, and the table of docs/training.md."""
 
 from pathlib import Path
 
@@ -14,15 +14,15 @@ METHODS = [
 
 
 def table():
-    """{(method, layout): yes or no} as the page tells it."""
+    """{(method, layout): yes or no}, of the page."""
     lines = PAGE[PAGE.index("| method | Masked |") :].split("\n\n")[0].splitlines()
     names = [cell.strip() for cell in lines[0].strip("|").split("|")][1:-1]
-    told = {}
+    supported = {}
     for line in lines[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         for method in cells[0].split(", "):
-            told |= {(method, name): cell for name, cell in zip(names, cells[1:-1], strict=True)}
-    return told
+            supported |= {(method, name): cell for name, cell in zip(names, cells[1:-1], strict=True)}
+    return supported
 
 
-TOLD = table()
+SUPPORTED = table()

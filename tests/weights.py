@@ -1,4 +1,4 @@
-"""Random sparse weights and models with their dense twins, shared by the tests of tensors, operators and gradients."""
+"""Random sparse weights and models and their dense copies, for the tests of tensors, operators and gradients."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
+from cases import ODD
 from torch import nn
 
 import sten
-from sten.layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
 
-LAYOUTS = [Masked(), CSR(), BSR((3, 2)), NM(2, 4), VectorNM(1, 3, 4), GroupedNM(1, 3, 2), GroupedNM(2, 4, 1)]
+LAYOUTS = ODD
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
 # of a batch of three sequences of four tokens: what to ignore
@@ -20,7 +20,7 @@ PADDING = torch.tensor([[False, False, False, True], [False, False, False, False
 
 
 def make(layout, shape=(7, 5), dtype=torch.float32, seed=0):
-    """A random sparse weight and its dense twin."""
+    """A random sparse weight and the same as a dense tensor."""
     dense = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     mask = layout.mask(dense.abs(), None if layout.rate is not None else 0.6)
     w = sten.from_dense(dense.to(dtype), layout, mask)
@@ -39,7 +39,7 @@ def one_sentence(error):
 
 
 def encoders(layout, batch_first, norm_first=False, activation="relu"):
-    """A transformer encoder with sparse weights, and its dense twin."""
+    """A transformer encoder with sparse weights, and the same with dense ones."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation, batch_first=batch_first, norm_first=norm_first)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
 """Layout: how a sparsity pattern is stored.
 
-The contract, in one line: `mask(score) -> which`, `pack(dense, which) -> parts`, `unpack(parts, shape) -> dense`.
+The contract, in one line: `mask(score) -> mask`, `pack(dense, mask) -> parts`, `unpack(parts, shape) -> dense`.
 A layout is a frozen dataclass: hashable, printable, without tensors. It is the dispatch key and the repr.
 """
 
@@ -12,7 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sten.layouts.checks import count_to_keep, expect_score
 from sten.layouts.registry import register
+from sten.layouts.topk import top
 
 Parts = dict[str, Tensor]
 
@@ -29,12 +31,11 @@ class Layout(ABC):
     - shapes that do not divide are padded inside (padded slots of `values` are zero), or `check` refuses them;
     - the traits below hold.
 
-    A subclass is a frozen dataclass; its class name is its name in files, so it must be unique.
-
-    Traits, by which methods and conversion decide what a weight in this layout can do; no code asks for the class:
+    A subclass is a frozen dataclass; its class name is its name in files, so it must be unique. Traits, not the class,
+    decide what methods and conversion can do with a weight in a layout.
 
     Attributes:
-        pattern: names of the parts beside `values`.
+        pattern: names of the parts other than `values`.
         rate: the density that the layout itself fixes (n/m); None where `sparsity` decides.
         holds_any_mask: whether `pack` takes every mask, filling up with explicit zeros where it must.
         unstructured: whether `mask` takes the highest scores of the whole weight and `pack` stores exactly any mask, so
@@ -77,24 +78,28 @@ class Layout(ABC):
         return self.rate is None
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError, with one sentence that says what would fit, if a weight of this shape cannot be stored."""
+        """Raise ValueError if a weight of this shape cannot be stored, with what would fit."""
         if len(shape) < 2 or 0 in shape:
             raise ValueError(
                 f"Expected a weight of two or more dimensions, none empty, for {self}, got shape {tuple(shape)}."
             )
 
-    @abstractmethod
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The bool mask, of score's shape, of the entries to keep: the highest scores the layout can hold together.
+
+        By default the round((1 - sparsity) * units) units with the highest totals.
 
         Args:
             score: importance of each entry, any floating dtype; higher is better. Ties go to the lower index.
             sparsity: fraction of entries to drop; required where `rate` is None, must be None or 1 - rate elsewhere.
         """
+        expect_score(self, score, sparsity)
+        totals = self.unit_totals(score.detach())
+        return self.unit_entries(top(totals, count_to_keep(totals.numel(), sparsity, self)), tuple(score.shape))
 
     @abstractmethod
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
-        """Store `dense * mask`; ValueError, in one sentence, if the layout cannot hold the mask.
+        """Store `dense * mask`; ValueError if the layout cannot hold the mask.
 
         A layout with a fixed number of slots fills the ones that the mask leaves free with explicit zeros.
         """
@@ -123,15 +128,12 @@ class Layout(ABC):
         return self.unpack({**parts, "values": ones}, shape)
 
     def with_slots(self, parts: Parts, slots: int) -> Parts:
-        """The parts with `slots` slots, those behind the last entry free and zero; as they are without `free_slots`."""
+        """The parts with `slots` slots, the last ones free and zero; unchanged where `free_slots` is False."""
         del slots
         return parts
 
     def unit_totals(self, score: Tensor) -> Tensor:
-        """One number for each unit, the smallest piece that is kept or dropped as a whole: its scores, summed up.
-
-        By default a unit is an entry.
-        """
+        """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""
         return score
 
     def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -141,7 +143,7 @@ class Layout(ABC):
 
     @abstractmethod
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
-        """Check parts that come from outside (a file, a state_dict): names, shapes, dtypes and every index.
+        """Raise ValueError unless parts from a file or a state dict have the right names, shapes, dtypes and indices.
 
-        ValueError with one sentence. After it, no kernel can read or write out of bounds.
+        Afterwards no kernel can read or write out of bounds.
         """

@@ -1,4 +1,4 @@
-"""BSR: compressed rows of dense blocks, the layout that tensor cores like."""
+"""BSR: compressed rows of dense blocks, which tensor cores multiply at full rate."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
+from sten.layouts.checks import expect_dense, expect_parts, expect_zero_padding
 from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
 from sten.layouts.padding import cut, pad_matrix
-from sten.layouts.topk import top, widest_float
+from sten.layouts.topk import widest_float
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class BSR(Layout):
 
     Parts: `values` (blocks, bh, bw), `crow` (ceil(R / bh) + 1,) and `col` (blocks,), and the same blocks column by
     column: `t_crow` (ceil(C / bw) + 1,), `t_row` (blocks,), `t_block` (blocks,: which block of `values`); all int32.
-    Any mask fits: a block with any kept entry is stored, what the mask drops inside it as explicit zeros. `mask`
-    itself keeps whole blocks. A transposed product follows the transposed index (stk does the same).
+    Any mask fits: a block with an entry in the mask is stored, with explicit zeros off the mask. `mask` makes masks of
+    whole blocks. A transposed product reads the transposed index, as in stk.
 
     Example:
         >>> import torch, sten
@@ -58,14 +58,8 @@ class BSR(Layout):
                 f"Expected fewer than 2**31 blocks of {self}, got more in shape {tuple(shape)}; use larger blocks."
             )
 
-    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
-        """The round((1 - sparsity) * blocks) blocks with the highest sums of scores, whole; padding counts zero."""
-        expect_score(self, score, sparsity)
-        total = self.unit_totals(score.detach())
-        return self.unit_entries(top(total, count_to_keep(total.numel(), sparsity, self)), tuple(score.shape))
-
     def unit_totals(self, score: Tensor) -> Tensor:
-        """The sum over each block."""
+        """The sum over each block; padding counts zero."""
         return self.blocks(score).sum((2, 3), dtype=widest_float(score.device))
 
     def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -111,9 +105,9 @@ class BSR(Layout):
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
         bh, bw = self.block
         which, slot = slots_of_rows(parts["crow"], rows // bh)
-        found = parts["values"][slot, (rows % bh)[which]]
-        out = found.new_zeros(len(rows), self.grid(shape)[1], bw)
-        out = out.index_put((which, parts["col"][slot].long()), found)
+        values = parts["values"][slot, (rows % bh)[which]]
+        out = values.new_zeros(len(rows), self.grid(shape)[1], bw)
+        out = out.index_put((which, parts["col"][slot].long()), values)
         return cut(out.flatten(1), (len(rows), *shape[1:]))
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
@@ -143,5 +137,4 @@ class BSR(Layout):
                 f"Expected parts 't_crow', 't_row' and 't_block' of {self} to list the blocks of 'crow' and 'col', got "
                 "others; make the parts with pack."
             )
-        padding = torch.ones(shape, dtype=torch.bool, device=row.device)
-        expect_zero(self, parts["values"][~self.blocks(padding)[row, parts["col"].long()]])
+        expect_zero_padding(self, parts, shape)

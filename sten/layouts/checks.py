@@ -1,4 +1,4 @@
-"""Checks of arguments and parts. Each raises one sentence: what was expected, what came, what would work."""
+"""Checks of arguments and parts; each error says what was expected, what came, and what would work."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def expect_parts(layout: Layout, parts: Parts, expected: dict[str, tuple[tuple[i
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return (
-        "(" + ", ".join("any" if size == -1 else str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
-    )
+    sizes = ["any" if size == -1 else str(size) for size in shape]
+    return f"({', '.join(sizes)}{',' if len(shape) == 1 else ''})"
 
 
 def _expect_one_device(layout: Layout, parts: Parts) -> None:
@@ -59,13 +58,19 @@ def expect_range(layout: Layout, name: str, index: Tensor, low: int, high: int) 
 
 
 def expect_zero(layout: Layout, padding: Tensor) -> None:
-    """Raise ValueError unless these values, which belong to padding or to dropped entries, are zero."""
+    """Raise ValueError unless these values, of padding or of dropped entries, are zero."""
     wrong = int((padding != 0).sum())
     if wrong:
         raise ValueError(
             f"Expected zeros in the slots of part 'values' of {layout} that are padding or dropped, got {wrong} other "
             "numbers."
         )
+
+
+def expect_zero_padding(layout: Layout, parts: Parts, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the slots that belong to no entry of the weight are zero."""
+    entries = torch.ones(shape, dtype=torch.bool, device=parts["values"].device)
+    expect_zero(layout, parts["values"][~layout.pack_like(entries, parts)])
 
 
 def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
@@ -103,15 +108,16 @@ def check_sparsity(sparsity: float | None, layout: Layout) -> None:
     if layout.rate is not None:
         if sparsity is not None and not math.isclose(sparsity, 1 - layout.rate, abs_tol=1e-6):
             raise ValueError(
-                f"{layout} has sparsity {1 - layout.rate:g} by construction; got sparsity={sparsity:g}: leave it out."
+                f"Expected no sparsity= for {layout}, which fixes it at {1 - layout.rate:g}, got {sparsity:g}: leave "
+                "it out."
             )
     elif sparsity is None:
-        raise ValueError(f"{layout} has no rate of its own: pass sparsity=, for example sparsity=0.9.")
+        raise ValueError(f"Expected sparsity= for {layout}, got None; pass the fraction to drop, such as sparsity=0.9.")
     elif not 0 <= sparsity <= 1:
         raise ValueError(f"Expected a sparsity from 0 to 1, the fraction of entries to drop, got {sparsity}.")
 
 
 def count_to_keep(total: int, sparsity: float | None, layout: Layout) -> int:
-    """How many of `total` entries stay at this sparsity: round((1 - sparsity) * total), with the argument checked."""
+    """How many of `total` entries or units stay: round((1 - sparsity) * total), after `check_sparsity`."""
     check_sparsity(sparsity, layout)
-    return round((1.0 - sparsity) * total)
+    return round((layout.rate if sparsity is None else 1.0 - sparsity) * total)

@@ -1,4 +1,4 @@
-"""Compressed rows: offsets `crow` and an index whose slots belong to rows, as CSR and BSR have them."""
+"""Compressed rows: offsets `crow` into an index, as in CSR and BSR."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def row_of_slots(crow: Tensor, slots: int) -> Tensor:
-    """The row that owns each of `slots` slots; the number of rows for slots behind crow[-1]. Shapes stay static."""
+    """The row of each of `slots` slots; the number of rows for slots behind crow[-1]. Shapes stay static."""
     count = torch.cat([crow.diff(), slots - crow[-1:]])
     return torch.arange(len(crow), device=crow.device).repeat_interleave(count, output_size=slots)
 
@@ -32,7 +32,7 @@ def slots_of_rows(crow: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def expect_compressed(layout: Layout, name: str, crow: Tensor, index_name: str, index: Tensor, size: int) -> None:
     """Raise ValueError unless `crow` delimits the rows of `index`, whose numbers lie in [0, size) and ascend in a row.
 
-    Slots behind crow[-1] may exist (free slots); their numbers must lie in the range as well.
+    There may be free slots behind crow[-1]; their numbers must lie in the range as well.
     """
     if int(crow[0]) != 0 or int(crow[-1]) > len(index) or bool((crow[1:] < crow[:-1]).any()):
         raise ValueError(

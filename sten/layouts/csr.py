@@ -10,20 +10,19 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
+from sten.layouts.checks import expect_dense, expect_parts, expect_zero
 from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
-from sten.layouts.topk import top
 
 LIMIT = 2**31 - 1  # the indices are int32
 
 
 @dataclass(frozen=True)
 class CSR(Layout):
-    """Compressed sparse rows of the weight seen as a matrix (R, C) = (O, prod(rest)); any mask fits.
+    """Compressed sparse rows of the weight as a matrix (R, C) = (O, prod(rest)); any mask fits.
 
     Parts: `values` (capacity,), `crow` (R + 1,) int32, `col` (capacity,) int32. Row r owns the slots crow[r] to
     crow[r + 1] - 1, columns ascending. `pack` makes the capacity equal to the number of entries; a longer one is
-    allowed, so that a pattern that changes in training keeps its shapes: the slots behind crow[-1] hold zeros.
+    allowed, so that shapes stay the same when a pattern changes in training: the slots behind crow[-1] hold zeros.
 
     Example:
         >>> import torch, sten
@@ -41,11 +40,6 @@ class CSR(Layout):
         super().check(shape)
         if max(shape[0], math.prod(shape[1:])) >= LIMIT:
             raise ValueError(f"Expected at most {LIMIT - 1} rows and columns for {self}, got shape {tuple(shape)}.")
-
-    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
-        """The round((1 - sparsity) * numel) highest scores of the whole weight."""
-        expect_score(self, score, sparsity)
-        return top(score, count_to_keep(score.numel(), sparsity, self))
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
@@ -87,9 +81,7 @@ class CSR(Layout):
         pattern = {"crow": ((rows + 1,), torch.int32), "col": ((-1,), torch.int32)}
         expect_parts(self, parts, {"values": ((-1,), None), **pattern})
         if len(parts["values"]) != len(parts["col"]):
-            slots = len(parts["values"]), len(parts["col"])
-            raise ValueError(
-                f"Expected equally long parts 'values' and 'col' of {self}, got {slots[0]} and {slots[1]}."
-            )
+            lengths = f"{len(parts['values'])} and {len(parts['col'])}"
+            raise ValueError(f"Expected equally long parts 'values' and 'col' of {self}, got {lengths}.")
         expect_compressed(self, "crow", parts["crow"], "col", parts["col"], columns)
         expect_zero(self, parts["values"][int(parts["crow"][-1]) :])

@@ -1,4 +1,4 @@
-"""DualMask: a weight that the forward product sees through one mask and the gradient of the input through another."""
+"""DualMask: a weight with one mask for the forward product and another for the gradient of the input."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
-from sten.layouts.topk import top
+from sten.layouts.checks import expect_dense, expect_parts, expect_zero
 
 
 @dataclass(frozen=True)
 class DualMask(Layout):
     """Values and two bool masks, all of the weight's own shape; any mask fits, and `pack` takes it for both directions.
 
-    Parts: `values` (zero where both masks are off); `forward`, what the product sees, which is the weight itself;
-    `backward`, what the gradient of the input sees. A form for training alone: it saves no memory, and its kernels give
-    the values a dense gradient, as straight-through estimators want it.
+    Parts: `values` (zero where both masks are False); `forward`, the mask of the product, which is the weight itself;
+    `backward`, the mask of the gradient of the input. For training only: it saves no memory, and its kernels give the
+    values a dense gradient, as straight-through estimators need it.
 
     Example:
         >>> import torch, sten
@@ -32,11 +31,6 @@ class DualMask(Layout):
     pattern: ClassVar[tuple[str, ...]] = ("forward", "backward")
     unstructured: ClassVar[bool] = True
 
-    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
-        """The round((1 - sparsity) * numel) highest scores of the whole weight."""
-        expect_score(self, score, sparsity)
-        return top(score, count_to_keep(score.numel(), sparsity, self))
-
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         copies = {name: mask.clone(memory_format=torch.contiguous_format) for name in self.pattern}
@@ -46,7 +40,7 @@ class DualMask(Layout):
         return parts["values"].masked_fill(~parts["forward"], 0)
 
     def unpack_backward(self, parts: Parts) -> Tensor:
-        """The dense weight that the gradient of the input sees."""
+        """The dense weight in the gradient of the input."""
         return parts["values"].masked_fill(~parts["backward"], 0)
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import expect_dense, expect_parts, expect_range, expect_score, expect_whole, expect_zero
+from sten.layouts.checks import (
+    expect_dense,
+    expect_parts,
+    expect_range,
+    expect_score,
+    expect_whole,
+    expect_zero_padding,
+)
 from sten.layouts.padding import cut, pad_matrix
 
 BATCH = 2**23  # entries of the (strip, column, pattern) table worked on at a time: 32 MiB, so that memory is bounded
@@ -37,7 +44,7 @@ def patterns(n: int, m: int) -> tuple[tuple[int, ...], ...]:
 
 @dataclass(frozen=True)
 class GroupedNM(Layout):
-    """STen's n:m:g: in a strip of m outputs, every input keeps n of its m weights, each pattern equally often.
+    """STen's n:m:g: in a strip of m outputs, every input has n of its m weights, each pattern equally often.
 
     The weight is seen as the matrix (R, C) = (O, prod(rest)). Rows are cut into strips of m, columns into chunks of
     P * g, where P = C(m, n); in a chunk of a strip each of the P patterns is used by exactly g columns (padding
@@ -90,9 +97,9 @@ class GroupedNM(Layout):
         return -(-math.prod(shape[1:]) // self.width), -(-shape[0] // self.m)
 
     def rows(self, device: torch.device) -> Tensor:
-        """The patterns as a tensor (P, n). Made anew: a cached tensor would leak between tracing modes.
+        """The patterns as a tensor (P, n), made at each call: a cached tensor would leak between tracing modes.
 
-        Copied without waiting: `torch.tensor(..., device=)` would make the host wait for the GPU at every call.
+        Copied asynchronously: `torch.tensor(..., device=)` would synchronize with the GPU.
         """
         return torch.tensor(self.order, device="cpu").to(device, non_blocking=True)
 
@@ -108,7 +115,7 @@ class GroupedNM(Layout):
         return blocks.permute(2, 0, 3, 1).reshape(-1, self.width, self.m)
 
     def energy(self, columns: Tensor) -> Tensor:
-        """What each column keeps under each pattern: (B, N, m) to (B, N, P). No matmul: autocast would round it."""
+        """The sum of each column's entries in each pattern, (B, N, P). No matmul: autocast would round it."""
         rows = self.rows(columns.device)
         return sum(columns[..., rows[:, k]] for k in range(self.n))
 
@@ -141,7 +148,7 @@ class GroupedNM(Layout):
             problem, column = (count > self.n).nonzero()[0].tolist()
             raise ValueError(
                 f"Expected a mask with at most {self.n} of {self.m} outputs at every input for {self}, got "
-                f"{int(count[problem, column])} {self.place(problem, shape, column)}; use {self}.mask(score)."
+                f"{int(count[problem, column])} {self.describe(problem, shape, column)}; use {self}.mask(score)."
             )
         chosen = torch.cat([self.rank(part) for part in stored.split(self.batch)])
         full = count == self.n
@@ -153,12 +160,12 @@ class GroupedNM(Layout):
             problem, pattern = (load[:, :-1] > self.g).nonzero()[0].tolist()
             raise ValueError(
                 f"Expected a mask that uses every pattern for exactly {self.g} columns of a chunk for {self}, got "
-                f"{self.order[pattern]} for {int(load[problem, pattern])} {self.place(problem, shape)}; "
+                f"{self.order[pattern]} for {int(load[problem, pattern])} {self.describe(problem, shape)}; "
                 f"use {self}.mask(score)."
             )
         if bool(full.all()):
             return chosen
-        # Padding columns take the patterns that are left, in order; other columns of fewer than n entries search them.
+        # Padding columns take the patterns that are left, in order; other columns of fewer than n entries follow below.
         left = (self.g - load[:, :-1]).cumsum(1)
         chosen = torch.where(full, chosen, torch.searchsorted(left, (~full).cumsum(1) - 1, right=True))
         real = self.columns(torch.ones(shape, dtype=torch.bool, device=stored.device))
@@ -168,7 +175,7 @@ class GroupedNM(Layout):
         return chosen
 
     def rank(self, stored: Tensor) -> Tensor:
-        """The number of the pattern that each column's n kept rows are, in revolving-door order (Knuth 7.2.1.3)."""
+        """The number of the pattern that each column's n stored rows are, in revolving-door order (Knuth 7.2.1.3)."""
         n = self.n
         term = [(-1) ** (n - k) * math.comb(r + 1, k) if k else 0 for r in range(self.m) for k in range(n + 1)]
         term = torch.tensor(term, device=stored.device)
@@ -177,7 +184,7 @@ class GroupedNM(Layout):
         return term[nth].sum(-1) - n % 2
 
     def fit(self, stored: Tensor, real: Tensor, problems: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A pattern that contains each column's kept rows, for problems with columns of fewer than n.
+        """A pattern that contains each column's stored rows, for problems with columns of fewer than n.
 
         In a short strip the pattern should add no real row to them, so that exactly the mask is stored; where that is
         impossible (a subset of what fits), it may.
@@ -193,12 +200,12 @@ class GroupedNM(Layout):
             problem = int(problems[(chosen[:, 0] < 0).nonzero()[0, 0]])
             raise ValueError(
                 f"Expected a mask that uses every pattern for exactly {self.g} columns of a chunk for {self}, got one "
-                f"that no such choice covers {self.place(problem, shape)}; use {self}.mask(score)."
+                f"that no such choice covers {self.describe(problem, shape)}; use {self}.mask(score)."
             )
         return chosen
 
-    def place(self, problem: int, shape: tuple[int, ...], column: int | None = None) -> str:
-        """Words that name one of the B problems, or a column of it, in the weight seen as a matrix."""
+    def describe(self, problem: int, shape: tuple[int, ...], column: int | None = None) -> str:
+        """One of the B problems, or a column of it, in words, for error messages."""
         chunk, strip = divmod(problem, self.sizes(shape)[1])
         rows = f"outputs {strip * self.m} to {min((strip + 1) * self.m, shape[0]) - 1}"
         first = chunk * self.width
@@ -224,15 +231,15 @@ class GroupedNM(Layout):
 
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
         values, index = parts["values"], parts["index"]
-        # For each row of a strip: the patterns that contain it, and its place in each of them.
-        having = [[(p, s.index(r)) for p, s in enumerate(self.order) if r in s] for r in range(self.m)]
-        table = torch.tensor(having, device="cpu").to(rows.device, non_blocking=True)[rows % self.m]
+        # For each row of a strip: the patterns that contain it, and its position in each of them.
+        patterns_of = [[(p, s.index(r)) for p, s in enumerate(self.order) if r in s] for r in range(self.m)]
+        table = torch.tensor(patterns_of, device="cpu").to(rows.device, non_blocking=True)[rows % self.m]
         strip, p, nth = (rows // self.m).unsqueeze(1), table[..., 0], table[..., 1]
         first = torch.arange(0, len(index) * self.width, self.width, device=rows.device)
         column = (index[:, strip, p] + first.view(-1, 1, 1, 1)).transpose(0, 1).flatten(1)
         # Indexing around a slice puts the indexed dimensions first: (len(rows), patterns, chunks, g).
-        found = values[:, strip, p, :, nth].transpose(1, 2).flatten(1)
-        out = values.new_zeros(len(rows), len(index) * self.width).scatter(1, column, found)
+        gathered = values[:, strip, p, :, nth].transpose(1, 2).flatten(1)
+        out = values.new_zeros(len(rows), len(index) * self.width).scatter(1, column, gathered)
         return cut(out, (len(rows), *shape[1:]))
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
@@ -245,12 +252,11 @@ class GroupedNM(Layout):
             raise ValueError(
                 f"Expected part 'index' of {self} to list each of the {self.width} columns of a chunk once, got others."
             )
-        real = torch.ones(shape, dtype=torch.bool, device=columns.device)
-        expect_zero(self, parts["values"][~self.pack_like(real, parts)])
+        expect_zero_padding(self, parts, shape)
 
 
 def comparable(score: Tensor, n: int) -> Tensor:
-    """The score as float32 from -1 to 1, so that sums and differences are finite; NaN and -inf below, +inf above."""
+    """The score as float32 in [-1, 1], so that sums and differences are finite; NaN and -inf below, +inf above."""
     finite = score.isfinite()
     scaled = score.masked_fill(~finite, 0).to(torch.promote_types(score.dtype, torch.float32))
     largest = scaled.abs().amax()
@@ -261,18 +267,18 @@ def comparable(score: Tensor, n: int) -> Tensor:
 def assign(energy: Tensor, g: int) -> Tensor:
     """A pattern for each column (B, N), each of P used g times, of (nearly) the highest total energy (B, N, P).
 
-    Prices first: a pattern that too many columns want becomes dearer, until demand is nearly even. Then every column,
-    the one with most to lose first, takes its best pattern that is free. Then exchanges of two columns, while any
-    gains. On Gaussian weights this reached 99.4 % of the optimum and more, greedy choice alone 97.6 to 99 %.
+    First an auction: the price of a pattern that too many columns choose rises, until demand is nearly even. Then every
+    column, the one with the largest lead first, takes its best free pattern. Then exchanges of two columns, while any
+    gains. On Gaussian weights this reached at least 99.4 % of the optimum, the greedy step alone 97.6 to 99 %.
     """
     price = torch.zeros_like(energy[:, 0])
-    # Columns to which all patterns are equal, as padding is, take what is left: they make nothing dear, and with
-    # them about a pattern with few takers needs no discount.
-    choosy = (energy.amax(-1) > energy.amin(-1)).to(energy.dtype)
-    least = torch.where(choosy.amin(1, keepdim=True) > 0, -math.inf, 0.0)
-    step = PRICE_RATE * (lead(energy).sum(1) / choosy.sum(1).clamp(min=1)).unsqueeze(1)
+    # Columns to which all patterns are equal, as to padding, take what is left: they raise no price, and where there
+    # are some, no pattern needs a negative price.
+    decided = (energy.amax(-1) > energy.amin(-1)).to(energy.dtype)
+    least = torch.where(decided.amin(1, keepdim=True) > 0, -math.inf, 0.0)
+    step = PRICE_RATE * (lead(energy).sum(1) / decided.sum(1).clamp(min=1)).unsqueeze(1)
     for k in range(PRICE_STEPS):
-        demand = torch.zeros_like(price).scatter_add_(1, (energy - price.unsqueeze(1)).max(-1).indices, choosy)
+        demand = torch.zeros_like(price).scatter_add_(1, (energy - price.unsqueeze(1)).max(-1).indices, decided)
         price = torch.maximum(price + step * torch.log((demand + 1) / (g + 1)) / math.sqrt(k + 1), least)
     return swap(energy, greedy(energy - price.unsqueeze(1), g), g)
 
@@ -345,7 +351,7 @@ def match(fits: Tensor, chosen: list[int], g: int) -> list[int] | None:
     for column in range(len(chosen)):
         if column in users[chosen[column]]:
             continue
-        came: dict[int, tuple[int, int | None]] = {}  # pattern: the column that wants it, and the pattern it leaves
+        came: dict[int, tuple[int, int | None]] = {}  # pattern: the column that moves to it, and the pattern it leaves
         queue: list[tuple[int, int | None]] = [(column, None)]
         end = None
         for mover, leaves in queue:

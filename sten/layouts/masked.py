@@ -1,4 +1,4 @@
-"""Masked: dense values beside a bool mask. The simplest layout, and the one that every other can be compared with."""
+"""Masked: dense values and a bool mask. The simplest layout, with which every other can be compared."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_score, expect_zero
-from sten.layouts.topk import top
+from sten.layouts.checks import expect_dense, expect_parts, expect_zero
 
 
 @dataclass(frozen=True)
 class Masked(Layout):
-    """Dense values and a bool mask, both of the weight's own shape; any mask fits. Nothing is saved, nothing is lost.
+    """Dense values and a bool mask, both of the weight's own shape; any mask fits. It saves no memory.
 
     Parts: `values` (the weight's shape, zero where the mask is off), `mask` (the same shape, bool).
 
@@ -29,11 +28,6 @@ class Masked(Layout):
 
     pattern: ClassVar[tuple[str, ...]] = ("mask",)
     unstructured: ClassVar[bool] = True
-
-    def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
-        """The round((1 - sparsity) * numel) highest scores of the whole weight."""
-        expect_score(self, score, sparsity)
-        return top(score, count_to_keep(score.numel(), sparsity, self))
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)

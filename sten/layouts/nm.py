@@ -1,4 +1,4 @@
-"""NM: n kept of every m along the inputs; NM(2, 4) is the pattern of sparse tensor cores."""
+"""NM: n of every m inputs; NM(2, 4) is the pattern of sparse tensor cores."""
 
 from __future__ import annotations
 
@@ -9,17 +9,25 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import expect_dense, expect_parts, expect_range, expect_score, expect_whole, expect_zero
-from sten.layouts.padding import reduction_back, reduction_last, reduction_place, reduction_width
+from sten.layouts.checks import (
+    expect_dense,
+    expect_parts,
+    expect_range,
+    expect_score,
+    expect_whole,
+    expect_zero_padding,
+)
+from sten.layouts.padding import describe_column, reduction_back, reduction_last, reduction_width
 from sten.layouts.topk import complete_groups, top_of_groups
 
 
 @dataclass(frozen=True)
 class NM(Layout):
-    """n kept of every m consecutive inputs of an output (n counts what is kept). A last, short group keeps up to n.
+    """n of every m consecutive inputs of an output are stored (n counts the entries, not the zeros).
 
     The weight (O, I, *rest) is stored as the matrix (R, C) with the inputs last and padded to a multiple of m, so a
-    group lies along the input channels of a convolution, too. With G = C / m groups a row:
+    group lies along the input channels of a convolution, too; a last, short group has up to n entries. With G = C / m
+    groups a row:
 
     Parts: `values` (R, G * n); `index` (R, ceil(G * n * bits / 8)) uint8, the positions in the group, ascending,
     `bits` wide (2 for m <= 4, 4 for m <= 16, else 8), the first slot in the lowest bits; spare bits are zero.
@@ -73,7 +81,7 @@ class NM(Layout):
         expect_score(self, score, sparsity)
         grouped = self.groups(score.detach())
         if grouped.numel() > score.numel():
-            # Padding must lose against everything, NaN included: it is -inf, and ties go to the lower (real) column.
+            # Padding comes last, behind NaN: it is -inf, and ties go to the lower (real) column.
             real = self.groups(torch.ones_like(score[:1], dtype=torch.bool))
             grouped = grouped.masked_fill(~real, -torch.inf)
         keep = top_of_groups(grouped, self.n)
@@ -85,10 +93,10 @@ class NM(Layout):
         count = grouped.sum(-1)
         if bool((count > self.n).any()):
             row, group = (count > self.n).nonzero()[0].tolist()
-            place = reduction_place(tuple(dense.shape), group * self.m, self.m)
+            start = describe_column(tuple(dense.shape), group * self.m, self.m)
             raise ValueError(
                 f"Expected a mask with at most {self.n} of {self.m} inputs for {self}, got {int(count[row, group])} in "
-                f"the group of output {row} that starts at {place}; use {self}.mask(score)."
+                f"the group of output {row} that starts at {start}; use {self}.mask(score)."
             )
         position = complete_groups(grouped, self.n).flatten().nonzero().view(*count.shape, self.n) % self.m
         values = self.groups(dense.masked_fill(~mask, 0)).gather(-1, position)
@@ -128,5 +136,4 @@ class NM(Layout):
             )
         if not torch.equal(self.encode(position), parts["index"]):
             raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
-        real = torch.ones(shape, dtype=torch.bool, device=position.device)
-        expect_zero(self, parts["values"][~self.pack_like(real, parts)])
+        expect_zero_padding(self, parts, shape)

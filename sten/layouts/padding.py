@@ -1,4 +1,4 @@
-"""A weight as a padded matrix and back; and with its inputs last, where groups run along the inputs."""
+"""A weight as a padded matrix and back, also with its inputs last, for groups along the inputs."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def reduction_width(shape: tuple[int, ...], m: int) -> int:
     return math.prod(shape[2:]) * (shape[1] + -shape[1] % m)
 
 
-def reduction_place(shape: tuple[int, ...], column: int, m: int) -> str:
-    """Words that name a column of `reduction_last`'s matrix, for error messages: 'input 3, kernel position (0, 1)'."""
+def describe_column(shape: tuple[int, ...], column: int, m: int) -> str:
+    """A column of `reduction_last`'s matrix in words, for error messages: 'input 3, kernel position (0, 1)'."""
     width = shape[1] + -shape[1] % m
-    spot, where = column // width, []
+    number, position = column // width, []
     for size in reversed(shape[2:]):
-        where.insert(0, spot % size)
-        spot //= size
-    return f"input {column % width}" + (f", kernel position {tuple(where)}" if where else "")
+        position.insert(0, number % size)
+        number //= size
+    return f"input {column % width}" + (f", kernel position {tuple(position)}" if position else "")

@@ -1,6 +1,6 @@
 """Selection of the highest scores, exact in count: ties go to the lower index, NaN counts as the lowest.
 
-Traced into compiled forward passes, so nothing here waits for a number of the device or calls NumPy.
+Compiled forward passes trace this code, so nothing here synchronizes with the device or calls NumPy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def widest_float(device: torch.device) -> torch.dtype:
 def top(score: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` highest entries of a score of any shape, exactly; ties go to the lower index.
 
-    NaN counts as the lowest score. A threshold alone would keep every tie, so ties are counted off by index.
+    NaN counts as the lowest score. A threshold alone would keep every tie, so ties are counted by index.
     """
     flat = torch.nan_to_num(score.detach().flatten(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if count <= 0 or flat.numel() == 0:
@@ -64,7 +64,7 @@ def top_of_groups(score: Tensor, n: int) -> Tensor:
 
 
 def complete_groups(mask: Tensor, n: int) -> Tensor:
-    """The mask with the lowest free entries of each group (the last dimension) switched on, until it has `n`."""
+    """The mask with the lowest free entries of each group (the last dimension) added, until it has `n`."""
     missing = n - mask.sum(-1, keepdim=True)
     if not bool((missing > 0).any()):
         return mask

@@ -1,4 +1,4 @@
-"""VectorNM: n kept of every m inputs, the choice shared by v outputs, so that a product gathers once for v rows."""
+"""VectorNM: n of every m inputs, the same for v outputs, so that a product gathers once for v rows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import expect_dense, expect_parts, expect_range, expect_score, expect_whole, expect_zero
-from sten.layouts.padding import pad_matrix, reduction_back, reduction_last, reduction_place, reduction_width
+from sten.layouts.checks import (
+    expect_dense,
+    expect_parts,
+    expect_range,
+    expect_score,
+    expect_whole,
+    expect_zero_padding,
+)
+from sten.layouts.padding import describe_column, pad_matrix, reduction_back, reduction_last, reduction_width
 from sten.layouts.topk import complete_groups, top_of_groups, widest_float
 
 
 @dataclass(frozen=True)
 class VectorNM(Layout):
-    """n kept of every m consecutive inputs, with one choice for v consecutive outputs (the last vector may be short).
+    """n of every m consecutive inputs are stored, the same n for v consecutive outputs (the last vector may be short).
 
     The weight (O, I, *rest) is stored as the matrix (R, C) with the inputs last and padded to a multiple of m. With
     G = C / m groups a row:
@@ -85,22 +92,22 @@ class VectorNM(Layout):
         count = union.sum(-1)
         if bool((count > self.n).any()):
             vector, group = (count > self.n).nonzero()[0].tolist()
-            place = reduction_place(tuple(dense.shape), group * self.m, self.m)
+            start = describe_column(tuple(dense.shape), group * self.m, self.m)
             last = min((vector + 1) * self.v, len(dense)) - 1
             raise ValueError(
                 f"Expected a mask with at most {self.n} of {self.m} inputs for {self.v} outputs together for {self}, "
                 f"got {int(count[vector, group])} inputs in the group of outputs {vector * self.v} to {last} that "
-                f"starts at {place}; use {self}.mask(score)."
+                f"starts at {start}; use {self}.mask(score)."
             )
         index = complete_groups(union, self.n).flatten(1).nonzero()[:, 1].view(len(union), -1).int()
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values = parts["values"]
-        return self.spread(values, self.columns(parts["index"], len(values)), shape)
+        return self.scatter(values, self.columns(parts["index"], len(values)), shape)
 
-    def spread(self, values: Tensor, columns: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The rows that hold these values at these columns."""
+    def scatter(self, values: Tensor, columns: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Dense rows with these values at these columns."""
         out = values.new_zeros(len(values), reduction_width(shape, self.m)).scatter(1, columns, values)
         return reduction_back(out, (len(values), *shape[1:]), self.m)
 
@@ -108,7 +115,7 @@ class VectorNM(Layout):
         return reduction_last(dense, self.m).gather(1, self.columns(parts["index"], len(dense)))
 
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
-        return self.spread(parts["values"][rows], parts["index"][rows // self.v].long(), shape)
+        return self.scatter(parts["values"][rows], parts["index"][rows // self.v].long(), shape)
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
@@ -117,11 +124,10 @@ class VectorNM(Layout):
         expect_parts(self, parts, {"values": ((shape[0], slots), None), "index": ((height, slots), torch.int32)})
         index = parts["index"].long()
         expect_range(self, "index", index, 0, groups * self.m)
-        owner = torch.arange(slots, device=index.device) // self.n
-        if bool((index // self.m != owner).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
+        group = torch.arange(slots, device=index.device) // self.n
+        if bool((index // self.m != group).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
             raise ValueError(
                 f"Expected part 'index' of {self} to ascend in a row, {self.n} columns in each group of {self.m}, got "
                 "others."
             )
-        real = torch.ones(shape, dtype=torch.bool, device=index.device)
-        expect_zero(self, parts["values"][~self.pack_like(real, parts)])
+        expect_zero_padding(self, parts, shape)

@@ -1,4 +1,4 @@
-"""Sparsifiers: which entries of a weight are kept, and when that changes."""
+"""Sparsifiers: which entries of a weight are active, and when that changes."""
 
 from .bidirectional import BDWP, BiMask, Transposable
 from .block_prune_grow import BlockPruneGrow

@@ -1,6 +1,6 @@
-"""Allocation: how many entries each weight keeps of a budget for all of them.
+"""Allocation: how many active entries each weight gets of a budget for all of them.
 
-The contract, in one line: `assign(sizes, scores) -> how many entries of each weight stay`, exact in sum.
+The contract, in one line: `assign(shapes, score) -> counts`, by the names of the weights, exact in sum.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from ..layouts.topk import top
 
 @dataclass(frozen=True)
 class Allocation(ABC):
-    """A sparsity for the whole model and the rule that shares it out among the weights.
+    """A sparsity for the whole model, and the rule that distributes it among the weights.
 
-    `sparsity` is the fraction of entries to drop, 0 to 1, over all chosen weights whose layout has no rate of its own.
+    Attributes:
+        sparsity: fraction of entries to drop, 0 to 1, over all chosen weights whose layout has no rate.
     """
 
     sparsity: float
@@ -31,12 +32,12 @@ class Allocation(ABC):
 
     @abstractmethod
     def assign(self, shapes: dict[str, tuple[int, ...]], score: Callable[[str], Tensor]) -> dict[str, int]:
-        """How many entries of each weight stay; `score(name)` gives a weight's scores where the rule needs them."""
+        """How many active entries each weight gets; `score(name)` is called where the rule needs scores."""
 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """Every weight keeps round((1 - sparsity) * its size) entries.
+    """round((1 - sparsity) * size) entries of every weight.
 
     Example:
         >>> import sten
@@ -50,9 +51,9 @@ class Uniform(Allocation):
 
 @dataclass(frozen=True)
 class Global(Allocation):
-    """The highest scores of all weights together stay: round((1 - sparsity) * total), ties by order of the weights.
+    """The round((1 - sparsity) * total) highest scores of all weights together, ties by order of the weights.
 
-    With `floor`, every weight keeps at least that fraction of its entries, so that no layer collapses.
+    `floor` is the least fraction of active entries of every weight, so that no layer collapses.
 
     Example:
         >>> import torch, sten
@@ -79,10 +80,10 @@ class Global(Allocation):
 
 @dataclass(frozen=True)
 class ERK(Allocation):
-    """Erdos-Renyi-Kernel: the density of a weight is proportional to sum(shape) / prod(shape); narrow layers keep more.
+    """Erdos-Renyi-Kernel: the density of a weight is proportional to sum(shape) / prod(shape).
 
-    Weights whose density would pass 1 stay dense and the rest pays for them. The sum is exact: what rounding leaves
-    goes to the largest remainders.
+    Weights whose density would exceed 1 stay dense, and the others get less. The sum is exact: the largest remainders
+    of the rounding get one more.
 
     Source: Evci et al., Rigging the Lottery, 2020, section 3 (1); Mocanu et al., 2018 (for matrices).
 
@@ -111,9 +112,9 @@ class ERK(Allocation):
 
 
 def proportional(shares: dict[str, float], total: int, caps: dict[str, int]) -> dict[str, int]:
-    """`total` entries in proportion to `shares`, no weight above its cap; what a cap turns away goes to the others.
+    """`total` entries in proportion to `shares`, none above its cap; what exceeds a cap goes to the others.
 
-    Exact in sum, as far as the caps have room; equal shares where all are zero.
+    Exact in sum, as far as the caps allow; equal shares where all are zero.
 
     Source: Dettmers and Zettlemoyer, https://arxiv.org/abs/1907.04840, section 4 (shares are mean momenta).
 
@@ -133,7 +134,7 @@ def proportional(shares: dict[str, float], total: int, caps: dict[str, int]) -> 
 
 
 def _rounded(exact: dict[str, float], budget: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Whole numbers near `exact` that sum to `budget`: floors, then one more for the largest remainders."""
+    """Whole numbers near `exact` with the sum `budget`: rounded down, then one more for the largest remainders."""
     counts = {name: min(math.floor(x + 1e-9), sizes[name]) for name, x in exact.items()}
     order = sorted(exact, key=lambda name: counts[name] - exact[name])
     for name in order[: budget - sum(counts.values())]:

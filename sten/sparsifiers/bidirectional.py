@@ -35,7 +35,7 @@ class DualMaskWeight(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph
 def dual_masked(w: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
-    """The weight that a product sees through one mask and the gradient of its input through another."""
+    """The weight with one mask for a product and another for the gradient of its input."""
     return DualMaskWeight.apply(w, forward, backward)
 
 
@@ -83,8 +83,8 @@ def _greedy(blocks: Tensor, n: int) -> Tensor:
 class Transposable(DenseWeightMethod):
     """One mask that is n:m along rows and columns, so that forward and backward products are both sparse; STE gradient.
 
-    The mask is chosen anew every `refresh` steps; `decay` as in SR-STE (FST adds it). Exact for m <= 4 (all 90 patterns
-    of 2:4); above, greedy: some groups keep fewer than n.
+    The mask is updated every `refresh` steps; `decay` as in SR-STE (FST adds it). Exact for m <= 4 (all 90 patterns of
+    2:4); above, greedy: some groups have fewer than n entries.
 
     Source: Hubara et al., https://arxiv.org/abs/2102.08124, section 4 (transposable masks); Hu et al.,
     https://arxiv.org/abs/2404.01847 (the 90 patterns, refresh 40, masked decay).
@@ -122,8 +122,7 @@ class Transposable(DenseWeightMethod):
 
 @dataclass(frozen=True)
 class BDWP(DenseWeightMethod):
-    """The forward product is n:m along inputs, that of the input's gradient n:m along outputs; the weight's gradient is
-    dense.
+    """n:m along inputs in the forward product, along outputs in the input's gradient; the weight's gradient is dense.
 
     Source: Fang et al., Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow Co-Design,
     https://arxiv.org/abs/2309.13015. UNVERIFIED: that both masks are taken independently from the dense weight.
@@ -147,11 +146,10 @@ class BDWP(DenseWeightMethod):
 
 @dataclass(frozen=True)
 class BiMask(DenseWeightMethod):
-    """As BDWP, but the backward mask lies in the forward-masked weight, with the rows in the best of several random
-    orders.
+    """BDWP with the backward mask taken from the forward-masked weight, its rows in the best of several random orders.
 
-    The order that lets most entries survive is sought among `tries` every `refresh` steps; the weight's gradient gains
-    SR-STE's decay. The gradient of the input is biased: forward and backward weights differ.
+    Every `refresh` steps `tries` orders are compared, and the one with most entries in both masks is taken; SR-STE's
+    decay is added to the weight's gradient. The gradient of the input is biased: forward and backward weights differ.
 
     Source: Zhang et al., Bi-directional Masks for Efficient N:M Sparse Training, https://arxiv.org/abs/2302.06058,
     section 3.

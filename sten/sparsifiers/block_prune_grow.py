@@ -1,4 +1,4 @@
-"""BlockPruneGrow: blocks are pruned more and more, and some grow back where the gradient asks for them."""
+"""BlockPruneGrow: gradual pruning of blocks, some of which grow back where the gradient is large."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .straight_through import masked_straight_through
 
 @dataclass(frozen=True)
 class BlockPruneGrow(GradualPruning):
-    """Gradual on blocks of BSR, in which a part of the kept blocks gives way to grown ones at each mask update.
+    """Gradual on blocks of BSR, where each mask update also exchanges a part of the active blocks for grown ones.
 
     The block sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`. At a mask update, drop_fraction
     (falling to 0 with the same cubic) of the blocks that would stay, those with the smallest sum |w|, are exchanged for
     those with the largest sum |g|.
 
     The dense weight is trained, as in BLaST: training begins dense, and growth reads the gradient of every block. So
-    Parameter, gradient and optimizer slots take the memory of the dense model until `finalize`; only what it leaves is
-    small. Dropped blocks are zero, and start there if they grow again. `RigL` on BSR keeps all of it compressed.
+    Parameter, gradient and optimizer slots take the memory of the dense model until `finalize`. Dropped blocks are
+    zero, and start at zero if they grow again. With `RigL` on BSR all of it is compressed.
 
     Source: Okanovic et al., BLaST, https://arxiv.org/abs/2507.03117. UNVERIFIED: its schedule, its growth score
     (block-gradient norms), its block sizes.

@@ -1,11 +1,10 @@
-"""CAST: dense all the way; an adaptive L1 decay drives what the mask prunes to zero, and scales win back the norm."""
+"""CAST: dense training; an adaptive L1 decay drives pruned entries to zero, and trained scales restore the norm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from .schedule import FOREVER, Constant, Schedule
@@ -17,13 +16,12 @@ class CAST(DenseWeightMethod):
     """Continuous, adaptive sparse training: train with `sten.optim.AdamS` and add `sten.distill_loss` to the loop.
 
     The model computes densely, with A * w: A (rows, groups), trained from ones, scales contiguous blocks of columns.
-    Every `refresh` steps the mask is the n:m of |w|; AdamS decays what it drops, with strength decay * t / total_steps.
-    `sten.finalize` masks and folds A into the weight. The decay should be of the gradient's order of magnitude; what is
-    reachable is sum_t lr_t * t / total_steps, so check that against typical |w|.
+    Every `refresh` steps the mask is the layout's of |w|; AdamS decays pruned entries, with strength
+    decay * t / total_steps. `sten.finalize` masks, and multiplies A into the weight. The decay should be of the
+    gradient's order of magnitude; an entry can move by sum_t lr_t * t / total_steps: compare that with typical |w|.
 
     Source: Huang et al., CAST: Continuous and Differentiable Semi-Structured Sparsity-Aware Training for Large Language
-    Models,
-    https://arxiv.org/abs/2509.25996, algorithm 1 and equations 11-13, read through a reproduction's citations.
+    Models, https://arxiv.org/abs/2509.25996, algorithm 1 and equations 11-13, read through a reproduction's citations.
     UNVERIFIED: the contiguous blocks, which tensors, betas, the learning rate's schedule. decay 4e-7 and refresh 10 are
     cited for a 7B model.
 
@@ -50,11 +48,7 @@ class CAST(DenseWeightMethod):
         return Constant(0.0, start=self.refresh, stop=FOREVER, every=self.refresh)
 
     def init(self, view: View) -> State:
-        return {
-            "scale": nn.Parameter(
-                torch.ones(len(view.weight), self.groups, dtype=view.weight.dtype, device=view.weight.device)
-            )
-        }
+        return {"scale": nn.Parameter(view.weight.new_ones(len(view.weight), self.groups))}
 
     def update(self, view: View) -> Edit:
         return Edit(mask=self.present_mask(view))
@@ -65,7 +59,7 @@ class CAST(DenseWeightMethod):
         return scale.reshape(w.shape) * w
 
     def strength(self, step: int) -> tuple[float, float]:
-        """For AdamS: the decay, and how far its ramp is after `step` steps."""
+        """For AdamS: the decay, and the value of its ramp after `step` steps."""
         return self.decay, min(step / self.total_steps, 1.0)
 
     def finish(self, view: View) -> Edit:

@@ -1,4 +1,4 @@
-"""DecayingMask and DecayingStructure: from dense to n:m, by what is masked out fading away or by tighter structures."""
+"""DecayingMask and DecayingStructure: from dense to n:m, by a decaying factor or by tighter masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .straight_through import StraightThrough, masked_straight_through
 
 
 def expect_fractions(method: DecayingMask | DecayingStructure) -> None:
-    """Raise ValueError unless the dense and the fine-tuning phase leave steps between them."""
+    """Raise ValueError unless there are steps between the dense and the fine-tuning phase."""
     if not 0 <= method.dense < 1 - method.fine_tune <= 1:
         kind = type(method).__name__
         raise ValueError(f"Expected fractions with dense + fine_tune below 1 for {kind}, got {method}.")
@@ -24,14 +24,14 @@ def expect_fractions(method: DecayingMask | DecayingStructure) -> None:
 
 @dataclass(frozen=True)
 class DecayingMask(DenseWeightMethod):
-    """Compute with w * (M + beta * (1 - M)): what is masked out fades away as beta falls from 1 to 0.
+    """Compute with w * (M + beta * (1 - M)), where beta falls from 1 to 0.
 
-    beta is 1 for `dense` of the steps, then exp(-rate * t) or max(0, 1 - rate * t), and 0 for the last `fine_tune` of
-    them (an exponential never arrives). The gradient goes to w unchanged, without the factor beta, as in the authors'
-    code; whether the paper scales it is UNVERIFIED.
+    beta is 1 for the first `dense` of the steps, then exp(-rate * t) or max(0, 1 - rate * t), and 0 for the last
+    `fine_tune` of them. The gradient of w is without the factor beta, as in the authors' code; whether the paper scales
+    it is UNVERIFIED.
 
     Attributes:
-        beta: the factor of what is masked out, by optimizer steps done; made of the other fields.
+        beta: the factor of entries off the mask, by optimizer steps done; made of the other fields.
 
     Source: Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training,
     https://arxiv.org/abs/2402.04744, section 4 (MdGf-Linear, MdGf-Exponential).

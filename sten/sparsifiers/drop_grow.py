@@ -1,5 +1,4 @@
-"""Static, SET, RigL, DST-EE: sparse from the first step to the last; weights of small magnitude give way to new
-ones."""
+"""Static, SET, RigL, DST-EE: sparse in every step; mask updates drop small weights and grow others."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from .sparsifier import Edit, PatternMethod, Sparsifier, State, View
 
 @dataclass(frozen=True)
 class Static(PatternMethod):
-    """A random pattern that stays: the baseline of dynamic methods. Use `sparsity=sten.ERK(...)`.
+    """A random, fixed pattern: the baseline of dynamic methods. Use `sparsity=sten.ERK(...)`.
 
     Source: Mocanu et al., https://arxiv.org/abs/1707.04780 (the random initialisation of SET).
 
@@ -38,27 +37,27 @@ class Static(PatternMethod):
 
 
 def expect_to_act(method: Sparsifier, stop: float) -> None:
-    """Raise ValueError, in one sentence, if no mask update falls into the first `stop` of the method's total_steps."""
-    most = int(stop * method.total_steps)
+    """Raise ValueError if no mask update falls into the first `stop` of the method's total_steps."""
+    most, kind = int(stop * method.total_steps), type(method).__name__
     if not 1 <= method.every <= most:
         hint = f"pass every={max(most // 10, 1)}, say" if most >= 1 else "raise total_steps"
         steps = f"{stop:g} * {method.total_steps} steps"
-        raise ValueError(f"{type(method).__name__} never acts with every={method.every} in {steps}: {hint}.")
+        raise ValueError(f"Expected a mask update of {kind} in {steps}, got every={method.every}: {hint}.")
 
 
 @dataclass(frozen=True)
 class DropGrow(PatternMethod):
-    """Every `every` steps, drop a fraction of the weights, those of the smallest |w|, and grow as many elsewhere.
+    """Every `every` steps, drop a fraction of the active entries, those of smallest |w|, and grow as many elsewhere.
 
-    The count of a weight never changes, nor its n:m groups. New entries start at zero, in the weight and in every slot
-    of the optimizer. A layout of blocks or vectors drops and grows whole ones, by the sums of their scores.
+    A weight's count of active entries does not change. New entries start at zero, in the weight and in every optimizer
+    slot. Layouts of blocks or vectors drop and grow whole ones, by the sums of their scores.
 
     Attributes:
         total_steps: optimizer steps of the whole training.
-        drop_fraction: at the start.
+        drop_fraction: the fraction to drop at the start.
         every: steps between two mask updates.
         stop: the last mask update, as a fraction of total_steps.
-        schedule: the steps of mask updates, and as its value the fraction to drop; None: made of the fields above.
+        schedule: the steps of mask updates; its value is the fraction to drop. None: made of the fields above.
     """
 
     total_steps: int
@@ -87,7 +86,7 @@ class DropGrow(PatternMethod):
 
     @abstractmethod
     def growth(self, view: View) -> Tensor:
-        """How much each entry deserves to grow; read where nothing is kept."""
+        """The score by which entries grow; entries that stay are not read."""
 
     def update(self, view: View) -> Edit:
         if view.mask is None:
@@ -117,17 +116,16 @@ class SET(DropGrow):
 
     def growth(self, view: View) -> Tensor:
         score = scores.random(view.weight, view.generator, portable=False)  # the engine shares rank 0's masks
-        return score.masked_fill(view.mask, -1)  # what was just dropped comes last
+        return score.masked_fill(view.mask, -1)  # entries that were just dropped come last
 
 
 @dataclass(frozen=True)
 class RigL(DropGrow):
     """Rigged lottery: grow where the dense gradient is largest. A mask update takes the place of the optimizer step.
 
-    Just-dropped entries may come back; then they keep their value and their slots.
+    Entries that were just dropped may grow at once; then value and optimizer slots do not change.
 
-    Source: Evci et al., https://arxiv.org/abs/1911.11134, section 3 (drop fraction by cosine, 0 from 75 % of training
-    on).
+    Source: Evci et al., https://arxiv.org/abs/1911.11134, section 3 (drop fraction by cosine until 75 % of training).
 
     Example:
         >>> import torch, sten
@@ -151,7 +149,7 @@ class RigL(DropGrow):
 
 @dataclass(frozen=True)
 class DSTEE(DropGrow):
-    """RigL with exploration: growth |g| + c * ln(t) / (N + eps), N = mask updates that an entry has lasted.
+    """RigL with exploration: growth |g| + c * ln(t) / (N + eps), N = mask updates after which it was active.
 
     Source: Huang et al., Dynamic Sparse Training via Balancing the Exploration-Exploitation Trade-off,
     https://arxiv.org/abs/2211.16667. UNVERIFIED: the formula's constants c and eps.

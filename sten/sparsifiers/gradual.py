@@ -18,10 +18,10 @@ from .sparsifier import DenseWeightMethod, Edit, View
 
 @dataclass(frozen=True)
 class GradualPruning(DenseWeightMethod):
-    """A mask whose sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`, every `every` steps and then.
+    """A mask whose sparsity rises by a cubic from 0 at `start` to that of `sten.sparsify` at `stop`.
 
-    Entries off the mask are zero. `schedule` gives the steps of mask updates, and as its value, from 0 to 1, how much
-    of the sparsity is reached.
+    Entries off the mask are zero. Mask updates happen every `every` steps and at `stop`; the value of `schedule`, from
+    0 to 1, is the fraction of the sparsity that is reached.
     """
 
     start: int
@@ -46,8 +46,8 @@ class Gradual(GradualPruning):
     """Prune the smallest |w| step by step: from dense at `start` to sparsify's sparsity at `stop`, by a cubic.
 
     s(t) = s_final * (1 - (1 - (t - start) / (stop - start))**3), every `every` steps and at `stop`. Pruned weights are
-    zero from then on, after every optimizer step: momentum would revive them. With `sten.Global` the budget is shared
-    anew at each mask update.
+    zero from then on: they are zeroed after every optimizer step, as momentum would change them. With `sten.Global` the
+    budget is distributed again at each mask update.
 
     Source: Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878, section 3.
 
@@ -84,10 +84,10 @@ class Gradual(GradualPruning):
 
 
 class Rewind:
-    """Iterative magnitude pruning: a plan of sparsities, and the weights to return to between rounds.
+    """Iterative magnitude pruning: the sparsities of its rounds, and the weights to return to between them.
 
-    A helper for a loop that the user writes: each round trains, prunes the same share of what is left, and starts again
-    from the weights of step `k`, in the new mask. Round r of K has sparsity 1 - (1 - sparsity)**(r / K).
+    For a loop of your own: each round trains, prunes the same fraction of the remaining weights, and starts again from
+    the weights of step `k`, in the new mask. Round r of K has sparsity 1 - (1 - sparsity)**(r / K).
 
     Source: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis,
     https://arxiv.org/abs/1912.05671.
@@ -114,8 +114,8 @@ class Rewind:
 
     @torch.no_grad()
     def apply(self, masks: dict[str, Tensor]) -> None:
-        """Put the first weights back, those that the masks (by name) drop as zeros."""
+        """Load the first weights again, with zeros off the masks (by name)."""
         if any(mask.dtype != torch.bool for mask in masks.values()):
-            raise TypeError("Expected bool masks, where True keeps the entry; compare with zero first.")
+            raise TypeError("Expected bool masks, where True is an active entry; compare with zero first.")
         state = {name: value * masks[name] if name in masks else value for name, value in self.start.items()}
         self.model.load_state_dict(state)

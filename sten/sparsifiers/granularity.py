@@ -1,7 +1,4 @@
-"""Drop and grow at the granularity of a layout: entry by entry mostly, whole blocks of BSR, whole vectors of VectorNM.
-
-What a unit is, a layout says itself, with `Layout.unit_totals` and `Layout.unit_entries`.
-"""
+"""Drop and grow by the units of a layout (`Layout.unit_totals`): entries, blocks of BSR, vectors of VectorNM."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from .topk import highest
 
 
 def expect_independent_units(layout: Layout) -> None:
-    """Raise ValueError for a layout in which a unit cannot move without moving others."""
+    """Raise ValueError for a layout whose units are not independent."""
     if not layout.independent_units:
         raise ValueError(
             f"Expected a layout whose entries can move one by one, got {layout}, which ties the patterns of its "
@@ -24,21 +21,21 @@ def expect_independent_units(layout: Layout) -> None:
 
 
 def keep_largest(view: View, fraction: float) -> Tensor:
-    """The present units without the int(fraction * their number) of the smallest |w|, as a mask."""
-    present = view.layout.unit_totals(view.mask).bool()
+    """The mask of the active units without the int(fraction * their number) with the smallest sum of |w|."""
+    active = view.layout.unit_totals(view.mask).bool()
     size = view.layout.unit_totals(view.weight.abs())
-    index = present.flatten().nonzero()[:, 0]
+    index = active.flatten().nonzero()[:, 0]
     chosen = highest(size.flatten()[index], len(index) - int(fraction * len(index)))
-    mask = torch.zeros_like(present, memory_format=torch.contiguous_format)
+    mask = torch.zeros_like(active, memory_format=torch.contiguous_format)
     mask.view(-1)[index[chosen]] = True
     return view.layout.unit_entries(mask, tuple(view.weight.shape))
 
 
 def fill_up(view: View, keep: Tensor, growth: Tensor) -> Tensor:
-    """`keep` and, among the entries that the layout can hold beside it, the highest growth scores."""
+    """The mask `keep` and the entries of the highest growth scores, up to the view's sparsity."""
     score = growth.float().masked_fill(keep, torch.inf)
     if not view.layout.unstructured:
         return view.layout.mask(score, view.sparsity)
-    # any mask of the right count fits, so nothing needs to be sorted
+    # Any mask of the right count fits: no sort.
     count = count_to_keep(score.numel(), view.sparsity, view.layout)
     return highest(score.flatten(), count).view(score.shape)

@@ -12,7 +12,7 @@ from .sparsifier import PatternMethod, View
 
 @dataclass(frozen=True)
 class Magnitude(PatternMethod):
-    """Keep the largest |w|.
+    """The entries of the largest |w|.
 
     Example:
         >>> import torch, sten
@@ -27,7 +27,7 @@ class Magnitude(PatternMethod):
 
 @dataclass(frozen=True)
 class Random(PatternMethod):
-    """Keep entries drawn uniformly; the same ones for the same seed and name order, on every device.
+    """Entries drawn uniformly; the same ones for the same seed and name order, on every device.
 
     Example:
         >>> import torch, sten

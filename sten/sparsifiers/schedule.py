@@ -1,8 +1,8 @@
-"""Schedule: when a method acts, and with what number.
+"""Schedule: the steps of mask updates, and a value at each step.
 
 The contract, in one line: `due(step) -> bool` and `value(step) -> float`. A step is counted from 1, the first call of
 `optimizer.step()`; 0 is the state before it. `value` also takes a 0-d tensor and then returns one, so that
-compiled models do not recompile as the number moves.
+compiled models do not recompile at each step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Schedule(ABC):
     """Every `every` steps from `start` to `stop`, both included, with a value that goes from one number to another.
 
     Before `start` the value is `initial_value`, after `stop` it is `final_value`. With `include_stop`, the step `stop`
-    itself is always due, so that a curve arrives at `final_value` also where `every` does not divide the length.
+    itself is always due, so that `final_value` is reached where `every` does not divide the length.
 
     Raises:
         ValueError: stop before start, or every below 1.
@@ -50,7 +50,7 @@ class Schedule(ABC):
             )
 
     def due(self, step: int) -> bool:
-        """Whether the method acts at this step."""
+        """Whether a mask update happens at this step."""
         inside = self.start <= step <= self.stop
         return inside and ((step - self.start) % self.every == 0 or (self.include_stop and step == self.stop))
 
@@ -63,7 +63,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def curve(self, part: float | Tensor) -> float | Tensor:
-        """How much of the way to `final_value` is done, 0 to 1, when `part` of the time has passed."""
+        """The fraction of the way to `final_value`, 0 to 1, after the fraction `part` of the time."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Linear(Schedule):
 
 @dataclass(frozen=True)
 class Cubic(Schedule):
-    """final + (initial - final) * (1 - part)**3: fast while much is there to prune, slow at the end.
+    """final + (initial - final) * (1 - part)**3: fast at the start, slow at the end.
 
     Source: Zhu and Gupta, To prune, or not to prune, https://arxiv.org/abs/1710.01878, section 3.
 
@@ -134,7 +134,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """initial * exp(-rate * (step - start)), and exactly `final_value` from `stop` on: an exponential never arrives.
+    """initial * exp(-rate * (step - start)), and exactly `final_value` from `stop` on.
 
     Example:
         >>> import sten

@@ -1,6 +1,6 @@
-"""Scores: how important each entry of a weight is. A pure function of tensors; higher is better.
+"""Scores: the importance of each entry of a weight, a pure function of tensors; higher is better.
 
-Ties are decided by index where masks are cut (`sten.extend.top`), so a score needs no noise.
+`sten.extend.top` decides ties by index, so a score needs no noise.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def magnitude(weight: Tensor) -> Tensor:
 def random(weight: Tensor, generator: torch.Generator, portable: bool = True) -> Tensor:
     """Uniform numbers, drawn on the CPU so that every device and rank gets the same ones from the same seed.
 
-    Not `portable`, they are drawn where the weight is, from a seed that the generator gives: a GPU is 100 times faster,
-    and two kinds of GPU may differ.
+    With `portable=False` they are drawn on the weight's device, from a seed of the generator: 100 times faster on GPUs,
+    but different on each kind of GPU.
 
     Example:
         >>> import torch, sten.scores

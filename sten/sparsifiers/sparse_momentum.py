@@ -1,4 +1,4 @@
-"""Sparse momentum: the momentum says which weights, and how many of each layer, grow."""
+"""Sparse momentum: which entries grow, and how many of each weight, by the momentum."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ CAPACITY = 2.0  # slots of a weight, as a multiple of its first count
 
 @dataclass(frozen=True)
 class SparseMomentum(PatternMethod):
-    """Drop the smallest |w|, share what was dropped among the weights by their mean |u|, grow the largest |u| in each.
+    """Drop the smallest |w|, distribute their count among the weights by mean |u|, and grow the largest |u| in each.
 
     u is the direction of the optimizer: SGD's momentum buffer, or m / (sqrt(v) + 1e-8) of Adam. Between mask
     updates everything is compressed, so u of absent entries is gathered from the dense gradients of the 40 steps before
-    an update. The total count is exact after every update (the authors correct it from one to the next instead); a
-    weight grows to twice its first count at most. In a layout with free slots (CSR) that is its fixed capacity, so
-    shapes never change. New entries start at zero, in the optimizer too.
-
-    `schedule` gives the steps of mask updates, and as its value the fraction to drop.
+    an update. The total count is exact after every update (the authors correct it in the next one); a weight grows to
+    twice its first count at most. A layout with free slots (CSR) has that capacity from the start, so shapes never
+    change. New entries start at zero, in the optimizer too. The value of `schedule` is the fraction to drop.
 
     Source: Dettmers and Zettlemoyer, Sparse Networks from Scratch, https://arxiv.org/abs/1907.04840, section 4; drop
     fraction 0.5 by cosine to 0.005.
@@ -41,7 +39,7 @@ class SparseMomentum(PatternMethod):
         >>> method = sten.SparseMomentum(total_steps=1000)
         >>> model = sten.sparsify(model, sten.CSR(), method, sparsity=0.75, optimizer=optimizer)
         >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
-        [('bias', (8,)), ('sparse_weight.values', (32,))]
+        [('weight', (32, 1)), ('bias', (8,))]
     """
 
     total_steps: int
@@ -73,7 +71,7 @@ class SparseMomentum(PatternMethod):
         return scores.random(view.weight, view.generator)
 
     def dropped(self, view: View) -> float:
-        """The fraction of a weight that is dropped; a nearly dense one drops no more than it lacks."""
+        """The fraction of a weight that is dropped; of a nearly dense one no more than can grow."""
         fraction, sparsity = self.schedule.value(view.step), 1 - float(view.mask.float().mean())
         return min(fraction, sparsity) if sparsity < 0.2 else fraction
 

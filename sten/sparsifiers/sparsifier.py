@@ -1,6 +1,6 @@
-"""Sparsifier: which entries of a weight are kept. Methods decide, the engine acts.
+"""Sparsifier: which entries of a weight are active.
 
-A method reads a `View` and returns an `Edit`; it changes nothing itself. Every method is one of two kinds:
+A method reads a `View` and returns an `Edit`, which the engine carries out. Every method is one of two kinds:
 
 - `PatternMethod`: what the layout stores is trained, and `update` moves the pattern (Magnitude, once; RigL);
 - `DenseWeightMethod`: a dense weight is trained, and `apply` says what the model computes with (SR-STE, Gradual).
@@ -46,17 +46,17 @@ class View:
 
     Attributes:
         name: full name of the parameter.
-        weight: dense, detached, in the orientation of the layout (a transposed weight is already turned).
+        weight: dense, detached, in the orientation of the layout (a transposed weight is transposed already).
         layout: how the weight is, or will be, stored.
         sparsity: the fraction to drop that the allocation gave this weight; None where the layout fixes it.
-        mask: bool mask of the present entries; None at `sten.sparsify`, when the first mask is chosen.
-        allowed: the entries that an earlier pruning (torch.nn.utils.prune) left; None: all. At `sten.sparsify` only.
+        mask: bool mask of the active entries; None at `sten.sparsify`, when the first mask is chosen.
+        allowed: the entries that torch.nn.utils.prune has not pruned; None: all. At `sten.sparsify` only.
         step: optimizer steps, the present one included; in `apply` a 0-d tensor with the steps done.
         generator: random numbers, the same on every rank.
-        grad, momentum, stats: what the method's `needs` asked for; None otherwise.
+        grad, momentum, stats: set if the method's `needs` has them; else None.
         last: whether it is the last of the chosen weights, mostly the classifier.
         state: the tensors that the method's `init` made for this weight, as the last `Edit.state` left them.
-        memo: what a method works out once about this very weight; `dataclasses.replace` starts an empty one.
+        memo: a cache of what a method computes of this weight; `dataclasses.replace` starts an empty one.
     """
 
     name: str
@@ -77,13 +77,13 @@ class View:
 
 @dataclass(frozen=True)
 class Edit:
-    """What a method decided for one weight; None leaves a thing as it is.
+    """What a method decided for one weight; a field that is None changes nothing.
 
     Attributes:
-        mask: bool, which entries are kept from now on. Entries that were not there before start at zero, in the weight
-            and in every optimizer slot.
-        value: dense, new values of the weight, also where entries are new.
-        fresh: bool, further entries whose weight and every optimizer slot become zero.
+        mask: bool, which entries are active from now on. New ones start at zero, in the weight and in every optimizer
+            slot.
+        value: dense, new values of the weight, also at new entries.
+        fresh: bool, further entries that become zero in the weight and in every optimizer slot.
         state: the method's new state.
     """
 
@@ -94,21 +94,21 @@ class Edit:
 
 
 class Sparsifier(ABC):
-    """Decides which entries of a weight are kept. A method derives from `PatternMethod` or `DenseWeightMethod`.
+    """Decides which entries of a weight are active. A method derives from `PatternMethod` or `DenseWeightMethod`.
 
     A method is a frozen dataclass. One that acts during training has a field `schedule: Schedule | None = None`, and
     defines `default_schedule` from its other fields.
 
     Attributes:
-        layouts: the layouts that the method is about, subclasses included; empty: every layout whose traits allow it.
+        layouts: the only layouts that the method works with, subclasses included; empty: all whose traits allow it.
         needs: what its View must hold when `update` is called, of {"grad", "momentum"}.
         schedule: the optimizer steps on which `update` is called; None: never after `sten.sparsify`.
         replaces_step: whether a mask update takes the place of the optimizer step (RigL) or follows it.
-        stateless: whether nothing happens around steps (STE), so that no engine is missed.
+        stateless: whether nothing happens around optimizer steps (STE), so that it works without `sten.attach`.
         optimizer: name of the optimizer class that the method is defined for; None: any.
         capacity: slots of a weight as a multiple of its first count, where `allocate` moves counts between weights.
         resizes: whether mask updates change the shapes of parameters (SRigL), which DDP cannot follow.
-        ranks_only: whether only the order of |grad| matters; then the engine frees each dense gradient at once.
+        ranks_only: whether only the order of |grad| matters; then each dense gradient is freed at once.
         seed: of the random numbers in its View.
     """
 
@@ -130,20 +130,20 @@ class Sparsifier(ABC):
 
     def __post_init__(self) -> None:
         """Make the default schedule. A dataclass with a `__post_init__` of its own must call this one."""
-        default, given, kind = self.default_schedule(), self.schedule, type(self).__qualname__
+        default, schedule, kind = self.default_schedule(), self.schedule, type(self).__qualname__
         if default is None:
             return
-        if given is None or given == default:
+        if schedule is None or schedule == default:
             object.__setattr__(default, "default_of", kind)
             object.__setattr__(self, "schedule", default)
-        elif getattr(given, "default_of", None) == kind:  # dataclasses.replace would keep it, against the new fields
+        elif getattr(schedule, "default_of", None) == kind:  # dataclasses.replace passes on the default of other fields
             raise ValueError(
                 f"Expected schedule=None or a schedule of your own, got the default of a {kind} with other fields; "
                 "with dataclasses.replace, pass schedule=None to have it made again."
             )
 
     def __repr__(self) -> str:
-        """As of any dataclass, without a default schedule: checkpoints hold it."""
+        """The dataclass's repr without a default schedule; checkpoints contain it."""
         if not dataclasses.is_dataclass(self):
             return object.__repr__(self)
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}
@@ -153,45 +153,45 @@ class Sparsifier(ABC):
         return f"{kind}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def default_schedule(self) -> Schedule | None:
-        """The schedule of a method that was given none, made of its fields; None: it acts once."""
+        """The schedule, made of the other fields, where `schedule=` is None. None: the method acts once."""
         return None
 
     @property
     @abstractmethod
     def acts_once(self) -> bool:
-        """Whether it decides at `sten.sparsify` and never again. Both kinds of method define it."""
+        """Whether it decides at `sten.sparsify` only. Both kinds of method define it."""
 
     def check(self, layout: Layout) -> None:
-        """Raise ValueError, in one sentence, if a weight in this layout cannot be trained so."""
+        """Raise ValueError if the method cannot train a weight in this layout."""
         kind = type(self).__name__
         if self.layouts and not isinstance(layout, self.layouts):
             names = " or ".join(f"sten.{known.__name__}" for known in self.layouts)
-            raise ValueError(f"Expected layout={names} for {kind}, which is about that layout alone, got {layout}.")
+            raise ValueError(f"Expected layout={names} for {kind}, which works with no other, got {layout}.")
         if self.schedule is None and type(self).default_schedule is not Sparsifier.default_schedule:
             raise TypeError(f"Expected {kind}.__post_init__ to call super().__post_init__(), which makes its schedule.")
 
     def init(self, view: View) -> State:
-        """Tensors that go with a weight, saved and resumed with the run; an nn.Parameter among them is trained."""
+        """The method's tensors for a weight, saved and resumed with the run; an nn.Parameter among them is trained."""
         del view
         return {}
 
     def score(self, view: View) -> Tensor:
         """Importance of each entry, in the weight's shape; higher is better, ties go to the lower index.
 
-        A convenience: the default `update` keeps the highest scores, and `sten.Global` compares those of all weights.
+        The default `update` takes the highest scores, and `sten.Global` compares those of all weights.
         """
         raise NotImplementedError(f"Expected {type(self).__name__} to define score or update.")
 
     def allocate(self, views: Mapping[str, View], allocation: Allocation | None) -> dict[str, int] | None:
-        """How many entries of each weight are kept by this mask update, where counts move; None: as many as now."""
+        """How many active entries each weight has after this mask update; None: as many as before."""
         del views, allocation
         return None
 
     def update(self, view: View) -> Edit:
         """The decision: by default the highest scores that the layout can hold at the view's sparsity.
 
-        Called at `sten.sparsify` with `view.mask` None, to choose the first mask, and then on the steps of `schedule`.
-        A method that acts once may return values, too (`Edit.value`, as SparseGPT does).
+        Called at `sten.sparsify` with `view.mask` None, for the first mask, and then on the steps of `schedule`. A
+        method that acts once may return values, too (`Edit.value`, as in SparseGPT).
         """
         score = self.scored(view)
         if view.mask is None and view.allowed is not None:
@@ -199,14 +199,14 @@ class Sparsifier(ABC):
         return Edit(mask=view.layout.mask(score, view.sparsity))
 
     def scored(self, view: View) -> Tensor:
-        """`score`, once a View: an allocation that asked for the scores has drawn the random numbers already."""
+        """`score`, computed once a View: the scores of an allocation have drawn the random numbers already."""
         if "score" not in view.memo:
             view.memo["score"] = self.score(view)
         return view.memo["score"]
 
 
 class PatternMethod(Sparsifier):
-    """Trains what the layout stores; `update` moves the pattern. With `schedule` None it acts once.
+    """Trains the values that the layout stores; `update` moves the pattern. With `schedule` None it acts once.
 
     Example:
         >>> import torch, sten
@@ -248,7 +248,7 @@ class DenseWeightMethod(Sparsifier):
         return scores.magnitude(view.weight)
 
     def present_mask(self, view: View) -> Tensor:
-        """The mask that the layout takes from the present scores, made once a View: `grad` gets the one of `apply`."""
+        """The layout's mask of the present scores, made once a View: `grad` gets the one of `apply`."""
         if "mask" not in view.memo:
             view.memo["mask"] = view.layout.mask(self.score(view), view.sparsity)
         return view.memo["mask"]
@@ -259,23 +259,23 @@ class DenseWeightMethod(Sparsifier):
         return w
 
     def grad(self, view: View) -> Tensor | None:
-        """What to add to the gradient, once an optimizer step, on unscaled gradients; None: nothing."""
+        """The term that is added to the unscaled gradient, once an optimizer step; None: none."""
         del view
         return None
 
     def finish(self, view: View) -> Edit:
-        """The end of training: mask and value of what is stored."""
+        """The mask and values that `sten.finalize` stores."""
         return Edit(mask=view.mask) if self.zero_pruned else self.update(view)
 
 
 def check_needs(method: Sparsifier) -> None:
-    """Raise ValueError or NotImplementedError, in one sentence, if nothing can give the method what it `needs`."""
+    """Raise ValueError or NotImplementedError if `method.needs` has something that no engine provides."""
     kind = type(method).__name__
     if method.needs & CALIBRATION:
         names = ", ".join(sorted(method.needs & CALIBRATION))
         raise NotImplementedError(
-            f"{kind} needs calibration statistics ({names}), which sten does not collect yet: use a method that needs "
-            "none, such as sten.Magnitude()."
+            f"Expected a method without calibration statistics, which sten does not collect yet, got {kind}, which "
+            f"needs {names}: use sten.Magnitude(), say."
         )
     if method.needs - NEEDS:
         raise ValueError(

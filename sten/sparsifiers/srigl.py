@@ -1,4 +1,4 @@
-"""SRigL: RigL with a constant fan-in and with neurons that may be ablated."""
+"""SRigL: RigL with a constant fan-in and ablation of neurons."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .topk import highest
 
 @dataclass(frozen=True)
 class SRigL(DropGrow):
-    """RigL on rows of equal fan-in. A neuron (row) with too few salient weights is ablated; the others take its share.
+    """RigL on rows of equal fan-in. A neuron (row) with too few salient weights is ablated; the others get its entries.
 
-    Salient are the largest |w| that survive the drop and the largest |g| that would grow, over the whole layer. A
-    neuron with fewer than max(1, int(ablate * fan_in)) of them is ablated; it may return. The last of the chosen
-    weights, mostly the classifier, never loses a neuron. New entries start at zero. Ablation changes the shape of the
-    Parameter, (rows that are left, fan-in), so a compiled model recompiles, and several ranks are refused.
+    Salient are the largest |w| that are not dropped and the largest |g| that would grow, over the whole layer. A neuron
+    with fewer than max(1, int(ablate * fan_in)) of them is ablated; it may grow again. No neuron of the last of the
+    chosen weights, mostly the classifier, is ablated. New entries start at zero. Ablation changes the shape of the
+    Parameter, (remaining rows, fan-in), so a compiled model recompiles, and several ranks are refused.
 
     Source: Lasby et al., Dynamic Sparse Training with Structured Sparsity, https://arxiv.org/abs/2305.02299, section 3
     and appendix; ablate 0.3 is theirs for conv nets (0.95 for transformers).
@@ -55,7 +55,7 @@ class SRigL(DropGrow):
         size, grad = view.weight.abs().flatten(), self.growth(view).flatten(1).contiguous()
         rows, columns = grad.shape
         budget = count_to_keep(grad.numel(), view.sparsity, view.layout)
-        index = view.mask.flatten().nonzero()[:, 0]  # present entries: all that is about |w|
+        index = view.mask.flatten().nonzero()[:, 0]  # of active entries; |w| is read there only
         grown = int(self.schedule.value(view.step) * len(index))
         stay = len(index) - grown
         salient = highest(grad.view(-1), grown)
@@ -64,13 +64,13 @@ class SRigL(DropGrow):
         fan_in = min(budget // max(int(active.sum()), 1), columns)
         index = index[active.view(-1)[index // columns]]
         index = index[highest(size[index], stay)]
-        # Kept entries come first, by |w|; then growth, by |g|.
+        # Entries that stay come first, by |w|; then growth, by |g|.
         order = grad / grad.max().clamp(min=1e-30)
         order.view(-1)[index] = (2 + size[index] / size.max()).to(order.dtype)
         return Edit(mask=(highest(order, fan_in) & active).view(view.weight.shape))
 
     def _active(self, salient: Tensor, budget: int, exempt: bool) -> Tensor:
-        """(R, 1), which neurons are not ablated: enough of them to hold the budget at full fan-in."""
+        """(R, 1), which neurons are not ablated: at least as many as the budget needs at full fan-in."""
         rows, columns = salient.shape
         counts = salient.sum(1)
         fewest = max(-(-budget // columns), 1)

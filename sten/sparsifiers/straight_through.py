@@ -1,4 +1,4 @@
-"""STE and SR-STE: a dense weight is trained, the model computes with its largest entries, the gradient goes to all."""
+"""STE and SR-STE: a dense weight is trained, the model computes with its largest entries, all get the gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sparsifier import DenseWeightMethod, View
 
 
 class StraightThrough(torch.autograd.Function):
-    """`effective` in the forward pass; its gradient goes to `w` as it is."""
+    """`effective` in the forward pass; its gradient is that of `w`."""
 
     generate_vmap_rule = True
 
@@ -30,7 +30,7 @@ class StraightThrough(torch.autograd.Function):
 
 
 def masked_straight_through(w: Tensor, mask: Tensor) -> Tensor:
-    """w * mask, whose gradient goes to w whole. A product: masked_fill costs a CPU a missed branch an entry."""
+    """w * mask with a straight-through gradient. A product, which is faster on a CPU than masked_fill."""
     return StraightThrough.apply(w, w.detach() * mask)
 
 
@@ -62,11 +62,11 @@ class STE(DenseWeightMethod):
 
 @dataclass(frozen=True)
 class SRSTE(DenseWeightMethod):
-    """STE, and the gradient gains decay * (1 - M) * w: what is masked out shrinks, so that masks settle.
+    """STE with decay * (1 - M) * w added to the gradient: entries off the mask shrink, so that masks stabilize.
 
-    The term is added once an optimizer step, before momentum, on unscaled gradients. Adam, which normalises its steps,
-    makes much of a term that never changes sign: take 1e-6 to 1e-5 with it (measured in docs/training.md), or
-    `sten.CAST`. Gradient clipping that the loop does has happened before.
+    The term is added once an optimizer step, before momentum, to unscaled gradients, after the loop's clipping. Adam,
+    which normalizes its steps, amplifies a term that never changes sign: take 1e-6 to 1e-5 with it (measured in
+    docs/training.md), or `sten.CAST`.
 
     Source: Zhou et al., https://arxiv.org/abs/2102.04010, section 3.3; decay 2e-4 is theirs, for SGD.
 

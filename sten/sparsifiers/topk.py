@@ -1,6 +1,6 @@
 """Selection for mask updates: the same entries as `sten.extend.top` and `top_of_groups`, without a sort.
 
-Those are traced into compiled forward passes, which cannot wait for a number or call NumPy; mask updates run eagerly.
+Compiled forward passes trace those, so they cannot synchronize or call NumPy; mask updates run eagerly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks for what you bring: each raises AssertionError, with a sentence that names the law that does not hold."""
+"""Checks for layouts, kernels and methods of your own; each raises an AssertionError that names the broken law."""
 
 from .kernels import check_kernel
 from .layouts import check_layout

@@ -28,13 +28,13 @@ Operands = Callable[[dict[str, Tensor], tuple[int, ...], Callable[..., Tensor]],
 
 @dataclass
 class Checked:
-    """What `check_kernel` tried.
+    """What `check_kernel` checked.
 
     Attributes:
         operator, layout, device: the row of the kernel table.
         dtypes, shapes: of the weights.
         calls: how many calls were compared with the reference.
-        variants: what ran, as the Plans say: the name of a variant, or "reference", or of the kernel without variants.
+        variants: the variants of the Plans that ran; the kernel's name where it has none.
     """
 
     operator: str
@@ -58,21 +58,22 @@ def check_kernel(
 ) -> Checked:
     """Compare the kernel registered for (operator, layout, device) with the reference in float64.
 
-    AssertionError if it errs.
-
-    Tried are weights that do not divide, empty and full patterns, zero, one and many tokens, activations of any number
-    of dimensions and of any strides, images in both memory formats, with and without bias, and results in memory that
-    was full of NaN. Each call is made three times: a Plan's first call, which may build a launch, its second, which
-    uses it, and one with the Plan of an intercepted call. The kernel must leave its arguments, and what it returned
-    before, alone. The error is measured in norm, against the dtype's tolerance.
+    The cases: shapes that do not divide, empty and full patterns, zero, one and many tokens, activations of any number
+    of dimensions and of any strides, images in both memory formats, with and without bias, results in memory full of
+    NaN. Each call is made three times: a Plan's first call, which may build a launch, its second, which uses it, and
+    one with the Plan of an intercepted call. The kernel must not write to its arguments, nor to earlier results. The
+    relative error in norm must be within the dtype's tolerance.
 
     Args:
         operator: its name, as in `sten.kernel`.
         layout: the layout whose kernel is checked.
-        device, dtypes: where to run it, and in which dtypes; those that it leaves to the reference prove nothing.
+        device, dtypes: where to run it, and in which dtypes, which should not be those that it leaves to the reference.
         shapes: weight shapes; default: those of a fixed list that the layout accepts.
-        sparsity: for layouts without a rate of their own.
+        sparsity: for layouts without a rate.
         operands: for an operator of your own: `operands(parts, shape, randn)` yields (arguments, keywords) of calls.
+
+    Raises:
+        AssertionError: no kernel is registered, or a result is wrong.
 
     Example:
         >>> import sten
@@ -108,7 +109,7 @@ def _check_case(checked: Checked, dtype, shape, sparsity, operands) -> None:
         exact = OPERATORS[operator].reference(*_double(args), layout=layout, shape=shape, **kwargs)
         before, plan = _double(args), planned(operator, w, args, kwargs)
         again, intercepted = planned(operator, w, args, kwargs), planned(operator, w, args, kwargs, True)
-        claim(again is plan, f"{where}: the Plan was not kept")
+        claim(again is plan, f"{where}: the Plan was not cached")
         results = []
         for each, turn in ((plan, "first call"), (again, "second call"), (intercepted, "intercepted call")):
             _poison(exact, dtype, device)
@@ -129,7 +130,7 @@ def _check_result(got: Tensor, exact: Tensor, dtype: torch.dtype, where: str) ->
 
 
 def _double(args: tuple) -> tuple:
-    """The operands in float64; parts and activations alike, indices as they are."""
+    """The operands in float64; parts and activations too, indices unchanged."""
 
     def wide(a):
         if isinstance(a, dict):
@@ -152,7 +153,7 @@ def _sizes(args: tuple) -> list:
 
 
 def _poison(like: Tensor, dtype: torch.dtype, device: str) -> None:
-    """Leave NaN in the memory that the allocator will give the result, so that an unwritten entry shows."""
+    """Write NaN to memory that the allocator will reuse for the result, so that an unwritten entry shows."""
     blocks = [torch.full(like.shape, math.nan, dtype=dtype, device=device) for _ in range(4)]
     del blocks
 

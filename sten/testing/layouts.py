@@ -1,6 +1,6 @@
-"""`check_layout`: the checks that any layout must pass, built-in or yours.
+"""`check_layout`: the laws of every layout, built-in or your own.
 
-The cases come from hypothesis where it is installed (it then also finds a small failing case), else from a fixed list.
+The cases come from hypothesis where it is installed, which shrinks a failing one, else from a fixed list.
 Tensors are made on torch's default device: `with torch.device("cuda"): check_layout(...)` checks a GPU.
 """
 
@@ -26,8 +26,6 @@ SHAPES = ((1, 1), (1, 9), (8, 1), (13, 17), (16, 32), (63, 100), (5, 3, 3), (6, 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SCORES = ("magnitude", "random", "ties", "constant", "negative", "nan")
 EXAMPLES = 40
-
-
 LAWS = (
     "the class is a frozen dataclass, registered by its name",
     "check and mask refuse bad arguments",
@@ -44,7 +42,7 @@ LAWS = (
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check_layout` has tested: the laws, on `cases` pairs of a weight and a score of these shapes and dtypes."""
+    """What `check_layout` checked: the laws, on `cases` pairs of a weight and a score of these shapes and dtypes."""
 
     layout: Layout
     shapes: tuple[tuple[int, ...], ...]
@@ -54,7 +52,7 @@ class Checked:
 
 
 class Case(NamedTuple):
-    """One weight and one score to try a layout on."""
+    """One weight and one score."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -93,24 +91,23 @@ def check_layout(
     shapes: Sequence[tuple[int, ...]] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
 ) -> Checked:
-    """Test every law of `sten.Layout` on one layout; AssertionError, with a sentence that names the law, if one fails.
+    """Check every law of `sten.Layout` on one layout.
 
     Args:
         layout: the instance to check.
-        shapes: weight shapes to try, each of which the layout must accept. Default: linear and convolution weights,
+        shapes: weight shapes, each of which the layout must accept. Default: linear and convolution weights,
             odd ones among them, without those that `layout.check` refuses.
         dtypes: dtypes of the weight. Default: float64, float32, float16, bfloat16.
 
-    What is tested: the class is a registered, frozen, hashable dataclass whose fields say all; `mask` is a
-    deterministic bool mask that `pack` accepts, prefers high scores, and takes NaN for the lowest; `pack` keeps exactly
-    the mask, bit for bit, infinities and NaN included; any other mask is stored as exactly or refused with ValueError;
-    `pack_like`, `unpack_rows`, `support` and the gradient of `unpack` agree with `unpack`; padded slots are zero;
-    `validate` accepts what `pack` makes and refuses parts that are missing, surplus, of another shape or dtype, with
-    a number out of range (integer parts: -1, and the largest of the dtype), or with something in a padded slot; the
-    traits of `sten.Layout` (`holds_any_mask`, `unstructured`, `independent_units`, `free_slots`, the units) hold.
+    The laws are listed in `Checked.laws` of the result. Infinities and NaN are among the weights; `validate` gets parts
+    that are missing, surplus, of another shape or dtype, with a number out of range (integer parts: -1, and the largest
+    of the dtype), or with a number in a padded slot.
 
     Returns:
-        What was tested: layout, shapes, dtypes, the number of cases, and the laws in words.
+        What was checked: layout, shapes, dtypes, the number of cases, and the laws in words.
+
+    Raises:
+        AssertionError: the law that does not hold, and where.
 
     Example:
         >>> import sten
@@ -157,14 +154,14 @@ def for_cases(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], 
 
 
 def claim(holds: object, sentence: str) -> None:
-    """AssertionError with this sentence unless it holds. (Not `assert`: python -O would drop it.)"""
+    """Raise AssertionError with this sentence unless it holds (python -O removes `assert`)."""
     if not holds:
         raise AssertionError(sentence + ".")
 
 
 @contextlib.contextmanager
 def saying(context: str) -> Iterator[None]:
-    """Turn any other exception inside into an AssertionError that says where it came from."""
+    """Turn any other exception into an AssertionError with its context."""
     try:
         yield
     except AssertionError:
@@ -174,11 +171,11 @@ def saying(context: str) -> Iterator[None]:
 
 
 def refuses(call: Callable[[], object], what: str) -> bool:
-    """Whether the call raises a ValueError that says something; False if it returns; other exceptions are failures."""
+    """Whether the call raises ValueError with a message; any other exception becomes an AssertionError."""
     try:
         call()
     except ValueError as error:
-        claim(str(error), f"{what} is refused without a sentence")
+        claim(str(error), f"{what} is refused without a message")
         return True
     except Exception as error:
         raise AssertionError(f"{what} must raise ValueError; got {type(error).__name__}: {error}") from error
@@ -186,12 +183,12 @@ def refuses(call: Callable[[], object], what: str) -> bool:
 
 
 def accepts(layout: Layout, shape: tuple[int, ...]) -> bool:
-    """Whether `layout.check` lets this shape pass."""
+    """Whether `layout.check` accepts this shape."""
     return not refuses(lambda: layout.check(shape), f"{layout}.check({shape})")
 
 
 def check_class(layout: Layout) -> None:
-    """The object: a frozen, hashable dataclass, registered by its name, all of it in fields that JSON can hold."""
+    """The class: a frozen, hashable dataclass, registered by its name, with fields that JSON can hold."""
     cls, name = type(layout), type(layout).__name__
     claim(isinstance(layout, Layout), f"{name} must derive from sten.Layout")
     frozen = dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
@@ -206,7 +203,7 @@ def check_class(layout: Layout) -> None:
 
 
 def check_arguments(layout: Layout, shape: tuple[int, ...]) -> None:
-    """What `check` and `mask` must refuse."""
+    """Arguments that `check` and `mask` must refuse."""
     claim(not accepts(layout, (4,)), f"{layout}.check must refuse a weight of one dimension")
     wrong = [-0.1, 1.1, math.nan, None if layout.rate is None else layout.rate / 2]
     for sparsity in wrong:
@@ -238,10 +235,10 @@ def check_case(layout: Layout, case: Case) -> None:
 
 
 def check_traits(layout: Layout, case: Case, w: Tensor, mask: Tensor, parts: Parts, where: str) -> None:
-    """What the traits of the layout promise, for a mask of its own."""
+    """The traits of the layout, for a mask of its own."""
     units = layout.unit_totals(mask).bool()
     same_mask = torch.equal(layout.unit_entries(units, case.shape), mask)
-    claim(same_mask, f"{where}: unit_entries(unit_totals(mask) > 0) is not mask: a mask keeps whole units")
+    claim(same_mask, f"{where}: unit_entries(unit_totals(mask) > 0) is not mask: a mask has whole units")
     random = torch.Generator("cpu").manual_seed(case.seed + 2)
     sparsity = case.sparsity if layout.rate is None else None
     if layout.independent_units:
@@ -318,7 +315,7 @@ def check_pack(layout: Layout, w: Tensor, mask: Tensor, where: str) -> Parts:
 
 
 def check_parts(layout: Layout, w: Tensor, parts: Parts, where: str) -> None:
-    """The laws that tie `pack_like`, `unpack_rows` and `support` to `unpack`."""
+    """`pack_like`, `unpack_rows` and `support` agree with `unpack`."""
     shape, values = tuple(w.shape), parts["values"]
     dense, stored = layout.unpack(parts, shape), layout.support(parts, shape)
     claim(same(layout.pack_like(dense, parts), values), f"{where}: pack_like(unpack(parts), parts) is not values")
@@ -328,8 +325,8 @@ def check_parts(layout: Layout, w: Tensor, parts: Parts, where: str) -> None:
     claim(slots == entries, f"{where}: {slots} slots for {entries} entries: padded slots must be zero in pack_like")
     rows = torch.tensor([shape[0] - 1, 0, 0], device=w.device)
     for chosen in (rows, rows[:0]):
-        found = layout.unpack_rows(parts, shape, chosen)
-        claim(same(found, dense[chosen]), f"{where}: unpack_rows(parts, shape, {chosen.tolist()}) is not unpack[rows]")
+        got = layout.unpack_rows(parts, shape, chosen)
+        claim(same(got, dense[chosen]), f"{where}: unpack_rows(parts, shape, {chosen.tolist()}) is not unpack[rows]")
     numbers = torch.arange(1, 1 + values.numel(), device=w.device).view_as(values)
     placed = layout.unpack({**parts, "values": numbers}, shape)
     claim(placed.dtype == numbers.dtype, f"{where}: unpack makes {placed.dtype} of int64 values; keep the dtype")
@@ -349,7 +346,7 @@ def check_corrupt(layout: Layout, case: Case) -> None:
 
 
 def corrupt(layout: Layout, parts: Parts, w: Tensor) -> Iterator[tuple[str, Parts]]:
-    """Parts that are wrong in one way each, with the words for it."""
+    """(description, parts) that are wrong in one way each."""
     yield "a surplus part", {**parts, "surplus": parts["values"]}
     yield "values that are no floating-point numbers", {**parts, "values": parts["values"].long()}
     for name, part in parts.items():
@@ -360,23 +357,23 @@ def corrupt(layout: Layout, parts: Parts, w: Tensor) -> Iterator[tuple[str, Part
             continue
         yield f"{name!r} of another dtype", {**parts, name: part.double()}
         if part.numel() and part.dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
-            for place in (0, -1):
+            for slot in (0, -1):
                 for number in (-1, torch.iinfo(part.dtype).max):
-                    yield f"{number} in {name!r}", {**parts, name: put(part, place, number)}
+                    yield f"{number} in {name!r}", {**parts, name: put(part, slot, number)}
     padding = (layout.pack_like(torch.ones_like(w), parts).flatten() == 0).nonzero()
     if len(padding):
         yield "a padded slot that is not zero", {**parts, "values": put(parts["values"], int(padding[0]), 1)}
 
 
-def put(part: Tensor, place: int, number: int) -> Tensor:
+def put(part: Tensor, slot: int, number: int) -> Tensor:
     """A copy with one number replaced."""
     out = part.clone()
-    out.view(-1)[place] = number
+    out.view(-1)[slot] = number
     return out
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal in shape, dtype and every bit, so that 0.0 is not -0.0; but any NaN equals any other."""
+    """Equal in shape, dtype and every bit, except that any NaN equals any other."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool((((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())).all())

@@ -1,4 +1,4 @@
-"""check_sparsifier: what every method must keep to, whatever it decides."""
+"""`check_sparsifier`: the laws of every method."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..training.engine import engines_of
 from ..training.optim import AdamS
 from ..training.pattern_weight import PatternWeight
 from ..training.trained_weight import TrainedWeight, optimizer_slots
+from .layouts import claim
 
 Run = tuple[nn.Module, Optimizer]
 
@@ -39,25 +40,25 @@ class Checked:
 def check_sparsifier(
     sparsifier: Sparsifier, layout: Layout | None = None, sparsity: float | None = None, steps: int = 12
 ) -> Checked:
-    """Test on a small model that a method keeps the laws of training; AssertionError names the one that does not hold.
+    """Check the laws of training for a method on a small model.
 
-    - the method acts: some mask, or what the model computes with, is not that of the dense model;
-    - masks are bool, and as many entries are active after every mask update as the budget says;
-    - a mask update leaves active entries of a pattern as they are, bit by bit; new ones are zero, in every optimizer
-      slot too;
-    - where the method zeroes pruned entries, they are zero after every step;
+    - the method acts: some weight is sparse after `steps` steps;
+    - masks are bool, and the count of active entries equals the budget after every mask update;
+    - a mask update does not change active entries of a pattern, bit by bit; new ones are zero, in every optimizer slot
+      too;
+    - with `zero_pruned`, pruned entries are zero after every step;
     - k microbatches equal one batch, and a loss scale changes nothing;
-    - a run taken up from saved state, at any step, ends in the same weights bit by bit;
-    - the finalized model computes what the trained one did with its last mask, and is stored in the layout.
+    - a run that is resumed from saved state, at any step, ends in the same weights bit by bit;
+    - the finalized model computes the same as the trained one with its last mask, and is stored in the layout.
 
     Args:
         sparsifier: an instance that acts within `steps` steps.
-        layout: how weights are stored; default CSR, or NM(2, 4) for a method that CSR is no layout for.
+        layout: how weights are stored; default CSR, or NM(2, 4) for a method that refuses CSR.
         sparsity: default 0.75, none for a layout with a rate.
         steps: optimizer steps of each run.
 
-    Returns:
-        What was checked.
+    Raises:
+        AssertionError: the law that does not hold.
 
     Example:
         >>> import sten
@@ -66,14 +67,14 @@ def check_sparsifier(
     """
     layout = layout if layout is not None else _default(sparsifier)
     sparsity = sparsity if sparsity is not None or layout.rate is not None else 0.75
-    kit = _Kit(sparsifier, layout, sparsity, steps)
+    check = _Check(sparsifier, layout, sparsity, steps)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # empty rows, reference kernels: not what is tested here
-        updates = kit.updates()
-        kit.same("k microbatches must equal one batch (is something added once a backward pass?)", kit.run(parts=4))
-        kit.same("a loss scale must change nothing (is something added to scaled gradients?)", kit.run(scale=2.0**8))
-        resumed_at = kit.resume()
-        kit.end()
+        warnings.simplefilter("ignore")  # of empty rows and reference kernels
+        updates = check.updates()
+        check.same("k microbatches must equal one batch (is a term added once a backward pass?)", check.run(parts=4))
+        check.same("a loss scale must change nothing (is a term added to scaled gradients?)", check.run(scale=2.0**8))
+        resumed_at = check.resume()
+        check.end()
     return Checked(sparsifier, layout, sparsity, steps, updates, resumed_at)
 
 
@@ -85,12 +86,7 @@ def _default(sparsifier: Sparsifier) -> Layout:
     return CSR()
 
 
-def claim(holds: bool, law: str) -> None:
-    if not holds:
-        raise AssertionError(law)
-
-
-class _Kit:
+class _Check:
     """One method, one layout, and runs that must agree."""
 
     def __init__(self, method: Sparsifier, layout: Layout, sparsity: float | None, steps: int) -> None:
@@ -140,7 +136,7 @@ class _Kit:
         claim(all(close(a, b) for a, b in pairs), law)
 
     def updates(self) -> int:
-        """Count, active and new entries around every step; returns the number of mask updates."""
+        """Check count, active and new entries at every step; returns the number of mask updates."""
         run = self.start()
         engines = engines_of(run[0])
         weights = [weight for engine in engines for weight in engine.weights]
@@ -152,7 +148,7 @@ class _Kit:
             for weight, old in zip(weights, before, strict=True):
                 self._after(weight, old, run[1], due and self.method.replaces_step)
             now = self._count(weights)
-            # layouts of equal rows leave the remainder of a division out
+            # Rows of equal fan-in omit the remainder of a division.
             slack = sum(weight.shape[0] for weight in weights) if self.method.resizes else 0
             claim(
                 abs(now - total) <= slack,
@@ -170,7 +166,7 @@ class _Kit:
         return sum(int(weight.active().sum()) for weight in weights if isinstance(weight, PatternWeight))
 
     def _acted(self, model: nn.Module) -> None:
-        """A method that leaves every weight dense has done nothing."""
+        """Some weight is sparse."""
         stored = [layer.weight_pattern.tensor() for layer in model if isinstance(layer, nn.Linear)]
         claim(
             any(w.density < 1 for w in stored),
@@ -218,7 +214,7 @@ class _Kit:
             second[1].load_state_dict(saved[1])
             self.go(second, stop, self.steps)
             self.same(
-                f"a run resumed at step {stop} must end in the same weights bit by bit (is state kept outside init()?)",
+                f"a run resumed at step {stop} must end in the same weights bit by bit (is state outside init()?)",
                 second,
                 exact=True,
             )
@@ -226,10 +222,10 @@ class _Kit:
 
     def end(self) -> None:
         model, _ = self.run()
-        held = [layer for layer in model if isinstance(layer, nn.Linear)]
-        last = [layer.weight_pattern.tensor().to_dense() for layer in held]
+        layers = [layer for layer in model if isinstance(layer, nn.Linear)]
+        last = [layer.weight_pattern.tensor().to_dense() for layer in layers]
         finalize(model)
-        for layer, want in zip(held, last, strict=True):
+        for layer, want in zip(layers, last, strict=True):
             claim(layer.weight.sparse_layout == self.layout, f"the finalized weight must be stored in {self.layout}")
             claim(
                 torch.equal(layer.weight.to_dense(), want),

@@ -1,8 +1,8 @@
 """The attribute of a layer whose weight is in trainable form: `layer.weight` reads as what the layer computes with.
 
-The trained tensor stands in `layer._parameters["weight"]`, the object that knows how to read it in
-`layer._modules["weight_pattern"]`. The layer's class gains a subclass whose property puts the two together; its
-methods, name and hooks stay what they were. A user's assignment acts as `copy_`, so it is never lost.
+The trained tensor is `layer._parameters["weight"]`, its TrainedWeight `layer._modules["weight_pattern"]`. The layer's
+class is replaced by a subclass with a property that calls the second with the first; methods, name and hooks do not
+change. Assigning to the property acts as `copy_`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 
         def read(self) -> Tensor:
             param = self._parameters[name]
-            # FSDP2 looks the shard that it keeps up by name, outside of a forward pass
+            # FSDP2 looks its shard up by name, outside of a forward pass
             return param if hasattr(param, "placements") else self._modules[key](param)
 
         return property(read)
@@ -41,7 +41,7 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         _assign(self, name, param) if name in names else cls.register_parameter(self, name, param)
 
     def reduce(self, protocol):
-        return _rebuild, (cls, names), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _rebuild, (cls, names), self.__getstate__()
 
     def set_state(self, state) -> None:
         cls.__setstate__(self, state)
@@ -55,12 +55,12 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
 
 
 def _assign(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """`module.weight = value`: what a sharding wrapper sets is stored; what a user sets is copied into the weight."""
+    """Carry out `module.weight = value`: a shard of FSDP2 is stored, any other tensor is copied into the weight."""
     current = module._parameters.get(name)
     if value is current or sharded(value) or sharded(current):
         module._parameters[name] = value
     elif value is None:
-        raise TypeError(f"Expected a tensor for {name}, got None; sten.densify the model before removing its weight.")
+        raise TypeError(f"Expected a tensor for {name}, got None; call sten.densify before removing a weight.")
     else:
         module._modules[name + SUFFIX].assign(current, value)
 
@@ -71,7 +71,7 @@ def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 def install(module: nn.Module, name: str, param: nn.Parameter, weight: nn.Module) -> None:
-    """Put the trained Parameter in the weight's place, and the object that reads it beside it."""
+    """Register the trained Parameter under the weight's name, and its TrainedWeight as a submodule."""
     module._parameters[name] = param
     module.add_module(name + SUFFIX, weight)
     weight.add_owner(module, name)
@@ -79,7 +79,7 @@ def install(module: nn.Module, name: str, param: nn.Parameter, weight: nn.Module
 
 
 def remove(module: nn.Module, name: str, param: nn.Parameter) -> None:
-    """The Parameter alone again."""
+    """Undo `install`: an ordinary Parameter under the weight's name."""
     names = tuple(n for n in installed(module) if n != name)
     del module._modules[name + SUFFIX]
     _set_names(module, names)
@@ -92,7 +92,7 @@ def installed(module: nn.Module) -> tuple[str, ...]:
 
 
 def trained_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, TrainedWeight) of each of the module's weights in trainable form."""
+    """The (name, TrainedWeight) pairs of the module's weights in trainable form."""
     for name in installed(module):
         yield name, module._modules[name + SUFFIX]
 

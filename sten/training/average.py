@@ -1,4 +1,4 @@
-"""Running averages of a model in training: they move with its patterns."""
+"""Running averages of a model in training, whose patterns follow those of the model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .pattern_weight import PatternWeight
 
 
 def follow(average: nn.Module, model: nn.Module) -> nn.Module:
-    """Keep a running average of a model's weights (`torch.optim.swa_utils.AveragedModel`, an EMA) in its patterns.
+    """Move the patterns of a running average (`torch.optim.swa_utils.AveragedModel`, an EMA) with those of the model.
 
-    Averages are taken slot by slot, so when a mask update moves the pattern of a compressed weight, the average must
-    move with it: entries that stay keep their average, new ones start at zero. Dense weights need no call.
+    Averages are taken slot by slot, so the average must have the pattern of the model. After each mask update entries
+    that stay have their average, new ones zero. Dense weights need no call.
 
     Args:
-        average: a deep copy of the model, or a wrapper with one as its `module`; returned.
-        model: the model that an engine trains.
+        average: a deep copy of the model, or an AveragedModel of it; returned.
+        model: a model whose weights are attached to an optimizer.
 
     Raises:
-        ValueError: `average` is no copy of the model.
+        ValueError: `average` is no copy of the model, or none of the model's weights is attached.
 
     Example:
         >>> import torch, sten
@@ -33,10 +33,15 @@ def follow(average: nn.Module, model: nn.Module) -> nn.Module:
     """
     copy = average.module if isinstance(average, torch.optim.swa_utils.AveragedModel) else average
     copies = {weight.name: weight for weight in dynamic_weights(copy)}
-    ours = [weight for weight in dynamic_weights(model) if weight.engine is not None]
-    if not ours or any(copies.get(weight.name, weight) is weight for weight in ours):
-        raise ValueError("Expected a deep copy of the model that an engine trains, or an AveragedModel of it.")
-    for weight in ours:
+    attached = [weight for weight in dynamic_weights(model) if weight.engine is not None]
+    if not attached:
+        raise ValueError("Expected a model that is attached to an optimizer, got another; call sten.attach first.")
+    if any(copies.get(weight.name, weight) is weight for weight in attached):
+        raise ValueError(
+            "Expected a deep copy of the model or an AveragedModel of it, got the model itself or a model without its "
+            "sparse weights; copy the model after sten.sparsify."
+        )
+    for weight in attached:
         if isinstance(weight, PatternWeight):
             weight.averages.append(weakref.ref(copies[weight.name]))
     return average

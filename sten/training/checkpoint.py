@@ -1,9 +1,10 @@
-"""Files of a run: model, optimizer and what else is given, whole or absent."""
+"""Files of a run: model, optimizer and more, written as a whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,31 @@ from .engine import dynamic_weights
 from .trained_weight import NO_STEP, TrainedWeight, encoded
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path`, moved there if the block succeeds: a killed process leaves the old file."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Expected an existing folder for {path.name!r}, got {os.fspath(path.parent)!r}.")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **more: Any) -> None:
-    """Write a run (model, optimizer, and what else is given) to one file, in one step: the old file or the new one.
+    """Write a run (model, optimizer, and keywords of your own) to one file, in one step: the old file or the new one.
 
     The state of the sparsifier (masks, steps, random numbers) is part of `model.state_dict()`, so a trainer that saves
     the two state dicts itself needs no call of sten.
+
+    Args:
+        model: in any form.
+        path: the file; its folder must exist.
+        optimizer: the one that trains the model.
+        more: what `torch.load(weights_only=True)` can read, such as `epoch=3`; `load_run` returns it.
 
     Example:
         >>> import tempfile, torch, sten
@@ -31,26 +52,22 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **
         {'epoch': 3}
     """
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more}
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) -> dict[str, Any]:
     """Read a file of `save_run` into a model and an optimizer that were made and sparsified in the same way.
 
     Returns:
-        What `save_run` was given beside them.
+        The other keywords of `save_run`.
 
     Raises:
-        ValueError: not a complete file of save_run; RuntimeError or ValueError: another model, method or optimizer.
+        FileNotFoundError: no such file.
+        ValueError: not a complete file of save_run, or another optimizer.
+        RuntimeError: another model or method.
 
     Example:
         >>> import tempfile, torch, sten
@@ -62,13 +79,13 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
         7
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {os.fspath(path)!r}.")
+        raise FileNotFoundError(f"Expected a file of sten.save_run, got no file at {os.fspath(path)!r}.")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         parts = [state[key] for key in ("model", "optimizer", "more")]
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
         raise ValueError(
-            f"{os.fspath(path)!r} is not a complete file of sten.save_run ({type(error).__name__})."
+            f"Expected a complete file of sten.save_run, got {os.fspath(path)!r} ({type(error).__name__})."
         ) from None
     if "sten" in state:
         parts[0] = _from_version_1(model, parts[0], state["sten"])
@@ -80,7 +97,7 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
 
 
 def _from_version_1(model: nn.Module, state: dict[str, Tensor], runs: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's state with the state of its runs, which files of sten before 0.1 kept beside it."""
+    """The model's state and that of its runs, which files of sten before 0.1 have apart."""
     weights = {weight.name: weight for weight in dynamic_weights(model)}
     state = {key.replace(".sparse_weight.", ".weight_pattern.method_"): value for key, value in state.items()}
     for engine in runs["engines"]:
@@ -91,7 +108,7 @@ def _from_version_1(model: nn.Module, state: dict[str, Tensor], runs: dict[str, 
 
 
 def _run_of(engine: dict[str, Any], tensors: dict[str, Tensor], weight: TrainedWeight):
-    """(buffer, tensor) of the state of one weight's run."""
+    """(buffer, tensor) of the state of one weight's run; the keys are those of the old files."""
     counts = (engine["ticks"], engine["owed"], engine["passes"])
     yield "run_method", encoded(engine["method"])
     yield "run_step", torch.tensor(engine["step"])
@@ -103,7 +120,7 @@ def _run_of(engine: dict[str, Any], tensors: dict[str, Tensor], weight: TrainedW
 
 
 def _flatten_slots(model: nn.Module, optimizer: Optimizer) -> None:
-    """Those files hold the optimizer's state of a pattern in the shape of the layout's values."""
+    """Give the optimizer's state of a pattern the Parameter's shape; old files have that of the layout's values."""
     for weight in dynamic_weights(model):
         param = weight.param
         for key, slot in optimizer.state.get(param, {}).items():

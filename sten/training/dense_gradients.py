@@ -1,13 +1,21 @@
 """The dense gradients, or momenta, that a method reads at a mask update, of weights whose Parameter is a pattern.
 
-In eager mode the operators that compute a weight's gradient at its pattern compute it once, dense, hand it over and
-keep what lies in the pattern (`PatternCache.dense_gradient`). A compiled model sees a dense weight plus a zero `probe`
-on those steps, and the gradient of the probe is the same thing. Either way nothing dense exists on other steps.
+In eager mode the operators that compute a weight's gradient at its pattern compute it once, dense, pass it on
+(`PatternCache.dense_gradient`) and return its entries in the pattern. A compiled model computes with a dense weight
+plus a zero `probe` on those steps, and the probe's gradient is the dense gradient. Other steps make nothing dense.
 
 A method that needs "grad" gets that of the update's own step, summed over microbatches and averaged over ranks. One
-that needs "momentum" gets the optimizer's average of the last WINDOW gradients (a factor 0.9 a step leaves 2 % of what
-came before). Where only the order of |grad| matters and one backward pass makes a step, the decision falls as each
+that needs "momentum" gets the optimizer's average of the last WINDOW gradients (a factor 0.9 a step leaves 2 % of
+earlier ones). Where only the order of |grad| matters and one backward pass makes a step, each mask is decided as its
 gradient arrives, and no two dense gradients exist at a time.
+
+States of a weight's Collector:
+
+    state       collector   what a backward pass does
+    closed      none        computes the gradient at the pattern only
+    empty       open        the first gradient starts a sum
+    collecting  open        another use in the same pass, or a microbatch, adds to the sum
+    collected   open        `gradient` took the sum; the mask update follows, then `close`
 """
 
 from __future__ import annotations
@@ -35,62 +43,69 @@ class Collector:
     """Sums the dense gradient of one weight over the microbatches of one optimizer step.
 
     Attributes:
-        total: the sum so far, in float32 at least, in the orientation of the layout; None before the first delivery.
-        deliveries: how many gradients arrived in this step.
+        total: the sum so far, in float32 at least, in the orientation of the layout; None before the first gradient.
+        count: how many gradients arrived in this step.
     """
 
     def __init__(self, weight: PatternWeight, at_once: Callable[[Tensor], None] | None = None) -> None:
-        """`at_once` takes a gradient instead of the sum: nothing dense is kept then (one delivery a step expected)."""
+        """`at_once` gets each gradient in place of the sum, so that nothing dense is stored (one a step expected)."""
         self.weight, self.at_once = weight, at_once
         self.total: Tensor | None = None
-        self.deliveries, self.task = 0, -1
-        weight.cache.dense_gradient = self.deliver
+        self.count, self.backward_pass = 0, -1
+        weight.cache.dense_gradient = self.collect
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         weight.probe = weight.param.new_zeros(()).detach().expand(shape).requires_grad_()
-        weight.probe.register_post_accumulate_grad_hook(_deliver_probe(self))
+        weight.probe.register_post_accumulate_grad_hook(_collect_from_probe(self))
 
     def close(self) -> None:
-        """Ordinary steps from now on."""
+        """Nothing dense is computed from now on."""
         self.weight.cache.dense_gradient = self.weight.probe = self.total = None
 
-    def deliver(self, grad: Tensor) -> None:
-        """Take a dense gradient. The first one after zero_grad() starts a new sum: a step that GradScaler skipped
-        leaves one."""
-        task = _torch_private.backward_pass()
-        if self.weight.param.grad is None and task != self.task:
-            self.total, self.deliveries = None, 0
-        self.task = task
-        self.add(grad)
-
-    def add(self, grad: Tensor) -> None:
-        self.deliveries += 1
+    def collect(self, grad: Tensor) -> None:
+        """Add a dense gradient to the sum. The first one after zero_grad() starts a new sum."""
+        current = _torch_private.backward_pass()
+        if self.count and current != self.backward_pass and self._after_zero_grad():
+            self.total, self.count = None, 0
+        self.backward_pass = current
+        self.count += 1
         grad = grad.detach()
         if self.at_once is not None:
             self.at_once(grad)
             return
-        grad = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         self.total = grad if self.total is None else self.total + grad
 
+    def _after_zero_grad(self) -> bool:
+        """Whether the sum so far is of an earlier step, which GradScaler skipped, not of an earlier microbatch."""
+        grad = self.weight.param.grad
+        return grad is None or not bool(grad.any())
 
-def _deliver_probe(collector: Collector):
-    """A hook of the probe that does not keep the collector alive."""
+
+def _collect_from_probe(collector: Collector):
+    """A hook of the probe, which must not hold the collector."""
     weak = weakref.ref(collector)
 
-    def deliver(probe: Tensor) -> None:
+    def collect(probe: Tensor) -> None:
         grad, probe.grad = probe.grad, None
         collector = weak()
         if collector is not None:
-            collector.add(grad.t() if collector.weight.transposed else grad)
+            collector.collect(grad.t() if collector.weight.transposed else grad)
 
-    return deliver
+    return collect
 
 
 class DenseGradients:
-    """Collects on the steps before a mask update, and gives the method what was collected."""
+    """Collects on the steps before a mask update, and gives the method the result.
+
+    Attributes:
+        window: how many steps before a mask update gradients are collected; 0: the method reads none.
+        scale: GradScaler's scale, while gradients of a fused optimizer are multiplied by it.
+        edits: the decisions that were made in the backward pass.
+    """
 
     def __init__(self, method: Sparsifier, weights: list[TrainedWeight]) -> None:
         self.needs = method.needs & {"grad", "momentum"}
-        self.by_order = method.ranks_only and method.replaces_step and "momentum" not in self.needs
+        self.in_backward = method.ranks_only and method.replaces_step and "momentum" not in self.needs
         self.weights = [weight for weight in weights if isinstance(weight, PatternWeight)]
         self.window = 0 if not self.needs or not self.weights else WINDOW if "momentum" in self.needs else 1
         self.collectors: dict[TrainedWeight, Collector] = {}
@@ -98,24 +113,31 @@ class DenseGradients:
         self.first: dict[TrainedWeight, Tensor] = {}
         self.second: dict[TrainedWeight, Tensor] = {}
         self.gradients: dict[TrainedWeight, Tensor | None] = {}
-        self.infinite: set[TrainedWeight] = set()
+        self.not_finite: set[TrainedWeight] = set()
+        self.scale: Tensor | None = None
 
     def open(self, decide: Callable[[TrainedWeight, Tensor], Edit] | None = None) -> None:
-        """Collect the gradients of the next step; with `decide(weight, grad) -> Edit` each is turned into an edit at
-        once."""
+        """Collect the gradients of the next step; `decide(weight, grad) -> Edit` is called as each arrives."""
         self.close()
-        at_once = decide is not None and self.by_order and ranks() == 1
+        in_backward = decide is not None and self.in_backward and ranks() == 1
         for weight in self.weights:
-            take = (lambda g, w=weight: self._at_once(w, g, decide)) if at_once else None
-            self.collectors[weight] = Collector(weight, take)
+            at_once = (lambda g, w=weight: self._at_once(w, g, decide)) if in_backward else None
+            self.collectors[weight] = Collector(weight, at_once)
 
     def close(self) -> None:
         for collector in self.collectors.values():
             collector.close()
-        self.collectors, self.edits, self.gradients, self.infinite = {}, {}, {}, set()
+        self.collectors, self.edits, self.gradients, self.not_finite = {}, {}, {}, set()
+
+    def drop(self, weights: list[TrainedWeight]) -> None:
+        """Collect nothing for these weights any more."""
+        self.close()
+        self.weights = [weight for weight in self.weights if weight not in weights]
+        for weight in weights:
+            self.read_averages(weight, {})
 
     def forget_averages(self) -> None:
-        """After a mask update: momenta of the old pattern are of no use."""
+        """Start the momenta anew after a mask update, which moved the pattern."""
         self.first, self.second = {}, {}
 
     def averages_of(self, weight: TrainedWeight) -> dict[str, Tensor]:
@@ -131,39 +153,49 @@ class DenseGradients:
                 sums[weight] = state[key].to(weight.param.device).clone()
 
     def _at_once(self, weight: TrainedWeight, grad: Tensor, decide) -> None:
-        self.infinite.discard(weight)
+        self.not_finite.discard(weight)
         if finite(grad):
             self.edits[weight] = decide(weight, grad)
         else:
-            self.infinite.add(weight)
+            self.not_finite.add(weight)
 
     def gradient(self, weight: TrainedWeight) -> Tensor | None:
-        """The unscaled gradient of this step, averaged over ranks; None if none came."""
-        param = weight.param
+        """The unscaled gradient of this step, averaged over ranks; None if no rank has one."""
         if isinstance(weight, DenseWeight):
-            return None if param.grad is None else weight.dense(param.grad)
+            grad = weight.param.grad
+            return None if grad is None else self._unscaled(weight.dense(grad))
         if weight not in self.gradients:
-            collector = self.collectors.get(weight)
-            grad = None if collector is None else collector.total
-            if grad is not None:
-                collector.total = None
-                grad = mean(grad) if ranks() > 1 else grad
-                grad = grad * _unscale(weight, grad)
-            self.gradients[weight] = grad
+            grad = self._collected(weight)
+            self.gradients[weight] = None if grad is None else self._unscaled(grad * _ratio(weight, grad))
         return self.gradients[weight]
 
+    def _collected(self, weight: PatternWeight) -> Tensor | None:
+        """The sum of this step, averaged over ranks; a rank on which the weight was not used counts as zero."""
+        collector, param = self.collectors.get(weight), weight.param
+        grad = None if collector is None else collector.total
+        if ranks() == 1 or not everywhere(grad is not None, param.device):
+            total = grad
+        else:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            total = mean(torch.zeros(weight.shape, dtype=dtype, device=param.device) if grad is None else grad)
+        if collector is not None:
+            collector.total = None
+        return total
+
+    def _unscaled(self, grad: Tensor) -> Tensor:
+        return grad if self.scale is None else grad / self.scale.to(grad.device, grad.dtype)
+
     def release(self, weight: TrainedWeight) -> None:
-        """The gradient of this step is of no use any more."""
+        """Free the gradient of this step."""
         self.gradients.pop(weight, None)
 
-    def trouble(self, device: torch.device) -> str | None:
-        """Why no mask update can happen now: "late" (comes one step later), "infinite", or None."""
-        late = any(c.at_once is not None and c.deliveries != 1 for c in self.collectors.values())
-        if everywhere(late, device):
-            return "late"
+    def obstacle(self, device: torch.device) -> str | None:
+        """Why no mask update can happen now: "used twice" (it happens one step later), "not finite", or None."""
+        if everywhere(any(c.at_once is not None and c.count != 1 for c in self.collectors.values()), device):
+            return "used twice"
         sums = [c.total for c in self.collectors.values() if c.total is not None]
-        infinite = bool(self.infinite) or not all(finite(total) for total in sums)
-        return "infinite" if everywhere(infinite, device) else None
+        not_finite = bool(self.not_finite) or not all(finite(total) for total in sums)
+        return "not finite" if everywhere(not_finite, device) else None
 
     def average(self, optimizer: Optimizer) -> None:
         """Add this step's gradients to the momenta, by the rule of the optimizer."""
@@ -188,17 +220,17 @@ class DenseGradients:
         return first if second is None else first / (second.sqrt() + 1e-8)
 
 
-def _unscale(weight: PatternWeight, grad: Tensor) -> Tensor | float:
-    """What turns the collected gradient into the optimizer's: GradScaler has divided the one that it knows."""
+def _ratio(weight: PatternWeight, grad: Tensor) -> Tensor | float:
+    """The factor from the collected gradient to the optimizer's, which GradScaler and clipping have multiplied."""
     if weight.param.grad is None:
         return 1.0
     exact = widest_float(grad.device)
-    collected, known = weight.packed(grad).to(exact).norm(), weight.param.grad.to(exact).norm()
-    return torch.where(collected > 0, known / collected, 1.0).to(grad.dtype)
+    collected, optimizers = weight.packed(grad).to(exact).norm(), weight.param.grad.to(exact).norm()
+    return torch.where(collected > 0, optimizers / collected, 1.0).to(grad.dtype)
 
 
 def finite(t: Tensor) -> bool:
-    """Whether all entries are; a sum is thirty times faster, and exact unless it overflows."""
+    """Whether all entries are finite; a sum is thirty times faster, and it tells unless it overflows."""
     return bool(t.sum().isfinite()) or bool(t.isfinite().all())
 
 

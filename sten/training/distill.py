@@ -26,8 +26,8 @@ def distill_loss(logits: Tensor, target: Tensor, teacher: Tensor, eta: float = 1
     """
     if logits.shape != teacher.shape or logits.shape[:-1] != target.shape:
         raise ValueError(
-            "Student and teacher logits must agree, and target have all but the last dimension; "
-            f"got {tuple(logits.shape)}, {tuple(teacher.shape)}, {tuple(target.shape)}."
+            "Expected teacher logits of the student's shape and a target without the last dimension, got "
+            f"{tuple(logits.shape)}, {tuple(teacher.shape)} and {tuple(target.shape)}."
         )
     logits, teacher, target = logits.flatten(0, -2), teacher.detach().flatten(0, -2), target.flatten()
     known = target != -100

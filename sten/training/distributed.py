@@ -1,4 +1,4 @@
-"""What ranks must agree on: dense gradients, averaged; masks, taken from rank 0; shards of a weight, put together."""
+"""Collectives: dense gradients averaged, masks broadcast from rank 0, shards of a weight gathered."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def sharded(t: object) -> bool:
 
 
 def whole(t: Tensor) -> Tensor:
-    """The tensor itself, or all shards of a DTensor together (every rank must ask)."""
+    """The tensor itself, or the full tensor of a DTensor, which is a collective."""
     return t.full_tensor() if sharded(t) else t
 
 
 def shard_like(t: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has, placed as `like` is; itself if `like` is whole."""
+    """A tensor that every rank has whole, as a DTensor like `like`; itself if `like` is none."""
     if not sharded(like):
         return t
     from torch.distributed.tensor import distribute_tensor

@@ -1,17 +1,17 @@
-"""Engine: acts on what sparsifiers decide, through the optimizer's public step hooks; the training loop stays as it is.
+"""Engine: carries out what sparsifiers decide, in hooks of the optimizer's step; the training loop stays as it is.
 
 Around each optimizer step, in this order:
 
-    before   gradients are complete: what the method adds to them; a mask update that replaces the step
-    after    a mask update that follows the step; pruned entries zeroed; the next step prepared if it needs a dense
-             gradient
+    before   gradients are complete: the method's term is added to them; a mask update that replaces the step
+    after    a mask update that follows the step; pruned entries are zeroed; where the next step needs dense gradients,
+             their collection starts
 
 When a mask update is decided and when it is written:
 
     the method                                                   decided                           written
     reads no gradient (SET, Gradual, SR-STE's masks)             after the step                    after the step
-    reads |grad| by order, replaces the step, and one process
-      and one backward pass make a step (RigL, SRigL)            in backward, weight by weight     before the step
+    reads only the order of |grad|, replaces the step, and one
+      process and one backward pass make a step (RigL, SRigL)    in backward, weight by weight     before the step
     reads gradients and replaces the step (DSTEE, RigL with
       microbatches or several processes)                         before the step                   before the step
     reads gradients or momenta and follows the step              after the step                    after the step
@@ -21,8 +21,8 @@ When a mask update is decided and when it is written:
     a gradient is not finite                                     not at all; a warning says so
     GradScaler skips the step                                    not at all; the step does not count
 
-A mask update asks the method about every weight, computes every change, and only then writes: an error leaves all as it
-was.
+A mask update calls `method.update` for every weight, computes every change, and only then writes: an error changes
+nothing.
 """
 
 from __future__ import annotations
@@ -44,17 +44,21 @@ from .dense_gradients import DenseGradients
 from .dense_weight import DenseWeight
 from .distributed import agreed, ranks, sharded
 from .pattern_weight import PatternWeight
-from .reminders import acted_for, empty_rows, warn_of_empty_rows
+from .reminders import empty_rows, forget, warn_of_empty_rows
 from .trained_weight import TrainedWeight
 
 
 class Engine:
     """Trains some weights of a model under one optimizer by one method. Made by `sten.sparsify` and `sten.attach`.
 
+    The optimizer's hooks hold the engine, and so do its weights; it holds neither the model nor the optimizer.
+
     Attributes:
         step: optimizer steps done.
         updates: mask updates done.
-        deferred_update_step: the step of a mask update that could not happen when it was due.
+        backward_passes: those of the last optimizer step; microbatches make several.
+        deferred_update_step: the step of a mask update that could not happen when it was due; None: none is deferred.
+        step_runs: whether the optimizer step in progress changes parameters (GradScaler skips some).
         weights: the TrainedWeights.
     """
 
@@ -67,16 +71,15 @@ class Engine:
         self.step = self.updates = self.backward_passes = 0
         self.deferred_update_step: int | None = None
         self.gradients = DenseGradients(method, weights)
-        self.running = self.prepared = False
+        self.step_runs = self.gradients_complete = False
         self.passes_so_far = 0
         self.handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        if self.gradients.window:
-            self.handles.append(weights[0].param.register_post_accumulate_grad_hook(_counter(self)))
+        self._count_backward_passes()
         for weight in weights:
-            acted_for(weight)
+            forget(weight)
             weight.engine = self
             can_warn = weight.layout.rows_may_be_empty
             weight.warned_of_empty_rows = can_warn and empty_rows(weight.active(), weight.layout) is not None
@@ -85,14 +88,26 @@ class Engine:
         with torch.no_grad():
             self.prepare_next()
 
+    def _count_backward_passes(self) -> None:
+        """Count them at the first weight that requires a gradient, where a method reads gradients."""
+        params = [weight.param for weight in self.weights if weight.param.requires_grad]
+        reads = bool(self.gradients.window and params)
+        self.pass_counter = params[0].register_post_accumulate_grad_hook(_counter(self)) if reads else None
+
     def close(self, weights: list[TrainedWeight]) -> None:
-        """Let go of these weights; the last one ends the engine."""
+        """Release these weights; with the last one the optimizer's hooks are removed."""
         for weight in weights:
             weight.write_run()
             weight.engine = None
         self.weights = [weight for weight in self.weights if weight.engine is self]
-        if not self.weights:
-            self.gradients.close()
+        self.gradients.drop(weights)
+        if self.pass_counter is not None:
+            self.pass_counter.remove()
+        if self.weights:
+            self._count_backward_passes()
+            with torch.no_grad():
+                self.prepare_next()
+        else:
             for handle in self.handles:
                 handle.remove()
 
@@ -106,7 +121,7 @@ class Engine:
 
     @torch.no_grad()
     def read_run(self, weight: TrainedWeight, averages: dict[str, Tensor]) -> None:
-        """A state dict brought this weight's state of a run; all weights of an engine hold the same counts."""
+        """Take over the state of a run that a state dict gave this weight; all weights of an engine hold one count."""
         self._read_counts(weight)
         self.gradients.read_averages(weight, averages)
         self.prepare_next()
@@ -114,7 +129,7 @@ class Engine:
     # hooks
 
     def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict):
-        self.running = self.prepared = False
+        self.step_runs = self.gradients_complete = False
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._prepare(optimizer)
@@ -123,7 +138,7 @@ class Engine:
         @functools.wraps(closure)
         def complete():
             loss = closure()
-            if not self.prepared:
+            if not self.gradients_complete:  # LBFGS calls its closure several times a step
                 self._prepare(optimizer)
             return loss
 
@@ -131,14 +146,15 @@ class Engine:
 
     @torch.no_grad()
     def _prepare(self, optimizer: Optimizer) -> None:
-        """Gradients are complete."""
-        self.prepared = True
-        found = getattr(optimizer, "found_inf", None)  # a fused optimizer under GradScaler skips inside its step
-        self.running = found is None or not bool(found)
-        if not self.running:
+        """What happens before the step, when gradients are complete."""
+        self.gradients_complete = True
+        # A fused optimizer under GradScaler gets scaled gradients, and skips inside its step.
+        found_inf, self.gradients.scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        self.step_runs = found_inf is None or not bool(found_inf)
+        if not self.step_runs:
             return
         self.backward_passes, self.passes_so_far = self.passes_so_far, 0
-        self._add_grads(getattr(optimizer, "grad_scale", None))
+        self._add_grads(self.gradients.scale)
         if self.method.optimizer is not None:
             masks = {weight.param: weight.packed(weight.active()) for weight in self.weights}
             optimizer.steer(masks, *self.method.strength(self.step))
@@ -151,9 +167,10 @@ class Engine:
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if not self.running:
+        self.gradients.scale = None
+        if not self.step_runs:
             return
-        self.running = False
+        self.step_runs = False
         self.step += 1
         if not self.method.replaces_step and self.due(self.step):
             self._update(self.step, optimizer)
@@ -163,17 +180,17 @@ class Engine:
         self.prepare_next()
 
     def _add_grads(self, scale: Tensor | None) -> None:
-        """What the method adds to the gradients of dense weights; in the units that they have now."""
+        """Add the method's term to the gradients of dense weights, multiplied by GradScaler's scale if they are."""
         if getattr(type(self.method), "grad", DenseWeightMethod.grad) is DenseWeightMethod.grad:
             return
         for weight in self.weights:
             grad = weight.param.grad
-            more = None if grad is None else self.method.grad(weight.view(step=self.step + 1))
-            if more is not None:
-                grad.add_(weight.packed(more if scale is None else more * scale))
+            term = None if grad is None else self.method.grad(weight.view(step=self.step + 1))
+            if term is not None:
+                grad.add_(weight.packed(term if scale is None else term * scale))
 
     def prepare_next(self) -> None:
-        """Tell dense weights how many steps are done, and collect dense gradients if a coming update wants them."""
+        """Write the step count to dense weights, and collect dense gradients if a coming update reads them."""
         for weight in self.weights:
             if isinstance(weight, DenseWeight) and not self.method.stateless:
                 weight.run_step.fill_(self.step)
@@ -187,7 +204,7 @@ class Engine:
     # mask updates
 
     def due(self, step: int) -> bool:
-        """Whether the method acts at this step."""
+        """Whether a mask update happens at this step."""
         schedule = self.method.schedule
         return schedule is not None and (schedule.due(step) or step == self.deferred_update_step)
 
@@ -196,18 +213,18 @@ class Engine:
         return self.method.update(weight.view(step=self.step + 1, grad=grad, generator=self.generator))
 
     def _update(self, step: int, optimizer: Optimizer) -> bool:
-        """Ask, compute all, write all; False if nothing was written."""
-        trouble = self.gradients.trouble(self.weights[0].param.device) if self.gradients.window else None
-        self.deferred_update_step = step + 1 if trouble == "late" else None
-        if trouble == "infinite":
+        """Decide, compute all changes, write all; False if nothing was written."""
+        obstacle = self.gradients.obstacle(self.weights[0].param.device) if self.gradients.window else None
+        self.deferred_update_step = step + 1 if obstacle == "used twice" else None
+        if obstacle == "not finite":
             warnings.warn(f"sten: a gradient is not finite: the mask update of step {step} is skipped.", stacklevel=5)
-        if trouble is not None:
+        if obstacle is not None:
             return False
         views = Views(self, step, optimizer)
         counts = self.method.allocate(views, self.allocation)
         writes, empty = [], {}
         for weight in self.weights:
-            edit = self.gradients.edits.get(weight) or self._ask(views, weight, counts)
+            edit = self.gradients.edits.get(weight) or self._edit(views, weight, counts)
             if edit is None:
                 continue
             edit = checked(edit, weight, self.method)
@@ -226,12 +243,14 @@ class Engine:
         warn_of_empty_rows(empty, stacklevel=5 + self.method.replaces_step)
         return True
 
-    def _ask(self, views: Views, weight: TrainedWeight, counts: dict[str, int] | None) -> Edit | None:
+    def _edit(self, views: Views, weight: TrainedWeight, counts: dict[str, int] | None) -> Edit | None:
+        """The method's decision for one weight; None, with a warning, if the gradient that it reads is missing."""
         view = views.of(weight, None if counts is None else counts[weight.name])
         needed = [getattr(view, name) for name in ("grad", "momentum") if name in self.method.needs]
         if any(x is None for x in needed):
             warnings.warn(
-                f"sten: no gradient reached {weight.name} at the mask update of step {views.step}: its mask stays.",
+                f"sten: no gradient reached {weight.name} at the mask update of step {views.step}: its mask is left as "
+                "it is.",
                 stacklevel=6,
             )
             return None
@@ -241,7 +260,7 @@ class Engine:
 
 
 def _counter(engine: Engine):
-    """A hook that counts backward passes, without keeping the engine alive as long as the model."""
+    """A hook that counts backward passes; the Parameter must not hold the engine."""
     weak = weakref.ref(engine)
 
     def count(param: Tensor) -> None:
@@ -283,50 +302,57 @@ class Views(Mapping):
 def checked(edit: Edit, weight: TrainedWeight, method: Sparsifier) -> Edit:
     """The same edit on every rank; TypeError if its masks are not bool."""
     for name in ("mask", "fresh"):
-        given = getattr(edit, name)
-        if given is not None and given.dtype != torch.bool:
-            raise TypeError(f"Expected a bool {name} of {method} for {weight.name}, got {given.dtype}: masks are bool.")
+        mask = getattr(edit, name)
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(
+                f"Expected a bool tensor for Edit.{name} of {method} for {weight.name}, got {mask.dtype}; compare with "
+                "zero first."
+            )
     if edit.mask is None or ranks() == 1:
         return edit
     return Edit(agreed(edit.mask), edit.value, edit.fresh, edit.state)
 
 
 def expect_optimizer(method: Sparsifier, optimizer: Optimizer) -> None:
-    """Raise, in one sentence, if the method is not defined for this optimizer, or not on so many processes."""
+    """Raise TypeError or ValueError if the method is not defined for this optimizer, or not on several processes."""
     kind = type(method).__name__
     if method.resizes and ranks() > 1:
-        raise ValueError(f"{kind} changes the shapes of its parameters, which DDP cannot follow: use sten.RigL.")
+        raise ValueError(
+            f"Expected one process for {kind}, which changes the shapes of its parameters, as DDP cannot; got "
+            f"{ranks()}: use sten.RigL."
+        )
     if method.optimizer not in (None, type(optimizer).__name__):
         raise TypeError(f"Expected sten.optim.{method.optimizer} for {kind}, got {type(optimizer).__name__}.")
 
 
 def expect(method: Sparsifier, weights: list[TrainedWeight], optimizer: Optimizer) -> None:
-    """Raise TypeError or ValueError, in one sentence, if this method cannot train these weights with this optimizer."""
+    """Raise TypeError or ValueError if this method cannot train these weights with this optimizer."""
     expect_optimizer(method, optimizer)
     for weight in weights:
         if weight.engine is not None:
             raise ValueError(
-                f"{weight.name} is trained by an engine already: sten.finalize the model before a second one."
+                f"Expected a weight without an optimizer, got {weight.name}, which is attached to one already: call "
+                "sten.finalize on the model first."
             )
         if sharded(weight.param) and isinstance(weight, PatternWeight):
             raise TypeError(
-                f"{weight.name} is compressed and its pattern cannot be sharded by FSDP: use DDP, or a method that "
-                "trains a dense weight."
+                f"Expected a whole parameter for {weight.name}, whose pattern FSDP cannot shard, got a DTensor: use "
+                "DDP, or a method that trains a dense weight."
             )
 
 
 def trained_weights(model: nn.Module) -> list[TrainedWeight]:
     """The weights of a model that are in trainable form, each once."""
-    found: dict[int, TrainedWeight] = {}
+    weights: dict[TrainedWeight, None] = {}  # in order
     for module in model.modules():
         for name, weight in trained_of(module):
             weight.add_owner(module, name)
-            found.setdefault(id(weight), weight)
-    return list(found.values())
+            weights[weight] = None
+    return list(weights)
 
 
 def dynamic_weights(model: nn.Module) -> list[TrainedWeight]:
-    """Those of them that a method is given for."""
+    """Those of them that have a dynamic method."""
     return [weight for weight in trained_weights(model) if weight.method is not None]
 
 
@@ -336,7 +362,7 @@ def engines_of(model: nn.Module) -> list[Engine]:
 
 
 def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """An engine for each method and optimizer that the model's unattached weights ask for; all or nothing."""
+    """Make an engine for each method and optimizer of the model's unattached weights; all or nothing."""
     groups: dict[tuple[int, Sparsifier], list[TrainedWeight]] = {}
     weights = dynamic_weights(model)
     for weight in [weight for weight in weights if weight.engine is None] or weights:
@@ -346,7 +372,8 @@ def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
         )
         if owner is None and param.requires_grad:
             raise ValueError(
-                f"{weight.name} is not in the optimizer: make the optimizer from this model's parameters first."
+                f"Expected {weight.name} among the optimizer's parameters, got an optimizer without it: make it from "
+                "model.parameters()."
             )
         if owner is not None:
             groups.setdefault((owner, weight.method), []).append(weight)
@@ -357,15 +384,15 @@ def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
 
 
 def stop(model: nn.Module) -> None:
-    """End the training of all of a model's weights."""
+    """End the training of all weights of a model; a warning says so if a schedule has not reached its end."""
     weights = dynamic_weights(model)
     for weight in weights:
-        acted_for(weight)
+        forget(weight)
     for engine in engines_of(model):
         schedule = engine.method.schedule
         if schedule is not None and schedule.include_stop and engine.step < schedule.stop:
             kind, end = type(engine.method).__name__, f"ends at step {schedule.stop}, but training ended at"
             warnings.warn(
-                f"sten: {kind} {end} {engine.step}: the sparsity that was asked for is not reached.", stacklevel=4
+                f"sten: {kind} {end} {engine.step}: the sparsity of sten.sparsify is not reached.", stacklevel=4
             )
         engine.close([weight for weight in weights if weight.engine is engine])

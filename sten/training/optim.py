@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 class AdamS(Optimizer):
     """Adam with selective, adaptive L1 decay. A parameter without a mask is trained by Adam.
 
-    For an entry that the mask keeps u = m; for one that it prunes u = (1 - a) * m + a * decay * sign(w); then
+    Where the mask is True u = m, elsewhere u = (1 - a) * m + a * decay * sign(w); then
 
         m = beta1 * m + (1 - beta1) * g            (the raw gradient alone)
         v = beta2 * v + (1 - beta2) * u**2
@@ -41,15 +41,19 @@ class AdamS(Optimizer):
         self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
         if not lr >= 0 or not eps >= 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"AdamS takes lr >= 0, eps >= 0 and betas in [0, 1); got {lr}, {eps}, {betas}.")
+            raise ValueError(f"Expected lr >= 0, eps >= 0 and betas in [0, 1) for AdamS, got {lr}, {eps}, {betas}.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-        self.masks: dict[Tensor, Tensor] = {}
-        self.decay = self.ramp = 0.0
+        self.steer({}, 0.0, 0.0)
+
+    def __setstate__(self, state: dict) -> None:
+        """A copy or a pickle has no masks: an engine sets them before each step."""
+        super().__setstate__(state)
+        self.steer({}, 0.0, 0.0)
 
     def steer(self, masks: dict[Tensor, Tensor], decay: float, ramp: float) -> None:
-        """The masks (bool, True keeps) by parameter, the decay and the ramp of the next step; the engine calls it."""
+        """Set the masks (bool, by parameter), the decay and the ramp of the next step; the engine calls it."""
         if any(mask.dtype != torch.bool for mask in masks.values()):
-            raise TypeError("Masks are bool: ~ on an int mask gives -1 and -2.")
+            raise TypeError("Expected bool masks for AdamS, where True is an active entry; compare with zero first.")
         self.masks, self.decay, self.ramp = masks, decay, ramp
 
     @torch.no_grad()
@@ -75,6 +79,6 @@ class AdamS(Optimizer):
         m.lerp_(w.grad, 1 - beta1)
         mask = self.masks.get(w)
         u = m if mask is None else torch.where(mask, m, (1 - self.ramp) * m + self.ramp * self.decay * w.sign())
-        seen = w.grad if mask is None else u
-        v.mul_(beta2).addcmul_(seen, seen, value=1 - beta2)
+        squared = w.grad if mask is None else u
+        v.mul_(beta2).addcmul_(squared, squared, value=1 - beta2)
         w.addcdiv_(u, (v / (1 - beta2**t)).sqrt_().add_(group["eps"]), value=-group["lr"] / (1 - beta1**t))

@@ -1,8 +1,8 @@
 """PatternWeight: a weight of which only the values that its layout stores are trained.
 
-The Parameter is plain and 2-D, the pattern lies in buffers, and `module.weight` is put together as a SparseTensor at
-each use. So optimizers (foreach and fused), gradient clipping, GradScaler, EMA, DDP and rules by `p.ndim` see a plain
-matrix, and weight, gradient and optimizer state have the size of the pattern.
+The Parameter is plain and 2-D, the pattern is buffers, and `module.weight` makes a SparseTensor of both at each use. So
+optimizers (foreach and fused), gradient clipping, GradScaler, EMA, DDP and rules by `p.ndim` see a plain matrix, and
+weight, gradient and optimizer state have the size of the pattern.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PatternWeight(TrainedWeight):
         part_names: the layout's parts, without the values.
         tail: the values' dimensions after the first, which the 2-D Parameter has flattened.
         cache: what is derived from the pattern; every SparseTensor that is made here shares it.
-        probe: a dense zero whose gradient is the weight's dense one, while a compiled model is asked for it.
+        probe: a dense zero, whose gradient is the dense gradient of the weight; set while a method needs that one.
 
     Example:
         >>> import torch, sten
@@ -53,7 +53,7 @@ class PatternWeight(TrainedWeight):
         self.part_names = tuple(name for name in w.parts if name != "values")
         self.tail = tuple(w.parts["values"].shape[1:])
         for name in self.part_names:
-            self._buffers[name] = w.parts[name]  # not registered: a part may bear the name of an attribute
+            self._buffers[name] = w.parts[name]  # not register_buffer: a part may have the name of an attribute
         self.cache = w.cache
         self.probe: Tensor | None = None
 
@@ -69,7 +69,7 @@ class PatternWeight(TrainedWeight):
         return {name: self._buffers[name] for name in self.part_names}
 
     def parts(self, param: Tensor) -> Parts:
-        """All parts, with the Parameter as the layout has its values."""
+        """All parts, with the Parameter in the shape of the layout's values."""
         return {"values": param.view(len(param), *self.tail), **self.pattern}
 
     def active(self) -> Tensor:
@@ -82,7 +82,7 @@ class PatternWeight(TrainedWeight):
         return as_matrix(self.layout.pack_like(dense, self.parts(self.param.detach())))
 
     def forward(self, param: Tensor) -> Tensor:
-        """The weight as a SparseTensor, part of autograd's graph."""
+        """The weight as a SparseTensor, differentiable."""
         context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
             w = _traced(param, *context, *self._parts())
@@ -99,8 +99,7 @@ class PatternWeight(TrainedWeight):
         return [self._buffers[name] for name in self.part_names]
 
     def tensor(self, param: Tensor | None = None) -> SparseTensor:
-        """The weight as a SparseTensor that shares memory and is cut off from autograd; `requires_grad` as the
-        Parameter's."""
+        """The weight as a SparseTensor, detached; it shares memory, and `requires_grad` is the Parameter's."""
         param = self.param if param is None else param
         parts = {name: part.detach() for name, part in self.parts(whole(param.detach())).items()}
         return SparseTensor(self.layout, parts, self.shape, self.transposed, param.requires_grad, cache=self.cache)
@@ -112,7 +111,7 @@ class PatternWeight(TrainedWeight):
     # changes of the pattern
 
     def set_pattern(self, parts: Parts, assign: bool = False) -> None:
-        """Take on another pattern, its numbers or (`assign`) its tensors; what was derived is invalidated."""
+        """Replace the pattern, by its numbers or (`assign`) its tensors, and invalidate what was derived from it."""
         for name in self.part_names:
             self._buffers[name] = parts[name] if assign else fill(self._buffers[name], parts[name])
         self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
@@ -120,7 +119,7 @@ class PatternWeight(TrainedWeight):
 
     @torch.no_grad()
     def load(self, parts: Parts, assign: bool = False) -> None:
-        """Values and pattern of a state dict, validated by the caller; another number of entries is allowed."""
+        """Load values and pattern, which the caller has validated; the number of entries may differ."""
         param, values = self.param, as_matrix(parts["values"])
         if assign:
             parts = {name: part.detach() for name, part in parts.items()}
@@ -136,7 +135,7 @@ class PatternWeight(TrainedWeight):
 
     @torch.no_grad()
     def follow(self, other: PatternWeight, dense: Tensor) -> None:
-        """Take the pattern of another weight, and from `dense` the numbers that it has there."""
+        """Take the pattern of another weight, and the entries that `dense` has in it."""
         self.set_pattern({name: part.clone() for name, part in other.pattern.items()})
         self.tail = other.tail
         values, param = as_matrix(self.layout.pack_like(dense, other.parts(other.param.detach()))), self.param
@@ -165,14 +164,14 @@ class PatternWeight(TrainedWeight):
                 optimizer.state[self.param][key] = fill(optimizer.state[self.param][key], slot)
             self.param.grad = grad
             self.set_pattern(parts)
-            self.keep_state(edit.state)
+            self.set_state(edit.state)
 
         return write
 
     def _in_pattern(self, mask: Tensor, edit: Edit) -> tuple[Parts, Move]:
-        """The parts of the new pattern, and what moves the values, a slot or the gradient into it.
+        """The parts of the new pattern, and the function that moves values, a slot or the gradient into it.
 
-        Only the numbers of the slots become dense, once: `source` says for each new slot which old one it takes.
+        Only the numbers of the slots are made dense, once: `source` is the old slot of each new one, 0 for none.
         """
         param = self.param.detach()
         number = torch.int32 if param.numel() < 2**31 else torch.int64
@@ -193,7 +192,7 @@ class PatternWeight(TrainedWeight):
 
 
 def _replace_in_run(weight: PatternWeight, param: nn.Parameter, optimizer: Optimizer) -> None:
-    """Another Parameter, of another shape: a graph that is still alive holds the old one to its shape."""
+    """Replace the Parameter by one of another shape: an autograd graph that still exists needs the old shape."""
     old = weight.param
     weight.replace_param(param)
     for group in optimizer.param_groups:
@@ -206,7 +205,7 @@ def _replace_in_run(weight: PatternWeight, param: nn.Parameter, optimizer: Optim
 
 
 class Assemble(Rule):
-    """Parameter and pattern to the SparseTensor; its gradient, which has the same pattern, back to the Parameter."""
+    """The SparseTensor of Parameter and pattern; backward, the values of its gradient, which has the same pattern."""
 
     @staticmethod
     def forward(param, layout, shape, transposed, tail, names, *pattern):
@@ -236,7 +235,7 @@ class Assemble(Rule):
 
 
 class Values(Rule):
-    """The values of a SparseTensor, as a step of a graph (needed for gradients of gradients alone)."""
+    """The values of a SparseTensor, differentiable, for gradients of gradients."""
 
     @staticmethod
     def forward(w):

@@ -1,8 +1,8 @@
-"""What sten says unasked: rows that a mask leaves empty, and methods that nothing acts for.
+"""Warnings that sten gives by itself: rows that a mask leaves empty, and a forgotten `sten.attach`.
 
-A method that is given to `sten.sparsify` without `optimizer=` does nothing until `sten.attach`. A backward pass is no
-sign that attach was forgotten (a learning-rate finder may come first), a step is; and a step of another model's
-optimizer is none. So the first step of an optimizer that holds one of the unattached weights says so.
+After `sten.sparsify` without `optimizer=` a dynamic method does nothing until `sten.attach`. A backward pass does not
+show that attach was forgotten (a learning-rate finder may come first), nor does a step of another model's optimizer. So
+the warning comes with the first step of an optimizer that has one of the unattached weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def listed(names: list[str], most: int = 5) -> str:
 
 
 def empty_rows(mask: Tensor, layout: Layout) -> str | None:
-    """How many rows a mask leaves empty, in words; None: none, or the layout ablates rows on purpose."""
+    """How many rows a mask leaves empty, in words; None: none, or the layout omits them on purpose."""
     if not layout.rows_may_be_empty:
         return None
     rows = mask.flatten(1).view(torch.uint8).amax(1) > 0  # forty times faster than any(1)
@@ -39,12 +39,9 @@ def empty_rows(mask: Tensor, layout: Layout) -> str | None:
 
 
 def empty_rows_of(w: SparseTensor) -> str | None:
-    """The same of a weight as it is stored."""
-    return (
-        empty_rows(w.sparse_layout.support(w.parts, w.stored_shape), w.sparse_layout)
-        if w.sparse_layout.rows_may_be_empty
-        else None
-    )
+    """How many rows of a stored weight are empty, in words; None as in `empty_rows`."""
+    layout = w.sparse_layout
+    return empty_rows(layout.support(w.parts, w.stored_shape), layout) if layout.rows_may_be_empty else None
 
 
 def warn_of_empty_rows(rows: dict[str, str], stacklevel: int) -> None:
@@ -58,61 +55,61 @@ def warn_of_empty_rows(rows: dict[str, str], stacklevel: int) -> None:
 
 
 class Unattached:
-    """Weights without an engine; warns once, at the first step of an optimizer that holds one of them.
+    """Weights without an engine; warns once, at the first step of an optimizer that has one of them.
 
-    It is kept alive by its weights (`TrainedWeight.reminder`), and looks at each optimizer once. torch's hook of all
-    optimizers is in place only as long as weights wait.
+    Its weights hold it (`TrainedWeight.reminder`), torch's hook of all optimizers does not. It checks each optimizer
+    once, and its hook is removed with the last weight.
     """
 
     def __init__(self, weights: list[TrainedWeight]) -> None:
         self.weights = [weakref.ref(weight) for weight in weights]
-        self.seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         weak = weakref.ref(self)
-        handle = register_optimizer_step_pre_hook(lambda *step: _look(weak, *step))
-        self.remove = weakref.finalize(self, handle.remove)
+
+        def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+            reminder = weak()
+            if reminder is not None:
+                reminder.check(optimizer)
+
+        handle = register_optimizer_step_pre_hook(before_step)
+        self.remove_hook = weakref.finalize(self, handle.remove)
         for weight in weights:
             weight.reminder = self
 
-    def drop(self, weight: TrainedWeight) -> None:
-        """This weight has an engine now, or needs none any more."""
+    def forget(self, weight: TrainedWeight) -> None:
+        """Do not warn of this weight any more."""
         self.weights = [ref for ref in self.weights if ref() not in (weight, None)]
         weight.reminder = None
         if not self.weights:
-            self.remove()
+            self.remove_hook()
 
-    def look(self, optimizer: Optimizer) -> None:
-        """Warn if the optimizer, which is about to step, holds a weight that no engine acts on."""
-        if optimizer in self.seen:
+    def check(self, optimizer: Optimizer) -> None:
+        """Warn if the optimizer, which is about to step, has a weight without an engine."""
+        if optimizer in self.checked:
             return
-        self.seen.add(optimizer)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        alive = [weight for ref in self.weights if (weight := ref()) is not None]
-        weights = [weight for weight in alive if id(weight.param) in held]
+        self.checked.add(optimizer)
+        params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        existing = [weight for ref in self.weights if (weight := ref()) is not None]
+        weights = [weight for weight in existing if id(weight.param) in params]
         for weight in weights:
-            self.drop(weight)
+            self.forget(weight)
         if weights:
             method, names = type(weights[0].method).__name__, listed([weight.name for weight in weights])
             warnings.warn(
                 f"sten: {method} does not act on {names}: call sten.attach(model, optimizer) before the first step, or "
-                "give sten.sparsify optimizer=.",
-                stacklevel=5,
+                "pass optimizer= to sten.sparsify.",
+                stacklevel=4,
             )
 
 
-def _look(weak: weakref.ref, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    reminder = weak()
-    if reminder is not None:
-        reminder.look(optimizer)
-
-
 def remind(weights: Iterable[TrainedWeight]) -> None:
-    """Warn at the first optimizer step on one of these weights, unless an engine takes them before."""
-    waiting = [w for w in weights if w.method is not None and not w.method.stateless and w.engine is None]
-    if waiting:
-        Unattached(waiting)
+    """Warn at the first optimizer step on one of these weights, unless they are attached before."""
+    unattached = [w for w in weights if w.method is not None and not w.method.stateless and w.engine is None]
+    if unattached:
+        Unattached(unattached)
 
 
-def acted_for(weight: TrainedWeight) -> None:
-    """An engine takes the weight, or it needs none any more."""
+def forget(weight: TrainedWeight) -> None:
+    """Do not warn of this weight any more: it has an engine, or needs none."""
     if weight.reminder is not None:
-        weight.reminder.drop(weight)
+        weight.reminder.forget(weight)

@@ -1,19 +1,20 @@
-"""TrainedWeight: all that belongs to one weight in trainable form, in one object on its module.
+"""TrainedWeight: everything about one weight in trainable form, as a submodule of its module.
 
-The trained Parameter stands in `module._parameters["weight"]`, under the dense weight's own name and place, always 2-D
-for a pattern; this object is the submodule `weight_pattern` beside it. There are two kinds:
+The trained Parameter is `module._parameters["weight"]`, where the dense weight was, always 2-D for a pattern; the
+submodule is `module.weight_pattern`. There are two kinds:
 
     class           the trained Parameter             what the module computes with
     PatternWeight   the layout's values, 2-D          a SparseTensor of the values and the pattern
     DenseWeight     the dense weight                  what the method makes of it (`apply`)
 
-A weight's life, by name:
+States of a weight:
 
-    state        engine   how it gets there                               what a mask update does
-    fixed        None     no method, or one that needs no steps           nothing
-    unattached   None     sten.sparsify without optimizer=, a copy        nothing; the first optimizer step says so
-    active       set      sten.attach, sten.sparsify(optimizer=)          moves the pattern, on schedule
-    finalized    -        sten.finalize takes this object away            -
+    state        engine   entered by                                      mask updates
+    fixed        None     no method, or a stateless one                   none
+    unattached   None     sten.sparsify without optimizer=                none; the first optimizer step warns
+    copied       None     copy.deepcopy, a pickle                         none, no warning; sten.attach continues
+    attached     set      sten.attach, sten.sparsify(optimizer=)          on schedule
+    finalized    -        sten.finalize, which removes this object        -
 
 The state of a run (method, step, counts, random numbers, mask, the method's tensors) is buffers here, so that
 `model.state_dict()` has all of it. A state dict without them loads, with a warning, as the start of a run.
@@ -53,9 +54,12 @@ class TrainedWeight(nn.Module):
         name: the weight's full name when it was chosen.
         layout, shape, transposed: how it is, or will be, stored; the shape is that of the stored matrix.
         method, sparsity, allocation, is_last: the dynamic method, this weight's share of the budget, the rule that
-            spread it, and whether it was the last of the chosen weights. None without a method.
-        engine: what acts on the method's decisions; None unless attached.
+            distributed it, and whether it was the last of the chosen weights. None without a method.
+        engine: what carries out the method's decisions; None unless attached.
         owners: (weak reference to a module, attribute), several where the weight is tied.
+        averages: weak references to the same weight of running averages (`sten.follow`).
+        reminder: what warns if the first optimizer step comes before `sten.attach`.
+        loaded_averages: running averages of the gradient that a state dict had, for the engine that will be made.
     """
 
     def __init__(self, name: str, layout: Layout, shape: tuple[int, ...], transposed: bool) -> None:
@@ -69,7 +73,7 @@ class TrainedWeight(nn.Module):
         self._detach_from_run()
 
     def _detach_from_run(self) -> None:
-        """What a copy or a pickle does not take along."""
+        """Set what neither a copy nor a pickle contains."""
         self.engine: Engine | None = None
         self.owners: list[tuple[weakref.ref, str]] = []
         self.averages: list[weakref.ref] = []
@@ -86,7 +90,7 @@ class TrainedWeight(nn.Module):
         self._detach_from_run()
 
     def add_owner(self, module: nn.Module, attribute: str) -> None:
-        """This module reads the weight through this object."""
+        """Note that this attribute of a module is the weight."""
         if not any(ref() is module and name == attribute for ref, name in self.owners):
             self.owners.append((weakref.ref(module), attribute))
 
@@ -96,12 +100,8 @@ class TrainedWeight(nn.Module):
 
     @property
     def param(self) -> nn.Parameter | None:
-        """The trained Parameter; None if the module is gone."""
-        for ref, name in self.owners:
-            module = ref()
-            if module is not None:
-                return module._parameters[name]
-        return None
+        """The trained Parameter; None if no owner exists any more."""
+        return next((module._parameters[name] for module, name in self.owner_modules()), None)
 
     @property
     def size(self) -> int:
@@ -109,11 +109,11 @@ class TrainedWeight(nn.Module):
         return math.prod(self.shape)
 
     def replace_param(self, param: nn.Parameter) -> None:
-        """Another Parameter in the place of the present one, in every module that owns the weight."""
+        """Replace the Parameter in every module that owns the weight."""
         for module, name in self.owner_modules():
             module._parameters[name] = param
 
-    # what the two kinds have to say
+    # what the two kinds define
 
     @abstractmethod
     def active(self) -> Tensor:
@@ -121,7 +121,7 @@ class TrainedWeight(nn.Module):
 
     @abstractmethod
     def dense(self, t: Tensor) -> Tensor:
-        """The Parameter, or a tensor of its shape (a slot, a gradient), dense and in the orientation of the layout."""
+        """The Parameter, a gradient or an optimizer slot of it, dense and in the orientation of the layout."""
 
     @abstractmethod
     def packed(self, dense: Tensor) -> Tensor:
@@ -133,11 +133,11 @@ class TrainedWeight(nn.Module):
 
     @abstractmethod
     def assign(self, param: Tensor, value: Tensor) -> None:
-        """`module.weight = value` of a user: the numbers go into the weight, or ValueError."""
+        """Carry out `module.weight = value`: copy the numbers into the Parameter, or raise ValueError."""
 
     @abstractmethod
     def change(self, edit: Edit, optimizer: Optimizer) -> Any:
-        """All that an Edit changes (Parameter, gradient, slots, pattern), computed; calling the result writes it.
+        """Compute what an Edit changes (Parameter, gradient, slots, pattern); calling the result writes it.
 
         Pattern parts are shared, so reading after writing would mix two patterns.
         """
@@ -145,7 +145,7 @@ class TrainedWeight(nn.Module):
     # the run
 
     def set_method(self, method: Sparsifier, view: View, allocation: Allocation | None) -> None:
-        """Take a dynamic method and the tensors that it starts with."""
+        """Set the dynamic method, and register the buffers of its run."""
         self.method, self.sparsity, self.allocation, self.is_last = method, view.sparsity, allocation, view.last
         device = view.weight.device
         if not method.stateless:
@@ -166,14 +166,15 @@ class TrainedWeight(nn.Module):
         """The method's tensors."""
         return {name: getattr(self, "method_" + name) for name in self.state_names}
 
-    def keep_state(self, state: State | None) -> None:
+    def set_state(self, state: State | None) -> None:
+        """Copy new numbers into the method's tensors."""
         for name, value in (state or {}).items():
             getattr(self, "method_" + name).copy_(value)
 
     def view(self, **more: Any) -> View:
-        """What the method may read; weight and mask are made for it."""
-        given = {"sparsity": self.sparsity, "state": self.state, **more}
-        return View(self.name, self.dense(self.param), self.layout, mask=self.active(), last=self.is_last, **given)
+        """What the method may read now; makes the dense weight and its mask."""
+        fields = {"sparsity": self.sparsity, "state": self.state, **more}
+        return View(self.name, self.dense(self.param), self.layout, mask=self.active(), last=self.is_last, **fields)
 
     def run_names(self) -> tuple[str, ...]:
         """The names of the tensors that hold the state of a run."""
@@ -182,7 +183,7 @@ class TrainedWeight(nn.Module):
         return (*RUN, *("method_" + name for name in self.state_names))
 
     def write_run(self) -> None:
-        """Bring the buffers up to date with the engine, which counts in Python."""
+        """Write to the buffers what the engine counts in Python."""
         if self.engine is not None and not self.method.stateless:
             self.run_step.fill_(self.engine.step)
             counts = [getattr(self.engine, name) for name in COUNTS]
@@ -219,16 +220,16 @@ class TrainedWeight(nn.Module):
         elif problem := self._problem(run):
             errors.append(f"{self.name}: {problem}.")
         else:
-            self._load_run(run, state)
+            self._load_run(run, state, metadata.get("assign_to_params_buffers", False))
 
     def _problem(self, run: dict[str, Tensor]) -> str | None:
-        """Why this is no state of this weight's run; None if it is."""
-        lacking = [name for name in self.run_names() if name not in run]
-        if lacking:
-            return f"Expected the state of a run with {lacking[0]!r}, got one without it"
-        theirs, ours = decoded(run["run_method"]), repr(self.method)
-        if theirs != ours:
-            return f"Expected the state of {ours}, got that of {theirs}; sparsify the model with that method first"
+        """Why this state cannot be loaded, in words; None if it can."""
+        missing = [name for name in self.run_names() if name not in run]
+        if missing:
+            return f"Expected the state of a run with {missing[0]!r}, got one without it"
+        method = decoded(run["run_method"])
+        if method != repr(self.method):
+            return f"Expected the state of {self.method}, got that of {method}; sparsify the model with that one first"
         for name in run:
             have, want = run[name], getattr(self, name)
             if name != "run_method" and (have.shape != want.shape or have.dtype != want.dtype):
@@ -237,9 +238,15 @@ class TrainedWeight(nn.Module):
         return None
 
     @torch.no_grad()
-    def _load_run(self, run: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    def _load_run(self, run: dict[str, Tensor], state: dict[str, Tensor], assign: bool) -> None:
         for name, value in run.items():
-            getattr(self, name).copy_(value)
+            present = getattr(self, name)
+            if not assign:
+                present.copy_(value)
+            elif isinstance(present, nn.Parameter):
+                setattr(self, name, nn.Parameter(value, present.requires_grad))
+            else:
+                setattr(self, name, value)
         averages = {key: value for key, value in state.items() if key.startswith("momentum_")}
         if self.engine is not None:
             self.engine.read_run(self, averages)
@@ -252,7 +259,7 @@ class TrainedWeight(nn.Module):
 
 
 def is_of_run(name: str) -> bool:
-    """Whether a tensor beside a weight, by its name in a state dict, is state of a run, not a part of the pattern."""
+    """Whether `weight_pattern.<name>` in a state dict is state of a run, not a part of the pattern."""
     return name == "mask" or name.startswith(("run_", "method_", "momentum_"))
 
 
@@ -266,13 +273,13 @@ def decoded(text: Tensor) -> str:
 
 
 def optimizer_slots(param: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors that go with each entry of the parameter, by name."""
+    """The optimizer's tensors with a number for each entry of the parameter, by name."""
     state = optimizer.state.get(param, {})
     return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0 and t.shape == param.shape}
 
 
 def fill(old: Tensor | None, new: Tensor) -> Tensor:
-    """The old tensor with the new numbers, so that references survive; the new one where shapes differ."""
+    """The old tensor with the new numbers, so that CUDA graphs read them; the new one where shapes differ."""
     if old is None or old.shape != new.shape:
         return new
     return old.copy_(new)

@@ -1,6 +1,6 @@
 """Bitmask: one bit an entry and the non-zeros. A layout for sten with a C++ kernel, in a package of its own.
 
-Importing it registers the layout and the kernel; nothing in sten knows about it.
+Importing it registers the layout and the kernel, without a change to sten.
 """
 
 import math
@@ -20,46 +20,34 @@ class Bitmask(sten.Layout):
 
     pattern = ("bits", "start")
 
-    def mask(self, score, sparsity=None):
-        return sten.extend.top(score, sten.extend.count_to_keep(score.numel(), sparsity, self))
-
     def pack(self, dense, mask):
-        live = mask.flatten(1)
-        bits = F.pad(live, (0, -live.shape[1] % 8)).view(len(live), -1, 8).byte()
-        start = F.pad(live.sum(1).cumsum(0), (1, 0))
+        stored = mask.flatten(1)
+        bits = F.pad(stored, (0, -stored.shape[1] % 8)).view(len(stored), -1, 8).byte()
+        start = F.pad(stored.sum(1).cumsum(0), (1, 0))
         weight = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        return {"values": dense.flatten(1)[live], "bits": (bits << weight).sum(-1, dtype=torch.uint8), "start": start}
+        return {"values": dense.flatten(1)[stored], "bits": (bits << weight).sum(-1, dtype=torch.uint8), "start": start}
 
-    def live(self, parts, shape):
+    def stored(self, parts, shape):
         """The mask as a matrix (R, C)."""
         bits = parts["bits"].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=parts["bits"].device)
         return (bits & 1).flatten(1)[:, : math.prod(shape[1:])].bool()
 
     def unpack(self, parts, shape):
-        live = self.live(parts, shape)
+        stored = self.stored(parts, shape)
         zero = parts["values"].new_zeros(1)
-        slot = torch.where(live, (live.flatten().cumsum(0) - 1).view(live.shape), parts["values"].numel())
+        slot = torch.where(stored, (stored.flatten().cumsum(0) - 1).view(stored.shape), parts["values"].numel())
         return torch.cat([parts["values"], zero])[slot].view(shape)
 
     def validate(self, parts, shape):
         rows, columns = shape[0], math.prod(shape[1:])
-        sten.extend.expect_parts(
-            self,
-            parts,
-            {
-                "values": ((-1,), None),
-                "bits": ((rows, -(-columns // 8)), torch.uint8),
-                "start": ((rows + 1,), torch.int64),
-            },
-        )
-        count = self.live(parts, (rows, 8 * parts["bits"].shape[1])).sum(1)
-        if (
-            not torch.equal(parts["start"], F.pad(count.cumsum(0), (1, 0)))
-            or int(count.sum()) != parts["values"].numel()
-        ):
-            raise ValueError(f"Parts 'start' and 'values' of {self} must agree with the number of bits in every row.")
-        if bool(self.live(parts, (rows, 8 * parts["bits"].shape[1]))[:, columns:].any()):
-            raise ValueError(f"Part 'bits' of {self} has bits set beyond column {columns - 1}.")
+        pattern = {"bits": ((rows, -(-columns // 8)), torch.uint8), "start": ((rows + 1,), torch.int64)}
+        sten.extend.expect_parts(self, parts, {"values": ((-1,), None), **pattern})
+        stored = self.stored(parts, (rows, 8 * parts["bits"].shape[1]))
+        start = F.pad(stored.sum(1).cumsum(0), (1, 0))
+        if not torch.equal(parts["start"], start) or int(start[-1]) != parts["values"].numel():
+            raise ValueError(f"Expected 'start' and 'values' of {self} to agree with the number of bits in each row.")
+        if bool(stored[:, columns:].any()):
+            raise ValueError(f"Expected no bits beyond column {columns - 1} in part 'bits' of {self}, got some.")
 
 
 @sten.kernel("linear", weight=Bitmask, device="cpu", prepare=True)

@@ -1,4 +1,4 @@
-"""What makes steps and mask updates cheap must change nothing: the mask of the forward pass, selection, moved slots."""
+"""What makes mask updates fast does not change them: the cached mask of a forward pass, selection, moved slots."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [0, 1, 5, 16, 17, 40])
-def test_highest_answers_what_a_sort_would(dtype, count):
+def test_highest_equals_a_sort(dtype, count):
     torch.manual_seed(count)
     for score in (torch.randn(6, 17), torch.randint(3, (6, 17)).float(), torch.zeros(6, 17)):
         score[0, 3], score[1, 2], score[2, :9], score[3, 1:8] = torch.nan, torch.inf, -torch.inf, torch.nan
@@ -32,7 +32,7 @@ def test_highest_answers_what_a_sort_would(dtype, count):
         assert torch.equal(highest(score, count), top_of_groups(score, count))
         assert torch.equal(highest(score.flatten(), count), top(score, count).flatten())
         assert torch.equal(highest(score.t(), min(count, 6)), top_of_groups(score.t().contiguous(), min(count, 6)))
-        if 0 < count < 17:  # both devices' ways
+        if 0 < count < 17:  # the code of both devices
             clean = torch.nan_to_num(score, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
             assert torch.equal(_edge(clean, count), edge_by_topk(clean, count))
     assert highest(torch.ones(0), 3).shape == (0,)
@@ -41,25 +41,25 @@ def test_highest_answers_what_a_sort_would(dtype, count):
 class Counts(NM):
     """NM that counts its masks."""
 
-    asked = 0
+    masks = 0
 
     def mask(self, score, sparsity=None):
-        Counts.asked += 1
+        Counts.masks += 1
         return super().mask(score, sparsity)
 
 
-def test_srste_chooses_once_a_forward_pass():
+def test_srste_makes_one_mask_a_forward_pass():
     model, optimizer, _ = sparse(sten.SRSTE(0.1), Counts(2, 4))
-    Counts.asked = 0
+    Counts.masks = 0
     train(model, optimizer, 3)
-    assert Counts.asked == 6  # two weights
+    assert Counts.masks == 6  # two weights
     train(model, optimizer, 1, microbatches=4)
-    assert Counts.asked == 6 + 8
+    assert Counts.masks == 6 + 8
 
 
 @pytest.mark.parametrize("how", ["weights", "functional", "no forward"])
 def test_a_mask_of_other_weights_is_not_used(how):
-    """decay * (1 - M) * w with the M of the weights that the step finds, whatever was computed before."""
+    """decay * (1 - M) * w with the M of the weights at the step, not of an earlier forward pass."""
     model = nn.Sequential(nn.Linear(8, 4, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
     sten.sparsify(model, NM(2, 4), sten.SRSTE(decay=0.5), optimizer=optimizer)
@@ -80,7 +80,7 @@ def test_a_mask_of_other_weights_is_not_used(how):
     torch.testing.assert_close(param.detach(), want)
 
 
-def test_what_a_forward_pass_remembers_is_not_copied_nor_kept():
+def test_the_cache_of_a_forward_pass_is_neither_copied_nor_used_twice():
     model, optimizer, engine = sparse(sten.SRSTE(0.1), NM(2, 4))
     loss_of(model, 0).backward()
     weight = engine.weights[0]
@@ -113,7 +113,7 @@ def test_fresh_entries_and_new_values_of_a_compressed_weight():
     assert torch.equal(dense_weights(model)[0], mask.float())
 
 
-def test_an_ablated_neuron_leaves_nothing_behind():
+def test_an_ablated_neuron_grows_again_from_zero():
     model, optimizer, engine = sparse(sten.SRigL(60, every=20), FanIn(), optimizer="adam")
     train(model, optimizer, 2)
     weight = engine.weights[0]
