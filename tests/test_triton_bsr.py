@@ -73,8 +73,8 @@ def test_gated_epilogue(activation, launches, variant, monkeypatch):
     biases = random(50), random(50, seed=1)
     for x in (random(5, 72), random(72, 6).T, random(2, 3, 144)[..., ::2], random(0, 72)):
         expected = ACTIVATIONS[activation](x @ gate_dense.T + biases[0]) * (x @ up_dense.T + biases[1])
-        given = gated(up, biases[1]), gated(gate, biases[0])
-        close(bsr.gated_linear(x, *given, out_features=50, activation=activation), expected)
+        weights = gated(up, biases[1]), gated(gate, biases[0])
+        close(bsr.gated_linear(x, *weights, out_features=50, activation=activation), expected)
 
 
 def test_gated_linear_without_a_block(variant):
@@ -149,24 +149,28 @@ def test_shares(seed, depth, width, most):
     table = bsr._shares(programs, most, depth, width, *(t for weight in weights for t in weight))
     assert table.shape == (programs, 3 + 5 * len(weights))
     taken = {}
-    for program, (line, split, splits, *shares) in enumerate(table.tolist()):
+    for program, (block_row, split, splits, *shares) in enumerate(table.tolist()):
         assert 0 <= split < splits
-        if line == 7:
+        if block_row == 7:
             assert splits == 1
         else:
-            assert table[program - split : program - split + splits, 0].tolist() == [line] * splits
+            assert table[program - split : program - split + splits, 0].tolist() == [block_row] * splits
         work = 0
         for half, (start, other) in enumerate(weights):
-            first, stop, low, high, place = shares[5 * half : 5 * half + 5]
+            first, stop, low, high, column = shares[5 * half : 5 * half + 5]
             work += max(0, high - low)
-            steps = taken.setdefault((line, half), [])
+            steps = taken.setdefault((block_row, half), [])
             steps += range(low, high)
             if low < high:
-                assert [first, stop] == start[line : line + 2].tolist() and place == other[first + low * depth // width]
+                assert [first, stop] == start[block_row : block_row + 2].tolist() and column == other[
+                    first + low * depth // width
+                ]
         assert most is None or work <= most + len(weights) - 1
     for half, (start, _) in enumerate(weights):
         lengths = -(-start.diff() * width // depth)
-        assert [taken[line, half] for line in range(7)] == [list(range(length)) for length in lengths.tolist()]
+        assert [taken[block_row, half] for block_row in range(7)] == [
+            list(range(length)) for length in lengths.tolist()
+        ]
         assert taken.get((7, half), []) == []
 
 

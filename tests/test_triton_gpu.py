@@ -24,8 +24,8 @@ def calls(tokens):
 def gated_calls():
     """(call on x, both dense weights) for the gated products, which are one launch where that is faster."""
     up, gate = (vector_nm_parts(256, 2048, 1, 4, 128, HALF, seed=seed) for seed in (0, 1))
-    given = {"n": 1, "m": 4, "v": 128, "out_features": 256}
-    yield lambda x: vector_nm.gated_linear(x, up[:2], gate[:2], **given), (up[2], gate[2])
+    options = {"n": 1, "m": 4, "v": 128, "out_features": 256}
+    yield lambda x: vector_nm.gated_linear(x, up[:2], gate[:2], **options), (up[2], gate[2])
     (up_bsr, dense_up), (gate_bsr, dense_gate) = (bsr_parts(256, 2048, 64, 64, dtype=HALF, seed=s) for s in (0, 1))
     halves = [tuple(parts[name] for name in ("values", "crow", "col")) for parts in (up_bsr, gate_bsr)]
     yield lambda x: bsr.gated_linear(x, *halves, out_features=256), (dense_up, dense_gate)
@@ -85,11 +85,11 @@ def test_two_streams_at_once():
 @pytest.mark.parametrize("captured", [False, True])
 def test_back_to_back(tokens, captured):
     """A kernel that begins before its predecessor has ended reads what that one wrote, weights included."""
-    layers = [make(seed) for seed, make in enumerate([vector_layer, turned_layer, blocks_layer, fine_layer] * 3)]
-    x, given = random(tokens, 2048, dtype=HALF), torch.empty(tokens, 2048, dtype=HALF, device=DEVICE)
+    layers = [make(seed) for seed, make in enumerate([vector_layer, feature_major_layer, blocks_layer, fine_layer] * 3)]
+    x, buffer = random(tokens, 2048, dtype=HALF), torch.empty(tokens, 2048, dtype=HALF, device=DEVICE)
 
     def forward():
-        y = given.copy_(x)
+        y = buffer.copy_(x)
         for call, target, source in layers:
             for mine, new in zip(target, source, strict=True):
                 mine.copy_(new)  # the weight is written just before it is used
@@ -121,16 +121,16 @@ def written_late(call, *parts):
 
 def vector_layer(seed):
     values, index, _ = vector_nm_parts(2048, 2048, 1, 4, 128, HALF, seed=seed)
-    given = {"n": 1, "m": 4, "v": 128, "out_features": 2048}
-    return written_late(lambda x, *weight: vector_nm.linear(x, *weight, **given), values / 23, index)
+    options = {"n": 1, "m": 4, "v": 128, "out_features": 2048}
+    return written_late(lambda x, *weight: vector_nm.linear(x, *weight, **options), values / 23, index)
 
 
-def turned_layer(seed):
+def feature_major_layer(seed):
     """The end of a feature-major chain: what comes before is not a transpose of our own."""
     values, index, _ = vector_nm_parts(2048, 2048, 1, 4, 128, HALF, seed=seed)
-    given = {"n": 1, "m": 4, "v": 128, "row_major": True}
+    options = {"n": 1, "m": 4, "v": 128, "row_major": True}
     return written_late(
-        lambda x, *weight: vector_nm.linear_feature_major(x.T.contiguous(), *weight, **given), values / 23, index
+        lambda x, *weight: vector_nm.linear_feature_major(x.T.contiguous(), *weight, **options), values / 23, index
     )
 
 
@@ -168,7 +168,7 @@ def slots():
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 @pytest.mark.parametrize("kind", [blocks, slots], ids=["bsr", "grouped_nm"])
 def test_a_recorded_graph_follows_its_pattern(kind, tokens):
-    """A mask update writes the pattern in place and invalidates it; the graph reads the tables where they were."""
+    """A mask update writes the pattern in place and invalidates it; the graph reads the tables at the old addresses."""
     (call, patterns), x = kind(), random(tokens, 2048, dtype=HALF)
     mine = [part.clone() for part in patterns[0][0]]
     for _ in range(2):
@@ -250,4 +250,4 @@ def test_compiled_into_graphs(tokens):
             expected = torch.relu(x).double() @ dense.double().T * 2
             torch.compiler.cudagraph_mark_step_begin()
             close(compiled(x), expected, HALF)
-        close(call(x), x.double() @ dense.double().T, HALF)  # what was kept meanwhile serves other calls
+        close(call(x), x.double() @ dense.double().T, HALF)  # what was cached meanwhile serves other calls

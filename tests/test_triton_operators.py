@@ -114,7 +114,7 @@ class Seen(TorchFunctionMode):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_tensors_that_are_more_than_their_numbers(name):
-    """A lazy negation, a subclass in any place; and a mode that sees functions rather than operators."""
+    """A lazy negation, a subclass in any position; and a mode that sees functions rather than operators."""
     call, _, dense = weights()[name]
     for tokens in (1, 3):
         x, bias = random(tokens, I), random(O)

@@ -88,7 +88,7 @@ def test_frames_of_a_call(layout, prepared, tokens, biased, monkeypatch):
         frame, count = sys._getframe(), 0
         while frame is not here:
             frame, count = frame.f_back, count + 1
-        frames.append(count)  # this function stands in the place of Launch.__call__
+        frames.append(count)  # this function replaces Launch.__call__
         return call(self, *arguments)
 
     w, x, bias = weight(layout), random(tokens, I), random(O) if biased else None
