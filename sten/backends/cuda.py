@@ -175,19 +175,12 @@ def prepare_by(name: str, row: Row) -> Callable[..., Plan]:
     return prepare
 
 
-def linear_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
-    return lambda x, weight, bias: launches(x, *tensors(weight), bias, *absent)
-
-
-def grad_input_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
-    return lambda grad, weight: launches(grad, *tensors(weight))
-
-
-def grad_weight_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
-    return lambda grad, x, weight: launches(grad, x, *tensors(weight))
-
-
-RUNS = {"linear": linear_run, "linear_grad_input": grad_input_run, "linear_grad_weight": grad_weight_run}
+# operator -> the `run` of its Plan, from its launches, the tensors of a weight, and the arguments that are None
+RUNS: dict[str, Callable[..., Callable[..., Tensor]]] = {
+    "linear": lambda launch, tensors, absent: lambda x, w, bias: launch(x, *tensors(w), bias, *absent),
+    "linear_grad_input": lambda launch, tensors, _: lambda grad, w: launch(grad, *tensors(w)),
+    "linear_grad_weight": lambda launch, tensors, _: lambda grad, x, w: launch(grad, x, *tensors(w)),
+}
 
 if kernels.available():
     for _layout, _row in TABLE.items():
