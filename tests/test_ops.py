@@ -90,7 +90,7 @@ def test_matmul(layout, flip, strictly):
     close(torch.addmm(torch.zeros(2), w, torch.ones(columns, 2)), dense @ torch.ones(columns, 2))
 
 
-def test_sparse_times_sparse_densifies_aloud():
+def test_sparse_times_sparse_warns_and_runs_dense():
     a, da = make(CSR(), (7, 5))
     b, db = make(CSR(), (5, 7), seed=1)
     with warnings.catch_warnings():
@@ -317,7 +317,7 @@ IN_PLACE = [
 @every_layout
 @pytest.mark.parametrize("change", IN_PLACE)
 def test_in_place(layout, change, strictly):
-    """On the stored entries alone, as the same change of a dense tensor of those entries; padding stays zero."""
+    """Only on the stored entries, as on a dense tensor of those entries; padding stays zero."""
     for flip in (False, True):
         w, dense = make(layout, (7, 5), torch.float64)
         other = w * 3
@@ -385,7 +385,7 @@ def test_used_slots_are_cached_until_a_part_changes():
 # fused layers
 
 
-def test_recurrent_layers_densify_aloud():
+def test_recurrent_layers_warn_and_run_dense():
     for kind in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell):
         layer = kind(6, 8)
         twin = kind(6, 8)
@@ -411,17 +411,17 @@ def test_recurrent_layers_densify_aloud():
 
 
 @every_layout
-def test_which_says_what_runs(layout):
+def test_which_plans(layout):
     w = make(layout, (7, 5))[0]
-    answers = [
+    chosen = [
         which("linear", torch.ones(2, 5), w),
         which("linear", (2, 7), w.t()),
         which("matmul", (2, 7), w),
         which("matmul", (5,), w.t()),
     ]
-    assert [a.operator for a in answers] == ["linear", "linear_grad_input", "linear_grad_input", "linear"]
-    for answer in answers + [which("embedding", (3,), w), which("linear_grad_weight", (2, 7), w)]:
-        assert answer.kernel != "reference" and len(answer.reason) > 20 and str(layout) in str(answer)
+    assert [a.operator for a in chosen] == ["linear", "linear_grad_input", "linear_grad_input", "linear"]
+    for plan in chosen + [which("embedding", (3,), w), which("linear_grad_weight", (2, 7), w)]:
+        assert plan.kernel != "reference" and len(plan.reason) > 20 and str(layout) in str(plan)
     with dispatch.observe() as seen:
         F.linear(torch.ones(2, 5), w)
         torch.ones(2, 7) @ w
@@ -462,7 +462,7 @@ def test_float32_on_the_cpu_runs_compiled(layout):
 
 
 @pytest.mark.parametrize("layout", [CSR(), GroupedNM(2, 4, 1)], ids=str)
-def test_a_window_of_one_is_a_product(layout):
+def test_kernel_size_one_is_a_product(layout):
     if not cpp.available():
         pytest.skip("the extension is not built")
     w, dense = make(layout, (8, 12, 1, 1))

@@ -52,7 +52,7 @@ def gated(parts, bias=None):
 @pytest.mark.parametrize("dtype", HALF_TOO, ids=str)
 @pytest.mark.parametrize("outputs, inputs, block", SHAPES)
 def test_gated_linear(outputs, inputs, block, dtype, variant):
-    """Different patterns: the first block row of ``gate`` is empty, and of ``up`` the last column alone."""
+    """Different patterns: in ``gate`` the first block row is empty, in ``up`` only the last column."""
     gate, gate_dense = bsr_parts(outputs, inputs, *block, dtype=dtype, seed=1)
     keep = torch.rand(-(-outputs // block[0]), -(-inputs // block[1]), generator=torch.Generator().manual_seed(2)) < 0.2
     keep[:, -1], keep[1] = True, False
@@ -87,7 +87,7 @@ def test_gated_linear_without_a_block(variant):
     close(got, (biases[0] * torch.relu(biases[1])).expand(5, 64))
 
 
-def test_gated_linear_refuses_two_block_shapes():
+def test_gated_linear_with_two_block_shapes_raises():
     (up, _), (gate, _) = bsr_parts(64, 64, 16, 16), bsr_parts(64, 64, 32, 16)
     with pytest.raises(ValueError, match="one gated product"):
         bsr.gated_linear(random(2, 64), gated(up), gated(gate), out_features=64)
@@ -137,7 +137,7 @@ def test_expand(outputs, inputs, block):
 @pytest.mark.parametrize("depth, width", [(16, 32), (32, 16), (16, 24), (128, 16)])
 @pytest.mark.parametrize("seed", range(4))
 def test_shares(seed, depth, width, most):
-    """Every step of every block row is taken once, by programs that stand together; what is left over takes none."""
+    """Every step of every block row belongs to one of consecutive programs; unused programs have no steps."""
     weights = []
     for half in range(1 + seed % 2):
         g = torch.Generator().manual_seed(10 * seed + half)
@@ -175,7 +175,7 @@ def test_shares(seed, depth, width, most):
 
 
 def test_pattern_written_in_place(variant):
-    """What was derived from a pattern follows it: of a weight, and of one of two weights alone."""
+    """Tables are derived again after `invalidate`: of a weight, and of one of two weights."""
     keep = torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) < 0.5
     (first, _), (second, dense) = (bsr_parts(64, 80, 16, 16, keep=k, seed=7) for k in (keep, keep.roll(1, 0)))
     other, other_dense = bsr_parts(64, 80, 16, 16, seed=5)

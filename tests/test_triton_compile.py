@@ -1,4 +1,4 @@
-"""Every tile compiles for GPUs that are not here; of each kernel one fits in the smallest of them, without spilling."""
+"""Every tile compiles for other GPUs; of each kernel one fits in the smallest of them, without spilling."""
 
 import json
 import os

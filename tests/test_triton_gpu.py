@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, streams, sizes over 2^31 elements, compiled code."""
+"""Tests that need a GPU: graphs, streams, sizes over 2^31 elements, compiled code."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_graph_capture_and_replay(tokens):
 
 
 def test_two_streams_at_once():
-    """Split reductions in flight together must not share counters."""
+    """Concurrent split reductions must not share counters."""
     for call, dense in calls(16):
         x = random(16, 2048, dtype=HALF)
         expected = x.double() @ dense.double().T
@@ -84,7 +84,7 @@ def test_two_streams_at_once():
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 @pytest.mark.parametrize("captured", [False, True])
 def test_back_to_back(tokens, captured):
-    """A kernel that begins before its predecessor has ended reads what that one wrote, weights included."""
+    """A kernel that starts before the previous one has ended (PDL) reads what that one wrote, weights included."""
     layers = [make(seed) for seed, make in enumerate([vector_layer, feature_major_layer, blocks_layer, fine_layer] * 3)]
     x, buffer = random(tokens, 2048, dtype=HALF), torch.empty(tokens, 2048, dtype=HALF, device=DEVICE)
 
@@ -114,7 +114,7 @@ def test_back_to_back(tokens, captured):
 
 
 def written_late(call, *parts):
-    """(call on x, empty tensors of the weight that it reads, what they are to hold)."""
+    """(call on x, empty tensors of the weight that it reads, their contents)."""
     mine = [torch.zeros_like(part) for part in parts]
     return (lambda x: call(x, *mine)), mine, parts
 
@@ -126,7 +126,7 @@ def vector_layer(seed):
 
 
 def feature_major_layer(seed):
-    """The end of a feature-major chain: what comes before is not a transpose of our own."""
+    """The end of a feature-major chain, after a transpose by torch."""
     values, index, _ = vector_nm_parts(2048, 2048, 1, 4, 128, HALF, seed=seed)
     options = {"n": 1, "m": 4, "v": 128, "row_major": True}
     return written_late(
@@ -135,7 +135,7 @@ def feature_major_layer(seed):
 
 
 def blocks_layer(seed):
-    """The table of who takes which blocks follows the pattern: it is made again, in a capture at each replay."""
+    """The table of shares is derived from the pattern: it is made again, in a capture at each replay."""
     parts, _ = bsr_parts(2048, 2048, 64, 64, dtype=HALF, seed=seed)
     weight = parts["values"] / 23, parts["crow"], parts["col"]
     return written_late(lambda x, *weight: bsr.linear(x, *weight, out_features=2048), *weight)
@@ -167,7 +167,7 @@ def slots():
 
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 @pytest.mark.parametrize("kind", [blocks, slots], ids=["bsr", "grouped_nm"])
-def test_a_recorded_graph_follows_its_pattern(kind, tokens):
+def test_a_recorded_graph_reads_new_tables_after_invalidate(kind, tokens):
     """A mask update writes the pattern in place and invalidates it; the graph reads the tables at the old addresses."""
     (call, patterns), x = kind(), random(tokens, 2048, dtype=HALF)
     mine = [part.clone() for part in patterns[0][0]]
@@ -187,7 +187,7 @@ def test_a_recorded_graph_follows_its_pattern(kind, tokens):
 
 
 def test_captures_use_up_the_counters(monkeypatch):
-    """A capture that finds no counters left has them zeroed in its graph; the next call outside provides more."""
+    """A capture without counters left zeroes its own in the graph; the next call outside allocates more."""
     monkeypatch.setattr(split_k.Workspace, "BLOCK", 1 << 14)
     fresh = split_k.Workspace()
     monkeypatch.setattr(nm, "workspace", fresh)
@@ -241,7 +241,7 @@ def test_offsets_over_31_bits():
 
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 def test_compiled_into_graphs(tokens):
-    """Inductor records its own graphs, each in a pool of its own, after a warm-up whose memory is taken back."""
+    """Inductor records its own graphs, each in a pool of its own, after a warm-up whose memory is freed."""
     torch._dynamo.reset()
     for call, dense in calls(tokens):
         compiled = torch.compile(lambda x, call=call: call(torch.relu(x)) * 2, mode="reduce-overhead", fullgraph=True)

@@ -15,7 +15,7 @@ from sten.kernels.backend import Backend, backend
 
 @pytest.mark.parametrize("name", _torch_private.NAMES)
 def test_private_names_of_torch(name):
-    """A build of torch without CUDA lacks those that ask a stream; kernels then use the public functions."""
+    """A build of torch without CUDA lacks those of streams; kernels then use the public functions."""
     value = torch
     for part in name.split("."):
         value = getattr(value, part, None)
@@ -34,7 +34,7 @@ def test_fallbacks_of_torch():
 
 
 def compiled(meta=None, scratch=0, wrapped=False):
-    """What Triton's front end returns for a launch, as far as it is looked at, and the arguments of its launcher."""
+    """The attributes that are read of what Triton's front end returns, and the arguments of its launcher."""
     calls = []
     launcher = calls.append
 
@@ -56,7 +56,7 @@ def usable(monkeypatch):
     monkeypatch.setattr(_triton_private, "usable", lambda: True)
 
 
-def test_only_tested_versions_are_started_directly(monkeypatch):
+def test_only_tested_versions_are_launched_directly(monkeypatch):
     assert _triton_private.usable() == (triton.__version__.partition("+")[0] in _triton_private.TESTED)
     monkeypatch.setattr(triton, "__version__", "3.6.1")
     assert not _triton_private.usable() and _triton_private.direct_start(None) is None
@@ -74,7 +74,7 @@ def test_direct_start(usable):
 
 
 def test_states_of_a_launch(monkeypatch):
-    """New, then direct: the second call asks nobody how to start."""
+    """New, then direct: the second call compiles nothing."""
     started, compiled_for = [], []
     monkeypatch.setattr(launch, "current_stream", lambda device: 5)
     monkeypatch.setattr(backend, "device", lambda: 0)
@@ -91,7 +91,7 @@ def test_states_of_a_launch(monkeypatch):
     assert started == [(3, 1, 1, 5, "args", "y", 1, "constants")] and len(compiled_for) == 1
 
 
-def test_a_kernel_that_cannot_be_started_directly():
+def test_a_kernel_that_cannot_be_launched_directly():
     compiled_for = []
     ready = launch.Launch(compiled_for.append, (3,))  # append returns None
     for number in range(3):

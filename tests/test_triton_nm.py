@@ -51,7 +51,7 @@ def test_few_tokens_from_words(dtype, tokens):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs sparse tensor cores")
 @pytest.mark.parametrize("tokens", [65, 130, 256])
 def test_cusparselt(tokens):
-    """One plan serves every bias; neither it nor x has to lie where the library can read it."""
+    """One plan for every bias; neither bias nor x needs to be aligned for the library."""
     parts, x, flat = nm_parts(128, 256, 2, 4, HALF[1]), random(tokens, 256, dtype=HALF[1]), random(400, dtype=HALF[1])
     assert nm.choose(tokens, 128, 256, HALF[1], n=2, m=4)[0] == "cusparselt"
     product = x.double() @ parts[2].double().T
