@@ -2,22 +2,21 @@
 // this file, so there is no include guard. Every function carries STEN_FN: nothing here may be shared between the
 // instruction sets, and nothing but <cstdint> and the intrinsics may be called.
 //
-// Letters: V vectors of tokens in a panel line, R rows done at once, S = V * kWidth floats in a panel line.
+// Letters: V vectors of tokens in a panel row, R weight rows at a time, S = V * kWidth floats in a panel row.
 
 #include "kernels.h"
 
 namespace sten::STEN_ISA {
 
 constexpr int kRows = kRegisters / 8;                        // 4 x 4 or 2 x 4 accumulators in a many-token kernel
-constexpr int kMaxLive = kRegisters == 32 ? 6 : 3;           // rows of a pattern that fit with four vectors each
+constexpr int kMaxRows = kRegisters == 32 ? 6 : 3;           // rows of a pattern that fit with four vectors each
 
 // ---- panels
 
 STEN_INLINE int at_most_width(int64_t n) { return n <= 0 ? 0 : n < kWidth ? static_cast<int>(n) : kWidth; }
 
-// One vector of tokens at a time, each read (in store_panel: written) on from end to end: with all the tokens of a panel
-// in turn, 64 pages are in use at once and rows whose length is a multiple of 4 KB fall into one cache set, which was
-// two to three times slower at 3072 columns.
+// One vector of tokens at a time, along all columns: with all the tokens of a panel in turn, 64 pages are in use at
+// once, and rows whose length is a multiple of 4 KB map to one cache set: two to three times slower at 3072 columns.
 template <int V>
 STEN_FN void load_panel_v(const float* x, int64_t ld, int64_t tokens, int64_t cols, float* panel) {
   constexpr int S = V * kWidth;
@@ -38,8 +37,8 @@ STEN_FN void store_panel_v(const float* panel, int64_t rows, int64_t tokens, flo
       transpose(panel + r * S + t, S, at_most_width(rows - r), at_most_width(tokens - t), y + t * ld + r, ld, false);
 }
 
-// Weights lie in pieces of a few hundred bytes with a jump after each, which the processor's own prefetcher does not
-// follow well. Two kilobytes ahead is far enough for the third-level cache.
+// Weights are read in pieces of a few hundred bytes with a jump after each, which the hardware prefetcher handles
+// badly. Two kilobytes ahead is far enough for the third-level cache.
 template <typename T>
 STEN_INLINE void prefetch(const T* p, int64_t count) {
   constexpr int64_t kAhead = 512, kLine = 64 / sizeof(T);
@@ -63,14 +62,14 @@ STEN_INLINE void end_row(int64_t row, float* acc, const vec* a) {
 }
 
 template <int V>
-STEN_INLINE void add_line(const float* line, vec value, vec* a) {
+STEN_INLINE void add_scaled(const float* x, vec value, vec* a) {
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) a[v] = madd(value, load(line + v * kWidth), a[v]);
+  for (int v = 0; v < V; ++v) a[v] = madd(value, load(x + v * kWidth), a[v]);
 }
 
 // ---- CSR
 
-// Rows one after the other, straight from the stored format; C independent sums hide the latency of an addition.
+// Row by row, from the stored format; C independent sums hide the latency of an addition.
 template <int V>
 STEN_FN void csr_rows_v(const Csr& w, const float* bias, int64_t r0, int64_t r1, const float* panel, float* out) {
   constexpr int S = V * kWidth, C = V == 1 ? 8 : V == 2 ? 4 : 2;
@@ -85,16 +84,16 @@ STEN_FN void csr_rows_v(const Csr& w, const float* bias, int64_t r0, int64_t r1,
     for (; i + C <= end; i += C) {
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        const float* line = panel + static_cast<int64_t>(w.col[i + c]) * S;
+        const float* x_row = panel + static_cast<int64_t>(w.col[i + c]) * S;
         const vec s = broadcast(w.values + i + c);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) a[c][v] = madd(s, load(line + v * kWidth), a[c][v]);
+        for (int v = 0; v < V; ++v) a[c][v] = madd(s, load(x_row + v * kWidth), a[c][v]);
       }
     }
     for (; i < end; ++i) {
-      const float* line = panel + static_cast<int64_t>(w.col[i]) * S;
+      const float* x_row = panel + static_cast<int64_t>(w.col[i]) * S;
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) a[0][v] = madd(broadcast(w.values + i), load(line + v * kWidth), a[0][v]);
+      for (int v = 0; v < V; ++v) a[0][v] = madd(broadcast(w.values + i), load(x_row + v * kWidth), a[0][v]);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
@@ -116,11 +115,11 @@ STEN_FN void csr_block_v(const CsrBlock& block, const float* start, const float*
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) begin_row<V>(start, row[r], acc, a[r]);
     for (int32_t i = block.count[q]; i > 0; --i, col += kRows, value += kRows) {
-      uint64_t columns = 0;    // one load for all the rows: loads are what this loop waits for
+      uint64_t columns = 0;    // one load for all the rows: the loop is bound by loads
       __builtin_memcpy(&columns, col, kRows * sizeof(uint16_t));
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r)
-        add_line<V>(panel + static_cast<int64_t>(columns >> 16 * r & 0xffff) * S, broadcast(value + r), a[r]);
+        add_scaled<V>(panel + static_cast<int64_t>(columns >> 16 * r & 0xffff) * S, broadcast(value + r), a[r]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) end_row<V>(row[r], acc, a[r]);
@@ -136,7 +135,7 @@ STEN_FN void csr_token(const Csr& w, const float* bias, int64_t r0, int64_t r1, 
 
 // ---- GroupedNM
 
-// n = 1: pattern p is row p, so that a chunk holds one list of columns a row, row after row; G columns, or g when G is 0.
+// n = 1: pattern p is row p, so that a chunk has one list of columns per row; G columns, or g when G is 0.
 template <int R, int V, int G>
 STEN_INLINE void lists(const Grouped& w, const GroupedBlock& b, int64_t list, const float* panel, vec (*a)[V]) {
   constexpr int S = V * kWidth;
@@ -148,20 +147,20 @@ STEN_INLINE void lists(const Grouped& w, const GroupedBlock& b, int64_t list, co
     prefetch(index, R * g);
     int64_t j = 0;
     for (; j + 4 <= g; j += 4) {
-      uint64_t columns[R];    // one load for four columns: loads are what this loop waits for
+      uint64_t columns[R];    // one load for four columns: the loop is bound by loads
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) __builtin_memcpy(&columns[r], index + r * g + j, 4 * sizeof(int16_t));
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u)
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
-          add_line<V>(panel + static_cast<int64_t>(columns[r] >> 16 * u & 0xffff) * S,
+          add_scaled<V>(panel + static_cast<int64_t>(columns[r] >> 16 * u & 0xffff) * S,
                       broadcast(value + r * g + j + u), a[r]);
     }
     for (; j < g; ++j)
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
-        add_line<V>(panel + static_cast<int64_t>(index[r * g + j]) * S, broadcast(value + r * g + j), a[r]);
+        add_scaled<V>(panel + static_cast<int64_t>(index[r * g + j]) * S, broadcast(value + r * g + j), a[r]);
   }
 }
 
@@ -194,11 +193,11 @@ STEN_INLINE void pair(const int16_t*& index, const float*& value, int g, const f
   prefetch(index, count);
 #pragma GCC unroll 8
   for (int j = 0; j < count; ++j) {
-    const float* line = panel + static_cast<int64_t>(index[j]) * (V * kWidth);
+    const float* x_row = panel + static_cast<int64_t>(index[j]) * (V * kWidth);
     const vec s = broadcast(value + 2 * j), t = broadcast(value + 2 * j + 1);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
-      const vec x = keep(load(line + v * kWidth));
+      const vec x = keep(load(x_row + v * kWidth));
       a[A][v] = madd(s, x, a[A][v]);
       a[B][v] = madd(t, x, a[B][v]);
     }
@@ -232,9 +231,9 @@ STEN_FN void grouped_pairs(const Grouped& w, const GroupedBlock& b, const float*
   }
 }
 
-// N values a column for the N rows in registers; value[place[i]] belongs to row i.
+// N values a column for the N rows in registers; value[position[i]] belongs to row i.
 template <int N, int V>
-STEN_INLINE void columns(const Grouped& w, const GroupedBlock& b, int64_t slot, const int64_t* place,
+STEN_INLINE void columns(const Grouped& w, const GroupedBlock& b, int64_t slot, const int64_t* position,
                          const float* panel, vec (*a)[V]) {
   constexpr int S = V * kWidth;
   const int64_t step = w.strips * w.columns();
@@ -244,13 +243,13 @@ STEN_INLINE void columns(const Grouped& w, const GroupedBlock& b, int64_t slot, 
     prefetch(value, w.g * w.n);
     prefetch(index, w.g);
     for (int j = 0; j < w.g; ++j, value += w.n) {
-      const float* line = panel + static_cast<int64_t>(index[j]) * S;
+      const float* x_row = panel + static_cast<int64_t>(index[j]) * S;
       vec x[V];
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) x[v] = keep(load(line + v * kWidth));
+      for (int v = 0; v < V; ++v) x[v] = keep(load(x_row + v * kWidth));
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
-        const vec s = broadcast(value + place[i]);
+        const vec s = broadcast(value + position[i]);
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) a[i][v] = madd(s, x[v], a[i][v]);
       }
@@ -258,41 +257,41 @@ STEN_INLINE void columns(const Grouped& w, const GroupedBlock& b, int64_t slot, 
   }
 }
 
-// n = N: the rows of a pattern stay in registers, and one of them is exchanged on the way to the next.
+// n = N: the rows of a pattern stay in registers, and one of them is exchanged for the next pattern.
 template <int N, int V>
-STEN_FN void walk_strip(const Grouped& w, const GroupedBlock& b, int64_t strip, const float* panel, float* acc) {
+STEN_FN void exchange_strip(const Grouped& w, const GroupedBlock& b, int64_t strip, const float* panel, float* acc) {
   vec a[N][V];
-  int64_t row[N], place[N];
+  int64_t row[N], position[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) begin_row<V>(nullptr, row[i] = i, acc, a[i]);
-  const int32_t* walk = w.walk;
-  for (int64_t p = 0; p < w.patterns; ++p, walk += 2 + N) {
+  const int32_t* exchange = w.exchanges;
+  for (int64_t p = 0; p < w.patterns; ++p, exchange += 2 + N) {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
-      place[i] = walk[2 + i];
-      if (p > 0 && walk[0] == i) {
+      position[i] = exchange[2 + i];
+      if (p > 0 && exchange[0] == i) {
         end_row<V>(row[i], acc, a[i]);
-        begin_row<V>(nullptr, row[i] = walk[1], acc, a[i]);
+        begin_row<V>(nullptr, row[i] = exchange[1], acc, a[i]);
       }
     }
-    columns<N, V>(w, b, (strip * w.patterns + p) * w.g, place, panel, a);
+    columns<N, V>(w, b, (strip * w.patterns + p) * w.g, position, panel, a);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) end_row<V>(row[i], acc, a[i]);
 }
 
-// Any n: the rows of a pattern are read and written N at a time.
+// Any n: the rows of a pattern are loaded and stored N at a time.
 template <int N, int V>
 STEN_INLINE void some_rows(const Grouped& w, const GroupedBlock& b, int64_t slot, int first, const int32_t* rows,
                            const float* panel, float* acc) {
   vec a[N][V];
-  int64_t place[N];
+  int64_t position[N];
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    place[i] = first + i;
+    position[i] = first + i;
     begin_row<V>(nullptr, rows[first + i], acc, a[i]);
   }
-  columns<N, V>(w, b, slot, place, panel, a);
+  columns<N, V>(w, b, slot, position, panel, a);
 #pragma GCC unroll 8
   for (int i = 0; i < N; ++i) end_row<V>(rows[first + i], acc, a[i]);
 }
@@ -303,7 +302,7 @@ STEN_FN void any_strip(const Grouped& w, const GroupedBlock& b, int64_t strip, c
     const int64_t slot = (strip * w.patterns + p) * w.g;
     const int32_t* rows = w.rows + p * w.n;
     int i = 0;
-    for (; i + kMaxLive <= w.n; i += kMaxLive) some_rows<kMaxLive, V>(w, b, slot, i, rows, panel, acc);
+    for (; i + kMaxRows <= w.n; i += kMaxRows) some_rows<kMaxRows, V>(w, b, slot, i, rows, panel, acc);
     for (; i < w.n; ++i) some_rows<1, V>(w, b, slot, i, rows, panel, acc);
   }
 }
@@ -316,12 +315,12 @@ STEN_FN void grouped_patterns(const Grouped& w, const GroupedBlock& b, const flo
       for (int r = 0; r < w.m; ++r, ++start)
         for (int v = 0; v < V; ++v) store(acc + (r * V + v) * kWidth, broadcast(start));
     }
-    switch (w.n <= kMaxLive ? w.n : 0) {
-      case 2: walk_strip<2, V>(w, b, s, panel, acc); break;
-      case 3: walk_strip<3, V>(w, b, s, panel, acc); break;
-      case 4: walk_strip<kMaxLive >= 4 ? 4 : 2, V>(w, b, s, panel, acc); break;
-      case 5: walk_strip<kMaxLive >= 5 ? 5 : 2, V>(w, b, s, panel, acc); break;
-      case 6: walk_strip<kMaxLive >= 6 ? 6 : 2, V>(w, b, s, panel, acc); break;
+    switch (w.n <= kMaxRows ? w.n : 0) {
+      case 2: exchange_strip<2, V>(w, b, s, panel, acc); break;
+      case 3: exchange_strip<3, V>(w, b, s, panel, acc); break;
+      case 4: exchange_strip<kMaxRows >= 4 ? 4 : 2, V>(w, b, s, panel, acc); break;
+      case 5: exchange_strip<kMaxRows >= 5 ? 5 : 2, V>(w, b, s, panel, acc); break;
+      case 6: exchange_strip<kMaxRows >= 6 ? 6 : 2, V>(w, b, s, panel, acc); break;
       default: any_strip<V>(w, b, s, panel, acc);
     }
   }

@@ -1,8 +1,8 @@
 // CSR: y = x W^T + bias.
 //
-// Few tokens read the stored format as it is. Many tokens are worth repacking it, once a call: the columns are cut into
-// k-blocks whose activations fit the first-level cache, and inside each the rows are sorted by their count and put
-// together in groups that run in step.
+// For few tokens the kernel reads the stored format. For many tokens it is repacked, once per call: the columns are
+// split into k-blocks whose activations fit the first-level cache, and inside each the rows are sorted by their count
+// and combined in groups of equal length.
 //
 // Letters: B columns in a k-block, L rows in a group.
 #include <cstring>
@@ -16,9 +16,9 @@ namespace {
 
 constexpr int64_t kBlock = 128;         // B: 32 KB at 64 tokens
 constexpr int64_t kRepackPanels = 2;    // from this many panels on, repacking pays
-constexpr int64_t kOwnRows = 256;       // rows worth a thread's own transpose of the activations
+constexpr int64_t kOwnRows = 256;       // rows from which on a thread transposes activations for itself
 
-// Where one k-block of one piece of rows is repacked to; row and count lie before it in memory, see Repacked.
+// One repacked k-block of one piece of rows; row and count are stored before it, see Repacked.
 struct Packed {
   int64_t groups, steps;
   int32_t *row, *count;
@@ -28,18 +28,19 @@ struct Packed {
 
 // order: the rows by falling count (a counting sort), with the dummy row `rows` filling up the last group
 void sort_rows(const int32_t* first, const int32_t* last, int64_t rows, int group, int32_t* order) {
-  int64_t place[kBlock + 2] = {};
+  int64_t start[kBlock + 2] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t count = last[r] - first[r];
-    if (count > kBlock) throw std::invalid_argument("sten::csr_linear: columns must ascend within a row");
-    ++place[kBlock - count + 1];
+    if (count > kBlock)
+      throw std::invalid_argument("sten::csr_linear: Expected columns that ascend within a row, got others");
+    ++start[kBlock - count + 1];
   }
-  for (int64_t c = 0; c <= kBlock; ++c) place[c + 1] += place[c];
-  for (int64_t r = 0; r < rows; ++r) order[place[kBlock - (last[r] - first[r])]++] = static_cast<int32_t>(r);
+  for (int64_t c = 0; c <= kBlock; ++c) start[c + 1] += start[c];
+  for (int64_t r = 0; r < rows; ++r) order[start[kBlock - (last[r] - first[r])]++] = static_cast<int32_t>(r);
   for (int64_t r = rows; r % group; ++r) order[r] = static_cast<int32_t>(rows);
 }
 
-// One group: entry i of row l goes to place i * L + l; short rows are filled up with the zero line.
+// One group: entry i of row l is stored at i * L + l; short rows are filled up with the row of zeros.
 void fill_group(const Csr& w, int64_t k0, int64_t steps, int group, const int32_t* from, const int32_t* own,
                 uint16_t* col, float* value) {
   const int64_t common = own[group - 1];
@@ -67,7 +68,7 @@ class Repacked {
         group_(group),
         packed_(pieces * blocks_),
         where_(Role::cuts, (blocks_ + 1) * out_),
-        // a piece of n rows has at most n + L - 1 places and as many counts
+        // a piece of n rows has at most n + L - 1 slots and as many counts
         orders_(Role::small, 2 * blocks_ * (out_ + pieces * group_)) {
     const int64_t cuts = std::min<int64_t>(out_, pool.threads * 4);
     pool.each(cuts, [&](int64_t begin, int64_t end) {
@@ -168,9 +169,9 @@ void panel_task(const Problem& p, const Kernels& k, const Repacked& w, int64_t p
                 float* start, float* acc) {
   const int64_t count = tokens.end - tokens.begin;
   const int v = static_cast<int>(ceil_div(count, k.width));
-  const int64_t line = static_cast<int64_t>(v) * k.width;
+  const int64_t row_floats = static_cast<int64_t>(v) * k.width;
   const Range rows = w.rows(piece);
-  std::memset(panel + kBlock * line, 0, line * sizeof(float));
+  std::memset(panel + kBlock * row_floats, 0, row_floats * sizeof(float));
   for (int64_t b = 0; b < w.blocks(); ++b) {
     const int64_t k0 = b * kBlock;
     k.load_panel(p.x + tokens.begin * p.in + k0, p.in, count, std::min(kBlock, p.in - k0), v, panel);
@@ -197,13 +198,13 @@ void panel_tasks(const Problem& p, const Kernels& k, const Repacked& w, const Gr
 
 void many_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& pool, Grid grid) {
   const int64_t least = std::min(pieces_for_cache(p, k), p.out), own = ceil_div(least, pool.threads) * pool.threads;
-  // Where every thread can have rows enough, it repacks and keeps its own; nobody waits for anybody.
+  // With enough rows per thread, each repacks and multiplies its own, without waiting for others.
   if (pool.threads == 1 || p.out >= own * kOwnRows) {
-    const Pool alone{1, nullptr};
+    const Pool one_thread{1, nullptr};
     grid.pieces = 1;
     return pool.each(own, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const Repacked repacked(w, p.in, part(p.out, own, i), k.rows_at_once, alone, 1);
+        const Repacked repacked(w, p.in, part(p.out, own, i), k.rows_at_once, one_thread, 1);
         panel_tasks(p, k, repacked, grid, 0, grid.tasks());
       }
     });

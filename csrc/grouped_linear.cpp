@@ -9,7 +9,7 @@ namespace sten {
 namespace {
 
 constexpr int64_t kPanelBytes = 40 << 10;    // activations of one block: most of a 48 KB first-level cache
-constexpr int64_t kTokenFloats = 4096;       // one token: partial sums kept in the first-level cache
+constexpr int64_t kTokenFloats = 4096;       // one token: partial sums that stay in the first-level cache
 
 // y of one token from its sums: acc is (strips, P, g, n)
 void token_rows(const Problem& p, const Grouped& w, int64_t strip0, int64_t strip1, const float* acc) {
@@ -32,7 +32,7 @@ void one_token(const Problem& p, const Grouped& w, const Kernels& k, const Pool&
   Scratch<int32_t> spread(Role::cuts, static_cast<int64_t>(w.n) * k.width);
   for (int phase = 0; phase < w.n; ++phase)
     for (int l = 0; l < k.width; ++l) spread.get()[phase * k.width + l] = (phase + l) / w.n;
-  // Padding columns have a place of their own, and it is zero; a vector load may pass the end of a chunk.
+  // Padding columns exist in x and are zero; a vector load may pass the end of a chunk.
   Scratch<float> x(Role::small, padded + kTokenPadding);
   std::memcpy(x.get(), p.x, p.in * sizeof(float));
   std::memset(x.get() + p.in, 0, (padded + kTokenPadding - p.in) * sizeof(float));
@@ -55,15 +55,15 @@ void panel_task(const Problem& p, const Grouped& w, const Kernels& k, Range stri
                 float* start, float* acc) {
   const int64_t count = tokens.end - tokens.begin, columns = w.columns();
   const int v = static_cast<int>(ceil_div(count, k.width));
-  const int64_t line = static_cast<int64_t>(v) * k.width;
-  const int64_t most = std::max<int64_t>(1, kPanelBytes / (columns * line * static_cast<int64_t>(sizeof(float))));
+  const int64_t row_floats = static_cast<int64_t>(v) * k.width;
+  const int64_t most = std::max<int64_t>(1, kPanelBytes / (columns * row_floats * static_cast<int64_t>(sizeof(float))));
   const int64_t blocks = ceil_div(w.chunks, most);
   for (int64_t b = 0; b < blocks; ++b) {
     const Range chunks = part(w.chunks, blocks, b);
     const int64_t k0 = chunks.begin * columns, width = (chunks.end - chunks.begin) * columns;
     const int64_t real = std::min(width, p.in - k0);
     k.load_panel(p.x + tokens.begin * p.in + k0, p.in, count, real, v, panel);
-    std::memset(panel + real * line, 0, (width - real) * line * sizeof(float));
+    std::memset(panel + real * row_floats, 0, (width - real) * row_floats * sizeof(float));
     k.grouped_block(w, {chunks.begin, chunks.end, strips.begin, strips.end}, b == 0 ? start : nullptr, panel, v, acc);
   }
   const int64_t r0 = strips.begin * w.m, rows = std::min(strips.end * w.m, p.out) - r0;
@@ -97,8 +97,8 @@ void no_columns(const Problem& p) {
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
   if (w.chunks == 0) return no_columns(p);
-  const double kept = static_cast<double>(w.chunks) * w.strips * w.columns() * w.n;
-  pool.threads = useful_threads(pool.threads, kept * p.tokens);
+  const double entries = static_cast<double>(w.chunks) * w.strips * w.columns() * w.n;
+  pool.threads = useful_threads(pool.threads, entries * p.tokens);
   if (p.tokens == 1) return one_token(p, w, k, pool);
   many_tokens(p, w, k, pool);
 }

@@ -1,8 +1,8 @@
-// What the instruction-set files offer and what the drivers call: raw pointers only, no torch.
+// The interface between the drivers and the kernels of an instruction set: raw pointers, no torch.
 //
 // Letters: T tokens, K inputs (columns), O outputs (rows); x is (T, K), y is (T, O), both row-major.
-// A panel is a block of at most four vectors of tokens held feature-major, (features, v * width), so that one
-// feature of all its tokens is v consecutive vectors.
+// A panel is a block of at most four vectors of tokens stored feature-major, (features, v * width), so that one row of
+// it, one feature of all its tokens, is v consecutive vectors.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,9 @@ struct Grouped {
   const float* values;       // (chunks, strips, patterns, g, n)
   const int16_t* index;      // (chunks, strips, patterns, g)
   const int32_t* rows;       // (patterns, n): rows of a pattern inside its strip, ascending
-  // (patterns, 2 + n): for a kernel that keeps n rows in n places, the place whose row changes on the way to this
-  // pattern, the row it takes up, and each place's position among the pattern's rows
-  const int32_t* walk;
+  // (patterns, 2 + n): for a kernel with n rows in n registers: the register whose row is exchanged for this pattern,
+  // its new row, and for each register the position of its row among the pattern's rows
+  const int32_t* exchanges;
   int n, m, g;
   int64_t patterns, chunks, strips;
   int64_t columns() const { return patterns * g; }   // of one chunk
@@ -42,22 +42,22 @@ struct GroupedBlock {
 };
 
 // Rows of one k-block, sorted by their count and cut into groups of `rows_at_once`; a shorter row of a group is filled
-// up with zeros that point at the panel's extra, always zero line, so that an infinite activation cannot leak in.
+// up with zeros whose column is an extra panel row of zeros, so that they never multiply an infinite activation.
 struct CsrBlock {
   int64_t groups;
   const int32_t* count;    // (groups,) steps of a group
   const int32_t* row;      // (groups, rows_at_once) row of the accumulator panel
-  const uint16_t* col;     // (sum count, rows_at_once) line of the activation panel
+  const uint16_t* col;     // (sum count, rows_at_once) row of the activation panel
   const float* value;      // (sum count, rows_at_once)
 };
 
-// One instruction set. `v` is the number of vectors a panel line has, 1 to kMaxVectors.
+// One instruction set. `v` is the number of vectors in a panel row, 1 to kMaxVectors.
 struct Kernels {
   const char* name;
   int width;           // floats in a vector
   int rows_at_once;    // rows a CSR group holds
 
-  // panel[k, t] = x[t, k] for k < cols; tokens the panel has room for and x has not become zero
+  // panel[k, t] = x[t, k] for k < cols; tokens of the panel beyond those of x become zero
   void (*load_panel)(const float* x, int64_t ld, int64_t tokens, int64_t cols, int v, float* panel);
   // y[t, r] = panel[r, t]
   void (*store_panel)(const float* panel, int64_t rows, int64_t tokens, int v, float* y, int64_t ld);
@@ -74,13 +74,13 @@ struct Kernels {
   void (*grouped_block)(const Grouped& w, const GroupedBlock& block, const float* start, const float* panel, int v,
                         float* acc);
   // one token, one chunk: acc[strip - strip0, slot, i] += value * x[index]; x begins at the chunk and kTokenPadding
-  // floats beyond it may be read, `gathered` has room for columns() + width floats, and
+  // floats beyond it may be read, `gathered` has columns() + width floats, and
   // spread[phase, lane] = (phase + lane) / n for phase < n
   void (*grouped_token)(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, const float* x,
                         const int32_t* spread, float* gathered, float* acc);
 };
 
-const Kernels* kernels_avx512();     // null where this build has none
+const Kernels* kernels_avx512();     // null if this build has none
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
 

@@ -1,4 +1,4 @@
-// y = x W^T + bias for the stored formats: the drivers that cut the work into tasks. No torch, no intrinsics.
+// y = x W^T + bias for the stored formats: the drivers that split the work into tasks. No torch, no intrinsics.
 #pragma once
 
 #include <algorithm>
@@ -24,8 +24,8 @@ struct Pool {
   }
 };
 
-// Uninitialised memory that begins on a cache line. A thread keeps what it freed last, one piece a role, for its next
-// call: a fresh megabyte costs a page fault every 4 KB, which was a fifth of a whole call.
+// Uninitialized memory, aligned to a cache line. A thread caches what it freed last, one piece per role, for its next
+// call: a new megabyte costs a page fault every 4 KB, which was a fifth of a whole call.
 enum class Role { panel, sums, repacked, cuts, small, count };
 
 void* take_scratch(Role role, size_t bytes, size_t* capacity);
@@ -57,7 +57,7 @@ struct Grid {
 // At least `least` pieces, and as many as keep the threads busy, up to `most`.
 Grid make_grid(const Problem& p, const Kernels& k, int threads, int64_t least, int64_t most);
 
-// Pieces of rows whose sums for a whole panel leave room in a second-level cache for the weights of the piece.
+// Pieces of rows whose sums for a whole panel fit a second-level cache together with the weights of the piece.
 int64_t pieces_for_cache(const Problem& p, const Kernels& k);
 
 struct Range {
@@ -67,7 +67,7 @@ inline Range part(int64_t all, int64_t parts, int64_t i) { return {all * i / par
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Threads worth waking for this many multiply-adds.
+// The number of threads that pays for this many multiply-adds.
 inline int useful_threads(int threads, double work) {
   constexpr double kWorkPerThread = 16384.0;
   return static_cast<int>(std::max(1.0, std::min(static_cast<double>(threads), work / kWorkPerThread)));
@@ -82,7 +82,7 @@ void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool p
 // All n-subsets of range(m) in revolving-door order; made once for each (n, m).
 struct Patterns {
   std::vector<int32_t> rows;   // (patterns, n), see Grouped::rows
-  std::vector<int32_t> walk;   // (patterns, 2 + n), see Grouped::walk
+  std::vector<int32_t> exchanges;   // (patterns, 2 + n), see Grouped::exchanges
 };
 const Patterns& patterns(int n, int m);
 

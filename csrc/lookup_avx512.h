@@ -1,4 +1,4 @@
-// One token of GroupedNM without gathers: a chunk's activations fit in registers, where a permutation finds them.
+// One token of GroupedNM without gathers: a chunk's activations fit in registers, and are looked up by permutations.
 //
 // Letters: T pairs of registers hold 32 T activations; N values a column.
 #pragma once
@@ -12,14 +12,14 @@ namespace sten::avx512 {
 
 template <int T>
 STEN_INLINE vec look_up(const vec* table, __m512i index) {
-  vec found[T];
+  vec looked_up[T];
 #pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) found[t] = _mm512_permutex2var_ps(table[2 * t], index, table[2 * t + 1]);
-  if constexpr (T == 1) return found[0];
+  for (int t = 0; t < T; ++t) looked_up[t] = _mm512_permutex2var_ps(table[2 * t], index, table[2 * t + 1]);
+  if constexpr (T == 1) return looked_up[0];
   const __mmask16 odd = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
-  const vec low = _mm512_mask_blend_ps(odd, found[0], found[1]);
+  const vec low = _mm512_mask_blend_ps(odd, looked_up[0], looked_up[1]);
   if constexpr (T == 2) return low;
-  const vec high = T == 3 ? found[2] : _mm512_mask_blend_ps(odd, found[2], found[T - 1]);
+  const vec high = T == 3 ? looked_up[2] : _mm512_mask_blend_ps(odd, looked_up[2], looked_up[T - 1]);
   return _mm512_mask_blend_ps(_mm512_test_epi32_mask(index, _mm512_set1_epi32(64)), low, high);
 }
 

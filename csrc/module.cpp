@@ -1,4 +1,4 @@
-// The Python module sten._C: what takes no tensors. The operators are in torch.ops.sten (register.cpp).
+// The Python module sten._C: functions without tensors. The operators are in torch.ops.sten (register.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,10 +12,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "cpu_features",
       [] {
-        std::vector<std::string> found;
+        std::vector<std::string> names;
         for (const char* name : {"avx512", "avx2", "portable"})
-          if (sten::has_instruction_set(name)) found.emplace_back(name);
-        return found;
+          if (sten::has_instruction_set(name)) names.emplace_back(name);
+        return names;
       },
       "The instruction sets this processor can run, fastest first.");
   m.def(
@@ -26,7 +26,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "patterns",
       [](int n, int m) {
-        if (n < 1 || n > m || m > 32) throw std::invalid_argument("1 <= n <= m <= 32 is needed");
+        if (n < 1 || n > m || m > 32)
+          throw std::invalid_argument("Expected 1 <= n <= m <= 32, got n = " + std::to_string(n) +
+                                      ", m = " + std::to_string(m));
         const std::vector<int32_t>& flat = sten::patterns(n, m).rows;
         std::vector<std::vector<int>> rows;
         for (size_t i = 0; i < flat.size(); i += n) rows.emplace_back(flat.begin() + i, flat.begin() + i + n);

@@ -1,5 +1,5 @@
-// The operators' schemas and argument checks: the only file that knows torch. Patterns are validated in Python where
-// they come from outside, so contents of crow, col and index are trusted here; dtypes, shapes and sizes are not.
+// The operators' schemas and argument checks: the only file that uses torch. Python validates patterns
+// that come from files and users, so the contents of crow, col and index are trusted here; dtypes and sizes are not.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -14,7 +14,7 @@ namespace {
 
 using at::Tensor;
 
-// Numbers as text. A stream in this library, asked to format a number, crashed with torch 2.11's own C++ runtime.
+// Numbers as text: a std::ostream in this library crashed with torch 2.11's own C++ runtime.
 std::string text(int64_t number) { return std::to_string(number); }
 
 std::string text(at::IntArrayRef sizes) {
@@ -30,36 +30,35 @@ void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t
 Pool make_pool() { return {at::in_parallel_region() ? 1 : at::get_num_threads(), run_tasks}; }
 
 void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype) {
-  TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " must be on the CPU, but it is on ", t.device().str());
-  TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype, ", but it is ", t.scalar_type());
-  TORCH_CHECK(t.dim() == dim, op, ": ", name, " must have ", text(dim), " dimension(s), but it has ",
-              text(t.dim()));
-  TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  TORCH_CHECK(t.device().is_cpu(), op, ": Expected ", name, " on the CPU, got ", t.device().str());
+  TORCH_CHECK(t.scalar_type() == dtype, op, ": Expected ", name, " of dtype ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK(t.dim() == dim, op, ": Expected ", name, " with ", text(dim), " dimension(s), got ", text(t.dim()));
+  TORCH_CHECK(t.is_contiguous(), op, ": Expected a contiguous ", name, ", got strides ", text(t.strides()),
+              "; call .contiguous() on it");
 }
 
 void check_input(const Tensor& x, const char* op, int64_t out) {
-  TORCH_CHECK(x.device().is_cpu(), op, ": x must be on the CPU, but it is on ", x.device().str());
-  TORCH_CHECK(x.scalar_type() == at::kFloat, op, ": x must be Float, but it is ", x.scalar_type());
-  TORCH_CHECK(x.dim() >= 1, op, ": x must have at least one dimension");
-  TORCH_CHECK(out >= 0, op, ": out_features must not be negative, but it is ", text(out));
+  TORCH_CHECK(x.device().is_cpu(), op, ": Expected x on the CPU, got ", x.device().str());
+  TORCH_CHECK(x.scalar_type() == at::kFloat, op, ": Expected x of dtype Float, got ", x.scalar_type());
+  TORCH_CHECK(x.dim() >= 1, op, ": Expected x with at least one dimension, got a scalar");
+  TORCH_CHECK(out >= 0, op, ": Expected out_features >= 0, got ", text(out));
 }
 
-// Checks x and bias, makes y and fills the problem; y is not written to.
-Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out, Tensor& kept,
+// Checks x and bias, allocates y and fills in the problem; `owner` holds a contiguous x; y is not written.
+Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out, Tensor& owner,
                      Tensor& y) {
   if (bias) {
     check(*bias, op, "bias", 1, at::kFloat);
-    TORCH_CHECK(bias->size(0) == out, op, ": bias must have out_features = ", text(out), " entries, but it has ",
-                text(bias->size(0)));
+    TORCH_CHECK(bias->size(0) == out, op, ": Expected a bias of ", text(out), " entries, got ", text(bias->size(0)));
   }
-  kept = x.contiguous();
+  owner = x.contiguous();
   auto shape = x.sizes().vec();
   const int64_t in = shape.back();
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < shape.size(); ++i) tokens *= shape[i];
   shape.back() = out;
   y = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
-  return {kept.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
+  return {owner.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
           y.mutable_data_ptr<float>(), tokens, in, out};
 }
 
@@ -70,16 +69,16 @@ Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, 
   check(values, op, "values", 1, at::kFloat);
   check(crow, op, "crow", 1, at::kInt);
   check(col, op, "col", 1, at::kInt);
-  TORCH_CHECK(crow.size(0) == out + 1, op, ": crow must have out_features + 1 = ", text(out + 1),
-              " entries, but it has ", text(crow.size(0)));
-  TORCH_CHECK(values.size(0) == col.size(0), op, ": values and col must have equally many entries, but they have ",
+  TORCH_CHECK(crow.size(0) == out + 1, op, ": Expected crow of out_features + 1 = ", text(out + 1), " entries, got ",
+              text(crow.size(0)));
+  TORCH_CHECK(values.size(0) == col.size(0), op, ": Expected values and col of equal size, got ",
               text(values.size(0)), " and ", text(col.size(0)));
   const Csr w{values.const_data_ptr<float>(), crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
   TORCH_CHECK(w.crow[0] == 0 && w.crow[out] >= 0 && w.crow[out] <= col.size(0), op,
-              ": crow must begin with 0 and end with at most ", text(col.size(0)), ", but it runs from ",
-              text(w.crow[0]), " to ", text(w.crow[out]));
-  Tensor kept, y;
-  const Problem p = make_problem(op, x, bias, out, kept, y);
+              ": Expected crow from 0 to at most ", text(col.size(0)), ", got ", text(w.crow[0]), " to ",
+              text(w.crow[out]));
+  Tensor owner, y;
+  const Problem p = make_problem(op, x, bias, out, owner, y);
   csr_linear(p, w, kernels(), make_pool());
   return y;
 }
@@ -103,22 +102,22 @@ Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor&
   check(values, op, "values", 5, at::kFloat);
   check(index, op, "index", 4, at::kShort);
   TORCH_CHECK(1 <= n && n <= m && m <= kMostColumns && 1 <= g && g <= kMostColumns, op,
-              ": 1 <= n <= m and g >= 1 are needed, but n, m, g = ", text({n, m, g}));
+              ": Expected 1 <= n <= m and g >= 1, got n, m, g = ", text({n, m, g}));
   const int64_t count = choose(m, n, kMostColumns);
-  TORCH_CHECK(count * g <= kMostColumns, op, ": C(m, n) * g must be at most ", text(kMostColumns), ", but n, m, g = ",
+  TORCH_CHECK(count * g <= kMostColumns, op, ": Expected C(m, n) * g <= ", text(kMostColumns), ", got n, m, g = ",
               text({n, m, g}));
   const int64_t chunks = ceil_div(x.size(-1), count * g), strips = ceil_div(out, m);
   const std::vector<int64_t> slots{chunks, strips, count, g}, full{chunks, strips, count, g, n};
-  TORCH_CHECK(index.sizes() == at::IntArrayRef(slots), op, ": index must be (chunks, strips, patterns, g) = ",
-              text(slots), " for this x and out_features, but it is ", text(index.sizes()));
-  TORCH_CHECK(values.sizes() == at::IntArrayRef(full), op, ": values must be (chunks, strips, patterns, g, n) = ",
-              text(full), " for this x and out_features, but it is ", text(values.sizes()));
+  TORCH_CHECK(index.sizes() == at::IntArrayRef(slots), op, ": Expected index (chunks, strips, patterns, g) = ",
+              text(slots), " for this x and out_features, got ", text(index.sizes()));
+  TORCH_CHECK(values.sizes() == at::IntArrayRef(full), op, ": Expected values (chunks, strips, patterns, g, n) = ",
+              text(full), " for this x and out_features, got ", text(values.sizes()));
   const Patterns& order = patterns(static_cast<int>(n), static_cast<int>(m));
   const Grouped w{values.const_data_ptr<float>(), index.const_data_ptr<int16_t>(), order.rows.data(),
-                  order.walk.data(), static_cast<int>(n), static_cast<int>(m), static_cast<int>(g), count, chunks,
+                  order.exchanges.data(), static_cast<int>(n), static_cast<int>(m), static_cast<int>(g), count, chunks,
                   strips};
-  Tensor kept, y;
-  const Problem p = make_problem(op, x, bias, out, kept, y);
+  Tensor owner, y;
+  const Problem p = make_problem(op, x, bias, out, owner, y);
   grouped_linear(p, w, kernels(), make_pool());
   return y;
 }

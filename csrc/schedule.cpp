@@ -1,4 +1,4 @@
-// What the drivers share: scratch memory, the grid of tasks, GroupedNM's patterns.
+// Shared by the drivers: scratch memory, the grid of tasks, GroupedNM's patterns.
 #include <cmath>
 #include <cstring>
 #include <map>
@@ -12,20 +12,20 @@ namespace sten {
 namespace {
 
 constexpr std::align_val_t kLine{64};
-constexpr size_t kMostKept = 16u << 20;         // bytes a thread keeps for each role
+constexpr size_t kMaxCached = 16u << 20;         // bytes that a thread caches for each role
 constexpr int64_t kSumBytes = 448 << 10;        // sums of one piece and panel: a quarter of a 2 MB second-level cache
 
-struct Kept {
+struct ScratchCache {
   void* memory[static_cast<int>(Role::count)] = {};
   size_t capacity[static_cast<int>(Role::count)] = {};
-  ~Kept() {
+  ~ScratchCache() {
     for (void* m : memory)
       if (m) ::operator delete(m, kLine);
   }
 };
-thread_local Kept kept;
+thread_local ScratchCache cache;
 
-// Appends A(m, n), reversed if asked, each with `high` (elements above m - 1, descending) added.
+// Appends A(m, n), reversed if `reversed`, each subset with `high` (elements above m - 1, descending) added.
 void revolve(int m, int n, bool reversed, std::vector<int32_t>& high, std::vector<int32_t>& out) {
   auto lowest = [&] {
     for (int i = 0; i < n; ++i) out.push_back(i);
@@ -42,23 +42,24 @@ void revolve(int m, int n, bool reversed, std::vector<int32_t>& high, std::vecto
   if (reversed) lowest();
 }
 
-std::vector<int32_t> walk_of(const std::vector<int32_t>& rows, int n) {
-  std::vector<int32_t> walk, held(rows.begin(), rows.begin() + n);
+std::vector<int32_t> exchanges_of(const std::vector<int32_t>& rows, int n) {
+  std::vector<int32_t> exchanges, rows_held(rows.begin(), rows.begin() + n);
   for (size_t p = 0; p < rows.size(); p += n) {
     const auto first = rows.begin() + p, last = first + n;
-    int32_t place = 0, fresh = held[0];
+    int32_t position = 0, added = rows_held[0];
     for (int i = 0; i < n; ++i)
-      if (!std::binary_search(first, last, held[i])) place = i;
+      if (!std::binary_search(first, last, rows_held[i])) position = i;
     for (auto r = first; r != last; ++r)
-      if (std::find(held.begin(), held.end(), *r) == held.end()) fresh = *r;
-    held[place] = fresh;
-    walk.insert(walk.end(), {place, fresh});
-    for (int i = 0; i < n; ++i) walk.push_back(static_cast<int32_t>(std::lower_bound(first, last, held[i]) - first));
+      if (std::find(rows_held.begin(), rows_held.end(), *r) == rows_held.end()) added = *r;
+    rows_held[position] = added;
+    exchanges.insert(exchanges.end(), {position, added});
+    for (int i = 0; i < n; ++i)
+      exchanges.push_back(static_cast<int32_t>(std::lower_bound(first, last, rows_held[i]) - first));
   }
-  return walk;
+  return exchanges;
 }
 
-// The sanitizer build wants to see what reads memory that nobody wrote, and what leaves its own piece.
+// The sanitizer build detects reads of uninitialized memory, and accesses out of bounds.
 #ifdef STEN_POISON
 constexpr bool kPoison = true;
 #else
@@ -69,9 +70,9 @@ constexpr bool kPoison = false;
 
 void* take_scratch(Role role, size_t bytes, size_t* capacity) {
   const int i = static_cast<int>(role);
-  if (!kPoison && kept.memory[i] && kept.capacity[i] >= bytes) {
-    *capacity = kept.capacity[i];
-    return std::exchange(kept.memory[i], nullptr);
+  if (!kPoison && cache.memory[i] && cache.capacity[i] >= bytes) {
+    *capacity = cache.capacity[i];
+    return std::exchange(cache.memory[i], nullptr);
   }
   *capacity = kPoison ? bytes : std::max<size_t>(bytes, 64);
   void* memory = ::operator new(*capacity, kLine);
@@ -81,9 +82,9 @@ void* take_scratch(Role role, size_t bytes, size_t* capacity) {
 
 void give_scratch(Role role, void* memory, size_t capacity) noexcept {
   const int i = static_cast<int>(role);
-  if (!kPoison && capacity <= kMostKept) {
-    std::swap(memory, kept.memory[i]);
-    kept.capacity[i] = capacity;
+  if (!kPoison && capacity <= kMaxCached) {
+    std::swap(memory, cache.memory[i]);
+    cache.capacity[i] = capacity;
   }
   if (memory) ::operator delete(memory, kLine);
 }
@@ -94,7 +95,7 @@ Grid make_grid(const Problem& p, const Kernels& k, int threads, int64_t least, i
   grid.panels = ceil_div(p.tokens, grid.panel_tokens);
   grid.pieces = least;
   double smallest = HUGE_VAL;
-  // Every piece transposes its panel anew, so take the fewest that leave no thread idle for long.
+  // Every piece transposes its panel again, so take the fewest pieces that leave no thread idle for long.
   for (int64_t pieces = least; pieces <= std::min(least + 2 * threads, most); ++pieces) {
     const int64_t tasks = grid.panels * pieces;
     const double waste = static_cast<double>(ceil_div(tasks, threads) * threads) / static_cast<double>(tasks);
@@ -107,8 +108,8 @@ Grid make_grid(const Problem& p, const Kernels& k, int threads, int64_t least, i
 }
 
 int64_t pieces_for_cache(const Problem& p, const Kernels& k) {
-  const int64_t line = std::min<int64_t>(kMaxVectors, ceil_div(p.tokens, k.width)) * k.width;
-  return std::max<int64_t>(1, ceil_div(p.out * line * static_cast<int64_t>(sizeof(float)), kSumBytes));
+  const int64_t row_floats = std::min<int64_t>(kMaxVectors, ceil_div(p.tokens, k.width)) * k.width;
+  return std::max<int64_t>(1, ceil_div(p.out * row_floats * static_cast<int64_t>(sizeof(float)), kSumBytes));
 }
 
 void fill_start(const Problem& p, int64_t r0, int64_t rows, float* start) {
@@ -121,13 +122,13 @@ const Patterns& patterns(int n, int m) {
   static std::mutex mutex;
   static std::map<std::pair<int, int>, Patterns> made;    // references into a map stay valid
   const std::lock_guard<std::mutex> lock(mutex);
-  auto [found, fresh] = made.try_emplace({n, m});
-  if (fresh) {
+  auto [entry, added] = made.try_emplace({n, m});
+  if (added) {
     std::vector<int32_t> high;
-    revolve(m, n, false, high, found->second.rows);
-    found->second.walk = walk_of(found->second.rows, n);
+    revolve(m, n, false, high, entry->second.rows);
+    entry->second.exchanges = exchanges_of(entry->second.rows, n);
   }
-  return found->second;
+  return entry->second;
 }
 
 }  // namespace sten

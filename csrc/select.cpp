@@ -1,4 +1,4 @@
-// Which instruction set runs: the fastest one the processor has, the one STEN_CPU names, or the one a test asks for.
+// Which instruction set runs: the fastest one the processor has, the one STEN_CPU names, or the one that was set.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -22,15 +22,15 @@ const Kernels* supported(const std::string& name) {
 
 const Kernels* fastest() {
   for (const char* name : {"avx512", "avx2"})
-    if (const Kernels* found = supported(name)) return found;
+    if (const Kernels* set = supported(name)) return set;
   return kernels_portable();
 }
 
 const Kernels* named(const std::string& name) {
   if (name.empty() || name == "auto") return fastest();
-  if (const Kernels* found = supported(name)) return found;
-  throw std::invalid_argument("sten: instruction set '" + name +
-                              "' is not one this processor can run; choose auto, avx512, avx2 or portable");
+  if (const Kernels* set = supported(name)) return set;
+  throw std::invalid_argument("Expected an instruction set of this processor (auto, avx512, avx2 or portable), got '" +
+                              name + "'");
 }
 
 std::atomic<const Kernels*> current{nullptr};
@@ -40,8 +40,8 @@ std::atomic<const Kernels*> current{nullptr};
 const Kernels& kernels() {
   const Kernels* k = current.load(std::memory_order_relaxed);
   if (!k) {
-    const char* asked = std::getenv("STEN_CPU");
-    k = named(asked ? asked : "auto");
+    const char* name = std::getenv("STEN_CPU");
+    k = named(name ? name : "auto");
     current.store(k, std::memory_order_relaxed);
   }
   return *k;

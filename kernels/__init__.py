@@ -1,11 +1,9 @@
 """Triton kernels: plain tensors in, plain tensors out; nothing here knows of a SparseTensor.
 
-One module a layout (``vector_nm``, ``bsr``, ``nm``, ``grouped_nm``, ``csr``) with the same surface: ``linear``,
-``linear_grad_input``, ``linear_grad_values``, ``expand`` (parts -> dense): objects that can be called, that ``choose``
-(which variant runs, and why) and that ``prepare`` (the launches for tensors like those that are given; see
-``operators``). The parts are those of ``docs/formats.md``. ``transpose`` gives the feature-major order that some read;
-``pattern_cache`` keeps what is computed from a pattern once. Importing this package needs neither triton nor a GPU; its
-modules need triton.
+Each layout has one module (``vector_nm``, ``bsr``, ``nm``, ``grouped_nm``, ``csr``) with the same interface:
+``linear``, ``linear_grad_input``, ``linear_grad_values`` and ``expand`` (parts -> dense) are callables with the methods
+``choose`` (which variant runs, and why) and ``prepare`` (its launches for such tensors, see ``operators``). Parts are
+documented in ``docs/formats.md``. Importing this package needs neither triton nor a GPU; its modules need triton.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """The private parts of torch that kernels use, each with a public fallback that is slower and safe.
 
-``NAMES`` lists them for the test that tells when a torch no longer has one; nothing else in this package looks into
+``NAMES`` lists them for a test that fails when torch no longer has one; no other module of this package uses
 ``torch._C``.
 """
 
@@ -18,14 +18,14 @@ NAMES = (
 
 
 def _fetch(name: str, fallback):
-    found = torch
+    value = torch
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return fallback if found is None else found
+        value = getattr(value, part, None)
+    return fallback if value is None else value
 
 
 class _AlwaysExpired:
-    """In place of torch's weak reference to a storage: nothing is kept for a storage that cannot be followed."""
+    """Replaces torch's weak reference to a storage where torch has none: nothing is cached then."""
 
     def __init__(self, storage):
         pass
@@ -38,11 +38,11 @@ class _AlwaysExpired:
 raw_stream = _fetch(NAMES[0], lambda index: torch.cuda.current_stream(index).cuda_stream)
 current_device = _fetch(NAMES[1], torch.cuda.current_device)
 stream_is_capturing = _fetch(NAMES[2], torch.cuda.is_current_stream_capturing)
-# (shape, strides, dtype) -> empty tensor on the current device, by the way that torch.compile's own code takes: a few
-# microseconds less host time than torch.empty. None: take torch.empty. It does not fill memory in deterministic mode.
+# (shape, strides, dtype) -> empty tensor on the current device, as torch.compile's generated code allocates: a few
+# microseconds less host time than torch.empty. None: use torch.empty. It does not fill memory in deterministic mode.
 empty_strided = _fetch(NAMES[3], None)
 deterministic = _fetch(NAMES[4], torch.are_deterministic_algorithms_enabled)
-dispatch_modes = _fetch(NAMES[5], lambda: 1)  # how many are active; if unknown, as if one were
+dispatch_modes = _fetch(NAMES[5], lambda: 1)  # number of active modes; 1 if unknown
 StorageWeakRef = _fetch(NAMES[6], _AlwaysExpired)
 
 

@@ -1,7 +1,7 @@
-"""The private parts of Triton that launches use: its C launcher, and its encoder of descriptors for the copy engine.
+"""The private parts of Triton that launches use: its C launcher, and its encoder of TMA descriptors.
 
-Both are used with the versions in ``TESTED`` alone; with any other every launch goes through Triton's front end, which
-takes tens of microseconds more of the host's time and is always right. ``NAMES`` lists what is reached for.
+Both are used only with the versions in ``TESTED``; with any other, every launch goes through Triton's front end, which
+costs tens of microseconds more host time and is always correct. ``NAMES`` lists the private names.
 """
 
 import importlib
@@ -33,8 +33,8 @@ def usable() -> bool:
 def direct_start(compiled):
     """(start, args) of a compiled kernel, or None where each call has to go through the front end.
 
-    ``start(x, y, z, stream, *args, *arguments, *constants)`` begins it on a grid (x, y, z); arguments that are
-    descriptors are given encoded, see ``descriptor``.
+    ``start(x, y, z, stream, *args, *arguments, *constants)`` launches it on a grid (x, y, z); descriptors among the
+    arguments must be encoded, see ``descriptor``.
     """
     if not usable():
         return None

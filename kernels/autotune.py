@@ -1,23 +1,23 @@
-"""Bounded autotuning: a few configurations, timed once per key, remembered in a file.
+"""Bounded autotuning: a few configurations, timed once per key, stored in a file.
 
-``pick(kernel, key, configs, prepare, given)`` returns ``prepare(config)``, a callable, for one of ``configs`` (dicts,
-the likeliest first; one that comes again counts once). A key with its device is in one of four states:
+``pick(kernel, key, configs, prepare, tensors)`` returns ``prepare(config)``, a callable, for one of ``configs`` (dicts,
+the likeliest first; duplicates count once). A key with its device is in one of four states:
 
 | state | when | ``pick`` | next state |
 |---|---|---|---|
-| unknown | neither below | under the lock: looks into the file | in file, or timed |
+| unknown | neither of the next two | under the lock: reads the file | in file, or timed |
 | unknown, may not be timed | a CUDA graph is captured, or no memory for a timing | returns the first | unknown |
-| in file | another process, or an earlier one, wrote one of ``configs`` | takes it | chosen |
+| in file | this or another process wrote one of ``configs`` | takes it | chosen |
 | timed | the file has none of ``configs`` | writes the fastest to the file | chosen |
 | chosen | this process took one | returns it: no lock, no file | chosen, until the process ends |
 
 An unknown key goes to *chosen* with the first of ``configs``, nothing timed and nothing written, in Triton's
 interpreter, where ``configs`` has one entry, and when timing is switched off.
 
-Threads: one lock per process is held from the look into the file to *chosen*, so that a key is timed once and two
+Threads: one lock per process is held from reading the file to *chosen*, so that a key is timed once and two
 timings do not disturb each other; it is reentrant, because ``prepare`` may pick for a launch inside its own. Do not
 call ``pick`` holding a lock that ``prepare`` takes. Processes: the file is read, merged and replaced under an advisory
-lock beside it, and the first who writes a key decides it for all. A file that cannot be read, locked or written, and
+lock beside it, and the first to write a key decides it for all. A file that cannot be read, locked or written, and
 entries that are not of this form, only mean that the next process times again.
 
 Environment:
@@ -47,17 +47,17 @@ try:
 except ImportError:  # not POSIX: files are still replaced in one step, but two writers may lose an entry
     fcntl = None
 
-REPEATS, SHORT_REPEATS, SHORT_MS = 7, 21, 0.1  # a launch of microseconds is hard to tell from another: look more often
+REPEATS, SHORT_REPEATS, SHORT_MS = 7, 21, 0.1  # a launch of microseconds is noisy: measure more often
 TIE = 1.02  # within which the likelier configuration, which stands before, is taken
 FLUSH_BYTES = 128 << 20  # larger than any L2, so that a small weight is timed from memory, as in a model
 CHAIN, CHAIN_BYTES = 8, 64 << 20  # short calls are timed in a row, as the layers of a model, each on its own copy
 FILE_BYTES = 16 << 20  # what is larger was not written here
-LOCK_SECONDS = 5  # a writer needs milliseconds: whoever holds the lock longer has stopped
+LOCK_SECONDS = 5  # a writer needs milliseconds: a process that holds the lock longer has stopped
 DOES_NOT_FIT = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)
 
 
 class Timer:
-    """All that the tuner needs of a GPU; tests bring one with known costs."""
+    """All that the tuner needs of a GPU; tests use one with known costs."""
 
     def device_name(self, device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
@@ -67,14 +67,14 @@ class Timer:
         return not backend.capturing(x)
 
     def milliseconds(self, call, chain, flush) -> float:
-        """Of one of several calls in a row; the flush before them is long enough that the host has queued them by its
-        end."""
+        """The time of one of several calls in a row. The flush before them is long enough that the host has queued
+        them all when it ends."""
         for _ in range(2 + len(chain) // 2):
             flush.zero_()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for given in chain:
-            call(*given)
+        for tensors in chain:
+            call(*tensors)
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) / len(chain)
@@ -88,31 +88,31 @@ class Tuner:
         self.chosen: dict[tuple, dict] = {}
         self.lock = threading.RLock()
 
-    def pick(self, kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
-        key = (kernel, (*key, precision(given[0].dtype)), given[0].device)
+    def pick(self, kernel: str, key: tuple, configs: list[dict], prepare, tensors: tuple):
+        key = (kernel, (*key, precision(tensors[0].dtype)), tensors[0].device)
         config = self.chosen.get(key)
         if config is None:
-            config = self._decide(key, _unique(configs), prepare, given)
+            config = self._decide(key, _unique(configs), prepare, tensors)
         return prepare(config)
 
-    def _decide(self, key, configs, prepare, given):
+    def _decide(self, key, configs, prepare, tensors):
         if self.interpreted or len(configs) == 1 or os.environ.get("STEN_AUTOTUNE", "1") == "0":
             return self.chosen.setdefault(key, configs[0])
-        if not self.timer.usable(given[0]):  # without the lock: a capture must not wait for another thread's timing
-            config = _offered(_read(_path()), self._name(key), configs)
+        if not self.timer.usable(tensors[0]):  # without the lock: a capture must not wait for another thread's timing
+            config = _matching_config(_read(_path()), self._name(key), configs)
             return configs[0] if config is None else self.chosen.setdefault(key, config)
         with self.lock:
-            if key not in self.chosen:  # or another thread was faster
-                config = self._from_file_or_timed(self._name(key), configs, prepare, given)
+            if key not in self.chosen:  # unless another thread chose meanwhile
+                config = self._from_file_or_timed(self._name(key), configs, prepare, tensors)
                 if config is None:
                     return configs[0]
                 self.chosen[key] = config
             return self.chosen[key]
 
-    def _from_file_or_timed(self, name, configs, prepare, given):
-        config = _offered(_read(_path()), name, configs)
+    def _from_file_or_timed(self, name, configs, prepare, tensors):
+        config = _matching_config(_read(_path()), name, configs)
         if config is None:
-            config = self._fastest(configs, prepare, given)
+            config = self._fastest(configs, prepare, tensors)
             if config is not None:
                 config = _write(_path(), name, config, configs)
         return config
@@ -121,10 +121,10 @@ class Tuner:
         kernel, settings, device = key
         return f"{kernel} {settings} {self.timer.device_name(device)} triton {triton.__version__}"
 
-    def _fastest(self, configs, prepare, given):
+    def _fastest(self, configs, prepare, tensors):
         """None where there is no memory to time in."""
         try:
-            flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=given[0].device)
+            flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=tensors[0].device)
         except torch.OutOfMemoryError:
             return None
         calls = []
@@ -132,50 +132,50 @@ class Tuner:
             try:
                 call = prepare(config)
                 for _ in range(2):  # the first call compiles, the second is launched as all later ones
-                    call(*given)
+                    call(*tensors)
                 calls.append((config, call))
             except DOES_NOT_FIT:
-                pass  # a tile that this GPU has no room for
+                pass  # a tile too large for this GPU
         if not calls:
             return configs[0]
-        look = self.timer.milliseconds
-        short = min(look(call, [given], flush) for _, call in calls for _ in range(3)) < SHORT_MS
-        chain, repeats = (_chain(given), SHORT_REPEATS) if short else ([given], REPEATS)
-        times = [_typical([look(call, chain, flush) for _ in range(repeats)]) for _, call in calls]
-        return next(config for (config, _), spent in zip(calls, times, strict=True) if spent <= TIE * min(times))
+        measure = self.timer.milliseconds
+        short = min(measure(call, [tensors], flush) for _, call in calls for _ in range(3)) < SHORT_MS
+        chain, repeats = (_chain(tensors), SHORT_REPEATS) if short else ([tensors], REPEATS)
+        times = [_typical([measure(call, chain, flush) for _ in range(repeats)]) for _, call in calls]
+        return next(config for (config, _), time_ms in zip(calls, times, strict=True) if time_ms <= TIE * min(times))
 
 
 TUNER = Tuner(Timer(), interpreted=INTERPRET)
 
 
-def pick(kernel: str, key: tuple, configs: list[dict], prepare, given: tuple):
-    """``prepare`` of the fastest of ``configs`` for ``key``; the first of the tensors ``given`` says the device.
+def pick(kernel: str, key: tuple, configs: list[dict], prepare, tensors: tuple):
+    """``prepare`` of the fastest of ``configs`` for ``key``; ``tensors`` are the arguments.
 
-    ``prepare(config)(*given)`` has to be one call of the kernel that may be repeated.
+    ``prepare(config)(*tensors)`` has to be one call of the kernel that may be repeated.
     """
-    return TUNER.pick(kernel, key, configs, prepare, given)
+    return TUNER.pick(kernel, key, configs, prepare, tensors)
 
 
 def _unique(configs):
     return [config for number, config in enumerate(configs) if config not in configs[:number]]
 
 
-def _chain(given):
-    """``given`` and copies of it: of the tensors that weigh, so that each call reads its own from memory."""
-    weight = sum(t.nbytes for t in given if t is not None)
+def _chain(tensors):
+    """``tensors`` and copies of it (of the large ones), so that each call reads its own from memory."""
+    weight = sum(t.nbytes for t in tensors if t is not None)
     count = max(1, min(CHAIN, CHAIN_BYTES // max(weight, 1)))
 
-    def copy(t):  # one with gaps is shared: its copy would have other strides than the launch was made for
+    def copy(t):  # one with gaps is shared: a copy would have other strides than the launch was prepared for
         return t.clone() if t is not None and t.is_contiguous() and 8 * t.nbytes >= weight else t
 
     try:
-        return [given] + [tuple(map(copy, given)) for _ in range(count - 1)]
+        return [tensors] + [tuple(map(copy, tensors)) for _ in range(count - 1)]
     except torch.OutOfMemoryError:  # then calls are timed one by one, which is better than no product
-        return [given]
+        return [tensors]
 
 
 def _typical(times):
-    """Without what disturbs some of them: the mean of the faster half."""
+    """The mean of the faster half: without calls that were disturbed."""
     return statistics.mean(sorted(times)[: (len(times) + 1) // 2])
 
 
@@ -186,7 +186,7 @@ def _path() -> pathlib.Path | None:
 
 
 def _read(path) -> dict[str, dict]:
-    """The entries of the right form; files are replaced in one step, so none is met half written."""
+    """The entries of the right form; files are replaced in one step, so that none is read half written."""
     try:
         if path is None or not path.is_file() or path.stat().st_size > FILE_BYTES:
             return {}
@@ -198,8 +198,8 @@ def _read(path) -> dict[str, dict]:
     return {name: config for name, config in entries.items() if isinstance(config, dict)}
 
 
-def _offered(entries, name, configs):
-    """The one of ``configs`` that the file names: never the file's own object, where a number may be 64.0 or true."""
+def _matching_config(entries, name, configs):
+    """The one of ``configs`` that the file names; not the file's own object, where a number may be 64.0 or true."""
     return next((config for config in configs if config == entries.get(name)), None)
 
 
@@ -210,7 +210,7 @@ def _write(path, name, config, configs):
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
                 entries = _read(path)
-                earlier = _offered(entries, name, configs)
+                earlier = _matching_config(entries, name, configs)
                 if earlier is not None:
                     return earlier
                 _replace(path, entries | {name: config})
@@ -223,7 +223,7 @@ def _replace(path, entries):
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         try:
             json.dump(entries, file, indent=1)
-            file.close()  # before it gets its name: all of it is written
+            file.close()  # all of it is written before it gets its name
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
@@ -232,7 +232,7 @@ def _replace(path, entries):
 
 @contextlib.contextmanager
 def _locked(path):
-    """Holds the advisory lock, where the system and the file system have one; OSError when it is never given up."""
+    """Hold the advisory lock, where the system and the file system have one; OSError when it is never released."""
     with open(path, "a") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while fcntl is not None:

@@ -1,6 +1,6 @@
-"""What kernels ask of a GPU: its current stream, what it can do, empty memory, and whether a CUDA graph is captured.
+"""Backend: current stream, capabilities and allocator of the GPU, and whether a CUDA graph is captured.
 
-Nothing else in this package asks ``torch.cuda``, the autotuner's timer apart. ``backend`` is the one of this process:
+Only this module and the autotuner's timer use ``torch.cuda``. ``backend`` is the one of this process:
 NVIDIA's and AMD's GPUs, or Triton's interpreter (TRITON_INTERPRET=1), which runs kernels on the CPU.
 """
 
@@ -27,7 +27,7 @@ class Backend:
 
     @functools.cached_property
     def several(self) -> bool:
-        """Whether tensors may lie on another GPU than the current one."""
+        """Whether tensors may be on another GPU than the current one."""
         return torch.cuda.is_available() and torch.cuda.device_count() > 1
 
     def on(self, x: torch.Tensor):
@@ -36,7 +36,7 @@ class Backend:
 
     @functools.cache  # noqa: B019 (one instance per process)
     def capability(self, device: torch.device) -> tuple[int, int]:
-        """NVIDIA's compute capability; (0, 0) of any other device: an AMD GPU reports 9.4 and has no copy engine."""
+        """NVIDIA's compute capability; (0, 0) of any other device: an AMD GPU reports 9.4 and has no TMA."""
         if INTERPRET or device.type != "cuda" or torch.version.hip is not None:
             return 0, 0
         return torch.cuda.get_device_capability(device)
@@ -46,15 +46,15 @@ class Backend:
         return torch.cuda.get_device_properties(device).multi_processor_count
 
     def multiprocessors(self, x: torch.Tensor) -> int:
-        """How many programs run at once at least; the interpreter gets a small number so that work is still split."""
+        """The number of multiprocessors; the interpreter gets a small number so that work is still split."""
         return self._multiprocessors(x.device) if x.is_cuda else 4
 
     def capturing(self, x: torch.Tensor) -> bool:
-        """Whether the current stream records a CUDA graph, when nothing may be timed, synchronized or stored."""
+        """Whether the current stream captures a CUDA graph: nothing may be timed, synchronized or stored then."""
         return x.is_cuda and _torch_private.stream_is_capturing()
 
     def on_default_stream(self, x: torch.Tensor) -> bool:
-        """Whether launches on the GPU of x go to its default stream now: no capture is on it, no pool of a graph."""
+        """Whether the current stream on the GPU of x is the default stream, which is never captured."""
         return self.stream(x.get_device()) == DEFAULT_STREAM
 
     def streams(self, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
@@ -72,22 +72,21 @@ class Backend:
         return self.capability(torch.device("cuda", torch.cuda.current_device()))[0] >= 8
 
     def initialize(self) -> None:
-        """Makes the context of the current device, which libraries beside torch want to find."""
+        """Create the context of the current device, which libraries other than torch expect."""
         torch.cuda.current_blas_handle()
 
     def empty(self, like: torch.Tensor, *shape: int):
-        """The function that makes an empty tensor of this shape, as ``like.new_empty`` would; to be called with the
-        device of ``like`` current."""
-        strides = tuple(math.prod(max(size, 1) for size in shape[place + 1 :]) for place in range(len(shape)))
+        """A function that returns ``like.new_empty(shape)``, called while the device of ``like`` is current."""
+        strides = tuple(math.prod(max(size, 1) for size in shape[d + 1 :]) for d in range(len(shape)))
         dtype, device = like.dtype, like.device
         allocate, fills = _torch_private.empty_strided, _torch_private.deterministic
 
-        def plainly():
+        def torch_empty():
             return torch.empty(shape, dtype=dtype, device=device)
 
         if allocate is None or not like.is_cuda:
-            return plainly
-        return lambda: plainly() if fills() else allocate(shape, strides, dtype)
+            return torch_empty
+        return lambda: torch_empty() if fills() else allocate(shape, strides, dtype)
 
 
 backend = Backend()

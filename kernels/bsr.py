@@ -24,7 +24,7 @@ from .pattern_cache import Derived
 from .pdl import overlap
 from .precision import exact, precision
 from .split_k import workspace
-from .tiles import describable, matrix_of, power_of_two, wide
+from .tiles import matrix_of, power_of_two, tma_can_load, wide
 
 FEW = 64
 
@@ -36,7 +36,7 @@ def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> 
     if INTERPRET:
         return [{"BO": 16, "BT": 16, "BK": 16, "TOKENS_FIRST": side_out < 16, "num_stages": 1}]
     out = power_of_two(side_out, 16, 128)
-    if exactly:  # each thread multiplies for itself: larger tiles spill, smaller ones read more than they multiply
+    if exactly:  # no tensor cores: larger tiles spill, smaller ones read more than they multiply
         if out >= 64:
             tiles = [(64, 64, 4), (out, 128, 8), (64, 128, 4)]
         else:
@@ -54,7 +54,7 @@ def _many_configs(side_out: int, side_in: int, itemsize: int, exactly: bool) -> 
 
 
 def _few_configs(bh: int, bw: int, block_rows: int, blocks: int, width: int, programs: int) -> list[dict]:
-    """C: how many steps of BK one program takes at most; None: a block row is not split."""
+    """C: the most steps of BK per program; None: a block row is not split."""
     if INTERPRET:
         return [{"BO": 16, "BK": 16, "C": 2, "num_stages": 1}]
     depth = power_of_two(bw, 16, 128)
@@ -69,10 +69,10 @@ def _few_configs(bh: int, bw: int, block_rows: int, blocks: int, width: int, pro
     else:
         tiles = [(64, short, 4, 4, 0), (64, short, 4, 4, 2), (64, depth, 4, 3, 0), (64, depth, 4, 3, 2)]
         tiles += [(32, depth, 4, 3, 2), (32, short, 4, 5, 0)]
-    if 2 * block_rows * triton.cdiv(bh, tiles[0][0]) < programs:  # whole block rows leave most of the machine idle
+    if 2 * block_rows * triton.cdiv(bh, tiles[0][0]) < programs:  # whole block rows leave most multiprocessors idle
         tiles.sort(key=lambda tile: tile[-1] == 0)
     configs = []
-    for rows, depth, warps, stages, waves in tiles:  # as many programs as fill the machine so often
+    for rows, depth, warps, stages, waves in tiles:  # so many waves of programs
         rows = min(rows, power_of_two(bh, 1 if width == 1 else 16, 128))
         work = triton.cdiv(blocks * bw, depth) * triton.cdiv(bh, rows)
         most = max(1, triton.cdiv(work, waves * programs)) if waves else None
@@ -81,9 +81,9 @@ def _few_configs(bh: int, bw: int, block_rows: int, blocks: int, width: int, pro
 
 
 def _schedule(start, other, second_start=None):
-    """(block row, its start, its stop, the first of ``other``) for each, the longest first: none is left for last.
+    """(block row, its start, its stop, its first ``other``) of each block row, the longest first, so that none is last.
 
-    ``second_start`` is the ``start`` of a second weight that the same programs go through; it only decides the order.
+    ``second_start``: the ``start`` of a second weight that the same programs multiply with; it only affects the order.
     """
     length = start.diff() if second_start is None else start.diff() + second_start.diff()
     row = length.argsort(descending=True, stable=True)
@@ -92,17 +92,17 @@ def _schedule(start, other, second_start=None):
 
 
 def _most_programs(block_rows, blocks, bw, depth, most, halves):
-    """How many programs of up to ``most`` steps any pattern of so many blocks can need."""
+    """The most programs of up to ``most`` steps that any pattern with so many blocks can need."""
     steps = min(blocks * triton.cdiv(bw, depth), halves * block_rows + blocks * bw // depth)
     return block_rows + (steps // most if most else 0)
 
 
 def _shares(programs, most, depth, bw, *starts_and_others):
-    """The table of ``few_tokens`` for one weight or two, each its start and its other. A program takes up to ``most``
-    steps of ``depth``; of two weights one more, since each is rounded up.
+    """The table of ``few_tokens`` for one weight or two, (start, other) of each. A program takes up to ``most`` steps
+    of ``depth``; with two weights one more, since each is rounded up.
 
-    How many programs a pattern needs is known to the device alone: there is a row for as many as there may be, and
-    those left over do nothing, in a block row that is not there.
+    Only the device knows how many programs a pattern needs: the table has a row for as many as any pattern may need,
+    and the rest do nothing, in a block row that does not exist.
     """
     weights = list(zip(starts_and_others[::2], starts_and_others[1::2], strict=True))
     starts = [start.long() for start, _ in weights]
@@ -111,13 +111,13 @@ def _shares(programs, most, depth, bw, *starts_and_others):
     stops, count = splits.cumsum(0), splits.numel()
     program = torch.arange(programs, device=splits.device)
     row = torch.searchsorted(stops, program, right=True)
-    here, at = row < count, row.clamp(max=count - 1)
-    split, shares = program - (stops - splits)[at], torch.where(here, splits[at], 1)
-    columns = [row, torch.where(here, split, 0), shares]
+    valid, at = row < count, row.clamp(max=count - 1)
+    split, shares = program - (stops - splits)[at], torch.where(valid, splits[at], 1)
+    columns = [row, torch.where(valid, split, 0), shares]
     for start, length, (_, other) in zip(starts, steps, weights, strict=True):
         share = -(-length[at] // shares)
         low = torch.minimum(split * share, length[at])
-        high = torch.where(here, torch.minimum(low + share, length[at]), low)
+        high = torch.where(valid, torch.minimum(low + share, length[at]), low)
         first = (start[at] + low * depth // bw).clamp(max=max(len(other) - 1, 0))
         columns += [start[at], start[at + 1], low, high, other[first] if len(other) else torch.zeros_like(low)]
     return torch.stack(columns, 1).int()
@@ -127,7 +127,7 @@ def _shares(programs, most, depth, bw, *starts_and_others):
 
 
 def _many(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y, block=None, *, activation):
-    """y[:, block row] = the sum over its blocks of x[:, other] @ block; with ``block``, their order, grad @ W."""
+    """y[:, block row] = the sum of x[:, other] @ block over its blocks. For grad @ W, ``block`` has their numbers."""
     (tokens, inputs), outputs, block_rows, transposed = x.shape, y.shape[1], start.numel() - 1, block is not None
     bh, bw = values.shape[:0:-1] if transposed else values.shape[1:]
     blocks, table = len(values) + (0 if up is None else len(up)), Derived("bsr schedule", _schedule)
@@ -137,18 +137,18 @@ def _many(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, 
 
     def prepare(config):
         bo, bt, bk = config["BO"], config["BT"], config["BK"]
-        described, matrix = {}, values.view(-1, values.shape[2])  # the blocks as one matrix
-        if bw % bk == 0 and describable(x) and describable(matrix):
-            described[0] = [bt, bk], x.shape, x.stride()
-            if up is None:  # a load in a branch is not pipelined, so that the weight of a half is a chosen pointer
-                described[2] = [bk, bo] if transposed else [bo, bk], matrix.shape, matrix.stride()
+        by_tma, matrix = {}, values.view(-1, values.shape[2])  # the blocks as one matrix
+        if bw % bk == 0 and tma_can_load(x) and tma_can_load(matrix):
+            by_tma[0] = [bt, bk], x.shape, x.stride()
+            if up is None:  # a load in a branch is not pipelined, so the weight of a half is a selected pointer
+                by_tma[2] = [bk, bo] if transposed else [bo, bk], matrix.shape, matrix.stride()
         grid = (block_rows * triton.cdiv(bh, bo) * triton.cdiv(tokens, bt),)
-        launches = table_launches(block_gemm, grid, described, **constants, **config)
+        launches = table_launches(block_gemm, grid, by_tma, **constants, **config)
 
         def call(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y, block=None):
             schedule, ready = table(start, other) if up is None else table(start, other, up_start)
             launches[ready](
-                x if 0 in described else None, x, values if 2 in described else None, values, other, block,
+                x if 0 in by_tma else None, x, values if 2 in by_tma else None, values, other, block,
                 schedule, bias, gate, up, up_start, up_other, up_bias, y, *integers,
             )  # fmt: skip
 
@@ -156,10 +156,10 @@ def _many(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, 
 
     key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), tokens.bit_length(), transposed)
     configs = _many_configs(bh, bw, x.element_size(), exact(x.dtype))
-    given = (x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y)
+    tensors = (x, values, start, other, bias, gate, up, up_start, up_other, up_bias, y)
     if transposed:
-        return autotune.pick("bsr_many", key, configs, prepare, (*given, block))
-    return gated.pick("bsr", "many", key, configs, prepare, given, _many, activation)
+        return autotune.pick("bsr_many", key, configs, prepare, (*tensors, block))
+    return gated.pick("bsr", "many", key, configs, prepare, tensors, _many, activation)
 
 
 def _few(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y, *, activation):
@@ -189,13 +189,13 @@ def _few(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y, *, a
 
     key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width)
     configs = _few_configs(bh, bw, block_rows, blocks, width, backend.multiprocessors(x))
-    given = (x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y)
-    return gated.pick("bsr", "few", key, configs, prepare, given, _few, activation)
+    tensors = (x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y)
+    return gated.pick("bsr", "few", key, configs, prepare, tensors, _few, activation)
 
 
 def _arrange(x):
-    """The function that makes x (*, I) as the kernels read it: rows without gaps; or columns, where each thread
-    multiplies for itself and reads along the tokens."""
+    """A function from x (*, I) to the form that the kernels read: contiguous rows; or, without tensor cores, contiguous
+    columns, as threads read along the tokens."""
     tokens = x.shape[:-1].numel()
     if not exact(x.dtype) or tokens <= 1:
         return matrix_of(x)

@@ -2,10 +2,10 @@
 
 Letters as there: T tokens, I inputs, O outputs; BO outputs, BT tokens, BK reduction a tile.
 
-A line's reduction is split over as many programs as its blocks ask for. What a program takes stands in one row of a
-table, made once per pattern, so that it waits for memory once before its first blocks are on their way: line, split,
-splits; then for each weight the line's first block and the one after its last, the share's first step and the one after
-its last, and the place across of the share's first block.
+The reduction of a block row is split over as many programs as its blocks need. What a program computes stands in one
+row of a table, made once per pattern, so that a program loads it at once and starts loading blocks: block row, split,
+splits; then for each weight the first block of the block row and the one after its last, the first step of the share
+and the one after its last, and the block column of the share's first block.
 """
 
 import triton
@@ -14,12 +14,12 @@ import triton.language as tl
 from .epilogue import finish
 from .pdl import begin
 
-HEAD, SHARE = tl.constexpr(3), tl.constexpr(5)  # numbers of a program, and of each of its shares
+HEAD, SHARE = tl.constexpr(3), tl.constexpr(5)  # integers in a row of the table: of the program, of each share
 
 
 @triton.jit
 def _share(entry):
-    """The numbers of one share: first block, the one after the last, first step, the one after the last, place."""
+    """The integers of one share: start and stop of its blocks, of its steps, and the first block column."""
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
 
 
@@ -29,7 +29,7 @@ def _product(
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(BO, BT): one share of a line's blocks times their activations."""
+    """(BO, BT): one share of the blocks of a block row times their activations."""
     start, stop, low, high, ahead = share
     length = (stop - start) * BW
     t, k = tl.arange(0, BT), tl.arange(0, BK)
@@ -39,7 +39,7 @@ def _product(
         if BW % BK == 0:  # a step stays inside one block: its columns are contiguous, which the compiler can see
             first, ok = tl.multiple_of(step % BW, BK), k < BK
             inner, column = first + k, tl.multiple_of(ahead * BW + first, BK) + k
-            following = tl.minimum(step + BK, length - BK)  # a step ahead, or the copies would not be pipelined
+            following = tl.minimum(step + BK, length - BK)  # one step ahead, or the copies would not be pipelined
             ahead = tl.load(other_ptr + start + following // BW)
             w_at = base + step // BW * (BH * BW) + inside[:, None] * BW + inner[None, :]
         else:
@@ -69,27 +69,27 @@ def few_tokens(
     x_ptr, w_ptr, other_ptr, bias_ptr, gate_ptr, up_ptr, up_other_ptr, up_bias_ptr, table_ptr, y_ptr,
     partial_ptr, count_ptr, T, I, O, stride_xt, stride_xi,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, SETTLED: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, READY: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The weight is read once; where SPLIT, the programs of a line share its blocks, and the last to arrive adds up.
+    """The weight is read once; where SPLIT, the programs of a block row share its blocks, and the last one adds up.
 
-    With ``up``, a second weight, both are read, and their products meet in fp32. SETTLED: the table was finished before
-    this launch, and is read while the kernel before still runs.
+    With ``up``, a second weight, both are read, and their products are multiplied in fp32. READY: the table was
+    finished before this launch, and may be read while the previous kernel still runs.
     """
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     SUB: tl.constexpr = (BH + BO - 1) // BO
     program, sub, t = tl.program_id(0) // SUB, tl.program_id(0) % SUB, tl.arange(0, BT)
     inside = sub * BO + tl.arange(0, BO)
-    if not SETTLED:
+    if not READY:
         begin(PDL)
     entry = table_ptr + program * (HEAD + HALVES * SHARE)
-    line, split, splits = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    block_row, split, splits = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     share = _share(entry + HEAD)
     up_share = share
     if HALVES == 2:
         up_share = _share(entry + HEAD + SHARE)
-    if SETTLED:
-        begin(PDL)  # no kernel before this one writes the table
+    if READY:
+        begin(PDL)  # the table is not written by an earlier kernel
     acc = _product(
         x_ptr, w_ptr, other_ptr, share, inside, T, I, stride_xt, stride_xi,
         BH, BW, BO, BT, BK, STAGES, PRECISION,
@@ -100,10 +100,10 @@ def few_tokens(
             x_ptr, up_ptr, up_other_ptr, up_share, inside, T, I, stride_xt, stride_xi,
             BH, BW, BO, BT, BK, STAGES, PRECISION,
         )  # fmt: skip
-    o = line * BH + inside
+    o = block_row * BH + inside
     o_ok = (inside < BH) & (o < O)
     finish(
-        acc, up_acc, line * SUB + sub, split, splits, (program - split) * SUB + sub * splits, o, o_ok,
+        acc, up_acc, block_row * SUB + sub, split, splits, (program - split) * SUB + sub * splits, o, o_ok,
         t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :],
         bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, SPLIT, BO, BT, ACTIVATION,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """BSR's product for many tokens on tensor cores, x @ W.T and grad @ W; the launchers are in ``bsr``.
 
-Letters as there: T tokens, I inputs, O outputs; a line of blocks (BH, BW); BO outputs, BT tokens, BK reduction a tile.
+Letters as there: T tokens, I inputs, O outputs; blocks (BH, BW); BO outputs, BT tokens, BK reduction a tile.
 """
 
 import triton
@@ -16,7 +16,7 @@ def _product(
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The whole reduction of one tile; ``other`` is the place of the line's first block, across the line."""
+    """The whole reduction of one tile; ``other`` is the block column of the first block."""
     STEPS: tl.constexpr = (BW + BK - 1) // BK
     inside, t, k = sub * BO + tl.arange(0, BO), token0 + tl.arange(0, BT), tl.arange(0, BK)
     t64, k64 = (t.to(tl.int64), k.to(tl.int64)) if WIDE else (t, k)
@@ -27,7 +27,7 @@ def _product(
     for step in range((stop - start) * STEPS):
         k0 = step % STEPS * BK
         column, row = other * BW + k0, block
-        following = start + (step + 1) // STEPS  # loaded one step ahead: the copies of a tile wait for its place
+        following = start + (step + 1) // STEPS  # loaded one step ahead: the copies of a tile need its column
         other = tl.load(other_ptr + following, mask=following < stop, other=0)
         block = following
         if TRANSPOSED:
@@ -69,12 +69,12 @@ def _product(
 
 @triton.jit
 def _store(
-    acc, bias_ptr, gate_ptr, y_ptr, line, sub, token0, T, O,
+    acc, bias_ptr, gate_ptr, y_ptr, block_row, sub, token0, T, O,
     BH: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     inside, t = sub * BO + tl.arange(0, BO), token0 + tl.arange(0, BT)
-    o, t64 = line * BH + inside, t.to(tl.int64) if WIDE else t
+    o, t64 = block_row * BH + inside, t.to(tl.int64) if WIDE else t
     o_ok = (inside < BH) & (o < O)
     if not TOKENS_FIRST:
         acc = tl.trans(acc)
@@ -91,26 +91,26 @@ def _store(
 @triton.jit
 def block_gemm(
     x_desc, x_ptr, w_desc, w_ptr, other_ptr, block_ptr, schedule_ptr, bias_ptr, gate_ptr,
-    up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, y_ptr, T, I, O, lines, stride_xt, stride_xi,
+    up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, y_ptr, T, I, O, block_rows, stride_xt, stride_xi,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
     TRANSPOSED: tl.constexpr, TOKENS_FIRST: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr, SETTLED: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program. With ``up``, a second weight, a tile is two halves, as in ``vector_nm_gemm``: that of x @ up
-    waits in its own place of y, in L2, and is the gate of the other. SETTLED is that of ``bsr_few``."""
+    """One tile per program. With ``up``, a second weight, a tile has two halves, as in ``vector_nm_gemm``: x @ up is
+    stored in y, where it stays in L2, and is the gate of the other. READY: as in ``bsr_few``."""
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     SUB: tl.constexpr = (BH + BO - 1) // BO
-    if not SETTLED:
+    if not READY:
         begin(PDL)
-    # all lines of one token tile come before the next one's, so that its activations stay in L2; the longest line first
+    # all block rows of one token tile come before the next tile's, so that its activations stay in L2; longest first
     pid = tl.program_id(0)
-    entry = schedule_ptr + pid % (lines * SUB) // SUB * 4
-    line, start, stop, other = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
-    sub, token0 = pid % SUB, pid // (lines * SUB) * BT
-    if SETTLED:
+    entry = schedule_ptr + pid % (block_rows * SUB) // SUB * 4
+    block_row, start, stop, other = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    sub, token0 = pid % SUB, pid // (block_rows * SUB) * BT
+    if READY:
         begin(PDL)
     if HALVES == 2:
-        up_start, up_stop = tl.load(up_start_ptr + line), tl.load(up_start_ptr + line + 1)
+        up_start, up_stop = tl.load(up_start_ptr + block_row), tl.load(up_start_ptr + block_row + 1)
         up_other = tl.load(up_other_ptr + up_start, mask=up_start < up_stop, other=0)
     for half in tl.range(HALVES, num_stages=1):
         w, others, first, end, column = w_ptr, other_ptr, start, stop, other
@@ -121,9 +121,15 @@ def block_gemm(
             BH, BW, BO, BT, BK, TRANSPOSED, TOKENS_FIRST, WIDE, PRECISION,
         )  # fmt: skip
         if HALVES == 1:
-            _store(acc, bias_ptr, gate_ptr, y_ptr, line, sub, token0, T, O, BH, BO, BT, TOKENS_FIRST, WIDE, ACTIVATION)
+            _store(
+                acc, bias_ptr, gate_ptr, y_ptr, block_row, sub, token0, T, O,
+                BH, BO, BT, TOKENS_FIRST, WIDE, ACTIVATION,
+            )  # fmt: skip
         elif half == 0:
-            _store(acc, up_bias_ptr, None, y_ptr, line, sub, token0, T, O, BH, BO, BT, TOKENS_FIRST, WIDE, "none")
+            _store(acc, up_bias_ptr, None, y_ptr, block_row, sub, token0, T, O, BH, BO, BT, TOKENS_FIRST, WIDE, "none")
             tl.debug_barrier()  # another thread of the program may load what this one stored
         else:
-            _store(acc, bias_ptr, y_ptr, y_ptr, line, sub, token0, T, O, BH, BO, BT, TOKENS_FIRST, WIDE, ACTIVATION)
+            _store(
+                acc, bias_ptr, y_ptr, y_ptr, block_row, sub, token0, T, O,
+                BH, BO, BT, TOKENS_FIRST, WIDE, ACTIVATION,
+            )  # fmt: skip

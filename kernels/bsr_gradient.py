@@ -9,11 +9,11 @@ import triton.language as tl
 from . import autotune
 from .backend import INTERPRET, backend
 from .epilogue import add_up, last_to_arrive
-from .launch import into_new, triton_launch
+from .launch import gradient_into_new, into_new, triton_launch
 from .operators import operator
 from .precision import exact, precision
 from .split_k import workspace
-from .tiles import describable, matrix_of, power_of_two, splits, wide
+from .tiles import matrix_of, power_of_two, splits, tma_can_load, wide
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _sampled_product(
     BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[block] = g[:, its rows].T @ x[:, its columns]; column by column, so that neighbours share x."""
+    """out[block] = g[:, its rows].T @ x[:, its columns]; by block columns, so that neighbouring programs share x."""
     NM: tl.constexpr = (BH + BM - 1) // BM
     NN: tl.constexpr = (BW + BN - 1) // BN
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -68,22 +68,22 @@ def _sampled_product(
 
 
 @triton.jit
-def _expand_line(
+def _expand_block_row(
     w_ptr, crow_ptr, col_ptr, out_ptr, I, O, BH: tl.constexpr, BW: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr
 ):
     """One block row, BM of its rows: zeros first, then the blocks over them."""
-    line, i0 = tl.program_id(0), tl.program_id(1) * BM
+    block_row, i0 = tl.program_id(0), tl.program_id(1) * BM
     i, c = i0 + tl.arange(0, BM), tl.arange(0, BC)
-    row_ok = (i < BH) & (line * BH + i < O)
-    out = out_ptr + (line * BH + i).to(tl.int64)[:, None] * I
+    row_ok = (i < BH) & (block_row * BH + i < O)
+    out = out_ptr + (block_row * BH + i).to(tl.int64)[:, None] * I
     for c0 in range(0, I, BC):
         tl.store(
             out + (c0 + c)[None, :],
             tl.zeros((BM, BC), out_ptr.dtype.element_ty),
             mask=row_ok[:, None] & (c0 + c < I)[None, :],
         )
-    tl.debug_barrier()  # another thread of the program may have zeroed the place
-    start, stop = tl.load(crow_ptr + line), tl.load(crow_ptr + line + 1)
+    tl.debug_barrier()  # another thread of the program may have zeroed the element
+    start, stop = tl.load(crow_ptr + block_row), tl.load(crow_ptr + block_row + 1)
     for s0 in range(0, (stop - start) * BW, BC):
         slot = s0 + c
         ok = slot < (stop - start) * BW
@@ -100,12 +100,12 @@ def _gradient_configs(
         return [{"BM": 16, "BN": 16, "BK": 16, "S": 2, "num_stages": 1}]
     side, depth = (64, 16) if exactly else (128, 64 if itemsize == 2 else 32)
     rows, width = power_of_two(bh, 16, side), power_of_two(bw, 16, side)
-    tiles, found = blocks * -(-bh // rows) * -(-bw // width), []
+    tiles, configs = blocks * -(-bh // rows) * -(-bw // width), []
     for waves, stages, warps in ((2, 4, 4), (4, 3, 4), (2, 4, 8)):
-        warps = min(warps, rows * width // 256)  # a warp's own product is 16 by 8: more warps than that repeat it
+        warps = min(warps, rows * width // 256)  # a warp multiplies 16 by 8: more warps than that repeat the work
         split = splits(tiles, waves * programs, tokens, 4 * depth)
-        found.append({"BM": rows, "BN": width, "BK": depth, "S": split, "num_stages": stages, "num_warps": warps})
-    return found
+        configs.append({"BM": rows, "BN": width, "BK": depth, "S": split, "num_stages": stages, "num_warps": warps})
+    return configs
 
 
 def choose_grad_values(tokens, outputs, inputs, dtype, *, bh, bw, blocks) -> tuple[str, str]:
@@ -124,38 +124,26 @@ def grad_values(grad, x, col, t_row, t_block, bh, bw, variant=None):
     shape = (col.shape[0], bh, bw)
     if x.numel() == 0 or grad.numel() == 0 or col.shape[0] == 0:
         return lambda grad, *rest: grad.new_zeros(shape)
-    columns, turn, new = grad.shape[-1], matrix_of(x), backend.empty(grad, *shape)
-
-    def arranged(grad, x):
-        return grad.reshape(-1, columns).contiguous(), x if turn is None else turn(x)
-
-    launch = _prepare_grad_values(*arranged(grad, x), col, t_row, t_block, new())
-
-    def call(grad, x, *pattern):
-        out = new()
-        launch(*arranged(grad, x), *pattern, out)
-        return out
-
-    return call
+    return gradient_into_new(_launch, grad, x, (col, t_row, t_block), shape, matrix_of(x))
 
 
-def _prepare_grad_values(grad, x, col, t_row, t_block, out):
+def _launch(grad, x, col, t_row, t_block, out):
     (blocks, bh, bw), (tokens, inputs), outputs, stride = out.shape, x.shape, grad.shape[1], x.stride(0)
 
     def prepare(config):
         bm, bn, bk, split = (config[name] for name in ("BM", "BN", "BK", "S"))
-        tiles, described = blocks * triton.cdiv(bh, bm) * triton.cdiv(bw, bn), {}
+        tiles, by_tma = blocks * triton.cdiv(bh, bm) * triton.cdiv(bw, bn), {}
         # blocks of (4, 8), fetched as tiles of 16 at any column, stopped on an H100 with an illegal instruction: the
-        # copy engine only serves blocks that fill a tile and begin at multiples of 16 bytes
+        # TMA only serves blocks that fill a tile and begin at multiples of 16 bytes
         whole = all(side >= 16 and side * x.element_size() % 16 == 0 for side in (bh, bw))
-        if whole and describable(x) and describable(grad):
-            described = {0: ([bk, bm], grad.shape, grad.stride()), 2: ([bk, bn], x.shape, x.stride())}
+        if whole and tma_can_load(x) and tma_can_load(grad):
+            by_tma = {0: ([bk, bm], grad.shape, grad.stride()), 2: ([bk, bn], x.shape, x.stride())}
         constants = {"BH": bh, "BW": bw, "WIDE": wide(x, grad), "PRECISION": precision(x.dtype)}
-        launch = triton_launch(_sampled_product, (tiles, split), described, **constants, **config)
+        launch = triton_launch(_sampled_product, (tiles, split), by_tma, **constants, **config)
 
         def call(grad, x, col, t_row, t_block, out):
             partial = workspace.take(x, tiles, tiles * split, bm * bn)
-            g_desc, x_desc = (grad, x) if described else (None, None)
+            g_desc, x_desc = (grad, x) if by_tma else (None, None)
             launch(g_desc, grad, x_desc, x, col, t_row, t_block, out, *partial, tokens, inputs, outputs, stride)
 
         return call
@@ -175,5 +163,5 @@ def expand(values, crow, col, out_features, in_features):
     """values, crow, col -> the dense weight (O, I)."""
     _, bh, bw = values.shape
     grid, width = (crow.numel() - 1, triton.cdiv(bh, 16)), 32 if INTERPRET else 256
-    launch = triton_launch(_expand_line, grid, BH=bh, BW=bw, BM=16, BC=width)
+    launch = triton_launch(_expand_block_row, grid, BH=bh, BW=bw, BM=16, BC=width)
     return into_new(launch, values, (out_features, in_features), in_features, out_features)

@@ -1,9 +1,9 @@
-"""2:4 products on sparse tensor cores by cuSPARSELt, with the plan and the searched algorithm kept.
+"""2:4 products on sparse tensor cores by cuSPARSELt, with cached plans and searched algorithms.
 
-torch's own wrapper plans anew at each call, about a millisecond of host time. Here the library that torch ships is
-called through ctypes; one plan per (device, sizes, dtype) lies in the launch cache, searched when it is used again, and
-a weight's compressed form in the pattern cache. A library that is not there, or of a version whose structs and numbers
-are not known, is left alone, and weights are expanded: torch's wrapper is slower than a dense product.
+torch's own wrapper makes a plan at each call, about a millisecond of host time. Here the library that torch ships is
+called through ctypes; one plan per (device, sizes, dtype) is in the launch cache, searched at its second use, and the
+compressed form of a weight in the pattern cache. If the library is missing, or of a version that was not tested, it is
+not used, and weights are expanded: torch's wrapper is slower than a dense product.
 
 Letters: T tokens, I inputs, O outputs. The library computes D (O, T) = A (O, I, 2:4) @ B (I, T), all column-wise views
 of row-major tensors: B is x (T, I) read as its transpose, D is y (T, O) likewise.
@@ -27,10 +27,10 @@ from .tiles import matrix_of
 OPAQUE_BYTES = 1 << 14  # the opaque structs took 11 kB in old versions and take 512 bytes in new ones
 ROW, COLUMN = 2, 1
 AS_IT_IS, HALF_SPARSE, COMPUTE_F32, ALIGNMENT = 0, 0, 2, 16  # the library's enumerations, from its header
-SEARCH_AT = 2  # the use at which all algorithms are timed: a size that comes once is not worth it
+SEARCH_AT = 2  # the use at which all algorithms are timed: a size that is used once is not worth it
 BIAS, POINTER_BYTES = 8, ctypes.c_size_t(8)  # the attribute of a product that holds the address of a bias (O,)
 CUDA_TYPES = {torch.float16: 2, torch.bfloat16: 14}
-MAJOR, MINOR = 0, 1  # the properties of the library that tell its version
+MAJOR, MINOR = 0, 1  # the properties of the library's version
 KNOWN_MAJOR, OLDEST_MINOR = 0, 6  # older ones were not tried
 STATUS = (
     "SUCCESS", "NOT_INITIALIZED", "ALLOC_FAILED", "INVALID_VALUE", "ARCH_MISMATCH", "MAPPING_ERROR", "EXECUTION_FAILED",
@@ -39,7 +39,7 @@ STATUS = (
 
 
 class Opaque:
-    """Zeroed, 64-byte aligned memory for a struct that only the library looks into."""
+    """Zeroed, 64-byte aligned memory for an opaque struct of the library."""
 
     def __init__(self):
         self.memory = ctypes.create_string_buffer(OPAQUE_BYTES + 64)
@@ -80,7 +80,7 @@ def available() -> bool:
 
 
 def _call(function: str, *arguments) -> None:
-    """Calls one function of the library; structs are given as ``Opaque``."""
+    """Calls one function of the library; structs are passed as ``Opaque``."""
     pointers = (a.pointer if isinstance(a, Opaque) else a for a in arguments)
     _raise(function, getattr(_library(), function)(*pointers))
 
@@ -95,7 +95,7 @@ def _raise(function: str, status: int) -> None:
 def _handle(device: int) -> Opaque:
     """The library's handle of a device, which is the current one."""
     handle = Opaque()
-    backend.initialize()  # the library wants a context
+    backend.initialize()  # the library needs a context
     _call("cusparseLtInit", handle)
     return handle
 
@@ -111,10 +111,11 @@ class Plan:
         _call("cusparseLtDenseDescriptorInit", h, b, i, t, i, ALIGNMENT, kind, COLUMN)
         _call("cusparseLtDenseDescriptorInit", h, d, o, t, o, ALIGNMENT, kind, COLUMN)
         _call("cusparseLtMatmulDescriptorInit", h, product, AS_IT_IS, AS_IT_IS, a, b, d, d, COMPUTE_F32)
-        self.parts, self.device = (a, b, d, product, algorithm), device  # the plan points into them
+        self.parts, self.device = (a, b, d, product, algorithm), device  # the plan points to them
         self.lock = threading.Lock()  # a plan holds one bias and one algorithm at a time
         if biased:
-            self._set_bias(torch.empty(outputs, dtype=dtype, device=device))  # any: it asks for kernels that add one
+            # any address: it selects algorithms that add a bias
+            self._set_bias(torch.empty(outputs, dtype=dtype, device=device))
         _call("cusparseLtMatmulAlgSelectionInit", h, algorithm, product, 0)
         _call("cusparseLtMatmulPlanInit", h, self.plan, product, algorithm)
         self.one, self.zero, self.uses = ctypes.byref(ctypes.c_float(1)), ctypes.byref(ctypes.c_float(0)), 0
@@ -201,5 +202,5 @@ def prepare(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None):
 
 
 def _aligned(bias):
-    """A copy where the library could not read it as it lies."""
+    """A copy if the library could not read it in place."""
     return bias if bias.is_contiguous() and bias.data_ptr() % 16 == 0 else bias.clone()

@@ -1,5 +1,5 @@
 """What happens to a finished fp32 tile before it is stored: bias, activation, gate; and how the programs that
-share one (split-K) add up their parts.
+share one tile (split-K) add up their partial sums.
 
 Letters: y the output tile; its reduction may be split.
 """
@@ -12,20 +12,20 @@ ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 
 
 def activation_name(activation: str | None) -> str:
-    """The name the operators take; refuses one that no kernel knows."""
+    """The activation as operators take it; raises for an unknown one."""
     name = activation or "none"
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation {activation!r} is not one of {ACTIVATIONS}")
+        raise ValueError(f"Expected an activation of {', '.join(ACTIVATIONS)}, got {activation!r}.")
     return name
 
 
 def check(outputs: int, shape: tuple[int, ...], biases: tuple, gate: torch.Tensor | None) -> None:
-    """Refuses a bias that is not (O,) and a gate that has not the output's ``shape``: kernels read them unmasked."""
+    """Raise unless each bias is (O,) and the gate has the output's ``shape``: kernels trust their sizes."""
     for bias in biases:
         if bias is not None and bias.shape != (outputs,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({outputs},)")
+            raise ValueError(f"Expected a bias of shape ({outputs},), got {tuple(bias.shape)}.")
     if gate is not None and gate.shape != shape:
-        raise ValueError(f"gate has shape {tuple(gate.shape)}; expected the output's, {tuple(shape)}")
+        raise ValueError(f"Expected a gate of the output's shape {tuple(shape)}, got {tuple(gate.shape)}.")
 
 
 def apply(y: torch.Tensor, activation: str, gate: torch.Tensor | None) -> torch.Tensor:
@@ -53,7 +53,7 @@ def activate(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def last_to_arrive(count_ptr, splits):
-    """Counts this program in; true for the last of ``splits``. The counter is 0 again for the next launch."""
+    """Count this program; true for the last of ``splits``, which resets the counter for the next launch."""
     tl.debug_barrier()  # every thread's partial sums are written before the one thread below releases them
     last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == splits - 1
     if last:
@@ -61,15 +61,15 @@ def last_to_arrive(count_ptr, splits):
     return last
 
 
-TOGETHER = tl.constexpr(4)  # partial tiles that are on their way at a time
+IN_FLIGHT = tl.constexpr(4)  # partial tiles that are loaded at a time
 
 
 @triton.jit
 def add_up(own_ptr, inside, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The partial tiles, in a fixed order, so that the sum does not depend on who came last."""
+    """The sum of the partial tiles in a fixed order, so that it does not depend on which program was last."""
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, splits, TOGETHER):
-        for s in tl.static_range(TOGETHER):
+    for first in range(0, splits, IN_FLIGHT):
+        for s in tl.static_range(IN_FLIGHT):
             at = own_ptr + (first + s) * (ROWS * COLUMNS) + inside
             acc += tl.load(at, mask=first + s < splits, other=0.0, cache_modifier=".cg")
     return acc
@@ -83,9 +83,9 @@ def finish(
 ):  # fmt: skip
     """Stores one output tile, of which ``acc`` (ROWS, COLUMNS) is this split's share, if all others have arrived.
 
-    Its ``splits`` shares, where SPLIT says that there may be several, lie from number ``first`` on; ``tile`` is its
-    counter. ``rows`` are its outputs, ``offsets`` and ``mask`` its places in y. With HALVES of 2, ``up_acc`` is the
-    share of the product that it is multiplied with; else it is not looked at.
+    Where SPLIT, its ``splits`` shares are stored from number ``first`` on, and ``tile`` is the number of its counter.
+    ``rows`` are its outputs, ``offsets`` and ``mask`` its elements of y. With HALVES of 2, ``up_acc`` is the share of
+    the product that it is multiplied with; otherwise it is not read.
     """
     last = splits == 1
     if SPLIT and splits > 1:
@@ -120,9 +120,9 @@ def finish_rows(
 ):  # fmt: skip
     """``finish`` of a row-major y (T, O) in a grid of (tiles of rows, S splits, tiles of BT tokens)."""
     tile, split, t = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BT + tl.arange(0, BT)
-    place = tile * tl.num_programs(2) + tl.program_id(2)
+    number = tile * tl.num_programs(2) + tl.program_id(2)
     finish(
-        acc, acc, place, split, S, place * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
+        acc, acc, number, split, S, number * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
         row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
         1, S > 1, ROWS, BT, ACTIVATION,
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""activation(x @ W_gate.T) * (x @ W_up.T) for any layout: one launch, or the two it replaces, is tuned like a tile.
+"""activation(x @ W_gate.T) * (x @ W_up.T) for any layout; whether it takes one launch or two is autotuned.
 
-A product gets (x, *gate weight, gate, *up weight, y), each weight ending with its bias; without an up weight its parts
-are None and it is a lone product, whose result is multiplied by ``gate`` unless that is None.
+A product takes (x, *gate weight, gate, *up weight, y), where each weight ends with its bias. Without an up weight these
+are None, and the product is a single one, multiplied by ``gate`` unless that is None.
 """
 
 from . import autotune
@@ -9,29 +9,28 @@ from . import autotune
 TWO_LAUNCHES = {"LAUNCHES": 2}
 
 
-def pick(layout: str, kind: str, key: tuple, configs: list[dict], prepare, given: tuple, lone, activation: str):
-    """``autotune.pick``, which of a gated product may also take two launches. ``lone(*given, activation=)`` prepares
-    one that has no up weight."""
-    if given[2 + (len(given) - 2) // 2] is None:
-        return autotune.pick(f"{layout}_{kind}", key, configs, prepare, given)
+def pick(layout: str, kind: str, key: tuple, configs: list[dict], prepare, tensors: tuple, single, activation: str):
+    """``autotune.pick`` whose candidates for a gated product include two launches. ``single(*tensors, activation=)``
+    prepares a product without an up weight."""
+    if tensors[2 + (len(tensors) - 2) // 2] is None:
+        return autotune.pick(f"{layout}_{kind}", key, configs, prepare, tensors)
 
     def either(config):
-        return _in_two_launches(lone, given, activation) if config == TWO_LAUNCHES else prepare(config)
+        return _in_two_launches(single, tensors, activation) if config == TWO_LAUNCHES else prepare(config)
 
-    return autotune.pick(f"{layout}_gated_{kind}", key, [*configs, TWO_LAUNCHES], either, given)
+    return autotune.pick(f"{layout}_gated_{kind}", key, [*configs, TWO_LAUNCHES], either, tensors)
 
 
-def _in_two_launches(lone, given, activation):
-    """The up product is stored in y, where the second launch finds it as its gate: each tile reads and writes its own.
+def _in_two_launches(single, tensors, activation):
+    """Two launches: the first stores the up product in y, the second reads it there as its gate, tile by tile.
 
-    One rounding to y's dtype lies between the launches, as it does between the halves of a tile in the one-launch
-    kernels for many tokens.
+    The up product is rounded to y's dtype in between, as in the one-launch kernels for many tokens.
     """
-    halves = _halves(*given)
-    first, second = lone(*halves[0], activation="none"), lone(*halves[1], activation=activation)
+    halves = _halves(*tensors)
+    first, second = single(*halves[0], activation="none"), single(*halves[1], activation=activation)
 
-    def call(*given):
-        halves = _halves(*given)
+    def call(*tensors):
+        halves = _halves(*tensors)
         first(*halves[0])
         second(*halves[1])
 

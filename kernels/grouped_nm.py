@@ -2,7 +2,7 @@
 
 Letters: T tokens, I inputs, O outputs; P patterns, Q = P * g slots a chunk; slot (chunk c, strip s, q = p*g + j) holds
 n values, at rows m*s + pattern[p] of column Q*c + index[c, s, q]. MP: m rounded up to what a tile may be.
-``pattern`` (P, n) int32 is the layout's own table: kernels read it, so the order of patterns is settled in one place.
+``pattern`` (P, n) int32 is the layout's own table: kernels read it, so that the order of patterns is defined once.
 """
 
 import math
@@ -43,11 +43,11 @@ def _collect_slots(
 
 
 FEW = 64  # tokens up to which reading the weight decides
-AT_ONCE = 1 << 23  # slots that the table is made of at a time, in 64-bit integers on the way
+AT_ONCE = 1 << 23  # slots per step while the table is made, which needs 64-bit integers
 
 
 def _configs(tokens: int, times: int, m: int, strips: int, inputs: int, programs: int) -> list[dict]:
-    """``times``: how many tiles of tokens there are."""
+    """``times``: the number of token tiles."""
     if INTERPRET:
         return [{"BS": power_of_two(16 // m, 1, 16), "BK": 16, "S": 2}]
     if tokens == 1:
@@ -119,13 +119,13 @@ def collect(dense, index, pattern, m):
 
 
 class GroupedNMLinear(Linear):
-    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``pattern`` (P, n) int32 lies on the same device.
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``pattern`` (P, n) int32 is on the same device.
 
-    ``save_memory`` rules out a dense weight, at a cost in time.
+    ``save_memory`` avoids a dense weight, at a cost in time.
     """
 
     prefix, stored = "gpu_grouped_nm_linear", "Tensor values, Tensor index, Tensor pattern"
-    given, last, expand = "int m, ", "int out_features, str activation, bool save_memory", expand
+    layout_numbers, common_numbers, expand = "int m, ", "int out_features, str activation, bool save_memory", expand
     defaults = {"save_memory": False}
 
     def facts(self, stored, up, numbers):
@@ -146,8 +146,6 @@ class GroupedNMLinear(Linear):
 
     def check(self, x, weight, outputs, inputs, m, save_memory):
         values, index, pattern = weight
-        if x.dtype != values.dtype:
-            raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {values.dtype}.")
         _check_pattern(index, pattern)
         if values.shape[1] != -(-outputs // m) or values.shape[0] != -(-inputs // (values.shape[2] * values.shape[3])):
             raise ValueError(

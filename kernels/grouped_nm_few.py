@@ -1,8 +1,8 @@
 """GroupedNM for a few tokens, and its dense tiles; the launchers are in ``grouped_nm``.
 
-Letters as there, and: BS strips, BK columns, BT tokens a tile; S splits of the columns; WIDTH columns of the table of
+Letters as exists, and: BS strips, BK columns, BT tokens a tile; S splits of the columns; WIDTH columns of the table of
 slots. Slots are stored by pattern; the table says for each strip which slot of its chunk a column has, so that columns
-are walked in order: activations are read as they lie, and a tile of several strips goes to the tensor cores.
+are visited in order: activations are read contiguously, and a tile of several strips goes to the tensor cores.
 """
 
 import triton
@@ -36,10 +36,10 @@ def few_tokens(
     T, I, O, strips, width, stride_x,
     Q: tl.constexpr, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BS: tl.constexpr,
     BK: tl.constexpr, BT: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    SETTLED: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    READY: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BS strips, a share of their columns, one tile of tokens. SETTLED: the slots were finished before this launch."""
-    if not SETTLED:
+    """BS strips, a share of their columns, one tile of tokens. READY: the slots were finished before this launch."""
+    if not READY:
         begin(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     t, j = tl.program_id(2) * BT + tl.arange(0, BT), tl.arange(0, BK)
@@ -48,17 +48,17 @@ def few_tokens(
     share = tl.cdiv(steps, S)
     low, high = split * share, tl.minimum((split + 1) * share, steps)
     slots = slot_ptr + strip.to(tl.int64)[:, None] * width
-    there = (strip < strips)[:, None]
-    ahead = tl.load(slots + (low * BK + j)[None, :], mask=there & (low * BK + j < I)[None, :], other=0)
-    if SETTLED:
+    exists = (strip < strips)[:, None]
+    ahead = tl.load(slots + (low * BK + j)[None, :], mask=exists & (low * BK + j < I)[None, :], other=0)
+    if READY:
         begin(PDL)
     acc = tl.zeros((BS * MP, BK) if BT == 1 else (BS * MP, BT), tl.float32)
     for step in range(low, high):
         k = step * BK + j
         slot = ahead.to(tl.int32)
-        following = k + BK  # a step ahead: values are found by their slots, which would be waited for
-        ahead = tl.load(slots + following[None, :], mask=there & (following < I)[None, :], other=0)
-        w = strip_tile(values_ptr, pattern_ptr, slot, strip, k, there & (k < I)[None, :], strips, Q, G, N, MP, WIDE)
+        following = k + BK  # one step ahead: the loads of values depend on their slots
+        ahead = tl.load(slots + following[None, :], mask=exists & (following < I)[None, :], other=0)
+        w = strip_tile(values_ptr, pattern_ptr, slot, strip, k, exists & (k < I)[None, :], strips, Q, G, N, MP, WIDE)
         if BT == 1:
             acc += w.to(tl.float32) * tl.load(x_ptr + k, mask=k < I, other=0.0).to(tl.float32)[None, :]
         else:
@@ -79,7 +79,7 @@ def expand_columns(
     Q: tl.constexpr, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BS: tl.constexpr,
     BK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The dense (O, I) matrix, a tile of strips and columns a program."""
+    """The dense (O, I) matrix, a tile of strips and columns per program."""
     strip, k = tl.program_id(0) * BS + tl.arange(0, BS), tl.program_id(1) * BK + tl.arange(0, BK)
     ok = (strip < strips)[:, None] & (k < I)[None, :]
     slot = tl.load(slot_ptr + strip.to(tl.int64)[:, None] * width + k[None, :], mask=ok, other=0).to(tl.int32)

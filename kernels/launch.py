@@ -1,15 +1,15 @@
-"""One kernel that is ready to start, and what makes it so.
+"""Launch: a kernel with its grid and constants; after its first call it goes straight to Triton's C launcher.
 
 ``Launch.start`` is in one of three states:
 
 | state | ``start`` | a call | next state |
 |---|---|---|---|
-| new | None | ``compile(arguments)`` compiles the kernel and runs it | direct, or compiled each call |
-| direct | the compiled kernel's own launcher | starts it: no look at types, alignment or sizes | direct for ever |
-| compiled each call | None for ever | goes through ``compile``, which finds the kernel again | the same |
+| new | None | ``compile(arguments)`` compiles the kernel and runs it | direct, or front end |
+| direct | the C launcher of the compiled kernel | launches without checking types, alignment or sizes | direct |
+| front end | None | goes through ``compile``, which looks the kernel up again | front end |
 
-A direct start trusts what the first call saw: dtypes, the alignment of addresses, which integers are 1 or divisible by
-16, the device. Whoever keeps a ``Launch`` sees to that (``launch_cache.signature``).
+A direct launch assumes what the first call saw: dtypes, alignment of addresses, which integers are 1 or divisible by
+16, the device. The owner of a ``Launch`` guarantees that (``launch_cache.signature``).
 """
 
 import math
@@ -28,7 +28,7 @@ class Launch:
 
     ``compile(arguments)`` runs the kernel once and returns (start, args, constants, descriptors) for all later calls,
     or None: ``start(x, y, z, stream, *args, *arguments, *constants)`` on a grid (x, y, z). ``descriptors`` says how to
-    encode arguments that the copy engine fetches, {place: (fill, fixed, rest)}; each call does, by one call of C.
+    encode the arguments that TMA loads, {position: (fill, fixed, rest)}; each call does that by one call of C.
     """
 
     def __init__(self, compile, grid: tuple[int, ...]):
@@ -48,38 +48,38 @@ class Launch:
         if direct is not None:
             start, self.args, self.constants, self.descriptors = direct
             self.device = backend.device()
-            self.start = start  # last: another thread may look
+            self.start = start  # last: another thread may read it
 
     def _encode(self, arguments):
         encoded, at = [], 0
-        for place, (fill, fixed, rest) in self.descriptors.items():
-            encoded += arguments[at:place]
-            encoded += (fill(arguments[place].data_ptr(), *fixed), *rest)
-            at = place + 1
+        for position, (fill, fixed, rest) in self.descriptors.items():
+            encoded += arguments[at:position]
+            encoded += (fill(arguments[position].data_ptr(), *fixed), *rest)
+            at = position + 1
         return (*encoded, *arguments[at:])
 
 
 class TritonKernel:
-    """The ``compile`` of a Triton kernel: its front end compiles and runs; later calls need it no more.
+    """The ``compile`` of a Triton kernel: its front end compiles and runs; later calls bypass it.
 
-    ``described``: arguments that the copy engine fetches, given as tensors, {place: (block, shape, strides)}.
+    ``tma_arguments``: tensors that TMA loads, {position: (block, shape, strides)}.
     """
 
-    def __init__(self, kernel, grid, described, constants):
-        self.kernel, self.grid, self.described, self.constants = kernel, grid, described, constants
+    def __init__(self, kernel, grid, tma_arguments, constants):
+        self.kernel, self.grid, self.tma_arguments, self.constants = kernel, grid, tma_arguments, constants
 
     def __call__(self, arguments):
-        given = [
-            TensorDescriptor(a, *self.described[i][1:], self.described[i][0]) if i in self.described else a
+        converted = [
+            TensorDescriptor(a, *self.tma_arguments[i][1:], self.tma_arguments[i][0]) if i in self.tma_arguments else a
             for i, a in enumerate(arguments)
         ]
-        compiled = self.kernel[self.grid](*given, **self.constants)
+        compiled = self.kernel[self.grid](*converted, **self.constants)
         direct = None if INTERPRET else _triton_private.direct_start(compiled)
         if direct is None:
             return None
         descriptors = {
-            place: _triton_private.descriptor(compiled, number, *self.described[place][1:])
-            for number, place in enumerate(sorted(self.described))
+            position: _triton_private.descriptor(compiled, number, *self.tma_arguments[position][1:])
+            for number, position in enumerate(sorted(self.tma_arguments))
         }
         if None in descriptors.values():
             return None
@@ -87,19 +87,19 @@ class TritonKernel:
         return *direct, constants, descriptors
 
 
-def triton_launch(kernel, grid, described=None, **constants) -> Launch:
+def triton_launch(kernel, grid, tma_arguments=None, **constants) -> Launch:
     """The launch of a Triton kernel with these compile-time constants and options."""
-    return Launch(TritonKernel(kernel, grid, described or {}, constants), grid)
+    return Launch(TritonKernel(kernel, grid, tma_arguments or {}, constants), grid)
 
 
-def table_launches(kernel, grid, described=None, **constants) -> tuple[Launch, Launch]:
-    """One launch for a table that may still be computed, and one for a table that is ready: see ``pattern_cache``."""
-    return tuple(triton_launch(kernel, grid, described, SETTLED=ready, **constants) for ready in (False, True))
+def table_launches(kernel, grid, tma_arguments=None, **constants) -> tuple[Launch, Launch]:
+    """(launch for a table that may still be computed, launch for a table that is ready): see ``pattern_cache``."""
+    return tuple(triton_launch(kernel, grid, tma_arguments, READY=ready, **constants) for ready in (False, True))
 
 
 def into_new(launch, like: torch.Tensor, shape: tuple[int, ...], *integers: int, arrange=None):
-    """The function from tensors to a new one of this shape and ``like``'s dtype, which ``launch(*tensors, new,
-    *integers)`` fills; ``arrange`` is applied to the first tensor. Nothing is launched for an empty one."""
+    """A function from tensors to a new one of this shape and ``like``'s dtype, which ``launch(*tensors, new,
+    *integers)`` writes; ``arrange`` is applied to the first tensor. Nothing is launched for an empty result."""
     new = backend.empty(like, *shape)
     if math.prod(shape) == 0:
         return lambda *tensors: new()
@@ -116,5 +116,23 @@ def into_new(launch, like: torch.Tensor, shape: tuple[int, ...], *integers: int,
             out = new()
             launch(arrange(first), *rest, out, *integers)
             return out
+
+    return call
+
+
+def gradient_into_new(prepare, grad, x, pattern, shape: tuple[int, ...], arrange):
+    """A function (grad, x, *pattern) -> the gradient of the values, of this shape: a new tensor that the launch of
+    ``prepare(*tensors, new)`` writes. It makes grad a contiguous matrix, and applies ``arrange``, unless None, to x."""
+    columns, new = grad.shape[-1], backend.empty(grad, *shape)
+
+    def arranged(grad, x):
+        return grad.reshape(-1, columns).contiguous(), x if arrange is None else arrange(x)
+
+    launch = prepare(*arranged(grad, x), *pattern, new())
+
+    def call(grad, x, *pattern):
+        out = new()
+        launch(*arranged(grad, x), *pattern, out)
+        return out
 
     return call

@@ -1,4 +1,4 @@
-"""The product with a weight, as the five layouts share it: ``sten::gpu_<layout>_linear``, its decision and its launch.
+"""Linear: the part of ``sten::gpu_<layout>_linear`` that all layouts share.
 
 x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). Where a layout takes a second weight, ``up``, the gate is
 x @ up.T + up_bias, and both products are one launch or two (``gated``).
@@ -14,13 +14,13 @@ from .operators import Operator
 class Linear(Operator):
     """The operator of one layout; ``linear(x, *stored, bias=None, *, out_features, activation=None, gate=None, ...)``.
 
-    ``gate`` has the output's shape. A subclass says which tensors are ``stored`` for a weight, which ``numbers`` go
-    with them, and what stands under "of a layout". ``parts`` are the stored tensors, bias and gate, and, if ``dual``,
-    those of a second weight and its bias. The variants that all layouts share are ``empty`` (no launch) and ``expand``
+    ``gate`` has the output's shape. A subclass defines the ``stored`` tensors of a weight, its integers
+    (``layout_numbers``), and the methods under "of a layout". ``parts`` are the stored tensors, bias and gate, and, if
+    ``dual``, those of a second weight and its bias. All layouts have the variants ``empty`` (no launch) and ``expand``
     (a dense weight, then cuBLAS).
     """
 
-    prefix, stored, given, dual, last = "", "", "", False, "int out_features, str activation"
+    prefix, stored, layout_numbers, dual, common_numbers = "", "", "", False, "int out_features, str activation"
     defaults: dict = {}  # numbers that a caller may leave out
     expand: Operator
 
@@ -28,10 +28,11 @@ class Linear(Operator):
         self.count = self.stored.count("Tensor ")
         names = self.stored.replace("Tensor ", "").replace(" ", "").split(",")
         up = "".join(f" Tensor? up_{name}," for name in (*names, "bias")) if self.dual else ""
-        schema = f"{self.prefix}(Tensor x, {self.stored}, Tensor? bias, Tensor? gate,{up} {self.given}{self.last}"
-        super().__init__(f"{schema}) -> Tensor", self._shape, self._make, choose=self.choose, defaults=self.defaults)
+        numbers = self.layout_numbers + self.common_numbers
+        schema = f"{self.prefix}(Tensor x, {self.stored}, Tensor? bias, Tensor? gate,{up} {numbers}) -> Tensor"
+        super().__init__(schema, self._shape, self._make, choose=self.choose, defaults=self.defaults)
         self.__doc__ = type(self).__doc__
-        self.absent = (None,) * (self.count + 2 if self.dual else 1)  # of a lone product: no gate, no second weight
+        self.absent = (None,) * (self.count + 2 if self.dual else 1)  # of a plain product: no gate, no second weight
 
     # ---- of a layout
 
@@ -40,27 +41,27 @@ class Linear(Operator):
         raise NotImplementedError
 
     def facts(self, stored, up, numbers) -> dict:
-        """What ``choose`` reads of a weight."""
+        """The keywords that ``choose`` takes, from a weight."""
         return numbers
 
     def check(self, x, weight, outputs, inputs, **numbers) -> None:
-        """Raises where the stored tensors hold no such weight."""
+        """Raise unless the stored tensors are a weight of these sizes."""
         raise NotImplementedError
 
     def arrange(self, x, variant, **numbers):
-        """The function that makes activations as the kernel reads them, or None."""
+        """A function from activations to the form that the kernel reads, or None: as they are."""
         raise NotImplementedError
 
     def launch(self, variant, x, *parts, activation, **numbers):
-        """The function of the same tensors that fills the last of them, y (T, O)."""
+        """A function of the same tensors that writes the last of them, y (T, O)."""
         raise NotImplementedError
 
     def library(self, variant, x, *parts, shape, activation, **numbers):
-        """The function of a variant that is no launch of ours; "expand" where there is none now, None for launches."""
+        """A function for a variant that a library runs; "expand" if it cannot run now, None if ``launch`` runs it."""
         return None
 
     def sizes(self, x, outputs, numbers):
-        """(tokens, inputs, the result's shape, the shape that the launch sees of it)."""
+        """(tokens, inputs, the result's shape, the shape of the launch's y)."""
         tokens = x.shape[:-1].numel()
         return tokens, x.shape[-1], (*x.shape[:-1], outputs), (tokens, outputs)
 
@@ -73,21 +74,21 @@ class Linear(Operator):
     def _shape(self, x, *arguments):
         return *x.shape[:-1], arguments[len(self.tensors) - 1 + self.numbers.index("out_features")]
 
-    def __call__(self, x, *weight, activation=None, gate=None, **given):
-        stored, bias = weight[: self.count], weight[self.count :] or (given.pop("bias", None),)
+    def __call__(self, x, *weight, activation=None, gate=None, **options):
+        stored, bias = weight[: self.count], weight[self.count :] or (options.pop("bias", None),)
         name = epilogue.activation_name(activation)
-        return super().__call__(x, *stored, *bias, gate, *self.absent[1:], activation=name, **given)
+        return super().__call__(x, *stored, *bias, gate, *self.absent[1:], activation=name, **options)
 
-    def gated(self, x, up, gate, *, activation="silu", **given):
+    def gated(self, x, up, gate, *, activation="silu", **options):
         """activation(x @ W_gate.T) * (x @ W_up.T), (*, O), where ``up`` and ``gate`` are each (*stored[, bias]).
 
-        One launch, or two where they are faster. Over 64 tokens the up half is rounded to the output's dtype once, on
-        its way through the output; below, both halves meet in fp32. Nothing follows a change of one of two patterns
-        alone but ``pattern_cache.invalidate`` with the tensors of both.
+        One launch, or two where they are faster. Over 64 tokens the up half is rounded to the output's dtype first; up
+        to 64, both halves are multiplied in fp32. After a pattern was written, call ``pattern_cache.invalidate`` with
+        the tensors of both weights.
         """
         up, gate = ((*weight, None)[: self.count + 1] for weight in (up, gate))
         name = epilogue.activation_name(activation)
-        return super().__call__(x, *gate, None, *up, activation=name, **given)
+        return super().__call__(x, *gate, None, *up, activation=name, **options)
 
     def _make(self, x, *parts, out_features, activation, variant=None, **numbers):
         count = self.count
@@ -95,8 +96,11 @@ class Linear(Operator):
         stored, bias, gate = parts[:count], parts[count], parts[count + 1]
         up, up_bias = (parts[count + 2 : -1], parts[-1]) if self.dual and parts[-2] is not None else (None, None)
         for weight in (stored, up):
-            if weight is not None:
-                self.check(x, weight, out_features, inputs, **numbers)
+            if weight is None:
+                continue
+            if x.dtype != weight[0].dtype:
+                raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {weight[0].dtype}.")
+            self.check(x, weight, out_features, inputs, **numbers)
         epilogue.check(out_features, shape, (bias, up_bias), gate)
         facts = self.facts(stored, up, numbers)
         if variant is None:
@@ -114,7 +118,7 @@ class Linear(Operator):
         return into_new(launch, x, shape, arrange=arrange)
 
     def _expanded(self, x, stored, up, activation, inputs, outputs, numbers):
-        """Dense weights, cuBLAS, and the epilogue in torch."""
+        """The variant ``expand``: dense weights, cuBLAS, and the epilogue in torch."""
         count, multiply, known = self.count, self.multiply, {"in_features": inputs, "out_features": outputs, **numbers}
         known = {name: known[name] for name in self.expand.numbers}
         dense, dense_up = (None if w is None else self.expand.prepare(*w, **known) for w in (stored, up))

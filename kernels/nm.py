@@ -1,4 +1,4 @@
-"""NM(n, m): n kept of every m inputs of a row, positions packed in 2, 4 or 8 bits.
+"""NM(n, m): n of every m inputs of a row are stored, positions packed in 2, 4 or 8 bits.
 
 Letters: T tokens, I inputs, O outputs, G groups a row, K = G * n slots; BITS a position, BYTES of index a row.
 BM output rows, BT tokens, BK columns a tile; S splits of the reduction.
@@ -49,10 +49,10 @@ def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, 
 
 
 class NMLinear(Linear):
-    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``save_memory`` rules out a dense weight, and is slow."""
+    """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``save_memory`` avoids a dense weight, and is slow."""
 
-    prefix, stored, given, expand = "gpu_nm_linear", "Tensor values, Tensor index", "int n, int m, ", expand
-    last, defaults = "int out_features, str activation, bool save_memory", {"save_memory": False}
+    prefix, stored, layout_numbers, expand = "gpu_nm_linear", "Tensor values, Tensor index", "int n, int m, ", expand
+    common_numbers, defaults = "int out_features, str activation, bool save_memory", {"save_memory": False}
 
     def choose(self, tokens, outputs, inputs, dtype, *, n, m, save_memory=False):
         """``empty``, ``word`` and ``few`` (2:4 by words), ``tiles``, ``cusparselt`` or ``expand`` (then cuBLAS)."""
@@ -64,36 +64,25 @@ class NMLinear(Linear):
         if tokens <= FEW and not exactly:
             if words:
                 return "few", f"{tokens} tokens of 2:4: 0.5625 of the dense bytes are read and expanded in registers"
-            return (
-                "tiles",
-                f"{tokens} tokens: the weight is read compressed, tiles are expanded on the way to the tensor cores",
-            )
+            return "tiles", f"{tokens} tokens: the weight is read compressed, its tiles are expanded in registers"
         if words and inputs % 64 == 0 and outputs % 64 == 0 and cusparselt.available():
-            return "cusparselt", "2:4 on sparse tensor cores, with a plan and a searched algorithm that are kept"
+            return "cusparselt", "2:4 on sparse tensor cores, with a cached plan and a searched algorithm"
         if save_memory:
             return "tiles", "tiles are expanded on the fly: saves the dense weight's memory, and no time"
         if exactly:
-            return (
-                "expand",
-                "fp32 without tf32: tiles expanded on the fly are slower than the dense product; cuBLAS runs",
-            )
-        return (
-            "expand",
-            f"{n}:{m} at {tokens} tokens is arithmetic that tensor cores cannot skip; expanded, cuBLAS runs",
-        )
+            return "expand", "fp32 without tf32: expanding tiles in the kernel is slower than cuBLAS on a dense weight"
+        return "expand", f"tensor cores cannot skip {n}:{m} at {tokens} tokens; expanded, cuBLAS runs"
 
     def check(self, x, weight, outputs, inputs, n, m, save_memory):
         values, index = weight
         slots = -(-inputs // m) * n
-        if x.dtype != values.dtype or index.dtype != torch.uint8:
-            got = f"x {x.dtype}, values {values.dtype}, index {index.dtype}"
-            raise TypeError(f"Expected x and values of one dtype and an index of uint8, got {got}.")
+        if index.dtype != torch.uint8:
+            raise TypeError(f"Expected an index of uint8, got {index.dtype}.")
         shapes = (outputs, slots), (outputs, -(-slots * bits(m) // 8))
         if (values.shape, index.shape) != shapes:
             got = f"{tuple(values.shape)} and {tuple(index.shape)}"
-            raise ValueError(
-                f"Expected values {shapes[0]} and index {shapes[1]} for {n}:{m} of {inputs} inputs, got {got}."
-            )
+            expected = f"values {shapes[0]} and index {shapes[1]} for {n}:{m} of {inputs} inputs"
+            raise ValueError(f"Expected {expected}, got {got}.")
 
     def arrange(self, x, variant, **numbers):
         return matrix_of(x, aligned=True)
@@ -106,8 +95,8 @@ class NMLinear(Linear):
             height, width, split = config["BM"], config.get("BT", 1), config["S"]
             grid = (triton.cdiv(outputs, height), split, triton.cdiv(tokens, width))
             tiles, shares = grid[0] * grid[2], math.prod(grid)
-            # beyond 16 tokens programs compute more than they wait: those of the next launch, which come early to where
-            # there is room, would then share their multiprocessors unevenly (49 us became 60)
+            # beyond 16 tokens programs compute more than they wait: programs of the next launch that start early would
+            # then be spread unevenly over the multiprocessors (49 us became 60)
             early = overlap(x) if width <= 16 else {"PDL": False}
             common = dict(ACTIVATION=activation, WIDE=wide(x, values), **early, **config)
             if variant == "word":

@@ -1,4 +1,4 @@
-"""NM for a few tokens: the weight is read compressed, and dense tiles of it exist in registers alone.
+"""NM for a few tokens: the weight is read compressed, and its dense tiles exist only in registers.
 
 Letters as in ``nm``: T tokens, I inputs, O outputs, K slots a row, BYTES of index; BM rows, BT tokens, BK columns;
 S splits. A word is two groups of 2:4 in 16-bit types: 4 values in 64 bits, whose positions share one byte.
@@ -13,7 +13,7 @@ from .pdl import begin
 
 @triton.jit
 def _rows(O, BM: tl.constexpr, WIDE: tl.constexpr):
-    """The output rows of this program, and those of the weight that stand for them where there are no more."""
+    """The output rows of this program, and the same limited to existing rows, for loads of the weight."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     w_rows = tl.minimum(rows, O - 1)
     if WIDE:

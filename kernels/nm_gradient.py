@@ -58,12 +58,12 @@ def bits(m: int) -> int:
 
 
 def has_words(n: int, m: int, dtype: torch.dtype, in_features: int) -> bool:
-    """Whether two groups fill a 64-bit word; values whose storage is not so aligned are copied first."""
+    """Whether two groups fill a 64-bit word (values that are not aligned to words are copied)."""
     return (n, m) == (2, 4) and dtype in (torch.float16, torch.bfloat16) and in_features % 8 == 0
 
 
 def words_of(x: torch.Tensor):
-    """The function that views tensors like x, of 16-bit numbers, as 64-bit words; a copy where x is not aligned."""
+    """A function that views tensors like x, of 16-bit types, as 64-bit words; it copies if x is not aligned."""
     if x.data_ptr() % 8:
         return lambda x: x.clone().view(torch.int64)
     return lambda x: x.view(torch.int64)

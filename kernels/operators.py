@@ -1,14 +1,14 @@
-"""An operator of this package: ``sten::gpu_...`` in torch's registry, and the same prepared once for like tensors.
+"""Operator: ``sten::gpu_...`` in torch's registry, and ``prepare``, which returns its launches for such tensors.
 
 ``@operator(schema, shape)`` on a function ``prepare(*tensors, **numbers)`` makes an ``Operator``. Its schema names
 tensors first, then numbers; ``shape(*arguments)`` is that of the result, which has the first tensor's dtype and device.
-With ``choose(tokens, outputs, inputs, dtype, **facts) -> (variant, reason)`` it may run in several ways: ``prepare``
-then takes ``variant=``, what was chosen, or None: it asks ``choose`` itself.
+With ``choose(tokens, outputs, inputs, dtype, **facts) -> (variant, reason)`` it has several variants: ``prepare`` then
+takes ``variant=``, or None: it calls ``choose`` itself.
 
-| used as | by whom | decides |
+| call | caller | when it decides |
 |---|---|---|
-| ``op(*tensors, **numbers)`` | anybody; compilers and modes see it | at the first call: the launch cache keeps it |
-| ``op.prepare(*tensors, **numbers)`` | a weight's plan, which keeps it | now, for tensors like these |
+| ``op(*tensors, **numbers)`` | anybody; compilers and modes see it | at the first call; stored in the launch cache |
+| ``op.prepare(*tensors, **numbers)`` | the Plan of a weight, which stores it | at once, for such tensors |
 
 ``Library.define`` and ``impl`` are used rather than ``custom_op`` because a call through them costs the host a few
 microseconds less, and the gradients belong to the framework's ``autograd.Function``, not to the operators.
@@ -21,7 +21,7 @@ from .backend import INTERPRET, backend
 from .precision import precision
 
 LIB = torch.library.Library("sten", "FRAGMENT")
-MADE_CONTIGUOUS = ("bias", "gate", "up_bias", "dense")  # of any strides: copied where the kernel could not read them
+MADE_CONTIGUOUS = ("bias", "gate", "up_bias", "dense")  # of any strides: copied if not contiguous
 
 
 class Operator:
@@ -41,31 +41,31 @@ class Operator:
         torch.library.register_fake(f"sten::{self.name}", lambda x, *rest: x.new_empty(shape(x, *rest)), lib=LIB)
         self.overload = getattr(torch.ops.sten, self.name).default
 
-    def __call__(self, *tensors, **given):
-        given = self.defaults | dict(zip(self.tensors, tensors, strict=False)) | given
-        return self.overload(*map(given.get, self.tensors), *[given[name] for name in self.numbers])
+    def __call__(self, *tensors, **keywords):
+        keywords = self.defaults | dict(zip(self.tensors, tensors, strict=False)) | keywords
+        return self.overload(*map(keywords.get, self.tensors), *[keywords[name] for name in self.numbers])
 
     def prepare(self, *tensors, variant: str | None = None, **numbers):
-        """The function from tensors like these to the result. It trusts that later ones have the same dtypes, shapes,
+        """A function from such tensors to the result. It assumes that all later ones have the same dtypes, shapes,
         strides, device, and alignment to 16 bytes, and that their device is the current one."""
-        self._refuse(tensors)
+        self._check(tensors)
         if self.choose is not None:
             numbers["variant"] = variant
         copied = [
-            place
-            for place, (name, t) in enumerate(zip(self.tensors, tensors, strict=True))
+            position
+            for position, (name, t) in enumerate(zip(self.tensors, tensors, strict=True))
             if name in MADE_CONTIGUOUS and t is not None and not t.is_contiguous()
         ]
         if not copied:
             return self.make(*tensors, **numbers)
 
         def readable(tensors):
-            return [t.contiguous() if place in copied else t for place, t in enumerate(tensors)]
+            return [t.contiguous() if position in copied else t for position, t in enumerate(tensors)]
 
         launch = self.make(*readable(tensors), **numbers)
         return lambda *tensors: launch(*readable(tensors))
 
-    def _refuse(self, tensors):
+    def _check(self, tensors):
         devices = {str(t.device) for t in tensors if t is not None}
         if len(devices) > 1:
             raise RuntimeError(f"Expected all tensors on one device, got {', '.join(sorted(devices))}.")
@@ -96,12 +96,15 @@ class Operator:
 
     def _on_cpu(self, *arguments):
         if not INTERPRET:
-            raise RuntimeError(f"sten::{self.name} needs a GPU, or TRITON_INTERPRET=1 set before triton is imported.")
+            raise RuntimeError(
+                f"Expected CUDA tensors for sten::{self.name}, got CPU tensors; set TRITON_INTERPRET=1 before triton is"
+                " imported to run it on the CPU."
+            )
         return self._run(*arguments)
 
 
 def operator(schema: str, shape, **options):
-    """Registers the decorated ``prepare(*tensors, **numbers)`` as an operator, see ``Operator``."""
+    """Register the decorated ``prepare(*tensors, **numbers)`` as an operator, see ``Operator``."""
     return lambda make: Operator(schema, shape, make, **options)
 
 

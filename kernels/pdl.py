@@ -10,10 +10,10 @@ from .backend import backend
 
 @triton.jit
 def begin(PDL: tl.constexpr):
-    """With PDL (programmatic dependent launch), this program was started while the kernel before it still ran.
+    """Wait for the previous kernel, and let the next one start; with PDL, this program was started before it ended.
 
-    It waits until that one has ended and its writes are seen; every program must, so that the next kernel, which may
-    start as soon as all have passed here, waits for all before it. What a kernel may have written is read after it.
+    Every program must call it, so that the next kernel, which may start as soon as all have, waits for all kernels
+    before it. Read after this call whatever an earlier kernel may have written.
     """
     if PDL:
         gdc_wait()
@@ -21,7 +21,7 @@ def begin(PDL: tl.constexpr):
 
 
 def overlap(x: torch.Tensor) -> dict[str, bool]:
-    """The constants of a launch that may start while the kernel before it ends, if the GPU of ``x`` can."""
+    """The constants of a launch that uses PDL if the GPU of ``x`` can."""
     if backend.capability(x.device)[0] < 9:
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}

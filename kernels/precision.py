@@ -1,4 +1,4 @@
-"""How products round fp32: on tensor cores as tf32, or exactly, as torch's own switch says."""
+"""Precision of fp32 products: tf32 on tensor cores, or ieee, as ``torch.backends.cuda.matmul`` says."""
 
 import torch
 

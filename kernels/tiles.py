@@ -1,6 +1,6 @@
-"""Tiles: the order in which programs take them, how large they are, and how matrices are read by them.
+"""Tiles: their order, their sizes, and how matrices are loaded by tiles.
 
-GROUP row tiles go through the columns together, so that programs running at once share both operands in L2.
+GROUP row tiles iterate over the columns together, so that concurrent programs share both operands in L2.
 """
 
 import torch
@@ -20,13 +20,13 @@ def grouped(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 def power_of_two(size: int, low: int, high: int) -> int:
-    """The power of two that holds ``size``, within ``low`` and ``high``."""
+    """The next power of two of ``size``, clamped to ``low`` and ``high``."""
     return min(high, max(low, triton.next_power_of_2(max(size, 1))))
 
 
 def splits(tiles: int, wanted: int, length: int, least: int, most: int = 16) -> int:
-    """In how many parts each of ``tiles`` reductions of ``length`` is split, a power of two up to ``most``: so that
-    there are as many parts as ``wanted``, where each may still have ``least``."""
+    """The number of parts that each of ``tiles`` reductions of ``length`` is split into, a power of two up to ``most``:
+    at least ``wanted`` parts in all, as long as each has at least ``least`` elements."""
     split = 1
     while tiles * split < wanted and split < most and length // (2 * split) >= least:
         split *= 2
@@ -41,16 +41,16 @@ def wide(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def describable(matrix: torch.Tensor) -> bool:
-    """Whether the copy engine can fetch tiles of ``matrix``: Hopper, and rows that start at multiples of 16 bytes."""
+def tma_can_load(matrix: torch.Tensor) -> bool:
+    """Whether TMA can load tiles of ``matrix``: Hopper, and rows that start at multiples of 16 bytes."""
     if matrix.numel() == 0 or matrix.data_ptr() % 16 or matrix.stride(0) * matrix.element_size() % 16:
         return False
     return matrix.stride(1) == 1 and backend.capability(matrix.device)[0] >= 9
 
 
 def matrix_of(x: torch.Tensor, aligned: bool = False, packed: bool = False):
-    """The function that makes tensors like ``x`` (*, features) a matrix whose rows have no gaps inside; None where they
-    are one. ``aligned``: and that starts at a multiple of 16 bytes; ``packed``: and has no gaps between rows."""
+    """A function from tensors like ``x`` (*, features) to a matrix with contiguous rows; None if ``x`` is one already.
+    ``aligned``: which starts at a multiple of 16 bytes; ``packed``: without gaps between rows."""
     size = (x.shape[:-1].numel(), x.shape[-1])
     flat = x.reshape(size)
     if flat.stride(1) != 1 or (aligned and flat.data_ptr() % 16) or (packed and not flat.is_contiguous()):

@@ -47,7 +47,7 @@ def padded(tokens: int) -> int:
 
 
 def prepared(x, leading):
-    """The function x (*, C) -> (C, leading), for tensors of this shape, strides and alignment."""
+    """A function x (*, C) -> (C, leading), for tensors of this shape, strides and alignment."""
     arrange = matrix_of(x)
     flat = x if arrange is None else arrange(x)
     (rows, cols), stride = flat.shape, flat.stride(0)
@@ -63,9 +63,9 @@ def prepared(x, leading):
     return autotune.pick("transpose", key, CONFIGS, prepare, (x,))
 
 
-def turned_rows(x, leading):
-    """``prepared``, but that one token, which is row-major and feature-major at once, stays (1, C), of any stride:
-    None where it is that already."""
+def feature_major_rows(x, leading):
+    """``prepared``, except that one token, which is row-major and feature-major at once, stays (1, C), of any stride;
+    None if it is (1, C) already."""
     if x.shape[:-1].numel() > 1:
         return prepared(x, leading)
     return None if x.dim() == 2 else lambda x: x.reshape(1, x.shape[-1])

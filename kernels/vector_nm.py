@@ -5,7 +5,7 @@ BM output rows, BN tokens, BK slots a tile; S splits of the reduction.
 y[o, t] = sum_k values[o, k] * x[index[o//v, k], t].
 
 The gather reads whole rows when activations are feature-major (I, T), so ordinary (T, I) activations are transposed
-first, at memory speed; the output is written in either order at no cost. A few tokens are gathered as they lie.
+first, at memory speed; the output is written in either order at no cost. A few tokens are gathered in place.
 """
 
 import functools
@@ -21,7 +21,7 @@ from .operators import ExpandedProduct
 from .pdl import overlap
 from .precision import exact, precision
 from .split_k import workspace
-from .tiles import describable, power_of_two, splits, wide
+from .tiles import power_of_two, splits, tma_can_load, wide
 from .vector_nm_few import few_tokens
 from .vector_nm_gemm import gather_gemm
 from .vector_nm_gradient import expand as expand
@@ -34,7 +34,7 @@ FEW = 64  # tokens up to which the split-K kernel reads the weight once
 
 
 def _many_configs(v: int, tokens: int, exactly: bool) -> list[dict]:
-    """PER_SM: 0 for one tile a program, else how many persistent programs a multiprocessor holds.
+    """PER_SM: 0 for one tile per program, else the number of persistent programs per multiprocessor.
 
     TOKENS_FIRST: the tensor cores' 64 rows are tokens, for fewer output rows than that.
     """
@@ -42,15 +42,16 @@ def _many_configs(v: int, tokens: int, exactly: bool) -> list[dict]:
         return [
             {"BM": 16, "BN": 16, "BK": 16, "GROUP": 2, "TOKENS_FIRST": v < 16, "PER_SM": tokens % 2, "num_stages": 1}
         ]
-    held = power_of_two(v, 16, 128)
+    height = power_of_two(v, 16, 128)
+    short = min(height, 64)
     if exactly:
-        tiles = [(held, 128, 0, 3, 8), (min(held, 64), 128, 0, 3, 4), (held, 64, 0, 3, 4), (min(held, 64), 64, 0, 3, 4)]
+        tiles = [(height, 128, 0, 3, 8), (short, 128, 0, 3, 4), (height, 64, 0, 3, 4), (short, 64, 0, 3, 4)]
     elif v >= 128:
         tiles = [(128, 256, 0, 4, 8), (128, 256, 1, 3, 8), (128, 128, 2, 3, 4), (128, 128, 0, 3, 4)]
     elif v >= 64:
         tiles = [(64, 256, 1, 3, 4), (64, 128, 3, 3, 4), (64, 256, 0, 4, 8), (64, 128, 0, 3, 4)]
     else:
-        rows = min(held, 32)
+        rows = min(height, 32)
         tiles = [(rows, 256, 0, 3, 4), (rows, 128, 3, 3, 4), (rows, 256, 0, 2, 4), (rows, 128, 0, 3, 4)]
     tiles = [tile for tile in tiles if tile[1] <= transpose.padded(tokens)]
     fixed = {"BK": 16 if exactly else 64, "GROUP": 32}
@@ -68,12 +69,12 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int, halv
         tiles = [(8, 512, 4, None), (4, 512, 4, None), (8, 256, 2, None), (4, 512, 2, None)]
     elif halves == 1:
         tiles = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3)]
-    else:  # two weights and two sets of activations fill the same memory
+    else:  # two weights and two sets of activations share the memory
         tiles = [(64, 64, 4, 4), (32, 128, 4, 4), (64, 128, 4, 3)]
     configs = []
     for height, depth, warps, stages in tiles:
         height = min(height, power_of_two(v, 1 if tokens == 1 else 16, 128))
-        # enough programs for every multiprocessor; a split more than that only writes and reads more partial sums
+        # enough programs for every multiprocessor; more splits only add partial sums
         split = splits(-(-rows // v) * -(-v // height), programs, slots, depth)
         for s in (split,) if stages != 3 or tokens == 1 else (split, 2 * split):
             configs.append({"BM": height, "BK": depth, "S": s, "PIPE": stages, "num_warps": warps})
@@ -83,13 +84,13 @@ def _few_configs(v: int, tokens: int, rows: int, slots: int, programs: int, halv
 # ---- launches; x is feature-major (I, W), its rows contiguous; y is (T, O) when row_major, else (O, T)
 
 
-def _many(*given, n, m, v, tokens, row_major, activation):
-    """``given``: x of whole tiles of tokens, values, index, bias, gate, up, up_index, up_bias, y."""
-    x, values, up, y = given[0], given[1], given[5], given[-1]
+def _many(*tensors, n, m, v, tokens, row_major, activation):
+    """``tensors``: x of whole tiles of tokens, values, index, bias, gate, up, up_index, up_bias, y."""
+    x, values, up, y = tensors[0], tensors[1], tensors[5], tensors[-1]
     inputs, (outputs, slots) = x.shape[0], values.shape
     strides = (x.stride(0), *((1, outputs) if row_major else (tokens, 1)))
-    # no descriptor where a program changes weights: a load in a branch is not pipelined, a pointer can be chosen
-    described = up is None and describable(values)
+    # no TMA where a program changes weights: a load in a branch is not pipelined, a selected pointer is
+    use_tma = up is None and tma_can_load(values)
     constants = {"V": v, "ROW_MAJOR": row_major, "EVEN_I": slots * m == inputs * n, "WIDE": wide(x, values, y)}
     constants |= {"ACTIVATION": activation, "PRECISION": precision(x.dtype)}
 
@@ -98,31 +99,32 @@ def _many(*given, n, m, v, tokens, row_major, activation):
         tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows) * triton.cdiv(tokens, width)
         programs = min(tiles, resident * backend.multiprocessors(x)) if resident else tiles
         launch = triton_launch(
-            gather_gemm, (programs,), {1: ([rows, depth], values.shape, values.stride())} if described else {},
+            gather_gemm, (programs,), {1: ([rows, depth], values.shape, values.stride())} if use_tma else {},
             PERSISTENT=programs < tiles, EVEN_T=x.shape[1] >= triton.cdiv(tokens, width) * width,
             EVEN_K=slots % depth == 0, **constants, **{name: config[name] for name in config if name != "PER_SM"},
         )  # fmt: skip
         integers = (tokens, inputs, outputs, slots, *strides, tiles, programs)
 
         def call(x, values, *parts):
-            launch(x, values if described else None, values, *parts, *integers)
+            launch(x, values if use_tma else None, values, *parts, *integers)
 
         return call
 
     key = (x.dtype, outputs, inputs, slots, v, tokens.bit_length(), row_major)
-    lone = functools.partial(_many, n=n, m=m, v=v, tokens=tokens, row_major=row_major)
+    single = functools.partial(_many, n=n, m=m, v=v, tokens=tokens, row_major=row_major)
     configs = _many_configs(v, tokens, exact(x.dtype))
-    return gated.pick("vector_nm", "many", key, configs, prepare, given, lone, activation)
+    return gated.pick("vector_nm", "many", key, configs, prepare, tensors, single, activation)
 
 
-def _few(*given, n, m, v, tokens, row_major, inputs, turned, activation):
-    """The same ``given``; x is (1, I) in any order, or has W >= the tile's tokens; ``turned`` by the launch before."""
-    x, values, up = given[0], given[1], given[5]
+def _few(*tensors, n, m, v, tokens, row_major, inputs, after_transpose, activation):
+    """The same ``tensors``; x is (1, I) in any order, or has W >= the tile's tokens. ``after_transpose``: the previous
+    launch wrote x."""
+    x, values, up = tensors[0], tensors[1], tensors[5]
     (outputs, slots), halves = values.shape, 1 if up is None else 2
     width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
     strides = (x.stride(1 if tokens == 1 else 0), *((1, outputs) if row_major else (tokens, 1)))
-    constants = {"V": v, "BT": width, "TURNED": turned, "EVEN_I": slots * m == inputs * n, "WIDE": wide(x, values)}
-    constants |= {"ACTIVATION": activation, "PRECISION": precision(x.dtype), **overlap(x)}
+    constants = {"V": v, "BT": width, "AFTER_TRANSPOSE": after_transpose, "EVEN_I": slots * m == inputs * n}
+    constants |= {"WIDE": wide(x, values), "ACTIVATION": activation, "PRECISION": precision(x.dtype), **overlap(x)}
     integers = (tokens, inputs, outputs, slots, *strides)
 
     def prepare(config):
@@ -138,14 +140,15 @@ def _few(*given, n, m, v, tokens, row_major, inputs, turned, activation):
 
     key = (x.dtype, outputs, inputs, slots, v, width)
     configs = _few_configs(v, tokens, outputs, slots, backend.multiprocessors(x), halves)
-    fixed = {"n": n, "m": m, "v": v, "tokens": tokens, "row_major": row_major, "inputs": inputs, "turned": turned}
-    return gated.pick("vector_nm", "few", key, configs, prepare, given, functools.partial(_few, **fixed), activation)
+    fixed = {"n": n, "m": m, "v": v, "tokens": tokens, "row_major": row_major, "inputs": inputs}
+    single = functools.partial(_few, **fixed, after_transpose=after_transpose)
+    return gated.pick("vector_nm", "few", key, configs, prepare, tensors, single, activation)
 
 
 class VectorNMLinear(Linear):
     """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``gate`` has the output's shape."""
 
-    prefix, stored, given = "gpu_vector_nm_linear", "Tensor values, Tensor index", "int n, int m, int v, "
+    prefix, stored, layout_numbers = "gpu_vector_nm_linear", "Tensor values, Tensor index", "int n, int m, int v, "
     expand, dual = expand, True
 
     def facts(self, stored, up, numbers):
@@ -163,10 +166,8 @@ class VectorNMLinear(Linear):
             need = 0.6 if v >= 64 else 0.5 if v >= 32 else 0.4 if v >= 16 else 0.2 if v >= 8 else 0.0
             if density > need:
                 return "expand", f"v={v} rows are too few for {n}:{m} in fp32 without tf32; expanded, cuBLAS runs"
-            return (
-                "gather",
-                f"{n}:{m} with v={v} in fp32 without tf32: the gathered GEMM does {density:.3g} of the dense work",
-            )
+            work = f"the gathered GEMM does {density:.3g} of the dense work"
+            return "gather", f"{n}:{m} with v={v} in fp32 without tf32: {work}"
         if dtype == torch.float32:
             return "expand", "fp32 rows cannot feed the tensor cores token-major; expanded, cuBLAS runs"
         need = 0.75 if v >= 128 else 0.5 if v >= 64 else 0.26 if v >= 32 else 0.13 if v >= 16 else 0.0
@@ -177,32 +178,31 @@ class VectorNMLinear(Linear):
 
     def check(self, x, weight, outputs, inputs, n, m, v, **rest):
         values, index = weight
-        if x.dtype != values.dtype or index.dtype != torch.int32:
-            got = f"x {x.dtype}, values {values.dtype}, index {index.dtype}"
-            raise TypeError(f"Expected x and values of one dtype and an index of int32, got {got}.")
+        if index.dtype != torch.int32:
+            raise TypeError(f"Expected an index of int32, got {index.dtype}.")
         shapes = (outputs, -(-inputs // m) * n), (-(-outputs // v), values.shape[1])
         if (values.shape, index.shape) != shapes:
             expected = f"values {shapes[0]} and index {shapes[1]} for ({outputs}, {inputs}) as {n}:{m}, v={v}"
             raise ValueError(f"Expected {expected}, got {tuple(values.shape)} and {tuple(index.shape)}.")
 
     def arrange(self, x, variant, **numbers):
-        """Feature-major (I, W), W whole tiles of tokens; one token as it lies."""
+        """Feature-major (I, W), W whole tiles of tokens; one token stays as it is."""
         tokens = x.shape[:-1].numel()
         width = power_of_two(tokens, 16, FEW) if variant == "few" else transpose.padded(tokens)
-        return transpose.turned_rows(x, width)
+        return transpose.feature_major_rows(x, width)
 
     def launch(self, variant, x, *parts, activation, **numbers):
         tokens = len(parts[-1])
         numbers |= {"tokens": tokens, "row_major": True, "activation": activation}
         if variant == "gather":
             return _many(x, *parts, **numbers)
-        return _few(x, *parts, inputs=x.shape[1 if tokens == 1 else 0], turned=tokens > 1, **numbers)
+        return _few(x, *parts, inputs=x.shape[1 if tokens == 1 else 0], after_transpose=tokens > 1, **numbers)
 
 
 class FeatureMajor(VectorNMLinear):
     """The same of x (I, T or wider) -> (O, T), or (T, O) when ``row_major``."""
 
-    prefix, last = (
+    prefix, common_numbers = (
         "gpu_vector_nm_linear_feature_major",
         "int out_features, str activation, SymInt tokens, bool row_major",
     )
@@ -216,7 +216,7 @@ class FeatureMajor(VectorNMLinear):
         return (tokens, outputs) if row_major else (outputs, tokens)
 
     def arrange(self, x, variant, tokens, **numbers):
-        """x itself, or a padded copy where the kernel could not read it as it lies; one token becomes (1, I)."""
+        """None for x itself, or a padded copy if the kernel could not read x in place; one token becomes (1, I)."""
         if tokens == 1:
             return (lambda x: x[:, :1].T) if variant == "few" else None
         width = transpose.padded(tokens) if variant == "gather" else power_of_two(tokens, 16, FEW)
@@ -235,7 +235,7 @@ class FeatureMajor(VectorNMLinear):
         if variant == "gather":
             return _many(x, *parts, **numbers)
         inputs = x.shape[1 if numbers["tokens"] == 1 else 0]
-        return _few(x, *parts, inputs=inputs, turned=False, **numbers)
+        return _few(x, *parts, inputs=inputs, after_transpose=False, **numbers)
 
 
 linear, _feature_major = VectorNMLinear(), FeatureMajor()
@@ -248,19 +248,19 @@ def feature_major(x: torch.Tensor) -> torch.Tensor:
     return transpose.transpose(x, transpose.padded(x.shape[0]))
 
 
-def linear_feature_major(x, values, index, bias=None, *, tokens=None, row_major=False, **given):
+def linear_feature_major(x, values, index, bias=None, *, tokens=None, row_major=False, **options):
     """x (I, T) -> activation(W @ x + bias) * gate, (O, T): a chain of such layers transposes once, at its start.
 
     ``tokens`` when x is a wider buffer, as ``feature_major`` gives; with ``row_major`` the output is (T, O), for the
     end of a chain. ``gate`` is in the output's order.
     """
     tokens = x.shape[1] if tokens is None else tokens
-    given |= {"out_features": len(values), "tokens": tokens, "row_major": row_major}
-    return _feature_major(x, values, index, bias, **given)
+    options |= {"out_features": len(values), "tokens": tokens, "row_major": row_major}
+    return _feature_major(x, values, index, bias, **options)
 
 
-def gated_linear_feature_major(x, up, gate, *, tokens=None, row_major=False, **given):
+def gated_linear_feature_major(x, up, gate, *, tokens=None, row_major=False, **options):
     """``gated_linear`` of x (I, T or wider) -> (O, T), or (T, O) when ``row_major``: part of a feature-major chain."""
     tokens = x.shape[1] if tokens is None else tokens
-    given |= {"out_features": len(up[0]), "tokens": tokens, "row_major": row_major}
-    return _feature_major.gated(x, up, gate, **given)
+    options |= {"out_features": len(up[0]), "tokens": tokens, "row_major": row_major}
+    return _feature_major.gated(x, up, gate, **options)

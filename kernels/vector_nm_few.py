@@ -41,10 +41,13 @@ def few_tokens(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, up_ptr, up_index_ptr, up_bias_ptr, y_ptr, partial_ptr, count_ptr,
     T, I, O, K, stride_xi, stride_yo, stride_yt,
     V: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PIPE: tl.constexpr,
-    PDL: tl.constexpr, TURNED: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr, AFTER_TRANSPOSE: tl.constexpr, EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The weight is read once; with ``up``, a second one, both are, and their products meet in fp32."""
+    """The weight is read once; with ``up``, a second one, both are, and their products are multiplied in fp32.
+
+    AFTER_TRANSPOSE: x was written by the transpose just before, and everything else by earlier kernels.
+    """
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     tile, split = tl.program_id(0), tl.program_id(1)
     group, row0, limit = group_rows(tile, O, V, BM)
@@ -59,13 +62,13 @@ def few_tokens(
     first, stop = split * steps, tl.minimum((split + 1) * steps, K)
     acc = tl.zeros((BM, BK) if BT == 1 else (BM, BT), tl.float32)
     up_acc = acc
-    if not TURNED:
+    if not AFTER_TRANSPOSE:
         begin(PDL)
     ahead = load_columns(index_ptr + pattern, first, k, K, I, BK, EVEN_K)
     if HALVES == 2:
         up_ahead = load_columns(up_index_ptr + pattern, first, k, K, I, BK, EVEN_K)
-    if TURNED:
-        begin(PDL)  # only x depends on the transpose, which itself has waited for all before it
+    if AFTER_TRANSPOSE:
+        begin(PDL)  # only x depends on the transpose, which itself waited for all kernels before it
     for k0 in tl.range(first, stop, BK, num_stages=PIPE):
         columns = ahead
         ahead = load_columns(index_ptr + pattern, k0 + BK, k, K, I, BK, EVEN_K)

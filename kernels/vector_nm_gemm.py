@@ -21,7 +21,7 @@ def group_rows(tile, O, V: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def load_columns(index_row, k0, k, K, I, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """The columns of slots k0 + k; beyond the end, a column that is not there (or, without tails, unused ones)."""
+    """The columns of slots k0 + k; beyond the end, column I, which does not exist (without tails: any, unused)."""
     if EVEN_K:
         columns = tl.load(index_row + tl.minimum(k0, K - BK) + k)
     else:
@@ -31,7 +31,7 @@ def load_columns(index_row, k0, k, K, I, BK: tl.constexpr, EVEN_K: tl.constexpr)
 
 @triton.jit
 def weight_of(half, w_ptr, index_ptr, up_ptr, up_index_ptr):
-    """The weight whose product a half of a gated tile is: ``up`` comes first. Without one there is no choice."""
+    """The weight that a half of a gated tile multiplies with: ``up`` first. Without ``up``: always the one weight."""
     if up_ptr is not None and half == 0:
         w_ptr, index_ptr = up_ptr, up_index_ptr
     return w_ptr, index_ptr
@@ -135,7 +135,7 @@ def _finish(
 
 
 @triton.jit
-def _place(tile, T, O, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+def _tile_origin(tile, T, O, V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """(pattern row, first row, row limit, first token) of an output tile; beyond the last tile, of the last."""
     tiles_m, tiles_n = tl.cdiv(O, V) * ((V + BM - 1) // BM), tl.cdiv(T, BN)
     tile_m, tile_n = grouped(tl.minimum(tile, tiles_m * tiles_n - 1), tiles_m, tiles_n, GROUP)
@@ -151,19 +151,19 @@ def gather_gemm(
     TOKENS_FIRST: tl.constexpr, ROW_MAJOR: tl.constexpr, PERSISTENT: tl.constexpr, EVEN_T: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_I: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program; or, PERSISTENT, ``programs`` programs walk the tiles in one flat loop of k steps.
+    """One tile per program; or, PERSISTENT, ``programs`` programs iterate over the tiles in one flat loop of k steps.
 
     The flat loop keeps loads in flight across a tile's end, which pays where K is short. Columns are loaded one step
     ahead, by hand: left to the compiler's pipeline, the chain index -> activations costs a buffer of both operands.
 
-    It is not launched before the kernel ahead of it ends (``tiles.begin``), which cost up to 5 % where k is long.
+    It is not launched with PDL, which cost up to 5 % where k is long.
 
-    With ``up``, a second weight, a tile is two halves: that of x @ up waits in its own place of y, a few KB that stay
-    in L2, and is the gate of the other. Both pass through the same code, as two copies of it spill the accumulators.
+    With ``up``, a second weight, a tile has two halves: x @ up is stored in y, a few KB that stay in L2, and is the
+    gate of the other. Both run the same code, as two copies of it spill the accumulators.
     """
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     pid = tl.program_id(0)
-    group, row0, limit, token0 = _place(pid, T, O, V, BM, BN, GROUP)
+    group, row0, limit, token0 = _tile_origin(pid, T, O, V, BM, BN, GROUP)
     if PERSISTENT:
         k = tl.arange(0, BK)
         steps = tl.cdiv(K, BK)
@@ -183,13 +183,13 @@ def gather_gemm(
                 next_w, index = weight_of(next_half, w_ptr, index_ptr, up_ptr, up_index_ptr)
                 if next_half == 0:
                     next_tile = tile + programs
-                    next_group, next_row0, next_limit, next_token0 = _place(next_tile, T, O, V, BM, BN, GROUP)
+                    next_group, next_row0, next_limit, next_token0 = _tile_origin(next_tile, T, O, V, BM, BN, GROUP)
             ahead = load_columns(index + next_group * K, next_k0, k, K, I, BK, EVEN_K)
             acc = _step(
                 acc, columns, x_ptr, w_desc, w, k0, row0, limit, token0, T, I, K, stride_x,
                 BM, BN, BK, TOKENS_FIRST, EVEN_T, EVEN_K, EVEN_I, WIDE, PRECISION,
             )  # fmt: skip
-            if k0 == last:  # no barrier between the halves, which would stop the pipeline: every k step holds one
+            if k0 == last:  # no extra barrier between the halves, which would stop the pipeline: every k step has one
                 _finish(
                     acc, half, bias_ptr, gate_ptr, up_ptr, up_bias_ptr, y_ptr, row0, limit, token0, T,
                     stride_yo, stride_yt, BM, BN, TOKENS_FIRST, ROW_MAJOR, WIDE, ACTIVATION,

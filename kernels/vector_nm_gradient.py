@@ -3,12 +3,14 @@
 Letters as in ``vector_nm``: T tokens, I inputs, O outputs, K slots a row; tiles as each kernel says.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
 from . import autotune, transpose
-from .backend import INTERPRET, backend
-from .launch import into_new, triton_launch
+from .backend import INTERPRET
+from .launch import gradient_into_new, into_new, triton_launch
 from .operators import operator
 from .precision import exact, precision
 from .tiles import grouped, power_of_two, wide
@@ -101,23 +103,11 @@ def grad_values(grad, x, index, n, m, v, feature_major, variant=None):
     tokens = grad.shape[:-1].numel()
     if tokens == 0 or outputs == 0 or slots == 0:
         return lambda grad, *rest: grad.new_zeros(outputs, slots)
-    turn = None if feature_major else transpose.prepared(x, transpose.padded(tokens))
-    new = backend.empty(grad, outputs, slots)
-
-    def arranged(grad, x):
-        return grad.reshape(tokens, outputs).contiguous(), x if turn is None else turn(x)
-
-    launch = _prepare_grad_values(*arranged(grad, x), index, new(), v)
-
-    def call(grad, x, index):
-        out = new()
-        launch(*arranged(grad, x), index, out)
-        return out
-
-    return call
+    arrange = None if feature_major else transpose.prepared(x, transpose.padded(tokens))
+    return gradient_into_new(functools.partial(_launch, v), grad, x, (index,), (outputs, slots), arrange)
 
 
-def _prepare_grad_values(grad, x, index, out, v):
+def _launch(v, grad, x, index, out):
     (tokens, outputs), slots, inputs, stride = grad.shape, index.shape[1], x.shape[0], x.stride(0)
 
     def prepare(config):

@@ -1,7 +1,7 @@
-"""What sten needs of torch beyond its documented interface, in one place, and the question that most of it serves.
+"""The private names of torch that sten uses, and `is_intercepted`, which most of them are for.
 
-Each name is fetched with a fallback that is slower and safe: where torch no longer has one of those that `intercepted`
-reads, every call counts as intercepted (a Plan is prepared each time), and nothing else changes. `PATHS` lists them.
+Each name is fetched with a fallback that is slower and safe: where torch no longer has one that `is_intercepted` reads,
+every call counts as intercepted (a Plan is prepared each time), and nothing else changes. `PATHS` lists them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PATHS: dict[str, str] = {}  # name here -> its path below torch
 
 def _fetch(name: str, path: str, fallback: Any) -> Any:
     """The object at a dotted path below `torch`, noted in PATHS, or the fallback."""
-    PATHS[name], found = path, torch
+    PATHS[name], value = path, torch
     for step in path.split("."):
-        found = getattr(found, step, None)
-        if found is None:
+        value = getattr(value, step, None)
+        if value is None:
             return fallback
-    return found
+    return value
 
 
 def _one() -> int:
@@ -45,7 +45,7 @@ def _without_alias(func: Callable, args: tuple, kwargs: dict, out: Any) -> Any:
 
 is_compiling = torch.compiler.is_compiling  # public; Dynamo takes a call of it for the constant True
 
-# each of these says that something looks at the operators of a call; where one is gone, the answer is yes
+# each of these tells that the operators of a call are intercepted; if one is missing, every call is
 dispatch_modes = _fetch("dispatch_modes", "_C._len_torch_dispatch_stack", _one)
 function_modes = _fetch("function_modes", "_C._len_torch_function_stack", _one)
 transforms_active = _fetch("transforms_active", "_C._are_functorch_transforms_active", _one)
@@ -56,7 +56,7 @@ _level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNa
 PATHS["_current_level"] = "autograd.forward_ad._current_level"
 
 no_function = torch._C.DisableTorchFunctionSubclass  # documented, in "Extending PyTorch"
-autocast_somewhere = _fetch("autocast_somewhere", "_C._is_any_autocast_enabled", _one)  # then it is asked by device
+autocast_somewhere = _fetch("autocast_somewhere", "_C._is_any_autocast_enabled", _one)  # then read for the device
 backward_pass = _fetch("backward_pass", "_C._current_graph_task_id", _minus_one)  # -1 outside: dense writes are refused
 correct_aliasing = _fetch("correct_aliasing", "utils._python_dispatch.return_and_correct_aliasing", _without_alias)
 fused_recurrent = _fetch("fused_recurrent", "_VF", torch)
@@ -64,20 +64,20 @@ is_view = _fetch("is_view", "Tensor._is_view", _yes)
 as_no_view = _fetch("as_no_view", "ops.aten._unsafe_view.default", lambda t, shape: t.clone())
 OpOverload = type(torch.ops.aten.mm.default)
 
-PLAIN = frozenset((Tensor, torch.nn.Parameter))
-SETTINGS = {type(None), int, float, bool, str, tuple, list, dict, torch.Size}  # tensor.py adds SparseTensor
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+NON_TENSORS = {type(None), int, float, bool, str, tuple, list, dict, torch.Size}  # tensor.py adds SparseTensor
 
 
-def intercepted(w: Any, *operands: Any) -> bool:
-    """Whether something has to see the operators of a call: a compiler, a mode, torch.func, a tracer, the profiler,
-    forward AD, or a tensor that is more than its numbers (a subclass such as a fake tensor, a lazy negation).
+def is_intercepted(w: Any, *operands: Any) -> bool:
+    """Whether a compiler, a mode, torch.func, a tracer, the profiler or forward AD has to see the operators of a call,
+    or an operand is more than its numbers (a subclass such as a fake tensor, a lazy negation).
 
-    If so, nothing is looked up or stored, and operators go through torch's dispatcher. Written for speed: it comes
-    before every call. Autograd in reverse mode is not asked about.
+    If so, no Plan is looked up or stored, and operators go through torch's dispatcher. It runs before every call, so it
+    is written for speed. Reverse-mode autograd does not count.
 
     Args:
-        w: the SparseTensor of the call, looked at through its values.
-        *operands: the other operands; what is no tensor (None, parts, the geometry of a convolution) does not matter.
+        w: the SparseTensor of the call, represented by its values.
+        *operands: the other operands; those that are no tensors (None, parts, geometry) do not count.
     """
     if (
         is_compiling()  # first, so that Dynamo traces no further
@@ -91,22 +91,22 @@ def intercepted(w: Any, *operands: Any) -> bool:
         return True
     for a in (w.parts["values"], *operands):
         kind = type(a)
-        if kind in PLAIN:
+        if kind in PLAIN_TENSORS:
             if a.is_neg() or is_zero_tensor(a):
                 return True
-        elif kind not in SETTINGS:  # a symbolic size is none of them
+        elif kind not in NON_TENSORS:  # a symbolic size is none of them
             return True
     return False
 
 
-def differentiates() -> bool:
-    """Whether a rule of autograd has to see every call: torch.compile, torch.func, forward AD (which it refuses)."""
+def must_apply() -> bool:
+    """Whether `autograd.Function.apply` has to see every call: torch.compile, torch.func, forward AD (unsupported)."""
     return is_compiling() or bool(transforms_active()) or _level._current_level >= 0
 
 
 def apply_of(rule: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`rule.apply` where neither torch.compile nor torch.func is active: without reading the signature of `forward`,
-    which takes longer than a small product."""
+    """`rule.apply` for calls where neither torch.compile nor torch.func is active: it does not read the signature of
+    `forward`, which takes longer than a small product."""
     return getattr(super(torch.autograd.Function, rule), "apply", rule.apply)
 
 

@@ -1,17 +1,16 @@
-"""One decision a call: the Plan of its signature, from the weight's cache or prepared by the registered kernel.
+"""One Plan per signature: from the weight's cache, or prepared by the registered kernel.
 
-A `Plan` is what runs for one signature: the operator, shape, strides, dtype, device and alignment of every dense
-operand, dtype, strides and alignment of the values, torch's tf32 switch where it matters, the geometry of a
-convolution. `sten.which` prints it. The plans of a weight are kept in its `PatternCache` (`w.cache.plans`), and hold no
-pointer into a pattern. The states of a signature:
+A signature is the operator; shape, strides, dtype, device and alignment of every dense operand; dtype, strides and
+alignment of the values; torch's tf32 switch for fp32 on CUDA; and the geometry of a convolution. The plans of a weight
+are stored in its `PatternCache` (`w.cache.plans`), and hold no pointer to a pattern. The states of a signature:
 
-    absent       its first call; a kernel was registered since; MAX_PLANS others came; `observe()` is on.
-                 A call checks the operands, prepares a Plan, stores it (not under `observe()`, nor while a CUDA graph
-                 is captured) and runs it.
-    prepared     by an earlier call, or by `sten.which`. A call is one dictionary look-up, then `plan.run`.
-    invalidated  the pattern was written: `PatternCache.invalidate` cleared the plans. As absent.
-    intercepted  a compiler, a mode, torch.func, a tracer, the profiler or forward AD looks on. Nothing is looked up or
-                 stored: each call prepares with `tokens=None`, for a Plan that runs operators which these can see.
+    absent       before its first call, after a kernel was registered, after MAX_PLANS other signatures were stored, and
+                 under `observe()`. A call checks the operands, prepares a Plan, stores it (not under `observe()`, nor
+                 while a CUDA graph is captured) and runs it.
+    prepared     after an earlier call, or `sten.which`. A call is one dictionary look-up, then `plan.run`.
+    invalidated  after the pattern was written: `PatternCache.invalidate` cleared the plans. As absent.
+    intercepted  under a compiler, a mode, torch.func, a tracer, the profiler or forward AD. Nothing is looked up or
+                 stored: each call prepares a Plan with `tokens=None`, which runs operators that these can see.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._torch_private import allows_tf32, intercepted
+from ._torch_private import allows_tf32, is_intercepted
 from .kernel_table import KERNELS as KERNELS
 from .kernel_table import OPERATORS as OPERATORS
 from .kernel_table import Flags as Flags
@@ -42,26 +41,26 @@ from .layouts.base import Layout, Parts
 if TYPE_CHECKING:
     from .tensor import SparseTensor
 
-MAX_PLANS = 64  # of one pattern; signatures that vary without end (lengths of sequences) start again behind it
+MAX_PLANS = 64  # of one pattern; then all are dropped, since signatures may vary without end (lengths of sequences)
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar("sten_strict", default=False)
-_observers: list[list] = []  # those that `observe()` fills
+_observers: list[list] = []  # the lists that `observe()` fills
 
 
 class DensifyError(RuntimeError):
-    """Raised under `sten.strict()` where an operator without a rule would turn a sparse tensor dense."""
+    """Raised under `sten.strict()` if an operator without a rule would run on a dense copy."""
 
 
 def planned(
-    name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any] | None = None, seen: bool = False
+    name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any] | None = None, intercepted: bool = False
 ) -> Plan:
-    """The Plan of a call, from the weight's plans or made now; the caller runs it.
+    """The Plan of a call, from the weight's cache or prepared; the caller runs it.
 
     Args:
-        name, w, operands, geometry: as in `run`; `operands` hold `w.parts` itself in the place of the weight.
-        seen: whether the call is intercepted.
+        name, w, operands, geometry: as in `run`; the weight among `operands` is `w.parts` itself.
+        intercepted: whether the call is intercepted (`sten._torch_private.is_intercepted`).
     """
-    if seen:
-        return _made(name, w, operands, geometry or {}, seen)
+    if intercepted:
+        return _new_plan(name, w, operands, geometry or {}, intercepted)
     parts = w.parts
     values = parts["values"]
     key = [name, KERNELS.version, values.dtype, values.stride(), values.data_ptr() & 15]
@@ -76,12 +75,12 @@ def planned(
         key.append(allows_tf32())
     signature = tuple(key)
     plan = w.cache.plans.get(signature)
-    return _absent(name, w, operands, geometry or {}, signature) if plan is None else plan
+    return _prepare_and_store(name, w, operands, geometry or {}, signature) if plan is None else plan
 
 
-def _absent(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any], signature: tuple) -> Plan:
-    """Make the Plan of a signature, and store it unless that would outlive what it was made for."""
-    plan = _made(name, w, operands, geometry, seen=False)
+def _prepare_and_store(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any], signature: tuple) -> Plan:
+    """Make the Plan of a signature, and store it unless it is for one call only."""
+    plan = _new_plan(name, w, operands, geometry, intercepted=False)
     if _observers or (w.parts["values"].is_cuda and torch.cuda.is_current_stream_capturing()):
         return plan
     plans = w.cache.plans
@@ -91,70 +90,75 @@ def _absent(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any
     return plan
 
 
-def _made(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any], seen: bool) -> Plan:
-    """A new Plan for these operands, which are checked."""
-    known, parts, first = OPERATORS[name], w.parts, operands[0]
-    if known.check is not None:
-        known.check(w, *operands, **geometry)
+def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any], intercepted: bool) -> Plan:
+    """Check the operands and make a Plan for them."""
+    op, parts, first = OPERATORS[name], w.parts, operands[0]
+    if op.check is not None:
+        op.check(w, *operands, **geometry)
     layout, shape, values = w.sparse_layout, w.stored_shape, parts["values"]
-    if len(known.sparse) > 1:
+    if len(op.sparse) > 1:
         layouts = tuple(layout if a is parts else None for a in operands)
-        if known.otherwise is not None and find(name, values.device.type, layouts) is None:
-            name = known.otherwise
+        if op.otherwise is not None and find(name, values.device.type, layouts) is None:
+            name = op.otherwise
         else:
             layout, shape = layouts, tuple(shape if a is parts else tuple(a.shape) for a in operands)
     entries = values.numel()
     flags = Flags(
-        tokens=None if seen or isinstance(first, dict) else known.tokens(tuple(first.shape)),
+        tokens=None if intercepted or isinstance(first, dict) else op.tokens(tuple(first.shape)),
         entries=entries if type(entries) is int else None,
         device=values.device,
         memory_format=memory_format(first) if "groups" in geometry else torch.contiguous_format,
         geometry=geometry or None,
     )
     plan = prepare(name, layout, shape, values.dtype, flags)
-    _note(name, w, layout)
+    _record(name, w, layout)
     return plan
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last (channels_last_3d for volumes) where channels lie last in memory, else contiguous_format.
+    """channels_last (channels_last_3d for volumes) if x has that format, else contiguous_format.
 
     An image of one pixel, or of one channel, is both, and counts as channels_last.
     """
     step = 1
-    for place in (1, *range(x.dim() - 1, 1, -1), 0):
-        if x.shape[place] != 1 and x.stride()[place] != step:
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.shape[d] != 1 and x.stride()[d] != step:
             return torch.contiguous_format
-        step *= x.shape[place]
+        step *= x.shape[d]
     return torch.channels_last_3d if x.dim() == 5 else torch.channels_last
 
 
 def run(name: str, w: SparseTensor, *operands: Any, **geometry: Any) -> Any:
-    """Run an operator whose sparse operand is `w`, whose cache keeps the Plan.
+    """Run an operator whose sparse operand is `w`; its Plan is stored in the cache of `w`.
 
     Args:
         name: a name in `sten.extend.OPERATORS`.
         w: the SparseTensor.
-        *operands: those of a kernel, in order; `w.parts` in the place of the sparse one.
+        *operands: the operands of a kernel, in order; the sparse one as `w.parts`.
         **geometry: further keywords of the operator's kernels; tuples, no lists.
+
+    Returns:
+        What the kernel returns.
     """
-    plan = planned(name, w, operands, geometry, intercepted(w, *operands))
+    plan = planned(name, w, operands, geometry, is_intercepted(w, *operands))
     return plan.run(*operands, **geometry)
 
 
 def run_both(name: str, a: SparseTensor, b: SparseTensor) -> Any:
-    """Run an operator on two sparse operands; its Plan is made anew at each call."""
+    """Run an operator on two sparse operands; its Plan is prepared at each call."""
     values, layouts = b.parts["values"], (a.sparse_layout, b.sparse_layout)
     flags = Flags(None, values.numel(), values.device)
     plan = prepare(name, layouts, (a.stored_shape, b.stored_shape), values.dtype, flags)
-    _note(name, b, layouts)
+    _record(name, b, layouts)
     return plan.run(a.parts, b.parts)
 
 
-def say_densified(name: str, layout: Layout) -> None:
-    """Warn, once for each (operator, layout type), that an operator without a rule runs dense; raise under strict."""
+def warn_densified(name: str, layout: Layout) -> None:
+    """Warn, once for each (operator, layout type), that an operator runs on a dense copy; raise under `strict`."""
     if _strict.get():
-        raise DensifyError(f"Operator {name!r} has no rule for {layout}: it would run dense, and sten.strict() is on.")
+        raise DensifyError(
+            f"Expected an operator with a rule for {layout} under sten.strict(), got {name!r}; call to_dense() first."
+        )
     key = (name, type(layout))
     if key not in _warned:
         _warned.add(key)
@@ -163,7 +167,7 @@ def say_densified(name: str, layout: Layout) -> None:
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
-    """Context in which turning a sparse tensor dense silently or with a warning is an error (`sten.DensifyError`).
+    """Context in which an operator that would run on a dense copy raises `sten.DensifyError` instead of warning.
 
     Example:
         >>> import torch, sten
@@ -182,8 +186,8 @@ def strict() -> Iterator[None]:
 def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None]]]:
     """Context that lists every operator call on a sparse operand: (operator, layout, parts, kernel or None).
 
-    Inside it no Plan is stored, and none that was stored before is found: every call prepares one, which is what is
-    listed. Calls outside cost nothing for it.
+    Inside it no stored Plan is used and none is stored: every call prepares one, and is listed then. Calls outside of
+    it cost nothing more.
 
     Example:
         >>> import torch, sten
@@ -203,6 +207,6 @@ def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None]]]:
         _observers[:] = [each for each in _observers if each is not seen]
 
 
-def _note(name: str, w: SparseTensor, layout: Layout | tuple[Layout | None, ...]) -> None:
+def _record(name: str, w: SparseTensor, layout: Layout | tuple[Layout | None, ...]) -> None:
     for seen in _observers:
         seen.append((name, w.sparse_layout, w.parts, find(name, w.parts["values"].device.type, layout)))

@@ -1,8 +1,8 @@
 """The kernel table: (operator, device, layouts) -> the registered kernel, and the Plan that it prepares.
 
-The contract, in one line: a kernel is a function of plain tensors; a sparse operand arrives as its dictionary of parts.
-The table is asked for the exact device, then for "any"; what it does not have runs the operator's reference
-implementation, which is pure torch, always correct, and says once how to register a real kernel.
+The contract: a kernel is a function of plain tensors, and gets a sparse operand as its dictionary of parts. The table
+is searched for the device, then for "any". Without a kernel the operator's reference implementation runs, which is pure
+torch and always correct, and warns once how to register a kernel.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Layouts = Layout | tuple[Layout | None, ...]  # of one operand that may be spars
 
 
 class Flags(NamedTuple):
-    """What a kernel may decide by beside layout, shape and dtype.
+    """What `prepare` may decide by, besides layout, shape and dtype.
 
     Attributes:
         tokens: size of the work, from the first operand (`Operator.tokens`). None while the call is intercepted: sizes
             may be symbols then, and the Plan must run an operator (torch.library) that decides when it is run.
         entries: number of stored values; None where it is a symbol.
-        device: where the values are.
-        memory_format: of the first operand of a convolution, channels_last (channels_last_3d) where its channels lie
-            last in memory; contiguous_format for every other operator.
+        device: of the values.
+        memory_format: channels_last or channels_last_3d for a convolution whose first operand has that format;
+            otherwise contiguous_format.
         geometry: of a convolution: stride, padding, dilation, groups (and size, the input's, in conv2d_grad_input).
     """
 
@@ -50,8 +50,8 @@ class Plan:
     Attributes:
         operator, layouts, device: the row of the kernel table.
         kernel: name of the registered function; "reference" for the operator's reference implementation.
-        variant: which of the kernel's ways was chosen, if it has several.
-        reason: why, in words.
+        variant: the chosen variant of the kernel, if it has several.
+        reason: why this kernel and variant run.
         run: `run(*operands, **geometry)`: the operands of a kernel, a sparse one as its dictionary of parts.
 
     Example:
@@ -71,9 +71,21 @@ class Plan:
 
     @classmethod
     def of(cls, variant: str | None, reason: str, run: Callable[..., Any] | None) -> Plan:
-        """What a `prepare` function returns; dispatch fills in the rest (`kernel`: the name of that function).
+        """Make the Plan that a `prepare` function returns; `sten.extend.run` fills in the other attributes.
 
-        The variant "reference", for which `run` may be None, stands for the operator's reference implementation.
+        Args:
+            variant: name of the variant, None for a kernel with one. "reference" means the operator's reference
+                implementation; `run` may be None then.
+            reason: why this variant runs, for `sten.which`.
+            run: `run(*operands, **geometry)`, a sparse operand as its dictionary of parts.
+
+        Returns:
+            A Plan whose `operator`, `layouts`, `device` and `kernel` are empty.
+
+        Example:
+            >>> import sten
+            >>> sten.extend.Plan.of("dense", "multiplies all entries", lambda x, weight, bias: x).variant
+            'dense'
         """
         return cls("", (), "", "", variant, reason, run)
 
@@ -93,7 +105,7 @@ class Kernel:
 class Table(dict[tuple, Kernel]):
     """(operator, device type, layout type of each operand that may be sparse) -> Kernel.
 
-    `version` changes with the table and is part of every signature, so that a kernel registered later is found.
+    `version` changes with the table and is part of every signature, so that a kernel registered later is used.
     """
 
     version = 0
@@ -122,11 +134,11 @@ class Operator:
 
 KERNELS = Table()
 OPERATORS: dict[str, Operator] = {}
-_warned: set[tuple] = set()  # what was said once
+_warned: set[tuple] = set()  # keys of the warnings that were raised
 
 
 def rows(shape: tuple[int, ...]) -> int:
-    """How many rows of features activations of this shape have: the `tokens` of a product."""
+    """The number of rows of activations of this shape: the `tokens` of a product."""
     return math.prod(shape[:-1])
 
 
@@ -149,9 +161,12 @@ def operator(
         sparse: the operands that may be sparse.
         required: those of them that are sparse in every kernel.
         tokens: the size of the work, from the shape of the first operand (`Flags.tokens`).
-        check: `check(w, *operands, **geometry)` raises for operands that do not fit; called once for a signature.
-        otherwise: with several sparse operands, the operator that is the same where the last alone is sparse: its
-            kernels run where this one has none.
+        check: `check(w, *operands, **geometry)` raises for invalid operands; called once for a signature.
+        otherwise: with several sparse operands, the operator that equals this one if only the last is sparse: its
+            kernels run if this one has none.
+
+    Returns:
+        A decorator, which returns the function unchanged.
 
     Example:
         >>> import torch, sten
@@ -171,21 +186,24 @@ def operator(
 
 
 def kernel(operator: str, *, device: str, prepare: bool = False, **operands: type[Layout]) -> Callable:
-    """Register the decorated function for an operator, given layouts and a device type: a kernel, or what prepares one.
+    """Register the decorated function for an operator, layouts and a device type: a kernel, or what prepares one.
 
     Args:
         operator: "linear", "linear_grad_input", "linear_grad_weight", "conv2d", ... (`sten.extend.OPERATORS`).
         device: "cpu", "cuda", ..., or "any": for devices without a kernel of their own.
         prepare: False: the function is the kernel, `function(*operands, layout=, shape=)`, and always runs. True: it
-            is `function(layout, shape, dtype, flags) -> Plan`, asked once for a signature, with the stored shape of
+            is `function(layout, shape, dtype, flags) -> Plan`, called once for a signature, with the stored shape of
             the weight, the dtype of its values and `sten.extend.Flags`; it returns
             `sten.extend.Plan.of(variant, reason, run)` with `run(*operands)`, or None (or the variant "reference") for
-            the reference implementation. What it decides by is the signature's, so `run` may build a launch from the
-            tensors of its first call, but must not keep them.
+            the reference implementation. All calls of one Plan have one signature, so `run` may build a launch from
+            the tensors of its first call, but must not store them.
         **operands: the layout class of each sparse operand by name, mostly `weight=`.
 
+    Returns:
+        A decorator, which returns the function unchanged.
+
     Raises:
-        ValueError: unknown operator or operand name.
+        ValueError: an unknown operator or operand name, or something else than a layout class.
 
     Example:
         >>> import torch, sten
@@ -201,20 +219,20 @@ def kernel(operator: str, *, device: str, prepare: bool = False, **operands: typ
         ...         return sten.extend.Plan.of("reference", f"the kernel is for float32, not {dtype}", None)
         ...     return sten.extend.Plan.of("dense", "multiplies all entries", run)
     """
-    known = OPERATORS.get(operator)
-    if known is None:
+    op = OPERATORS.get(operator)
+    if op is None:
         names = ", ".join(sorted(OPERATORS))
-        raise ValueError(f"No operator named {operator!r}; sten has {names}; declare it with sten.extend.operator.")
-    if not operands or not set(known.required) <= set(operands) <= set(known.sparse):
-        must = f" and needs {', '.join(known.required)}" if known.required else ""
-        takes, got = ", ".join(known.sparse), ", ".join(operands)
-        raise ValueError(f"Operator {operator!r} takes the sparse operands {takes}{must}; got {got}.")
+        raise ValueError(f"Expected one of {names}, got {operator!r}; declare it with sten.extend.operator.")
+    if not operands or not set(op.required) <= set(operands) <= set(op.sparse):
+        required = f" (required: {', '.join(op.required)})" if op.required else ""
+        expected, got = ", ".join(op.sparse), ", ".join(operands) or "none"
+        raise ValueError(f"Expected the sparse operands {expected}{required} for {operator!r}, got {got}.")
     for name, layout in operands.items():
         if not (isinstance(layout, type) and issubclass(layout, Layout)):
-            raise ValueError(f"{name}= takes a layout class such as sten.CSR; got {layout!r}.")
+            raise ValueError(f"Expected a layout class such as sten.CSR for {name}=, got {layout!r}.")
 
     def register(function: Callable) -> Callable:
-        KERNELS[(operator, device, *(operands.get(name) for name in known.sparse))] = Kernel(function, prepare)
+        KERNELS[(operator, device, *(operands.get(name) for name in op.sparse))] = Kernel(function, prepare)
         return function
 
     return register
@@ -244,11 +262,11 @@ def prepare(
 
     With several operands that may be sparse, `layout` and `shape` are tuples (None: a dense operand).
     """
-    known, device = OPERATORS[name], flags.device.type
+    op, device = OPERATORS[name], flags.device.type
     entry = find(name, device, layout)
-    reference = known.reference
+    reference = op.reference
     if entry is None:
-        reference = functools.partial(_unregistered, known, device)
+        reference = functools.partial(_warn_and_run, op, device)
         plan = Plan.of("reference", "no kernel is registered for this layout on this device", None)
     elif entry.prepares:
         plan = entry.function(layout, shape, dtype, flags)
@@ -256,32 +274,32 @@ def prepare(
     else:
         reason = (inspect.getdoc(entry.function) or "the registered kernel").splitlines()[0].rstrip(".")
         plan = Plan.of(None, reason, functools.partial(entry.function, layout=layout, shape=shape))
-    about = {"operator": name, "layouts": tuple(map(str, _layouts(layout))), "device": device}
+    key = {"operator": name, "layouts": tuple(map(str, _layouts(layout))), "device": device}
     if plan.variant == "reference":
         run = functools.partial(reference, layout=layout, shape=shape)
-        return dataclasses.replace(plan, **about, kernel="reference", variant=None, run=run)
-    return dataclasses.replace(plan, **about, kernel=entry.function.__name__)
+        return dataclasses.replace(plan, **key, kernel="reference", variant=None, run=run)
+    return dataclasses.replace(plan, **key, kernel=entry.function.__name__)
 
 
 def stub(name: str, layouts: tuple[type[Layout], ...], device: str) -> str:
     """The three lines that register a kernel for this key, ready to paste."""
-    known = OPERATORS[name]
-    operands = ", ".join(f"{n}={cls.__name__}" for n, cls in zip(known.sparse, layouts, strict=True))
-    signature = inspect.signature(known.reference)
+    op = OPERATORS[name]
+    operands = ", ".join(f"{n}={cls.__name__}" for n, cls in zip(op.sparse, layouts, strict=True))
+    signature = inspect.signature(op.reference)
     head = f'@sten.kernel("{name}", {operands}, device="{device}")'
     return f"{head}\ndef {name}{signature}:\n    ...  # a sparse operand is the dict of its parts"
 
 
-def _unregistered(known: Operator, device: str, *operands: Any, layout: Any, shape: Any, **geometry: Any) -> Any:
-    """The reference implementation in the place of a kernel that nobody registered; it says so once."""
+def _warn_and_run(op: Operator, device: str, *operands: Any, layout: Any, shape: Any, **geometry: Any) -> Any:
+    """The reference implementation, with one warning, where no kernel is registered."""
     types = tuple(type(each) for each in _layouts(layout))
-    key = (known.name, types, device)
+    key = (op.name, types, device)
     if key not in _warned:
         _warned.add(key)
         titles = ", ".join(cls.__name__ for cls in types)
         warnings.warn(
-            f"sten: no kernel for {known.name!r} with {titles} on {device}: the reference implementation runs "
-            f"(correct, not fast). To register one:\n\n{stub(known.name, types, device)}\n",
+            f"sten: no kernel for {op.name!r} with {titles} on {device}: the reference implementation runs "
+            f"(correct, not fast). To register one:\n\n{stub(op.name, types, device)}\n",
             stacklevel=4,
         )
-    return known.reference(*operands, layout=layout, shape=shape, **geometry)
+    return op.reference(*operands, layout=layout, shape=shape, **geometry)

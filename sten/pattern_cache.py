@@ -1,4 +1,4 @@
-"""PatternCache: what is kept with the pattern of a weight."""
+"""PatternCache: what is cached for the pattern of a weight."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from .kernel_table import Plan
 
 
 class PatternCache:
-    """What is kept for one pattern; all SparseTensors whose pattern parts are the same tensors share it.
+    """The Plans and used slots of one pattern, shared by all SparseTensors whose pattern parts are the same tensors.
 
     States:
-        empty: made for a SparseTensor with a pattern of its own: from_dense, a copy, another device, a file, `.data =`.
-        filled: by calls and `sten.which` with Plans by signature (`sten.dispatch`), and with the live slots.
-        empty, one generation later: after `invalidate`, which every writer of the pattern in place calls; what kernels
-            derived from the pattern has been made again.
+        empty: of a new pattern: from_dense, a copy, another device, a file, `.data =`.
+        filled: calls and `sten.which` have stored Plans by signature (`sten.dispatch`), or the used slots.
+        invalidated: as empty, one generation later; what kernels derived from the pattern has been made again.
 
     Attributes:
-        generation: how often the pattern was written.
+        generation: the number of calls of `invalidate`.
         plans: signature -> Plan.
-        dense_gradient: set while a training method wants the gradient of this weight dense: the operators that compute
-            a weight's gradient then compute it dense, once, hand it over in the orientation of the layout, and return
-            what lies in the pattern.
-        live: (generation and versions of the parts, the slots that are not padding): `sten.ops.padding.live_slots`.
+        dense_gradient: a function that a training method sets to get the gradient of this weight dense. The operators
+            that compute a weight's gradient then compute it dense, once, pass it to the function in the orientation of
+            the layout, and return its entries at the pattern.
+        used_slots: (versions of the parts, mask of the slots that are not padding): `sten.ops.padding.used_slots`.
 
-    A user's own edit of a pattern part in place is noticed on the CPU, by the part's version, for what was derived
-    from it. On a GPU it is not: call `w.cache.invalidate(*pattern)`.
+    Every writer of a pattern in place calls `invalidate`. Without it, a write to a pattern part is noticed on the CPU,
+    by the version of the part; on a GPU it is not: call `w.cache.invalidate(*pattern)`.
     """
 
-    __slots__ = ("__weakref__", "dense_gradient", "generation", "live", "plans")
+    __slots__ = ("__weakref__", "dense_gradient", "generation", "plans", "used_slots")
 
     def __init__(self) -> None:
         self.generation = 0
         self.plans: dict[tuple, Plan] = {}
         self.dense_gradient: Callable[[Tensor], None] | None = None
-        self.live: tuple[tuple, Tensor | None] | None = None
+        self.used_slots: tuple[list, Tensor | None] | None = None
 
     def invalidate(self, *pattern: Tensor) -> None:
-        """The pattern was written in place: forget what was made for it. `pattern`: the parts that were written, so
-        that what kernels derived from them is made again where it lies, as a recorded CUDA graph reads it."""
+        """Drop everything that was cached for the pattern, which was written in place.
+
+        Args:
+            *pattern: the parts that were written. What CUDA kernels derived from them is made again at the same
+                address, which a recorded CUDA graph reads.
+        """
         self.generation += 1
         self.plans.clear()
-        self.live = None
+        self.used_slots = None
         if pattern and pattern[0].is_cuda:
             kernels.pattern_cache.invalidate(*pattern)
 

@@ -1,4 +1,4 @@
-"""Rule: the autograd.Function that every rule of sten is."""
+"""Rule: the autograd.Function that every differentiable operator of sten is."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from . import _torch_private as private
 
 
 class Rule(torch.autograd.Function):
-    """An autograd.Function with `setup_context` (torch.func needs it) whose call is cheap.
+    """An autograd.Function with `setup_context` (torch.func needs it) whose call costs little host time.
 
-    A rule of an operator on a sparse weight names the operand that it is (`place`) and `now(*args, seen)`, which
-    computes without autograd; `seen` says whether the call is intercepted.
+    A rule of an operator on a sparse weight defines `compute` and `weight_position`; the decorator
+    `sten.tensor.traceable` makes its `forward` of them.
+
+    Attributes:
+        weight_position: the position of the sparse weight among the arguments.
+        compute: `compute(*args, intercepted)`: the result, without autograd.
+        record: `apply`, for calls where neither torch.compile nor torch.func is active.
     """
 
-    place: ClassVar[int]
-    now: ClassVar[Callable[..., Tensor]]
-    record: ClassVar[Callable[..., Any]]  # `apply`, where neither torch.compile nor torch.func is active
+    weight_position: ClassVar[int]
+    compute: ClassVar[Callable[..., Tensor]]
+    record: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -28,17 +33,17 @@ class Rule(torch.autograd.Function):
 
     @classmethod
     def run(cls, *args):
-        """The rule, for autograd to record where it wants."""
-        return cls.apply(*args) if private.differentiates() else cls.record(*args)
+        """Call the rule, so that autograd records it if needed."""
+        return cls.apply(*args) if private.must_apply() else cls.record(*args)
 
     @classmethod
     def call(cls, *args):
-        """The rule where it has to see the call; otherwise `now`, at once."""
-        seen = private.intercepted(args[cls.place], *args)
-        if seen and private.differentiates():
+        """Call the rule only if the call is intercepted or an argument requires a gradient; otherwise `compute`."""
+        intercepted = private.is_intercepted(args[cls.weight_position], *args)
+        if intercepted and private.must_apply():
             return cls.apply(*args)
         if torch.is_grad_enabled():
             for a in args:
                 if isinstance(a, Tensor) and a.requires_grad:
                     return cls.record(*args)
-        return cls.now(*args, seen)
+        return cls.compute(*args, intercepted)

@@ -1,21 +1,32 @@
 """SparseTensor: the one class that torch sees.
 
-A wrapper subclass with the true shape, dtype and device. It carries `sparse_layout`, and the parts as plain
-tensors. What an operator does with it stands in two tables that `sten/ops/` fills: FUNCTIONS by Python function (the
-operators with a gradient rule of their own) and ATEN by aten operator (what autograd and torch.compile ask for below).
+A wrapper subclass with the true shape, dtype and device, which has its layout and its parts as plain tensors. The
+rules of operators are in two tables that `sten/ops/` fills: FUNCTIONS by Python function (`__torch_function__`, for
+operators with a gradient rule) and ATEN by aten operator (`__torch_dispatch__`, for what runs below autograd).
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._torch_private import SETTINGS, OpOverload, as_no_view, is_compiling, is_view, no_function, tree_leaves, tree_map
-from .dispatch import say_densified
+from ._torch_private import (
+    NON_TENSORS,
+    OpOverload,
+    as_no_view,
+    is_compiling,
+    is_intercepted,
+    is_view,
+    no_function,
+    tree_leaves,
+    tree_map,
+)
+from .dispatch import warn_densified
 from .layouts.base import Layout, Parts
 from .layouts.registry import fields, layout_from
 from .pattern_cache import PatternCache as PatternCache
@@ -24,7 +35,7 @@ from .rule import Rule as Rule
 FUNCTIONS: dict[Callable, Callable] = {}
 ATEN: dict[Callable, Callable] = {}
 
-# Operators on SparseTensors that torch.compile traces as they stand; __torch_dispatch__ runs them.
+# Opaque operators on SparseTensors, which torch.compile records; __torch_dispatch__ runs them.
 LIBRARY = torch.library.Library("sten", "FRAGMENT")
 LIBRARY.define("to_dense(Tensor input) -> Tensor")
 LIBRARY.define("project(Tensor dense, Tensor like) -> Tensor")
@@ -32,11 +43,19 @@ OPS = torch.ops.sten
 
 
 class SparseTensor(torch.Tensor):
-    """A tensor stored in a sparse layout. Made by `sten.from_dense` and `sten.sparsify`.
+    """A tensor stored in a sparse layout, made by `sten.from_dense` and `sten.sparsify`.
+
+    Args:
+        layout: the `Layout`.
+        parts: dict of the plain tensors that store it, not checked here.
+        shape: the stored shape: of the transpose if `transposed`.
+        transposed: whether the parts store the transpose.
+        requires_grad: as of any tensor.
+        cache: the `PatternCache` of a tensor with the same pattern; None: a new one.
 
     Attributes:
         sparse_layout: the `Layout`.
-        parts: dict of the plain tensors that store it; `values` holds the weights, the others the pattern.
+        parts: dict of the plain tensors that store it; `values` has the weights, the others the pattern.
         transposed: whether the parts store the transpose.
         cache: the `PatternCache` of the pattern.
 
@@ -53,7 +72,7 @@ class SparseTensor(torch.Tensor):
         tensor([[ 0., -4.,  0.,  3.]])
     """
 
-    trained = None  # of a weight that is put together from a trained Parameter: the object that did it
+    trained = None  # of a weight in trainable form, assembled from a trained Parameter: its TrainedWeight
 
     @staticmethod
     def __new__(
@@ -106,21 +125,21 @@ class SparseTensor(torch.Tensor):
             return rule(func, *args, **(kwargs or {}))
         return run_dense(func, args, kwargs or {})
 
-    # what the user reads
+    # what users read
 
     def mask(self) -> Tensor:
-        """Bool mask of the stored entries, in the tensor's shape; explicit zeros count as stored."""
+        """The stored entries as a bool mask of the tensor's shape; explicit zeros count as stored."""
         mask = self.sparse_layout.support(self.parts, self.stored_shape)
         return mask.t() if self.transposed else mask
 
     def to_dense(self) -> Tensor:
-        """The plain dense tensor. Differentiable: its gradient is gathered at the pattern."""
+        """The dense tensor; differentiable: the gradient is gathered at the pattern."""
         with no_function():
             return ToDense.run(self)
 
     @property
     def density(self) -> float:
-        """Stored entries over all entries."""
+        """Number of stored entries divided by the number of all entries."""
         with no_function():
             return float(self.mask().sum()) / max(self.numel(), 1)
 
@@ -130,7 +149,7 @@ class SparseTensor(torch.Tensor):
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
     def with_values(self, values: Tensor, requires_grad: bool = False) -> SparseTensor:
-        """A tensor of the same layout and pattern (shared, not copied) with other values."""
+        """A tensor with the same layout and pattern (shared, not copied), and other values."""
         parts = {**self.parts, "values": values}
         return SparseTensor(self.sparse_layout, parts, self.stored_shape, self.transposed, requires_grad, self.cache)
 
@@ -139,7 +158,7 @@ class SparseTensor(torch.Tensor):
         return self.sparse_layout.pack_like(dense.t() if self.transposed else dense, self.parts)
 
     def same_pattern(self, other: SparseTensor) -> bool:
-        """Whether both store the same entries in the same slots. Shared pattern tensors decide without reading them."""
+        """Whether both store the same entries in the same slots; pattern parts that are shared are not compared."""
         if (
             self.sparse_layout != other.sparse_layout
             or self.stored_shape != other.stored_shape
@@ -166,7 +185,7 @@ class SparseTensor(torch.Tensor):
             return memo[id(self)]
         with no_function():
             if not self.is_leaf:
-                raise RuntimeError("Only a leaf can be deep-copied; detach() this SparseTensor first.")
+                raise RuntimeError("Expected a leaf for deepcopy, got a tensor with a grad_fn; call detach() first.")
             parts = {name: copy.deepcopy(part, memo) for name, part in self.parts.items()}
             new = _restore(
                 self.sparse_layout, parts, self.stored_shape, self.transposed, self.requires_grad, _is_param(self)
@@ -182,8 +201,8 @@ class SparseTensor(torch.Tensor):
         return _load, (type(self.sparse_layout).__name__, fields(self.sparse_layout), dict(self.parts), *state)
 
 
-def owned(out: Tensor) -> Tensor:
-    """`out`, not as a view: autograd refuses work in place, such as an activation's, on a view that a rule returns."""
+def without_view(out: Tensor) -> Tensor:
+    """`out`, but not a view: autograd refuses in-place operators, such as activations, on a view from a rule."""
     return as_no_view(out, out.shape) if is_view(out) else out
 
 
@@ -192,7 +211,7 @@ class ToDense(Rule):
 
     @staticmethod
     def forward(w):
-        return OPS.to_dense(w) if is_compiling() else owned(unpack(w))
+        return OPS.to_dense(w) if is_compiling() else without_view(unpack(w))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -204,7 +223,7 @@ class ToDense(Rule):
 
 
 def unpack(w: SparseTensor) -> Tensor:
-    """The dense tensor, without a gradient."""
+    """The dense tensor, without autograd."""
     dense = w.sparse_layout.unpack(w.parts, w.stored_shape)
     return dense.t() if w.transposed else dense
 
@@ -217,7 +236,7 @@ def project(grad: Tensor, w: SparseTensor) -> Tensor:
 
 
 class Project(Rule):
-    """Dense to sparse at a given pattern: the transpose of ToDense, and each is the other's gradient."""
+    """Dense to sparse at the pattern of `like`: the transpose of ToDense, and each is the other's gradient."""
 
     @staticmethod
     def forward(grad, like):
@@ -235,9 +254,36 @@ class Project(Rule):
 
 
 def project_now(grad: Tensor, like: SparseTensor) -> SparseTensor:
-    """`grad` gathered at the pattern of `like`, without a gradient."""
+    """`grad` gathered at the pattern of `like`, without autograd."""
     dense = unpack(grad) if isinstance(grad, SparseTensor) else grad
     return like.with_values(like.values_like(dense))
+
+
+def traceable(schema: str) -> Callable[[type[Rule]], type[Rule]]:
+    """Give the decorated rule its `forward`, and an opaque operator of this schema that torch.compile records instead.
+
+    The operator takes the arguments of the rule.
+    """
+    LIBRARY.define(schema)
+    operator = getattr(OPS, schema.partition("(")[0])
+
+    def decorate(rule: type[Rule]) -> type[Rule]:
+        position, compute = rule.weight_position, rule.compute
+
+        def forward(*args):
+            intercepted = is_intercepted(args[position], *args)
+            if intercepted and is_compiling():
+                return operator(*args)
+            out = compute(*args, intercepted)
+            return out if isinstance(out, SparseTensor) else without_view(out)
+
+        *parameters, _ = inspect.signature(compute).parameters.values()
+        forward.__signature__ = inspect.Signature(parameters)  # Dynamo passes a ctx unless it counts all arguments
+        rule.forward = staticmethod(forward)
+        ATEN[operator.default] = lambda _, *args: compute(*args, is_intercepted(args[position], *args))
+        return rule
+
+    return decorate
 
 
 def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> SparseTensor:
@@ -246,15 +292,15 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
     Args:
         tensor: floating point, two or more dimensions; the layout's `check` says which shapes fit.
         layout: how to store it, for example `sten.NM(2, 4)`.
-        mask: bool, of the tensor's shape: the entries to keep. None: an n:m layout keeps the largest magnitudes that
-            it allows, a layout without a rate of its own (Masked, CSR, BSR) the non-zeros.
+        mask: bool, of the tensor's shape: the entries to store. None: of an n:m layout the largest magnitudes that it
+            allows, of a layout without a fixed rate (Masked, CSR, BSR) the non-zeros.
 
     Returns:
         SparseTensor with `to_dense() == tensor * mask`. It does not require a gradient.
 
     Raises:
-        TypeError: not a dense floating-point tensor, not a layout, or a mask that is not bool.
-        ValueError: the layout cannot hold the shape or the mask.
+        TypeError: `tensor` is not a dense floating-point tensor, `layout` is not a layout, or `mask` is not bool.
+        ValueError: the layout cannot store the shape or the mask, or the mask has another shape.
 
     Example:
         >>> import torch, sten
@@ -263,11 +309,12 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
         0.5
     """
     if not isinstance(layout, Layout):
-        raise TypeError(f"layout= takes a layout such as sten.NM(2, 4); got {layout!r}.")
+        raise TypeError(f"Expected a layout such as sten.NM(2, 4), got {layout!r}.")
     if not isinstance(tensor, Tensor) or isinstance(tensor, SparseTensor) or tensor.layout != torch.strided:
-        raise TypeError(f"from_dense stores a plain dense tensor; got {type(tensor).__name__}.")
+        kind = tensor.layout if type(tensor) is Tensor else type(tensor).__name__
+        raise TypeError(f"Expected a dense tensor, got {kind}; call .to_dense() on it.")
     if not tensor.dtype.is_floating_point:
-        raise TypeError(f"Sparse layouts store floating-point weights; got {tensor.dtype}: call .float() on it first.")
+        raise TypeError(f"Expected a floating-point tensor, got {tensor.dtype}; call .float() on it.")
     shape = tuple(tensor.shape)
     layout.check(shape)
     with torch.no_grad():
@@ -275,14 +322,14 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
         if mask is None:
             mask = tensor != 0 if layout.rate is None else layout.mask(tensor.abs())
         elif mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor (~ on other dtypes does not negate); got {mask.dtype}.")
+            raise TypeError(f"Expected a bool mask, got {mask.dtype}; call .bool() on it.")
         elif tuple(mask.shape) != shape:
-            raise ValueError(f"mask must have the tensor's shape {shape}; got {tuple(mask.shape)}.")
+            raise ValueError(f"Expected a mask of the tensor's shape {shape}, got {tuple(mask.shape)}.")
         return SparseTensor(layout, layout.pack(tensor, mask.to(tensor.device)), shape)
 
 
 def function(*functions: Callable) -> Callable:
-    """Register the decorated rule for Python-level functions; it is called with their arguments, gradients on."""
+    """Register the decorated rule for Python functions; it is called above autograd, with their arguments."""
 
     def register(rule: Callable) -> Callable:
         FUNCTIONS.update(dict.fromkeys(functions, rule))
@@ -292,7 +339,7 @@ def function(*functions: Callable) -> Callable:
 
 
 def aten(*operators: Callable) -> Callable:
-    """Register the decorated rule for aten operators; it is called with the operator, then its arguments."""
+    """Register the decorated rule for aten operators; it is called with the operator and the arguments."""
 
     def register(rule: Callable) -> Callable:
         ATEN.update(dict.fromkeys(operators, rule))
@@ -302,7 +349,7 @@ def aten(*operators: Callable) -> Callable:
 
 
 def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """Run an operator without a rule on dense copies, with one warning; refuse if it would write into a sparse one."""
+    """Run an operator without a rule on dense copies, with one warning; raise if it would write to a sparse operand."""
     sparse = [a for a in tree_leaves((args, kwargs)) if isinstance(a, SparseTensor)]
     name = getattr(func, "__name__", str(func))
     if isinstance(func, OpOverload):
@@ -310,10 +357,10 @@ def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
         for argument, operand in zip(func._schema.arguments, args, strict=False):
             if argument.is_write and any(isinstance(a, SparseTensor) for a in tree_leaves(operand)):
                 raise NotImplementedError(
-                    f"{name} cannot write into a {sparse[0].sparse_layout} tensor; to train, take the trainable form "
-                    "(sten.attach, sten.trainable), or densify."
+                    f"Expected an operator that can write to a {sparse[0].sparse_layout} tensor, got {name}; to train, "
+                    "use the trainable form (sten.attach, sten.trainable), or sten.densify."
                 )
-    say_densified(name, sparse[0].sparse_layout)
+    warn_densified(name, sparse[0].sparse_layout)
     args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -328,7 +375,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def traced(t: Tensor) -> bool:
-    """Whether a plain tensor stands for one: a compiler, vmap or the meta device looks at it, and it has no numbers."""
+    """Whether a part has no numbers: under a compiler or vmap, or on the meta device."""
     return type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta
 
 
@@ -336,7 +383,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.device != b.device:
         return False
     if traced(a):
-        return True  # being traced: there are no numbers to compare, and one weight has one pattern
+        return True  # there are no numbers to compare, and one weight has one pattern
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
@@ -355,15 +402,15 @@ def _load(name: str, values: dict, parts: Parts, shape, transposed, requires_gra
 
 
 def checked(name: str, values: dict, parts: Parts, shape, transposed: bool = False) -> tuple:
-    """(layout, parts, shape, transposed) from outside, validated; ValueError with one sentence otherwise."""
+    """The (layout, parts, shape, transposed) of a file, validated; ValueError if they are invalid."""
     layout = layout_from(name, values)
     shape = tuple(shape)
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"A shape is a tuple of sizes; got {shape}.")
+        raise ValueError(f"Expected a shape of non-negative sizes, got {shape}.")
     if transposed and len(shape) != 2:
-        raise ValueError(f"Only a matrix can be stored transposed; got shape {shape}.")
+        raise ValueError(f"Expected two dimensions for a transposed tensor, got shape {shape}.")
     if not isinstance(parts, dict) or not all(isinstance(p, Tensor) for p in parts.values()):
-        raise ValueError(f"The parts of {layout} must be a dictionary of tensors.")
+        raise ValueError(f"Expected a dictionary of tensors as the parts of {layout}, got {type(parts).__name__}.")
     layout.check(shape)
     if not any(part.is_meta for part in parts.values()):
         layout.validate(parts, shape)
@@ -372,5 +419,5 @@ def checked(name: str, values: dict, parts: Parts, shape, transposed: bool = Fal
 
 ATEN[OPS.to_dense.default] = lambda _, w: unpack(w)
 ATEN[OPS.project.default] = lambda _, dense, like: project_now(dense, like)
-SETTINGS.add(SparseTensor)
+NON_TENSORS.add(SparseTensor)
 torch.serialization.add_safe_globals([_load, SparseTensor])

@@ -37,7 +37,7 @@ def leaf(*shape):
 
 @every_layout
 @pytest.mark.parametrize("bias", [True, False])
-def test_work_in_place_on_what_a_layer_returns(layout, bias):
+def test_in_place_activation_after_a_layer(layout, bias):
     """nn.ReLU(inplace=True) after a layer, as in every ResNet; the result of a rule must not be a view."""
     for make_layer, x in (
         (lambda: nn.Linear(8, 6, bias=bias), torch.randn(2, 3, 8)),
@@ -269,7 +269,7 @@ def test_func(layout, strictly):
     torch.testing.assert_close(got, want)
 
 
-def test_vmap_over_the_weight_is_refused():
+def test_vmap_over_the_weight_raises():
     with pytest.raises((NotImplementedError, RuntimeError)):
         torch.func.vmap(lambda x, b: F.linear(x, make(CSR(), (7, 5))[0], b))(torch.ones(3, 5), torch.ones(3, 7))
 

@@ -1,4 +1,4 @@
-"""`check_kernel` says what it tried, and finds what is wrong with a kernel, plain or prepared."""
+"""check_kernel: its report, and the faults that it detects in plain and prepared kernels."""
 
 import dataclasses
 
@@ -99,7 +99,7 @@ def writes_into_its_input(state, product, x):
         (lambda state, product, x: 1 / 0, "ZeroDivisionError"),
     ],
 )
-def test_what_is_wrong_is_found(run, message):
+def test_faults_are_detected(run, message):
     with pytest.raises(AssertionError, match=message):
         check(of(run), prepare=True)
 

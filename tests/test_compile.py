@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 class Counter:
-    """A backend that counts how often it was asked to compile."""
+    """A backend that counts its compilations."""
 
     def __init__(self):
         self.graphs = 0
@@ -157,7 +157,7 @@ def test_pointwise_inside():
     ids=str,
 )
 def test_encoder_in_eval(layout, batch_first, norm_first):
-    """torch.compile enters torch's fused encoder layer without asking whether the weights are plain."""
+    """torch.compile calls torch's fused encoder layer without checking the types of the weights."""
     sparse, dense = encoders(layout, batch_first, norm_first, "gelu" if norm_first else "relu")
     sparse.eval(), dense.eval()
     x = torch.randn(3, 4, 8) if batch_first else torch.randn(4, 3, 8)

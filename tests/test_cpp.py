@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sten import cpp
+from sten.backends import cpp
 
 if not cpp.available():
     pytest.skip("the extension sten._C is not built", allow_module_level=True)
@@ -38,7 +38,7 @@ GROUPED = [
 
 @pytest.fixture(params=SETS)
 def instruction_set(request):
-    """Run the test with one instruction set, and return to the fastest."""
+    """Run the test with one instruction set, then reset to the fastest."""
     cpp.set_instruction_set(request.param)
     yield request.param
     cpp.set_instruction_set("auto")
@@ -57,7 +57,7 @@ def threads(count):
 
 @contextmanager
 def poisoned():
-    """Let torch fill uninitialised memory with NaN, so that an output that is not written shows."""
+    """Let torch fill uninitialized memory with NaN, so that an output that is not written is detected."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     try:
@@ -67,7 +67,7 @@ def poisoned():
 
 
 def revolving_door(m, n):
-    """A(m, n), straight from the definition in docs/formats.md."""
+    """A(m, n), from the definition in docs/formats.md."""
     if n == 0 or n == m:
         return [tuple(range(n))]
     return revolving_door(m - 1, n) + [(*p, m - 1) for p in reversed(revolving_door(m - 1, n - 1))]
@@ -228,27 +228,27 @@ def test_opcheck_and_compile(tokens):
 
 
 def bad_csr():
-    """Each way to call csr_linear wrongly, with a word its message must hold."""
+    """Each way to call csr_linear wrongly, and a part of its message."""
     _, (values, crow, col) = random_csr(4, 6, 0.5)
     x, bias = torch.randn(2, 6), torch.randn(4)
     return [
-        ((x.double(), values, crow, col, None, 4), "x must be"),
+        ((x.double(), values, crow, col, None, 4), "Expected x of dtype"),
         ((torch.tensor(1.0), values, crow, col, None, 4), "dimension"),
         ((x, values.double(), crow, col, None, 4), "values"),
         ((x, values, crow.long(), col, None, 4), "crow"),
         ((x, values, crow, col.long(), None, 4), "col"),
-        ((x, values, crow, col[:-1], None, 4), "equally many"),
+        ((x, values, crow, col[:-1], None, 4), "equal size"),
         ((x, values, crow[:-1], col, None, 4), "crow"),
         ((x, values, crow, col, bias[:3], 4), "bias"),
         ((x, values, crow, col, bias[:, None], 4), "bias"),
-        ((x, values, crow * 3, col, None, 4), "crow must begin"),
+        ((x, values, crow * 3, col, None, 4), "Expected crow from 0"),
         ((x, values, crow, col, None, -1), "out_features"),
         ((x, values.repeat(2)[::2], crow, col, None, 4), "contiguous"),
     ]
 
 
 def bad_grouped():
-    """Each way to call grouped_nm_linear wrongly, with a word its message must hold."""
+    """Each way to call grouped_nm_linear wrongly, and a part of its message."""
     _, (values, index) = random_grouped(8, 12, 2, 4, 2)
     x = torch.randn(2, 12)
     return [
@@ -266,19 +266,19 @@ def bad_grouped():
 
 
 @pytest.mark.parametrize("case", range(12))
-def test_csr_refuses(case):
-    arguments, word = bad_csr()[case]
+def test_csr_raises(case):
+    arguments, message = bad_csr()[case]
     with pytest.raises(RuntimeError) as caught:
         torch.ops.sten.csr_linear(*arguments)
-    assert word in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("case", range(10))
-def test_grouped_nm_refuses(case):
-    arguments, word = bad_grouped()[case]
+def test_grouped_nm_raises(case):
+    arguments, message = bad_grouped()[case]
     with pytest.raises(RuntimeError) as caught:
         torch.ops.sten.grouped_nm_linear(*arguments)
-    assert word in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_instruction_sets():
@@ -287,5 +287,5 @@ def test_instruction_sets():
         cpp.set_instruction_set("sse9")
     code = "import sten.backends.cpp as c; print(c.features()['instruction_set'])"
     environment = dict(os.environ, STEN_CPU="portable", PYTHONPATH=os.pathsep.join(p for p in sys.path if p))
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "portable"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "portable"

@@ -33,7 +33,7 @@ def test_kernel(layout, operator):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_training_matches_masked_dense(layout):
-    """Three AdamW steps in the pattern, in float32, forward and backward on the GPU's kernels."""
+    """Three AdamW steps at a fixed pattern, in float32, forward and backward on the GPU's kernels."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(96, 130), torch.nn.GELU(), torch.nn.Linear(130, 64)).cuda()
     twin, x = copy.deepcopy(model), torch.randn(70, 96, device="cuda")
@@ -77,7 +77,7 @@ def test_compile_and_graph(layout):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("layout", LARGE, ids=str)
 def test_reduce_overhead(layout, training):
-    """torch.compile's own graphs, over weights that nothing was derived from before, and that change when trained."""
+    """torch.compile's own graphs, with empty caches, and weights that change in training."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256))
@@ -117,7 +117,7 @@ def test_second_gpu(layout):
     made = {"device": "cuda:1", "dtype": torch.bfloat16}
     weight, above = torch.randn(128, 256, **made), torch.randn(70, 128, **made)
     mask = layout.mask(weight.abs(), None if layout.rate else 0.8)
-    for tokens in (1, 16, 70, 70):  # twice, so that kept plans are met as well
+    for tokens in (1, 16, 70, 70):  # twice, so that stored plans run as well
         x = torch.randn(tokens, 256, **made, requires_grad=True)
         sparse = torch.nn.Parameter(sten.from_dense(weight, layout, mask))
         dense = (weight * mask).requires_grad_()
@@ -142,7 +142,7 @@ SORTS = {layout: 150 if isinstance(layout, sten.GroupedNM) else 4 for layout in 
 
 @pytest.mark.parametrize("layout", LARGE, ids=str)
 def test_packing_time(layout):
-    """Mask and pack of a 14336 x 4096 weight, counted in sorts of its magnitudes, which any mask could be made from."""
+    """Mask and pack of a 14336 x 4096 weight, in units of one sort of its magnitudes."""
     w = torch.randn(14336, 4096, device="cuda", dtype=torch.bfloat16)
 
     def pack():

@@ -42,13 +42,13 @@ def test_over_the_parameters(pair):
     model.zero_grad()
     model(x).square().sum().backward()
     values = dict(model.named_parameters())
-    found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(values)
+    grads = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(values)
     for name, param in values.items():
-        torch.testing.assert_close(found[name], param.grad, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(grads[name], param.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_forward_mode_is_refused_and_not_dropped(pair):
-    """No rule of sten carries a tangent: a frozen weight must not lose it silently, however often it was used."""
+def test_forward_mode_raises(pair):
+    """No rule of sten propagates a tangent: it must not be dropped silently, also for a weight that was used before."""
     model, _, x = pair
     sten.finalize(model).requires_grad_(False)
     for _ in range(3):

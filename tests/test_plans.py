@@ -1,4 +1,4 @@
-"""One decision a call: `which` prints the Plan that runs; when it is kept, shared, forgotten, and not looked up."""
+"""One Plan per signature: `which` prints it; when it is stored, shared, dropped, and not looked up."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ from sten.ops import padding
 
 @pytest.fixture(autouse=True)
 def registrations(monkeypatch):
-    """What a test registers goes with it."""
+    """Remove what a test registers."""
     before = dict(dispatch.KERNELS)
     yield
     for key in [key for key in dispatch.KERNELS if key not in before]:
@@ -54,15 +54,15 @@ PRODUCTS = [
 @every_layout
 @pytest.mark.parametrize("name, shape, call, operator", PRODUCTS)
 def test_which_prints_what_runs(layout, name, shape, call, operator):
-    asked = make(layout, (7, 5))[0]
-    flipped = asked.t() if name in ("linear", "matmul") and (shape[-1] == 5) == (name == "matmul") else asked
+    w = make(layout, (7, 5))[0]
+    flipped = w.t() if name in ("linear", "matmul") and (shape[-1] == 5) == (name == "matmul") else w
     plan = which(name, shape, flipped)
-    assert plan.operator == operator and plans(asked) == [plan] and str(layout) in str(plan)
-    call(asked)
-    assert plans(asked) == [plan], "a call made another Plan"
+    assert plan.operator == operator and plans(w) == [plan] and str(layout) in str(plan)
+    call(w)
+    assert plans(w) == [plan], "a call made another Plan"
     ran = make(layout, (7, 5))[0]
     call(ran)
-    assert which(name, shape, ran.t() if flipped is not asked else ran) is plans(ran)[0]
+    assert which(name, shape, ran.t() if flipped is not w else ran) is plans(ran)[0]
 
 
 @every_layout
@@ -91,11 +91,11 @@ def test_which_prints_what_runs_for_convolutions(layout, form):
     y.backward(grad)
     made = {plan.operator: plan for plan in plans(w)}
     assert which("conv2d", x, w, padding=1) is made["conv2d"]
-    given = {"padding": (1, 1), "size": x.shape}
-    assert which("conv2d_grad_input", grad, w, **given) is made["conv2d_grad_input"]
+    geometry = {"padding": (1, 1), "size": x.shape}
+    assert which("conv2d_grad_input", grad, w, **geometry) is made["conv2d_grad_input"]
     if form is torch.contiguous_format:
         assert which("conv2d", (2, 4, 5, 6), w, padding=1) is made["conv2d"]
-        assert which("conv2d_grad_weight", grad, w, **given) is made["conv2d_grad_weight"]
+        assert which("conv2d_grad_weight", grad, w, **geometry) is made["conv2d_grad_weight"]
         assert which("conv2d_grad_weight", grad, w, padding=1) is made["conv2d_grad_weight"]
     else:
         assert which("conv2d", (2, 4, 5, 6), w, padding=1) is not made["conv2d"]
@@ -110,7 +110,7 @@ def test_the_memory_format_decides(layout):
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
         x = torch.randn(2, 12, *size)
         last = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        assert which("conv2d", x, w).kernel == "reference" and "channels that lie last" in which("conv2d", x, w).reason
+        assert which("conv2d", x, w).kernel == "reference" and "channels_last" in which("conv2d", x, w).reason
         assert which("conv2d", last, w).variant == "float32"
         assert which("conv2d", last[0], w).variant == "float32"
         for picture in (x, last, last[0]):
@@ -136,7 +136,7 @@ def test_which_of_a_bias_and_a_weight_in_trainable_form():
 
 @dataclasses.dataclass(frozen=True)
 class Copied(CSR):
-    """CSR under another name, as a stranger would bring it."""
+    """CSR under another name, as a user's own layout."""
 
 
 def copied(shape=(7, 5), dtype=torch.float32):
@@ -144,7 +144,7 @@ def copied(shape=(7, 5), dtype=torch.float32):
     return sten.SparseTensor(Copied(), dict(w.parts), shape), dense
 
 
-def test_a_copy_without_kernels_runs_the_reference_and_says_so_once():
+def test_a_copy_without_kernels_runs_the_reference_and_warns_once():
     w, dense = copied()
     x = torch.randn(3, 5)
     dispatch._warned.clear()
@@ -160,16 +160,16 @@ def test_a_copy_without_kernels_runs_the_reference_and_says_so_once():
     torch.testing.assert_close(F.embedding(torch.tensor([1, 2]), w), dense[1:3])
 
 
-def test_a_prepared_kernel_of_a_stranger():
-    """The registration of the built-ins is open to everybody; what is registered later is found."""
-    asked, w = [], copied()[0]
+def test_a_prepared_kernel_of_a_user():
+    """Users register kernels as the built-ins are; one that is registered later is used."""
+    calls, w = [], copied()[0]
     x, bias = torch.randn(3, 5), torch.randn(7)
     want = F.linear(x, w.to_dense(), bias)
     torch.testing.assert_close(F.linear(x, w, bias), want)
 
     @sten.kernel("linear", weight=Copied, device="cpu", prepare=True)
     def mine(layout, shape, dtype, flags):
-        asked.append((layout, shape, dtype, flags))
+        calls.append((layout, shape, dtype, flags))
         if dtype is not torch.float32:
             return None
         if flags.tokens == 1:
@@ -180,8 +180,8 @@ def test_a_prepared_kernel_of_a_stranger():
     assert (plan.kernel, plan.variant, plan.reason, plan.layouts) == ("mine", "dense", "all at once", ("Copied()",))
     for _ in range(3):
         torch.testing.assert_close(F.linear(x, w, bias), want)
-    flags = asked[0][3]
-    assert len(asked) == 1 and asked[0][:3] == (Copied(), (7, 5), torch.float32)
+    flags = calls[0][3]
+    assert len(calls) == 1 and calls[0][:3] == (Copied(), (7, 5), torch.float32)
     assert (flags.tokens, flags.entries, flags.device.type) == (3, w.parts["values"].numel(), "cpu")
     assert flags.geometry is None and flags.memory_format is torch.contiguous_format
     assert which("linear", (1, 5), w).kernel == which("linear", (3, 5), w.double()).kernel == "reference"
@@ -191,7 +191,7 @@ def test_a_prepared_kernel_of_a_stranger():
 
 
 def test_a_kernel_of_matmul():
-    """It comes before the kernel of linear's input gradient, which is the same product; and serves two sparse ones."""
+    """It is preferred to the kernel of linear_grad_input, the same product; and runs for two sparse operands."""
     w, dense = copied()
     x = torch.randn(4, 7)
     assert which("matmul", x, w).operator == "linear_grad_input"
@@ -216,7 +216,7 @@ def test_a_kernel_of_matmul():
 
 
 def test_any_device():
-    """Expansion and the reference ask for no device in particular."""
+    """Expansion and the reference run on any device."""
     w = make(NM(2, 4), (8, 12))[0].to("meta")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -225,10 +225,10 @@ def test_any_device():
     assert dispatch.find("linear", "xpu", NM(2, 4)).function.__name__ == "linear_expand"
 
 
-# what is kept
+# the cache of a pattern
 
 
-def test_a_pattern_is_one_cache():
+def test_tensors_of_one_pattern_share_a_cache():
     w = make(NM(2, 4), (8, 12))[0]
     other = w.with_values(w.parts["values"] * 2)
     for twin in (w.detach(), w.t(), w.clone(), other, w * 2, w.double(), nn.Parameter(w)):
@@ -242,7 +242,7 @@ def test_a_pattern_is_one_cache():
     assert p.grad.cache is w.cache
 
 
-def test_plans_die_with_the_pattern():
+def test_invalidate_drops_plans():
     w = make(NM(2, 4), (8, 12))[0]
     x = torch.randn(3, 12)
     F.linear(x, w)
@@ -250,16 +250,16 @@ def test_plans_die_with_the_pattern():
     w.parts["values"].mul_(2)
     F.linear(x, w)
     assert plans(w) == [plan], "values are read where they lie"
-    padding.live_slots(w)
+    padding.used_slots(w)
     before = w.cache.generation
     other = make(NM(2, 4), (8, 12), seed=1)[0]
     w.parts["index"].copy_(other.parts["index"])
     w.cache.invalidate(w.parts["index"])
-    assert not w.cache.plans and w.cache.generation == before + 1 and w.cache.live is None
+    assert not w.cache.plans and w.cache.generation == before + 1 and w.cache.used_slots is None
     torch.testing.assert_close(F.linear(x, w), F.linear(x, w.to_dense()))
 
 
-def test_a_weight_that_takes_another_pattern_takes_its_cache():
+def test_a_weight_with_another_pattern_has_another_cache():
     p = nn.Parameter(make(CSR(), (8, 12))[0])
     x, alias = torch.randn(3, 12), p.detach()
     old = p.cache
@@ -282,7 +282,7 @@ def test_no_more_than_64_plans():
         assert 0 < len(w.cache.plans) <= 64
 
 
-def test_what_is_checked_once_is_checked():
+def test_operands_are_checked_once_per_signature():
     w = make(CSR(), (7, 5))[0]
     good = torch.randn(3, 5), torch.randn(7)
     F.linear(good[0], w, good[1])
@@ -296,7 +296,7 @@ def test_what_is_checked_once_is_checked():
         for _ in range(2):
             with pytest.raises(RuntimeError):
                 F.linear(x, w, bias)
-    with pytest.raises(RuntimeError, match="do not fit"):
+    with pytest.raises(RuntimeError, match="Expected an input with"):
         torch.randn(3, 5) @ w
     assert len(w.cache.plans) == 1
 
@@ -304,12 +304,12 @@ def test_what_is_checked_once_is_checked():
 # interception
 
 
-def test_private_names_are_where_they_were():
+def test_private_names_of_torch():
     for name, path in private.PATHS.items():
-        found = torch
+        value = torch
         for step in path.split("."):
-            found = getattr(found, step)
-        assert found is not None, f"torch.{path} ({name}) is gone: sten works, more slowly"
+            value = getattr(value, step)
+        assert value is not None, f"torch.{path} ({name}) no longer exists: sten works, more slowly"
 
 
 def inspecting(kind):
@@ -320,22 +320,22 @@ def inspecting(kind):
 
 @pytest.mark.parametrize("kind", ["profiler", "flops"])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_nothing_is_kept_while_something_looks_on(kind, recorded):
+def test_intercepted_calls_store_nothing(kind, recorded):
     w, dense = make(CSR(), (7, 5))
     w = nn.Parameter(w, requires_grad=recorded)
-    x, asked = torch.randn(3, 5), []
+    x, tokens = torch.randn(3, 5), []
 
     @sten.kernel("linear", weight=CSR, device="cpu", prepare=True)
     def noting(layout, shape, dtype, flags):
-        asked.append(flags.tokens)
+        tokens.append(flags.tokens)
         return None
 
     with inspecting(kind):
         for _ in range(2):
             torch.testing.assert_close(F.linear(x, w), F.linear(x, dense))
-    assert asked == [None, None] and not w.cache.plans
+    assert tokens == [None, None] and not w.cache.plans
     F.linear(x, w)
-    assert asked == [None, None, 3] and len(w.cache.plans) == 1
+    assert tokens == [None, None, 3] and len(w.cache.plans) == 1
 
 
 def test_fake_tensors_and_lazy_negations():
@@ -350,7 +350,7 @@ def test_fake_tensors_and_lazy_negations():
 
 @pytest.mark.parametrize("layout", [CSR(), GroupedNM(2, 4, 1), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
-def test_a_number_of_tokens_that_is_a_symbol(layout, without):
+def test_a_symbolic_number_of_tokens(layout, without):
     torch._dynamo.reset()
     layer = nn.Linear(12, 8, bias=False).requires_grad_(False)
     sten.sparsify(layer, layout, sparsity=None if layout.rate else 0.5)
@@ -403,7 +403,7 @@ def test_how_many_python_frames_a_product_takes(layout):
 
 
 @every_layout
-def test_the_dense_gradient_of_a_weight_on_request(layout):
+def test_dense_gradient(layout):
     w, dense = make(layout, (8, 12), torch.float64)
     kernels, filters = make(layout, (6, 4, 3, 3), torch.float64)
     x, image = torch.randn(5, 12, dtype=torch.float64), torch.randn(2, 4, 7, 6, dtype=torch.float64)
@@ -415,12 +415,12 @@ def test_the_dense_gradient_of_a_weight_on_request(layout):
         (lambda t: F.embedding(index, t, padding_idx=3), w, dense),
         (lambda t: F.conv2d(image, t, stride=2, padding=1), kernels, filters),
     ):
-        got, twin, given = nn.Parameter(weight), nn.Parameter(twin), []
-        got.cache.dense_gradient = given.append
+        got, twin, grads = nn.Parameter(weight), nn.Parameter(twin), []
+        got.cache.dense_gradient = grads.append
         above = torch.randn_like(call(twin))
         call(got).backward(above)
         call(twin).backward(above)
         got.cache.dense_gradient = None
-        assert len(given) == 1
-        torch.testing.assert_close(given[0], twin.grad)
+        assert len(grads) == 1
+        torch.testing.assert_close(grads[0], twin.grad)
         torch.testing.assert_close(got.grad.to_dense(), twin.grad * weight.mask())

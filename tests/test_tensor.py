@@ -1,4 +1,4 @@
-"""SparseTensor as a tensor: what it says of itself, copies, files, state_dicts, attributes."""
+"""SparseTensor as a tensor: attributes, copies, files, state_dicts."""
 
 import copy
 import io
@@ -56,7 +56,7 @@ def test_copies(layout, shape):
 
 
 @every_layout
-def test_empty_twins_have_the_pattern_and_zero_padding(layout, poisoned):
+def test_like_functions_keep_the_pattern_and_zero_padding(layout, poisoned):
     w, _ = make(layout)
     for twin in (torch.zeros_like(w), torch.empty_like(w), torch.randn_like(w), torch.rand_like(w), torch.ones_like(w)):
         if isinstance(twin, sten.SparseTensor):
@@ -83,7 +83,7 @@ def test_files(layout, shape, parameter):
 
 
 def corrupt(w):
-    """Every pattern part in turn, with one entry pushed out of range."""
+    """Each pattern part in turn, with one entry out of range."""
     for name in w.sparse_layout.pattern:
         part = w.parts[name]
         if part.dtype != torch.bool:
@@ -94,7 +94,7 @@ def corrupt(w):
 
 
 @every_layout
-def test_a_corrupted_file_is_refused(layout):
+def test_a_corrupted_file_raises(layout):
     w, _ = make(layout, (8, 12))
     for _, bad in corrupt(w):
         buffer = io.BytesIO()
@@ -108,7 +108,7 @@ def test_a_corrupted_file_is_refused(layout):
 
 
 @every_layout
-def test_a_corrupted_state_dict_is_refused(layout):
+def test_a_corrupted_state_dict_raises(layout):
     w, _ = make(layout, (8, 12))
     model = nn.Linear(12, 8)
     model.weight = nn.Parameter(make(layout, (8, 12), seed=1)[0])
@@ -183,7 +183,7 @@ def test_assign_keeps_a_sparse_weight_sparse(layout):
 
 
 @every_layout
-def test_copy_into_an_alias_refuses_another_pattern(layout):
+def test_copy_of_another_pattern_into_an_alias_raises(layout):
     w, dense = make(layout, (8, 12))
     other, _ = make(layout, (8, 12), seed=1)
     with pytest.raises(ValueError, match="pattern") as error:
@@ -214,7 +214,7 @@ def test_data(layout):
 
 
 @every_layout
-def test_storage_questions(layout):
+def test_storage(layout):
     w, dense = make(layout)
     for ask in ("data_ptr", "numpy", "tolist", "storage"):
         with pytest.raises(TypeError) as error:

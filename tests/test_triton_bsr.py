@@ -52,7 +52,7 @@ def gated(parts, bias=None):
 @pytest.mark.parametrize("dtype", HALF_TOO, ids=str)
 @pytest.mark.parametrize("outputs, inputs, block", SHAPES)
 def test_gated_linear(outputs, inputs, block, dtype, variant):
-    """Different patterns: the first block row of ``gate`` is empty, and of ``up`` the last column alone."""
+    """Different patterns: in ``gate`` the first block row is empty, in ``up`` only the last column."""
     gate, gate_dense = bsr_parts(outputs, inputs, *block, dtype=dtype, seed=1)
     keep = torch.rand(-(-outputs // block[0]), -(-inputs // block[1]), generator=torch.Generator().manual_seed(2)) < 0.2
     keep[:, -1], keep[1] = True, False
@@ -73,8 +73,8 @@ def test_gated_epilogue(activation, launches, variant, monkeypatch):
     biases = random(50), random(50, seed=1)
     for x in (random(5, 72), random(72, 6).T, random(2, 3, 144)[..., ::2], random(0, 72)):
         expected = ACTIVATIONS[activation](x @ gate_dense.T + biases[0]) * (x @ up_dense.T + biases[1])
-        given = gated(up, biases[1]), gated(gate, biases[0])
-        close(bsr.gated_linear(x, *given, out_features=50, activation=activation), expected)
+        weights = gated(up, biases[1]), gated(gate, biases[0])
+        close(bsr.gated_linear(x, *weights, out_features=50, activation=activation), expected)
 
 
 def test_gated_linear_without_a_block(variant):
@@ -87,7 +87,7 @@ def test_gated_linear_without_a_block(variant):
     close(got, (biases[0] * torch.relu(biases[1])).expand(5, 64))
 
 
-def test_gated_linear_refuses_two_block_shapes():
+def test_gated_linear_with_two_block_shapes_raises():
     (up, _), (gate, _) = bsr_parts(64, 64, 16, 16), bsr_parts(64, 64, 32, 16)
     with pytest.raises(ValueError, match="one gated product"):
         bsr.gated_linear(random(2, 64), gated(up), gated(gate), out_features=64)
@@ -137,7 +137,7 @@ def test_expand(outputs, inputs, block):
 @pytest.mark.parametrize("depth, width", [(16, 32), (32, 16), (16, 24), (128, 16)])
 @pytest.mark.parametrize("seed", range(4))
 def test_shares(seed, depth, width, most):
-    """Every step of every block row is taken once, by programs that stand together; what is left over takes none."""
+    """Every step of every block row belongs to one of consecutive programs; unused programs have no steps."""
     weights = []
     for half in range(1 + seed % 2):
         g = torch.Generator().manual_seed(10 * seed + half)
@@ -149,29 +149,33 @@ def test_shares(seed, depth, width, most):
     table = bsr._shares(programs, most, depth, width, *(t for weight in weights for t in weight))
     assert table.shape == (programs, 3 + 5 * len(weights))
     taken = {}
-    for program, (line, split, splits, *shares) in enumerate(table.tolist()):
+    for program, (block_row, split, splits, *shares) in enumerate(table.tolist()):
         assert 0 <= split < splits
-        if line == 7:
+        if block_row == 7:
             assert splits == 1
         else:
-            assert table[program - split : program - split + splits, 0].tolist() == [line] * splits
+            assert table[program - split : program - split + splits, 0].tolist() == [block_row] * splits
         work = 0
         for half, (start, other) in enumerate(weights):
-            first, stop, low, high, place = shares[5 * half : 5 * half + 5]
+            first, stop, low, high, column = shares[5 * half : 5 * half + 5]
             work += max(0, high - low)
-            steps = taken.setdefault((line, half), [])
+            steps = taken.setdefault((block_row, half), [])
             steps += range(low, high)
             if low < high:
-                assert [first, stop] == start[line : line + 2].tolist() and place == other[first + low * depth // width]
+                assert [first, stop] == start[block_row : block_row + 2].tolist() and column == other[
+                    first + low * depth // width
+                ]
         assert most is None or work <= most + len(weights) - 1
     for half, (start, _) in enumerate(weights):
         lengths = -(-start.diff() * width // depth)
-        assert [taken[line, half] for line in range(7)] == [list(range(length)) for length in lengths.tolist()]
+        assert [taken[block_row, half] for block_row in range(7)] == [
+            list(range(length)) for length in lengths.tolist()
+        ]
         assert taken.get((7, half), []) == []
 
 
 def test_pattern_written_in_place(variant):
-    """What was derived from a pattern follows it: of a weight, and of one of two weights alone."""
+    """Tables are derived again after `invalidate`: of a weight, and of one of two weights."""
     keep = torch.rand(4, 5, generator=torch.Generator().manual_seed(3)) < 0.5
     (first, _), (second, dense) = (bsr_parts(64, 80, 16, 16, keep=k, seed=7) for k in (keep, keep.roll(1, 0)))
     other, other_dense = bsr_parts(64, 80, 16, 16, seed=5)

@@ -113,7 +113,7 @@ def test_grouped_without_rows_or_columns():
         grouped_nm.expand(parts[0], index.int(), pattern, m=4, out_features=8, in_features=0)
 
 
-def test_slots_are_found_in_parts(monkeypatch):
+def test_slots_are_computed_in_parts(monkeypatch):
     (_, index, _), _ = grouped_parts(20, 40, 1, 10, 1)
     whole = grouped_nm._slots_of_columns(index)
     monkeypatch.setattr(grouped_nm, "AT_ONCE", 1)

@@ -1,4 +1,4 @@
-"""What only a GPU shows: graphs, streams, sizes over 2^31 elements, compiled code."""
+"""Tests that need a GPU: graphs, streams, sizes over 2^31 elements, compiled code."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def calls(tokens):
 def gated_calls():
     """(call on x, both dense weights) for the gated products, which are one launch where that is faster."""
     up, gate = (vector_nm_parts(256, 2048, 1, 4, 128, HALF, seed=seed) for seed in (0, 1))
-    given = {"n": 1, "m": 4, "v": 128, "out_features": 256}
-    yield lambda x: vector_nm.gated_linear(x, up[:2], gate[:2], **given), (up[2], gate[2])
+    options = {"n": 1, "m": 4, "v": 128, "out_features": 256}
+    yield lambda x: vector_nm.gated_linear(x, up[:2], gate[:2], **options), (up[2], gate[2])
     (up_bsr, dense_up), (gate_bsr, dense_gate) = (bsr_parts(256, 2048, 64, 64, dtype=HALF, seed=s) for s in (0, 1))
     halves = [tuple(parts[name] for name in ("values", "crow", "col")) for parts in (up_bsr, gate_bsr)]
     yield lambda x: bsr.gated_linear(x, *halves, out_features=256), (dense_up, dense_gate)
@@ -65,7 +65,7 @@ def test_graph_capture_and_replay(tokens):
 
 
 def test_two_streams_at_once():
-    """Split reductions in flight together must not share counters."""
+    """Concurrent split reductions must not share counters."""
     for call, dense in calls(16):
         x = random(16, 2048, dtype=HALF)
         expected = x.double() @ dense.double().T
@@ -84,12 +84,12 @@ def test_two_streams_at_once():
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 @pytest.mark.parametrize("captured", [False, True])
 def test_back_to_back(tokens, captured):
-    """A kernel that begins before its predecessor has ended reads what that one wrote, weights included."""
-    layers = [make(seed) for seed, make in enumerate([vector_layer, turned_layer, blocks_layer, fine_layer] * 3)]
-    x, given = random(tokens, 2048, dtype=HALF), torch.empty(tokens, 2048, dtype=HALF, device=DEVICE)
+    """A kernel that starts before the previous one has ended (PDL) reads what that one wrote, weights included."""
+    layers = [make(seed) for seed, make in enumerate([vector_layer, feature_major_layer, blocks_layer, fine_layer] * 3)]
+    x, buffer = random(tokens, 2048, dtype=HALF), torch.empty(tokens, 2048, dtype=HALF, device=DEVICE)
 
     def forward():
-        y = given.copy_(x)
+        y = buffer.copy_(x)
         for call, target, source in layers:
             for mine, new in zip(target, source, strict=True):
                 mine.copy_(new)  # the weight is written just before it is used
@@ -114,28 +114,28 @@ def test_back_to_back(tokens, captured):
 
 
 def written_late(call, *parts):
-    """(call on x, empty tensors of the weight that it reads, what they are to hold)."""
+    """(call on x, empty tensors of the weight that it reads, their contents)."""
     mine = [torch.zeros_like(part) for part in parts]
     return (lambda x: call(x, *mine)), mine, parts
 
 
 def vector_layer(seed):
     values, index, _ = vector_nm_parts(2048, 2048, 1, 4, 128, HALF, seed=seed)
-    given = {"n": 1, "m": 4, "v": 128, "out_features": 2048}
-    return written_late(lambda x, *weight: vector_nm.linear(x, *weight, **given), values / 23, index)
+    options = {"n": 1, "m": 4, "v": 128, "out_features": 2048}
+    return written_late(lambda x, *weight: vector_nm.linear(x, *weight, **options), values / 23, index)
 
 
-def turned_layer(seed):
-    """The end of a feature-major chain: what comes before is not a transpose of our own."""
+def feature_major_layer(seed):
+    """The end of a feature-major chain, after a transpose by torch."""
     values, index, _ = vector_nm_parts(2048, 2048, 1, 4, 128, HALF, seed=seed)
-    given = {"n": 1, "m": 4, "v": 128, "row_major": True}
+    options = {"n": 1, "m": 4, "v": 128, "row_major": True}
     return written_late(
-        lambda x, *weight: vector_nm.linear_feature_major(x.T.contiguous(), *weight, **given), values / 23, index
+        lambda x, *weight: vector_nm.linear_feature_major(x.T.contiguous(), *weight, **options), values / 23, index
     )
 
 
 def blocks_layer(seed):
-    """The table of who takes which blocks follows the pattern: it is made again, in a capture at each replay."""
+    """The table of shares is derived from the pattern: it is made again, in a capture at each replay."""
     parts, _ = bsr_parts(2048, 2048, 64, 64, dtype=HALF, seed=seed)
     weight = parts["values"] / 23, parts["crow"], parts["col"]
     return written_late(lambda x, *weight: bsr.linear(x, *weight, out_features=2048), *weight)
@@ -167,8 +167,8 @@ def slots():
 
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 @pytest.mark.parametrize("kind", [blocks, slots], ids=["bsr", "grouped_nm"])
-def test_a_recorded_graph_follows_its_pattern(kind, tokens):
-    """A mask update writes the pattern in place and invalidates it; the graph reads the tables where they were."""
+def test_a_recorded_graph_reads_new_tables_after_invalidate(kind, tokens):
+    """A mask update writes the pattern in place and invalidates it; the graph reads the tables at the old addresses."""
     (call, patterns), x = kind(), random(tokens, 2048, dtype=HALF)
     mine = [part.clone() for part in patterns[0][0]]
     for _ in range(2):
@@ -187,7 +187,7 @@ def test_a_recorded_graph_follows_its_pattern(kind, tokens):
 
 
 def test_captures_use_up_the_counters(monkeypatch):
-    """A capture that finds no counters left has them zeroed in its graph; the next call outside provides more."""
+    """A capture without counters left zeroes its own in the graph; the next call outside allocates more."""
     monkeypatch.setattr(split_k.Workspace, "BLOCK", 1 << 14)
     fresh = split_k.Workspace()
     monkeypatch.setattr(nm, "workspace", fresh)
@@ -241,7 +241,7 @@ def test_offsets_over_31_bits():
 
 @pytest.mark.parametrize("tokens", [1, 16, 200])
 def test_compiled_into_graphs(tokens):
-    """Inductor records its own graphs, each in a pool of its own, after a warm-up whose memory is taken back."""
+    """Inductor records its own graphs, each in a pool of its own, after a warm-up whose memory is freed."""
     torch._dynamo.reset()
     for call, dense in calls(tokens):
         compiled = torch.compile(lambda x, call=call: call(torch.relu(x)) * 2, mode="reduce-overhead", fullgraph=True)
@@ -250,4 +250,4 @@ def test_compiled_into_graphs(tokens):
             expected = torch.relu(x).double() @ dense.double().T * 2
             torch.compiler.cudagraph_mark_step_begin()
             close(compiled(x), expected, HALF)
-        close(call(x), x.double() @ dense.double().T, HALF)  # what was kept meanwhile serves other calls
+        close(call(x), x.double() @ dense.double().T, HALF)  # what was cached meanwhile serves other calls

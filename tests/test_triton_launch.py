@@ -1,6 +1,7 @@
-"""How a launch becomes ready, what the launch cache keeps, what is asked of a GPU; without one, with stand-ins."""
+"""States of a launch, the launch cache and the backend, with stand-ins for a GPU."""
 
 import ctypes
+import sys
 import types
 
 import pytest
@@ -14,11 +15,11 @@ from sten.kernels.backend import Backend, backend
 
 @pytest.mark.parametrize("name", _torch_private.NAMES)
 def test_private_names_of_torch(name):
-    """A build of torch without CUDA lacks those that ask a stream; kernels then use the public functions."""
-    found = torch
+    """A build of torch without CUDA lacks those of streams; kernels then use the public functions."""
+    value = torch
     for part in name.split("."):
-        found = getattr(found, part, None)
-    assert found is not None or (name.startswith("_C._cuda") and not torch.backends.cuda.is_built())
+        value = getattr(value, part, None)
+    assert value is not None or (name.startswith("_C._cuda") and not torch.backends.cuda.is_built())
 
 
 @pytest.mark.parametrize("name", _triton_private.NAMES)
@@ -33,7 +34,7 @@ def test_fallbacks_of_torch():
 
 
 def compiled(meta=None, scratch=0, wrapped=False):
-    """What Triton's front end returns for a launch, as far as it is looked at, and the arguments of its launcher."""
+    """The attributes that are read of what Triton's front end returns, and the arguments of its launcher."""
     calls = []
     launcher = calls.append
 
@@ -55,7 +56,7 @@ def usable(monkeypatch):
     monkeypatch.setattr(_triton_private, "usable", lambda: True)
 
 
-def test_only_tested_versions_are_started_directly(monkeypatch):
+def test_only_tested_versions_are_launched_directly(monkeypatch):
     assert _triton_private.usable() == (triton.__version__.partition("+")[0] in _triton_private.TESTED)
     monkeypatch.setattr(triton, "__version__", "3.6.1")
     assert not _triton_private.usable() and _triton_private.direct_start(None) is None
@@ -73,29 +74,29 @@ def test_direct_start(usable):
 
 
 def test_states_of_a_launch(monkeypatch):
-    """New, then direct: the second call asks nobody how to start."""
-    started, asked = [], []
+    """New, then direct: the second call compiles nothing."""
+    started, compiled_for = [], []
     monkeypatch.setattr(launch, "current_stream", lambda device: 5)
     monkeypatch.setattr(backend, "device", lambda: 0)
 
     def compile(arguments):
-        asked.append(arguments)
+        compiled_for.append(arguments)
         return (lambda *a: started.append(a)), ("args",), ("constants",), {}
 
     ready = launch.Launch(compile, (3,))
     assert ready.start is None
     ready("x", 1)
-    assert asked == [("x", 1)] and not started
+    assert compiled_for == [("x", 1)] and not started
     ready("y", 1)
-    assert started == [(3, 1, 1, 5, "args", "y", 1, "constants")] and len(asked) == 1
+    assert started == [(3, 1, 1, 5, "args", "y", 1, "constants")] and len(compiled_for) == 1
 
 
-def test_a_kernel_that_cannot_be_started_directly():
-    asked = []
-    ready = launch.Launch(asked.append, (3,))  # append answers None
+def test_a_kernel_that_cannot_be_launched_directly():
+    compiled_for = []
+    ready = launch.Launch(compiled_for.append, (3,))  # append returns None
     for number in range(3):
         ready(number)
-    assert asked == [(0,), (1,), (2,)] and ready.start is None
+    assert compiled_for == [(0,), (1,), (2,)] and ready.start is None
 
 
 def test_descriptors_are_encoded_at_each_call(monkeypatch, usable):
@@ -107,9 +108,9 @@ def test_descriptors_are_encoded_at_each_call(monkeypatch, usable):
     monkeypatch.setattr(backend, "device", lambda: 0)
     meta = {"swizzle": 3, "elem_size": 2, "elem_type": 1, "block_size": [16, 64], "fp4_padded": False}
     made, _ = compiled(meta=[meta])
-    described = _triton_private.descriptor(made, 0, (8, 64), (64, 1))
+    encoder = _triton_private.descriptor(made, 0, (8, 64), (64, 1))
     started = []
-    ready = launch.Launch(lambda arguments: (lambda *a: started.append(a), (), (), {1: described}), (1,))
+    ready = launch.Launch(lambda arguments: (lambda *a: started.append(a), (), (), {1: encoder}), (1,))
     matrix, other = torch.zeros(8, 64), torch.zeros(8, 64)
     for t in (matrix, matrix, other):
         ready("x", t, 9)
@@ -139,8 +140,8 @@ def test_the_launch_cache(monkeypatch):
     assert not launch_cache._launches
 
 
-def test_one_launch_for_tensors_of_one_appearance():
-    """And another for another alignment, which kernels are compiled for."""
+def test_one_launch_for_tensors_of_one_signature():
+    """Another alignment gets another launch, since kernels are compiled for alignment."""
     parts, dense = bsr_parts(32, 64, 16, 16)
     weight = [parts[name] for name in ("values", "crow", "col")]
     aligned, shifted = random(3, 64), random(3 * 64 + 1)[1:].view(3, 64)
@@ -151,24 +152,24 @@ def test_one_launch_for_tensors_of_one_appearance():
     assert launch_cache.signature(aligned) != launch_cache.signature(shifted)
 
 
-def test_an_amd_gpu_has_no_copy_engine(monkeypatch):
-    """It reports 9.4, which says nothing of NVIDIA's instructions."""
+def test_an_amd_gpu_has_no_tma(monkeypatch):
+    """It reports 9.4, which has another meaning than NVIDIA's."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     fresh, x = Backend(), types.SimpleNamespace(device=torch.device("cuda", 3))
-    monkeypatch.setattr("sten.kernels.backend.INTERPRET", False)
+    monkeypatch.setattr(sys.modules[Backend.__module__], "INTERPRET", False)
     assert fresh.capability(torch.device("cuda", 2)) == (9, 4)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert fresh.capability(x.device) == (0, 0) == fresh.capability(torch.device("cpu"))
     monkeypatch.setattr(pdl, "backend", fresh)
     monkeypatch.setattr(tiles, "backend", fresh)
-    assert pdl.overlap(x) == {"PDL": False} and not tiles.describable(random(16, 16))
+    assert pdl.overlap(x) == {"PDL": False} and not tiles.tma_can_load(random(16, 16))
 
 
 @pytest.mark.parametrize(
     "version, served", [((0, 8), True), ((0, 6), True), ((0, 3), False), ((1, 0), False), (None, False)]
 )
 def test_versions_of_cusparselt(version, served):
-    """A major version that nobody has tried is left alone."""
+    """A major version that was not tested is not used."""
 
     def get_property(which, number):
         if version is None:
@@ -191,10 +192,10 @@ def test_errors_of_cusparselt_have_names():
 
 def test_rows_of_any_shape():
     for x in (random(2, 3, 8), random(8, 6).T, random(4, 16)[:, ::2], random(1, 9)[:, 1:], random(3, 1)[:, :1]):
-        for asked in ({}, {"aligned": True}, {"packed": True}):
-            turn = tiles.matrix_of(x, **asked)
-            flat = x if turn is None else turn(x)
+        for options in ({}, {"aligned": True}, {"packed": True}):
+            arrange = tiles.matrix_of(x, **options)
+            flat = x if arrange is None else arrange(x)
             assert torch.equal(flat, x.reshape(-1, x.shape[-1])) and flat.stride(1) == 1
-            assert "packed" not in asked or flat.is_contiguous()
-            assert "aligned" not in asked or flat.data_ptr() % 16 == 0
-    assert torch.equal(transpose.turned_rows(random(1, 1, 8), 16)(random(1, 1, 8)), random(1, 1, 8).view(1, 8))
+            assert "packed" not in options or flat.is_contiguous()
+            assert "aligned" not in options or flat.data_ptr() % 16 == 0
+    assert torch.equal(transpose.feature_major_rows(random(1, 1, 8), 16)(random(1, 1, 8)), random(1, 1, 8).view(1, 8))

@@ -33,7 +33,7 @@ def test_one_token_from_words(dtype):
 
 
 def test_one_token_of_a_wide_tensor():
-    """A row whose neighbours lie at no multiple of a word."""
+    """A row that does not start at a multiple of a word."""
     parts, x = nm_parts(20, 72, 2, 4, HALF[0]), random(3, 75, dtype=HALF[0])
     for row in (x[:1, :72], x[2:, :72], x[1:2, :72].view(1, 1, 72)):
         close(call(row, parts), row.double() @ parts[2].double().T, HALF[0])
@@ -51,7 +51,7 @@ def test_few_tokens_from_words(dtype, tokens):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs sparse tensor cores")
 @pytest.mark.parametrize("tokens", [65, 130, 256])
 def test_cusparselt(tokens):
-    """One plan serves every bias; neither it nor x has to lie where the library can read it."""
+    """One plan for every bias; neither bias nor x needs to be aligned for the library."""
     parts, x, flat = nm_parts(128, 256, 2, 4, HALF[1]), random(tokens, 256, dtype=HALF[1]), random(400, dtype=HALF[1])
     assert nm.choose(tokens, 128, 256, HALF[1], n=2, m=4)[0] == "cusparselt"
     product = x.double() @ parts[2].double().T
@@ -65,7 +65,7 @@ def test_cusparselt(tokens):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs sparse tensor cores")
 def test_cusparselt_in_a_graph():
-    """A recorded product keeps its bias, whichever came since."""
+    """A recorded product reads its own bias, whatever was called since."""
     parts, x, biases = nm_parts(128, 256, 2, 4, HALF[1]), random(130, 256, dtype=HALF[1]), random(2, 128, dtype=HALF[1])
     for _ in range(3):
         call(x, parts, biases[0])
@@ -97,8 +97,8 @@ def test_gradients(tokens):
     x, grad = random(tokens, 46), random(tokens, 33, seed=1)
     close(nm.linear_grad_input(grad, values, index, n=n, m=m, in_features=46), grad @ dense)
     got = nm.expand(nm.linear_grad_values(grad, x, index, n=n, m=m), index, n=n, m=m, in_features=46)
-    kept = nm.expand(torch.ones_like(values), index, n=n, m=m, in_features=46)
-    close(got, grad.T @ x * kept)
+    mask = nm.expand(torch.ones_like(values), index, n=n, m=m, in_features=46)
+    close(got, grad.T @ x * mask)
 
 
 def test_shapes_of_x():

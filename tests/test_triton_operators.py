@@ -1,4 +1,4 @@
-"""The operators of torch behind the kernels: schema, fake, intercepted calls; tensors that do not fit are refused."""
+"""The torch.library operators of the kernels: schema, fake kernel, intercepted calls, invalid tensors."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ OPERATORS = list(weights())
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_operator(name, tokens):
-    """The schema says what it writes, the fake has the output's shape, and the call by name is the same product."""
+    """opcheck passes: schema and fake kernel are right; and the call by name is the same product."""
     call, rest, dense = weights()[name]
     x, bias = random(tokens, I), random(O)
     overload = getattr(torch.ops.sten, name).default
@@ -88,7 +88,7 @@ def test_an_intercepted_call_shows_the_operator(name):
 
 
 class Doubled(torch.Tensor):
-    """Stands for twice its numbers, which only torch's dispatcher finds out."""
+    """A subclass that means twice its numbers, which only torch's dispatcher applies."""
 
     @staticmethod
     def __new__(cls, plain):
@@ -114,7 +114,7 @@ class Seen(TorchFunctionMode):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_tensors_that_are_more_than_their_numbers(name):
-    """A lazy negation, a subclass in any place; and a mode that sees functions rather than operators."""
+    """A lazy negation, a subclass in any position; and a mode that sees functions rather than operators."""
     call, _, dense = weights()[name]
     for tokens in (1, 3):
         x, bias = random(tokens, I), random(O)
@@ -133,7 +133,7 @@ def test_tensors_that_are_more_than_their_numbers(name):
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_strided_bias(name):
-    """Any stride: a row of a larger tensor, or one number for all."""
+    """Any stride: a row of a larger tensor, or one expanded element."""
     call, _, dense = weights()[name]
     x = random(5, I)
     for bias in (random(O, 3)[:, 1], random(1).expand(O)):
@@ -141,7 +141,7 @@ def test_strided_bias(name):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_refused(name):
+def test_invalid_tensors_raise(name):
     call, rest, _ = weights()[name]
     x, overload = random(5, I), getattr(torch.ops.sten, name).default
     for short in (random(O - 1), random(1), random(1, O)):
@@ -155,8 +155,8 @@ def test_refused(name):
         overload(x, *rest(None, random(5, O - 1)))
 
 
-def test_wide_looks_at_the_farthest_element():
-    """Not at how many there are: a slice of a fused projection has few elements, far apart."""
+def test_wide_reads_the_offset_of_the_last_element():
+    """Not the number of elements: a slice of a fused projection has few elements, far apart."""
     assert tiles.wide(torch.empty_strided((3, 64), (2**30, 1), device="meta"))
     assert not tiles.wide(torch.empty(2**20, 2**10, device="meta"), None)
     assert tiles.wide(torch.empty(2**20, 2**11 + 1, device="meta"))

@@ -1,4 +1,4 @@
-"""The path of F.linear to a launch: one Plan a signature, prepared once, which notices what changes and steps back
+"""The path of F.linear to a launch: one Plan per signature, prepared once, which notices what changes and steps back
 where the call is intercepted. On the CPU, the GPU's kernels in Triton's interpreter."""
 
 import copy
@@ -70,7 +70,7 @@ def test_the_same_product(layout, prepared, tokens):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="test_cuda.py does so there")
 @pytest.mark.parametrize("operator", cuda.PRODUCTS)
-def test_it_keeps_the_law_of_kernels(layout, prepared, operator):
+def test_check_kernel(layout, prepared, operator):
     """Any strides and dimensions, one column, no token, results in poisoned memory; a first and a second call."""
     sten.testing.check_kernel(operator, layout, device=DEVICE, shapes=[(1, 1), (17, 33)], sparsity=(0.7, 1.0))
 
@@ -88,7 +88,7 @@ def test_frames_of_a_call(layout, prepared, tokens, biased, monkeypatch):
         frame, count = sys._getframe(), 0
         while frame is not here:
             frame, count = frame.f_back, count + 1
-        frames.append(count)  # this function stands in the place of Launch.__call__
+        frames.append(count)  # this function replaces Launch.__call__
         return call(self, *arguments)
 
     w, x, bias = weight(layout), random(tokens, I), random(O) if biased else None
@@ -99,7 +99,7 @@ def test_frames_of_a_call(layout, prepared, tokens, biased, monkeypatch):
 
 
 @torch.no_grad()
-def test_what_is_written_in_place_is_seen(layout, prepared):
+def test_values_written_in_place(layout, prepared):
     w, x = weight(layout), random(5, I)
     F.linear(x, w)
     w.mul_(2)
@@ -116,8 +116,8 @@ def test_what_is_written_in_place_is_seen(layout, prepared):
 
 
 @torch.no_grad()
-def test_another_pattern_is_seen(layout, prepared):
-    """By each of the ways that give a weight other parts."""
+def test_another_pattern(layout, prepared):
+    """By each way that gives a weight other parts."""
     w, x = weight(layout), random(5, I)
     dense = random(O, I, seed=7)
     fewer = sten.from_dense(dense, layout, layout.mask(dense.abs(), None if layout.rate is not None else 0.8))
@@ -140,8 +140,8 @@ def test_another_pattern_is_seen(layout, prepared):
 
 
 @torch.no_grad()
-def test_a_replaced_part_of_the_pattern_is_seen(layout, prepared):
-    """Tables that were derived from a pattern belong to its tensors: nobody has to say that they were replaced."""
+def test_a_replaced_part_of_the_pattern(layout, prepared):
+    """Tables are cached by the identity of their sources: replaced parts need no `invalidate`."""
     w, x, other = weight(layout), random(5, I), weight(layout, seed=1)
     F.linear(x, w)
     if any(part.shape != other.parts[name].shape for name, part in w.parts.items()):
@@ -166,7 +166,7 @@ def test_another_kernel_in_the_table(layout, prepared):
 
 @torch.no_grad()
 def test_activations_of_every_kind(layout, prepared):
-    """Strides, alignment, lazy negation; a bias of any strides, or a single number for all."""
+    """Strides, alignment, lazy negation; a bias of any strides, or of one element."""
     w, bias = weight(layout), random(O)
     dense = w.to_dense()
     F.linear(random(5, I), w, bias)
@@ -189,7 +189,7 @@ def test_one_tensor_as_activations_and_bias(layout, prepared):
 
 
 @torch.no_grad()
-def test_what_does_not_fit_is_refused(layout, prepared):
+def test_invalid_operands_raise(layout, prepared):
     w, x = weight(layout), random(5, I)
     F.linear(x, w)
     for wrong, bias in ((x[:, :-1], None), (x.double(), None), (x, random(O - 1)), (x, random(O).double())):
@@ -226,7 +226,7 @@ def test_gradients(layout, prepared):
 
 
 def test_gradients_that_kernels_compute():
-    """Of layouts whose small tiles are no reason to go by the dense gradient; on the CPU in the interpreter."""
+    """With tiles large enough for the kernels of gradients; on the CPU in the interpreter."""
     for layout in (sten.VectorNM(1, 8, 64), sten.BSR((16, 16))):
         w, x, above = weight(layout), random(5, I), random(5, O, seed=1)
         flags = dispatch.Flags(5, w.parts["values"].numel(), x.device)
@@ -239,7 +239,7 @@ def test_gradients_that_kernels_compute():
 
 
 def test_which_names_what_runs_for_gradients(layout, prepared):
-    """An expansion and cuBLAS are no kernel of the layout, and say so."""
+    """The reason says when a dense expansion and cuBLAS run."""
     w, known = weight(layout), ("expand", "collect", "blocks", "sampled", "gather")
     for name in ("linear_grad_input", "linear_grad_weight"):
         plan = sten.which(name, (70, O), w)
@@ -249,7 +249,7 @@ def test_which_names_what_runs_for_gradients(layout, prepared):
 
 @torch.no_grad()
 def test_intercepted_calls(layout, prepared):
-    """An operator of torch stands for the launch wherever somebody has to see it; nothing is stored."""
+    """A torch.library operator runs, visible to what intercepts; nothing is stored."""
     w, x = weight(layout), random(5, I)
     F.linear(x, w)
     before = len(prepared), len(w.cache.plans)
@@ -276,7 +276,7 @@ def test_a_symbolic_number_of_tokens(layout, prepared):
 
 
 @torch.no_grad()
-def test_what_is_kept_stays_with_the_weight(layout, prepared, monkeypatch):
+def test_plans_are_stored_with_the_weight(layout, prepared, monkeypatch):
     monkeypatch.setattr(dispatch, "MAX_PLANS", 4)
     w, x = weight(layout), random(5, I)
     F.linear(x, w)
@@ -300,8 +300,8 @@ def test_a_dtype_without_kernels(layout, prepared):
 
 
 @torch.no_grad()
-def test_a_capture_keeps_no_launch(layout, prepared, monkeypatch):
-    """Nothing can be timed while a graph is recorded; the next call outside prepares in earnest."""
+def test_a_capture_stores_no_launch(layout, prepared, monkeypatch):
+    """Nothing can be timed in a capture; the next call outside prepares and stores."""
     from sten.kernels.backend import Backend
 
     w, x = weight(layout), random(5, I)
@@ -318,7 +318,7 @@ def test_a_capture_keeps_no_launch(layout, prepared, monkeypatch):
 
 @torch.no_grad()
 def test_many_threads_at_once(layout, prepared):
-    """Whoever comes first prepares; all get the same numbers."""
+    """The first thread prepares; all get the same numbers."""
     w, failed, start = weight(layout), [], threading.Barrier(4)
     expected = {tokens: random(tokens, I) @ w.to_dense().T for tokens in (1, 2, 5)}
 

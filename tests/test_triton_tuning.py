@@ -44,8 +44,8 @@ def file(monkeypatch, tmp_path):
 def test_the_fastest_or_the_likelier_of_two_about_as_fast(milliseconds, expected):
     tuner = Tuner(Costs(*milliseconds))
     assert choose(tuner) == CONFIGS[expected]
-    looks = len(tuner.timer.looks)
-    assert choose(tuner) == CONFIGS[expected] and len(tuner.timer.looks) == looks
+    timings = len(tuner.timer.timings)
+    assert choose(tuner) == CONFIGS[expected] and len(tuner.timer.timings) == timings
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_short_calls_are_timed_more_often(fastest, alone, in_a_row):
     """All configurations in one way, whatever disturbs a single look: times alone and in a row do not compare."""
     costs = Costs(2.0, fastest, 0.6)
     choose(Tuner(costs))
-    counts = [[costs.looks.count((number, calls)) for calls in (1, autotune.CHAIN)] for number in range(3)]
+    counts = [[costs.timings.count((number, calls)) for calls in (1, autotune.CHAIN)] for number in range(3)]
     assert counts == [[alone, in_a_row]] * 3
 
 
@@ -64,8 +64,8 @@ def test_each_call_in_a_row_has_its_own_weight():
     view = torch.zeros(8, 16)[:, ::2]
     chain = autotune._chain((x, weight, missing, view))
     assert len(chain) == autotune.CHAIN and chain[0][1] is weight
-    assert len({given[1].data_ptr() for given in chain}) == len(chain)
-    assert all(given[0] is x and given[2] is None and given[3] is view for given in chain)
+    assert len({tensors[1].data_ptr() for tensors in chain}) == len(chain)
+    assert all(tensors[0] is x and tensors[2] is None and tensors[3] is view for tensors in chain)
     assert len(autotune._chain((torch.zeros(autotune.CHAIN_BYTES // 8),))) == 2
 
 
@@ -73,9 +73,9 @@ def test_no_memory_for_copies(monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError
 
-    given = (torch.zeros(8, 8),)
+    tensors = (torch.zeros(8, 8),)
     monkeypatch.setattr(torch.Tensor, "clone", full)
-    assert autotune._chain(given) == [given]
+    assert autotune._chain(tensors) == [tensors]
     tuner = Tuner(Costs(1.0, 0.5, 0.9))
     with monkeypatch.context() as patched:
         patched.setattr(torch, "empty", full)
@@ -87,13 +87,13 @@ def test_one_configuration_and_the_interpreter_are_not_timed(file):
     single, interpreted = Tuner(Costs(1.0, 0.5, 0.9)), Tuner(Costs(1.0, 0.5, 0.9), interpreted=True)
     assert choose(single, configs=CONFIGS[2:] * 2) == CONFIGS[2]
     assert choose(interpreted) == CONFIGS[0]
-    assert not single.timer.looks and not interpreted.timer.looks and not file.exists()
+    assert not single.timer.timings and not interpreted.timer.timings and not file.exists()
 
 
 def test_switched_off(monkeypatch, file):
     tuner = Tuner(Costs(1.0, 0.5, 0.9))
     monkeypatch.setenv("STEN_AUTOTUNE", "0")
-    assert choose(tuner) == CONFIGS[0] and not tuner.timer.looks and not file.exists()
+    assert choose(tuner) == CONFIGS[0] and not tuner.timer.timings and not file.exists()
     monkeypatch.setenv("STEN_AUTOTUNE", "1")
     assert choose(tuner, ("another",)) == CONFIGS[1]
 
@@ -101,7 +101,7 @@ def test_switched_off(monkeypatch, file):
 def test_nothing_is_timed_in_a_capture(file):
     tuner = Tuner(Costs(1.0, 0.5, 0.9))
     tuner.timer.capturing = True
-    assert choose(tuner) == CONFIGS[0] and not tuner.timer.looks and not file.exists()
+    assert choose(tuner) == CONFIGS[0] and not tuner.timer.timings and not file.exists()
     tuner.timer.capturing = False
     assert choose(tuner) == CONFIGS[1]
     other = Tuner(Costs(0.1, 0.5, 0.9))
@@ -135,8 +135,8 @@ def test_on_a_gpu():
 def test_the_next_process_does_not_time(file):
     assert choose(Tuner(Costs(1.0, 0.5, 0.9))) == CONFIGS[1]
     later = Tuner(Costs(0.1, 0.5, 0.9))
-    assert choose(later) == CONFIGS[1] and not later.timer.looks
-    assert choose(later, ("another",)) == CONFIGS[0] and later.timer.looks
+    assert choose(later) == CONFIGS[1] and not later.timer.timings
+    assert choose(later, ("another",)) == CONFIGS[0] and later.timer.timings
     assert len(json.loads(file.read_text())) == 2
 
 
@@ -174,7 +174,7 @@ def test_a_spoilt_file_is_ignored_and_rewritten(file, spoil):
     content = spoil(file.read_text())
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     tuner = Tuner(Costs(0.1, 0.5, 0.9))
-    assert choose(tuner) == CONFIGS[0] and tuner.timer.looks
+    assert choose(tuner) == CONFIGS[0] and tuner.timer.timings
     assert CONFIGS[0] in json.loads(file.read_text()).values()
 
 
@@ -184,7 +184,7 @@ def test_one_spoilt_entry_costs_no_other(file):
     entries = json.loads(file.read_text())
     file.write_text(json.dumps({name: 5 if "bad" in name else config for name, config in entries.items()}))
     later = Tuner(Costs(0.1, 0.5, 0.9))
-    assert choose(later, ("good",)) == CONFIGS[1] and not later.timer.looks
+    assert choose(later, ("good",)) == CONFIGS[1] and not later.timer.timings
     assert choose(later, ("bad",)) == CONFIGS[0]
 
 
@@ -203,7 +203,7 @@ def test_no_place_to_write(home, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(home))
     for _ in range(2):
         tuner = Tuner(Costs(1.0, 0.5, 0.9))
-        assert choose(tuner) == CONFIGS[1] and tuner.timer.looks
+        assert choose(tuner) == CONFIGS[1] and tuner.timer.timings
     assert not list(tmp_path.rglob("triton.json?*"))
 
 
@@ -253,7 +253,7 @@ def test_threads_time_a_key_once():
     alone, together = Tuner(Costs(1.0, 0.5, 0.9)), Tuner(SlowCosts(1.0, 0.5, 0.9))
     choose(alone, ("another",))
     assert in_threads(8, lambda number: choose(together)) == [CONFIGS[1]] * 8
-    assert len(together.timer.looks) == len(alone.timer.looks)
+    assert len(together.timer.timings) == len(alone.timer.timings)
 
 
 def test_threads_read_and_write_the_file_at_once(file):
@@ -299,4 +299,4 @@ def test_two_processes_at_once(file, tmp_path):
     assert all(results["a"][f"a {n}"] == CONFIGS[2] and results["b"][f"b {n}"] == CONFIGS[1] for n in range(KEYS))
     assert len(json.loads(file.read_text())) == 3 * KEYS
     later = Tuner(Costs(0.1, 0.5, 0.9))
-    assert [choose(later, ("a", n)) for n in range(KEYS)] == [CONFIGS[2]] * KEYS and not later.timer.looks
+    assert [choose(later, ("a", n)) for n in range(KEYS)] == [CONFIGS[2]] * KEYS and not later.timer.timings

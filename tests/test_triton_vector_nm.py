@@ -30,8 +30,8 @@ if DEVICE != "cpu":
 
 @pytest.fixture(params=["few", "gather", "expand"])
 def variant(request, monkeypatch):
-    def choose(*given, **facts):
-        variant, reason = vector_nm.choose(*given, **facts)
+    def choose(*sizes, **facts):
+        variant, reason = vector_nm.choose(*sizes, **facts)
         return (variant, reason) if variant == "empty" else (request.param, "the test says so")
 
     for product in (vector_nm.linear, vector_nm._feature_major):
@@ -57,21 +57,21 @@ def test_epilogue(activation, variant):
     values, index, dense = vector_nm_parts(50, 72, 1, 4, 16)
     x, bias, gate = random(5, 72), random(50), random(5, 50, seed=3)
     expected = ACTIVATIONS[activation](x @ dense.T + bias) * gate
-    given = {"n": 1, "m": 4, "v": 16, "activation": activation}
-    close(vector_nm.linear(x, values, index, bias, gate=gate, out_features=50, **given), expected)
-    close(vector_nm.linear_feature_major(x.T.contiguous(), values, index, bias, gate=gate.T, **given), expected.T)
+    options = {"n": 1, "m": 4, "v": 16, "activation": activation}
+    close(vector_nm.linear(x, values, index, bias, gate=gate, out_features=50, **options), expected)
+    close(vector_nm.linear_feature_major(x.T.contiguous(), values, index, bias, gate=gate.T, **options), expected.T)
 
 
 @pytest.mark.parametrize("dtype", HALF_TOO, ids=str)
 @pytest.mark.parametrize("outputs, inputs, n, m, v", SHAPES)
 def test_gated_linear(outputs, inputs, n, m, v, dtype, variant):
-    """For many tokens: an odd number walks the tiles with few programs, an even one gives each its own."""
+    """For many tokens: an odd number runs few persistent programs, an even one a program per tile."""
     up, gate = (vector_nm_parts(outputs, inputs, n, m, v, dtype, seed) for seed in (0, 1))
     for tokens in (1, 17, 63) if variant == "few" else (33, 66):
-        x, given = random(tokens, inputs, dtype=dtype), {"n": n, "m": m, "v": v}
+        x, options = random(tokens, inputs, dtype=dtype), {"n": n, "m": m, "v": v}
         exact = torch.nn.functional.silu(x.double() @ gate[2].double().T) * (x.double() @ up[2].double().T)
-        close(vector_nm.gated_linear(x, up[:2], gate[:2], out_features=outputs, **given), exact, dtype)
-        got = vector_nm.gated_linear_feature_major(x.T.contiguous(), up[:2], gate[:2], **given)
+        close(vector_nm.gated_linear(x, up[:2], gate[:2], out_features=outputs, **options), exact, dtype)
+        got = vector_nm.gated_linear_feature_major(x.T.contiguous(), up[:2], gate[:2], **options)
         close(got, exact.T, dtype)
 
 
@@ -81,15 +81,15 @@ def test_gated_epilogue(activation, launches, variant, monkeypatch):
     if launches == 2:
         two_launches(monkeypatch)
     up, gate = vector_nm_parts(50, 72, 1, 4, 16), vector_nm_parts(50, 72, 1, 4, 16, seed=1)
-    biases, given = (random(50), random(50, seed=1)), {"n": 1, "m": 4, "v": 16, "activation": activation}
+    biases, options = (random(50), random(50, seed=1)), {"n": 1, "m": 4, "v": 16, "activation": activation}
     parts = (*up[:2], biases[1]), (*gate[:2], biases[0])
     for x in (random(5, 72), random(72, 6).T, random(2, 3, 144)[..., ::2], random(0, 72)):
         expected = ACTIVATIONS[activation](x @ gate[2].T + biases[0]) * (x @ up[2].T + biases[1])
-        close(vector_nm.gated_linear(x, *parts, out_features=50, **given), expected)
+        close(vector_nm.gated_linear(x, *parts, out_features=50, **options), expected)
         flat = expected.reshape(-1, 50)
         for row_major, exact in ((True, flat), (False, flat.T)):
-            turned = x.reshape(-1, 72).T
-            got = vector_nm.gated_linear_feature_major(turned, *parts, row_major=row_major, **given)
+            transposed = x.reshape(-1, 72).T
+            got = vector_nm.gated_linear_feature_major(transposed, *parts, row_major=row_major, **options)
             close(got, exact)
 
 

@@ -82,23 +82,23 @@ def nm_parts(outputs, inputs, n, m, dtype=torch.float32, seed=0):
 def bsr_parts(outputs, inputs, bh, bw, density=0.4, keep=None, dtype=torch.float32, seed=0):
     """Random (parts, dense) of one BSR weight, the first block row and the last block column empty."""
     g = torch.Generator().manual_seed(seed)
-    lines, columns = -(-outputs // bh), -(-inputs // bw)
+    block_rows, columns = -(-outputs // bh), -(-inputs // bw)
     if keep is None:
-        keep = torch.rand(lines, columns, generator=g) < density
+        keep = torch.rand(block_rows, columns, generator=g) < density
         if density < 1:
             keep[0], keep[:, -1] = False, False
             keep[-1, 0] = density > 0
     full = torch.randn(outputs, inputs, generator=g).to(dtype)
-    full = torch.nn.functional.pad(full, (0, columns * bw - inputs, 0, lines * bh - outputs))
-    blocks = full.unflatten(0, (lines, bh)).unflatten(2, (columns, bw)).transpose(1, 2)
+    full = torch.nn.functional.pad(full, (0, columns * bw - inputs, 0, block_rows * bh - outputs))
+    blocks = full.unflatten(0, (block_rows, bh)).unflatten(2, (columns, bw)).transpose(1, 2)
     row, col = keep.nonzero(as_tuple=True)
     t_col, t_row = keep.T.nonzero(as_tuple=True)
-    place = torch.full(keep.shape, -1)
-    place[row, col] = torch.arange(len(row))
+    slot = torch.full(keep.shape, -1)
+    slot[row, col] = torch.arange(len(row))
     starts = [torch.nn.functional.pad(keep.sum(axis).cumsum(0), (1, 0)).int() for axis in (1, 0)]
     parts = {"values": blocks[keep].contiguous(), "crow": starts[0], "col": col.int()}
-    parts |= {"t_crow": starts[1], "t_row": t_row.int(), "t_block": place[t_row, t_col].int()}
-    dense = (blocks * keep[:, :, None, None]).transpose(1, 2).reshape(lines * bh, columns * bw)[:outputs, :inputs]
+    parts |= {"t_crow": starts[1], "t_row": t_row.int(), "t_block": slot[t_row, t_col].int()}
+    dense = (blocks * keep[:, :, None, None]).transpose(1, 2).reshape(block_rows * bh, columns * bw)[:outputs, :inputs]
     return {name: part.to(DEVICE) for name, part in parts.items()}, dense.contiguous().to(DEVICE)
 
 
@@ -108,16 +108,16 @@ def two_launches(monkeypatch):
 
     pick = autotune.pick
 
-    def forced(kernel, key, configs, prepare, given):
+    def forced(kernel, key, configs, prepare, tensors):
         two = [gated.TWO_LAUNCHES] if gated.TWO_LAUNCHES in configs else configs
-        return pick(kernel + " forced", key, two, prepare, given)
+        return pick(kernel + " forced", key, two, prepare, tensors)
 
     monkeypatch.setattr(autotune, "pick", forced)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
-    """Every output buffer starts as NaN, so that an element that no program writes is seen; no launch is remembered."""
+    """Every output starts as NaN, so that an element that no program writes is seen; the launch cache is empty."""
     from sten.kernels import _torch_private, launch_cache
 
     def poisoned(allocate):

@@ -1,7 +1,9 @@
-"""Compiles every configuration that the tuner may try, for a GPU that need not be here: python triton_compile.py 80
+"""Compiles every configuration that the tuner may try, for a GPU that need not be present.
+
+    python triton_compile.py 80
 
 A launch is compiled and not run. Prints JSON: {tuning key: [(bytes of shared memory, bytes of stack that registers
-spilled to), or what the compiler said]}.
+spilled to), or the compiler's error]}.
 """
 
 import itertools
@@ -21,29 +23,29 @@ from sten.kernels.backend import Backend
 
 ARCH = int(sys.argv[1])
 O, I, HALF = 4096, 4096, torch.bfloat16
-found: dict[str, list] = {}
-under: list[str] = []  # the tuning key whose configurations are being compiled
+results: dict[str, list] = {}
+tuning_keys: list[str] = []  # the tuning key whose configurations are being compiled
 
 
 def compile_only(launch, args):
     """Stands for ``TritonKernel.__call__``: the same specialization as Triton's front end, and no launch."""
     names, signature, constants, attributes = launch.kernel.arg_names, {}, {}, {}
-    for place, name in enumerate(names):
-        given = args[place] if place < len(args) else launch.constants[name]
-        kind = _kind(launch, place, given) if place < len(args) else "constexpr"
+    for position, name in enumerate(names):
+        argument = args[position] if position < len(args) else launch.constants[name]
+        kind = _kind(launch, position, argument) if position < len(args) else "constexpr"
         signature[name] = kind
         if kind == "constexpr":
-            constants[(place,)] = given
-        elif kind.startswith("*") or (kind == "i32" and given % 16 == 0):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            constants[(position,)] = argument
+        elif kind.startswith("*") or (kind == "i32" and argument % 16 == 0):
+            attributes[(position,)] = [["tt.divisibility", 16]]
     options = {name: value for name, value in launch.constants.items() if name not in names}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
-        told = compiled.metadata.shared, stack(compiled.asm["cubin"])
-    except Exception as problem:  # whatever the compiler says is the finding
-        told = f"{launch.constants}: {type(problem).__name__}: {problem}"
-    found.setdefault(under[-1] if under else launch.kernel.fn.__name__, []).append(told)
+        outcome = compiled.metadata.shared, stack(compiled.asm["cubin"])
+    except Exception as problem:  # the compiler's error is the result
+        outcome = f"{launch.constants}: {type(problem).__name__}: {problem}"
+    results.setdefault(tuning_keys[-1] if tuning_keys else launch.kernel.fn.__name__, []).append(outcome)
 
 
 def stack(cubin):
@@ -55,30 +57,30 @@ def stack(cubin):
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
-def _kind(launch, place, given):
-    if given is None or (isinstance(given, int) and given == 1):
+def _kind(launch, position, argument):
+    if argument is None or (isinstance(argument, int) and argument == 1):
         return "constexpr"
-    if isinstance(given, int):
+    if isinstance(argument, int):
         return "i32"
-    kind = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}.get(given.dtype)
-    kind = kind or str(given.dtype).removeprefix("torch.int").join(("i", ""))
-    if place in launch.described:
-        return f"tensordesc<{kind}[{','.join(map(str, launch.described[place][0]))}]>"
+    kind = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}.get(argument.dtype)
+    kind = kind or str(argument.dtype).removeprefix("torch.int").join(("i", ""))
+    if position in launch.tma_arguments:
+        return f"tensordesc<{kind}[{','.join(map(str, launch.tma_arguments[position][0]))}]>"
     return "*" + kind
 
 
-def every_config(kernel, key, configs, prepare, given):
-    under.append(f"{kernel} {key}")
+def every_config(kernel, key, configs, prepare, tensors):
+    tuning_keys.append(f"{kernel} {key}")
     calls = [prepare(config) for config in configs]
     for call in calls:
-        call(*given)
-    if kernel.partition("_")[0] in ("bsr", "grouped"):  # and as in a capture, where tables are not ready
+        call(*tensors)
+    if kernel.partition("_")[0] in ("bsr", "grouped"):  # also as in a capture, where tables are not ready
         look_up = pattern_cache.Derived.__call__
         pattern_cache.Derived.__call__ = lambda self, *sources: (self.make(*sources), False)
         for call in calls:
-            call(*given)
+            call(*tensors)
         pattern_cache.Derived.__call__ = look_up
-    under.pop()
+    tuning_keys.pop()
     return calls[0]
 
 
@@ -87,7 +89,7 @@ def prepare(tokens, v, block, dtype=HALF):
     x, grad = torch.randn(tokens, I, dtype=dtype), torch.randn(tokens, O, dtype=dtype)
     values, index = torch.empty(O, I // 4, dtype=dtype), torch.zeros(O // v, I // 4, dtype=torch.int32)
     few, none, rate = tokens <= vector_nm.FEW, (None,) * 4, {"n": 1, "m": 4, "v": v, "out_features": O}
-    gather = {"variant": "few" if few else "gather", **rate}  # what would rather be expanded is compiled too
+    gather = {"variant": "few" if few else "gather", **rate}  # also where expanding would be chosen
     blocks_of = {"variant": "few" if few else "blocks", "out_features": O, "activation": "none"}
     vector_nm.linear.prepare(x, values, index, None, *none, activation="none", **gather)
     if v == 128 and dtype == HALF:
@@ -122,4 +124,4 @@ for case in ((1, 128, 128), (16, 128, 128), (64, 64, 64), (2048, 128, 128), (204
     prepare(*case)
 prepare(2048, 128, 128, torch.float32)
 prepare(2048, 16, 16, torch.float32)
-print(json.dumps(found))
+print(json.dumps(results))

@@ -1,4 +1,4 @@
-"""A tuner whose costs are known, for the tests of the autotuner; as a script, a process that tunes beside another.
+"""A tuner whose costs are known, for the tests of the autotuner; as a script, a process that tunes alongside another.
 
     python tests/tuning.py OWN READY GO
 
@@ -26,7 +26,7 @@ class Costs(autotune.Timer):
 
     def __init__(self, *milliseconds: float | None):
         self.milliseconds_of = list(milliseconds)
-        self.capturing, self.looks = False, []  # looks: (number of the configuration, calls in a row)
+        self.capturing, self.timings = False, []  # timings: (number of the configuration, calls in a row)
 
     def device_name(self, device) -> str:
         return "a GPU"
@@ -46,9 +46,9 @@ class Costs(autotune.Timer):
         return call
 
     def milliseconds(self, call, chain, flush) -> float:
-        self.looks.append((call.number, len(chain)))
-        late = self.looks.count(self.looks[-1]) % 3 == 0
-        return call(*chain[0]) * (5 if late else 1)  # now and then something else ran
+        self.timings.append((call.number, len(chain)))
+        late = self.timings.count(self.timings[-1]) % 3 == 0
+        return call(*chain[0]) * (5 if late else 1)  # some timings are disturbed
 
 
 def choose(tuner: autotune.Tuner, key: tuple = ("key", 1), configs=CONFIGS) -> dict:
@@ -62,7 +62,7 @@ def main(own: str, ready: str, go: str) -> None:
     while not Path(go).exists():
         time.sleep(0.001)
     chosen = {f"{name} {n}": choose(tuner, (name, n)) for n in range(KEYS) for name in ("shared", own)}
-    print(json.dumps({"chosen": chosen, "looks": len(tuner.timer.looks)}))
+    print(json.dumps({"chosen": chosen, "timings": len(tuner.timer.timings)}))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
         else dense[row * in + column] = value;
       }
   }
-  const Grouped w{values.data(), index.data(), order.rows.data(), order.walk.data(), n, m, g, count, chunks, strips};
+  const Grouped w{values.data(), index.data(), order.rows.data(), order.exchanges.data(), n, m, g, count, chunks, strips};
   grouped_linear(data.problem, w, k, {threads, run_tasks});
   compare("grouped", data.problem, dense);
 }

@@ -1,6 +1,6 @@
-"""The kernels that sten brings: C++ on the CPU, Triton on CUDA, and an honest expansion to dense everywhere else.
+"""The built-in kernels: C++ on the CPU, Triton on CUDA, and expansion to dense on any device.
 
-They are registered by `sten.kernel`, as anybody's are.
+They are registered by `sten.kernel`, as every kernel is.
 """
 
 from . import cpu, cuda, dual_mask, expand

@@ -1,7 +1,7 @@
 """The compiled CPU kernels, when they are built: `torch.ops.sten.csr_linear` and `torch.ops.sten.grouped_nm_linear`.
 
-Importing this module loads the library `sten._C` if it is there and tells torch.compile the shapes of its operators; it
-never fails for want of it. Floor F0: plain tensors in, plain tensors out, and nothing of sten but the library.
+Importing this module loads the library `sten._C` if it exists and registers the fake kernels of its operators; without
+the library the import still succeeds.
 
     >>> from sten.backends import cpp
     >>> cpp.features()["available"] == cpp.available()
@@ -20,12 +20,12 @@ _load_error = None
 
 
 def available():
-    """Say whether the compiled kernels are loaded."""
+    """Return whether the compiled kernels are loaded."""
     return _library is not None
 
 
 def load_error():
-    """Return why a library that is there could not be loaded, or None."""
+    """Return the exception if the library exists but could not be loaded, or None."""
     return _load_error
 
 
@@ -46,29 +46,24 @@ def features():
 
 
 def set_instruction_set(name):
-    """Use the kernels for `name` ("avx512", "avx2", "portable", or "auto" for the fastest) from now on.
+    """Set the instruction set of the kernels: "avx512", "avx2", "portable", or "auto" for the fastest.
 
     Raises:
         ValueError: the name is unknown, or this processor cannot run it.
-        RuntimeError: the compiled kernels are not there.
+        RuntimeError: the compiled kernels are not loaded.
     """
     if not available():
-        raise RuntimeError("sten's C++ kernels are not built; `python setup.py build_ext --inplace` builds them")
+        raise RuntimeError("Expected compiled kernels, got none; build them: `python setup.py build_ext --inplace`.")
     _library.set_instruction_set(name)
 
 
-def _fake_csr_linear(x, values, crow, col, bias, out_features):
-    """Return an empty `(*, out_features)` tensor for x `(*, in)`."""
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _fake_grouped_nm_linear(x, values, index, bias, n, m, g, out_features):
-    """Return an empty `(*, out_features)` tensor for x `(*, in)`."""
-    return x.new_empty((*x.shape[:-1], out_features))
+def _fake(x, *arguments):
+    """Return an empty `(*, out_features)` tensor for x `(*, in)`; `out_features` is the last argument."""
+    return x.new_empty((*x.shape[:-1], arguments[-1]))
 
 
 def _load():
-    """Load the library; an unusable one (built for another torch, say) is remembered instead of raised."""
+    """Load the library; the error of an unusable one (built for another torch, say) is stored, not raised."""
     global _library, _load_error
     if importlib.util.find_spec("sten._C") is None:
         return
@@ -77,8 +72,8 @@ def _load():
     except ImportError as error:
         _load_error = error
         return
-    torch.library.register_fake("sten::csr_linear", _fake_csr_linear)
-    torch.library.register_fake("sten::grouped_nm_linear", _fake_grouped_nm_linear)
+    for name in ("csr_linear", "grouped_nm_linear"):
+        torch.library.register_fake(f"sten::{name}", _fake)
 
 
 _load()

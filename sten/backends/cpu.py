@@ -1,4 +1,4 @@
-"""The C++ kernels of the CPU, where they are built; they know float32."""
+"""The C++ kernels of the CPU, for float32, if they are built."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ LAST = (torch.channels_last, torch.channels_last_3d)
 
 
 def csr_run(layout: CSR, outputs: int) -> Linear:
-    """A row of the weight at a time, its entries gathered from a panel of activations."""
+    """`run` of linear with CSR: row by row, gathering activations from a panel."""
     linear = torch.ops.sten.csr_linear.default
     return lambda x, weight, bias: linear(x, weight["values"], weight["crow"], weight["col"], bias, outputs)
 
 
 def grouped_nm_run(layout: GroupedNM, outputs: int) -> Linear:
-    """Accumulators stay in registers from one pattern to the next."""
+    """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
     linear, n, m, g = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g
     return lambda x, weight, bias: linear(x, weight["values"], weight["index"], bias, n, m, g, outputs)
 
 
 def linear_by(run_of: Callable[[Layout, int], Linear]) -> Callable[..., Plan]:
-    """The `prepare` of linear by a C++ kernel: float32 alone."""
+    """The `prepare` of linear by a C++ kernel, for float32."""
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
         if dtype is not torch.float32:
             why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
             return Plan.of("reference", why, None)
-        return Plan.of("float32", "C++ kernel: multiplies the stored entries alone", run_of(layout, shape[0]))
+        return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run_of(layout, shape[0]))
 
     prepare.__name__ = run_of.__name__.replace("run", "linear")
     return prepare
@@ -48,14 +48,14 @@ def linear_by(run_of: Callable[[Layout, int], Linear]) -> Callable[..., Plan]:
 def conv_by(prepare_linear: Callable[..., Plan]) -> Callable[..., Plan]:
     """The `prepare` of a convolution by a kernel of linear.
 
-    A window of one pixel is a product, of images whose channels lie last: turning others around takes longer than the
-    product saves, and torch's convolution has no sparse form otherwise.
+    A convolution with kernel_size=1 is a product if the input is channels_last; for other formats the transpose takes
+    longer than the product saves. Other convolutions have no sparse kernel.
     """
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
         wide, groups = any(size != 1 for size in shape[2:]), flags.geometry["groups"]
         if wide or groups != 1 or flags.memory_format not in LAST:
-            which = "a window of 1" if wide else "groups=1" if groups != 1 else "channels that lie last (channels_last)"
+            which = "kernel_size=1" if wide else "groups=1" if groups != 1 else "channels_last input"
             why = f"expands to dense: only a convolution with {which} has a faster kernel here"
             return Plan.of("reference", why, None)
         plan = prepare_linear(layout, shape, dtype, flags)
@@ -66,7 +66,7 @@ def conv_by(prepare_linear: Callable[..., Plan]) -> Callable[..., Plan]:
 
 
 def pointwise(linear: Linear, x: Tensor, weight, bias, *, stride, padding, dilation, groups) -> Tensor:
-    """The convolution with a window of one pixel, by a product with each pixel's channels."""
+    """The convolution with kernel_size=1, by a product with the channels of each pixel."""
     if any(padding):
         x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
     pixels = x[(..., *(slice(None, None, s) for s in stride))].movedim(1, -1)

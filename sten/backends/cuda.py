@@ -1,7 +1,7 @@
-"""The Triton kernels of CUDA, where triton can be imported: which tensors and numbers each of them takes, in one table.
+"""The Triton kernels of CUDA, if triton can be imported: one table of the tensors and numbers that each of them takes.
 
-A Plan that is made for a known number of tokens prepares its launches from the tensors of its first call, and keeps
-them; one that is made for an intercepted call runs operators of torch, which decide when they run.
+The Plan of a known number of tokens prepares its launches from the tensors of its first call, and stores them; the Plan
+of an intercepted call runs torch.library operators, which choose a variant when they run.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ ENDS = {"activation": "none", "save_memory": False, "feature_major": False}
 
 @dataclass(frozen=True)
 class Row:
-    """How the kernels of a layout are called.
+    """The arguments of the kernels of a layout.
 
-    `parts`: those that linear takes, that its two gradients take. `facts(layout, entries)`: what the kernels' `choose`
-    reads. `numbers(layout)`: what their operators take beside shapes. `table(layout, device)`: one more tensor after
-    the parts. `reference(name, layout, dtype)`: why an operator's reference implementation is better, or None.
+    Attributes:
+        module: of `sten.kernels`.
+        parts: those that linear takes, and its two gradients.
+        facts: `facts(layout, entries)`: the keywords of `choose`.
+        numbers: `numbers(layout)`: the integers that the operators take besides shapes.
+        table: `table(layout, device)`: one more tensor, after the parts.
+        reference: `reference(name, layout, dtype)`: why an operator's reference implementation is better, or None.
     """
 
     module: str
@@ -64,7 +68,7 @@ def small_blocks(name: str, layout: BSR, dtype: torch.dtype) -> str | None:
     if name == "linear" or min(layout.block) >= 16:
         return None
     size = "x".join(map(str, layout.block))  # the kernels take them too, but more slowly
-    return f"blocks of {size} are below the 16 of tensor cores and each reads x again: dense is faster"
+    return f"blocks of {size} are below the 16 of tensor cores and each reads x again: expansion to dense is faster"
 
 
 def dense_gradient(name: str, layout: VectorNM, dtype: torch.dtype) -> str | None:
@@ -95,8 +99,8 @@ TABLE = {
 
 
 class Launches:
-    """The launches of one signature. The first call prepares them for tensors like its own, and times the candidates;
-    a capture of a CUDA graph, in which nothing can be timed, prepares its own and keeps none."""
+    """The launches of one signature. The first call prepares them for its tensors, and times the candidates. In a
+    capture of a CUDA graph, where nothing can be timed, each call prepares its own, which are not stored."""
 
     def __init__(self, product, variant: str, numbers: dict):
         self.product, self.variant, self.numbers, self.launch = product, variant, numbers, None
@@ -110,7 +114,7 @@ class Launches:
         return launch(*tensors)
 
     def _elsewhere(self, tensors):
-        """On the device of the tensors, which need not be the current one."""
+        """Launch, after preparing if needed, with the device of the tensors current."""
         with self.backend.on(tensors[0]):
             launch = self.launch
             if launch is None:
@@ -121,13 +125,13 @@ class Launches:
 
 
 def stored(names: tuple[str, ...], layout: Layout, row: Row) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
-    """Parts -> the tensors that an operator takes of them, contiguous, and the layout's own table behind them."""
+    """A function from parts to the tensors that an operator takes: contiguous parts, then the layout's table."""
     read = itemgetter(*names) if len(names) > 1 else lambda weight: (weight[names[0]],)
     table = None
 
     def tensors(weight):
         parts = read(weight)
-        if not parts[0].is_contiguous():  # values that autograd made by expansion, say
+        if not parts[0].is_contiguous():  # such as values expanded by autograd
             parts = (parts[0].contiguous(), *parts[1:])
         return parts
 
@@ -138,7 +142,7 @@ def stored(names: tuple[str, ...], layout: Layout, row: Row) -> Callable[[dict[s
             return *parts, table
         device = parts[0].device
         made = row.table(layout, device)
-        if kernels.pattern_cache.lasting(device):
+        if kernels.pattern_cache.cacheable(device):
             table = made
         return *parts, made
 
@@ -160,7 +164,7 @@ def prepare_by(name: str, row: Row) -> Callable[..., Plan]:
         known = {**row.numbers(layout), "out_features": shape[0], "in_features": shape[1], **ENDS}
         numbers = {number: known[number] for number in product.numbers}
         if flags.tokens is None:
-            variant, reason = "operator", "an operator of torch that the compiler sees decides when it runs"
+            variant, reason = "operator", "a torch.library operator, visible to the compiler, chooses when it runs"
             launches, absent = functools.partial(product, **numbers), ()
         else:
             variant, reason = product.choose(flags.tokens, *shape, dtype, **row.facts(layout, flags.entries or 0))
@@ -171,19 +175,12 @@ def prepare_by(name: str, row: Row) -> Callable[..., Plan]:
     return prepare
 
 
-def linear_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
-    return lambda x, weight, bias: launches(x, *tensors(weight), bias, *absent)
-
-
-def grad_input_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
-    return lambda grad, weight: launches(grad, *tensors(weight))
-
-
-def grad_weight_run(launches: Callable, tensors: Callable, absent: tuple) -> Callable[..., Tensor]:
-    return lambda grad, x, weight: launches(grad, x, *tensors(weight))
-
-
-RUNS = {"linear": linear_run, "linear_grad_input": grad_input_run, "linear_grad_weight": grad_weight_run}
+# operator -> the `run` of its Plan, from its launches, the tensors of a weight, and the arguments that are None
+RUNS: dict[str, Callable[..., Callable[..., Tensor]]] = {
+    "linear": lambda launch, tensors, absent: lambda x, w, bias: launch(x, *tensors(w), bias, *absent),
+    "linear_grad_input": lambda launch, tensors, _: lambda grad, w: launch(grad, *tensors(w)),
+    "linear_grad_weight": lambda launch, tensors, _: lambda grad, x, w: launch(grad, x, *tensors(w)),
+}
 
 if kernels.available():
     for _layout, _row in TABLE.items():

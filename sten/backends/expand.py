@@ -1,6 +1,6 @@
-"""The honest expansion to dense, for every built-in layout and operator on any device; faster kernels come before it.
+"""Expansion to dense, for every built-in layout and operator on any device, where no faster kernel is registered.
 
-It is correct, it saves memory and not time, and `sten.which` says so.
+It saves memory, not time, and `sten.which` says so.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ LAYOUTS = (Masked, CSR, BSR, NM, GroupedNM, VectorNM, FanIn)
 
 EXPANDS = "expands to dense: no faster kernel for this layout here; saves memory, not time"
 MASKED = "multiplies the dense values under the mask; saves no memory, no time"
-GATHERS = "makes the dense gradient and gathers it at the pattern: no faster kernel for this layout here"
+GATHERS = "computes the dense gradient and gathers it at the pattern: no faster kernel for this layout here"
 REASONS = {
     "linear_grad_weight": GATHERS,
     "conv2d_grad_weight": GATHERS,
-    "embedding": "unpacks the rows that are looked up, and no others",
+    "embedding": "unpacks only the rows that are looked up",
     "embedding_grad_weight": GATHERS,
 }
 

@@ -1,8 +1,8 @@
 """Multi-head attention with sparse projections.
 
-torch's function asks its weights for slices and, in its fused fast path, for their storage; here the projections run
-through `linear` and the rest is scaled_dot_product_attention. The letters: L target, S source, N batch, E embedding,
-H heads, D = E / H.
+torch's function slices its weights and, in its fused fast path, reads their storage; here the projections run through
+`linear`, and the rest is scaled_dot_product_attention. Dimensions: L target, S source, N batch, E embedding, H heads,
+D = E / H.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def _project(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 def in_projection(q: Tensor, k: Tensor, v: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The three projections by one packed weight (3E, E).
 
-    Rows of a packed layout cannot be cut anywhere, so where query, key and value differ each goes through the whole
-    weight and a part of the result is used: self-attention pays nothing, cross-attention once more.
+    A sparse weight cannot be sliced at every row, so each distinct input is multiplied by the whole weight, and a third
+    of the result is used: no extra cost for self-attention, twice the work for cross-attention.
     """
     parts: dict[int, tuple[Tensor, ...]] = {}
     for x in (q, k, v):
@@ -42,14 +42,14 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _as_float(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask to add to the logits; True in a bool mask means: not attended."""
+    """An additive mask of the logits; True in a bool mask means: not attended."""
     if mask is None or mask.dtype != torch.bool:
         return None if mask is None else mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
 
 
 def attend(q, k, v, mask, dropout: float, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt(D) + mask) v for (N, H, L, D), and the weights where they are asked for."""
+    """softmax(q k^T / sqrt(D) + mask) v for (N, H, L, D), and the attention weights if `need_weights`."""
     if not need_weights:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
     logits = q * (1 / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
@@ -78,12 +78,13 @@ def multi_head_attention_forward(
 ):  # fmt: skip
     """F.multi_head_attention_forward, for weights of which some are sparse."""
     if static_k is not None or static_v is not None:
-        raise NotImplementedError("static_k and static_v have no rule with sparse projections.")
+        raise NotImplementedError("Expected static_k=None and static_v=None with sparse projections, got a tensor.")
     if attn_mask is None and is_causal:
-        raise RuntimeError("is_causal is a hint about attn_mask: pass the mask as well.")
+        raise RuntimeError("Expected attn_mask together with is_causal=True, got None; pass the mask as well.")
     if query.shape[-1] != embed_dim_to_check or embed_dim_to_check % num_heads:
         raise RuntimeError(
-            f"The query has {query.shape[-1]} features; expected {embed_dim_to_check}, a multiple of {num_heads} heads."
+            f"Expected a query with {embed_dim_to_check} features, a multiple of {num_heads} heads, got "
+            f"{query.shape[-1]}."
         )
     batched = query.dim() == 3
     if not batched:
@@ -98,14 +99,14 @@ def multi_head_attention_forward(
         q, k, v = (_project(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
     else:
         q, k, v = in_projection(query, key, value, in_proj_weight, in_proj_bias)
-    (length, batch, _), width = q.shape, num_heads
+    length, batch, _ = q.shape
     for extra in ((bias_k, bias_v), (0, 0) if add_zero_attn else (None, None)):
         if extra[0] is not None:
             k, v = (torch.cat([x, _extra_row(x, e)]) for x, e in zip((k, v), extra, strict=True))
             attn_mask, key_padding_mask = (
                 None if m is None else F.pad(m, (0, 1)) for m in (attn_mask, key_padding_mask)
             )
-    mask = _merge_masks(attn_mask, key_padding_mask, batch, width, length, k.shape[0], q)
+    mask = _merge_masks(attn_mask, key_padding_mask, batch, num_heads, length, k.shape[0], q)
     q, k, v = (_heads(x, num_heads) for x in (q, k, v))
     out, weights = attend(q, k, v, mask, dropout_p if training else 0.0, need_weights)
     out = _project(out.permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
@@ -121,7 +122,7 @@ def _extra_row(x: Tensor, row) -> Tensor:
 
 
 def _fused_attention(x, heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type) -> Tensor:
-    """Self-attention on (N, L, E) as torch's fused layer means it; mask_type: 0 source, 1 key padding, 2 both."""
+    """Self-attention on (N, L, E) as in torch's fused layer; mask_type: 0 source, 1 key padding, 2 both."""
     x = x.transpose(0, 1)
     q, k, v = in_projection(x, x, x, qkv_weight, qkv_bias)
     mask = _as_float(mask, x.dtype)
@@ -137,7 +138,7 @@ def transformer_encoder_layer(
     norm_weight_1, norm_bias_1, norm_weight_2, norm_bias_2, ffn_weight_1, ffn_bias_1, ffn_weight_2, ffn_bias_2,
     mask=None, mask_type=None,
 ):  # fmt: skip
-    """The fused encoder layer, which torch.compile enters without asking whether the weights are plain."""
+    """The fused encoder layer, which torch.compile calls without checking the types of the weights."""
     activation = F.gelu if use_gelu else F.relu
 
     def norm1(x):
@@ -164,7 +165,7 @@ def native_multi_head_attention(
     _, query, key, value, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask=None,
     need_weights=True, average_attn_weights=True, mask_type=None,
 ):  # fmt: skip
-    """The fused attention on (N, L, E); torch calls it for self-attention alone."""
+    """The fused attention on (N, L, E), which torch calls only for self-attention."""
     padding, source = (mask, None) if mask_type == 1 else (None, mask)
     if mask_type == 2 and mask.dim() == 4:
         source = mask.flatten(0, 1)

@@ -1,8 +1,7 @@
-"""What modules and state_dicts ask of a SparseTensor in Python: copy_, .data, .grad, its storage.
+"""Attributes and loading of a SparseTensor: copy_, .data, .grad, requires_grad, storage.
 
-Loading between sparse tensors takes over the entries: a Parameter takes on the pattern of the tensor that is loaded
-into it and keeps its own layout, dtype and device. A dense tensor goes in at the pattern, and is refused if it has
-non-zeros elsewhere: which of them to drop is a sparsifier's decision.
+Loading a sparse tensor into a Parameter replaces its pattern; its layout, dtype and device stay. A dense tensor is
+loaded at the pattern, and raises if it has non-zeros elsewhere: which of them to drop is a sparsifier's decision.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ A = torch.ops.aten
 
 
 def entries_of(source: SparseTensor, target: SparseTensor) -> SparseTensor:
-    """A new tensor in the layout, orientation, dtype and device of `target` with the entries of `source`.
+    """A new tensor with the layout, orientation, dtype and device of `target` and the entries of `source`.
 
-    ValueError, with one sentence, if the parts of `source` are not valid or the layout cannot hold its pattern.
+    ValueError if the parts of `source` are invalid, or the layout of `target` cannot store its pattern.
     """
     source.sparse_layout.validate(source.parts, source.stored_shape)
     if source.sparse_layout == target.sparse_layout and source.transposed == target.transposed:
@@ -32,13 +31,13 @@ def entries_of(source: SparseTensor, target: SparseTensor) -> SparseTensor:
 
 
 def adopt(w: SparseTensor, new: SparseTensor) -> None:
-    """Make `w` store what `new` stores, and share the cache of its pattern; everything that refers to `w` sees it."""
+    """Make `w` store what `new` stores, in place, and share the cache of its pattern."""
     w._adopt(new.sparse_layout, dict(new.parts), new.stored_shape, new.transposed, new.cache)
 
 
 @function(Tensor.copy_)
 def copy_into(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """target.copy_(source); a Parameter under no_grad (as load_state_dict copies) takes on the source's pattern."""
+    """target.copy_(source); a Parameter under no_grad (as in load_state_dict) takes the source's pattern."""
     both = isinstance(target, SparseTensor) and isinstance(source, SparseTensor) and target.shape == source.shape
     loading = both and getattr(target, "_is_param", False) and not torch.is_grad_enabled()
     if loading and not target.same_pattern(source):
@@ -61,15 +60,15 @@ def copy_(func, target, source, non_blocking=False):
 
 @function(Tensor.data.__set__)
 def set_data(w: SparseTensor, new: Tensor) -> None:
-    """`w.data = new`: what another SparseTensor of the same shape, dtype and device stores; a dense one at the pattern.
+    """`w.data = new`, for a SparseTensor of the same shape, dtype and device, or a dense tensor that fits the pattern.
 
-    (`dense.data = sparse` never gets here: torch asks only the tensor on the left.)
+    (For `dense.data = sparse` torch does not call `__torch_function__`.)
     """
     mine, other = ((tuple(t.shape), t.dtype, t.device, getattr(t, "transposed", w.transposed)) for t in (w, new))
     if mine != other:
         raise TypeError(
-            f".data takes a tensor with the same (shape, dtype, device, transposed) {mine}; got {other}: assign a new "
-            "Parameter to the module, or use .to() on it."
+            f"Expected (shape, dtype, device, transposed) {mine} for .data, got {other}; assign a new Parameter to the "
+            "module, or call .to() on it."
         )
     with torch.no_grad():
         if w.trained is not None:
@@ -80,9 +79,9 @@ def set_data(w: SparseTensor, new: Tensor) -> None:
 
 @function(Tensor.grad.__get__)
 def get_grad(w: Tensor) -> Tensor | None:
-    """A dense gradient (of an operator whose formula gives one) is projected to the pattern when it is read.
+    """`w.grad`; a dense gradient, from an operator without a sparse formula, is projected to the pattern when read.
 
-    A weight in trainable form has the gradient of the Parameter that is trained for it.
+    The gradient of a weight in trainable form is that of its trained Parameter.
     """
     if isinstance(w, SparseTensor) and w.trained is not None:
         grad = w.trained.param.grad
@@ -94,12 +93,12 @@ def get_grad(w: Tensor) -> Tensor | None:
     return grad
 
 
-# a weight in trainable form is put together at each use: what is done to it must reach the trained Parameter
+# a weight in trainable form is assembled at each use: writes to its attributes go to the trained Parameter
 
 
 @function(Tensor.grad.__set__)
 def set_grad(w: Tensor, grad: Tensor | None) -> None:
-    """`w.grad = g`, for a weight in trainable form on the Parameter that is trained for it."""
+    """`w.grad = g`; for a weight in trainable form, of its trained Parameter."""
     if not isinstance(w, SparseTensor) or w.trained is None:
         w.grad = grad
         return
@@ -124,29 +123,29 @@ def set_requires_grad(w: SparseTensor, requires_grad: bool) -> None:
 
 @function(Tensor.register_hook)
 def register_hook(w: SparseTensor, hook):
-    """Refused where the tensor is put together anew at each use, so that the hook would be lost."""
+    """Raises for a weight in trainable form, which is assembled at each use, so that the hook would be lost."""
     if w.trained is not None:
         name = w.trained.owners[0][1]
         raise RuntimeError(
-            "Expected a tensor that lasts for a hook, got a weight that is put together at each use; register it on "
-            f'the trained Parameter, module._parameters["{name}"].'
+            "Expected a tensor that outlives the call for a hook, got a weight that is assembled at each use; register "
+            f'it on the trained Parameter, module._parameters["{name}"].'
         )
     return w.register_hook(hook)
 
 
-# what torch reads from a storage, which a SparseTensor does not have
+# storage, which a SparseTensor does not have
 
 
-@function(Tensor.data_ptr, Tensor.storage)  # untyped_storage must answer: torch.compile asks every tensor for it
+@function(Tensor.data_ptr, Tensor.storage)  # not untyped_storage: torch.compile reads that of every tensor
 def no_buffer(w: SparseTensor, *args):
     raise TypeError(
-        f"A {w.sparse_layout} tensor has no buffer of its own; take one of a part: w.parts['values'].data_ptr()."
+        f"Expected a tensor with a storage, got a {w.sparse_layout} tensor; use a part: w.parts['values'].data_ptr()."
     )
 
 
 @function(Tensor.numpy, Tensor.__array__, Tensor.tolist)
 def to_numpy(w: SparseTensor, *args, **kwargs):
-    raise TypeError("A SparseTensor is not converted to numpy or a list silently; call w.to_dense() first.")
+    raise TypeError("Expected a dense tensor for numpy() or tolist(), got a SparseTensor; call to_dense() first.")
 
 
 @function(Tensor.share_memory_)

@@ -1,7 +1,7 @@
 """conv2d (and conv1d, conv3d) with a sparse weight.
 
-The letters: y = conv(x, w). It is linear in x and in w, so its gradients are two more bilinear operators, and the three
-are each other's derivatives: all orders of gradients follow, as in linear.py.
+y = conv(x, w) is linear in x and in w, so its gradients are two more bilinear operators, and the three are each other's
+derivatives: all orders of gradients follow, as in linear.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
-from .._torch_private import autocast_somewhere, intercepted, is_compiling
+from .._torch_private import autocast_somewhere
 from ..dispatch import operator, planned
-from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
+from ..tensor import Rule, SparseTensor, function, traceable
 from .linear import autocast, bias_row
 from .padding import gradient
 
@@ -23,10 +23,7 @@ INPUT = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}
 WEIGHT = {3: conv1d_weight, 4: conv2d_weight, 5: conv3d_weight}
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 
-_geometry = "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
-LIBRARY.define(f"sparse_conv(Tensor input, Tensor weight, Tensor? bias, {_geometry}")
-LIBRARY.define(f"sparse_conv_grad_input(Tensor grad, Tensor weight, SymInt[] size, {_geometry}")
-LIBRARY.define(f"sparse_conv_grad_weight(Tensor grad, Tensor input, Tensor weight, {_geometry}")
+SCHEMA = "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
 
 
 def positions(shape: tuple[int, ...]) -> int:
@@ -54,52 +51,31 @@ def conv2d_grad_weight_reference(grad, x, weight, *, layout, shape, **geometry):
 
 
 def named_geometry(stride, padding, dilation, groups) -> dict:
-    """The geometry as keywords of a kernel; tuples, since it is part of the signature."""
+    """The geometry as keywords of a kernel; tuples, as part of the signature."""
     return {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
 
 
-def conv_now(x, w, bias, stride, padding, dilation, groups, seen):
+def compute_conv(x, w, bias, stride, padding, dilation, groups, intercepted):
     geometry, parts = named_geometry(stride, padding, dilation, groups), w.parts
-    return planned("conv2d", w, (x, parts, bias), geometry, seen).run(x, parts, bias, **geometry)
+    return planned("conv2d", w, (x, parts, bias), geometry, intercepted).run(x, parts, bias, **geometry)
 
 
-def grad_input_now(grad, w, size, stride, padding, dilation, groups, seen):
+def compute_grad_input(grad, w, size, stride, padding, dilation, groups, intercepted):
     geometry, parts = {**named_geometry(stride, padding, dilation, groups), "size": tuple(size)}, w.parts
-    return planned("conv2d_grad_input", w, (grad, parts), geometry, seen).run(grad, parts, **geometry)
+    return planned("conv2d_grad_input", w, (grad, parts), geometry, intercepted).run(grad, parts, **geometry)
 
 
-def grad_weight_now(grad, x, w, stride, padding, dilation, groups, seen):
+def compute_grad_weight(grad, x, w, stride, padding, dilation, groups, intercepted):
     geometry = named_geometry(stride, padding, dilation, groups)
-    return gradient("conv2d_grad_weight", dense_grad_weight, w, (grad, x), geometry, seen)
+    return gradient("conv2d_grad_weight", dense_grad_weight, w, (grad, x), geometry, intercepted)
 
 
-@aten(OPS.sparse_conv.default)
-def _traced_conv(_, x, w, bias, *geometry):
-    return conv_now(x, w, bias, *geometry, intercepted(w, x, bias))
-
-
-@aten(OPS.sparse_conv_grad_input.default)
-def _traced_grad_input(_, grad, w, *size_and_geometry):
-    return grad_input_now(grad, w, *size_and_geometry, intercepted(w, grad))
-
-
-@aten(OPS.sparse_conv_grad_weight.default)
-def _traced_grad_weight(_, grad, x, w, *geometry):
-    return grad_weight_now(grad, x, w, *geometry, intercepted(w, grad, x))
-
-
+@traceable(f"sparse_conv(Tensor input, Tensor weight, Tensor? bias, {SCHEMA}")
 class Conv(Rule):
     """y = conv(x, w) + bias."""
 
-    place = 1
-    now = staticmethod(conv_now)
-
-    @staticmethod
-    def forward(x, w, bias, *geometry):
-        seen = intercepted(w, x, bias)
-        if seen and is_compiling():
-            return OPS.sparse_conv(x, w, bias, *geometry)
-        return owned(conv_now(x, w, bias, *geometry, seen))
+    weight_position = 1
+    compute = staticmethod(compute_conv)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -121,23 +97,17 @@ class Conv(Rule):
     @staticmethod
     def vmap(info, in_dims, x, w, bias, *geometry):
         if in_dims[0] is None or any(dim is not None for dim in in_dims[1:3]):
-            raise NotImplementedError("torch.vmap has no rule over a sparse weight or its bias; map over the input.")
+            raise NotImplementedError("Expected torch.vmap over the input only, got a batch of weights or biases.")
         x = x.movedim(in_dims[0], 0)
         return Conv.call(x.flatten(0, 1), w, bias, *geometry).unflatten(0, x.shape[:2]), 0
 
 
+@traceable(f"sparse_conv_grad_input(Tensor grad, Tensor weight, SymInt[] size, {SCHEMA}")
 class ConvGradInput(Rule):
     """The transposed convolution of `grad` by w, of shape `size`."""
 
-    place = 1
-    now = staticmethod(grad_input_now)
-
-    @staticmethod
-    def forward(grad, w, size, *geometry):
-        seen = intercepted(w, grad)
-        if seen and is_compiling():
-            return OPS.sparse_conv_grad_input(grad, w, size, *geometry)
-        return grad_input_now(grad, w, size, *geometry, seen)
+    weight_position = 1
+    compute = staticmethod(compute_grad_input)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -156,25 +126,19 @@ class ConvGradInput(Rule):
     @staticmethod
     def vmap(info, in_dims, grad, w, size, *geometry):
         if in_dims[0] is None or in_dims[1] is not None:
-            raise NotImplementedError("torch.vmap over a sparse weight has no rule; map over the input only.")
+            raise NotImplementedError("Expected torch.vmap over the input only, got a batch of sparse weights.")
         grad = grad.movedim(in_dims[0], 0)
         whole = (grad.shape[0] * size[0], *size[1:])
         out = ConvGradInput.call(grad.flatten(0, 1), w, whole, *geometry)
         return out.unflatten(0, (grad.shape[0], size[0])), 0
 
 
+@traceable(f"sparse_conv_grad_weight(Tensor grad, Tensor input, Tensor weight, {SCHEMA}")
 class ConvGradWeight(Rule):
     """The gradient of w at its pattern; the values of `like` do not matter."""
 
-    place = 2
-    now = staticmethod(grad_weight_now)
-
-    @staticmethod
-    def forward(grad, x, like, *geometry):
-        seen = intercepted(like, grad, x)
-        if seen and is_compiling():
-            return OPS.sparse_conv_grad_weight(grad, x, like, *geometry)
-        return grad_weight_now(grad, x, like, *geometry, seen)
+    weight_position = 2
+    compute = staticmethod(compute_grad_weight)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -197,18 +161,18 @@ def conv(
 ) -> Tensor:
     """A convolution with a sparse weight; `padding` may be "same" or "valid"."""
     if isinstance(input, SparseTensor) or not isinstance(weight, SparseTensor):
-        raise TypeError("A convolution takes a dense input and a sparse weight; call to_dense() on the input.")
+        raise TypeError("Expected a dense input and a sparse weight, got a sparse input; call to_dense() on it.")
     dims = weight.dim() - 2
     if input.dim() not in (dims + 1, dims + 2) or input.shape[-dims - 1] != weight.shape[1] * groups:
         raise RuntimeError(
-            f"A weight of shape {tuple(weight.shape)} with groups={groups} takes an input with "
-            f"{weight.shape[1] * groups} channels and {dims} more dimensions; got shape {tuple(input.shape)}."
+            f"Expected an input with {weight.shape[1] * groups} channels and {dims} more dimensions for a weight of "
+            f"shape {tuple(weight.shape)} with groups={groups}, got shape {tuple(input.shape)}."
         )
     if autocast_somewhere():
         input, weight, bias = autocast(input, weight, bias)
     if input.dtype != weight.dtype:
-        kinds = f"Input ({input.dtype}) and weight ({weight.dtype})"
-        raise RuntimeError(f"{kinds} must have the same dtype; convert one or use autocast.")
+        got = f"input {input.dtype}, weight {weight.dtype}"
+        raise RuntimeError(f"Expected operands of one dtype, got {got}; convert one or use autocast.")
     stride, dilation = (list(s) if isinstance(s, (tuple, list)) else [s] * dims for s in (stride, dilation))
     input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
     single = input.dim() == dims + 1
@@ -218,14 +182,14 @@ def conv(
 
 
 def _pad(x: Tensor, kernel, stride: list[int], padding, dilation: list[int]) -> tuple[Tensor, list[int]]:
-    """Numbers for "valid" and "same"; the odd column that "same" may need goes to the right, as in torch."""
+    """Replace "valid" and "same" by numbers; "same" may pad one more column on the right, as in torch."""
     dims = len(dilation)
     if padding == "valid":
         return x, [0] * dims
     if padding != "same":
         return x, list(padding) if isinstance(padding, (tuple, list)) else [padding] * dims
     if any(s != 1 for s in stride):
-        raise ValueError("padding='same' needs a stride of 1.")
+        raise ValueError(f"Expected a stride of 1 for padding='same', got {tuple(stride)}.")
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     extra = [side for t in reversed(total) for side in (0, t % 2)]
     return (F.pad(x, extra) if any(extra) else x), [t // 2 for t in total]

@@ -1,4 +1,4 @@
-"""Embedding look-up in a sparse table: only the rows that are asked for are unpacked."""
+"""Embedding look-up in a sparse table: only the rows that the index names are unpacked."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch_private import intercepted, is_compiling, transforms_active
-from ..dispatch import operator, planned, rows, say_densified
-from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned, traced
+from .._torch_private import is_compiling, transforms_active
+from ..dispatch import operator, planned, rows, warn_densified
+from ..tensor import Rule, SparseTensor, function, traceable, traced
 from .padding import gradient
-
-LIBRARY.define("sparse_embedding(Tensor index, Tensor weight) -> Tensor")
-LIBRARY.define("sparse_embedding_grad(Tensor grad, Tensor index, Tensor weight, int padding) -> Tensor")
 
 
 @operator("embedding", tokens=math.prod)
@@ -33,38 +30,22 @@ def embedding_grad_weight_reference(grad, index, weight, *, layout, shape, paddi
     return layout.pack_like(dense_grad_weight(grad, index, shape, padding), weight)
 
 
-def look_up(index, w, padding, seen):
+def compute_embedding(index, w, padding, intercepted):
     parts = w.parts
-    return planned("embedding", w, (index, parts), None, seen).run(index, parts)
+    return planned("embedding", w, (index, parts), None, intercepted).run(index, parts)
 
 
-def grad_now(grad, index, w, padding, seen):
+def compute_grad(grad, index, w, padding, intercepted):
     operands = (grad.contiguous(), index)
-    return gradient("embedding_grad_weight", dense_grad_weight, w, operands, {"padding": padding}, seen)
+    return gradient("embedding_grad_weight", dense_grad_weight, w, operands, {"padding": padding}, intercepted)
 
 
-@aten(OPS.sparse_embedding.default)
-def _traced_embedding(_, index, w):
-    return look_up(index, w, -1, intercepted(w, index))
-
-
-@aten(OPS.sparse_embedding_grad.default)
-def _traced_grad(_, grad, index, w, padding):
-    return grad_now(grad, index, w, padding, intercepted(w, grad, index))
-
-
+@traceable("sparse_embedding(Tensor index, Tensor weight, int padding) -> Tensor")
 class Embedding(Rule):
     """Rows of a sparse table."""
 
-    place = 1
-    now = staticmethod(look_up)
-
-    @staticmethod
-    def forward(index, w, padding):
-        seen = intercepted(w, index)
-        if seen and is_compiling():
-            return OPS.sparse_embedding(index, w)
-        return owned(look_up(index, w, padding, seen))
+    weight_position = 1
+    compute = staticmethod(compute_embedding)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -78,22 +59,16 @@ class Embedding(Rule):
     @staticmethod
     def vmap(info, in_dims, index, w, padding):
         if in_dims[1] is not None:
-            raise NotImplementedError("torch.vmap over a sparse table has no rule; map over the index only.")
+            raise NotImplementedError("Expected torch.vmap over the index only, got a batch of sparse tables.")
         return Embedding.call(index.movedim(in_dims[0], 0), w, padding), 0
 
 
+@traceable("sparse_embedding_grad(Tensor grad, Tensor index, Tensor weight, int padding) -> Tensor")
 class EmbeddingGrad(Rule):
     """The gradient of the table at its pattern; rows of the index `padding` get none."""
 
-    place = 2
-    now = staticmethod(grad_now)
-
-    @staticmethod
-    def forward(grad, index, like, padding):
-        seen = intercepted(like, grad, index)
-        if seen and is_compiling():
-            return OPS.sparse_embedding_grad(grad, index, like, padding)
-        return grad_now(grad, index, like, padding, seen)
+    weight_position = 2
+    compute = staticmethod(compute_grad)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -117,15 +92,15 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """F.embedding with a sparse table; max_norm and scale_grad_by_freq have no rule and run on a dense copy."""
+    """F.embedding with a sparse table; scale_grad_by_freq runs on a dense copy, max_norm is not supported."""
     if not isinstance(weight, SparseTensor):
-        raise TypeError("The index of an embedding must be a dense integer tensor.")
+        raise TypeError("Expected a dense integer index, got a SparseTensor.")
     if max_norm is not None:
         raise NotImplementedError(
-            f"max_norm writes into the table, {weight.sparse_layout} here: clip its rows beforehand."
+            f"Expected max_norm=None for a {weight.sparse_layout} table, got {max_norm}; clip its rows beforehand."
         )
     if scale_grad_by_freq or weight.transposed:
-        say_densified("embedding", weight.sparse_layout)
+        warn_densified("embedding", weight.sparse_layout)
         return F.embedding(input, weight.to_dense(), padding_idx, None, norm_type, scale_grad_by_freq)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     _check(input, weight)
@@ -133,9 +108,9 @@ def embedding(
 
 
 def _check(index: Tensor, w: SparseTensor) -> None:
-    """IndexError for an index out of range, where looking does not wait for a GPU or stop a compiler."""
+    """Raise IndexError for an index out of range, where the check does not wait for a GPU or stop a compiler."""
     looks = index.device.type == "cpu" and index.numel() and not traced(index)
     if looks and not is_compiling() and not transforms_active():
         low, high = map(int, torch.aminmax(index))
         if low < 0 or high >= w.shape[0]:
-            raise IndexError(f"Embedding indices go from {low} to {high}, but the table has {w.shape[0]} rows.")
+            raise IndexError(f"Expected indices from 0 to {w.shape[0] - 1}, got {low} to {high}.")

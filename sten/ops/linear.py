@@ -1,6 +1,6 @@
 """linear, matmul, mm and addmm with a sparse matrix, and their gradients.
 
-Every product of a dense and a sparse matrix is one of two, since a SparseTensor knows whether it is transposed:
+Every product of a dense and a sparse matrix is one of two, as a SparseTensor has a flag `transposed`:
 
     linear             y = x @ W.T     W stored (out, in)
     linear_grad_input  y = x @ W       the gradient of the input of the former, and W stored (in, out)
@@ -15,21 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch_private import autocast_somewhere, differentiates, intercepted, is_compiling
-from ..dispatch import find, operator, planned, run_both, say_densified
-from ..tensor import LIBRARY, OPS, Rule, SparseTensor, aten, function, owned
+from .._torch_private import autocast_somewhere, is_intercepted, must_apply
+from ..dispatch import find, operator, planned, run_both, warn_densified
+from ..tensor import Rule, SparseTensor, aten, function, traceable
 from .padding import gradient
 
-# what is checked once for a signature
+# checks, once per signature
 
 
 def _expect(w: SparseTensor, x: Tensor, size: int, bias: Tensor | None = None) -> None:
     if x.dim() == 0 or x.shape[-1] != size:
-        shapes = f"Input {tuple(x.shape)} and weight {tuple(w.shape)}"
-        raise RuntimeError(f"{shapes} do not fit: the last dimension of the input must be {size}.")
+        got = f"got shape {tuple(x.shape)}"
+        raise RuntimeError(f"Expected an input with {size} features for a weight of shape {tuple(w.shape)}, {got}.")
     if x.dtype != w.dtype or (bias is not None and bias.dtype != w.dtype):
-        kinds = f"Input ({x.dtype}), weight ({w.dtype}) and bias ({w.dtype if bias is None else bias.dtype})"
-        raise RuntimeError(f"{kinds} must have the same dtype; convert one or use autocast.")
+        got = f"input {x.dtype}, weight {w.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+        raise RuntimeError(f"Expected operands of one dtype, got {got}; convert one or use autocast.")
 
 
 def _check_linear(w: SparseTensor, x: Tensor, weight: dict, bias: Tensor | None) -> None:
@@ -71,64 +71,57 @@ def matmul_reference(input, other, *, layout, shape):
     return left @ right
 
 
-# without gradients; `seen`: the call is intercepted
+# without autograd; `intercepted`: whether the call is
 
 
 def bias_row(bias: Tensor | None, outputs: int, repeat: bool = False) -> Tensor | None:
-    """The bias as every kernel may take it: one number for each output, contiguous; a single one may `repeat`."""
+    """The bias as kernels take it, contiguous (outputs,); with `repeat`, one element is expanded to all outputs."""
     if bias is None:
         return None
     if repeat and bias.dim() < 2 and bias.numel() == 1:
         bias = bias.expand(outputs)
     if bias.shape != (outputs,):
-        raise RuntimeError(f"The bias of {outputs} outputs must have the shape ({outputs},); got {tuple(bias.shape)}.")
+        raise RuntimeError(f"Expected a bias of shape ({outputs},), got {tuple(bias.shape)}.")
     return bias.contiguous()
 
 
-def linear_now(x: Tensor, w: SparseTensor, bias: Tensor | None, seen: bool) -> Tensor:
+def compute_linear(x: Tensor, w: SparseTensor, bias: Tensor | None, intercepted: bool) -> Tensor:
     """x @ w.T + bias."""
     if w.transposed:
-        return _times(x, w, bias, seen)
+        return _times(x, w, bias, intercepted)
     parts = w.parts
-    return planned("linear", w, (x, parts, bias), None, seen).run(x, parts, bias)
+    return planned("linear", w, (x, parts, bias), None, intercepted).run(x, parts, bias)
 
 
-def matmul_now(x: Tensor, w: SparseTensor, bias: Tensor | None, seen: bool) -> Tensor:
+def compute_matmul(x: Tensor, w: SparseTensor, bias: Tensor | None, intercepted: bool) -> Tensor:
     """x @ w + bias."""
     if not w.transposed:
-        return _times(x, w, bias, seen)
+        return _times(x, w, bias, intercepted)
     parts = w.parts
-    return planned("linear", w, (x, parts, bias), None, seen).run(x, parts, bias)
+    return planned("linear", w, (x, parts, bias), None, intercepted).run(x, parts, bias)
 
 
-def _times(x: Tensor, w: SparseTensor, bias: Tensor | None, seen: bool) -> Tensor:
-    """x @ the stored matrix: by a kernel of matmul, or of the gradient of linear's input, which is the same product."""
+def _times(x: Tensor, w: SparseTensor, bias: Tensor | None, intercepted: bool) -> Tensor:
+    """x @ the stored matrix, by a kernel of matmul, or of linear_grad_input, which is the same product."""
     parts = w.parts
-    y = planned("matmul", w, (x, parts), None, seen).run(x, parts)
+    y = planned("matmul", w, (x, parts), None, intercepted).run(x, parts)
     return y if bias is None else y + bias_row(bias, y.shape[-1])
 
 
-def grad_weight_now(grad: Tensor, x: Tensor, w: SparseTensor, seen: bool) -> SparseTensor:
+def compute_grad_weight(grad: Tensor, x: Tensor, w: SparseTensor, intercepted: bool) -> SparseTensor:
     """The gradient of linear's weight, grad.T @ x, at the pattern of w."""
     if w.transposed:
         grad, x = x, grad
-    return gradient("linear_grad_weight", dense_grad_weight, w, (grad, x), None, seen)
+    return gradient("linear_grad_weight", dense_grad_weight, w, (grad, x), None, intercepted)
 
 
-# what torch.compile sees: opaque operators on the SparseTensor, which __torch_dispatch__ runs
-
-LIBRARY.define("sparse_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
-LIBRARY.define("sparse_matmul(Tensor input, Tensor other, Tensor? bias) -> Tensor")
-LIBRARY.define("sparse_grad_weight(Tensor grad, Tensor input, Tensor weight) -> Tensor")
-aten(OPS.sparse_linear.default)(lambda _, x, w, bias: linear_now(x, w, bias, intercepted(w, x, bias)))
-aten(OPS.sparse_matmul.default)(lambda _, x, w, bias: matmul_now(x, w, bias, intercepted(w, x, bias)))
-aten(OPS.sparse_grad_weight.default)(lambda _, grad, x, w: grad_weight_now(grad, x, w, intercepted(w, grad, x)))
+# with autograd
 
 
 def over_batch(apply, info, in_dims, x, *rest):
-    """vmap over the activations alone: one more leading dimension. A batch of sparse weights has no kernel."""
+    """vmap over the activations: one more leading dimension. There is no kernel for a batch of sparse weights."""
     if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
-        raise NotImplementedError("torch.vmap over a sparse weight or its bias has no rule; map over the input only.")
+        raise NotImplementedError("Expected torch.vmap over the input only, got a batch of sparse weights or biases.")
     return apply(x.movedim(in_dims[0], 0), *rest), 0
 
 
@@ -136,22 +129,18 @@ def _sum_rows(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
+def _save_operands(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+@traceable("sparse_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 class Linear(Rule):
     """y = x @ w.T + bias."""
 
-    place = 1
-    now = staticmethod(linear_now)
+    weight_position = 1
+    compute = staticmethod(compute_linear)
 
-    @staticmethod
-    def forward(x, w, bias):
-        seen = intercepted(w, x, bias)
-        if seen and is_compiling():
-            return OPS.sparse_linear(x, w, bias)
-        return owned(linear_now(x, w, bias, seen))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
+    setup_context = staticmethod(_save_operands)
 
     @staticmethod
     def backward(ctx, grad):
@@ -168,22 +157,14 @@ class Linear(Rule):
         return over_batch(Linear.call, info, in_dims, x, w, bias)
 
 
+@traceable("sparse_matmul(Tensor input, Tensor other, Tensor? bias) -> Tensor")
 class Matmul(Rule):
     """y = x @ w + bias."""
 
-    place = 1
-    now = staticmethod(matmul_now)
+    weight_position = 1
+    compute = staticmethod(compute_matmul)
 
-    @staticmethod
-    def forward(x, w, bias):
-        seen = intercepted(w, x, bias)
-        if seen and is_compiling():
-            return OPS.sparse_matmul(x, w, bias)
-        return owned(matmul_now(x, w, bias, seen))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
+    setup_context = staticmethod(_save_operands)
 
     @staticmethod
     def backward(ctx, grad):
@@ -200,22 +181,14 @@ class Matmul(Rule):
         return over_batch(Matmul.call, info, in_dims, x, w, bias)
 
 
+@traceable("sparse_grad_weight(Tensor grad, Tensor input, Tensor weight) -> Tensor")
 class GradWeight(Rule):
     """g.T @ x at the pattern of `like` (whose values do not matter)."""
 
-    place = 2
-    now = staticmethod(grad_weight_now)
+    weight_position = 2
+    compute = staticmethod(compute_grad_weight)
 
-    @staticmethod
-    def forward(grad, x, like):
-        seen = intercepted(like, grad, x)
-        if seen and is_compiling():
-            return OPS.sparse_grad_weight(grad, x, like)
-        return grad_weight_now(grad, x, like, seen)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0], inputs[1])
+    setup_context = staticmethod(_save_operands)
 
     @staticmethod
     def backward(ctx, grad_values):
@@ -247,21 +220,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         input, weight, bias = autocast(input, weight, bias)
     if bias is not None and (bias.dim() != 1 or bias.numel() == 1 or not bias.is_contiguous()):
         bias = bias_row(bias, weight.shape[0], repeat=True)
-    seen = intercepted(weight, input, bias)
-    if seen and differentiates():
+    intercepted = is_intercepted(weight, input, bias)
+    if intercepted and must_apply():
         return Linear.apply(input, weight, bias)
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return Linear.record(input, weight, bias)
     if weight.transposed:
-        return linear_now(input, weight, bias, seen)
-    parts = weight.parts  # as `linear_now`, a call less: this is where a model spends its time
-    return planned("linear", weight, (input, parts, bias), None, seen).run(input, parts, bias)
+        return compute_linear(input, weight, bias, intercepted)
+    parts = weight.parts  # as `compute_linear`, with one call less: this is the hot path
+    return planned("linear", weight, (input, parts, bias), None, intercepted).run(input, parts, bias)
 
 
 def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
-    """x @ w + bias for x of any number of dimensions: linear with the weight the other way round."""
+    """x @ w + bias for x of any number of dimensions: linear with the transposed weight."""
     if autocast_somewhere():
         x, w, bias = autocast(x, w, bias)
     if bias is not None:
@@ -273,7 +246,7 @@ def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """torch.matmul with a sparse matrix on the left or the right."""
     if input.dim() < 1 or other.dim() < 1:
-        raise RuntimeError("Both arguments of matmul need at least one dimension.")
+        raise RuntimeError(f"Expected operands with at least one dimension, got {input.dim()} and {other.dim()}.")
     left, right = isinstance(input, SparseTensor), isinstance(other, SparseTensor)
     if left and right:
         return _both(input, other)
@@ -285,12 +258,12 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
 
 
 def _both(a: SparseTensor, b: SparseTensor) -> Tensor:
-    """Sparse times sparse, dense result: a registered kernel, or the right operand unpacked, with a warning."""
+    """Sparse times sparse, with a dense result: by a registered kernel, or on a dense copy of the right operand."""
     registered = find("matmul", a.parts["values"].device.type, (a.sparse_layout, b.sparse_layout)) is not None
-    recorded = differentiates() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+    recorded = must_apply() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     if registered and not (a.transposed or b.transposed or recorded):
         return run_both("matmul", a, b)
-    say_densified("matmul", b.sparse_layout)
+    warn_densified("matmul", b.sparse_layout)
     return matmul(a, b.to_dense())
 
 
@@ -301,7 +274,7 @@ def rmatmul(other: Tensor, input: Tensor) -> Tensor:
 
 @function(torch.addmm, Tensor.addmm)
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1) -> Tensor:
-    """beta * input + alpha * mat1 @ mat2; a bias vector, without factors, goes into the kernel."""
+    """beta * input + alpha * mat1 @ mat2; a bias vector without factors is passed to the kernel."""
     dense = not isinstance(input, SparseTensor) and not isinstance(mat1, SparseTensor)
     if dense and beta == alpha == 1 and input.shape == mat2.shape[1:]:
         return times(mat1, mat2, input)
@@ -309,7 +282,7 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1) -> Tens
     return beta * input + (product if alpha == 1 else alpha * product)
 
 
-# the same products where torch asks for them below autograd (a fused layer that it takes apart, say)
+# the same products below autograd, where torch decomposes a fused layer
 
 
 def _below_autograd(rule):

@@ -1,4 +1,4 @@
-"""Padding and patterns: which slots are live, and how a dense operand or a gradient gets to them."""
+"""Padding: which slots of the values are used; dense operands and gradients at a pattern."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from ..dispatch import planned
 from ..tensor import SparseTensor, project_now, traced, unpack
 
 
-def live_slots(w: SparseTensor) -> Tensor | None:
-    """Bool mask of the slots of `values` that are not padding; None where every slot is live.
+def used_slots(w: SparseTensor) -> Tensor | None:
+    """Bool mask of the slots of `values` that are not padding; None if all are used.
 
-    Computed once for a pattern and kept in its cache, until `invalidate`, or an edit that the parts' versions show.
+    It is cached for a pattern until `invalidate`, or until the version of a part changes.
     """
     pattern = [p for name, p in w.parts.items() if name != "values"]
     if not pattern or any(traced(p) or p.is_inference() for p in pattern):
-        return _find(w)
+        return _compute_used_slots(w)
     cache, state = w.cache, [(id(p), p._version) for p in pattern]
-    if cache.live is None or cache.live[0] != state:
-        live = _find(w)
-        cache.live = state, None if bool(live.all()) else live
-    return cache.live[1]
+    if cache.used_slots is None or cache.used_slots[0] != state:
+        used = _compute_used_slots(w)
+        cache.used_slots = state, None if bool(used.all()) else used
+    return cache.used_slots[1]
 
 
-def _find(w: SparseTensor) -> Tensor:
+def _compute_used_slots(w: SparseTensor) -> Tensor:
     return w.sparse_layout.pack_like(
         torch.ones(w.stored_shape, dtype=torch.bool, device=w.parts["values"].device), w.parts
     )
 
 
-def only_live(w: SparseTensor, values: Tensor) -> SparseTensor:
-    """`w` with these values, padded slots zeroed: an operator that writes every slot must leave them as they were."""
-    live = live_slots(w)
-    return w.with_values(values if live is None else torch.where(live, values, 0))
+def zero_padding(w: SparseTensor, values: Tensor) -> SparseTensor:
+    """`w` with these values, the padding zeroed: for operators that write every slot."""
+    used = used_slots(w)
+    return w.with_values(values if used is None else torch.where(used, values, 0))
 
 
-def clear_padding(w: SparseTensor) -> None:
-    """The same in place, after an operator wrote every slot of `w`."""
-    live = live_slots(w)
-    if live is not None:
-        w.parts["values"].masked_fill_(~live, 0)
+def zero_padding_(w: SparseTensor) -> None:
+    """Zero the padding of `w` in place, after an operator wrote every slot."""
+    used = used_slots(w)
+    if used is not None:
+        w.parts["values"].masked_fill_(~used, 0)
 
 
 def dense_to_values(w: SparseTensor, dense: Tensor, name: str) -> Tensor:
-    """The values of a dense operand that an in-place operator writes; it must be zero off the pattern.
+    """The values of a dense operand that an in-place operator writes; ValueError if it has non-zeros off the pattern.
 
-    Except in a backward pass, where autograd accumulates: a dense gradient is projected to the pattern.
+    In a backward pass, where autograd accumulates gradients, these are dropped instead.
     """
     dense = torch.broadcast_to(dense, w.shape)
     gathered = project_now(dense, w)
     accumulates = backward_pass() != -1
     if not accumulates and not torch.equal(unpack(gathered), dense.to(gathered.dtype)):
         raise ValueError(
-            f"{name} would write a tensor with non-zeros off the pattern into a {w.sparse_layout} weight: mask it "
-            "first (tensor * w.mask()), or use sten.densify."
+            f"Expected no non-zeros off the pattern of a {w.sparse_layout} weight for {name}, got some; mask the "
+            "tensor first (tensor * w.mask()), or use sten.densify."
         )
     return gathered.parts["values"]
 
@@ -69,22 +69,25 @@ def gradient(
     w: SparseTensor,
     operands: tuple,
     geometry: dict[str, Any] | None,
-    seen: bool,
+    intercepted: bool,
 ) -> SparseTensor:
     """The gradient of a weight, at its pattern.
 
-    Where a training method wants it dense (`PatternCache.dense_gradient`), it is computed dense, once, and handed over.
+    If a training method set `PatternCache.dense_gradient`, the gradient is computed dense, once, and passed to it.
 
     Args:
-        name: the operator, whose kernels take `operands`, then the parts of the weight, and `geometry`.
-        dense: `dense(*operands, shape, **geometry)` computes the same for every entry.
-        seen: whether the call is intercepted.
+        name: the operator.
+        dense: `dense(*operands, shape, **geometry)` computes the dense gradient.
+        w: the weight.
+        operands: of the operator, without the parts of the weight, which come last.
+        geometry: keywords of the operator.
+        intercepted: whether the call is intercepted.
     """
-    geometry, parts, wants = geometry or {}, w.parts, w.cache.dense_gradient
-    if wants is None:
-        values = planned(name, w, (*operands, parts), geometry, seen).run(*operands, parts, **geometry)
+    geometry, parts, receive = geometry or {}, w.parts, w.cache.dense_gradient
+    if receive is None:
+        values = planned(name, w, (*operands, parts), geometry, intercepted).run(*operands, parts, **geometry)
     else:
-        whole = dense(*operands, w.stored_shape, **geometry)
-        wants(whole)
-        values = w.sparse_layout.pack_like(whole, parts)
+        grad = dense(*operands, w.stored_shape, **geometry)
+        receive(grad)
+        values = w.sparse_layout.pack_like(grad, parts)
     return w.with_values(values)

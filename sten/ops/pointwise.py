@@ -1,8 +1,8 @@
 """Pointwise operators and reductions.
 
-- in place with a scalar or a tensor of the same pattern: on the stored entries alone;
-- out of place with f(0) = 0, or between same patterns: on the stored entries; otherwise the correct dense tensor;
-- a dense factor is gathered at the pattern; a dense operand in place must be zero off the pattern, or is refused.
+- in place with a scalar or a tensor of the same pattern: on the stored entries only;
+- out of place with f(0) = 0, or between equal patterns: on the stored entries; otherwise the result is dense;
+- a dense factor is gathered at the pattern; a dense operand of an in-place operator must be zero off the pattern.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch_private import tree_map
 from ..tensor import SparseTensor, aten, function, project, project_now, unpack
-from .padding import clear_padding, dense_to_values, only_live
+from .padding import dense_to_values, zero_padding, zero_padding_
 
 A = torch.ops.aten
 
@@ -31,7 +31,7 @@ FOREACH = """add_ sub_ mul_ div_ lerp_ addcmul_ addcdiv_ sqrt_ neg_ abs_ zero_ c
 
 
 def overloads(names: str, ending: str = "") -> list:
-    """Every aten overload of these operators that does not write into an `out`."""
+    """Every aten overload of these operators without `out`."""
     packets = [getattr(A, name + ending) for name in names.split()]
     return [getattr(p, o) for p in packets for o in p.overloads() if "out" not in o and "grad_input" not in o]
 
@@ -50,7 +50,7 @@ def first_sparse(args) -> SparseTensor:
 
 
 def same_patterns(args) -> bool:
-    """Whether every operand is a number or has the pattern of the first sparse one."""
+    """Whether every operand is a scalar or has the pattern of the first sparse one."""
     w = first_sparse(args)
     return all(is_scalar(a) or (isinstance(a, SparseTensor) and w.same_pattern(a)) for a in args)
 
@@ -60,14 +60,14 @@ def values_of(a):
 
 
 def on_values(func, args, kwargs) -> SparseTensor:
-    """The operator on the stored entries; padding, which a division (0 / 0) may have spoiled, is zero again."""
+    """The operator on the stored entries; padding that a division (0 / 0) made NaN is zeroed."""
     w, out = first_sparse(args), func(*map(values_of, args), **kwargs)
-    return only_live(w, out) if func in DIVISIONS or func is A.addcdiv.default else w.with_values(out)
+    return zero_padding(w, out) if func in DIVISIONS or func is A.addcdiv.default else w.with_values(out)
 
 
 @aten(*overloads(TO_DENSE), *overloads("pow"), A.sum.dim_IntList, A.mean.dim)
 def dense_result(func, *args, **kwargs):
-    """The operator on dense copies: its result is dense by nature (f(0) is not 0)."""
+    """The operator on dense copies, without a warning, since f(0) != 0 makes the result dense."""
     args, kwargs = tree_map(lambda a: unpack(a) if isinstance(a, SparseTensor) else a, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -79,7 +79,7 @@ def keep_zero(func, w, *args, **kwargs):
 
 @aten(*overloads(SAME_PATTERN))
 def same_pattern(func, a, b, *rest, **kwargs):
-    """Between tensors of one pattern: on the stored entries. Anything else, w + 1 included, is dense."""
+    """On the stored entries between tensors of one pattern; otherwise dense, w + 1 included."""
     sparse = isinstance(a, SparseTensor) and isinstance(b, SparseTensor) and same_patterns((a, b, *rest))
     return (on_values if sparse else _dense_call)(func, (a, b, *rest), kwargs)
 
@@ -113,7 +113,7 @@ def gathered(x: Tensor, w: SparseTensor) -> SparseTensor:
 
 def _factor_function(func):
     def rule(a, b, **kwargs):
-        """A dense factor that is trained gets a dense gradient: it goes through a differentiable gather."""
+        """A dense factor that requires a gradient is gathered differentiably, so that its gradient is dense."""
         w = first_sparse((a, b))
         other = b if w is a else a
         trained = isinstance(other, Tensor) and not isinstance(other, SparseTensor) and other.requires_grad
@@ -134,12 +134,12 @@ for _name in ("mul", "multiply", "__mul__", "__rmul__", "div", "divide", "__true
 
 @aten(*overloads(IN_PLACE, "_"))
 def in_place(func, w, *args, **kwargs):
-    """On the stored entries alone; a dense target takes the sparse operand as dense."""
+    """On the stored entries only; for a dense target the sparse operand is unpacked."""
     if not isinstance(w, SparseTensor):
         return dense_result(func, w, *args, **kwargs)
     func(w.parts["values"], *[a if is_scalar(a) else _operand(func, w, a) for a in args], **kwargs)
     if func not in ZERO_SAFE:
-        clear_padding(w)
+        zero_padding_(w)
     return w
 
 
@@ -153,14 +153,14 @@ def _operand(func, w: SparseTensor, a: Tensor) -> Tensor:
 
 @aten(A.masked_fill_.Scalar, A.masked_fill_.Tensor)
 def masked_fill_(func, w, mask, value):
-    """Zero goes anywhere; any other number onto stored entries alone, so the mask must be off elsewhere."""
+    """Fill with zero anywhere; with another number only at stored entries, so that the mask must be off elsewhere."""
     if not isinstance(w, SparseTensor):
         return dense_result(func, w, mask, value)
     if not is_scalar(mask):
         gather = value == 0 or isinstance(mask, SparseTensor)
         mask = gathered(mask, w).parts["values"] if gather else dense_to_values(w, mask, "masked_fill_")
     w.parts["values"].masked_fill_(mask, value)
-    clear_padding(w)
+    zero_padding_(w)
     return w
 
 
@@ -172,11 +172,11 @@ def masked_fill(func, w, mask, value):
 
 @aten(A.maximum.out, A.minimum.out)
 def extremum_out(func, a, b, *, out):
-    """As amsgrad keeps its state: into a tensor of the same pattern."""
+    """As amsgrad updates its state: into a tensor of the same pattern."""
     return out.copy_(torch.maximum(a, b) if func is A.maximum.out else torch.minimum(a, b))
 
 
-# reductions over everything need the stored entries alone
+# reductions over all entries need only the stored ones
 
 
 @aten(A.sum.default)
@@ -217,7 +217,7 @@ def unscale(func, grads, found_inf, inv_scale):
 
 
 def _add_products(func, single, tensors, first, second, values):
-    """addcmul and addcdiv take their factor by keyword, where the foreach operators have it in the third place."""
+    """addcmul and addcdiv take `value` as a keyword, the foreach operators as the third positional argument."""
     values = list(values) if isinstance(values, (list, tuple, Tensor)) else [values] * len(tensors)
     rows = zip(tensors, first, second, values, strict=True)
     out = [single(t, a, b, value=v) for t, a, b, v in rows]

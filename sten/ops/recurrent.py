@@ -1,11 +1,11 @@
-"""Fused recurrent layers have no sparse form: they run on dense copies, differentiably, with one warning."""
+"""Fused recurrent layers (LSTM, GRU, RNN) run on dense copies, differentiably, with one warning."""
 
 from __future__ import annotations
 
 import torch
 
 from .._torch_private import fused_recurrent, tree_leaves, tree_map
-from ..dispatch import say_densified
+from ..dispatch import warn_densified
 from ..tensor import SparseTensor, function
 
 KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -15,7 +15,7 @@ FUSED = [getattr(fused_recurrent, kind + ending) for kind in KINDS for ending in
 def _dense_rule(fused):
     def rule(*args, **kwargs):
         first = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, SparseTensor))
-        say_densified(fused.__name__, first.sparse_layout)
+        warn_densified(fused.__name__, first.sparse_layout)
         args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
         return fused(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What torch asks of every tensor: detach, clone, copies to another dtype or device, transposes, views, empty twins."""
+"""detach, clone, copies to another dtype or device, transposes, views, and new tensors like a SparseTensor."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import contextlib
 import torch
 
 from .._torch_private import correct_aliasing
-from ..dispatch import say_densified
+from ..dispatch import warn_densified
 from ..tensor import SparseTensor, aten, unpack
-from .padding import dense_to_values as dense_to_values
-from .padding import only_live
+from .padding import zero_padding
 
 A = torch.ops.aten
 
 
 def each_part(change, w: SparseTensor) -> SparseTensor:
-    """The same weight with `change` applied to every part: a pattern of its own."""
+    """A copy of the weight with `change` applied to every part, so that it has its own pattern."""
     return SparseTensor(w.sparse_layout, {n: change(p) for n, p in w.parts.items()}, w.stored_shape, w.transposed)
 
 
 def alias(func, args: tuple, transposed: bool) -> SparseTensor:
-    """The result of a view: the same parts in a new tensor, that autograd knows as a view.
+    """A new tensor with the same parts, which autograd knows as a view.
 
     In inference mode a view of an ordinary tensor is ordinary, but a new wrapper would not be.
     """
@@ -45,7 +44,7 @@ def clone(func, w, *, memory_format=None):
 @aten(A.t.default)
 def t(func, w):
     if w.dim() != 2:
-        raise RuntimeError(f"t() transposes a matrix; this weight has shape {tuple(w.shape)}.")
+        raise RuntimeError(f"Expected a matrix for t(), got shape {tuple(w.shape)}.")
     return alias(func, (w,), not w.transposed)
 
 
@@ -62,21 +61,21 @@ def permute(func, w, dims):
 
 
 def _flips(w: SparseTensor, dims: list[int]) -> bool:
-    """Whether this order of dimensions is a transposition (or no change); an error where it is neither."""
+    """Whether this order of dimensions transposes a matrix; NotImplementedError for other permutations."""
     same = dims == list(range(w.dim()))
     if not same and w.dim() != 2:
         raise NotImplementedError(
-            f"Only a matrix can be transposed in {w.sparse_layout}; this has shape {tuple(w.shape)}."
+            f"Expected a matrix to transpose in {w.sparse_layout}, got shape {tuple(w.shape)}; call to_dense() first."
         )
     return not same
 
 
 @aten(A.view.default, A._unsafe_view.default, A.reshape.default, A.expand.default)
 def view(func, w, size, **kwargs):
-    """To its own shape, as gradients are; any other shape is dense."""
+    """A view of the same shape, as autograd makes of gradients; any other shape is dense."""
     if len(size) == w.dim() and all(want in (-1, have) for want, have in zip(size, w.shape, strict=True)):
         return alias(func, (w, size), w.transposed)
-    say_densified("view", w.sparse_layout)
+    warn_densified("view", w.sparse_layout)
     return func(unpack(w).contiguous(), size, **kwargs)
 
 
@@ -84,34 +83,34 @@ def view(func, w, size, **kwargs):
 def to_copy(func, w, *, dtype=None, device=None, layout=None, pin_memory=None, non_blocking=False, memory_format=None):
     if dtype is not None and not dtype.is_floating_point:
         return func(unpack(w), dtype=dtype, device=device, non_blocking=non_blocking)
-    place = {"device": device, "non_blocking": non_blocking}
-    parts = {n: p.to(**place) if device is not None else p for n, p in w.parts.items()}
+    target = {"device": device, "non_blocking": non_blocking}
+    parts = {n: p.to(**target) if device is not None else p for n, p in w.parts.items()}
     same = all(p is w.parts[n] for n, p in parts.items() if n != "values")
-    parts["values"] = func(w.parts["values"], dtype=dtype, **place)
+    parts["values"] = func(w.parts["values"], dtype=dtype, **target)
     return SparseTensor(w.sparse_layout, parts, w.stored_shape, w.transposed, cache=w.cache if same else None)
 
 
 @aten(A.zeros_like.default, A.empty_like.default, A.ones_like.default, A.rand_like.default, A.randn_like.default)
 def like(func, w, *, dtype=None, device=None, **_):
-    """A twin with the same pattern, its padding zero as the layout's law asks; optimizers make their state so."""
-    return _twin(getattr(torch, func._schema.name.removeprefix("aten::")), w, dtype, device)
+    """A SparseTensor with the same pattern, and zero padding as layouts require; optimizers make their state so."""
+    return _with_pattern(getattr(torch, func._schema.name.removeprefix("aten::")), w, dtype, device)
 
 
 @aten(A.full_like.default)
 def full_like(func, w, value, *, dtype=None, device=None, **_):
-    return _twin(lambda values, dtype: torch.full_like(values, value, dtype=dtype), w, dtype, device)
+    return _with_pattern(lambda values, dtype: torch.full_like(values, value, dtype=dtype), w, dtype, device)
 
 
-def _twin(make, w: SparseTensor, dtype, device) -> SparseTensor:
+def _with_pattern(make, w: SparseTensor, dtype, device) -> SparseTensor:
     source = w if device is None else each_part(lambda p: p.to(device), w)
-    return only_live(source, make(source.parts["values"], dtype=dtype))
+    return zero_padding(source, make(source.parts["values"], dtype=dtype))
 
 
 @aten(A.new_empty_strided.default, A.new_empty.default, A.new_zeros.default)
 def new_like(func, w, size, stride=None, *, dtype=None, device=None, **_):
-    """A buffer of the tensor's own shape is a twin (autograd accumulates into one); of another shape, dense."""
+    """With the same shape, a SparseTensor with the same pattern (autograd accumulates into it); otherwise dense."""
     if tuple(size) == tuple(w.shape):
-        return _twin(torch.zeros_like, w, dtype, device)
+        return _with_pattern(torch.zeros_like, w, dtype, device)
     plain = w.parts["values"].new_empty(0, dtype=dtype, device=device)
     return func(plain, size, *([] if stride is None else [stride]))
 

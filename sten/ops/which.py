@@ -1,4 +1,4 @@
-"""`which`: the Plan that an operator would run, and why, without running it."""
+"""which: the Plan that an operator would run, and why, without running it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ..tensor import SparseTensor, contiguous_strides
 from .conv import named_geometry
 from .linear import bias_row
 
+# which dimension of the weight the features of the first operand are
 FEATURES = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weight": 0, "embedding_grad_weight": 1}
 
 
@@ -24,23 +25,27 @@ def which(
     bias: Tensor | None = None,
     **geometry: Any,
 ) -> Plan:
-    """The Plan that would run for an operator on a sparse weight, without running it; print it to read why.
+    """Return the Plan that runs an operator on a sparse weight, without running it; print it to read the reason.
 
-    It is the object that a call with such operands runs, unless a compiler, a mode, a profiler or the like looks on.
+    It is the same object that a call with such operands runs, unless the call is intercepted by a compiler, a mode, a
+    profiler, torch.func or forward AD.
 
     Args:
-        operator: a name in `sten.extend.OPERATORS`, as the user means it: "linear" is x @ weight.T, "matmul" is
-            x @ weight. A transposed weight resolves to the product that really runs.
-        x: the first operand (activations, an index, or for "..._grad_..." the gradient), or its shape: then it is
-            contiguous, of the weight's dtype and device, as all further operands are taken to be.
-        weight: a `SparseTensor`; a module's weight in trainable form reads as one.
+        operator: a name in `sten.extend.OPERATORS`: "linear" is x @ weight.T, "matmul" is x @ weight. For a transposed
+            weight the Plan is that of the product that runs.
+        x: the first operand (activations, an index, or for "..._grad_..." the gradient), or its shape. A shape stands
+            for a contiguous tensor of the weight's dtype and device, as do all other operands.
+        weight: a `SparseTensor`, such as `model[0].weight` of a sparse model, also in trainable form.
         bias: of "linear" or "conv2d".
-        **geometry: of a convolution, as numbers or tuples: stride, padding, dilation, groups (for "conv2d" as the
-            shapes say), and `size`, the input's, for its gradients. Of "embedding_grad_weight": padding.
+        **geometry: of a convolution, as integers or tuples: stride, padding, dilation, groups (for "conv2d" derived
+            from the shapes), and for its gradients `size`, the shape of the input. Of "embedding_grad_weight": padding.
+
+    Returns:
+        A `sten.extend.Plan`: its `kernel`, `variant` and `reason` say what runs and why.
 
     Raises:
-        ValueError: an unknown operator, or a shape that does not fit.
-        TypeError: the weight is not sparse.
+        ValueError: `operator` is unknown, or the shape of x does not match the weight.
+        TypeError: `weight` is not a SparseTensor, or x is neither a tensor nor a shape.
 
     Example:
         >>> import torch, sten
@@ -51,9 +56,10 @@ def which(
         'linear_grad_input'
     """
     if operator not in OPERATORS:
-        raise ValueError(f"No operator named {operator!r}; sten has {', '.join(sorted(OPERATORS))}.")
+        raise ValueError(f"Expected one of {', '.join(sorted(OPERATORS))}, got {operator!r}.")
     if not isinstance(weight, SparseTensor):
-        raise TypeError(f"which() takes a SparseTensor; got {type(weight).__name__}, whose operators torch runs.")
+        kind = type(weight).__name__
+        raise TypeError(f"Expected a SparseTensor, got {kind}; convert it by sten.from_dense or sten.sparsify.")
     shape = _shape(x)
     _expect(operator, shape, weight)
     with no_function():
@@ -74,14 +80,14 @@ def which(
 
 
 def _resolve(operator: str, w: SparseTensor) -> str:
-    """The operator of the table that a product becomes for this weight; any other is itself."""
+    """The operator in the table for a product with this weight; other operators are unchanged."""
     if operator not in ("linear", "matmul", "linear_grad_input"):
         return operator
     return "linear" if (operator == "linear") != w.transposed else "matmul"
 
 
 class Contiguous:
-    """What a signature reads of a contiguous tensor that is not made: on the weight's device, of its dtype or int64."""
+    """The attributes of a contiguous tensor that a signature reads, of the weight's device and dtype, or int64."""
 
     def __init__(self, shape: tuple[int, ...], like: SparseTensor, indices: bool = False) -> None:
         self.shape, self.device = torch.Size(shape), like.device
@@ -101,18 +107,18 @@ class Contiguous:
 
 
 def _in_order(operator: str, first: Any, w: SparseTensor, bias: Tensor | None) -> tuple:
-    """The operands as the reference names them: parts for a sparse one, then `first`, and a bias."""
-    known, operands, free = OPERATORS[operator], [], first
-    for name, parameter in inspect.signature(known.reference).parameters.items():
+    """The operands in the order of the reference implementation: parts of the weight, `first`, and a bias."""
+    op, operands, dense = OPERATORS[operator], [], first
+    for name, parameter in inspect.signature(op.reference).parameters.items():
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
             continue
-        if name == known.sparse[-1]:
+        if name == op.sparse[-1]:
             operands.append(w.parts)
         elif name == "bias":
             operands.append(bias_row(bias, w.stored_shape[0], repeat=True))
         else:
-            operands.append(free)
-            free = None
+            operands.append(dense)
+            dense = None
     return tuple(operands)
 
 
@@ -138,26 +144,25 @@ def _convolution(operator: str, first: Any, w: SparseTensor, bias: Tensor | None
 def _shape(x) -> tuple[int, ...]:
     shape = x.shape if isinstance(x, Tensor) else x
     if not isinstance(shape, (tuple, list)) or not all(isinstance(size, int) for size in shape):
-        raise TypeError(f"x is the first operand or its shape, a tuple of sizes; got {x!r}.")
+        raise TypeError(f"Expected a tensor or a shape, a tuple of sizes, got {x!r}.")
     return tuple(shape)
 
 
 def _expect(operator: str, shape: tuple[int, ...], w: SparseTensor) -> None:
-    """ValueError unless a first operand of this shape goes with the weight."""
+    """Raise ValueError unless the shape of the first operand matches the weight."""
     if operator.startswith("conv"):
-        fits = w.dim() > 2 and len(shape) in (w.dim() - 1, w.dim())
+        matches = w.dim() > 2 and len(shape) in (w.dim() - 1, w.dim())
         channels = w.shape[1] if operator == "conv2d" else w.shape[0]
-        fits = fits and shape[1 - w.dim()] % channels == 0
-        wanted = f"{channels} channels and {w.dim() - 2} more dimensions"
+        matches = matches and shape[1 - w.dim()] % channels == 0
+        expected = f"{channels} channels and {w.dim() - 2} more dimensions"
     elif operator in FEATURES:
         size = w.shape[FEATURES[operator]]
-        fits, wanted = shape[-1:] == (size,), f"{size} features, in its last dimension"
+        matches, expected = shape[-1:] == (size,), f"{size} features in the last dimension"
     else:
         return
-    if not fits:
-        raise ValueError(
-            f"{operator} with a weight of shape {tuple(w.shape)} takes a first operand with {wanted}; got {shape}."
-        )
+    if not matches:
+        weight = f"{operator} and a weight of shape {tuple(w.shape)}"
+        raise ValueError(f"Expected a first operand with {expected} for {weight}, got {shape}.")
 
 
 __all__ = ["which"]

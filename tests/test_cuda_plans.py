@@ -1,4 +1,4 @@
-"""What the table says of CUDA, asked without a GPU: a Plan is prepared without a tensor."""
+"""Plans of the CUDA kernels, prepared without a GPU and without tensors."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def test_dtypes(layout, operator):
 
 @pytest.mark.parametrize("operator", ["linear", "linear_grad_input", "linear_grad_weight"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_size_that_is_a_symbol(layout, operator):
-    """Nothing is known of the tokens while the call is intercepted; the Plan runs an operator that decides later."""
+def test_a_symbolic_size(layout, operator):
+    """The number of tokens is unknown in an intercepted call; the Plan runs an operator that decides later."""
     flags = dispatch.Flags(None, None, torch.device("cuda"))
     plan = dispatch.prepare(operator, layout, (256, 256), torch.bfloat16, flags)
     assert plan.run is not None and plan.reason
@@ -58,7 +58,7 @@ def switch():
     ids=str,
 )
 def test_tf32_decides(operator, layout, density, with_tf32, exactly, switch):
-    """Tensor cores take fp32 only where torch's own switch allows them to round; each side has its own best variant."""
+    """Tensor cores run fp32 only if torch's switch allows tf32; each setting has its own best variant."""
     entries = int(1024 * 1024 * (density or 0.25))
     for allowed, expected in ((True, with_tf32), (False, exactly)):
         switch(allowed)
