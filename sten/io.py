@@ -120,11 +120,20 @@ def load(model: Model, path: str | os.PathLike) -> Model:
         >>> model.weight.density
         0.5
     """
+    targets = once_each(all_weights(model))
+    state = _read(path)
+    current = finalized_state(model)
+    _expect_fit(current, state)
+    _adopt(targets, current, state)
+    return model
+
+
+def _read(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state in a file, checked."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError(EXTRA) from None
-    targets = once_each(all_weights(model))
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a file of sten.save, got no file at {os.fspath(path)!r}.")
     try:
@@ -136,11 +145,7 @@ def load(model: Model, path: str | os.PathLike) -> Model:
     header = _header(header, path)
     if header.get("crc32") != _checksum(tensors):
         raise ValueError(f"Expected tensors with the checksum of {os.fspath(path)!r}, got others: the file is damaged.")
-    state = _unflatten(tensors, header)
-    current = finalized_state(model)
-    _expect_fit(current, state)
-    _adopt(targets, current, state)
-    return model
+    return _unflatten(tensors, header)
 
 
 def _header(text: str | None, path) -> dict:

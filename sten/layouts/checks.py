@@ -80,7 +80,7 @@ def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
         raise ValueError(f"Expected a floating-point weight for {layout}, got {dense.dtype}; convert it first.")
     if mask.dtype != torch.bool:
         raise ValueError(
-            f"Expected a bool tensor for the mask (True keeps the entry), got {mask.dtype}; compare with zero first."
+            f"Expected a bool tensor for the mask (True is an active entry), got {mask.dtype}; compare with zero first."
         )
     if mask.shape != dense.shape:
         raise ValueError(f"Expected a mask of the weight's shape {tuple(dense.shape)}, got shape {tuple(mask.shape)}.")

@@ -15,7 +15,7 @@ from ..layouts import NM, DualMask
 from ..layouts.base import Layout
 from ..layouts.topk import widest_float
 from ..tensor import SparseTensor
-from .schedule import FOREVER, Constant, Schedule
+from .schedule import Constant, Schedule
 from .sparsifier import DenseWeightMethod, Edit, State, View
 from .straight_through import masked_straight_through, pruned_decay
 
@@ -105,7 +105,7 @@ class Transposable(DenseWeightMethod):
     layouts: ClassVar[tuple[type[Layout], ...]] = (NM,)
 
     def default_schedule(self) -> Schedule:
-        return Constant(0.0, start=self.refresh, stop=FOREVER, every=self.refresh)
+        return Constant(0.0, start=self.refresh, every=self.refresh)
 
     def update(self, view: View) -> Edit:
         return Edit(mask=transposable(view.layout, self.score(view)))
@@ -169,7 +169,7 @@ class BiMask(DenseWeightMethod):
     layouts: ClassVar[tuple[type[Layout], ...]] = (NM,)
 
     def default_schedule(self) -> Schedule:
-        return Constant(0.0, start=self.refresh, stop=FOREVER, every=self.refresh)
+        return Constant(0.0, start=self.refresh, every=self.refresh)
 
     def init(self, view: View) -> State:
         return {"order": torch.arange(len(view.weight), device=view.weight.device)}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .schedule import FOREVER, Constant, Schedule
+from .schedule import Constant, Schedule
 from .sparsifier import DenseWeightMethod, Edit, State, View
 
 
@@ -45,7 +45,7 @@ class CAST(DenseWeightMethod):
     optimizer: ClassVar[str | None] = "AdamS"
 
     def default_schedule(self) -> Schedule:
-        return Constant(0.0, start=self.refresh, stop=FOREVER, every=self.refresh)
+        return Constant(0.0, start=self.refresh, every=self.refresh)
 
     def init(self, view: View) -> State:
         return {"scale": nn.Parameter(view.weight.new_ones(len(view.weight), self.groups))}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..layouts import NM
 from ..layouts.base import Layout
-from .schedule import FOREVER, Constant, Exponential, Linear, Schedule
+from .schedule import Constant, Exponential, Linear, Schedule
 from .sparsifier import DenseWeightMethod, Edit, View
 from .straight_through import StraightThrough, masked_straight_through
 
@@ -96,7 +96,7 @@ class DecayingStructure(DenseWeightMethod):
         super().__post_init__()
 
     def default_schedule(self) -> Schedule:
-        return Constant(0.0, start=1, stop=FOREVER, every=1)
+        return Constant(0.0, start=1)
 
     def frames(self, layout: NM) -> list[NM]:
         """The structures in order; the last is the layout."""

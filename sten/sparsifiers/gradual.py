@@ -89,8 +89,7 @@ class Rewind:
     For a loop of your own: each round trains, prunes the same fraction of the remaining weights, and starts again from
     the weights of step `k`, in the new mask. Round r of K has sparsity 1 - (1 - sparsity)**(r / K).
 
-    Source: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis,
-    https://arxiv.org/abs/1912.05671.
+    Source: Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, https://arxiv.org/abs/1912.05671
 
     Example:
         >>> import torch, sten

@@ -80,8 +80,7 @@ class Edit:
     """What a method decided for one weight; a field that is None changes nothing.
 
     Attributes:
-        mask: bool, which entries are active from now on. New ones start at zero, in the weight and in every optimizer
-            slot.
+        mask: bool, which entries are active from now on. New ones are zero, in the weight and in every optimizer slot.
         value: dense, new values of the weight, also at new entries.
         fresh: bool, further entries that become zero in the weight and in every optimizer slot.
         state: the method's new state.

@@ -44,8 +44,7 @@ def check_sparsifier(
 
     - the method acts: some weight is sparse after `steps` steps;
     - masks are bool, and the count of active entries equals the budget after every mask update;
-    - a mask update does not change active entries of a pattern, bit by bit; new ones are zero, in every optimizer slot
-      too;
+    - a mask update does not change active entries of a pattern, bit by bit; new ones are zero, slots too;
     - with `zero_pruned`, pruned entries are zero after every step;
     - k microbatches equal one batch, and a loss scale changes nothing;
     - a run that is resumed from saved state, at any step, ends in the same weights bit by bit;

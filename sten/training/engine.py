@@ -21,8 +21,8 @@ When a mask update is decided and when it is written:
     a gradient is not finite                                     not at all; a warning says so
     GradScaler skips the step                                    not at all; the step does not count
 
-A mask update calls `method.update` for every weight, computes every change, and only then writes: an error changes
-nothing.
+A mask update calls `method.update` for every weight, computes all changes, and only then writes: an error does not
+leave a part of them.
 """
 
 from __future__ import annotations
@@ -367,20 +367,18 @@ def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
     weights = dynamic_weights(model)
     for weight in [weight for weight in weights if weight.engine is None] or weights:
         param = weight.param
-        owner = next(
-            (i for i, o in enumerate(optimizers) for g in o.param_groups for p in g["params"] if p is param), None
-        )
-        if owner is None and param.requires_grad:
+        having = [i for i, o in enumerate(optimizers) if any(p is param for g in o.param_groups for p in g["params"])]
+        if having:
+            groups.setdefault((having[0], weight.method), []).append(weight)
+        elif param.requires_grad:
             raise ValueError(
                 f"Expected {weight.name} among the optimizer's parameters, got an optimizer without it: make it from "
                 "model.parameters()."
             )
-        if owner is not None:
-            groups.setdefault((owner, weight.method), []).append(weight)
-    for (owner, method), members in groups.items():
-        expect(method, members, optimizers[owner])
-    for (owner, method), members in groups.items():
-        Engine(method, members, optimizers[owner], members[0].allocation)
+    for (i, method), members in groups.items():
+        expect(method, members, optimizers[i])
+    for (i, method), members in groups.items():
+        Engine(method, members, optimizers[i], members[0].allocation)
 
 
 def stop(model: nn.Module) -> None:

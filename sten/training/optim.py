@@ -24,8 +24,8 @@ class AdamS(Optimizer):
         params: tensors or parameter groups.
         lr, betas, eps: as in Adam.
 
-    Source: https://arxiv.org/abs/2509.25996, algorithm 1, read through a reproduction's citations; betas and eps are
-    Adam's.
+    Source: https://arxiv.org/abs/2509.25996, algorithm 1, read through a reproduction's citations; default betas
+    and eps are Adam's.
 
     Example:
         >>> import torch, sten
