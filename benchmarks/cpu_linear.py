@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import workers
 
 import sten
-from sten import cpp
+from sten.backends import cpp
 
 SHAPES = [(3072, 768), (768, 3072)]  # (out, in)
 LAYOUTS = ["csr75", "csr90", "csr95", "1:10:8", "1:4:16", "2:4:8"]
@@ -127,7 +127,7 @@ def measure(name, shape, tokens, arguments):
 
 
 def measure_both(pair, number, *request):
-    """`measure` in both trees in turn; the result of this one, with the other's sparse times beside its own."""
+    """`measure` in both trees in turn; the result of this one, with the other's sparse times next to its own."""
     here, there = workers.in_turn(pair, request, number)
     for mode in ("hot", "rotating"):
         here[mode]["against_us"] = there[mode]["sparse_us"]

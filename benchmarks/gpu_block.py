@@ -72,7 +72,7 @@ class TwoFour:
 
 
 class _Vector(torch.autograd.Function):
-    """Keeps the feature-major activations of the forward pass: the gradient of the values gathers from them."""
+    """Saves the feature-major activations of the forward pass: the gradient of the values gathers from them."""
 
     @staticmethod
     def forward(ctx, x, values, index):
@@ -173,7 +173,7 @@ def training_step(block, x):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     sparse = Block(
         TwoFour(QKV, HIDDEN),
@@ -214,7 +214,7 @@ def main():
         times[kind] = graph_time(lambda b: training_step(b, x), [block], calls=2, replays=5)
     results["training step 4096"] = {**times, "ratio": times["dense"] / times["sparse"], "peak_MB_over_weights": peaks}
     print("training step", results["training step 4096"], results["weights_MB"])
-    write("gpu_block", results, given.output)
+    write("gpu_block", results, arguments.output)
 
 
 if __name__ == "__main__":

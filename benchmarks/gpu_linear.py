@@ -50,10 +50,10 @@ class VectorNM:
         return x.T.contiguous() if self.chain else x
 
     def call(self, x, weight, out):
-        given = {"n": self.n, "m": self.m, "v": self.v}
+        rate = {"n": self.n, "m": self.m, "v": self.v}
         if self.chain:
-            return vector_nm.linear_feature_major(x, *weight, **given)
-        return vector_nm.linear(x, *weight, out_features=out, **given)
+            return vector_nm.linear_feature_major(x, *weight, **rate)
+        return vector_nm.linear(x, *weight, out_features=out, **rate)
 
     def ordinary(self, y):
         return y.T if self.chain else y
@@ -100,16 +100,16 @@ class BSR(Ordinary):
 
     def peers(self, x, dense):
         """{name: (call, weights)} of other libraries on the same pattern; ``dense`` are the dense weights."""
-        found = {}
+        calls = {}
         weights = [w.to_sparse_bsr((self.block, self.block)) for w in dense[:2]]
-        found["torch BSR"] = (lambda w: torch.nn.functional.linear(x, w), weights)
+        calls["torch BSR"] = (lambda w: torch.nn.functional.linear(x, w), weights)
         if self.block == 128 and importlib.util.find_spec("stk"):
             import stk
 
             weights = [stk.ops.to_sparse(w.half(), self.block) for w in dense[:2]]
             half = x.half()
-            found["stk"] = (lambda w: stk.ops.dds(half, w.t()), weights)
-        return found
+            calls["stk"] = (lambda w: stk.ops.dds(half, w.t()), weights)
+        return calls
 
 
 class NM(Ordinary):
@@ -220,11 +220,11 @@ def measure(case, out, inputs, tokens, dense_time, peers):
     dense = [case.dense(w, out, inputs) for w in weights[:2]]
     for t in tokens:
         x = torch.randn(t, inputs, device=DEVICE, dtype=DTYPE)
-        given = case.prepare(x)
-        got = case.ordinary(case.call(given, weights[0], out))
+        prepared = case.prepare(x)
+        got = case.ordinary(case.call(prepared, weights[0], out))
         check(got, x.float() @ dense[0].float().T, f"{case.name} {case.label} {out}x{inputs} tokens {t}")
         del got
-        spent = graph_time(lambda w, given=given: case.call(given, w, out), weights, calls=12 if t > 64 else 24)
+        spent = graph_time(lambda w, x=prepared: case.call(x, w, out), weights, calls=12 if t > 64 else 24)
         row = {"layout": case.name, "case": case.label, "out": out, "in": inputs, "tokens": t, "us": spent}
         row |= {"variant": case.which(out, inputs, t, weights[0]), "dense_us": dense_time[out, inputs, t]}
         row["ratio"] = row["dense_us"] / spent
@@ -234,20 +234,20 @@ def measure(case, out, inputs, tokens, dense_time, peers):
 
 
 def peer_times(case, x, dense, dense_us):
-    found = {}
+    ratios = {}
     for name, (call, weights) in case.peers(x, dense).items():
         try:
-            found[name] = dense_us / graph_time(call, weights, calls=8, replays=3)
+            ratios[name] = dense_us / graph_time(call, weights, calls=8, replays=3)
         except (RuntimeError, AssertionError) as problem:  # a library that refuses this shape is no peer for it
-            found[name] = str(problem).splitlines()[0][:80]
+            ratios[name] = str(problem).splitlines()[0][:80]
             torch.cuda.synchronize()
-    return found
+    return ratios
 
 
 def training_rows(tokens):
-    """Forward and both gradients of VectorNM 1:4, v=128, which keeps its feature-major activations, against dense."""
+    """Forward and both gradients of VectorNM 1:4, v=128, which saves its feature-major activations, against dense."""
     case = VectorNM(1, 4, 128, False)
-    given = {"n": 1, "m": 4, "v": 128}
+    rate = {"n": 1, "m": 4, "v": 128}
     for (out, inputs), t in itertools.product(SHAPES, tokens):
         values, index = case.make(out, inputs, 0)
         dense = case.dense((values, index), out, inputs)
@@ -255,9 +255,9 @@ def training_rows(tokens):
 
         def sparse_step(_, x=x, grad=grad, values=values, index=index, t=t, inputs=inputs):
             turned = vector_nm.feature_major(x)
-            y = vector_nm.linear_feature_major(turned, values, index, tokens=t, row_major=True, **given)
-            grad_x = vector_nm.linear_grad_input(grad, values, index, in_features=inputs, **given)
-            return y, grad_x, vector_nm.linear_grad_values(grad, turned, index, feature_major=True, **given)
+            y = vector_nm.linear_feature_major(turned, values, index, tokens=t, row_major=True, **rate)
+            grad_x = vector_nm.linear_grad_input(grad, values, index, in_features=inputs, **rate)
+            return y, grad_x, vector_nm.linear_grad_values(grad, turned, index, feature_major=True, **rate)
 
         def dense_step(_, x=x, grad=grad, dense=dense):
             return torch.nn.functional.linear(x, dense), grad @ dense, grad.T @ x
@@ -276,13 +276,13 @@ def training_rows(tokens):
 def table(rows, tokens):
     print(f"{'geometric mean over shapes, dense = 1':40}" + "".join(f"{t:>9}" for t in tokens))
     for key in dict.fromkeys((r["layout"], r["case"]) for r in rows):
-        line = f"{key[0] + ' ' + key[1]:40}"
+        text = f"{key[0] + ' ' + key[1]:40}"
         for t in tokens:
             ratios = [r["ratio"] for r in rows if (r["layout"], r["case"], r["tokens"]) == (*key, t)]
-            line += f"{geometric_mean(ratios):9.2f}" if ratios else " " * 9
-        print(line)
+            text += f"{geometric_mean(ratios):9.2f}" if ratios else " " * 9
+        print(text)
         for name in dict.fromkeys(name for r in rows if (r["layout"], r["case"]) == key for name in r.get("peers", {})):
-            line = f"    {name:36}"
+            text = f"    {name:36}"
             for t in tokens:
                 mine = [
                     r["peers"].get(name)
@@ -290,8 +290,8 @@ def table(rows, tokens):
                     if (r["layout"], r["case"], r["tokens"]) == (*key, t) and "peers" in r
                 ]
                 mine = [ratio for ratio in mine if isinstance(ratio, float)]
-                line += f"{geometric_mean(mine):9.2f}" if mine else " " * 9
-            print(line)
+                text += f"{geometric_mean(mine):9.2f}" if mine else " " * 9
+            print(text)
 
 
 def plot(rows, path):
@@ -331,24 +331,25 @@ def main():
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long, with what there is")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32")
     parser.add_argument("--tf32", action="store_true", help="float32 may round to tf32, on both sides")
-    given = parser.parse_args()
-    DTYPE = getattr(torch, given.dtype)
-    torch.backends.cuda.matmul.allow_tf32 = given.tf32
+    arguments = parser.parse_args()
+    DTYPE = getattr(torch, arguments.dtype)
+    torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
     torch.manual_seed(0)
-    begun, rows, dense_time = time.monotonic(), [], dense_times(given.tokens)
+    begun, rows, dense_time = time.monotonic(), [], dense_times(arguments.tokens)
     for case in cases():
-        if given.layouts and case.name not in given.layouts:
+        if arguments.layouts and case.name not in arguments.layouts:
             continue
         for out, inputs in SHAPES:
-            if time.monotonic() - begun < given.seconds:
-                rows += measure(case, out, inputs, given.tokens, dense_time, not given.no_peers)
-    if not given.layouts or "VectorNM" in given.layouts:
-        rows += training_rows([t for t in given.tokens if t >= 1024])
-    table(rows, given.tokens)
-    name = "gpu_linear" if given.dtype == "bfloat16" else f"gpu_linear_{'tf32' if given.tf32 else given.dtype}"
-    write(name, {"rows": rows}, given.output)
-    if given.plot:
-        plot(rows, (given.output or "benchmarks/results") + "/gpu_linear.png")
+            if time.monotonic() - begun < arguments.seconds:
+                rows += measure(case, out, inputs, arguments.tokens, dense_time, not arguments.no_peers)
+    if not arguments.layouts or "VectorNM" in arguments.layouts:
+        rows += training_rows([t for t in arguments.tokens if t >= 1024])
+    table(rows, arguments.tokens)
+    dtype = "tf32" if arguments.tf32 else arguments.dtype
+    name = "gpu_linear" if arguments.dtype == "bfloat16" else f"gpu_linear_{dtype}"
+    write(name, {"rows": rows}, arguments.output)
+    if arguments.plot:
+        plot(rows, (arguments.output or "benchmarks/results") + "/gpu_linear.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def copies(stored_bytes: float) -> int:
-    """How many weights to rotate among, so that none is found in L2."""
+    """How many weights to rotate among, so that none is in L2."""
     return max(2, min(128, int(ROTATE_BYTES // stored_bytes) + 1))
 
 

@@ -1,11 +1,11 @@
-"""What a call costs beside the arithmetic: a tiny linear layer with a sparse weight against dense F.linear.
+"""The host overhead of a call: a tiny linear layer with a sparse weight against dense F.linear.
 
     python benchmarks/overhead.py [--size 16] [--out overhead.json]
     python benchmarks/overhead.py --device cuda --size 4096 --tokens 1 16 2048
     python benchmarks/overhead.py --against ../before      # another checkout, in turn with this one
 
 Every layout is checked against the masked dense product first. The two sides run alternately in one process, and each
-round goes over all cases, so that slow minutes of a machine meet all of them; the number is the median of the rounds'
+round runs all cases, so that slow minutes of a machine affect all of them; the number is the median of the rounds'
 differences, in microseconds above dense. `no_grad` is a finalized weight in inference, `forward` and `step` (forward
 and backward) the same weight as a hand-made Parameter under autograd, `trainable` and `trainable_step` a module in
 trainable form against a dense module. On a GPU (bfloat16) it is the time until the calls return, which is the host's.
@@ -73,14 +73,14 @@ def cases(layout: sten.Layout, size: int, tokens: int, device: str) -> tuple[str
     layers[0].weight.data = dense.data.clone()
     sten.trainable(sten.sparsify(layers[0], layout, None))
     products = (lambda: F.linear(x, sparse), lambda: F.linear(x, dense))
-    found = {
+    calls = {
         "no_grad": (*products, calls, False),
         "forward": (*products, calls, True),
         "step": (lambda: step(sparse), lambda: step(dense), passes, True),
         "trainable": (*[lambda m=m: m(x) for m in layers], calls, True),
         "trainable_step": (*[lambda m=m: m(x).sum().backward() for m in layers], passes, True),
     }
-    return str(sten.which("linear", x, sparse)), found
+    return str(sten.which("linear", x, sparse)), calls
 
 
 def one_cell(calls: tuple) -> tuple[float, float]:
@@ -95,18 +95,18 @@ def one_round(every: dict[str, dict[str, tuple]]) -> dict[str, dict[str, tuple[f
 
 def medians(rounds: list[dict]) -> dict[str, dict]:
     """{case: {name: medians}} over rounds; the round before the first warmed up."""
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for case, cells in rounds[0].items():
         for name in cells:
             spent = [each[case][name] for each in rounds[1:]]
             sides = {"sparse_us": [a for a, _ in spent], "dense_us": [b for _, b in spent]}
             sides["above_us"] = [a - b for a, b in spent]
-            found.setdefault(case, {})[name] = {side: round(statistics.median(us), 2) for side, us in sides.items()}
-    return found
+            results.setdefault(case, {})[name] = {side: round(statistics.median(us), 2) for side, us in sides.items()}
+    return results
 
 
 def compare(args) -> dict:
-    """What `medians` returns for this tree, and beside it the other tree's sparse times and the ratio; prints them."""
+    """The `medians` of this tree, with the other tree's sparse times and the ratio; prints them."""
     arguments = [f"--size={args.size}", "--tokens", *map(str, args.tokens), f"--device={args.device}"]
     pair = workers.pair(__file__, args.against, [*arguments, f"--threads={args.threads}"])
     cells = pair[0].call(None)
@@ -120,14 +120,14 @@ def compare(args) -> dict:
                     times[-1][case][name] = spent
     for worker in pair:
         worker.close()
-    found, there = map(medians, rounds)
+    results, there = map(medians, rounds)
     for case in cells:
-        for name, cell in found[case].items():
+        for name, cell in results[case].items():
             ratios = [a[case][name][0] / b[case][name][0] for a, b in zip(*rounds, strict=True)][1:]
             cell |= {"against_us": there[case][name]["sparse_us"], "ratio": round(statistics.median(ratios), 3)}
             times = f"{cell['sparse_us']:9.1f} us, {cell['against_us']:9.1f} there: {cell['ratio']:.2f}"
             print(f"{case:36}{name:16}{times}")
-    return found
+    return results
 
 
 def main() -> None:

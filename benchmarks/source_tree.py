@@ -1,4 +1,4 @@
-"""What the sources of a tree say of themselves: files, imports, private names, state at module level.
+"""Static analysis of a source tree: files, imports, private names, state at module level.
 
 For the tests of the layers and for `benchmarks/structure.py`. Nothing here imports sten, except `module_state`.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WRITES = {"add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove"}
 WRITES |= {"setdefault", "update", "setattr"}
-# what PyTorch's own documentation of tensor subclasses uses, and operators, whose names say what they do
+# used in PyTorch's documentation of tensor subclasses; and operators, which are public by name
 SUBCLASSING = ("torch.utils._pytree", "torch.utils._python_dispatch", "torch.Tensor._make_wrapper_subclass")
 SUBCLASSING += ("torch.ops.",)
 PLAIN = (dict, list, set, bytearray, deque, OrderedDict)
@@ -58,24 +58,24 @@ def _modules(root):
 
 @functools.cache
 def imported_modules(path: Path, root: Path = ROOT, at_import_only: bool = False) -> frozenset[str]:
-    """The names of sten's modules that a file imports, but for what only a type checker sees; `at_import_only` leaves
-    out what its functions import, too."""
+    """The names of sten's modules that a file imports, without TYPE_CHECKING blocks; with `at_import_only`, without
+    imports inside functions."""
     package = module_name(path, root).split(".")
     package = package if path.name == "__init__.py" else package[:-1]
-    modules, found = _modules(root), set()
+    modules, imported = _modules(root), set()
     for node in _statements(tree(path), functions=not at_import_only):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*base, *(node.module.split(".") if node.module else [])])
             for alias in node.names:  # a module, or a name in one
-                found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base)
-    return modules & found
+                imported.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base)
+    return modules & imported
 
 
 def _statements(module, functions: bool = False):
-    """The nodes that run when a file is imported, or with `functions` ever: not what only a type checker sees."""
+    """The nodes that run when a file is imported, with `functions` also those in functions; no TYPE_CHECKING blocks."""
     todo = list(module.body)
     while todo:
         node = todo.pop()
@@ -112,16 +112,16 @@ def cycle(arrows: dict[str, set[str]]) -> list[str]:
         if name in done:
             return []
         for other in sorted(arrows.get(name, ())):
-            if found := search(other, [*trail, name]):
-                return found
+            if path := search(other, [*trail, name]):
+                return path
         done.add(name)
         return []
 
-    return next((found for name in sorted(arrows) if (found := search(name, []))), [])
+    return next((path for name in sorted(arrows) if (path := search(name, []))), [])
 
 
 def depths(arrows: dict[str, set[str]]) -> dict[str, int]:
-    """How many arrows the longest way down from each room has, by which a drawing would lay it; of a cycle, one."""
+    """The length of the longest chain of imports from each room; a cycle counts once."""
 
     def depth(name, trail):
         below = [depth(other, trail | {name}) for other in arrows.get(name, ()) if other not in trail]
@@ -131,30 +131,30 @@ def depths(arrows: dict[str, set[str]]) -> dict[str, int]:
 
 
 def private_names(path: Path) -> set[str]:
-    """What a file takes of torch or triton that is not public: `torch._C._len_torch_dispatch_stack`, ...
+    """The private names of torch and triton in a file: `torch._C._len_torch_dispatch_stack`, ...
 
-    Private is a component that begins with an underscore, and of triton everything beside its language, its tools and
-    its errors; what every tensor subclass is made with is not counted. Methods of tensors are not seen: an attribute
-    of a value has no module.
+    A name is private if a component begins with an underscore; of triton, everything except its language, tools and
+    errors is. What the documentation of tensor subclasses uses is not counted. Private methods of tensors are not
+    detected: an attribute of a value has no module.
     """
-    found, roots = set(), {}
+    names, roots = set(), {}
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] in ("torch", "triton"):
                     roots[alias.asname or alias.name.split(".")[0]] = alias.name if alias.asname else alias.name[:6]
-                    found.add(alias.name)
+                    names.add(alias.name)
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] in ("torch", "triton"):
             for alias in node.names:
                 roots[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                found.add(f"{node.module}.{alias.name}")
+                names.add(f"{node.module}.{alias.name}")
     inner = {id(node.value) for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Attribute) and id(node) not in inner:
             first, *rest = ast.unparse(node).split(".")
             if first in roots:
-                found.add(".".join([roots[first].replace("torch.torch", "torch"), *rest]))
-    private = {name for name in found if _private(name) and not name.startswith(SUBCLASSING)}
+                names.add(".".join([roots[first].replace("torch.torch", "torch"), *rest]))
+    private = {name for name in names if _private(name) and not name.startswith(SUBCLASSING)}
     return {name for name in private if not any(other.startswith(name + ".") for other in private)}
 
 
@@ -168,26 +168,26 @@ def _private(name):
 
 
 def decisions_by_class(path: Path, classes: set[str]) -> list[str]:
-    """Where a file asks for one of these classes: isinstance, issubclass, `type(x) is`, a `case`, a singledispatch."""
+    """Where a file tests for one of these classes: isinstance, issubclass, `type(x) is`, a `case`, a singledispatch."""
 
     def named(node):
         return {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(node) if _is_name(n)} & classes
 
-    found = []
+    decisions = []
     for node in ast.walk(tree(path)):
-        asked = None
+        tested = None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if node.func.id in ("isinstance", "issubclass") and len(node.args) == 2:
-                asked = node.args[1]
+                tested = node.args[1]
         elif isinstance(node, ast.Compare) and ast.unparse(node.left).startswith("type("):
-            asked = ast.Tuple(node.comparators)
+            tested = ast.Tuple(node.comparators)
         elif isinstance(node, ast.MatchClass):
-            asked = node.cls
+            tested = node.cls
         elif isinstance(node, ast.FunctionDef) and any("register" in ast.unparse(d) for d in node.decorator_list):
-            asked = ast.Tuple([*node.decorator_list, *(a.annotation for a in node.args.args if a.annotation)])
-        if asked is not None and named(asked):
-            found.append(f"line {node.lineno}: {', '.join(sorted(named(asked)))}")
-    return found
+            tested = ast.Tuple([*node.decorator_list, *(a.annotation for a in node.args.args if a.annotation)])
+        if tested is not None and named(tested):
+            decisions.append(f"line {node.lineno}: {', '.join(sorted(named(tested)))}")
+    return decisions
 
 
 def _is_name(node):
@@ -199,9 +199,9 @@ def module_state(root: Path = ROOT) -> dict[str, str]:
 
     Those are containers (dict, list, set, ...) that some function of the tree writes, weak containers, thread-local
     objects, instances of the tree's own classes whose methods write to themselves, and names that a `global` statement
-    rebinds. A table that nobody writes is a constant. Imports every module of the tree that `import sten` finds.
+    rebinds. A table that no function writes is a constant. Imports every module of the tree.
     """
-    written, found = set().union(*map(_written, files(root))), {}
+    written, state = set().union(*map(_written, files(root))), {}
     for path in files(root):
         name = module_name(path, root)
         if path.stem == "__main__":
@@ -214,8 +214,8 @@ def module_state(root: Path = ROOT) -> dict[str, str]:
         for bound in sorted(_bound(tree(path)) - {"__all__"}):
             value = getattr(module, bound, None)
             if bound in rebound or _changes(value, bound in written):
-                found[f"{name}.{bound}"] = type(value).__name__
-    return found
+                state[f"{name}.{bound}"] = type(value).__name__
+    return state
 
 
 def _bound(module):
@@ -229,14 +229,14 @@ def _bound(module):
 
 
 def _written(path):
-    """The names of what functions of a file write to: `NAME[...] =`, `NAME.add(...)`, `module.NAME |=`, ..."""
+    """The names that functions of a file write to: `NAME[...] =`, `NAME.add(...)`, `module.NAME |=`, ..."""
     functions = [n for n in ast.walk(tree(path)) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
     targets = [target for function in functions for target in _write_targets(function)]
     return {target.id if isinstance(target, ast.Name) else target.attr for target in targets if _is_name(target)}
 
 
 def _write_targets(function):
-    """What a function writes into: the expression `x` of `x[...] =`, `x.y =`, `x.add(...)`, `x |=`."""
+    """The targets that a function writes to: the expression `x` of `x[...] =`, `x.y =`, `x.add(...)`, `x |=`."""
     for node in ast.walk(function):
         target = None
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITES:
@@ -252,7 +252,7 @@ def _write_targets(function):
 
 
 def _writes_itself(kind):
-    """Whether a method of the class, its constructor apart, writes to `self` or into what it holds."""
+    """Whether a method of the class, except its constructor, writes to `self` or its attributes."""
     classes = [c for c in kind.__mro__ if c.__module__.startswith("sten.")]
     bodies = [ast.parse(textwrap.dedent(inspect.getsource(c))).body[0].body for c in classes]
     methods = [n for body in bodies for n in body if isinstance(n, ast.FunctionDef) and n.name != "__init__"]
@@ -271,7 +271,7 @@ def _changes(value, written):
 
 
 def memoized(root: Path = ROOT) -> list[str]:
-    """The functions and methods that functools keeps results of."""
+    """The functions and methods with a functools cache."""
     return [
         f"{module_name(path, root)}.{node.name}"
         for path in files(root)

@@ -14,12 +14,13 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from .layouts.base import Layout
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Layouts = Layout | tuple[Layout | None, ...]  # of one operand that may be sparse, or of each (None: it is dense)
 
 
@@ -150,7 +151,7 @@ def operator(
     tokens: Callable[[tuple[int, ...]], int] = rows,
     check: Callable[..., None] | None = None,
     otherwise: str | None = None,
-) -> Callable:
+) -> Callable[[Function], Function]:
     """Declare an operator; the decorated function is its reference implementation, for every layout and device.
 
     It has the signature of the operator's kernels: the operands in order, a sparse one as its parts, then the
@@ -178,14 +179,16 @@ def operator(
         tensor([1., 1.])
     """
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         OPERATORS[name] = Operator(name, sparse, function, required, tokens, check, otherwise)
         return function
 
     return register
 
 
-def kernel(operator: str, *, device: str, prepare: bool = False, **operands: type[Layout]) -> Callable:
+def kernel(
+    operator: str, *, device: str, prepare: bool = False, **operands: type[Layout]
+) -> Callable[[Function], Function]:
     """Register the decorated function for an operator, layouts and a device type: a kernel, or what prepares one.
 
     Args:
@@ -231,7 +234,7 @@ def kernel(operator: str, *, device: str, prepare: bool = False, **operands: typ
         if not (isinstance(layout, type) and issubclass(layout, Layout)):
             raise ValueError(f"Expected a layout class such as sten.CSR for {name}=, got {layout!r}.")
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         KERNELS[(operator, device, *(operands.get(name) for name in op.sparse))] = Kernel(function, prepare)
         return function
 

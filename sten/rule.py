@@ -15,7 +15,7 @@ class Rule(torch.autograd.Function):
     """An autograd.Function with `setup_context` (torch.func needs it) whose call costs little host time.
 
     A rule of an operator on a sparse weight defines `compute` and `weight_position`; the decorator
-    `sten.tensor.traceable` makes its `forward` of them.
+    `sten.ops.traceable.traceable` makes its `forward` of them.
 
     Attributes:
         weight_position: the position of the sparse weight among the arguments.

@@ -8,7 +8,6 @@ operators with a gradient rule) and ATEN by aten operator (`__torch_dispatch__`,
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,7 +19,6 @@ from ._torch_private import (
     OpOverload,
     as_no_view,
     is_compiling,
-    is_intercepted,
     is_view,
     no_function,
     tree_leaves,
@@ -257,33 +255,6 @@ def project_now(grad: Tensor, like: SparseTensor) -> SparseTensor:
     """`grad` gathered at the pattern of `like`, without autograd."""
     dense = unpack(grad) if isinstance(grad, SparseTensor) else grad
     return like.with_values(like.values_like(dense))
-
-
-def traceable(schema: str) -> Callable[[type[Rule]], type[Rule]]:
-    """Give the decorated rule its `forward`, and an opaque operator of this schema that torch.compile records instead.
-
-    The operator takes the arguments of the rule.
-    """
-    LIBRARY.define(schema)
-    operator = getattr(OPS, schema.partition("(")[0])
-
-    def decorate(rule: type[Rule]) -> type[Rule]:
-        position, compute = rule.weight_position, rule.compute
-
-        def forward(*args):
-            intercepted = is_intercepted(args[position], *args)
-            if intercepted and is_compiling():
-                return operator(*args)
-            out = compute(*args, intercepted)
-            return out if isinstance(out, SparseTensor) else without_view(out)
-
-        *parameters, _ = inspect.signature(compute).parameters.values()
-        forward.__signature__ = inspect.Signature(parameters)  # Dynamo passes a ctx unless it counts all arguments
-        rule.forward = staticmethod(forward)
-        ATEN[operator.default] = lambda _, *args: compute(*args, is_intercepted(args[position], *args))
-        return rule
-
-    return decorate
 
 
 def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> SparseTensor:

@@ -4,7 +4,7 @@ seeds.
     python benchmarks/training/digits.py --model mlp --seeds 3 --out results.json
 
 A wide MLP (64-256-256-10) or a small conv net; every method gets the same steps, batches and learning rate schedule.
-The last layer stays dense. Refuses to report a run whose finalized model has not the density that was asked for.
+The last layer stays dense. Raises if the finalized model does not have the requested density.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def train(recipe: Recipe, kind: str, seed: int, steps: int, sets) -> dict:
         schedule.step()
     seconds = time.perf_counter() - began
     model, density = run.finish()
-    asked = 1.0 if recipe.method is None else recipe.layout.rate or 1 - recipe.sparsity.sparsity
-    if abs(density - asked) > 0.02:
-        raise RuntimeError(f"The finalized model has density {density:.3f}, not {asked:.3f}.")
+    requested = 1.0 if recipe.method is None else recipe.layout.rate or 1 - recipe.sparsity.sparsity
+    if abs(density - requested) > 0.02:
+        raise RuntimeError(f"Expected a finalized model of density {requested:.3f}, got {density:.3f}.")
     with torch.no_grad():
         logits = model.eval()(test_x)
     accuracy = float((logits.argmax(1) == test_y).float().mean())
@@ -112,7 +112,7 @@ def main() -> None:
         print(
             f"{name:18} {100 * mean:6.2f} +- {100 * deviation:4.2f} %   loss {loss:.4f}   {seconds:5.1f} s", flush=True
         )
-    about = {
+    metadata = {
         "model": args.model,
         "steps": args.steps,
         "cpu": platform.processor(),
@@ -120,7 +120,7 @@ def main() -> None:
         "sten": "0.1.0",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
+    args.out.write_text(json.dumps({"about": metadata, "results": results}, indent=1))
     shown = {name: [100 * run["accuracy"] for run in runs] for name, runs in results.items()}
     picture(shown, "test accuracy, %", args.out.with_suffix(".png"))
 

@@ -4,9 +4,9 @@
 
 The files are split into training and validation by a hash of their names. Every method gets the same number of steps,
 which the dense model's speed and --seconds decide (or --steps). The linear layers of the blocks are sparse; embeddings
-and head stay dense. Results are written after every run, so a run that is cut short leaves what it has. Refuses to
-report a model that has not the density that was asked for. --workers trains several models side by side, spread over
-the GPUs there are: the losses are the same, the times a step then tell nothing.
+and head stay dense. Results are written after every run, so a run that is cut short leaves what it has. Raises
+if a finalized model does not have the requested density. --workers trains several models at the same time, spread over
+all GPUs: the losses are the same, the times of a step are then meaningless.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
         super().__init__()
-        self.token, self.place = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.token, self.position = nn.Embedding(256, width), nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads, 4 * width) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
         for name, param in self.named_parameters():
@@ -79,7 +79,7 @@ class GPT(nn.Module):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.token(x) + self.place.weight[: x.shape[1]])))
+        return self.head(self.norm(self.blocks(self.token(x) + self.position.weight[: x.shape[1]])))
 
 
 def in_blocks(name: str, module: nn.Module, attribute: str) -> bool:
@@ -139,9 +139,9 @@ def train(recipe: Recipe, seed: int, steps: int, args, data: tuple[Tensor, Tenso
     took = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     model, density = run.finish()
-    asked = 1.0 if recipe.method is None else recipe.layout.rate or 1 - recipe.sparsity.sparsity
-    if abs(density - asked) > 0.02:
-        raise RuntimeError(f"The finalized model has density {density:.3f}, not {asked:.3f}.")
+    requested = 1.0 if recipe.method is None else recipe.layout.rate or 1 - recipe.sparsity.sparsity
+    if abs(density - requested) > 0.02:
+        raise RuntimeError(f"Expected a finalized model of density {requested:.3f}, got {density:.3f}.")
     loss = validate(model.eval(), data[1], args, context)
     numbers = {"loss": loss, "perplexity": math.exp(loss), "train_loss": last, "density": density}
     return {**numbers, "milliseconds": 1000 * took / steps, "peak_bytes": peak, "steps": steps, "seed": seed}
@@ -184,10 +184,10 @@ def trained(args, steps: int, stop: float) -> Iterator[tuple[str, dict]]:
 
 def table(args) -> dict[str, Recipe]:
     free = sten.Masked() if args.free == "masked" else sten.CSR()
-    found = recipes(free, args.block, args.cast_decay, args.decay)
+    table = recipes(free, args.block, args.cast_decay, args.decay)
     # BLaST leaves attention dense.
-    found["MLP blocks 80%"] = dataclasses.replace(found["blocks 80%"], layers=("up.weight", "down.weight"))
-    return found
+    table["MLP blocks 80%"] = dataclasses.replace(table["blocks 80%"], layers=("up.weight", "down.weight"))
+    return table
 
 
 def main() -> None:
@@ -213,7 +213,7 @@ def main() -> None:
     began, data = time.perf_counter(), corpus()
     steps = args.steps or speed(args, data)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    about = {
+    metadata = {
         "device": device,
         "torch": torch.__version__,
         "size": args.size,
@@ -221,7 +221,7 @@ def main() -> None:
         "batch": args.batch,
         "lr": args.lr,
     }
-    about |= {
+    metadata |= {
         "train_bytes": len(data[0]),
         "held_bytes": len(data[1]),
         "free": args.free,
@@ -230,17 +230,17 @@ def main() -> None:
         "decay": args.decay,
         "workers": args.workers,
     }
-    print(about, flush=True)
+    print(metadata, flush=True)
     results: dict[str, list[dict]] = {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name, result in trained(args, steps, began + args.budget):
         results.setdefault(name, []).append(result)
-        args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
+        args.out.write_text(json.dumps({"about": metadata, "results": results}, indent=1))
         memory = f"{result['peak_bytes'] / 2**20:7.0f} MiB" if result["peak_bytes"] else ""
-        told = f"loss {result['loss']:.4f}  {result['milliseconds']:7.1f} ms a step {memory}"
-        print(f"{name:20} seed {result['seed']}  {told}", flush=True)
+        text = f"loss {result['loss']:.4f}  {result['milliseconds']:7.1f} ms a step {memory}"
+        print(f"{name:20} seed {result['seed']}  {text}", flush=True)
     results = {name: results[name] for name in table(args) if name in results}  # not as they came in
-    args.out.write_text(json.dumps({"about": about, "results": results}, indent=1))
+    args.out.write_text(json.dumps({"about": metadata, "results": results}, indent=1))
     losses = {name: [run["loss"] for run in runs] for name, runs in results.items()}
     picture(losses, "validation loss, nats a byte", args.out.with_suffix(".png"))
     print()

@@ -1,4 +1,4 @@
-"""The methods that the training benchmarks compare: how each sparsifies a model, and what it asks of the loop."""
+"""The methods that the training benchmarks compare: how each sparsifies a model, and what its training loop needs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Choose = Callable[[str, nn.Module, str], bool]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         method: makes the sparsifier from the total steps; None: dense.
@@ -39,8 +39,8 @@ class Recipe:
     layers: tuple[str, ...] = ("",)
 
 
-def tick(total: int) -> int:
-    """Steps between two ticks: 100 as published, fewer in short runs."""
+def interval(total: int) -> int:
+    """Steps between two mask updates: 100 as published, fewer in short runs."""
     return max(min(100, total // 30), 1)
 
 
@@ -60,11 +60,11 @@ def recipes(
         at, erk = f"{s:.0%}", sten.ERK(s)
         table[f"small dense {at}"] = Recipe(width=(1 - s) ** 0.5)
         table[f"magnitude {at}"] = Recipe(lambda n: sten.Magnitude(), free, erk, start=0.5)
-        table[f"gradual {at}"] = Recipe(lambda n: sten.Gradual(n // 10, 3 * n // 4, tick(n)), free, erk)
+        table[f"gradual {at}"] = Recipe(lambda n: sten.Gradual(n // 10, 3 * n // 4, interval(n)), free, erk)
         table[f"static {at}"] = Recipe(lambda n: sten.Static(), free, erk)
-        table[f"set {at}"] = Recipe(lambda n: sten.SET(n, every=tick(n), stop=0.75), free, erk)
-        table[f"rigl {at}"] = Recipe(lambda n: sten.RigL(n, every=tick(n)), free, erk)
-        table[f"srigl {at}"] = Recipe(lambda n: sten.SRigL(n, every=tick(n)), sten.FanIn(), erk)
+        table[f"set {at}"] = Recipe(lambda n: sten.SET(n, every=interval(n), stop=0.75), free, erk)
+        table[f"rigl {at}"] = Recipe(lambda n: sten.RigL(n, every=interval(n)), free, erk)
+        table[f"srigl {at}"] = Recipe(lambda n: sten.SRigL(n, every=interval(n)), sten.FanIn(), erk)
     for layout in (sten.NM(2, 4), sten.NM(1, 4), sten.NM(1, 8)):
         at = f"{layout.n}:{layout.m}"
         table[f"magnitude {at}"] = Recipe(lambda n: sten.Magnitude(), layout, start=0.5)
@@ -76,7 +76,9 @@ def recipes(
             lambda n: sten.CAST(n, decay=cast_decay), layout, adams=True, distill=True, start=0.5
         )
     bsr = sten.BSR((block, block))
-    table["blocks 80%"] = Recipe(lambda n: sten.BlockPruneGrow(n // 10, 3 * n // 4, tick(n)), bsr, sten.Uniform(0.8))
+    table["blocks 80%"] = Recipe(
+        lambda n: sten.BlockPruneGrow(n // 10, 3 * n // 4, interval(n)), bsr, sten.Uniform(0.8)
+    )
     return table
 
 
@@ -134,7 +136,7 @@ class Run:
 
 
 def picture(results: dict[str, list[float]], label: str, path: Path) -> None:
-    """Mean and standard deviation over the seeds, a line each."""
+    """Mean and standard deviation over the seeds, one row each."""
     import matplotlib
 
     matplotlib.use("Agg")

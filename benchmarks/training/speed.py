@@ -1,7 +1,6 @@
-"""What a step of sparse training costs: the engine's overhead between ticks, a tick, memory; the MLP of a block,
-against dense.
+"""The cost of a step of sparse training: hooks, mask updates, memory; and the MLP of a block against dense.
 
-    python benchmarks/training/speed.py engine --device cpu --size 10m    # hooks and ticks; processor time on the CPU
+    python benchmarks/training/speed.py engine --device cpu --size 10m    # hooks, mask updates; CPU time on the CPU
     python benchmarks/training/speed.py mlp --device cuda --width 4096    # forward + backward + AdamW step
 
 The second checks one step of every layout against the same layer on a masked dense weight before it times it.
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import torch
 from gpt import SIZES, in_blocks, make
-from sten.training.resume import engines_of
 from torch import nn
 from torch.nn import functional as F
 
 import sten
+from sten.training.engine import engines_of
 
 METHODS = {
     "static (no engine)": (lambda: sten.Static(), lambda: sten.CSR()),
@@ -51,7 +50,7 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def engine_cost(args) -> dict:
-    """Per method: a step without a tick, the share of it that the engine's hooks take, a tick, bytes of all state."""
+    """Per method: time of a step, share of hooks in it, time of a step with a mask update, bytes of state."""
     results, context = {}, SIZES[args.size][3]
     x = torch.randint(256, (args.batch, context), generator=torch.Generator().manual_seed(0)).to(args.device)
     for name, (method, layout) in METHODS.items():
@@ -60,27 +59,27 @@ def engine_cost(args) -> dict:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         sten.sparsify(model, layout, method(), None if layout.rate else 0.9, weights=in_blocks, optimizer=optimizer)
         engine = next(iter(engines_of(model)), None)
-        hooks, plain, ticks = [], [], []
+        hooks, plain, updates = [], [], []
         for _ in range(args.steps):
-            before = engine.ticks if engine else 0
+            before = engine.updates if engine else 0
             start = clock(args.device)
             optimizer.zero_grad()
             F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten()).backward()
             inside = _timed_hooks(engine, optimizer, args.device) if engine else None
             optimizer.step()
             took = clock(args.device) - start
-            (ticks if engine and engine.ticks > before else plain).append(took)
-            if inside and engine.ticks == before:
+            (updates if engine and engine.updates > before else plain).append(took)
+            if inside and engine.updates == before:
                 hooks.append(inside[0] / took)
         results[name] = {
             "step": statistics.median(plain[2:]), "hooks_share": statistics.median(hooks) if hooks else 0.0,
-            "tick": statistics.median(ticks) if ticks else None, "state_bytes": state_bytes(model, optimizer),
+            "update": statistics.median(updates) if updates else None, "state_bytes": state_bytes(model, optimizer),
         }  # fmt: skip
-        step, tick = results[name]["step"], results[name]["tick"]
-        told = f"a tick {tick / step:.2f} steps" if tick else ""
+        step, update = results[name]["step"], results[name]["update"]
+        text = f"a mask update {update / step:.2f} steps" if update else ""
         share, size = 100 * results[name]["hooks_share"], results[name]["state_bytes"] / 2**20
         print(
-            f"{name:20} step {1000 * step:8.1f} ms   hooks {share:5.2f} %   {told:18} state {size:7.1f} MiB", flush=True
+            f"{name:20} step {1000 * step:8.1f} ms   hooks {share:5.2f} %   {text:25} state {size:7.1f} MiB", flush=True
         )
     return results
 
@@ -92,11 +91,11 @@ def _timed_hooks(engine, optimizer, device: str) -> list[float]:
         for key, hook in list(table.items()):
             hook = getattr(hook, "timed", hook)
 
-            def timed(*given, hook=hook):
+            def timed(*arguments, hook=hook):
                 start = clock(device)
-                answer = hook(*given)
+                result = hook(*arguments)
                 spent[0] += clock(device) - start
-                return answer
+                return result
 
             timed.timed = hook
             table[key] = timed

@@ -100,12 +100,8 @@ def multi_head_attention_forward(
     else:
         q, k, v = in_projection(query, key, value, in_proj_weight, in_proj_bias)
     length, batch, _ = q.shape
-    for extra in ((bias_k, bias_v), (0, 0) if add_zero_attn else (None, None)):
-        if extra[0] is not None:
-            k, v = (torch.cat([x, _extra_row(x, e)]) for x, e in zip((k, v), extra, strict=True))
-            attn_mask, key_padding_mask = (
-                None if m is None else F.pad(m, (0, 1)) for m in (attn_mask, key_padding_mask)
-            )
+    k, v, extra = _append_rows(k, v, bias_k, bias_v, add_zero_attn)
+    attn_mask, key_padding_mask = (None if m is None else F.pad(m, (0, extra)) for m in (attn_mask, key_padding_mask))
     mask = _merge_masks(attn_mask, key_padding_mask, batch, num_heads, length, k.shape[0], q)
     q, k, v = (_heads(x, num_heads) for x in (q, k, v))
     out, weights = attend(q, k, v, mask, dropout_p if training else 0.0, need_weights)
@@ -117,8 +113,14 @@ def multi_head_attention_forward(
     return out, weights
 
 
-def _extra_row(x: Tensor, row) -> Tensor:
-    return x.new_zeros(1, *x.shape[1:]) if isinstance(row, int) else row.expand(1, *x.shape[1:])
+def _append_rows(k: Tensor, v: Tensor, bias_k, bias_v, zeros: bool) -> tuple[Tensor, Tensor, int]:
+    """Keys and values with one more source position for their biases, and one of zeros; the number of positions."""
+    length = k.shape[0]
+    if bias_k is not None:
+        k, v = (torch.cat([x, bias.expand(1, *x.shape[1:])]) for x, bias in ((k, bias_k), (v, bias_v)))
+    if zeros:
+        k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (k, v))
+    return k, v, k.shape[0] - length
 
 
 def _fused_attention(x, heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type) -> Tensor:

@@ -14,9 +14,10 @@ from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weig
 
 from .._torch_private import autocast_somewhere
 from ..dispatch import operator, planned
-from ..tensor import Rule, SparseTensor, function, traceable
+from ..tensor import Rule, SparseTensor, function
 from .linear import autocast, bias_row
 from .padding import gradient
+from .traceable import traceable
 
 FORWARD = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 INPUT = {3: conv1d_input, 4: conv2d_input, 5: conv3d_input}

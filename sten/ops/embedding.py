@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .._torch_private import is_compiling, transforms_active
 from ..dispatch import operator, planned, rows, warn_densified
-from ..tensor import Rule, SparseTensor, function, traceable, traced
+from ..tensor import Rule, SparseTensor, function, traced
 from .padding import gradient
+from .traceable import traceable
 
 
 @operator("embedding", tokens=math.prod)

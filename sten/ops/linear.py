@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .._torch_private import autocast_somewhere, is_intercepted, must_apply
 from ..dispatch import find, operator, planned, run_both, warn_densified
-from ..tensor import Rule, SparseTensor, aten, function, traceable
+from ..tensor import Rule, SparseTensor, aten, function
 from .padding import gradient
+from .traceable import traceable
 
 # checks, once per signature
 

@@ -14,16 +14,13 @@ from ..tensor import SparseTensor, contiguous_strides
 from .conv import named_geometry
 from .linear import bias_row
 
+Attribute = Tensor | torch.nn.Module  # the type of `model[0].weight` for type checkers
 # which dimension of the weight the features of the first operand are
 FEATURES = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weight": 0, "embedding_grad_weight": 1}
 
 
 def which(
-    operator: str,
-    x: Tensor | tuple[int, ...],
-    weight: Tensor | torch.nn.Module,
-    bias: Tensor | None = None,
-    **geometry: Any,
+    operator: str, x: Tensor | tuple[int, ...], weight: Attribute, bias: Attribute | None = None, **geometry: Any
 ) -> Plan:
     """Return the Plan that runs an operator on a sparse weight, without running it; print it to read the reason.
 
@@ -106,7 +103,7 @@ class Contiguous:
         return self
 
 
-def _in_order(operator: str, first: Any, w: SparseTensor, bias: Tensor | None) -> tuple:
+def _in_order(operator: str, first: Any, w: SparseTensor, bias: Any) -> tuple:
     """The operands in the order of the reference implementation: parts of the weight, `first`, and a bias."""
     op, operands, dense = OPERATORS[operator], [], first
     for name, parameter in inspect.signature(op.reference).parameters.items():
@@ -122,7 +119,7 @@ def _in_order(operator: str, first: Any, w: SparseTensor, bias: Tensor | None) -
     return tuple(operands)
 
 
-def _convolution(operator: str, first: Any, w: SparseTensor, bias: Tensor | None, keywords: dict) -> tuple[tuple, dict]:
+def _convolution(operator: str, first: Any, w: SparseTensor, bias: Any, keywords: dict) -> tuple[tuple, dict]:
     """The operands and keywords of a convolution or of one of its gradients."""
     dims = w.dim() - 2
     if first.dim() == dims + 1:

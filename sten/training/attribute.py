@@ -27,7 +27,9 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         def read(self) -> Tensor:
             param = self._parameters[name]
             # FSDP2 looks its shard up by name, outside of a forward pass
-            return param if hasattr(param, "placements") else self._modules[key](param)
+            if type(param) is not nn.Parameter and hasattr(param, "placements"):
+                return param
+            return self._modules[key].forward(param)
 
         return property(read)
 

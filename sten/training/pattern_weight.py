@@ -87,7 +87,7 @@ class PatternWeight(TrainedWeight):
         if torch.compiler.is_compiling():
             w = _traced(param, *context, *self._parts())
             return w if self.probe is None else w.to_dense() + self.probe
-        if torch.is_grad_enabled() and param.requires_grad:
+        if param.requires_grad and torch.is_grad_enabled():
             w = Assemble.run(param, *context, *self._parts())
             w.cache = self.cache
         else:
@@ -209,14 +209,14 @@ class Assemble(Rule):
 
     @staticmethod
     def forward(param, layout, shape, transposed, tail, names, *pattern):
-        parts = {"values": param.view(len(param), *tail), **dict(zip(names, pattern, strict=True))}
+        parts = {"values": param if len(tail) == 1 else param.view(len(param), *tail)}
+        parts.update(zip(names, pattern, strict=True))
         return SparseTensor(layout, parts, shape, transposed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        param, layout, shape, transposed, tail, names, *pattern = inputs
-        parts = {"values": param.view(len(param), *tail), **dict(zip(names, pattern, strict=True))}
-        ctx.like, ctx.param_shape = (layout, parts, shape, transposed), param.shape
+        param, layout, shape, transposed = inputs[:4]
+        ctx.like, ctx.param_shape = (layout, output.parts, shape, transposed), param.shape
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -231,7 +231,7 @@ class Assemble(Rule):
             like = {name: part.detach() for name, part in parts.items()}
             grad = project(grad, SparseTensor(layout, like, shape, transposed))
         values = Values.run(grad) if torch.is_grad_enabled() else grad.parts["values"]
-        return (values.view(ctx.param_shape), *[None] * (4 + len(parts)))
+        return (values.view(ctx.param_shape), *(None,) * (4 + len(parts)))
 
 
 class Values(Rule):

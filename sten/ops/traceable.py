@@ -1,0 +1,37 @@
+"""traceable: the `forward` of a rule, and the opaque operator that torch.compile records instead of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from .._torch_private import is_compiling, is_intercepted
+from ..rule import Rule
+from ..tensor import ATEN, LIBRARY, OPS, SparseTensor, without_view
+
+
+def traceable(schema: str) -> Callable[[type[Rule]], type[Rule]]:
+    """Give the decorated rule its `forward`, and an opaque operator of this schema that torch.compile records instead.
+
+    The operator takes the arguments of the rule.
+    """
+    LIBRARY.define(schema)
+    operator = getattr(OPS, schema.partition("(")[0])
+
+    def decorate(rule: type[Rule]) -> type[Rule]:
+        position, compute = rule.weight_position, rule.compute
+
+        def forward(*args):
+            intercepted = is_intercepted(args[position], *args)
+            if intercepted and is_compiling():
+                return operator(*args)
+            out = compute(*args, intercepted)
+            return out if isinstance(out, SparseTensor) else without_view(out)
+
+        *parameters, _ = inspect.signature(compute).parameters.values()
+        forward.__signature__ = inspect.Signature(parameters)  # Dynamo passes a ctx unless it counts all arguments
+        rule.forward = staticmethod(forward)
+        ATEN[operator.default] = lambda _, *args: compute(*args, is_intercepted(args[position], *args))
+        return rule
+
+    return decorate
