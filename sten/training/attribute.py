@@ -29,7 +29,10 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
             # FSDP2 looks its shard up by name, outside of a forward pass
             if type(param) is not nn.Parameter and hasattr(param, "placements"):
                 return param
-            return self._modules[key].forward(param)
+            try:
+                return self._modules[key].forward(param)
+            except AttributeError as error:  # which Python would answer by nn.Module's lookup: the raw Parameter
+                raise RuntimeError(f"Reading {name} failed: {error}") from error
 
         return property(read)
 

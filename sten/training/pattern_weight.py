@@ -204,19 +204,23 @@ def _replace_in_run(weight: PatternWeight, param: nn.Parameter, optimizer: Optim
             param.register_post_accumulate_grad_hook(hook)
 
 
+def _parts_of(param: Tensor, tail: tuple[int, ...], names: tuple[str, ...], pattern) -> Parts:
+    parts = {"values": param if len(tail) == 1 else param.view(len(param), *tail)}
+    parts.update(zip(names, pattern, strict=True))
+    return parts
+
+
 class Assemble(Rule):
     """The SparseTensor of Parameter and pattern; backward, the values of its gradient, which has the same pattern."""
 
     @staticmethod
     def forward(param, layout, shape, transposed, tail, names, *pattern):
-        parts = {"values": param if len(tail) == 1 else param.view(len(param), *tail)}
-        parts.update(zip(names, pattern, strict=True))
-        return SparseTensor(layout, parts, shape, transposed)
+        return SparseTensor(layout, _parts_of(param, tail, names, pattern), shape, transposed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        param, layout, shape, transposed = inputs[:4]
-        ctx.like, ctx.param_shape = (layout, output.parts, shape, transposed), param.shape
+        param, layout, shape, transposed, tail, names, *pattern = inputs
+        ctx.like, ctx.param_shape = (layout, _parts_of(param, tail, names, pattern), shape, transposed), param.shape
 
     @staticmethod
     def vmap(info, in_dims, *args):
