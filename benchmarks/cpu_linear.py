@@ -101,7 +101,7 @@ def measure(name, shape, tokens, arguments):
     torch.manual_seed(0)
     out, inp = shape
     weights = [make_weight(name, shape) for _ in range(min(arguments.rotate, 3))]
-    # more weights than three are copies: what matters is that they lie elsewhere
+    # more weights than three are copies: they only need other addresses
     while len(weights) < arguments.rotate:
         dense, parts = weights[len(weights) % 3]
         weights.append((dense.clone(), {k: v.clone() for k, v in parts.items()}))
@@ -191,7 +191,7 @@ def main():
 
 
 def report(run, arguments):
-    """Print the line of every layout and number of tokens; return their timings."""
+    """Print one row for every layout and number of tokens; return their timings."""
     results = []
     print(
         f"{'layout':8}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}   (hot / rotating)"

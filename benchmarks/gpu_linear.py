@@ -78,12 +78,12 @@ class BSR(Ordinary):
         self.label = f"block {block}, {1 - density:.0%} sparse"
 
     def make(self, out, inputs, seed):
-        lines, columns = out // self.block, inputs // self.block
-        count = max(1, round(lines * columns * self.density))
-        keep = torch.zeros(lines * columns, dtype=torch.bool, device=DEVICE)
-        keep[torch.randperm(lines * columns, generator=_generator(seed), device=DEVICE)[:count]] = True
-        row, col = keep.view(lines, columns).nonzero(as_tuple=True)
-        crow = torch.nn.functional.pad(keep.view(lines, columns).sum(1).cumsum(0), (1, 0)).int()
+        block_rows, columns = out // self.block, inputs // self.block
+        count = max(1, round(block_rows * columns * self.density))
+        keep = torch.zeros(block_rows * columns, dtype=torch.bool, device=DEVICE)
+        keep[torch.randperm(block_rows * columns, generator=_generator(seed), device=DEVICE)[:count]] = True
+        row, col = keep.view(block_rows, columns).nonzero(as_tuple=True)
+        crow = torch.nn.functional.pad(keep.view(block_rows, columns).sum(1).cumsum(0), (1, 0)).int()
         return _values(count, self.block, self.block, seed=seed), crow, col.int(), row
 
     def dense(self, weight, out, inputs):

@@ -11,7 +11,7 @@ check() {  # logs, tool, file::function
     log="$1/$2-${3##*::}-$(basename "${3%%::*}" .py).log"
     compute-sanitizer --tool "$2" --error-exitcode 9 "${PYTHON:-python3}" -m pytest -q -p no:xdist -p no:cacheprovider \
         -k "${KEYWORDS:-not inductor and not graph}" "$3" > "$log" 2>&1
-    code=$?  # pytest's 5: no test of this function is asked for
+    code=$?  # pytest's 5: no test of this function is selected
     if [ $code != 0 ] && [ $code != 5 ]; then echo "$code $log"; tail -n 3 "$log"; return 1; fi
 }
 export -f check

@@ -25,16 +25,9 @@ import torch
 from torch import Tensor
 
 from ._torch_private import allows_tf32, is_intercepted
-from .kernel_table import KERNELS as KERNELS
-from .kernel_table import OPERATORS as OPERATORS
-from .kernel_table import Flags as Flags
-from .kernel_table import Kernel as Kernel
-from .kernel_table import Plan as Plan
-from .kernel_table import _warned as _warned
-from .kernel_table import find as find
+from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
 from .kernel_table import operator as operator
-from .kernel_table import prepare as prepare
 from .kernel_table import rows as rows
 from .layouts.base import Layout, Parts
 

@@ -89,7 +89,7 @@ def test_reduce_overhead(layout, training):
     for _ in range(3 if training else 0):  # recorded before any weight has changed
         torch.compiler.cudagraph_mark_step_begin()
         compiled(torch.ones(128, 256, device="cuda", dtype=torch.bfloat16)).sum().backward()
-        model.zero_grad()  # they lie in the graph's memory, which the next step writes over
+        model.zero_grad()  # gradients are in the graph's memory, which the next step overwrites
     for seed in range(5):
         tokens = 128 if training else 16  # 2:4 is cuSPARSELt's from 65 on, in a form of its own
         x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(seed)).to("cuda", torch.bfloat16)

@@ -68,7 +68,7 @@ def test_direct_start(usable):
     assert args == (77, False, True, None, None, (4, 1, 0), None, None, None)
     start(1, 2)
     assert calls == [(1, 2)]
-    made, calls = compiled(wrapped=True)  # the C launcher lies under a function that encodes descriptors
+    made, calls = compiled(wrapped=True)  # a function that encodes descriptors wraps the C launcher
     assert _triton_private.direct_start(made)[0] == calls.append
     assert _triton_private.direct_start(compiled(scratch=8)[0]) is None
 

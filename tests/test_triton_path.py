@@ -125,7 +125,7 @@ def test_another_pattern(layout, prepared):
         F.linear(x, w)
         w.data = other
         close(F.linear(x, w), x @ other.to_dense().T)
-    w.parts["values"] = w.parts["values"] * 3  # nobody should; it is right all the same
+    w.parts["values"] = w.parts["values"] * 3  # not documented, but supported
     close(F.linear(x, w), x @ fewer.to_dense().T * 3)
     w.parts["values"].data = w.parts["values"] * 2
     close(F.linear(x, w), x @ fewer.to_dense().T * 6)

@@ -1,6 +1,6 @@
-"""Which configuration is taken: the likelier of two about as fast, none that does not fit, the same one the next time.
+"""Autotuning: of two nearly equal configurations the likelier, none that does not fit, the same one the next time.
 
-By threads and processes at once, and whatever lies where the file should be.
+With concurrent threads and processes, and with invalid files.
 """
 
 import json

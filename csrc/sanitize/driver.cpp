@@ -1,5 +1,5 @@
-// Runs every driver and instruction set over odd shapes without torch, for the sanitizers; see run.sh. Inputs lie in
-// heap blocks of exactly their size, so that any access beyond them is found, and scratch memory begins as NaN.
+// Runs every driver and instruction set over odd shapes without torch, for the sanitizers; see run.sh. Inputs are in
+// heap blocks of exactly their size, so that any access beyond them is detected, and scratch memory begins as NaN.
 #include <cmath>
 #include <cstdio>
 #include <random>
