@@ -437,6 +437,7 @@ def test_every_layout_is_here():
         sten.NM,
         sten.VectorNM,
         sten.GroupedNM,
+        sten.FanIn,
     }
     assert Masked() in LAYOUTS
 
