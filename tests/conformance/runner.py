@@ -1,0 +1,126 @@
+"""Plays rows in a process of their own, so that the end of that process is a row, too, and a run can be resumed.
+
+The process appends the rows of each unit (one operator, module or optimizer) to a file when the unit is done. What it
+is playing stands in memory that both processes see; if the process dies or hangs, that row is a crash, and a new
+process goes on behind it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import mmap
+import os
+import signal
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from .classify import Verdict
+from .operators import Attempt
+
+Units = dict[str, Callable[[], Iterator[Attempt]]]
+HANGS = 60.0  # seconds in one row
+SAMPLE = 25  # one row in so many belongs to the sample
+
+
+class Board:
+    """The number of the row that the process plays, and how many rows it has begun."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 16)
+
+    def set(self, row: int, count: int) -> None:
+        self.memory[:] = row.to_bytes(8, "little") + count.to_bytes(8, "little")
+
+    def get(self) -> tuple[int, int]:
+        return int.from_bytes(self.memory[:8], "little"), int.from_bytes(self.memory[8:], "little")
+
+
+def in_sample(suite: str, attempt: Attempt) -> bool:
+    """Whether a row belongs to the sample: a fixed choice over all operators, kinds and forms."""
+    key = "/".join((suite, attempt.operator, attempt.kind, attempt.case, attempt.form))
+    return zlib.crc32(key.encode()) % SAMPLE == 0
+
+
+def run(suites: dict[str, Units], file: Path, sample: bool = False, seconds: float = 1e9) -> bool:
+    """Play every unit that is not in the file yet; whether all are done when the time is over."""
+    ends, board, crashes = time.monotonic() + seconds, Board(), {}
+    while True:
+        played = done(file)
+        rest = [(suite, unit) for suite, units in suites.items() for unit in units if (suite, unit) not in played]
+        if not rest or time.monotonic() > ends:
+            return not rest
+        board.set(0, 0)
+        process = os.fork()
+        if process == 0:
+            try:
+                play_all(suites, rest, file, sample, board, crashes, ends)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                os._exit(3)
+            os._exit(0)
+        why = wait(process, board)
+        if why == "status 3":
+            raise RuntimeError("the process that plays rows failed itself; its traceback stands above")
+        if why:
+            played = done(file)
+            suite, unit = next(unit for unit in rest if unit not in played)
+            crashes.setdefault((suite, unit), {})[board.get()[0]] = why
+
+
+def wait(process: int, board: Board) -> str:
+    """How the process ended, empty if well: it is ended itself where one row takes too long."""
+    count, since = -1, time.monotonic()
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return "" if code == 0 else f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+        if board.get()[1] != count:
+            count, since = board.get()[1], time.monotonic()
+        elif time.monotonic() - since > HANGS:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return "no end"
+        time.sleep(0.02)
+
+
+def play_all(suites, rest, file: Path, sample: bool, board: Board, crashes: dict, ends: float) -> None:
+    """In the process of its own: the rows of each unit, appended to the file."""
+    torch.set_num_threads(1)
+    faulthandler.disable()  # the end of this process is a row
+    count = 0
+    with open(file, "a") as stream:
+        for suite, unit in rest:
+            rows, known = [], crashes.get((suite, unit), {})
+            for number, attempt in enumerate(suites[suite][unit]()):
+                count += 1
+                if sample and not in_sample(suite, attempt):
+                    continue
+                board.set(number, count)
+                verdict = Verdict("crash", known[number]) if number in known else attempt.play()
+                rows.append([suite, *attempt[:4], *verdict, in_sample(suite, attempt)])
+            stream.write(json.dumps({"unit": [suite, unit], "rows": rows}) + "\n")
+            stream.flush()
+            if time.monotonic() > ends:
+                return
+
+
+def done(file: Path) -> set[tuple[str, str]]:
+    """The units that a file has the rows of."""
+    return {tuple(entry["unit"]) for entry in entries(file)}
+
+
+def entries(file: Path) -> list[dict]:
+    return [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+
+
+def rows_of(file: Path) -> list[list]:
+    """Every row: suite, operator, kind, case, form, outcome, detail, whether the sample has it."""
+    return [row for entry in entries(file) for row in entry["rows"]]
