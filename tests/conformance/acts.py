@@ -226,7 +226,7 @@ def judge_act(kind: str, text: str, form: Form, trainable: bool) -> Verdict:
         try:
             got = perform(kind, text, sparse, mask)
         except Exception as error:
-            return after_error(error, [before], [sparse.weight], kind == "write")
+            return after_error(error, [before], [sparse.weight if kind == "write" else before], kind == "write")
         try:
             if kind == "write":
                 random = "init." in text or "reset" in text

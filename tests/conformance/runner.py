@@ -11,15 +11,18 @@ import faulthandler
 import json
 import mmap
 import os
+import resource
 import signal
 import time
+import traceback
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from .classify import Verdict
+from .classify import Verdict, line
 from .operators import Attempt
 
 Units = dict[str, Callable[[], Iterator[Attempt]]]
@@ -50,8 +53,8 @@ def run(suites: dict[str, Units], file: Path, sample: bool = False, seconds: flo
     """Play every unit that is not in the file yet; whether all are done when the time is over."""
     ends, board, crashes = time.monotonic() + seconds, Board(), {}
     while True:
-        played = done(file)
-        rest = [(suite, unit) for suite, units in suites.items() for unit in units if (suite, unit) not in played]
+        before = done(file)
+        rest = [(suite, unit) for suite, units in suites.items() for unit in units if (suite, unit) not in before]
         if not rest or time.monotonic() > ends:
             return not rest
         board.set(0, 0)
@@ -60,8 +63,6 @@ def run(suites: dict[str, Units], file: Path, sample: bool = False, seconds: flo
             try:
                 play_all(suites, rest, file, sample, board, crashes, ends)
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
                 os._exit(3)
             os._exit(0)
@@ -69,8 +70,8 @@ def run(suites: dict[str, Units], file: Path, sample: bool = False, seconds: flo
         if why == "status 3":
             raise RuntimeError("the process that plays rows failed itself; its traceback stands above")
         if why:
-            played = done(file)
-            suite, unit = next(unit for unit in rest if unit not in played)
+            now = done(file)
+            suite, unit = next(unit for unit in rest if unit not in now)
             crashes.setdefault((suite, unit), {})[board.get()[0]] = why
 
 
@@ -94,7 +95,9 @@ def wait(process: int, board: Board) -> str:
 def play_all(suites, rest, file: Path, sample: bool, board: Board, crashes: dict, ends: float) -> None:
     """In the process of its own: the rows of each unit, appended to the file."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     faulthandler.disable()  # the end of this process is a row
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     count = 0
     with open(file, "a") as stream:
         for suite, unit in rest:
@@ -104,12 +107,20 @@ def play_all(suites, rest, file: Path, sample: bool, board: Board, crashes: dict
                 if sample and not in_sample(suite, attempt):
                     continue
                 board.set(number, count)
-                verdict = Verdict("crash", known[number]) if number in known else attempt.play()
+                verdict = Verdict("crash", known[number]) if number in known else played(attempt)
                 rows.append([suite, *attempt[:4], *verdict, in_sample(suite, attempt)])
             stream.write(json.dumps({"unit": [suite, unit], "rows": rows}) + "\n")
             stream.flush()
             if time.monotonic() > ends:
                 return
+
+
+def played(attempt: Attempt) -> Verdict:
+    """Its verdict; a tensor that can no longer be looked at is a crash, too."""
+    try:
+        return attempt.play()
+    except Exception as error:
+        return Verdict("crash", "looking at the tensor: " + line(error))
 
 
 def done(file: Path) -> set[tuple[str, str]]:
