@@ -21,7 +21,7 @@ def read() -> Known:
     return {(s, o, k): e for s, operators in tree.items() for o, kinds in operators.items() for k, e in kinds.items()}
 
 
-def found(rows: list[list]) -> Known:
+def shown_by(rows: list[list]) -> Known:
     """The entries that the rows of a run show."""
     return {
         key: {"outcomes": sorted({row[5] for row in group}), "sample": any(row[7] for row in group)}
@@ -32,25 +32,25 @@ def found(rows: list[list]) -> Known:
 def new_faults(rows: list[list]) -> list[tuple[str, str, str]]:
     """What the rows show and the list does not have."""
     entries = read()
-    return sorted(key for key in found(rows) if key not in entries)
+    return sorted(key for key in shown_by(rows) if key not in entries)
 
 
 def mended(rows: list[list]) -> list[tuple[str, str, str]]:
     """Entries that the sample used to show and no longer does: they are to be taken off the list."""
-    shown = found(rows)
+    shown = shown_by(rows)
     played = {tuple(row[:3]) for row in rows if row[7]}
     return sorted(key for key, entry in read().items() if entry["sample"] and key in played and key not in shown)
 
 
 def write(rows: list[list], grow: bool = False) -> None:
     """The list anew from a full run; without `grow` it takes no fault that it does not have."""
-    old, now = read(), found(rows)
+    old, now = read(), shown_by(rows)
     suites = {row[0] for row in rows}
     units = {tuple(row[:2]) for row in rows}
-    kept = {key: entry for key, entry in now.items() if grow or key in old}
-    kept |= {key: entry for key, entry in old.items() if key[0] not in suites or key[:2] not in units}
+    entries = {key: entry for key, entry in now.items() if grow or key in old}
+    entries |= {key: entry for key, entry in old.items() if key[0] not in suites or key[:2] not in units}
     tree: dict = {}
-    for (suite, operator, kind), entry in sorted(kept.items()):
+    for (suite, operator, kind), entry in sorted(entries.items()):
         tree.setdefault(suite, {}).setdefault(operator, {})[kind] = entry
     FILE.write_text(in_lines(tree))
 

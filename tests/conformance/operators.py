@@ -112,7 +112,7 @@ class Act(NamedTuple):
 def acts_of(info: Any, function: Call, leaves: list) -> list[Act]:
     """The ways to call an operator without out=: function, method, in place, aliases, and writes to what it returns."""
     tree = function.tree
-    acts = [Act("function", "", function, False)]
+    acts = [Act("function", "", function, info.name.endswith("_"))]
     for kind, variant in (("method", info.method_variant), ("inplace", info.inplace_variant)):
         if variant is not None and not (kind == "method" and variant is info.op):
             acts.append(Act(kind, "", Call(variant, tree), kind == "inplace"))

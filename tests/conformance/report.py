@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 
 from .classify import ADVICE, FAULTS, OUTCOMES
@@ -43,8 +44,9 @@ def text(rows: list[list], every: bool = False) -> str:
     for (suite, operator), kinds in by_operator.items():
         separator = f"\n{suite}/{operator}  " if every else "; "
         lines.append(f"{suite}/{operator}  " + separator.join(kinds))
-    terse = {row[6] for row in rows if row[5] == "refused" and not ADVICE.search(row[6])}
-    lines += ["", f"{len(terse)} sentences that refuse and do not say what would work", *sorted(terse)[:20]]
+    refusals = {row[6] for row in rows if row[5] == "refused" and not ADVICE.search(row[6])}
+    terse = {re.sub(r"\(.*?\)|\d+", "#", refusal) for refusal in refusals}
+    lines += ["", f"{len(terse)} sentences that refuse and do not say what would work", *sorted(terse)]
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from .operators import Attempt
 
 Units = dict[str, Callable[[], Iterator[Attempt]]]
 HANGS = 60.0  # seconds in one row
-SAMPLE = 25  # one row in so many belongs to the sample
+SAMPLED_UNITS, SAMPLED_ROWS = 4, 12  # one unit in so many belongs to the sample, and of its rows one in so many
 
 
 class Board:
@@ -44,9 +44,13 @@ class Board:
 
 
 def in_sample(suite: str, attempt: Attempt) -> bool:
-    """Whether a row belongs to the sample: a fixed choice over all operators, kinds and forms."""
+    """Whether a row belongs to the sample: a fixed choice over operators, kinds and forms."""
     key = "/".join((suite, attempt.operator, attempt.kind, attempt.case, attempt.form))
-    return zlib.crc32(key.encode()) % SAMPLE == 0
+    return unit_in_sample(suite, attempt.operator) and zlib.crc32(key.encode()) % SAMPLED_ROWS == 0
+
+
+def unit_in_sample(suite: str, unit: str) -> bool:
+    return zlib.crc32(f"{suite}/{unit}".encode()) % SAMPLED_UNITS == 0
 
 
 def run(suites: dict[str, Units], file: Path, sample: bool = False, seconds: float = 1e9) -> bool:
@@ -54,7 +58,8 @@ def run(suites: dict[str, Units], file: Path, sample: bool = False, seconds: flo
     ends, board, crashes = time.monotonic() + seconds, Board(), {}
     while True:
         before = done(file)
-        rest = [(suite, unit) for suite, units in suites.items() for unit in units if (suite, unit) not in before]
+        units = [(suite, unit) for suite, named in suites.items() for unit in named]
+        rest = [u for u in units if u not in before and (unit_in_sample(*u) or not sample)]
         if not rest or time.monotonic() > ends:
             return not rest
         board.set(0, 0)
