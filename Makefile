@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 GPU_TESTS := tests/test_triton_compile.py $(filter-out %_compile.py,$(wildcard tests/test_triton_*.py))  # the longest first
 GPU_TESTS += tests/test_cuda.py tests/test_cuda_plans.py tests/test_distributed.py
 
-.PHONY: quickstart test gpu-test lint install build coverage bench structure sanitize clean
+.PHONY: quickstart test gpu-test conformance lint install build coverage bench structure sanitize clean
 
 quickstart: install
 	$(BIN)/python examples/quickstart.py
@@ -27,6 +27,9 @@ gpu-test:  # of test_distributed.py what runs over NCCL, where there are two GPU
 
 lint: install
 	$(BIN)/ruff check .
+
+conformance: install  # PyTorch's operator, module and optimizer databases over every layout: about ten minutes
+	$(BIN)/python -m tests.conformance
 
 coverage: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=sten --cov-report=term --cov-fail-under=90
