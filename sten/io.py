@@ -26,6 +26,7 @@ from .conversion.select import Target, all_weights, once_each
 from .conversion.state_dict_hooks import finalized_state
 from .layouts.registry import fields
 from .tensor import SparseTensor, checked
+from .training import engine
 from .training.checkpoint import replacing
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -102,7 +103,8 @@ def load(model: Model, path: str | os.PathLike) -> Model:
 
     All or nothing: names, shapes, layouts and indices are checked before the model is changed. Weights that are sparse
     in the file become SparseTensor Parameters, the others dense ones, in the model's dtype and on its device. Their
-    identity and ties do not change, and optimizers that sten knows (`sten.attach`) are updated.
+    identity and ties do not change, and optimizers that sten knows (`sten.attach`) are updated. Training with a method
+    ends: a run is resumed from `model.state_dict()`, not from such a file.
 
     Returns:
         The model.
@@ -111,6 +113,8 @@ def load(model: Model, path: str | os.PathLike) -> Model:
         FileNotFoundError: no such file.
         ValueError: not a complete sten file, an unknown layout, an index out of range, or names and shapes that are not
             the model's.
+        TypeError: the model is wrapped, by DistributedDataParallel or the like: load into the inner one.
+        ImportError: safetensors is not installed.
 
     Example:
         >>> import tempfile, torch, sten
@@ -124,6 +128,7 @@ def load(model: Model, path: str | os.PathLike) -> Model:
     state = _read(path)
     current = finalized_state(model)
     _expect_fit(current, state)
+    engine.release(model)
     _adopt(targets, current, state)
     return model
 

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the extension may not be built; tests that need it say so
     import sten
+    from sten.layouts.registry import REGISTERED
 
 
 def pytest_configure(config):
@@ -33,6 +34,15 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def registry():
+    """Layouts that a test registers are forgotten again."""
+    before = dict(REGISTERED)
+    yield
+    REGISTERED.clear()
+    REGISTERED.update(before)
 
 
 @pytest.fixture

@@ -103,15 +103,6 @@ BROKEN = [
 ]
 
 
-@pytest.fixture
-def registry():
-    """Layouts that a test registers are forgotten again."""
-    before = dict(REGISTERED)
-    yield
-    REGISTERED.clear()
-    REGISTERED.update(before)
-
-
 def test_a_correct_layout_passes():
     check_layout(Honest())
 

@@ -53,7 +53,7 @@ def test_example_runs(name):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/concepts.md", "docs/extending.md"])
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page, tmp_path, monkeypatch, registry):
     """The python blocks of a page, in order, as one program; a block marked `python no-run` is only compiled."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python([^\n]*)\n(.*?)```", (ROOT / page).read_text(), re.S)

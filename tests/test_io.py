@@ -129,6 +129,20 @@ def test_optimizers_follow(tmp_path):
     assert all(s.shape in ((), p.shape) for p, own in opt.state.items() for s in own.values())
 
 
+@pytest.mark.parametrize("method", [sten.SET(8, every=2), sten.RigL(8, every=2), sten.SRSTE()], ids=str)
+def test_loading_ends_training_with_a_method(method, tmp_path):
+    sten.save(sten.sparsify(mlp(), sten.CSR(), sparsity=0.5), tmp_path / "m")
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    sten.sparsify(model, sten.CSR(), method, sparsity=0.5, optimizer=optimizer)
+    train(model, optimizer, range(3))
+    sten.load(model, tmp_path / "m")
+    want = masks(model)
+    assert all(param.grad is None or param.grad.shape == param.shape for param in model.parameters())
+    train(sten.attach(model, optimizer), optimizer, range(6))  # as a static pattern
+    assert all(torch.equal(mask, want[name]) for name, mask in masks(model).items())
+
+
 def test_the_file_is_smaller_and_plain(tmp_path):
     model = sten.sparsify(nn.Linear(256, 256), layout=CSR(), sparsity=0.9)
     sten.save(model, tmp_path / "sparse")

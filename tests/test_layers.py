@@ -64,7 +64,7 @@ STATE |= {
 STATE |= {"sten.kernel_table._warned", "sten.dispatch._observers", "sten._torch_private.PATHS"}
 STATE_AT_WORK: set[str] = set()
 
-PRIVATE = {"sten/_torch_private.py", "kernels/_torch_private.py", "kernels/_triton_private.py"}
+PRIVATE = {"sten/_torch_private.py", "kernels/_triton_private.py"}
 PRIVATE_AT_WORK: set[str] = set()
 
 BY_CLASS: set[str] = set()

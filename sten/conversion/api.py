@@ -45,15 +45,16 @@ def sparsify(
         sparsifier: which entries live; None keeps the existing non-zeros (or the mask of torch.nn.utils.prune and
             torch.ao.pruning, whose parametrization is taken off).
         sparsity: fraction to drop, a float (`sten.Uniform`) or `sten.ERK`/`sten.Global`; required by layouts without a
-            rate of their own (Masked, CSR, BSR), refused where it contradicts an n:m layout.
+            rate of their own (Masked, CSR, BSR, FanIn), refused where it contradicts an n:m layout.
         weights: a glob, "re:..." or list of them over parameter names, or predicate(name, module, attribute). Default:
             nn.Linear, Hugging Face's Conv1D (its transpose is stored), and the projections of MultiheadAttention.
         optimizer: one or a list, for training: the weights take the trainable form, and state is carried over.
         calibration: batches for data-driven sparsifiers, of which there are none yet: refused.
 
-    Without `optimizer` every weight becomes a SparseTensor Parameter, the form for inference. A weight tied to one that
-    is not chosen is left dense (`sten.summary` lists it). References to Parameters stay valid: identity is kept, with
-    gradients and attributes; hooks that were registered on a Parameter itself are not carried over.
+    Without `optimizer` a weight becomes a SparseTensor Parameter, the form for inference, unless its sparsifier acts
+    during training. A weight tied to one that is not chosen is left dense (`sten.summary` lists it). References to
+    Parameters stay valid: identity is kept, with gradients and attributes; hooks that were registered on a Parameter
+    itself are not carried over.
 
     Raises:
         ValueError, TypeError: one sentence that says what was wrong and what would work.
@@ -196,7 +197,7 @@ def _expect_trainable(targets: list[Target]) -> None:
 
 
 def trainable(model: Model) -> Model:
-    """Give every SparseTensor Parameter its trainable form, in place: a plain `values` Parameter beside the pattern.
+    """Give every SparseTensor Parameter its trainable form, in place: a Parameter of plain values, and its pattern.
 
     Optimizers made afterwards see ordinary tensors; `sparsify(optimizer=)` and `attach` do it for one that exists.
 
@@ -213,7 +214,7 @@ def attach(model: Model, optimizer: Optimizers) -> Model:
     """Make a sparse model trainable under an optimizer that was made from its parameters.
 
     The same as `sparsify(optimizer=)`, for optimizers that a trainer makes later. Parameters keep identity, groups and
-    state. On a model that is trainable already it only lets `finalize` know the optimizer.
+    state. On a model that is trainable already, its methods start, and `finalize` learns of the optimizer.
 
     Raises:
         ValueError: the model has no sparse weights, or the optimizer does not hold them.

@@ -10,19 +10,19 @@ When a mask update is decided and when it is written:
 
     the method                                                   decided                           written
     reads no gradient (SET, Gradual, SR-STE's masks)             after the step                    after the step
-    reads only the order of |grad|, replaces the step, and one
-      process and one backward pass make a step (RigL, SRigL)    in backward, weight by weight     before the step
+    reads only the order of |grad|, replaces the step; one
+      process, one backward pass in the last step (RigL, SRigL)  in backward, weight by weight     before the step
     reads gradients and replaces the step (DSTEE, RigL with
       microbatches or several processes)                         before the step                   before the step
     reads gradients or momenta and follows the step              after the step                    after the step
 
-    and then, whatever the method:
-    a weight was used twice in the one backward pass             not at all: one step later ("deferred")
+    the gradient of a weight was not seen exactly once in the
+      backward pass, and the method reads it                     not at all: one step later ("deferred")
     a gradient is not finite                                     not at all; a warning says so
     GradScaler skips the step                                    not at all; the step does not count
 
 A mask update calls `method.update` for every weight, computes all changes, and only then writes: an error does not
-leave a part of them.
+leave a part of them. An update in place of a step sets all gradients of the optimizer to None.
 """
 
 from __future__ import annotations
@@ -249,8 +249,7 @@ class Engine:
         needed = [getattr(view, name) for name in ("grad", "momentum") if name in self.method.needs]
         if any(x is None for x in needed):
             warnings.warn(
-                f"sten: no gradient reached {weight.name} at the mask update of step {views.step}: its mask is left as "
-                "it is.",
+                f"sten: no gradient reached {weight.name} at the mask update of step {views.step}: its mask stays.",
                 stacklevel=6,
             )
             return None
@@ -383,14 +382,19 @@ def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
 
 def stop(model: nn.Module) -> None:
     """End the training of all weights of a model; a warning says so if a schedule has not reached its end."""
-    weights = dynamic_weights(model)
-    for weight in weights:
-        forget(weight)
     for engine in engines_of(model):
         schedule = engine.method.schedule
         if schedule is not None and schedule.include_stop and engine.step < schedule.stop:
             kind, end = type(engine.method).__name__, f"ends at step {schedule.stop}, but training ended at"
-            warnings.warn(
-                f"sten: {kind} {end} {engine.step}: the sparsity of sten.sparsify is not reached.", stacklevel=4
-            )
+            text = f"sten: {kind} {end} {engine.step}: the sparsity of sten.sparsify is not reached."
+            warnings.warn(text, stacklevel=4)
+    release(model)
+
+
+def release(model: nn.Module) -> None:
+    """Take all weights of a model from their engines."""
+    weights = dynamic_weights(model)
+    for weight in weights:
+        forget(weight)
+    for engine in engines_of(model):
         engine.close([weight for weight in weights if weight.engine is engine])

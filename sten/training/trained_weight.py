@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..sparsifiers.allocation import Allocation
     from .engine import Engine
 
-COUNTS = ("updates", "deferred_update_step", "backward_passes")  # of an engine, in the buffer `counts`
+COUNTS = ("updates", "deferred_update_step", "backward_passes")  # of an engine, in the buffer `run_counts`
 NO_STEP = -1
 RUN = ("run_method", "run_step", "run_counts", "run_generator")
 NOT_COPIED = ("engine", "owners", "averages", "reminder", "loaded_averages", "warned_of_empty_rows")
