@@ -101,7 +101,10 @@ class TrainedWeight(nn.Module):
     @property
     def param(self) -> nn.Parameter | None:
         """The trained Parameter; None if no owner exists any more."""
-        return next((module._parameters[name] for module, name in self.owner_modules()), None)
+        for ref, name in self.owners:  # the first that exists: every hook of a step reads this
+            if (module := ref()) is not None:
+                return module._parameters[name]
+        return None
 
     @property
     def size(self) -> int:
