@@ -23,7 +23,7 @@ from ..training.attribute import install, remove
 from ..training.dense_weight import DenseWeight
 from ..training.distributed import whole
 from ..training.pattern_weight import PatternWeight, as_matrix
-from ..training.trained_weight import TrainedWeight, optimizer_slots
+from ..training.trained_weight import TrainedWeight, optimizer_slots, replace_in_optimizer
 from .record import known_optimizers
 from .select import Target
 from .state_dict_hooks import accept_every_form
@@ -121,10 +121,7 @@ def _become(old: Tensor, new: nn.Parameter, optimizers: list[Optimizer]) -> Tens
         return old
     except RuntimeError:
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["params"] = [new if p is old else p for p in group["params"]]
-            if old in optimizer.state:
-                optimizer.state[new] = optimizer.state.pop(old)
+            replace_in_optimizer(old, new, optimizer)
         return new
 
 

@@ -20,7 +20,7 @@ from ..rule import Rule
 from ..sparsifiers import Edit
 from ..tensor import SparseTensor, project
 from .distributed import shard_like, sharded, whole
-from .trained_weight import TrainedWeight, fill, optimizer_slots
+from .trained_weight import TrainedWeight, fill, optimizer_slots, replace_in_optimizer
 
 Move = Callable[[Tensor], Tensor]
 
@@ -195,10 +195,7 @@ def _replace_in_run(weight: PatternWeight, param: nn.Parameter, optimizer: Optim
     """Replace the Parameter by one of another shape: an autograd graph that still exists needs the old shape."""
     old = weight.param
     weight.replace_param(param)
-    for group in optimizer.param_groups:
-        group["params"] = [param if p is old else p for p in group["params"]]
-    if old in optimizer.state:
-        optimizer.state[param] = optimizer.state.pop(old)
+    replace_in_optimizer(old, param, optimizer)
     if old._post_accumulate_grad_hooks:
         for hook in old._post_accumulate_grad_hooks.values():
             param.register_post_accumulate_grad_hook(hook)

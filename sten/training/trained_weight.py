@@ -281,6 +281,14 @@ def optimizer_slots(param: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
     return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0 and t.shape == param.shape}
 
 
+def replace_in_optimizer(old: Tensor, new: Tensor, optimizer: Optimizer) -> None:
+    """Put another Parameter in the place of one, with its state."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        optimizer.state[new] = optimizer.state.pop(old)
+
+
 def fill(old: Tensor | None, new: Tensor) -> Tensor:
     """The old tensor with the new numbers, so that CUDA graphs read them; the new one where shapes differ."""
     if old is None or old.shape != new.shape:
