@@ -110,6 +110,14 @@ def apply_of(rule: type[torch.autograd.Function]) -> Callable[..., Any]:
     return getattr(super(torch.autograd.Function, rule), "apply", rule.apply)
 
 
+def storage_of(t: Tensor) -> int | None:
+    """A number that two tensors have in common if they share memory; None where a tensor has no storage."""
+    if t.layout != torch.strided:
+        return None
+    storage = t.untyped_storage()
+    return getattr(storage, "_cdata", None) or storage.data_ptr()  # meta tensors have no pointer
+
+
 def allows_tf32() -> bool:
     """Whether torch may round fp32 products to tf32."""
     try:

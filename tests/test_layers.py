@@ -25,7 +25,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 # from the bottom to the top: a room imports rooms of earlier rows only, beside itself
 LAYERS = [
     ("L0", "_torch_private", "kernels"),
-    ("L1", "layouts"),
+    ("L1", "layouts", "read_only"),
     ("L2", "rule", "kernel_table"),
     ("L2", "pattern_cache"),
     ("L2", "dispatch"),
