@@ -60,9 +60,16 @@ autocast_somewhere = _fetch("autocast_somewhere", "_C._is_any_autocast_enabled",
 backward_pass = _fetch("backward_pass", "_C._current_graph_task_id", _minus_one)  # -1 outside: dense writes are refused
 correct_aliasing = _fetch("correct_aliasing", "utils._python_dispatch.return_and_correct_aliasing", _without_alias)
 fused_recurrent = _fetch("fused_recurrent", "_VF", torch)
+fused_attention = (
+    _fetch("encoder_layer", "_transformer_encoder_layer_fwd", None),
+    _fetch("native_attention", "_native_multi_head_attention", None),
+)
+unscale = _fetch("unscale", "_amp_foreach_non_finite_check_and_unscale_", None)
 is_view = _fetch("is_view", "Tensor._is_view", _yes)
 as_no_view = _fetch("as_no_view", "ops.aten._unsafe_view.default", lambda t, shape: t.clone())
 OpOverload = type(torch.ops.aten.mm.default)
+HigherOrderOperator = _fetch("HigherOrderOperator", "_ops.HigherOrderOperator", OpOverload)
+BELOW_FUNCTIONS = (OpOverload, type(torch.ops.aten.mm), HigherOrderOperator)  # operators that autograd sees first
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 NON_TENSORS = {type(None), int, float, bool, str, tuple, list, dict, torch.Size}  # tensor.py adds SparseTensor

@@ -41,9 +41,7 @@ itself, w[i] = value.
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         mine = [a for a in tree_leaves((args, kwargs)) if isinstance(a, cls)]
-        for target in written(func, args, kwargs):
-            if isinstance(target, cls):
-                raise _refusal(func, target)
+        expect_writable(func, written(func, args, kwargs))
         plain_args, plain_kwargs = tree_map(_as_plain, (args, kwargs))
         with no_function():
             versions = [_version(a) for a in mine]
@@ -108,6 +106,13 @@ def written(func: Any, args: tuple, kwargs: dict) -> list[Any]:
     if in_place or name == "__setitem__" or func == Tensor.data.__set__ or kwargs.get("inplace") is True:
         out += tree_leaves(args[0] if args else next(iter(kwargs.values()), None))
     return out
+
+
+def expect_writable(func: Any, targets: list[Any]) -> None:
+    """Raise RuntimeError if an operator would write to a tensor that is read-only."""
+    for target in targets:
+        if isinstance(target, ReadOnlyTensor):
+            raise _refusal(func, target)
 
 
 def _refusal(func: Any, target: ReadOnlyTensor) -> RuntimeError:

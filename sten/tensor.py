@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._torch_private import (
     NON_TENSORS,
-    OpOverload,
     as_no_view,
     is_compiling,
     is_view,
     no_function,
-    tree_leaves,
-    tree_map,
 )
-from .dispatch import warn_densified
 from .layouts.base import Layout, Parts
 from .layouts.registry import fields, layout_from
 from .pattern_cache import PatternCache as PatternCache
 from .rule import Rule as Rule
 
-FUNCTIONS: dict[Callable, Callable] = {}
-ATEN: dict[Callable, Callable] = {}
+OTHERS = "others"  # the row of either table for what has none of its own, and for `out=`
+FUNCTIONS: dict[Callable | str, Callable] = {}
+ATEN: dict[Callable | str, Callable] = {}
 
 # Opaque operators on SparseTensors, which torch.compile records; __torch_dispatch__ runs them.
 LIBRARY = torch.library.Library("sten", "FRAGMENT")
@@ -114,14 +110,14 @@ class SparseTensor(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         rule = FUNCTIONS.get(func)
         with no_function():
-            return (func if rule is None else rule)(*args, **(kwargs or {}))
+            if rule is None or (kwargs and "out" in kwargs):
+                return FUNCTIONS[OTHERS](func, args, kwargs or {})
+            return rule(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         rule = ATEN.get(func)
-        if rule is not None:
-            return rule(func, *args, **(kwargs or {}))
-        return run_dense(func, args, kwargs or {})
+        return (ATEN[OTHERS] if rule is None else rule)(func, *args, **(kwargs or {}))
 
     # what users read
 
@@ -299,17 +295,30 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
         return SparseTensor(layout, layout.pack(tensor, mask.to(tensor.device)), shape)
 
 
-def function(*functions: Callable) -> Callable:
+def function(*functions: Callable | str, replace: bool = True) -> Callable:
     """Register the decorated rule for Python functions; it is called above autograd, with their arguments."""
 
     def register(rule: Callable) -> Callable:
-        FUNCTIONS.update(dict.fromkeys(functions, rule))
+        for key in functions:
+            if replace or key not in FUNCTIONS:
+                FUNCTIONS[key] = rule
         return rule
 
     return register
 
 
-def aten(*operators: Callable) -> Callable:
+def as_it_is(*functions: Callable) -> None:
+    """Register that Python functions without a rule run as they are, on the rules of the aten operators in them."""
+    for each in functions:
+        FUNCTIONS.setdefault(each, each)
+
+
+def function_rule(func: Callable) -> Callable | None:
+    """The rule of a Python function."""
+    return FUNCTIONS.get(func)
+
+
+def aten(*operators: Callable | str) -> Callable:
     """Register the decorated rule for aten operators; it is called with the operator and the arguments."""
 
     def register(rule: Callable) -> Callable:
@@ -317,23 +326,6 @@ def aten(*operators: Callable) -> Callable:
         return rule
 
     return register
-
-
-def run_dense(func: Callable, args: tuple, kwargs: dict) -> Any:
-    """Run an operator without a rule on dense copies, with one warning; raise if it would write to a sparse operand."""
-    sparse = [a for a in tree_leaves((args, kwargs)) if isinstance(a, SparseTensor)]
-    name = getattr(func, "__name__", str(func))
-    if isinstance(func, OpOverload):
-        name = func._schema.name.removeprefix("aten::")
-        for argument, operand in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and any(isinstance(a, SparseTensor) for a in tree_leaves(operand)):
-                raise NotImplementedError(
-                    f"Expected an operator that can write to a {sparse[0].sparse_layout} tensor, got {name}; to train, "
-                    "use the trainable form (sten.attach, sten.trainable), or sten.densify."
-                )
-    warn_densified(name, sparse[0].sparse_layout)
-    args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
-    return func(*args, **kwargs)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

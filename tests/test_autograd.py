@@ -193,8 +193,8 @@ def test_training_matches_the_masked_dense_model(layout, name, foreach, strictly
         assert isinstance(w, sten.SparseTensor)
         w.sparse_layout.validate(w.parts, w.stored_shape)
         for slot in runs[0][1].state[w].values():
-            if isinstance(slot, torch.Tensor) and slot.dim():
-                assert isinstance(slot, sten.SparseTensor)
+            if isinstance(slot, torch.Tensor) and slot.dim():  # Adagrad fills its state, in full
+                assert isinstance(slot, sten.SparseTensor) or name == "adagrad"
     saved = copy.deepcopy(runs[0][1].state_dict())
     runs[0][1].load_state_dict(saved)
     sparse(x).sum().backward()

@@ -56,16 +56,21 @@ def test_copies(layout, shape):
 
 
 @every_layout
-def test_like_functions_keep_the_pattern_and_zero_padding(layout, poisoned):
-    w, _ = make(layout)
-    for twin in (torch.zeros_like(w), torch.empty_like(w), torch.randn_like(w), torch.rand_like(w), torch.ones_like(w)):
-        if isinstance(twin, sten.SparseTensor):
-            assert twin.same_pattern(w) and not twin.to_dense()[~w.mask()].any()
-            if not twin.to_dense().isnan().any():
-                stored(twin)
-    assert not torch.zeros_like(w).to_dense().any()
-    assert torch.equal(torch.ones_like(w).to_dense(), w.mask().float())
-    assert torch.equal(torch.full_like(w, 3.0).to_dense(), 3.0 * w.mask())
+def test_twins(layout, poisoned):
+    """zeros_like and clone keep the pattern; whatever may hold other numbers than zero off it is dense."""
+    w, dense = make(layout)
+    zeros = torch.zeros_like(w)
+    assert zeros.same_pattern(w) and not zeros.to_dense().any()
+    stored(zeros)
+    for make_twin in (
+        torch.ones_like, lambda t: torch.full_like(t, 3.0), lambda t: t.new_ones(t.shape), lambda t: t.new_zeros(2, 3),
+        lambda t: t.new_full((2, 3), 2.0), lambda t: torch.ones_like(t, dtype=torch.float64),
+    ):  # fmt: skip
+        close = make_twin(w)
+        assert type(close) is torch.Tensor and torch.equal(close, make_twin(dense)) and close.is_contiguous()
+        assert close.dtype == make_twin(dense).dtype
+    for twin in (torch.empty_like(w), torch.randn_like(w), torch.rand_like(w), w.new_empty(w.shape)):
+        assert type(twin) is torch.Tensor and twin.shape == w.shape and twin.dtype == w.dtype
 
 
 @every_layout

@@ -1,7 +1,21 @@
 """What operators do with a SparseTensor: each file fills the tables of `sten.tensor` and `sten.dispatch`."""
 
-from . import attention, attributes, conv, embedding, linear, padding, pointwise, recurrent, views, which
+from . import (
+    attention,
+    attributes,
+    conv,
+    embedding,
+    linear,
+    others,
+    padding,
+    pointwise,
+    pointwise_functions,
+    recurrent,
+    views,
+    which,
+)
 
 __all__ = [
-    "attention", "attributes", "conv", "embedding", "linear", "padding", "pointwise", "recurrent", "views", "which",
+    "attention", "attributes", "conv", "embedding", "linear", "others", "padding", "pointwise", "pointwise_functions",
+    "recurrent", "views", "which",
 ]  # fmt: skip

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tensor import SparseTensor, aten, function
+from .._torch_private import fused_attention
+from ..tensor import SparseTensor, as_it_is, aten, function
 from .linear import linear
 
 A = torch.ops.aten
@@ -178,5 +179,7 @@ def native_multi_head_attention(
     )  # fmt: skip
     return out.transpose(0, 1), weights
 
+
+as_it_is(*fused_attention)
 
 __all__ = ["attend", "in_projection", "multi_head_attention_forward"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._torch_private import autocast_somewhere, is_intercepted, must_apply
 from ..dispatch import find, operator, planned, run_both, warn_densified
 from ..tensor import Rule, SparseTensor, aten, function
+from .others import on_dense_copies
 from .padding import gradient
 from .traceable import traceable
 
@@ -243,16 +244,18 @@ def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     return Matmul.call(x, w, bias)
 
 
-@function(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+@function(torch.matmul, torch.mm, torch.mv, torch.linalg.matmul, Tensor.matmul, Tensor.mm, Tensor.mv, Tensor.__matmul__)
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """torch.matmul with a sparse matrix on the left or the right."""
     if input.dim() < 1 or other.dim() < 1:
         raise RuntimeError(f"Expected operands with at least one dimension, got {input.dim()} and {other.dim()}.")
-    left, right = isinstance(input, SparseTensor), isinstance(other, SparseTensor)
+    left, right = (isinstance(a, SparseTensor) and a.dim() == 2 for a in (input, other))
     if left and right:
         return _both(input, other)
-    if right:
+    if right and not isinstance(input, SparseTensor):
         return times(input, other)
+    if not left:  # a batch of sparse matrices, or of addmm only the input is sparse
+        return on_dense_copies(torch.matmul, (input, other), {}, "matmul", warn=True)
     if other.dim() == 1:
         return linear(other, input)
     return linear(other.transpose(-2, -1), input).transpose(-2, -1)
@@ -276,11 +279,16 @@ def rmatmul(other: Tensor, input: Tensor) -> Tensor:
 @function(torch.addmm, Tensor.addmm)
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta=1, alpha=1) -> Tensor:
     """beta * input + alpha * mat1 @ mat2; a bias vector without factors is passed to the kernel."""
-    dense = not isinstance(input, SparseTensor) and not isinstance(mat1, SparseTensor)
-    if dense and beta == alpha == 1 and input.shape == mat2.shape[1:]:
-        return times(mat1, mat2, input)
+    if isinstance(input, SparseTensor):
+        input = input.to_dense()
+    if not isinstance(mat1, SparseTensor) and beta == alpha == 1 and input.shape == mat2.shape[1:]:
+        return times(mat1, mat2, input) if isinstance(mat2, SparseTensor) else torch.addmm(input, mat1, mat2)
     product = matmul(mat1, mat2)
-    return beta * input + (product if alpha == 1 else alpha * product)
+    if torch.broadcast_shapes(input.shape, product.shape) != product.shape:
+        shapes = f"{tuple(product.shape)}, got {tuple(input.shape)}"
+        raise RuntimeError(f"Expected an input that broadcasts to the shape of the product, {shapes}.")
+    product = product if alpha == 1 else alpha * product
+    return product if beta == 0 else beta * input + product  # torch ignores an input times 0, NaN included
 
 
 # the same products below autograd, where torch decomposes a fused layer

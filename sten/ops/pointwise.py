@@ -2,7 +2,11 @@
 
 - in place with a scalar or a tensor of the same pattern: on the stored entries only;
 - out of place with f(0) = 0, or between equal patterns: on the stored entries; otherwise the result is dense;
-- a dense factor is gathered at the pattern; a dense operand of an in-place operator must be zero off the pattern.
+- a dense factor or divisor is gathered at the pattern: entries off it stay zero, whatever the other factor is there;
+- a dense operand of an in-place operator must be zero off the pattern.
+
+These are aten rules, for what users call (`pointwise_functions.py` keeps an operator sparse only if every tensor in it
+is), for formulas of gradients, and for optimizers.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._torch_private import tree_map
-from ..tensor import SparseTensor, aten, function, project, project_now, unpack
+from ..tensor import SparseTensor, aten, project_now, unpack
 from .padding import dense_to_values, zero_padding, zero_padding_
 
 A = torch.ops.aten
@@ -20,8 +24,9 @@ KEEP_ZERO = """neg abs sign sgn sqrt square relu tanh sin tan asin atan sinh asi
     floor ceil round gelu silu leaky_relu elu nan_to_num"""
 SAME_PATTERN = "add sub maximum minimum lerp addcmul addcdiv atan2 hypot"
 TO_DENSE = """exp exp2 cos cosh acos log log2 log10 sigmoid reciprocal rsqrt rsub eq ne lt le gt ge isnan isfinite isinf
-    logical_not clamp clamp_min clamp_max max min amax amin any all remainder softmax _softmax where threshold_backward
-    tanh_backward sigmoid_backward gelu_backward silu_backward leaky_relu_backward elu_backward"""
+    logical_not clamp clamp_min clamp_max max min amax amin any all remainder softmax _softmax where"""
+BACKWARD = """threshold_backward tanh_backward sigmoid_backward gelu_backward silu_backward leaky_relu_backward
+    elu_backward"""  # proportional to the gradient
 IN_PLACE = """add sub mul div lerp addcmul addcdiv sqrt neg abs clamp clamp_min clamp_max pow square sign zero fill
     normal uniform exp reciprocal rsqrt nan_to_num relu bernoulli erfinv"""
 ZERO_STAYS = "mul zero sqrt neg abs addcmul lerp square sign relu erfinv nan_to_num"  # in place, whatever the operands
@@ -38,6 +43,7 @@ def overloads(names: str, ending: str = "") -> list:
 
 DIVISIONS = set(overloads("div"))
 GATHERS = set(overloads("mul_ div_"))
+PRODUCTS = set(overloads("addcmul_ addcdiv_"))
 ZERO_SAFE = set(overloads(ZERO_STAYS, "_"))
 
 
@@ -77,7 +83,7 @@ def keep_zero(func, w, *args, **kwargs):
     return on_values(func, (w, *args), kwargs)
 
 
-@aten(*overloads(SAME_PATTERN))
+@aten(*overloads(SAME_PATTERN), *overloads(BACKWARD))
 def same_pattern(func, a, b, *rest, **kwargs):
     """On the stored entries between tensors of one pattern; otherwise dense, w + 1 included."""
     sparse = isinstance(a, SparseTensor) and isinstance(b, SparseTensor) and same_patterns((a, b, *rest))
@@ -111,42 +117,27 @@ def gathered(x: Tensor, w: SparseTensor) -> SparseTensor:
     return project_now(torch.broadcast_to(x, w.shape), w)
 
 
-def _factor_function(func):
-    def rule(a, b, **kwargs):
-        """A dense factor that requires a gradient is gathered differentiably, so that its gradient is dense."""
-        w = first_sparse((a, b))
-        other = b if w is a else a
-        trained = isinstance(other, Tensor) and not isinstance(other, SparseTensor) and other.requires_grad
-        divided = w is b and "div" in func.__name__
-        if not trained or divided or torch.broadcast_shapes(other.shape, w.shape) != w.shape:
-            return func(a, b, **kwargs)
-        other = project(torch.broadcast_to(other, w.shape), w)
-        return func(w, other, **kwargs) if w is a else func(other, w, **kwargs)
-
-    return rule
-
-
-for _name in ("mul", "multiply", "__mul__", "__rmul__", "div", "divide", "__truediv__"):
-    for _owner in (torch, Tensor):
-        if hasattr(_owner, _name):
-            function(getattr(_owner, _name))(_factor_function(getattr(_owner, _name)))
-
-
 @aten(*overloads(IN_PLACE, "_"))
 def in_place(func, w, *args, **kwargs):
     """On the stored entries only; for a dense target the sparse operand is unpacked."""
     if not isinstance(w, SparseTensor):
         return dense_result(func, w, *args, **kwargs)
-    func(w.parts["values"], *[a if is_scalar(a) else _operand(func, w, a) for a in args], **kwargs)
+    gather = func in GATHERS or (func in PRODUCTS and _has_pattern(w, args[0]))
+    func(w.parts["values"], *[a if is_scalar(a) else _operand(func, w, a, gather) for a in args], **kwargs)
     if func not in ZERO_SAFE:
         zero_padding_(w)
     return w
 
 
-def _operand(func, w: SparseTensor, a: Tensor) -> Tensor:
-    if isinstance(a, SparseTensor) and w.same_pattern(a):
+def _has_pattern(w: SparseTensor, a: Tensor) -> bool:
+    return isinstance(a, SparseTensor) and w.same_pattern(a)
+
+
+def _operand(func, w: SparseTensor, a: Tensor, gather: bool) -> Tensor:
+    """The values that the operator reads: `gather` what a zero of another factor makes irrelevant off the pattern."""
+    if _has_pattern(w, a):
         return a.parts["values"]
-    if func in GATHERS:
+    if gather:
         return gathered(a, w).parts["values"]
     return dense_to_values(w, unpack(a) if isinstance(a, SparseTensor) else a, func._schema.name.removeprefix("aten::"))
 

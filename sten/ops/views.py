@@ -6,10 +6,9 @@ import contextlib
 
 import torch
 
-from .._torch_private import correct_aliasing
+from .._torch_private import backward_pass, correct_aliasing
 from ..dispatch import warn_densified
 from ..tensor import SparseTensor, aten, unpack
-from .padding import zero_padding
 
 A = torch.ops.aten
 
@@ -90,29 +89,31 @@ def to_copy(func, w, *, dtype=None, device=None, layout=None, pin_memory=None, n
     return SparseTensor(w.sparse_layout, parts, w.stored_shape, w.transposed, cache=w.cache if same else None)
 
 
-@aten(A.zeros_like.default, A.empty_like.default, A.ones_like.default, A.rand_like.default, A.randn_like.default)
-def like(func, w, *, dtype=None, device=None, **_):
-    """A SparseTensor with the same pattern, and zero padding as layouts require; optimizers make their state so."""
-    return _with_pattern(getattr(torch, func._schema.name.removeprefix("aten::")), w, dtype, device)
-
-
-@aten(A.full_like.default)
-def full_like(func, w, value, *, dtype=None, device=None, **_):
-    return _with_pattern(lambda values, dtype: torch.full_like(values, value, dtype=dtype), w, dtype, device)
-
-
-def _with_pattern(make, w: SparseTensor, dtype, device) -> SparseTensor:
+@aten(A.zeros_like.default)
+def zeros_like(func, w, *, dtype=None, device=None, **_):
+    """With the same pattern, as `clone`: optimizers make their state so."""
     source = w if device is None else each_part(lambda p: p.to(device), w)
-    return zero_padding(source, make(source.parts["values"], dtype=dtype))
+    return source.with_values(torch.zeros_like(source.parts["values"], dtype=dtype))
 
 
-@aten(A.new_empty_strided.default, A.new_empty.default, A.new_zeros.default)
-def new_like(func, w, size, stride=None, *, dtype=None, device=None, **_):
-    """With the same shape, a SparseTensor with the same pattern (autograd accumulates into it); otherwise dense."""
-    if tuple(size) == tuple(w.shape):
-        return _with_pattern(torch.zeros_like, w, dtype, device)
-    plain = w.parts["values"].new_empty(0, dtype=dtype, device=device)
-    return func(plain, size, *([] if stride is None else [stride]))
+@aten(A.ones_like.default, A.full_like.default, A.empty_like.default, A.rand_like.default, A.randn_like.default)
+def like(func, w, *args, **kwargs):
+    """A plain dense tensor: no number of it needs to be zero."""
+    return func(w.parts["values"].new_empty(()).expand(w.shape), *args, **kwargs)
+
+
+@aten(A.new_empty.default, A.new_zeros.default, A.new_ones.default, A.new_full.default)
+def new(func, w, *args, **kwargs):
+    """A plain dense tensor."""
+    return func(w.parts["values"], *args, **kwargs)
+
+
+@aten(A.new_empty_strided.default)
+def new_empty_strided(func, w, size, stride, **kwargs):
+    """A plain dense tensor; in a backward pass, where autograd makes the gradient so, one of the same pattern."""
+    if backward_pass() != -1 and tuple(size) == tuple(w.shape):
+        return zeros_like(A.zeros_like.default, w, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
+    return func(w.parts["values"], size, stride, **kwargs)
 
 
 @aten(A.is_same_size.default)

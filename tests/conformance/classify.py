@@ -4,7 +4,7 @@
 |---|---|
 | right | the result and every argument are those of the dense twin |
 | refused | sten raised one sentence, and nothing changed; `ADVICE` looks whether it says what would work |
-| documented | a write with a scalar acted on the stored entries alone, where the dense twin fills zeros |
+| documented | what docs/semantics.md says: `in place with a number`, or `off the pattern` |
 | skipped | the dense twin raises, too |
 | wrong | another result, argument or gradient; or an act that was refused and changed something |
 | lost | a write returned without an error, and the sparse tensor is as before while the dense twin changed |
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten
 
 import sten
 
+OFF_PATTERN = "zero off the pattern, where the dense twin is infinite or NaN"
 FAULTS = ("wrong", "lost", "crash")
 OUTCOMES = ("right", "refused", "documented", *FAULTS, "skipped")
 REFUSALS = (NotImplementedError, TypeError, ValueError, RuntimeError)
@@ -74,10 +75,24 @@ def judge(
         written = after_writes(before, dense, sparse, masks, scalar, random)
         if written.outcome != "right":
             return written
-        problem = difference(want, got, sparse, random)
+        return judged_result(want, got, sparse, random, written)
     except Exception as error:  # the result itself cannot be read
         return Verdict("crash", "reading the result: " + line(error))
-    return Verdict("wrong", problem) if problem else written
+
+
+def judged_result(want: Any, got: Any, arguments: list, random: bool, otherwise: Verdict) -> Verdict:
+    """The verdict on a result, `otherwise` if there is nothing to say of it."""
+    problem = difference(want, got, arguments, random)
+    if problem and not difference(finite_at(got, want), got, arguments, random):
+        return Verdict("documented", OFF_PATTERN)
+    return Verdict("wrong", problem) if problem else otherwise
+
+
+def finite_at(got: Any, want: Any) -> Any:
+    """The result of the dense twin with zeros for what is not finite, off the pattern of a sparse result."""
+    if not isinstance(got, sten.SparseTensor) or not isinstance(want, Tensor) or want.shape != got.shape:
+        return want
+    return want.masked_fill(~got.mask() & ~want.isfinite(), 0)
 
 
 def played(call: Call, arguments: list) -> Any:
@@ -129,6 +144,8 @@ def after_write(old: Tensor, want: Tensor, now: Tensor, mask: Tensor | None, sca
         return Verdict("wrong", "changed, where the dense twin does not")
     if mask is None:
         return Verdict("right") if random and plain(now).shape == want.shape else Verdict("wrong", unequal(want, now))
+    if want.shape == mask.shape and same(want.masked_fill(~mask & ~want.isfinite(), 0), now):
+        return Verdict("documented", OFF_PATTERN)
     if scalar and want.shape == mask.shape and same(want.masked_fill(~mask, 0), now):
         return Verdict("documented", "at the stored entries alone")
     if same(old, now):
