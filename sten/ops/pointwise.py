@@ -30,6 +30,7 @@ BACKWARD = """threshold_backward tanh_backward sigmoid_backward gelu_backward si
 IN_PLACE = """add sub mul div lerp addcmul addcdiv sqrt neg abs clamp clamp_min clamp_max pow square sign zero fill
     normal uniform exp reciprocal rsqrt nan_to_num relu bernoulli erfinv"""
 ZERO_STAYS = "mul zero sqrt neg abs addcmul lerp square sign relu erfinv nan_to_num"  # in place, whatever the operands
+FUSED = ["_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_"]
 FOREACH = """add_ sub_ mul_ div_ lerp_ addcmul_ addcdiv_ sqrt_ neg_ abs_ zero_ copy_ maximum_ minimum_ reciprocal_
     sign_
     add sub mul div lerp addcmul addcdiv sqrt neg abs norm maximum sign reciprocal"""
@@ -129,8 +130,8 @@ def in_place(func, w, *args, **kwargs):
     return w
 
 
-def _has_pattern(w: SparseTensor, a: Tensor) -> bool:
-    return isinstance(a, SparseTensor) and w.same_pattern(a)
+def _has_pattern(w: Tensor, a: Tensor) -> bool:
+    return isinstance(w, SparseTensor) and isinstance(a, SparseTensor) and w.same_pattern(a)
 
 
 def _operand(func, w: SparseTensor, a: Tensor, gather: bool) -> Tensor:
@@ -205,6 +206,21 @@ def count_nonzero(func, w, dim=None):
 @aten(A._amp_foreach_non_finite_check_and_unscale_.default)
 def unscale(func, grads, found_inf, inv_scale):
     return func([values_of(g) for g in grads], found_inf, inv_scale)
+
+
+@aten(*overloads(" ".join(FUSED)))
+def fused_step(func, params, *lists, **kwargs):
+    """A fused optimizer step, on the stored entries; gradients and state must have the patterns of the parameters."""
+    for i, w in enumerate(params):
+        for each in lists:
+            a = each[i] if isinstance(each, (list, tuple)) and len(each) else None
+            if isinstance(a, Tensor) and not is_scalar(a) and isinstance(w, SparseTensor) != _has_pattern(w, a):
+                raise NotImplementedError(
+                    "Expected gradients and state with the patterns of their parameters for a fused optimizer, got "
+                    "others; make it with fused=False."
+                )
+    params, lists = tree_map(values_of, (list(params), lists))
+    return func(params, *lists, **kwargs)
 
 
 def _add_products(func, single, tensors, first, second, values):
