@@ -52,7 +52,7 @@ def requested_weights(weights: Weights) -> list[Pattern] | Predicate | None:
     """`weights=` as a list of patterns or a function, checked; None if it is left out."""
     if weights is None:
         return None
-    if callable(weights) and not _is_pattern(weights):
+    if callable(weights) and not isinstance(weights, (nn.Module, type)):
         try:
             inspect.signature(weights).bind("", nn.Module(), "")
         except TypeError as error:

@@ -22,7 +22,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"Expected an existing folder for {path.name!r}, got {os.fspath(path.parent)!r}: make it first."
+            f"Expected an existing folder for {path.name!r}, got {os.fspath(path.parent)!r}; make it first."
         )
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
