@@ -204,7 +204,9 @@ CASES = {
     ),
     "gpt2": Case(gpt2, language, GPT2),
     "llama": Case(llama, language, LLAMA),
-    "mixtral": Case(mixtral, language, [*ATTENTION, "lm_head.weight"]),
+    "mixtral": Case(
+        mixtral, language, [*ATTENTION, "lm_head.weight"], weights=[*ATTENTION, "lm_head"]
+    ),
 }  # fmt: skip
 PADDING = torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [False] * 3 + [True] * 3])
 

@@ -41,20 +41,26 @@ def sparsify(
 
     Args:
         model: any nn.Module, the layer itself included.
-        layout: a Layout, or {pattern over parameter names: Layout or None}; first match wins, None leaves dense.
+        layout: a Layout, or {pattern: Layout or None}; the first match wins, None leaves dense. Default: CSR, where
+            `sparsity` is given. A pattern is a glob over the names of parameters and of the modules around them, "re:"
+            and a regular expression over names of parameters, a module, or a type of modules. A dictionary chooses what
+            its patterns name; "*" stands for all else that is chosen by default.
         sparsifier: which entries live; None keeps the existing non-zeros (or the mask of torch.nn.utils.prune and
             torch.ao.pruning, whose parametrization is taken off).
         sparsity: fraction to drop, a float (`sten.Uniform`) or `sten.ERK`/`sten.Global`; required by layouts without a
             rate of their own (Masked, CSR, BSR, FanIn), refused where it contradicts an n:m layout.
-        weights: a glob, "re:..." or list of them over parameter names, or predicate(name, module, attribute). Default:
-            nn.Linear, Hugging Face's Conv1D (its transpose is stored), and the projections of MultiheadAttention.
+        weights: a pattern, a list of them, or predicate(name, module, attribute). Default: nn.Linear, Hugging Face's
+            Conv1D (its transpose is stored), and the projections of MultiheadAttention; without the output layer of a
+            language model and the factors of low-rank adapters.
         optimizer: one or a list, for training: the weights take the trainable form, and state is carried over.
         calibration: batches for data-driven sparsifiers, of which there are none yet: refused.
 
     Without `optimizer` a weight becomes a SparseTensor Parameter, the form for inference, unless its sparsifier acts
-    during training. A weight tied to one that is not chosen is left dense (`sten.summary` lists it). References to
-    Parameters stay valid: identity is kept, with gradients and attributes; hooks that were registered on a Parameter
-    itself are not carried over.
+    during training. A weight tied to one that is not chosen is left dense, and so is one that `sten.ERK` or
+    `sten.Global` would keep so dense that its layout needs more bytes (`sten.summary` lists them). A weight that is
+    sparse already gets the new layout and sparsity, as after `sten.finalize`: of the entries that it has, the best
+    stay; in training it stays trainable, and its former method ends. References to Parameters stay valid: identity is
+    kept, with gradients and attributes; hooks that were registered on a Parameter itself are not carried over.
 
     Raises:
         ValueError, TypeError: one sentence that says what was wrong and what would work.
@@ -62,9 +68,12 @@ def sparsify(
     Example:
         >>> import torch, sten
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
-        >>> model = sten.sparsify(model, layout=sten.NM(2, 4))
+        >>> model = sten.sparsify(model, sparsity=0.9)
         >>> model[0].weight
-        Parameter(SparseTensor)(NM(n=2, m=4), shape=(32, 16), dtype=float32, density=0.5, requires_grad=True)
+        Parameter(SparseTensor)(CSR(), shape=(32, 16), dtype=float32, density=0.0996, requires_grad=True)
+        >>> model = sten.sparsify(torch.nn.Linear(16, 32), {torch.nn.Linear: sten.NM(2, 4)})
+        >>> model.weight.density
+        0.5
     """
     optimizers = _optimizers(optimizer)
     decision, skipped = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
