@@ -153,16 +153,16 @@ def warn_densified(name: str, w: SparseTensor) -> None:
     key = (name, type(layout))
     if not _strict.get() and key in _warned:
         return
-    known = None if is_compiling() else weight_name(w)
+    traced = is_compiling()  # Dynamo cannot look at frames
+    known = None if traced else weight_name(w)
     weight = f"{known or 'a weight'} ({layout}, shape {tuple(w.shape)})"
     if _strict.get():
         raise DensifyError(
             f"Expected an operator with a rule for {weight} under sten.strict(), got {name!r}; call to_dense() first."
         )
     _warned.add(key)
-    warnings.warn(
-        f"sten: operator {name!r} has no rule for {weight}: it runs on a dense copy.", stacklevel=user_stacklevel()
-    )
+    text = f"sten: operator {name!r} has no rule for {weight}: it runs on a dense copy."
+    warnings.warn(text, stacklevel=2 if traced else user_stacklevel())
 
 
 @contextlib.contextmanager

@@ -171,3 +171,12 @@ def test_it_is_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.ones(1, 8))
+
+
+def test_a_method_without_a_first_mask():
+    class Late(sten.extend.PatternMethod):
+        def update(self, view):
+            return sten.extend.Edit()
+
+    with pytest.raises(ValueError, match=r"^0\.weight: Expected a first mask from Late\.update, .* got Edit"):
+        sten.sparsify(mlp(), CSR(), Late(), sparsity=0.5)

@@ -152,6 +152,9 @@ def _choose(target: Target, view: View, count: int | None, sparsifier: Sparsifie
         sized.memo.update(view.memo)
         view = sized
     edit = sparsifier.update(view)
+    if edit.mask is None:
+        kind = type(sparsifier).__name__
+        raise ValueError(f"Expected a first mask from {kind}.update, where view.mask is None, got Edit(mask=None).")
     end = edit.mask
     if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; its first mask may be wider
         end = target.layout.mask(_allowed(view, sparsifier.scored(view)), view.sparsity)

@@ -186,18 +186,18 @@ def select(model: nn.Module, layout: Layouts, weights: Weights) -> tuple[list[Ta
     found = all_weights(model)
     rules = list(layout.items()) if isinstance(layout, dict) else [("*", layout)]
     requested = requested_weights(weights)
-    patterns = [pattern for pattern, _ in rules] + (requested if isinstance(requested, list) else [])
+    patterns = [*dict(rules), *(requested if isinstance(requested, list) else ())]
     for pattern in patterns:
         if pattern != "*" and not any(matches(pattern, target) for target in found):
             raise ValueError(
                 f"Expected {_shown(pattern)} to match a weight of two or more dimensions, got none; there are "
                 f"{_some(found)}{_closest(pattern, found)}."
             )
-    named = [p for p in patterns if p not in [pattern for pattern, layout in rules if layout is None]]
+    left_dense = {pattern for pattern, layout in rules if layout is None}
+    named = [pattern for pattern in patterns if pattern not in left_dense]
     reasons = _not_chosen(model, found, requested, rules)
     for target in found:
-        alone = any(_names_alone(pattern, target) for pattern in named)
-        if target.why and alone:
+        if target.why and any(_names_alone(pattern, target) for pattern in named):
             raise ValueError(f"{target.name} cannot be made sparse: {target.why}.")
         target.why = target.why or reasons[target.name] or _without_layout(target, rules)
     targets, others = [], []
@@ -227,10 +227,11 @@ def _not_chosen(model: nn.Module, found: list[Target], requested, rules) -> dict
         return {t.name: "" if t.name in chosen else "not chosen by weights=" for t in found}
     tied = Counter(id(target.tensor) for target in found)
     dense, reasons = kept_dense(model), {}
+    written = [pattern for pattern, _ in rules if pattern != "*"]
     for target in found:
         module, name = target.owners[0]
         reason = ""
-        if not any(pattern != "*" and matches(pattern, target) for pattern, _ in rules):
+        if not any(matches(pattern, target) for pattern in written):
             if not is_linear(module, name):
                 dims = len(target.shape)
                 reason = f"{type(module).__name__} has no linear weight{f' but a {dims}-D one' if dims > 2 else ''}"
