@@ -11,7 +11,7 @@ from small import mlp, train
 from torch import nn
 
 import sten
-from sten.layouts import BSR, CSR, NM, Masked
+from sten.layouts import BSR, CSR, NM, FanIn, Masked
 
 
 def why(table) -> dict[str, str]:
@@ -229,6 +229,15 @@ def test_a_weight_that_would_cost_more_than_dense_stays_dense(spread):
         total = sum(layer.weight.numel() for layer in dense if isinstance(layer, nn.Linear))
         active = sum(int(row.density * row.shape[0] * row.shape[1] + 0.5) for row in table.rows)
         assert active == round((1 - spread.sparsity) * total)
+
+
+@pytest.mark.parametrize("layout", [FanIn(), BSR((2, 2)), BSR((8, 8))], ids=str)
+def test_bytes_decide_in_every_layout_that_saves_some(layout):
+    """A full weight never pays for its pattern."""
+    table = sten.summary(sten.sparsify(wide_and_narrow(), layout, sparsity=sten.ERK(0.9)))
+    assert [row.layout for row in table.rows] == [str(layout), "dense", "dense"]
+    assert all(row.stored_bytes <= row.dense_bytes for row in table.rows)
+    assert f"for which {layout} needs more bytes" in table.rows[-1].why
 
 
 def test_where_bytes_do_not_decide():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import copy_of
 from small import mlp
 from torch import nn
 
@@ -163,6 +164,14 @@ def test_both_forms_and_calls_outside_of_a_module(layout, form):
     text, file, line = warned(lambda: torch.cumsum(model[1].weight, 0))
     assert (file, line) == (__file__, inspect.currentframe().f_lineno - 1)
     assert f"({layout}, shape (8, 8))" in text and ("1.weight" in text) == (form == "trainable")
+
+
+def test_a_missing_kernel_shows_the_callers_line():
+    x, w = torch.ones(1, 8), sten.from_dense(torch.eye(8), copy_of(CSR()))
+    dispatch._warned.clear()
+    with pytest.warns(UserWarning, match="no kernel for 'linear' with OtherCSR") as caught:
+        F.linear(x, w)
+    assert (caught[0].filename, caught[0].lineno) == (__file__, inspect.currentframe().f_lineno - 1)
 
 
 def test_it_is_warned_of_once():
