@@ -99,7 +99,7 @@ def on_dense_copies(func: Callable, args: tuple, kwargs: dict, name: str, warn: 
     if is_compiling() and sparse_in(targets):
         return func(*args, **kwargs)  # `below_autograd` refuses it
     if warn and sparse:
-        warn_densified(name, sparse[0].sparse_layout)
+        warn_densified(name, sparse[0])
     # an operator that may be refused in the end must not have written to a dense operand
     refusable = out is not None or bool(sparse_in(targets))
     olds = tensors_in((args, kwargs)) if refusable else sparse
@@ -180,7 +180,7 @@ def below_autograd(func: Callable, *args, **kwargs) -> Any:
                     f"Expected an operator that can write to a {sparse[0].sparse_layout} tensor, got {name}; to train, "
                     "use the trainable form (sten.attach, sten.trainable), or sten.densify."
                 )
-    warn_densified(name, sparse[0].sparse_layout)
+    warn_densified(name, sparse[0])
     args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
     return func(*args, **kwargs)
 
