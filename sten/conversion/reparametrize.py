@@ -52,6 +52,7 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
         param.grad = grad
     for optimizer, key, slot in slots:
         optimizer.state[param][key] = slot
+    target.tensor, target.weight = param, weight
     return weight
 
 
@@ -61,6 +62,8 @@ def begin(target: Target, sparsifier: Sparsifier, view: View, allocation, optimi
         weight = move(target, with_capacity(target.result, sparsifier.capacity), optimizers, trainable=True)
         weight.set_method(sparsifier, view, allocation)
         return weight
+    if (stored := target.stored) is not None:  # sparse already: train its numbers as a dense weight
+        move(target, stored.to_dense().contiguous(), optimizers)
     weight = DenseWeight(target.layout, target.transposed, sparsifier, view, allocation)
     take_off(target)
     for module, name in target.owners:
