@@ -218,6 +218,10 @@ class ToDense(Rule):
     def backward(ctx, grad):
         return project(grad, ctx.saved_tensors[0])
 
+    @staticmethod
+    def vmap(info, in_dims, w):
+        return ToDense.run(w), None  # torch.vmap has no batch of SparseTensors
+
 
 def unpack(w: SparseTensor) -> Tensor:
     """The dense tensor, without autograd."""

@@ -54,10 +54,11 @@ def without_rule(func: Callable, args: tuple, kwargs: dict) -> Any:
         return func(*args, **kwargs)
     out = kwargs.get("out")
     others = {key: value for key, value in kwargs.items() if key != "out"}
-    if rule is None or not sparse_in((args, others)):
+    if rule is not None and out is None:
+        return rule(*args, **others)
+    if rule is None or not isinstance(out, Tensor) or not sparse_in((args, others)):
         return on_dense_copies(func, args, kwargs, name, warn=True)
-    result = rule(*args, **others)
-    return result if out is None else on_dense_copies(A.clone.out, (result,), {"out": out}, name)
+    return on_dense_copies(A.clone.out, (rule(*args, **others),), {"out": out}, name)
 
 
 def sparse_in(tree: Any) -> list[SparseTensor]:

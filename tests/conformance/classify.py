@@ -261,7 +261,7 @@ def same(want: Tensor, got: Tensor) -> bool:
     if not (want.is_floating_point() or want.is_complex()):
         return bool((want == got).all())
     tolerance = 2e-4 if want.dtype not in (torch.float16, torch.bfloat16) else 3e-2
-    return torch.allclose(want, got, rtol=tolerance, atol=tolerance / 4, equal_nan=True)
+    return torch.allclose(want, got, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def unequal(want: Tensor, got: Tensor) -> str:
