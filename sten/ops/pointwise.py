@@ -231,11 +231,17 @@ def _add_products(func, single, tensors, first, second, values):
     return None if func._schema.is_mutable else out
 
 
-SINGLE = {"maximum_": "clamp_min_", "minimum_": "clamp_max_"}
+# maximum takes no number, as the foreach operators do
+SINGLE = {
+    "maximum_": A.clamp_min_,
+    "minimum_": A.clamp_max_,
+    "maximum": lambda t, a: A.maximum(t, a) if isinstance(a, Tensor) else A.clamp_min(t, a),
+    "norm": lambda t, order=2, dtype=None: torch.linalg.vector_norm(t, order, dtype=dtype),
+}
 
 
 def _one_by_one(name: str):
-    single = torch.linalg.vector_norm if name == "norm" else getattr(A, SINGLE.get(name, name))
+    single = SINGLE[name] if name in SINGLE else getattr(A, name)
 
     def rule(func, tensors, *rest, **kwargs):
         """The operator that a foreach operator stands for, tensor by tensor."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import sten
 
@@ -90,6 +90,14 @@ def judged_result(want: Any, got: Any, arguments: list, random: bool, otherwise:
 
 def finite_at(got: Any, want: Any) -> Any:
     """The result of the dense twin with zeros for what is not finite, off the pattern of a sparse result."""
+    (gots, _), (wants, tree) = tree_flatten(got), tree_flatten(want)
+    if len(gots) != len(wants):
+        return want
+    pairs = zip(gots, wants, strict=True)
+    return tree_unflatten([finite(g, w) for g, w in pairs], tree)
+
+
+def finite(got: Any, want: Any) -> Any:
     if not isinstance(got, sten.SparseTensor) or not isinstance(want, Tensor) or want.shape != got.shape:
         return want
     return want.masked_fill(~got.mask() & ~want.isfinite(), 0)
