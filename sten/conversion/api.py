@@ -16,6 +16,7 @@ from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.sparsifier import check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
+from ..training.optimizer_checks import expect_elementwise, expect_optimizer, expect_slots, holds, optimizers_of
 from ..training.reminders import empty_rows_of, remind, warn_of_empty_rows
 from .plan import decide
 from .record import remember, remember_optimizers
@@ -25,7 +26,6 @@ from .select import Target, Weights, select, sparse_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer] | None
-BY_MATRIX = (torch.optim.LBFGS, torch.optim.Muon, torch.optim.Adafactor)
 
 
 def sparsify(
@@ -66,7 +66,7 @@ def sparsify(
         >>> model[0].weight
         Parameter(SparseTensor)(NM(n=2, m=4), shape=(32, 16), dtype=float32, density=0.5, requires_grad=True)
     """
-    optimizers = _optimizers(optimizer)
+    optimizers = optimizers_of(optimizer)
     targets, skipped, views = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
     begun = []
     for target in targets:
@@ -111,7 +111,7 @@ def plan(
         >>> plan.rows[0].name, plan.rows[0].density
         ('weight', 0.5)
     """
-    prepared = _prepare(model, layout, sparsifier, sparsity, weights, _optimizers(optimizer), calibration)
+    prepared = _prepare(model, layout, sparsifier, sparsity, weights, optimizers_of(optimizer), calibration)
     targets, skipped, _ = prepared
     done = [(t.name, t.result, t.energy) for t in targets]
     return SparsifyPlan([*rows_of(done), *rows_of([(t.name, t.tensor, t.why) for t in skipped])])
@@ -149,43 +149,22 @@ def _expect_method(method: Sparsifier, targets: list[Target], optimizers: list[O
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
     for optimizer in optimizers:
-        engine.expect_optimizer(method, optimizer)
-
-
-def _optimizers(optimizer: Optimizers) -> list[Optimizer] | None:
-    if optimizer is None:
-        return None
-    single = isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable)
-    found = [optimizer] if single else list(optimizer)
-    if not found or not all(isinstance(o, Optimizer) for o in found):
-        raise TypeError(f"optimizer= takes a torch.optim.Optimizer or a list of them; got {optimizer!r}.")
-    for one in found:
-        if isinstance(one, BY_MATRIX):
-            raise TypeError(
-                f"{type(one).__name__} works on whole matrices: train sparse weights with SGD, AdamW or the like."
-            )
-    return found
+        expect_optimizer(method, optimizer)
 
 
 def _expect_held(optimizers: list[Optimizer] | None, targets: list[Target]) -> None:
     """Every target that trains is in an optimizer, with slots that have a sparse form."""
     if optimizers is None:
         return
-    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     for target in targets:
-        param = target.tensor
-        if param.requires_grad and id(param) not in held:
+        holding = [optimizer for optimizer in optimizers if holds(optimizer, target.tensor)]
+        if target.tensor.requires_grad and not holding:
             raise ValueError(
                 f"{target.name} is not in the optimizer: make the optimizer from this model's parameters first."
             )
-        for optimizer in optimizers:
-            for key, slot in optimizer.state.get(param, {}).items():
-                if isinstance(slot, Tensor) and slot.numel() > 1 and slot.shape != param.shape:
-                    kind = type(optimizer).__name__
-                    raise ValueError(
-                        f"The slot {key!r} of {kind} for {target.name} has shape {tuple(slot.shape)}, which has no "
-                        "sparse form: call sten before the optimizer's first step."
-                    )
+        for optimizer in holding:
+            expect_elementwise(optimizer)
+            expect_slots(target.name, target.tensor, optimizer)
 
 
 def _expect_trainable(targets: list[Target]) -> None:
@@ -227,9 +206,9 @@ def attach(model: Model, optimizer: Optimizers) -> Model:
         >>> model(torch.ones(1, 8)).sum().backward()
         >>> optimizer.step()
     """
-    optimizers = _optimizers(optimizer)
+    optimizers = optimizers_of(optimizer)
     if optimizers is None:
-        raise TypeError("attach needs the optimizer.")
+        raise TypeError("Expected an optimizer for sten.attach, got None.")
     if weights := engine.dynamic_weights(model):
         engine.start(model, optimizers)
         for module, name in (owner for weight in weights for owner in weight.owner_modules()):

@@ -86,6 +86,22 @@ def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
         raise ValueError(f"Expected a mask of the weight's shape {tuple(dense.shape)}, got shape {tuple(mask.shape)}.")
 
 
+def expect_held(layout: Layout, mask: Tensor) -> None:
+    """Raise ValueError unless the layout can hold exactly this mask; n:m layouts fill up groups with explicit zeros."""
+    if layout.unstructured:
+        return
+    shape = tuple(mask.shape)
+    parts = layout.pack(torch.zeros((), device=mask.device).expand(shape), mask)
+    if layout.rate is not None:
+        return
+    stored = layout.support(parts, shape)
+    if not torch.equal(stored, mask):
+        raise ValueError(
+            f"Expected a mask that {layout} can hold, got one of {int(mask.sum())} entries, for which it would store "
+            f"{int(stored.sum())}; use {layout}.mask(score, sparsity), or sten.CSR(), which holds any mask."
+        )
+
+
 def expect_score(layout: Layout, score: Tensor, sparsity: float | None) -> None:
     """Raise ValueError unless the layout can choose a mask from this score at this sparsity."""
     layout.check(tuple(score.shape))

@@ -55,6 +55,8 @@ class View:
         generator: random numbers, the same on every rank.
         grad, momentum, stats: set if the method's `needs` has them; else None.
         last: whether it is the last of the chosen weights, mostly the classifier.
+        frozen: in `allocate`, whether its mask stays in this mask update, whatever it is given: it does not train, or
+            the gradient that the method reads did not arrive (`grad` and `momentum` are None then).
         state: the tensors that the method's `init` made for this weight, as the last `Edit.state` left them.
         memo: a cache of what a method computes of this weight; `dataclasses.replace` starts an empty one.
     """
@@ -70,6 +72,7 @@ class View:
     momentum: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
     last: bool = False
+    frozen: bool = False
     state: State = field(default_factory=dict)
     allowed: Tensor | None = None
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)

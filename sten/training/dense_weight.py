@@ -124,7 +124,7 @@ class DenseWeight(TrainedWeight):
         return self.dense(state["momentum_buffer"]) if state.get("momentum_buffer") is not None else None
 
     @torch.no_grad()
-    def change(self, edit: Edit, optimizer: Optimizer) -> Callable[[], None]:
+    def change(self, edit: Edit, *optimizers: Optimizer) -> Callable[[], None]:
         zero_pruned = self.method.zero_pruned
         if not zero_pruned and edit.value is None and edit.fresh is None:
             return lambda: self._write_mask(edit)
@@ -140,12 +140,12 @@ class DenseWeight(TrainedWeight):
         if edit.value is not None:
             value = edit.value.to(self.param.dtype)
             new = self.packed(value.masked_fill(~mask, 0) if zero_pruned else value)
-        slots = {key: move(slot) for key, slot in optimizer_slots(self.param, optimizer).items()}
+        slots = [(o, key, move(slot)) for o in optimizers for key, slot in optimizer_slots(self.param, o).items()]
 
         @torch.no_grad()
         def write() -> None:
             self.param.copy_(new)
-            for key, slot in slots.items():
+            for optimizer, key, slot in slots:
                 optimizer.state[self.param][key].copy_(slot)
             self._write_mask(edit)
 

@@ -139,7 +139,7 @@ class TrainedWeight(nn.Module):
         """Carry out `module.weight = value`: copy the numbers into the Parameter, or raise ValueError."""
 
     @abstractmethod
-    def change(self, edit: Edit, optimizer: Optimizer) -> Any:
+    def change(self, edit: Edit, *optimizers: Optimizer) -> Any:
         """Compute what an Edit changes (Parameter, gradient, slots, pattern); calling the result writes it.
 
         Pattern parts are shared, so reading after writing would mix two patterns.
@@ -276,9 +276,14 @@ def decoded(text: Tensor) -> str:
 
 
 def optimizer_slots(param: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors with a number for each entry of the parameter, by name."""
-    state = optimizer.state.get(param, {})
-    return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0 and t.shape == param.shape}
+    """The optimizer's tensors with a number for each entry of the parameter, by name; quantized ones dequantized."""
+    found = {}
+    for key, t in optimizer.state.get(param, {}).items():
+        if isinstance(t, Tensor) and t.dim() > 0 and t.shape == param.shape:
+            plain = t if type(t).dequantize is Tensor.dequantize else t.dequantize()
+            if plain.is_floating_point():
+                found[key] = plain
+    return found
 
 
 def replace_in_optimizer(old: Tensor, new: Tensor, optimizer: Optimizer) -> None:
