@@ -131,9 +131,9 @@ def _prepare(
     if calibration is not None:
         raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
     spread = allocation(sparsity)
-    targets, skipped = select(model, layout, weights)
-    _expect_held(optimizers, targets)
     dynamic = sparsifier is not None and not sparsifier.acts_once
+    targets, skipped = select(model, layout, weights, type(sparsifier).__name__ if dynamic else "")
+    _expect_held(optimizers, targets)
     if optimizers is not None or dynamic:
         _expect_trainable(targets)
     if sparsifier is not None:

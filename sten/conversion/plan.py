@@ -7,10 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..layouts.checks import check_sparsity
+from ..layouts.checks import check_sparsity, covering, expect_held
 from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from ..sparsifiers.allocation import Allocation
+from ..sparsifiers.edits import check_first_edit
 from ..tensor import SparseTensor
 from .select import Target
 
@@ -89,6 +90,7 @@ def _choose(target: Target, view: View, count: int | None, sparsifier: Sparsifie
         sized.memo.update(view.memo)
         view = sized
     edit = sparsifier.update(view)
+    check_first_edit(edit, view, sparsifier)
     end = edit.mask
     if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; its first mask may be wider
         end = target.layout.mask(_allowed(view, sparsifier.scored(view)), view.sparsity)
@@ -107,7 +109,7 @@ def _start(view: View, sparsifier: Sparsifier, edit: Edit) -> View:
     step by step, its first mask otherwise."""
     mask = edit.mask
     if isinstance(sparsifier, DenseWeightMethod) and sparsifier.zero_pruned:
-        mask = torch.ones_like(mask) if view.allowed is None else view.allowed
+        mask = torch.ones_like(mask) if view.allowed is None else covering(view.layout, view.allowed)
     return dataclasses.replace(view, mask=mask, generator=None, allowed=None)
 
 
@@ -130,6 +132,8 @@ def _dense(target: Target) -> Tensor:
 def _existing(target: Target, dense: Tensor) -> Tensor:
     """The mask that keeps what is there; an n:m layout fills the slots that are left with zeros."""
     mask = dense != 0 if target.mask is None else _oriented(target, target.mask)
+    if target.mask is not None and target.layout.rate is None:
+        expect_held(target.layout, mask)
     if target.layout.holds_any_mask:
         return mask
     full = target.layout.mask(torch.where(mask, dense.abs(), -torch.ones_like(dense)))

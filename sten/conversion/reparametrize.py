@@ -52,6 +52,7 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
         param.grad = grad
     for optimizer, key, slot in slots:
         optimizer.state[param][key] = slot
+    target.tensor, target.weight = param, weight
     return weight
 
 
@@ -61,11 +62,16 @@ def begin(target: Target, sparsifier: Sparsifier, view: View, allocation, optimi
         weight = move(target, with_capacity(target.result, sparsifier.capacity), optimizers, trainable=True)
         weight.set_method(sparsifier, view, allocation)
         return weight
+    if (stored := target.stored) is not None:  # sparse already: train its numbers as a dense weight
+        move(target, stored.to_dense().contiguous(), optimizers)
     weight = DenseWeight(target.layout, target.transposed, sparsifier, view, allocation)
     take_off(target)
     for module, name in target.owners:
         install(module, name, target.tensor, weight)
         accept_every_form(module)
+    if target.mask is not None:  # torch's pruning keeps numbers there, which would come back
+        with torch.no_grad():
+            target.tensor.mul_(target.mask)
     # Into the weight's own group: a new one would upset learning-rate schedulers that exist.
     for group in (g for o in optimizers for g in o.param_groups if any(p is target.tensor for p in g["params"])):
         group["params"].extend(weight.parameters())

@@ -13,6 +13,7 @@ from ..layouts.base import Layout
 from ..tensor import SparseTensor
 from ..training.attribute import trained_of
 from ..training.trained_weight import TrainedWeight
+from .exclusions import expect_one_mask, recomputed, without_gradient
 
 Weights = str | Iterable[str] | Callable[[str, nn.Module, str], bool] | None
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -94,7 +95,13 @@ def all_weights(model: nn.Module, wrapped: bool = False) -> list[Target]:
 def _add_weights(found: list[Target], module: nn.Module, prefix: str) -> None:
     """The weights of one module."""
     trained = dict(trained_of(module)) if hasattr(module, "sparse_names") else {}
+    hooked = recomputed(module)
     for name, tensor in module._parameters.items():
+        if name in hooked:
+            attribute, why = hooked[name]
+            if why and tensor.dim() > 1:
+                found.append(Target(prefix + attribute, [(module, attribute)], tensor, why=why))
+            continue
         if name in trained:
             trained[name].add_owner(module, name)
             found.append(Target(prefix + name, [(module, name)], tensor, weight=trained[name]))
@@ -157,9 +164,12 @@ def _is_plain(pattern: str) -> bool:
 
 
 def select(
-    model: nn.Module, layout: Layout | dict[str, Layout | None], weights: Weights
+    model: nn.Module, layout: Layout | dict[str, Layout | None], weights: Weights, dynamic: str = ""
 ) -> tuple[list[Target], list[Target]]:
-    """(targets with their layout, the other weights with the reason); one sentence for what cannot be meant."""
+    """(targets with their layout, the other weights with the reason); one sentence for what cannot be meant.
+
+    `dynamic` is the name of a method that acts during training: it leaves frozen weights out.
+    """
     found = all_weights(model)
     rules = _layouts(layout)
     chosen, named = _chosen(found, weights, rules)
@@ -168,6 +178,8 @@ def select(
             target.why = "it is in trainable form already: sten.finalize the model first"
         if not target.why:
             target.why = _reason(target, target.name in chosen, target.name in named, rules, weights is None)
+            if not target.why and dynamic:
+                target.why = without_gradient(target, dynamic, target.name in named)
         elif target.name in named:
             raise ValueError(f"{target.name} cannot be made sparse: {target.why}.")
     targets, others = [], []
@@ -269,6 +281,8 @@ def _tied(members: list[Target], named: set[str]) -> Target:
                 f"{first.name} is tied to {others[0].name}, which is not chosen: name both, or untie them."
             )
         first.why = f"tied to {others[0].name}, which is not chosen"
+    if not first.why:
+        expect_one_mask(members)
     if not first.why and len({t.layout for t in members}) > 1:
         raise ValueError(f"{first.name} and {members[-1].name} are one tied weight: give both the same layout.")
     first.owners = [owner for t in members for owner in t.owners]

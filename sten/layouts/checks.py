@@ -86,16 +86,18 @@ def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
         raise ValueError(f"Expected a mask of the weight's shape {tuple(dense.shape)}, got shape {tuple(mask.shape)}.")
 
 
-def expect_held(layout: Layout, mask: Tensor) -> None:
-    """Raise ValueError unless the layout can hold exactly this mask; n:m layouts fill up groups with explicit zeros."""
+def covering(layout: Layout, mask: Tensor) -> Tensor:
+    """The mask that the layout stores for this one: the same, or with more entries where it cannot hold it exactly."""
     if layout.unstructured:
-        return
+        return mask
     shape = tuple(mask.shape)
-    parts = layout.pack(torch.zeros((), device=mask.device).expand(shape), mask)
-    if layout.rate is not None:
-        return
-    stored = layout.support(parts, shape)
-    if not torch.equal(stored, mask):
+    return layout.support(layout.pack(torch.zeros((), device=mask.device).expand(shape), mask), shape)
+
+
+def expect_held(layout: Layout, mask: Tensor) -> None:
+    """Raise ValueError unless the layout holds exactly this mask; an n:m layout may fill up groups with zeros."""
+    stored = covering(layout, mask)
+    if layout.rate is None and not torch.equal(stored, mask):
         raise ValueError(
             f"Expected a mask that {layout} can hold, got one of {int(mask.sum())} entries, for which it would store "
             f"{int(stored.sum())}; use {layout}.mask(score, sparsity), or sten.CSR(), which holds any mask."

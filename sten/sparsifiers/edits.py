@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..layouts.base import Layout
 from ..layouts.checks import count_to_keep, expect_held
-from .sparsifier import Edit, State
+from .sparsifier import DenseWeightMethod, Edit, Sparsifier, State, View
 
 
 def check_edit(edit: Edit, shape: tuple[int, ...], device: torch.device, state: State | None = None) -> None:
@@ -33,6 +33,18 @@ def check_edit(edit: Edit, shape: tuple[int, ...], device: torch.device, state: 
             raise ValueError(
                 f"Expected Edit.state to have tensors of init, {known}, got {name!r} of shape {tuple(tensor.shape)}."
             )
+
+
+def check_first_edit(edit: Edit, view: View, method: Sparsifier) -> None:
+    """Raise TypeError or ValueError, with the method's name, unless an Edit can be the first one of a weight."""
+    try:
+        check_edit(edit, tuple(view.weight.shape), view.weight.device)
+        if edit.mask is None:
+            raise ValueError("Expected a mask from update at sten.sparsify, where view.mask is None, got none.")
+        if not isinstance(method, DenseWeightMethod):  # the first mask of a dense weight may be wider
+            check_mask(edit.mask, view.layout, view.sparsity)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{method}: {error}") from error
 
 
 def check_mask(mask: Tensor, layout: Layout, sparsity: float | None) -> None:
