@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..layouts.base import Layout
 from ..layouts.checks import count_to_keep, expect_held
-from .sparsifier import DenseWeightMethod, Edit, Sparsifier, State, View
+from .sparsifier import Edit, Sparsifier, State, View
 
 
 def check_edit(edit: Edit, shape: tuple[int, ...], device: torch.device, state: State | None = None) -> None:
@@ -35,13 +35,17 @@ def check_edit(edit: Edit, shape: tuple[int, ...], device: torch.device, state: 
             )
 
 
-def check_first_edit(edit: Edit, view: View, method: Sparsifier) -> None:
-    """Raise TypeError or ValueError, with the method's name, unless an Edit can be the first one of a weight."""
+def expect_edit(edit: Edit, view: View, method: Sparsifier, exact: bool) -> None:
+    """Raise TypeError or ValueError, with the method's name, unless an Edit fits its View.
+
+    `exact`: its mask is stored as it is, so it must keep to the budget and to what the layout can hold. The mask of a
+    dense weight in training may be wider.
+    """
     try:
         check_edit(edit, tuple(view.weight.shape), view.weight.device)
-        if edit.mask is None:
+        if edit.mask is None and view.mask is None:
             raise ValueError("Expected a mask from update at sten.sparsify, where view.mask is None, got none.")
-        if not isinstance(method, DenseWeightMethod):  # the first mask of a dense weight may be wider
+        if exact and edit.mask is not None:
             check_mask(edit.mask, view.layout, view.sparsity)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{method}: {error}") from error

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..layouts.base import Layout
 from ..sparsifiers import DenseWeightMethod, Edit, View
 from ..sparsifiers.allocation import Allocation
+from ..sparsifiers.edits import expect_edit
 from ..tensor import SparseTensor, from_dense
 from .distributed import shard_like, whole
 from .trained_weight import TrainedWeight, optimizer_slots
@@ -95,7 +96,9 @@ class DenseWeight(TrainedWeight):
         """What `method.finish` stores now, in the layout."""
         param = self.param if param is None else param
         dense = self.dense(param)
-        edit = self.method.finish(self._view_of(dense))
+        view = self._view_of(dense)
+        edit = self.method.finish(view)
+        expect_edit(edit, view, self.method, exact=not self.method.zero_pruned)
         mask = edit.mask if edit.mask is not None else self.mask
         w = from_dense((dense if edit.value is None else edit.value).contiguous(), self.layout, mask)
         w = w.t() if self.transposed else w
