@@ -16,11 +16,11 @@ from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.sparsifier import check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
-from ..training.optimizer_checks import expect_elementwise, expect_optimizer, expect_slots, holds, optimizers_of
+from ..training.optimizer_checks import expect_elementwise, expect_optimizer, holds, optimizers_of
 from ..training.reminders import empty_rows_of, remind, warn_of_empty_rows
 from .plan import decide
 from .record import remember, remember_optimizers
-from .reparametrize import begin, move
+from .reparametrize import begin, expect_slots_to_follow, move
 from .report import SparsifyPlan, rows_of
 from .select import Target, Weights, select, sparse_weights
 
@@ -73,15 +73,15 @@ def sparsify(
         remember(target, optimizers or ())
         if target.name in views:
             spread = allocation(sparsity)
-            begun.append(begin(target, sparsifier, views[target.name], spread, optimizers or []))
+            weight = begin(target, sparsifier, views[target.name], spread, optimizers or [])
         else:
-            move(target, target.result, optimizers or [], optimizers is not None)
+            weight = move(target, target.result, optimizers or [], optimizers is not None)
+        begun += [weight] if weight is not None else []
     for target in skipped:
         remember(target, why=target.why)
     if optimizers is not None:
         engine.start(model, optimizers)
-    elif begun:
-        remind(begun)
+    remind(begun)
     if sparsifier is not None and not getattr(sparsifier, "zero_pruned", False):  # those say it when it happens
         empty = {}
         for target in targets:
@@ -164,7 +164,7 @@ def _expect_held(optimizers: list[Optimizer] | None, targets: list[Target]) -> N
             )
         for optimizer in holding:
             expect_elementwise(optimizer)
-            expect_slots(target.name, target.tensor, optimizer)
+        expect_slots_to_follow(target, holding)
 
 
 def _expect_trainable(targets: list[Target]) -> None:
@@ -228,7 +228,8 @@ def _train(model: Model, targets: list[Target], optimizers: list[Optimizer]) -> 
     targets = [t for t in targets if t.weight is None]
     _expect_trainable(targets)
     for target in targets:
-        move(target, target.stored, optimizers, trainable=True)
+        expect_slots_to_follow(target, optimizers)
+    remind([move(target, target.stored, optimizers, trainable=True) for target in targets])
     return model
 
 
@@ -276,6 +277,8 @@ def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:
     targets = sparse_weights(model)
     with torch.no_grad():
         ready = [(target, _named(change, target)) for target in targets]
+    for target in targets:
+        expect_slots_to_follow(target, [])
     engine.stop(model)
     for target, after in ready:
         move(target, after, [])

@@ -22,6 +22,7 @@ from ..tensor import SparseTensor
 from ..training.attribute import install, remove
 from ..training.dense_weight import DenseWeight
 from ..training.distributed import whole
+from ..training.optimizer_checks import expect_slots
 from ..training.pattern_weight import PatternWeight, as_matrix
 from ..training.trained_weight import TrainedWeight, optimizer_slots, replace_in_optimizer
 from .record import known_optimizers
@@ -96,6 +97,12 @@ def _all(target: Target, optimizers: list[Optimizer]) -> list[Optimizer]:
             if not any(optimizer is other for other in everyone):
                 everyone.append(optimizer)
     return everyone
+
+
+def expect_slots_to_follow(target: Target, optimizers: list[Optimizer]) -> None:
+    """Raise ValueError if state of these optimizers, or of those that the weight was given before, cannot follow it."""
+    for optimizer in _all(target, optimizers):
+        expect_slots(target.name, target.tensor, optimizer)
 
 
 def _in_form(t: Tensor, target: Target, after: Tensor, trainable: bool) -> Tensor:
