@@ -289,7 +289,7 @@ class Int8(Tensor):
 
 
 class SGD8(torch.optim.Optimizer):
-    """Momentum in 8 bits: as a subclass, or (`blocks`) as bitsandbytes keeps it, codes beside a scale for each block."""
+    """Momentum in 8 bits: as a subclass, or (`blocks`) as bitsandbytes keeps it, codes beside the scales of blocks."""
 
     def __init__(self, params, lr=0.1, blocks=False):
         super().__init__(params, {"lr": lr})
