@@ -210,8 +210,9 @@ class Run:
         self.twin[i].weight.requires_grad_()
 
     def cast(self, dtype):
-        self.model.to(dtype)
-        self.twin.to(dtype)
+        for model, optimizer in ((self.model, self.optimizer), (self.twin, self.other)):
+            model.to(dtype)
+            optimizer.load_state_dict(optimizer.state_dict())  # torch's way to cast the state, too
         self.dtype = dtype
 
     def copy(self, _):

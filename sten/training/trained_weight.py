@@ -238,6 +238,8 @@ class TrainedWeight(nn.Module):
             if name != "run_method" and (have.shape != want.shape or have.dtype != want.dtype):
                 shapes = f"{want.dtype} of shape {tuple(want.shape)}, got {have.dtype} of shape {tuple(have.shape)}"
                 return f"Expected {name} to be {shapes}"
+        if not self.run_step.is_meta and (int(run["run_step"]) < 0 or int(run["run_counts"].min()) < NO_STEP):
+            return "Expected counts of steps in run_step and run_counts, got negative ones"
         return None
 
     @torch.no_grad()
