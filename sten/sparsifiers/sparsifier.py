@@ -177,6 +177,10 @@ class Sparsifier(ABC):
         del view
         return {}
 
+    def check_state(self, state: State) -> None:
+        """Raise ValueError if tensors of a state dict, of the right shapes, cannot be what the method has made."""
+        del state
+
     def score(self, view: View) -> Tensor:
         """Importance of each entry, in the weight's shape; higher is better, ties go to the lower index.
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .engine import dynamic_weights
-from .trained_weight import NO_STEP, TrainedWeight, encoded
+from .run_problems import encoded
+from .trained_weight import NO_STEP, TrainedWeight
 
 
 @contextlib.contextmanager

@@ -33,10 +33,10 @@ from ..sparsifiers import Edit, Sparsifier
 from .dense_weight import DenseWeight
 from .distributed import everywhere, mean, ranks
 from .pattern_weight import PatternWeight
+from .run_problems import AVERAGES
 from .trained_weight import TrainedWeight
 
 WINDOW = 40
-AVERAGES = ("momentum_first", "momentum_second")
 
 
 class Collector:
