@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .conversion.reparametrize import move
-from .conversion.select import Target, all_weights, once_each
+from .conversion.select import Target, all_weights, expect_model, once_each
 from .conversion.state_dict_hooks import finalized_state
 from .layouts.registry import fields
 from .tensor import SparseTensor, checked
@@ -47,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
     Example:
         >>> import tempfile, torch, sten
-        >>> model = sten.sparsify(torch.nn.Linear(8, 4))
+        >>> model = sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4))
         >>> path = tempfile.mkdtemp() + "/model.safetensors"
         >>> sten.save(model, path)
         >>> sten.load(torch.nn.Linear(8, 4), path).weight.sparse_layout
@@ -57,6 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         from safetensors.torch import save_file
     except ImportError:
         raise ImportError(EXTRA) from None
+    expect_model(model)
     tensors, sparse, ties = _flatten(model)
     header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties, "crc32": _checksum(tensors)})
     with replacing(path) as temporary:
@@ -98,7 +99,7 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
     return total
 
 
-def load(model: Model, path: str | os.PathLike) -> Model:
+def load(model: Model, path: str | os.PathLike | None = None) -> Model:
     """Read a file of `sten.save` into a model of the same architecture, dense or sparse, in place.
 
     All or nothing: names, shapes, layouts and indices are checked before the model is changed. Weights that are sparse
@@ -119,11 +120,13 @@ def load(model: Model, path: str | os.PathLike) -> Model:
     Example:
         >>> import tempfile, torch, sten
         >>> path = tempfile.mkdtemp() + "/model.safetensors"
-        >>> sten.save(sten.sparsify(torch.nn.Linear(8, 4)), path)
+        >>> sten.save(sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4)), path)
         >>> model = sten.load(torch.nn.Linear(8, 4), path)
         >>> model.weight.density
         0.5
     """
+    if path is None:  # as for torch.load, which needs no model
+        raise TypeError("Expected sten.load(model, path), got one argument; make a model of this architecture first.")
     targets = once_each(all_weights(model))
     state = _read(path)
     current = finalized_state(model)

@@ -79,6 +79,9 @@ class SparseTensor(torch.Tensor):
         requires_grad: bool = False,
         cache: PatternCache | None = None,
     ) -> SparseTensor:
+        if not isinstance(parts, dict):
+            kind = type(parts).__name__
+            raise TypeError(f"Expected SparseTensor(layout, parts, shape), got a {kind} second; use sten.from_dense.")
         values = parts["values"]
         shape = tuple(shape)
         size, strides = shape, contiguous_strides(shape)

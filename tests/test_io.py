@@ -84,7 +84,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_ties(sparse, tmp_path):
-    model = sten.sparsify(Tied(), weights="*") if sparse else Tied()
+    model = sten.sparsify(Tied(), layout=sten.NM(2, 4), weights="*") if sparse else Tied()
     sten.save(model, tmp_path / "m")
     assert set(load_file(tmp_path / "m")) == (
         {"embed.weight.values", "embed.weight.index"} if sparse else {"embed.weight"}
@@ -120,7 +120,7 @@ def test_optimizers_follow(tmp_path):
     """Loading into a model in training: attach again and go on."""
     model = mlp()
     opt = torch.optim.AdamW(model.parameters())
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     train(model, opt, range(2))
     sten.save(sten.sparsify(mlp(), layout=CSR(), sparsity=0.7), tmp_path / "m")
     sten.load(model, tmp_path / "m")
@@ -157,7 +157,7 @@ def test_the_file_is_smaller_and_plain(tmp_path):
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     """The process dies in the middle of writing: the old file is whole, and nothing else bears its name."""
     path = tmp_path / "m"
-    model = sten.sparsify(mlp())
+    model = sten.sparsify(mlp(), layout=sten.NM(2, 4))
     sten.save(model, path)
     code = f"""
 import os, warnings

@@ -26,7 +26,8 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 LAYERS = [
     ("L0", "_torch_private", "kernels"),
     ("L1", "layouts", "read_only"),
-    ("L2", "rule", "kernel_table"),
+    ("L2", "rule", "caller"),
+    ("L2", "kernel_table"),
     ("L2", "pattern_cache"),
     ("L2", "dispatch"),
     ("L2", "tensor"),
@@ -38,7 +39,7 @@ LAYERS = [
     ("L4", "extend", "__main__"),
 ]
 # the files of sten/layouts that are no layout
-SHARED = {"__init__", "base", "checks", "compressed_rows", "padding", "registry", "topk"}
+SHARED = {"__init__", "base", "checks", "compressed_rows", "construct", "padding", "registry", "topk"}
 UPWARDS_AT_WORK: set[str] = set()
 
 # registries, what is loaded once for the process, and the tuner's choices

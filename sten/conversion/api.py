@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layouts import NM
 from ..layouts.base import Layout
-from ..sparsifiers import Magnitude, Sparsifier, View
+from ..sparsifiers import Magnitude, Sparsifier
 from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.sparsifier import check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
 from ..training.optimizer_checks import expect_elementwise, expect_optimizer, holds, optimizers_of
-from ..training.reminders import empty_rows_of, remind, warn_of_empty_rows
-from .plan import decide
+from ..training.reminders import empty_rows_of, forget, remind, warn_of_empty_rows
+from .arguments import Layouts, Weights, expect_layouts, expect_sparsifier
+from .plan import Decision, decide
 from .record import remember, remember_optimizers
 from .reparametrize import begin, expect_slots_to_follow, move
-from .report import SparsifyPlan, rows_of
-from .select import Target, Weights, select, sparse_weights
+from .report import SparsifyPlan, other_parameters, rows_of
+from .select import Target, expect_model, select, sparse_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer] | None
@@ -30,8 +30,8 @@ Optimizers = Optimizer | Iterable[Optimizer] | None
 
 def sparsify(
     model: Model,
-    layout: Layout | dict[str, Layout | None] = NM(2, 4),  # noqa: B008 - layouts are frozen
-    sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008
+    layout: Layouts | None = None,
+    sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008 - methods are frozen
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
     optimizer: Optimizers = None,
@@ -41,20 +41,26 @@ def sparsify(
 
     Args:
         model: any nn.Module, the layer itself included.
-        layout: a Layout, or {pattern over parameter names: Layout or None}; first match wins, None leaves dense.
+        layout: a Layout, or {pattern: Layout or None}; the first match wins, None leaves dense. Default: CSR, where
+            `sparsity` is given. A pattern is a glob over the names of parameters and of the modules around them, "re:"
+            and a regular expression over names of parameters, a module, or a type of modules. A dictionary chooses what
+            its patterns name; "*" stands for all else that is chosen by default.
         sparsifier: which entries live; None keeps the existing non-zeros (or the mask of torch.nn.utils.prune and
             torch.ao.pruning, whose parametrization is taken off).
         sparsity: fraction to drop, a float (`sten.Uniform`) or `sten.ERK`/`sten.Global`; required by layouts without a
             rate of their own (Masked, CSR, BSR, FanIn), refused where it contradicts an n:m layout.
-        weights: a glob, "re:..." or list of them over parameter names, or predicate(name, module, attribute). Default:
-            nn.Linear, Hugging Face's Conv1D (its transpose is stored), and the projections of MultiheadAttention.
+        weights: a pattern, a list of them, or predicate(name, module, attribute). Default: nn.Linear, Hugging Face's
+            Conv1D (its transpose is stored), and the projections of MultiheadAttention; without the output layer of a
+            language model and the factors of low-rank adapters.
         optimizer: one or a list, for training: the weights take the trainable form, and state is carried over.
         calibration: batches for data-driven sparsifiers, of which there are none yet: refused.
 
     Without `optimizer` a weight becomes a SparseTensor Parameter, the form for inference, unless its sparsifier acts
-    during training. A weight tied to one that is not chosen is left dense (`sten.summary` lists it). References to
-    Parameters stay valid: identity is kept, with gradients and attributes; hooks that were registered on a Parameter
-    itself are not carried over.
+    during training. A weight tied to one that is not chosen is left dense, and so is one that `sten.ERK` or
+    `sten.Global` would keep so dense that its layout needs more bytes (`sten.summary` lists them). A weight that is
+    sparse already gets the new layout and sparsity, as after `sten.finalize`: of the entries that it has, the best
+    stay; in training it stays trainable, and its former method ends. References to Parameters stay valid: identity is
+    kept, with gradients and attributes; hooks that were registered on a Parameter itself are not carried over.
 
     Raises:
         ValueError, TypeError: one sentence that says what was wrong and what would work.
@@ -62,26 +68,31 @@ def sparsify(
     Example:
         >>> import torch, sten
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
-        >>> model = sten.sparsify(model, layout=sten.NM(2, 4))
+        >>> model = sten.sparsify(model, sparsity=0.9)
         >>> model[0].weight
-        Parameter(SparseTensor)(NM(n=2, m=4), shape=(32, 16), dtype=float32, density=0.5, requires_grad=True)
+        Parameter(SparseTensor)(CSR(), shape=(32, 16), dtype=float32, density=0.0996, requires_grad=True)
+        >>> model = sten.sparsify(torch.nn.Linear(16, 32), {torch.nn.Linear: sten.NM(2, 4)})
+        >>> model.weight.density
+        0.5
     """
     optimizers = optimizers_of(optimizer)
-    targets, skipped, views = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
-    begun = []
+    decision, skipped = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
+    targets = decision.targets
+    _release(targets)
+    begun, trained = [], []
     for target in targets:
         remember(target, optimizers or ())
-        if target.name in views:
-            spread = allocation(sparsity)
-            weight = begin(target, sparsifier, views[target.name], spread, optimizers or [])
+        if target.name in decision.views:
+            view = decision.views[target.name]
+            begun.append(begin(target, sparsifier, view, decision.allocation, optimizers or []))
         else:
-            weight = move(target, target.result, optimizers or [], optimizers is not None)
-        begun += [weight] if weight is not None else []
+            trains = optimizers is not None or target.weight is not None
+            trained.append(move(target, target.result, optimizers or [], trains))
     for target in skipped:
         remember(target, why=target.why)
-    if optimizers is not None:
+    if begun and optimizers is not None:
         engine.start(model, optimizers)
-    remind(begun)
+    remind(weight for weight in begun + trained if weight is not None)
     if sparsifier is not None and not getattr(sparsifier, "zero_pruned", False):  # those say it when it happens
         empty = {}
         for target in targets:
@@ -94,7 +105,7 @@ def sparsify(
 
 def plan(
     model: nn.Module,
-    layout: Layout | dict[str, Layout | None] = NM(2, 4),  # noqa: B008
+    layout: Layouts | None = None,
     sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
@@ -112,33 +123,40 @@ def plan(
         ('weight', 0.5)
     """
     prepared = _prepare(model, layout, sparsifier, sparsity, weights, optimizers_of(optimizer), calibration)
-    targets, skipped, _ = prepared
-    done = [(t.name, t.result, t.energy) for t in targets]
-    return SparsifyPlan([*rows_of(done), *rows_of([(t.name, t.tensor, t.why) for t in skipped])])
+    decision, skipped = prepared
+    done = [(t.name, t.result, t.energy) for t in decision.targets]
+    rows = [*rows_of(done), *rows_of([(t.name, t.tensor if t.stored is None else t.stored, t.why) for t in skipped])]
+    return SparsifyPlan(rows, other_parameters(model))
 
 
-def _prepare(
-    model, layout, sparsifier, sparsity, weights, optimizers, calibration
-) -> tuple[list[Target], list[Target], dict[str, View]]:
-    """What sparsify will do, every argument checked and every tensor made: (targets, weights that stay dense, what a
-    dynamic method sees first)."""
-    if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
-        raise TypeError(
-            f"sparsifier= takes a sparsifier such as sten.Magnitude() (an instance), or None; got {sparsifier!r}."
-        )
+def _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration) -> tuple[Decision, list[Target]]:
+    """What sparsify will do, every argument checked and every tensor made, and the weights that stay dense."""
+    expect_model(model)
+    expect_sparsifier(sparsifier)
     if sparsifier is not None:
         check_needs(sparsifier)
     if calibration is not None:
         raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
     spread = allocation(sparsity)
     dynamic = sparsifier is not None and not sparsifier.acts_once
-    targets, skipped = select(model, layout, weights, type(sparsifier).__name__ if dynamic else "")
+    kind = type(sparsifier).__name__ if dynamic else ""
+    targets, skipped = select(model, expect_layouts(layout, sparsifier, spread), weights, kind)
     _expect_held(optimizers, targets)
     if optimizers is not None or dynamic:
         _expect_trainable(targets)
     if sparsifier is not None:
         _expect_method(sparsifier, targets, optimizers or [])
-    return targets, skipped, decide(targets, sparsifier, spread)
+    decision = decide(targets, sparsifier, spread)
+    return decision, [*skipped, *decision.dense]
+
+
+def _release(targets: list[Target]) -> None:
+    """Take weights that a method trains already from their engines."""
+    weights = [target.weight for target in targets if target.weight is not None]
+    for weight in weights:
+        forget(weight)
+        if weight.engine is not None:
+            weight.engine.close([other for other in weights if other.engine is weight.engine])
 
 
 def _expect_method(method: Sparsifier, targets: list[Target], optimizers: list[Optimizer]) -> None:
@@ -182,7 +200,7 @@ def trainable(model: Model) -> Model:
 
     Example:
         >>> import torch, sten
-        >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4)))
+        >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4)))
         >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
         [('weight', (4, 4)), ('bias', (4,))]
     """
@@ -200,7 +218,7 @@ def attach(model: Model, optimizer: Optimizers) -> Model:
 
     Example:
         >>> import torch, sten
-        >>> model = sten.sparsify(torch.nn.Linear(8, 4))
+        >>> model = sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4))
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> model = sten.attach(model, optimizer)
         >>> model(torch.ones(1, 8)).sum().backward()
@@ -243,7 +261,7 @@ def finalize(model: Model, layout: Layout | None = None) -> Model:
 
     Example:
         >>> import torch, sten
-        >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4)))
+        >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4)))
         >>> sten.finalize(model).weight.sparse_layout
         NM(n=2, m=4)
     """
@@ -265,7 +283,7 @@ def densify(model: Model) -> Model:
 
     Example:
         >>> import torch, sten
-        >>> model = sten.densify(sten.sparsify(torch.nn.Linear(8, 4)))
+        >>> model = sten.densify(sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4)))
         >>> type(model.weight).__name__
         'Parameter'
     """

@@ -6,20 +6,21 @@ A layout is a frozen dataclass: hashable, printable, without tensors. It is the 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sten.layouts.checks import count_to_keep, expect_score
+from sten.layouts.construct import Constructor
 from sten.layouts.registry import register
 from sten.layouts.topk import top
 
 Parts = dict[str, Tensor]
 
 
-class Layout(ABC):
+class Layout(metaclass=Constructor):
     """A way to store a sparse weight as a dictionary of plain tensors, its *parts*.
 
     Exactly one part, `values`, holds weights; the others, listed in `pattern`, are the pattern. Laws, which

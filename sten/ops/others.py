@@ -86,7 +86,7 @@ def on_dense_copies(func: Callable, args: tuple, kwargs: dict, name: str, warn: 
     if not sparse or (is_compiling() and sparse_in(targets)):  # the latter is refused by `below_autograd`
         return func(*args, **kwargs)
     if warn:
-        warn_densified(name, sparse[0].sparse_layout)
+        warn_densified(name, sparse[0])
     copies = [w.to_dense() for w in sparse]
     dense_args, dense_kwargs = tree_map(lambda a: _first(a, sparse, copies), (args, kwargs))
     backups = []
@@ -148,7 +148,7 @@ def below_autograd(func: Callable, *args, **kwargs) -> Any:
                     f"Expected an operator that can write to a {sparse[0].sparse_layout} tensor, got {name}; to train, "
                     "use the trainable form (sten.attach, sten.trainable), or sten.densify."
                 )
-    warn_densified(name, sparse[0].sparse_layout)
+    warn_densified(name, sparse[0])
     args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
     return func(*args, **kwargs)
 

@@ -44,7 +44,8 @@ def expect_edit(edit: Edit, view: View, method: Sparsifier, exact: bool) -> None
     try:
         check_edit(edit, tuple(view.weight.shape), view.weight.device)
         if edit.mask is None and view.mask is None:
-            raise ValueError("Expected a mask from update at sten.sparsify, where view.mask is None, got none.")
+            kind = type(method).__name__
+            raise ValueError(f"Expected a first mask from {kind}.update, where view.mask is None, got Edit(mask=None).")
         if exact and edit.mask is not None:
             check_mask(edit.mask, view.layout, view.sparsity)
     except (TypeError, ValueError) as error:

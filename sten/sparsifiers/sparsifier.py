@@ -21,7 +21,7 @@ What is called, and when:
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.base import Layout
+from ..layouts.construct import Constructor
 from . import scores
 from .allocation import Allocation
 from .schedule import Schedule
@@ -95,7 +96,7 @@ class Edit:
     state: State | None = None
 
 
-class Sparsifier(ABC):
+class Sparsifier(metaclass=Constructor):
     """Decides which entries of a weight are active. A method derives from `PatternMethod` or `DenseWeightMethod`.
 
     A method is a frozen dataclass. One that acts during training has a field `schedule: Schedule | None = None`, and

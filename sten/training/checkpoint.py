@@ -22,7 +22,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path`, moved there if the block succeeds: a killed process leaves the old file."""
     path = Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"Expected an existing folder for {path.name!r}, got {os.fspath(path.parent)!r}.")
+        raise FileNotFoundError(
+            f"Expected an existing folder for {path.name!r}, got {os.fspath(path.parent)!r}; make it first."
+        )
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield temporary
