@@ -21,6 +21,7 @@ from ._torch_private import (
     no_function,
 )
 from .layouts.base import Layout, Parts
+from .layouts.checks import expect_held
 from .layouts.registry import fields, layout_from
 from .pattern_cache import PatternCache as PatternCache
 from .rule import Rule as Rule
@@ -299,6 +300,8 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
             raise TypeError(f"Expected a bool mask, got {mask.dtype}; call .bool() on it.")
         elif tuple(mask.shape) != shape:
             raise ValueError(f"Expected a mask of the tensor's shape {shape}, got {tuple(mask.shape)}.")
+        else:
+            expect_held(layout, mask)
         return SparseTensor(layout, layout.pack(tensor, mask.to(tensor.device)), shape)
 
 

@@ -15,17 +15,17 @@ from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.sparsifier import check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
+from ..training.optimizer_checks import expect_elementwise, expect_optimizer, holds, optimizers_of
 from ..training.reminders import empty_rows_of, forget, remind, warn_of_empty_rows
 from .arguments import Layouts, Weights, expect_layouts, expect_sparsifier
 from .plan import Decision, decide
 from .record import remember, remember_optimizers
-from .reparametrize import begin, move
+from .reparametrize import begin, expect_slots_to_follow, move
 from .report import SparsifyPlan, other_parameters, rows_of
 from .select import Target, expect_model, select, sparse_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer] | None
-BY_MATRIX = (torch.optim.LBFGS, torch.optim.Muon, torch.optim.Adafactor)
 
 
 def sparsify(
@@ -75,24 +75,24 @@ def sparsify(
         >>> model.weight.density
         0.5
     """
-    optimizers = _optimizers(optimizer)
+    optimizers = optimizers_of(optimizer)
     decision, skipped = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
     targets = decision.targets
     _release(targets)
-    begun = []
+    begun, trained = [], []
     for target in targets:
         remember(target, optimizers or ())
         if target.name in decision.views:
             view = decision.views[target.name]
             begun.append(begin(target, sparsifier, view, decision.allocation, optimizers or []))
         else:
-            move(target, target.result, optimizers or [], optimizers is not None or target.weight is not None)
+            trains = optimizers is not None or target.weight is not None
+            trained.append(move(target, target.result, optimizers or [], trains))
     for target in skipped:
         remember(target, why=target.why)
     if begun and optimizers is not None:
         engine.start(model, optimizers)
-    elif begun:
-        remind(begun)
+    remind(weight for weight in begun + trained if weight is not None)
     if sparsifier is not None and not getattr(sparsifier, "zero_pruned", False):  # those say it when it happens
         empty = {}
         for target in targets:
@@ -122,7 +122,7 @@ def plan(
         >>> plan.rows[0].name, plan.rows[0].density
         ('weight', 0.5)
     """
-    prepared = _prepare(model, layout, sparsifier, sparsity, weights, _optimizers(optimizer), calibration)
+    prepared = _prepare(model, layout, sparsifier, sparsity, weights, optimizers_of(optimizer), calibration)
     decision, skipped = prepared
     done = [(t.name, t.result, t.energy) for t in decision.targets]
     rows = [*rows_of(done), *rows_of([(t.name, t.tensor if t.stored is None else t.stored, t.why) for t in skipped])]
@@ -138,9 +138,10 @@ def _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibrati
     if calibration is not None:
         raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
     spread = allocation(sparsity)
-    targets, skipped = select(model, expect_layouts(layout, sparsifier, spread), weights)
-    _expect_held(optimizers, targets)
     dynamic = sparsifier is not None and not sparsifier.acts_once
+    kind = type(sparsifier).__name__ if dynamic else ""
+    targets, skipped = select(model, expect_layouts(layout, sparsifier, spread), weights, kind)
+    _expect_held(optimizers, targets)
     if optimizers is not None or dynamic:
         _expect_trainable(targets)
     if sparsifier is not None:
@@ -166,43 +167,22 @@ def _expect_method(method: Sparsifier, targets: list[Target], optimizers: list[O
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
     for optimizer in optimizers:
-        engine.expect_optimizer(method, optimizer)
-
-
-def _optimizers(optimizer: Optimizers) -> list[Optimizer] | None:
-    if optimizer is None:
-        return None
-    single = isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable)
-    found = [optimizer] if single else list(optimizer)
-    if not found or not all(isinstance(o, Optimizer) for o in found):
-        raise TypeError(f"optimizer= takes a torch.optim.Optimizer or a list of them; got {optimizer!r}.")
-    for one in found:
-        if isinstance(one, BY_MATRIX):
-            raise TypeError(
-                f"{type(one).__name__} works on whole matrices: train sparse weights with SGD, AdamW or the like."
-            )
-    return found
+        expect_optimizer(method, optimizer)
 
 
 def _expect_held(optimizers: list[Optimizer] | None, targets: list[Target]) -> None:
     """Every target that trains is in an optimizer, with slots that have a sparse form."""
     if optimizers is None:
         return
-    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     for target in targets:
-        param = target.tensor
-        if param.requires_grad and id(param) not in held:
+        holding = [optimizer for optimizer in optimizers if holds(optimizer, target.tensor)]
+        if target.tensor.requires_grad and not holding:
             raise ValueError(
                 f"{target.name} is not in the optimizer: make the optimizer from this model's parameters first."
             )
-        for optimizer in optimizers:
-            for key, slot in optimizer.state.get(param, {}).items():
-                if isinstance(slot, Tensor) and slot.numel() > 1 and slot.shape != param.shape:
-                    kind = type(optimizer).__name__
-                    raise ValueError(
-                        f"The slot {key!r} of {kind} for {target.name} has shape {tuple(slot.shape)}, which has no "
-                        "sparse form: call sten before the optimizer's first step."
-                    )
+        for optimizer in holding:
+            expect_elementwise(optimizer)
+        expect_slots_to_follow(target, holding)
 
 
 def _expect_trainable(targets: list[Target]) -> None:
@@ -244,9 +224,9 @@ def attach(model: Model, optimizer: Optimizers) -> Model:
         >>> model(torch.ones(1, 8)).sum().backward()
         >>> optimizer.step()
     """
-    optimizers = _optimizers(optimizer)
+    optimizers = optimizers_of(optimizer)
     if optimizers is None:
-        raise TypeError("attach needs the optimizer.")
+        raise TypeError("Expected an optimizer for sten.attach, got None.")
     if weights := engine.dynamic_weights(model):
         engine.start(model, optimizers)
         for module, name in (owner for weight in weights for owner in weight.owner_modules()):
@@ -266,7 +246,8 @@ def _train(model: Model, targets: list[Target], optimizers: list[Optimizer]) -> 
     targets = [t for t in targets if t.weight is None]
     _expect_trainable(targets)
     for target in targets:
-        move(target, target.stored, optimizers, trainable=True)
+        expect_slots_to_follow(target, optimizers)
+    remind([move(target, target.stored, optimizers, trainable=True) for target in targets])
     return model
 
 
@@ -314,6 +295,8 @@ def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:
     targets = sparse_weights(model)
     with torch.no_grad():
         ready = [(target, _named(change, target)) for target in targets]
+    for target in targets:
+        expect_slots_to_follow(target, [])
     engine.stop(model)
     for target, after in ready:
         move(target, after, [])

@@ -8,10 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from ..layouts.checks import check_sparsity
+from ..layouts.checks import check_sparsity, covering, expect_held
 from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from ..sparsifiers.allocation import Allocation, Uniform
+from ..sparsifiers.edits import expect_edit
 from ..tensor import SparseTensor
 from .select import Target
 
@@ -152,9 +153,7 @@ def _choose(target: Target, view: View, count: int | None, sparsifier: Sparsifie
         sized.memo.update(view.memo)
         view = sized
     edit = sparsifier.update(view)
-    if edit.mask is None:
-        kind = type(sparsifier).__name__
-        raise ValueError(f"Expected a first mask from {kind}.update, where view.mask is None, got Edit(mask=None).")
+    expect_edit(edit, view, sparsifier, exact=not isinstance(sparsifier, DenseWeightMethod))
     end = edit.mask
     if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; its first mask may be wider
         end = target.layout.mask(_allowed(view, sparsifier.scored(view)), view.sparsity)
@@ -173,7 +172,7 @@ def _start(view: View, sparsifier: Sparsifier, edit: Edit) -> View:
     step by step, its first mask otherwise."""
     mask = edit.mask
     if isinstance(sparsifier, DenseWeightMethod) and sparsifier.zero_pruned:
-        mask = torch.ones_like(mask) if view.allowed is None else view.allowed
+        mask = torch.ones_like(mask) if view.allowed is None else covering(view.layout, view.allowed)
     return dataclasses.replace(view, mask=mask, generator=None, allowed=None)
 
 
@@ -211,6 +210,8 @@ def _allowed_units(target: Target) -> Tensor | None:
 def _existing(target: Target, dense: Tensor) -> Tensor:
     """The mask that keeps what is there; an n:m layout fills the slots that are left with zeros."""
     mask = _mask(target)
+    if mask is not None and target.layout.rate is None:
+        expect_held(target.layout, mask)
     mask = dense != 0 if mask is None else mask
     if target.layout.holds_any_mask:
         return mask

@@ -17,6 +17,7 @@ from ..training.attribute import trained_of
 from ..training.trained_weight import TrainedWeight
 from .arguments import Layouts, Pattern, Weights, requested_weights
 from .defaults import is_conv1d, is_linear, kept_dense
+from .exclusions import expect_one_mask, recomputed, without_gradient
 
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule"}
 
@@ -105,7 +106,13 @@ def _add_weights(found: list[Target], around: list[tuple[str, nn.Module]]) -> No
     prefix, module = around[-1]
     prefix = prefix + "." if prefix else ""
     trained = dict(trained_of(module)) if hasattr(module, "sparse_names") else {}
+    hooked = recomputed(module)
     for name, tensor in module._parameters.items():
+        if name in hooked:
+            attribute, why = hooked[name]
+            if why and tensor.dim() > 1:
+                found.append(Target(prefix + attribute, [(module, attribute)], tensor, around, why=why))
+            continue
         if name in trained:
             trained[name].add_owner(module, name)
             found.append(Target(prefix + name, [(module, name)], tensor, around, weight=trained[name]))
@@ -181,8 +188,11 @@ def _names_alone(pattern: Pattern, target: Target) -> bool:
     return pattern is module or (isinstance(pattern, str) and pattern in (target.name, name))
 
 
-def select(model: nn.Module, layout: Layouts, weights: Weights) -> tuple[list[Target], list[Target]]:
-    """(targets with their layout, the other weights with the reason); one sentence for what cannot be meant."""
+def select(model: nn.Module, layout: Layouts, weights: Weights, dynamic: str = "") -> tuple[list[Target], list[Target]]:
+    """(targets with their layout, the other weights with the reason); one sentence for what cannot be meant.
+
+    `dynamic` is the name of a method that acts during training: it leaves frozen weights out.
+    """
     found = all_weights(model)
     rules = list(layout.items()) if isinstance(layout, dict) else [("*", layout)]
     requested = requested_weights(weights)
@@ -200,6 +210,9 @@ def select(model: nn.Module, layout: Layouts, weights: Weights) -> tuple[list[Ta
         if target.why and any(_names_alone(pattern, target) for pattern in named):
             raise ValueError(f"{target.name} cannot be made sparse: {target.why}.")
         target.why = target.why or reasons[target.name] or _without_layout(target, rules)
+        if dynamic and not target.why:
+            alone = any(_names_alone(pattern, target) for pattern in named)
+            target.why = without_gradient(target, dynamic, alone)
     targets, others = [], []
     for target in _tie(found, named):
         (others if target.why else targets).append(target)
@@ -287,6 +300,8 @@ def _tied(members: list[Target], named: list[Pattern]) -> Target:
                 f"{first.name} is tied to {others[0].name}, which is not chosen: name both, or untie them."
             )
         first.why = f"tied to {others[0].name}, which is not chosen"
+    if not first.why:
+        expect_one_mask(members)
     if not first.why and len({t.layout for t in members}) > 1:
         raise ValueError(f"{first.name} and {members[-1].name} are one tied weight: give both the same layout.")
     first.owners = [owner for t in members for owner in t.owners]

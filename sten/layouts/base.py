@@ -88,15 +88,15 @@ class Layout(metaclass=Constructor):
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The bool mask, of score's shape, of the entries to keep: the highest scores the layout can hold together.
 
-        By default the round((1 - sparsity) * units) units with the highest totals.
+        By default the round((1 - sparsity) * units) units with the highest mean scores.
 
         Args:
             score: importance of each entry, any floating dtype; higher is better. Ties go to the lower index.
             sparsity: fraction of entries to drop; required where `rate` is None, must be None or 1 - rate elsewhere.
         """
         expect_score(self, score, sparsity)
-        totals = self.unit_totals(score.detach())
-        return self.unit_entries(top(totals, count_to_keep(totals.numel(), sparsity, self)), tuple(score.shape))
+        means = self.unit_means(score.detach())
+        return self.unit_entries(top(means, count_to_keep(means.numel(), sparsity, self)), tuple(score.shape))
 
     @abstractmethod
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
@@ -136,6 +136,16 @@ class Layout(metaclass=Constructor):
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""
         return score
+
+    def unit_means(self, score: Tensor) -> Tensor:
+        """The mean score of each unit over the entries that it really has: a block at the edge competes on equal terms.
+
+        So entries, not their number, decide what is kept. Needs no definition of your own.
+        """
+        totals = self.unit_totals(score)
+        if totals.shape == score.shape:  # a unit is an entry
+            return totals
+        return totals / self.unit_totals(torch.ones_like(score))
 
     def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The bool mask, of the weight's shape, of all entries of the chosen units (bool, shaped as `unit_totals`)."""

@@ -56,6 +56,8 @@ class View:
         generator: random numbers, the same on every rank.
         grad, momentum, stats: set if the method's `needs` has them; else None.
         last: whether it is the last of the chosen weights, mostly the classifier.
+        frozen: in `allocate`, whether its mask stays in this mask update, whatever it is given: it does not train, or
+            the gradient that the method reads did not arrive (`grad` and `momentum` are None then).
         state: the tensors that the method's `init` made for this weight, as the last `Edit.state` left them.
         memo: a cache of what a method computes of this weight; `dataclasses.replace` starts an empty one.
     """
@@ -71,6 +73,7 @@ class View:
     momentum: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
     last: bool = False
+    frozen: bool = False
     state: State = field(default_factory=dict)
     allowed: Tensor | None = None
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -174,6 +177,10 @@ class Sparsifier(metaclass=Constructor):
         """The method's tensors for a weight, saved and resumed with the run; an nn.Parameter among them is trained."""
         del view
         return {}
+
+    def check_state(self, state: State) -> None:
+        """Raise ValueError if tensors of a state dict, of the right shapes, cannot be what the method has made."""
+        del state
 
     def score(self, view: View) -> Tensor:
         """Importance of each entry, in the weight's shape; higher is better, ties go to the lower index.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .engine import dynamic_weights
-from .trained_weight import NO_STEP, TrainedWeight, encoded
+from .run_problems import encoded
+from .trained_weight import NO_STEP, TrainedWeight
 
 
 @contextlib.contextmanager
@@ -32,7 +33,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **more: Any) -> None:
+Optimizers = Optimizer | list[Optimizer]
+
+
+def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers, **more: Any) -> None:
     """Write a run (model, optimizer, and keywords of your own) to one file, in one step: the old file or the new one.
 
     The state of the sparsifier (masks, steps, random numbers) is part of `model.state_dict()`, so a trainer that saves
@@ -41,7 +45,7 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **
     Args:
         model: in any form.
         path: the file; its folder must exist.
-        optimizer: the one that trains the model.
+        optimizer: the one that trains the model, or a list of several.
         more: what `torch.load(weights_only=True)` can read, such as `epoch=3`; `load_run` returns it.
 
     Example:
@@ -53,14 +57,16 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **
         >>> sten.load_run(model, path, optimizer)
         {'epoch': 3}
     """
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more}
+    several = isinstance(optimizer, (list, tuple))
+    states = [one.state_dict() for one in optimizer] if several else optimizer.state_dict()
+    state = {"model": model.state_dict(), "optimizer": states, "more": more}
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) -> dict[str, Any]:
+def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -> dict[str, Any]:
     """Read a file of `save_run` into a model and an optimizer that were made and sparsified in the same way.
 
     Returns:
@@ -68,7 +74,7 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a complete file of save_run, or another optimizer.
+        ValueError: not a complete file of save_run, or another optimizer, or another number of them.
         RuntimeError: another model or method.
 
     Example:
@@ -91,10 +97,19 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
         ) from None
     if "sten" in state:
         parts[0] = _from_version_1(model, parts[0], state["sten"])
+    several = isinstance(parts[1], list)
+    states, optimizers = parts[1] if several else parts[1:2], optimizer if several else [optimizer]
+    if several != isinstance(optimizer, (list, tuple)) or len(states) != len(optimizers):
+        have = f"a list of {len(optimizer)}" if isinstance(optimizer, (list, tuple)) else "one"
+        raise ValueError(
+            f"Expected optimizer= as it was saved, {f'a list of {len(states)}' if several else 'one optimizer'}, got "
+            f"{have}."
+        )
     model.load_state_dict(parts[0])
-    optimizer.load_state_dict(parts[1])
-    if "sten" in state:
-        _flatten_slots(model, optimizer)
+    for one, own in zip(optimizers, states, strict=True):
+        one.load_state_dict(own)
+        if "sten" in state:
+            _flatten_slots(model, one)
     return parts[2]
 
 
