@@ -13,6 +13,7 @@ from training_models import OPTIMIZERS, engine_of, masks, mlp
 import sten
 from sten.layouts import BSR, CSR, NM, VectorNM
 from sten.training import engine as engines
+from sten.training import optimizer_checks
 from sten.training.pattern_weight import PatternWeight
 
 STEPS = 10
@@ -164,7 +165,7 @@ def test_a_weight_that_one_rank_does_not_use_gloo():
 def test_a_method_that_resizes_is_refused_on_several_ranks(monkeypatch):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    monkeypatch.setattr(engines, "ranks", lambda: 2)
+    monkeypatch.setattr(optimizer_checks, "ranks", lambda: 2)
     with pytest.raises(ValueError, match=r"Expected one process for SRigL, .* use sten\.RigL"):
         sten.sparsify(model, sten.FanIn(), sten.SRigL(12, every=3), 0.5, optimizer=optimizer)
     assert type(model[0]) is torch.nn.Linear

@@ -260,7 +260,7 @@ class Engine:
         counts = self.method.allocate(views, self.allocation) if views.moving else None
         optimizers = [optimizer, *(other for ref in self.others if (other := ref()) is not None)]
         writes, empty = [], {}
-        for weight in [weight for weight in training if weight in views.moving]:
+        for weight in views.moving:
             count = None if counts is None else counts[weight.name]
             edit = self.gradients.edits.get(weight) or self.method.update(views.of(weight, count))
             self.gradients.release(weight)

@@ -18,13 +18,14 @@ class Views(Mapping):
     """The Views of a mask update by name, each made when it is read, so that one weight is dense at a time.
 
     Attributes:
-        moving: the weights whose masks move in this update; the Views of the others say `frozen`.
+        moving: the weights whose masks move in this update, in the order of all ranks, since reading a gradient is a
+            collective; the Views of the others say `frozen`.
     """
 
     def __init__(self, engine: Engine, step: int, optimizer: Optimizer, moving: list[TrainedWeight]) -> None:
         self.engine, self.step, self.optimizer = engine, step, optimizer
         self.weights = {weight.name: weight for weight in engine.weights if weight.param is not None}
-        self.moving = set(moving)
+        self.moving = moving
 
     def needed(self, weight: TrainedWeight) -> dict[str, Any]:
         """What the method reads besides the weight; a tensor that did not arrive is None."""
