@@ -47,6 +47,20 @@ def zero_padding_(w: SparseTensor) -> None:
         w.parts["values"].masked_fill_(~used, 0)
 
 
+def to_be_written(w: SparseTensor) -> None:
+    """Called before an operator writes the values in place; RuntimeError if the write would be lost, or as of a leaf.
+
+    It tells autograd of the write: below autograd, where rules run, torch counts no versions of parts.
+    """
+    if w.instead is not None:
+        raise RuntimeError(f"Expected a tensor that can be written, got {w.instead}.")
+    if w.trained is not None and w.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+    values = w.parts["values"]
+    if not traced(values) and not values.is_inference():
+        torch.autograd.graph.increment_version(values)
+
+
 def dense_to_values(w: SparseTensor, dense: Tensor, name: str) -> Tensor:
     """The values of a dense operand that an in-place operator writes; ValueError if it has non-zeros off the pattern.
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layouts.base import Layout
+from ..layouts.checks import starting_mask
 from ..sparsifiers import DenseWeightMethod, Edit, View
 from ..sparsifiers.allocation import Allocation
 from ..sparsifiers.edits import expect_edit
 from ..tensor import SparseTensor, from_dense
 from .distributed import shard_like, whole
+from .effective import effective
 from .trained_weight import TrainedWeight, optimizer_slots
 
 
@@ -75,11 +77,11 @@ class DenseWeight(TrainedWeight):
     def forward(self, param: Tensor) -> Tensor:
         w = param.t() if self.transposed else param
         view = self._view_of(w.detach())
-        effective = self.method.apply(w, view)
+        w = self.method.apply(w, view)
         # A compiled graph would have to return the masks; there the hook of the step computes them once more.
         if self.adds_to_gradient and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.forward_cache = weakref.ref(param), param._version, view.memo
-        return effective.t() if self.transposed else effective
+        return effective(w.t() if self.transposed else w, self)
 
     def _view_of(self, dense: Tensor) -> View:
         step = 0 if self.method.stateless else self.run_step
@@ -104,13 +106,45 @@ class DenseWeight(TrainedWeight):
         w = w.t() if self.transposed else w
         return w.requires_grad_(param.requires_grad)
 
-    @torch.no_grad()
-    def assign(self, param: Tensor, value: Tensor) -> None:
-        dense = value.detach().to_dense() if isinstance(value, SparseTensor) else value.detach()
+    def copy_from(self, param: Tensor, value: Tensor) -> None:
+        dense = value.to_dense()
         if param.is_meta:  # load_state_dict(assign=True)
             self.replace_param(nn.Parameter(dense, param.requires_grad))
         else:
             param.copy_(dense)
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self.param.grad
+
+    @grad.setter
+    def grad(self, grad: Tensor | None) -> None:
+        self.param.grad = None if grad is None else grad.to_dense()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin the run again. What a pruned checkpoint has at zero stays pruned, if the method prunes for good."""
+        dense, method = self.dense(self.param), self.method
+        if method.zero_pruned:
+            self.mask.copy_(starting_mask(self.layout, dense != 0))
+        else:
+            generator = torch.Generator().manual_seed(method.seed)
+            view = View(self.name, dense, self.layout, self.sparsity, generator=generator, last=self.is_last)
+            self.mask.copy_(method.update(view).mask)
+        super().restart()
+
+    def set_step(self, step: int) -> None:
+        """Write the step that the method reads, also for averages that follow."""
+        for weight in (self, *(average for ref in self.averages if (average := ref()) is not None)):
+            weight.run_step.fill_(step)
+
+    @torch.no_grad()
+    def follow(self, other: DenseWeight, dense: Tensor) -> None:
+        """Take the mask and the method's tensors of another weight, and the entries that `dense` has in the mask."""
+        self.mask.copy_(other.mask)
+        self.set_state({name: t for name, t in other.state.items() if not isinstance(t, nn.Parameter)})
+        if self.method.zero_pruned:
+            self.param.copy_(self.packed(dense.masked_fill(~self.mask, 0)))
 
     def zero_pruned(self) -> None:
         """Zero the entries off the mask, which momentum and weight decay change."""

@@ -12,8 +12,9 @@ States of a weight:
     state        engine   entered by                                      mask updates
     fixed        None     no method, or a stateless one                   none
     unattached   None     sten.sparsify without optimizer=                none; the first optimizer step warns
-    copied       None     copy.deepcopy, a pickle                         none, no warning; sten.attach continues
-    attached     set      sten.attach, sten.sparsify(optimizer=)          on schedule
+    copied       None     copy.deepcopy, a pickle                         the same; sten.attach continues the run
+    attached     set      sten.attach, sten.sparsify(optimizer=)          on schedule, in that optimizer's steps; the
+                                                                          first step of another one warns
     finalized    -        sten.finalize, which removes this object        -
 
 The state of a run (method, step, counts, random numbers, mask, the method's tensors) is buffers here, so that
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layouts.base import Layout
+from ..read_only import ReadOnlyTensor
 from ..sparsifiers import Edit, State, View
 from ..tensor import SparseTensor
 from .run_problems import encoded, problem_of
@@ -41,11 +43,12 @@ if TYPE_CHECKING:
     from ..sparsifiers import Sparsifier
     from ..sparsifiers.allocation import Allocation
     from .engine import Engine
+    from .reminders import Reminder
 
 COUNTS = ("updates", "deferred_update_step", "backward_passes")  # of an engine, in the buffer `run_counts`
 NO_STEP = -1
 RUN = ("run_method", "run_step", "run_counts", "run_generator")
-NOT_COPIED = ("engine", "owners", "averages", "reminder", "loaded_averages", "warned_of_empty_rows")
+NOT_COPIED = ("engine", "owners", "averages", "loaded_averages", "warned_of_empty_rows")
 
 
 class TrainedWeight(nn.Module):
@@ -59,7 +62,7 @@ class TrainedWeight(nn.Module):
         engine: what carries out the method's decisions; None unless attached.
         owners: (weak reference to a module, attribute), several where the weight is tied.
         averages: weak references to the same weight of running averages (`sten.follow`).
-        reminder: what warns if the first optimizer step comes before `sten.attach`.
+        reminder: what warns at the first step of an optimizer in which the method does not act.
         loaded_averages: running averages of the gradient that a state dict had, for the engine that will be made.
     """
 
@@ -71,6 +74,7 @@ class TrainedWeight(nn.Module):
         self.allocation: Allocation | None = None
         self.is_last = False
         self.state_names: tuple[str, ...] = ()
+        self.reminder: Reminder | None = None
         self._detach_from_run()
 
     def _detach_from_run(self) -> None:
@@ -78,7 +82,6 @@ class TrainedWeight(nn.Module):
         self.engine: Engine | None = None
         self.owners: list[tuple[weakref.ref, str]] = []
         self.averages: list[weakref.ref] = []
-        self.reminder: Any = None
         self.loaded_averages: State = {}
         self.warned_of_empty_rows = False
 
@@ -89,6 +92,8 @@ class TrainedWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._detach_from_run()
+        if self.reminder is not None:
+            self.reminder.add(self)
 
     def add_owner(self, module: nn.Module, attribute: str) -> None:
         """Note that this attribute of a module is the weight."""
@@ -106,6 +111,11 @@ class TrainedWeight(nn.Module):
             if (module := ref()) is not None:
                 return module._parameters[name]
         return None
+
+    @property
+    def attribute(self) -> str:
+        """The name of the weight in its module."""
+        return self.owners[0][1]
 
     @property
     def size(self) -> int:
@@ -136,8 +146,21 @@ class TrainedWeight(nn.Module):
         """What `sten.finalize` would store now."""
 
     @abstractmethod
-    def assign(self, param: Tensor, value: Tensor) -> None:
-        """Carry out `module.weight = value`: copy the numbers into the Parameter, or raise ValueError."""
+    def copy_from(self, param: Tensor, value: Tensor) -> None:
+        """Copy the numbers of a dense or sparse tensor into the Parameter; ValueError if they do not fit."""
+
+    @property
+    @abstractmethod
+    def grad(self) -> Tensor | None:
+        """The gradient as that of `module.weight`."""
+
+    @grad.setter
+    @abstractmethod
+    def grad(self, grad: Tensor | None) -> None: ...
+
+    @abstractmethod
+    def follow(self, other: Any, dense: Tensor) -> None:
+        """Take the pattern of the same weight of another model, and the entries that `dense` has in it."""
 
     @abstractmethod
     def change(self, edit: Edit, *optimizers: Optimizer) -> Any:
@@ -145,6 +168,32 @@ class TrainedWeight(nn.Module):
 
         Pattern parts are shared, so reading after writing would mix two patterns.
         """
+
+    # what users do to `module.weight`, which is made at each use
+
+    @torch.no_grad()
+    def assign(self, param: Tensor, value: Tensor) -> None:
+        """Carry out `module.weight = value`: copy the numbers into the Parameter, or raise."""
+        if type(value) not in (Tensor, nn.Parameter) and not isinstance(value, (SparseTensor, ReadOnlyTensor)):
+            raise TypeError(
+                f"Expected a plain or a sparse tensor for {self.attribute}, which sten trains, got a "
+                f"{type(value).__name__}; call sten.finalize or sten.densify before replacing it by another kind."
+            )
+        shape = self.shape[::-1] if self.transposed else self.shape
+        want, got = (shape, param.dtype), (tuple(value.shape), value.dtype)
+        if want != got:
+            raise ValueError(
+                f"Expected a tensor of shape {shape} and {param.dtype} for {self.attribute}, which sten trains, got "
+                f"{got[0]} and {got[1]}; call sten.densify before replacing it by another."
+            )
+        self.copy_from(param, value.detach())
+
+    def refuse_hook(self) -> None:
+        """Raise RuntimeError: a hook would be lost."""
+        raise RuntimeError(
+            "Expected a tensor that outlives the call for a hook, got a weight that is assembled at each use; register "
+            f'it on the trained Parameter, module._parameters["{self.attribute}"].'
+        )
 
     # the run
 
@@ -222,6 +271,8 @@ class TrainedWeight(nn.Module):
                 "take model.state_dict() while the method trains.",
                 stacklevel=2,
             )
+            if not self.run_step.is_meta:
+                self.restart()
         elif problem := problem_of(self, run, averages):
             errors.append(f"{self.name}: {problem}.")
         else:
@@ -241,6 +292,17 @@ class TrainedWeight(nn.Module):
             self.engine.read_run(self, averages)
         else:
             self.loaded_averages = averages  # for the engine that `sten.attach` makes
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin the method's run again, with the present numbers."""
+        self.run_step.zero_()
+        self.run_counts.zero_()
+        generator = torch.Generator().manual_seed(self.method.seed + 1)
+        self.run_generator.copy_(generator.get_state())
+        self.set_state(self.method.init(self.view()))
+        if self.engine is not None:
+            self.engine.read_run(self, {})
 
     def extra_repr(self) -> str:
         method = f"{self.method}, " if self.method is not None else ""
