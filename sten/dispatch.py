@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ._torch_private import allows_tf32, is_intercepted
+from .clients import refuse_shards
 from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
 from .kernel_table import operator as operator
@@ -148,6 +149,7 @@ def run_both(name: str, a: SparseTensor, b: SparseTensor) -> Any:
 
 def warn_densified(name: str, layout: Layout) -> None:
     """Warn, once for each (operator, layout type), that an operator runs on a dense copy; raise under `strict`."""
+    refuse_shards(layout)
     if _strict.get():
         raise DensifyError(
             f"Expected an operator with a rule for {layout} under sten.strict(), got {name!r}; call to_dense() first."
