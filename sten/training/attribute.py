@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ..clients import no_shards
 from .distributed import sharded
 
 SUFFIX = "_pattern"  # a submodule must not bear the parameter's own name: torch.export fails on that
@@ -43,6 +44,8 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
             cls.__setattr__(self, name, value)
 
     def register_parameter(self, name: str, param) -> None:
+        if name in names and sharded(param):  # tensor parallelism; FSDP2 assigns
+            raise no_shards(f"a {name} in training")
         _assign(self, name, param) if name in names else cls.register_parameter(self, name, param)
 
     def reduce(self, protocol):
