@@ -1,4 +1,4 @@
-"""Where a warning points: the user's line, and the weight by the name that the user's model has for it."""
+"""Who calls: the line that a warning shows, the name of the weight in the user's model, and which library it is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+PASSED = ("sten.", "torch._tensor", "torch.functional", "torch._C", "torch.utils._python_dispatch", "torch._ops")
+SHARDING = ("torch.distributed.fsdp.", "torch.distributed.tensor.", "torch.distributed._composable.")
 LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
 
 
@@ -42,3 +44,25 @@ def weight_name(w: Any) -> str | None:
             if getattr(part, "cache", None) is w.cache:
                 return part.name
     return None
+
+
+def calling_module() -> str:
+    """The name of the module whose code calls the operator that runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (name := frame.f_globals.get("__name__", "")).startswith(PASSED):
+        frame = frame.f_back
+    return "" if frame is None else name
+
+
+def no_shards(got: str) -> NotImplementedError:
+    """Make the exception for FSDP or tensor parallelism that cannot divide a weight."""
+    return NotImplementedError(
+        f"Expected a weight that torch.distributed can divide, got {got}; for FSDP2 call sten.trainable(model) "
+        "before fully_shard, use DistributedDataParallel, or sten.densify for FSDP1 and tensor parallelism."
+    )
+
+
+def refuse_shards(layout: object) -> None:
+    """Raise if FSDP or tensor parallelism divides a sparse tensor: the shards would be dense, with zeros that train."""
+    if calling_module().startswith(SHARDING):
+        raise no_shards(f"a {layout} tensor")

@@ -9,8 +9,9 @@ are stored in its `PatternCache` (`w.cache.plans`), and hold no pointer to a pat
                  while a CUDA graph is captured) and runs it.
     prepared     after an earlier call, or `sten.which`. A call is one dictionary look-up, then `plan.run`.
     invalidated  after the pattern was written: `PatternCache.invalidate` cleared the plans. As absent.
-    intercepted  under a compiler, a mode, torch.func, a tracer, the profiler or forward AD. Nothing is looked up or
-                 stored: each call prepares a Plan with `tokens=None`, which runs operators that these can see.
+    intercepted  under a compiler, a mode, torch.func, the profiler or forward AD. Nothing is looked up or stored: each
+                 call prepares a Plan with `tokens=None`, which runs operators that these can see. Compilers and
+                 dispatch modes see one operator on the SparseTensor (`sten.ops.traceable`), which runs not intercepted.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._torch_private import allows_tf32, is_compiling, is_intercepted
-from .caller import user_stacklevel, weight_name
+from .caller import refuse_shards, user_stacklevel, weight_name
 from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
 from .kernel_table import operator as operator
@@ -149,11 +150,12 @@ def run_both(name: str, a: SparseTensor, b: SparseTensor) -> Any:
 
 def warn_densified(name: str, w: SparseTensor) -> None:
     """Warn, once for each (operator, layout type), that an operator runs on a dense copy; raise under `strict`."""
-    layout = w.sparse_layout
+    layout, traced = w.sparse_layout, is_compiling()  # Dynamo cannot look at frames
+    if not traced:
+        refuse_shards(layout)
     key = (name, type(layout))
     if not _strict.get() and key in _warned:
         return
-    traced = is_compiling()  # Dynamo cannot look at frames
     known = None if traced else weight_name(w)
     weight = f"{known or 'a weight'} ({layout}, shape {tuple(w.shape)})"
     if _strict.get():

@@ -3,19 +3,22 @@
 from . import (
     attention,
     attributes,
+    collectives,
     conv,
     embedding,
+    flops,
     linear,
     others,
     padding,
     pointwise,
     pointwise_functions,
     recurrent,
+    storage,
     views,
     which,
 )
 
 __all__ = [
-    "attention", "attributes", "conv", "embedding", "linear", "others", "padding", "pointwise", "pointwise_functions",
-    "recurrent", "views", "which",
+    "attention", "attributes", "collectives", "conv", "embedding", "flops", "linear", "others", "padding",
+    "pointwise", "pointwise_functions", "recurrent", "storage", "views", "which",
 ]  # fmt: skip
