@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
+    chunks,
     expect_dense,
     expect_parts,
     expect_range,
     expect_score,
     expect_whole,
-    expect_zero_padding,
+    expect_zero,
 )
 from sten.layouts.padding import describe_column, reduction_back, reduction_last, reduction_width
 from sten.layouts.topk import complete_groups, top_of_groups
@@ -127,13 +129,20 @@ class NM(Layout):
         self.check(shape)
         groups, width = self.sizes(shape)
         index = ((shape[0], width), torch.uint8)
-        expect_parts(self, parts, {"values": ((shape[0], groups * self.n), None), "index": index})
-        position = self.positions(parts["index"], groups)
-        expect_range(self, "index", position, 0, self.m)
-        if bool((position[..., 1:] <= position[..., :-1]).any()):
-            raise ValueError(
-                f"Expected ascending positions in each group of part 'index' of {self}, each once, got another order."
-            )
-        if not torch.equal(self.encode(position), parts["index"]):
-            raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
-        expect_zero_padding(self, parts, shape)
+        if not expect_parts(self, parts, {"values": ((shape[0], groups * self.n), None), "index": index}):
+            return
+        each = groups // math.prod(shape[2:])  # groups of the inputs of one kernel position; the last is padded
+        last = shape[1] - (each - 1) * self.m
+        for values, index in chunks(parts["values"], parts["index"]):
+            position = self.positions(index, groups)
+            expect_range(self, "index", position, 0, self.m)
+            if bool((position[..., 1:] <= position[..., :-1]).any()):
+                raise ValueError(
+                    f"Expected ascending positions in each group of part 'index' of {self}, each once, got another "
+                    "order."
+                )
+            if not torch.equal(self.encode(position), index):
+                raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
+            if last < self.m:
+                beyond = position[:, each - 1 :: each] >= last
+                expect_zero(self, values.reshape(position.shape)[:, each - 1 :: each][beyond])
