@@ -13,23 +13,50 @@ from torch import Tensor
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
 from ..layouts import CSR, GroupedNM
-from ..layouts.base import Layout
+from ..layouts.base import Layout, Parts
 from . import cpp
 
-Linear = Callable[[Tensor, dict[str, Tensor], Tensor | None], Tensor]
+Linear = Callable[..., Tensor]  # (x, parts of the weight, bias)
 LAST = (torch.channels_last, torch.channels_last_3d)
 
 
 def csr_run(layout: CSR, outputs: int) -> Linear:
     """`run` of linear with CSR: row by row, gathering activations from a panel."""
     linear = torch.ops.sten.csr_linear.default
-    return lambda x, weight, bias: linear(x, weight["values"], weight["crow"], weight["col"], bias, outputs)
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None, trusted: bool = False) -> Tensor:
+        return linear(x, weight["values"], weight["crow"], weight["col"], bias, outputs, trusted=trusted)
+
+    return run
 
 
 def grouped_nm_run(layout: GroupedNM, outputs: int) -> Linear:
     """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
     linear, n, m, g = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g
-    return lambda x, weight, bias: linear(x, weight["values"], weight["index"], bias, n, m, g, outputs)
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None, trusted: bool = False) -> Tensor:
+        return linear(x, weight["values"], weight["index"], bias, n, m, g, outputs, trusted=trusted)
+
+    return run
+
+
+def checked_once(run: Linear, pattern: tuple[str, ...]) -> Linear:
+    """`run`, which checks the bounds of a pattern only when a part or its version is not that of the last call.
+
+    Tensors made in inference mode have no version, so they are checked at every call.
+    """
+    last: list[tuple[int, int]] | None = None
+
+    def run_checked(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+        nonlocal last
+        now = None
+        if not weight[pattern[0]].is_inference():
+            now = [(weight[name].data_ptr(), weight[name]._version) for name in pattern]
+        y = run(x, weight, bias, now is not None and now == last)
+        last = now  # only now: a check that failed is not the last
+        return y
+
+    return run_checked
 
 
 def linear_by(run_of: Callable[[Layout, int], Linear]) -> Callable[..., Plan]:
@@ -39,7 +66,9 @@ def linear_by(run_of: Callable[[Layout, int], Linear]) -> Callable[..., Plan]:
         if dtype is not torch.float32:
             why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
             return Plan.of("reference", why, None)
-        return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run_of(layout, shape[0]))
+        run = run_of(layout, shape[0])
+        run = run if flags.tokens is None else checked_once(run, layout.pattern)  # no memory while intercepted
+        return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
 
     prepare.__name__ = run_of.__name__.replace("run", "linear")
     return prepare

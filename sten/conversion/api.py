@@ -22,6 +22,7 @@ from .record import remember, remember_optimizers
 from .reparametrize import begin, move
 from .report import SparsifyPlan, rows_of
 from .select import Target, Weights, select, sparse_weights
+from .state_dict_hooks import accept_every_form
 
 Model = TypeVar("Model", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer] | None
@@ -78,6 +79,7 @@ def sparsify(
             move(target, target.result, optimizers or [], optimizers is not None)
     for target in skipped:
         remember(target, why=target.why)
+    accept_every_form(model)
     if optimizers is not None:
         engine.start(model, optimizers)
     elif begun:
@@ -250,6 +252,7 @@ def _train(model: Model, targets: list[Target], optimizers: list[Optimizer]) -> 
     _expect_trainable(targets)
     for target in targets:
         move(target, target.stored, optimizers, trainable=True)
+    accept_every_form(model)
     return model
 
 
@@ -300,6 +303,7 @@ def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:
     engine.stop(model)
     for target, after in ready:
         move(target, after, [])
+    accept_every_form(model)
     return model
 
 

@@ -26,7 +26,6 @@ from ..training.pattern_weight import PatternWeight, as_matrix
 from ..training.trained_weight import TrainedWeight, optimizer_slots, replace_in_optimizer
 from .record import known_optimizers
 from .select import Target
-from .state_dict_hooks import accept_every_form
 
 
 def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: bool = False) -> TrainedWeight | None:
@@ -47,7 +46,6 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
             install(module, name, param, weight)
         else:
             setattr(module, name, param)  # a recurrent layer notes it in its list of weights
-        accept_every_form(module)
     if grad is not None:
         param.grad = grad
     for optimizer, key, slot in slots:
@@ -65,7 +63,6 @@ def begin(target: Target, sparsifier: Sparsifier, view: View, allocation, optimi
     take_off(target)
     for module, name in target.owners:
         install(module, name, target.tensor, weight)
-        accept_every_form(module)
     # Into the weight's own group: a new one would upset learning-rate schedulers that exist.
     for group in (g for o in optimizers for g in o.param_groups if any(p is target.tensor for p in g["params"])):
         group["params"].extend(weight.parameters())

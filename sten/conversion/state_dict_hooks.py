@@ -9,49 +9,115 @@ entry of `fc.weight`                                       from
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
 from torch import Tensor, nn
 
+from ..checked import checked, expect_parts_of
+from ..errors import FormatError
 from ..layouts.registry import fields
 from ..ops.attributes import entries_of
 from ..ops.padding import dense_to_values
-from ..tensor import SparseTensor, checked
-from ..training.attribute import SUFFIX, trained_of
+from ..tensor import SparseTensor
+from ..training.attribute import SUFFIX, installed, trained_of
 from ..training.distributed import whole
 from ..training.pattern_weight import PatternWeight, as_matrix
-from ..training.trained_weight import is_of_run
+from ..training.run_check import expect_one_run, problem
+from ..training.trained_weight import TrainedWeight, is_of_run
+from .dense_entries import expect_fit
 
 
-def accept_every_form(module: nn.Module) -> None:
-    """Let `load_state_dict` of a module with sparse weights take dense, sparse and part-wise entries."""
-    for hook in module._load_state_dict_pre_hooks.values():
-        if getattr(hook, "hook", None) is _fit_state:
-            return
-    module.register_load_state_dict_pre_hook(_fit_state)
+class Checked(NamedTuple):
+    """What `_prepare` puts in the place of an entry: the weight, checked, and whether it is another one."""
+
+    weight: SparseTensor
+    changed: bool
+
+
+def accept_every_form(model: nn.Module) -> None:
+    """Let `load_state_dict` of a model, and of each module that has sparse weights below it, take every form."""
+    above: set[str] = set()
+    for path, module in model.named_modules():
+        if any(True for _ in _sparse_weights(module)) or installed(module):
+            steps = path.split(".")
+            above.update(".".join(steps[:depth]) for depth in range(len(steps) + 1))
+    for path in above:
+        module = model.get_submodule(path)
+        if not any(getattr(hook, "hook", None) is _fit_state for hook in module._load_state_dict_pre_hooks.values()):
+            module.register_load_state_dict_pre_hook(_fit_state)
 
 
 def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-    """Rewrite the entries of sparse weights to the form that the module has now; a dense weight takes dense ones."""
-    trained = {name: weight for name, weight in trained_of(module) if isinstance(weight, PatternWeight)}
-    sparse = {name: p for name, p in module._parameters.items() if isinstance(p, SparseTensor)}
-    for name in [*sparse, *trained]:
-        weight = trained.get(name)
-        present = sparse[name].detach() if weight is None else weight.tensor(module._parameters[name]).detach()
-        try:
-            entry = _entry(state_dict, prefix + name, present, weight)
-        except (ValueError, TypeError) as error:
-            errors.append(f"{prefix + name}: {error}")
-            entry = present  # so that the weight is not reported as missing, too
-        if entry is None:
+    """Check the entries of all modules below before one is written; then write those of this module's sparse weights,
+    in the form that they have now."""
+    assign = metadata.get("assign_to_params_buffers", False)
+    expect_fit(module, state_dict, prefix, assign, _fit_state)
+    _prepare(module, state_dict, prefix, assign)
+    for name, weight in _sparse_weights(module):
+        key = prefix + name
+        entry = state_dict.get(key)
+        if not isinstance(entry, Checked):
             continue
         if weight is None:
-            state_dict[prefix + name] = entry
-            beside = prefix + name + SUFFIX + "."  # what only a run that goes on needs
-            for key in [k for k in state_dict if k.startswith(beside) and is_of_run(k.removeprefix(beside))]:
-                del state_dict[key]
+            state_dict[key] = entry.weight
+            beside = key + SUFFIX + "."  # what only a run that goes on needs
+            for other in [k for k in state_dict if k.startswith(beside) and is_of_run(k.removeprefix(beside))]:
+                del state_dict[other]
         else:
-            if entry is not present:
-                weight.load(entry.parts, metadata.get("assign_to_params_buffers", False))
-            state_dict[prefix + name] = module._parameters[name]
+            if entry.changed:
+                weight.load(entry.weight.parts, assign)
+            state_dict[key] = module._parameters[name]
+
+
+def _sparse_weights(module: nn.Module) -> Iterator[tuple[str, PatternWeight | None]]:
+    """(name, PatternWeight; None where it is finalized) of the module's own sparse weights."""
+    for name, param in module._parameters.items():
+        if isinstance(param, SparseTensor):
+            yield name, None
+    for name, weight in trained_of(module):
+        if isinstance(weight, PatternWeight):
+            yield name, weight
+
+
+def _prepare(root: nn.Module, state_dict, prefix: str, assign: bool) -> None:
+    """Put a `Checked` in the place of each sparse weight's entries, of all modules from `root` on.
+
+    FormatError, before anything is written, where an entry cannot be loaded.
+    """
+    modules = [(prefix + path + "." if path else prefix, m) for path, m in root.named_modules(remove_duplicate=False)]
+    runs: dict[str, tuple[TrainedWeight, dict[str, Tensor]]] = {}
+    for below, module in modules:
+        for name, weight in trained_of(module):
+            beside = below + name + SUFFIX + "."
+            state = {key.removeprefix(beside): value for key, value in state_dict.items() if key.startswith(beside)}
+            runs[below + name] = weight, state
+            if text := problem(weight, state):
+                raise FormatError(f"{below + name}: {text}.")
+    expect_one_run(runs)
+    for below, module in modules:
+        for name, weight in _sparse_weights(module):
+            key, param = below + name, module._parameters[name]
+            if isinstance(state_dict.get(key), Checked):
+                continue
+            present = (param if weight is None else weight.tensor(param)).detach()
+            entry = _named(key, _entry, state_dict, key, present, weight)
+            if entry is not None:
+                _expect_numbers(key, entry, present, assign)
+                state_dict[key] = Checked(entry, entry is not present)
+
+
+def _named(key: str, check: Callable[..., Any], *args: Any) -> Any:
+    """The result of a check, whose error then begins with the weight's name."""
+    try:
+        return check(*args)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{key}: {error}") from error
+
+
+def _expect_numbers(key: str, entry: SparseTensor, present: SparseTensor, assign: bool) -> None:
+    if entry.parts["values"].is_meta and not present.parts["values"].is_meta and not assign:
+        raise FormatError(f"{key}: Expected parts with numbers, got parts on the meta device; pass assign=True.")
 
 
 def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | None) -> SparseTensor | None:
@@ -73,7 +139,7 @@ def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | 
     if not isinstance(entry, SparseTensor):
         return present.with_values(dense_to_values(present, entry.to(present.device), "load_state_dict"))
     if entry.sparse_layout == present.sparse_layout and entry.transposed == present.transposed:
-        entry.sparse_layout.validate(entry.parts, entry.stored_shape)
+        expect_parts_of(entry.sparse_layout, entry.parts, entry.stored_shape)
         return entry
     return entries_of(entry, present)
 

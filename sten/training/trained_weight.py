@@ -32,9 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import FormatError
 from ..layouts.base import Layout
 from ..sparsifiers import Edit, State, View
 from ..tensor import SparseTensor
+from .run_check import problem
 
 if TYPE_CHECKING:
     from ..sparsifiers import Sparsifier
@@ -220,25 +222,10 @@ class TrainedWeight(nn.Module):
                 "take model.state_dict() while the method trains.",
                 stacklevel=2,
             )
-        elif problem := self._problem(run):
-            errors.append(f"{self.name}: {problem}.")
+        elif text := problem(self, state):
+            raise FormatError(f"{self.name}: {text}.")
         else:
             self._load_run(run, state, metadata.get("assign_to_params_buffers", False))
-
-    def _problem(self, run: dict[str, Tensor]) -> str | None:
-        """Why this state cannot be loaded, in words; None if it can."""
-        missing = [name for name in self.run_names() if name not in run]
-        if missing:
-            return f"Expected the state of a run with {missing[0]!r}, got one without it"
-        method = decoded(run["run_method"])
-        if method != repr(self.method):
-            return f"Expected the state of {self.method}, got that of {method}; sparsify the model with that one first"
-        for name in run:
-            have, want = run[name], getattr(self, name)
-            if name != "run_method" and (have.shape != want.shape or have.dtype != want.dtype):
-                shapes = f"{want.dtype} of shape {tuple(want.shape)}, got {have.dtype} of shape {tuple(have.shape)}"
-                return f"Expected {name} to be {shapes}"
-        return None
 
     @torch.no_grad()
     def _load_run(self, run: dict[str, Tensor], state: dict[str, Tensor], assign: bool) -> None:
@@ -269,10 +256,6 @@ def is_of_run(name: str) -> bool:
 def encoded(text: str) -> Tensor:
     """Text as a tensor, which every file of tensors can hold."""
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def decoded(text: Tensor) -> str:
-    return bytes(text.flatten().to("cpu", torch.uint8).tolist()).decode(errors="replace")
 
 
 def optimizer_slots(param: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
