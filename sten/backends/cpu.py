@@ -16,58 +16,54 @@ from ..layouts import CSR, GroupedNM
 from ..layouts.base import Layout, Parts
 from . import cpp
 
-Linear = Callable[..., Tensor]  # (x, parts of the weight, bias)
+Linear = Callable[[Tensor, Parts, Tensor | None], Tensor]
 LAST = (torch.channels_last, torch.channels_last_3d)
 
 
-def csr_run(layout: CSR, outputs: int) -> Linear:
+# A kernel checks the bounds of a pattern once: not again while its parts and their versions are those of the last call.
+# Tensors made in inference mode have no version, and intercepted calls no memory: these are checked at every call.
+
+
+def csr_run(layout: CSR, outputs: int, intercepted: bool) -> Linear:
     """`run` of linear with CSR: row by row, gathering activations from a panel."""
-    linear = torch.ops.sten.csr_linear.default
+    linear, last = torch.ops.sten.csr_linear.default, None
 
-    def run(x: Tensor, weight: Parts, bias: Tensor | None, trusted: bool = False) -> Tensor:
-        return linear(x, weight["values"], weight["crow"], weight["col"], bias, outputs, trusted=trusted)
-
-    return run
-
-
-def grouped_nm_run(layout: GroupedNM, outputs: int) -> Linear:
-    """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
-    linear, n, m, g = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g
-
-    def run(x: Tensor, weight: Parts, bias: Tensor | None, trusted: bool = False) -> Tensor:
-        return linear(x, weight["values"], weight["index"], bias, n, m, g, outputs, trusted=trusted)
-
-    return run
-
-
-def checked_once(run: Linear, pattern: tuple[str, ...]) -> Linear:
-    """`run`, which checks the bounds of a pattern only when a part or its version is not that of the last call.
-
-    Tensors made in inference mode have no version, so they are checked at every call.
-    """
-    last: list[tuple[int, int]] | None = None
-
-    def run_checked(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         nonlocal last
-        now = None
-        if not weight[pattern[0]].is_inference():
-            now = [(weight[name].data_ptr(), weight[name]._version) for name in pattern]
-        y = run(x, weight, bias, now is not None and now == last)
-        last = now  # only now: a check that failed is not the last
+        crow, col, now = weight["crow"], weight["col"], None
+        if not intercepted and not col.is_inference():
+            now = crow.data_ptr(), crow._version, col.data_ptr(), col._version
+        y = linear(x, weight["values"], crow, col, bias, outputs, trusted=now is not None and now == last)
+        last = now  # only now: what failed its check is checked again
         return y
 
-    return run_checked
+    return run
 
 
-def linear_by(run_of: Callable[[Layout, int], Linear]) -> Callable[..., Plan]:
+def grouped_nm_run(layout: GroupedNM, outputs: int, intercepted: bool) -> Linear:
+    """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
+    linear, n, m, g, last = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g, None
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+        nonlocal last
+        index, now = weight["index"], None
+        if not intercepted and not index.is_inference():
+            now = index.data_ptr(), index._version
+        y = linear(x, weight["values"], index, bias, n, m, g, outputs, trusted=now is not None and now == last)
+        last = now
+        return y
+
+    return run
+
+
+def linear_by(run_of: Callable[[Layout, int, bool], Linear]) -> Callable[..., Plan]:
     """The `prepare` of linear by a C++ kernel, for float32."""
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
         if dtype is not torch.float32:
             why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
             return Plan.of("reference", why, None)
-        run = run_of(layout, shape[0])
-        run = run if flags.tokens is None else checked_once(run, layout.pattern)  # no memory while intercepted
+        run = run_of(layout, shape[0], flags.tokens is None)
         return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
 
     prepare.__name__ = run_of.__name__.replace("run", "linear")
