@@ -9,7 +9,7 @@ from . import extend, testing
 from .conversion import attach, densify, finalize, plan, sparsify, summary, trainable
 from .dispatch import DensifyError, kernel, strict
 from .errors import FormatError
-from .io import load, save
+from .io import inspect, load, save
 from .layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 from .layouts.base import Layout
 from .ops.which import which
@@ -51,8 +51,9 @@ __all__ = [
     "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
     "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum",
     "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach", "densify",
-    "distill_loss", "extend", "finalize", "follow", "from_dense", "kernel", "load", "load_run", "optim", "plan",
-    "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing", "trainable", "which",
+    "distill_loss", "extend", "finalize", "follow", "from_dense", "inspect", "kernel", "load", "load_run", "optim",
+    "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing", "trainable",
+    "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

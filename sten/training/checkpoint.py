@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..atomic_file import replacing
+from ..errors import FormatError
+from ..tensor import SparseTensor
+from .attribute import SUFFIX, installed
 from .engine import dynamic_weights
 from .trained_weight import NO_STEP, TrainedWeight, encoded
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, moved there if the block succeeds: a killed process leaves the old file."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"Expected an existing folder for {path.name!r}, got {os.fspath(path.parent)!r}.")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **more: Any) -> None:
@@ -38,7 +27,7 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **
 
     Args:
         model: in any form.
-        path: the file; its folder must exist.
+        path: the file, with any suffix; its folder must exist.
         optimizer: the one that trains the model.
         more: what `torch.load(weights_only=True)` can read, such as `epoch=3`; `load_run` returns it.
 
@@ -52,10 +41,8 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **
         {'epoch': 3}
     """
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more}
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) -> dict[str, Any]:
@@ -66,8 +53,7 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a complete file of save_run, or another optimizer.
-        RuntimeError: another model or method.
+        FormatError: not a complete file of save_run, another model, method or optimizer; nothing was changed.
 
     Example:
         >>> import tempfile, torch, sten
@@ -81,19 +67,73 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a file of sten.save_run, got no file at {os.fspath(path)!r}.")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        parts = [state[key] for key in ("model", "optimizer", "more")]
+        with open(path, "rb") as file:  # by its bytes: torch.load takes what a suffix promises
+            state = torch.load(file, weights_only=True, map_location="cpu")
+    except FormatError as error:
+        raise FormatError(f"Expected a file of sten.save_run, got {os.fspath(path)!r}: {error}") from error
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        raise ValueError(
+        raise FormatError(
             f"Expected a complete file of sten.save_run, got {os.fspath(path)!r} ({type(error).__name__})."
-        ) from None
+        ) from error
+    kinds = {"model": dict, "optimizer": dict, "more": dict}
+    wrong = not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items())
+    if wrong or not all(isinstance(name, str) for key in ("model", "more") for name in state[key]):
+        raise FormatError(f"Expected a file of sten.save_run, got {os.fspath(path)!r} with another content.")
+    entries = state["model"]
     if "sten" in state:
-        parts[0] = _from_version_1(model, parts[0], state["sten"])
-    model.load_state_dict(parts[0])
-    optimizer.load_state_dict(parts[1])
+        entries = _from_version_1(model, entries, state["sten"])
+    _expect_names(model, entries)
+    expect_optimizer_state(optimizer, state["optimizer"])
+    model.load_state_dict(entries)
+    optimizer.load_state_dict(state["optimizer"])
     if "sten" in state:
         _flatten_slots(model, optimizer)
-    return parts[2]
+    return state["more"]
+
+
+def _expect_names(model: nn.Module, entries: dict[str, Any]) -> None:
+    """Raise FormatError unless a file has the names of the model, which torch would notice after loading the others.
+
+    All entries of a sparse weight count as its name, since they may have another form.
+    """
+    sparse = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in (*installed(module), *(n for n, p in module._parameters.items() if isinstance(p, SparseTensor)))
+    }
+
+    def weights(names: Iterable[str]) -> set[str]:
+        found = set()
+        for name in names:
+            steps = name.split(".")
+            above = (".".join(steps[:depth]) for depth in range(1, len(steps) + 1))
+            keys = (key for step in above for key in (step, step.removesuffix(SUFFIX)) if key in sparse)
+            found.add(next(keys, name))
+        return found
+
+    want, have = weights(model.state_dict(keep_vars=True)), weights(entries)
+    if want != have:
+        missing, surplus = sorted(want - have), sorted(have - want)
+        raise FormatError(
+            f"Expected the model's names in the file, got none for {missing[:5]} and {surplus[:5]} too many."
+        )
+
+
+def expect_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Raise FormatError unless a state dict has the groups of an optimizer, and a state for its parameters only."""
+    groups, slots = state.get("param_groups"), state.get("state")
+    fits = isinstance(groups, list) and isinstance(slots, dict) and len(groups) == len(optimizer.param_groups)
+    ids: list[Any] = []
+    for group, own in zip(groups if fits else (), optimizer.param_groups, strict=False):
+        params = group.get("params") if isinstance(group, dict) else None
+        fits = fits and isinstance(params, list) and len(params) == len(own["params"]) and own.keys() <= group.keys()
+        fits = fits and all(type(group[k]) is type(own[k]) or isinstance(group[k], (int, float)) for k in own)
+        ids += params if fits else ()
+    if not fits or not all(type(number) is int for number in ids) or len(set(ids)) != len(ids):
+        raise FormatError(f"Expected the state of {type(optimizer).__name__} with its parameter groups, got another.")
+    for number, slot in slots.items():
+        if number not in ids or not isinstance(slot, dict) or not all(isinstance(name, str) for name in slot):
+            raise FormatError(f"Expected the state of the optimizer's parameters, got one for {str(number)[:40]}.")
 
 
 def _from_version_1(model: nn.Module, state: dict[str, Tensor], runs: dict[str, Any]) -> dict[str, Tensor]:
