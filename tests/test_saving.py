@@ -181,14 +181,19 @@ def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
 
 path = sys.argv[1]
+small = sten.sparsify(nn.Sequential(nn.Linear(8, 8)), sten.CSR(), sparsity=0.5)  # so that all code is loaded
+sten.save(small, path + "1")
+sten.load(small, path + "1")
+sten.trainable(small)
+sten.save_run(small, path + "1", torch.optim.SGD(small.parameters(), 0.1))
+sten.load_run(small, path + "1", torch.optim.SGD(small.parameters(), 0.1))
 with torch.device("meta"):
     model = nn.Sequential(nn.Linear(2000, 2000), nn.Linear(2000, 2000))
-optimizer = torch.optim.SGD(model.parameters(), 0.1)
 acts = {
     "load": lambda: sten.load(model, path, assign=True),
     "save": lambda: sten.save(model, path),
-    "save_run": lambda: sten.save_run(model, path + "2", optimizer),
-    "load_run": lambda: sten.load_run(model, path + "2", optimizer),
+    "save_run": lambda: sten.save_run(sten.trainable(model), path + "2", torch.optim.SGD(model.parameters(), 0.1)),
+    "load_run": lambda: sten.load_run(model, path + "2", torch.optim.SGD(model.parameters(), 0.1)),
     "load again": lambda: sten.load(model, path),
 }
 for name, act in acts.items():
