@@ -148,7 +148,11 @@ def _parts(state_dict, key: str, present: SparseTensor) -> dict[str, Tensor]:
     """The parts of the weight that the state dict holds one by one, in either spelling; they leave it."""
     pattern = [name for name in present.parts if name != "values"]
     beside = {name: f"{key}{SUFFIX}.{name}" for name in pattern}
-    if key in state_dict and pattern and all(name in state_dict for name in beside.values()):
+    given = [name for name, full in beside.items() if full in state_dict]
+    if given:
+        missing = [full for full in (key, *beside.values()) if full not in state_dict]
+        if missing:
+            raise ValueError(f"Expected all parts of the weight, got {beside[given[0]]!r} without {missing[0]!r}.")
         values = state_dict.pop(key)
         parts = {name: state_dict.pop(full) for name, full in beside.items()}
         return {"values": _unflattened(values, present), **parts}
@@ -159,7 +163,12 @@ def _unflattened(values: Tensor, present: SparseTensor) -> Tensor:
     """The trained 2-D values as the layout has them."""
     like = present.parts["values"]
     width = None if like.dim() == 2 else as_matrix(like).shape[1]
-    if not isinstance(values, Tensor) or values.dim() != 2 or width not in (None, values.shape[1]):
+    if (
+        not isinstance(values, Tensor)
+        or isinstance(values, SparseTensor)
+        or values.dim() != 2
+        or width not in (None, values.shape[1])
+    ):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"Expected the trained values as a matrix of {tuple(as_matrix(like).shape)}, got {shape}.")
     values = whole(values.detach())
