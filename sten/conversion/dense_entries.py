@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..checked import expect_parts_of
 from ..errors import FormatError
 from ..tensor import SparseTensor
-from ..training.attribute import installed
+from ..training.attribute import trained_of
+from ..training.pattern_weight import PatternWeight
 from ..training.trained_weight import TrainedWeight
 
 
@@ -27,7 +29,8 @@ def expect_fit(root: nn.Module, state_dict, prefix: str, assign: bool, own_hook:
         if method is not nn.Module._load_from_state_dict and not method.__module__.startswith("torch.nn.modules"):
             continue
         below = prefix + path + "." if path else prefix
-        skip = {*module._non_persistent_buffers_set, *installed(module)}
+        patterns = {name for name, weight in trained_of(module) if isinstance(weight, PatternWeight)}
+        skip = module._non_persistent_buffers_set | patterns
         for name, have in (*module._parameters.items(), *module._buffers.items()):
             if have is not None and name not in skip and not isinstance(have, SparseTensor) and not is_lazy(have):
                 _expect_entry(below + name, state_dict.get(below + name, have), have, assign)
@@ -36,6 +39,8 @@ def expect_fit(root: nn.Module, state_dict, prefix: str, assign: bool, own_hook:
 def _expect_entry(key: str, entry: object, have: Tensor, assign: bool) -> None:
     if not isinstance(entry, Tensor):
         raise FormatError(f"{key}: Expected a tensor, got a {type(entry).__name__}.")
+    if isinstance(entry, SparseTensor):
+        expect_parts_of(entry.sparse_layout, entry.parts, entry.stored_shape)
     scalar = have.dim() == 0 and tuple(entry.shape) == (1,)  # of PyTorch 0.3
     if entry.shape != have.shape and not scalar:
         raise FormatError(
@@ -44,5 +49,8 @@ def _expect_entry(key: str, entry: object, have: Tensor, assign: bool) -> None:
         )
     if entry.is_meta and not have.is_meta and not assign:
         raise FormatError(f"{key}: Expected a tensor with numbers, got one on the meta device; pass assign=True.")
+    trained = assign and isinstance(have, nn.Parameter) and have.requires_grad
+    if trained and not entry.is_floating_point() and not entry.is_complex():
+        raise FormatError(f"{key}: Expected a dtype that can be trained, got {entry.dtype}; convert it with .float().")
     if entry.layout is not have.layout and entry.layout is not torch.strided:
         raise FormatError(f"{key}: Expected a {have.layout} tensor, got {entry.layout}; call .to_dense() on it.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 
 from ..checked import checked, expect_parts_of
 from ..errors import FormatError
@@ -150,7 +150,10 @@ def _parts(state_dict, key: str, present: SparseTensor) -> dict[str, Tensor]:
     beside = {name: f"{key}{SUFFIX}.{name}" for name in pattern}
     given = [name for name, full in beside.items() if full in state_dict]
     if given:
+        twice = [full for full in state_dict if full.startswith(key + ".")]
         missing = [full for full in (key, *beside.values()) if full not in state_dict]
+        if twice:
+            raise ValueError(f"Expected one spelling of the weight's parts, got {beside[given[0]]!r} and {twice[0]!r}.")
         if missing:
             raise ValueError(f"Expected all parts of the weight, got {beside[given[0]]!r} without {missing[0]!r}.")
         values = state_dict.pop(key)
@@ -163,12 +166,9 @@ def _unflattened(values: Tensor, present: SparseTensor) -> Tensor:
     """The trained 2-D values as the layout has them."""
     like = present.parts["values"]
     width = None if like.dim() == 2 else as_matrix(like).shape[1]
-    if (
-        not isinstance(values, Tensor)
-        or isinstance(values, SparseTensor)
-        or values.dim() != 2
-        or width not in (None, values.shape[1])
-    ):
+    matrix = isinstance(values, Tensor) and not isinstance(values, SparseTensor) and values.dim() == 2
+    matrix = matrix and values.layout is strided
+    if not matrix or width not in (None, values.shape[1]):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"Expected the trained values as a matrix of {tuple(as_matrix(like).shape)}, got {shape}.")
     values = whole(values.detach())

@@ -174,6 +174,11 @@ class BiMask(DenseWeightMethod):
     def init(self, view: View) -> State:
         return {"order": torch.arange(len(view.weight), device=view.weight.device)}
 
+    def check_state(self, state: State) -> None:
+        order = state["order"]
+        if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+            raise ValueError(f"Expected 'order' of {type(self).__name__} to have each row once, got others")
+
     def backward_mask(self, view: View, order: Tensor) -> Tensor:
         """n:m along the reordered outputs of the forward-masked weight."""
         score = self.score(view).masked_fill(~self.present_mask(view), 0)

@@ -174,6 +174,10 @@ class Sparsifier(ABC):
         del view
         return {}
 
+    def check_state(self, state: State) -> None:
+        """Raise ValueError if these tensors, from a file, have the shapes and dtypes of `init` but cannot be used."""
+        del state
+
     def score(self, view: View) -> Tensor:
         """Importance of each entry, in the weight's shape; higher is better, ties go to the lower index.
 

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from ..atomic_file import replacing
 from ..errors import FormatError
 from ..tensor import SparseTensor
-from .attribute import SUFFIX, installed
+from .attribute import SUFFIX, trained_of
 from .engine import dynamic_weights
-from .trained_weight import NO_STEP, TrainedWeight, encoded
+from .pattern_weight import PatternWeight
+from .trained_weight import NO_STEP, TrainedWeight, encoded, is_of_run
 
 
 def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **more: Any) -> None:
@@ -83,7 +84,7 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
     if "sten" in state:
         entries = _from_version_1(model, entries, state["sten"])
     _expect_names(model, entries)
-    expect_optimizer_state(optimizer, state["optimizer"])
+    _expect_optimizer(optimizer, state["optimizer"])
     model.load_state_dict(entries)
     optimizer.load_state_dict(state["optimizer"])
     if "sten" in state:
@@ -96,19 +97,23 @@ def _expect_names(model: nn.Module, entries: dict[str, Any]) -> None:
 
     All entries of a sparse weight count as its name, since they may have another form.
     """
-    sparse = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name in (*installed(module), *(n for n, p in module._parameters.items() if isinstance(p, SparseTensor)))
-    }
+    sparse: dict[str, tuple[set[str], set[str]]] = {}  # name -> what may follow it, or its pattern
+    for path, module in model.named_modules():
+        for name, param in module._parameters.items():
+            trained = dict(trained_of(module)).get(name)
+            parts = set(trained.part_names) if isinstance(trained, PatternWeight) else set()
+            parts = set(param.parts) if isinstance(param, SparseTensor) else parts
+            if parts or trained is not None:
+                sparse[f"{path}.{name}" if path else name] = parts | ({"values"} if parts else set()), parts
 
     def weights(names: Iterable[str]) -> set[str]:
         found = set()
         for name in names:
-            steps = name.split(".")
-            above = (".".join(steps[:depth]) for depth in range(1, len(steps) + 1))
-            keys = (key for step in above for key in (step, step.removesuffix(SUFFIX)) if key in sparse)
-            found.add(next(keys, name))
+            above, _, last = name.rpartition(".")
+            key = above.removesuffix(SUFFIX)
+            after, beside = sparse.get(key, (set(), set()))
+            inside = last in after if above == key else last in beside or is_of_run(last)
+            found.add(key if key in sparse and inside else name)
         return found
 
     want, have = weights(model.state_dict(keep_vars=True)), weights(entries)
@@ -119,21 +124,36 @@ def _expect_names(model: nn.Module, entries: dict[str, Any]) -> None:
         )
 
 
-def expect_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Raise FormatError unless a state dict has the groups of an optimizer, and a state for its parameters only."""
-    groups, slots = state.get("param_groups"), state.get("state")
-    fits = isinstance(groups, list) and isinstance(slots, dict) and len(groups) == len(optimizer.param_groups)
-    ids: list[Any] = []
-    for group, own in zip(groups if fits else (), optimizer.param_groups, strict=False):
-        params = group.get("params") if isinstance(group, dict) else None
-        fits = fits and isinstance(params, list) and len(params) == len(own["params"]) and own.keys() <= group.keys()
-        fits = fits and all(type(group[k]) is type(own[k]) or isinstance(group[k], (int, float)) for k in own)
-        ids += params if fits else ()
-    if not fits or not all(type(number) is int for number in ids) or len(set(ids)) != len(ids):
-        raise FormatError(f"Expected the state of {type(optimizer).__name__} with its parameter groups, got another.")
-    for number, slot in slots.items():
-        if number not in ids or not isinstance(slot, dict) or not all(isinstance(name, str) for name in slot):
-            raise FormatError(f"Expected the state of the optimizer's parameters, got one for {str(number)[:40]}.")
+def _expect_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Raise FormatError unless the optimizer can load this state: a twin of it does, whose state is its own."""
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or not isinstance(state.get("state"), dict):
+        raise FormatError("Expected the state of an optimizer in the file, got another.")
+    for group, own in zip(groups, optimizer.param_groups, strict=False):
+        missing = own.keys() - group.keys() if isinstance(group, dict) else own.keys()
+        wrong = [key for key in own if key not in missing and not _alike(group[key], own[key])]
+        if missing or wrong:
+            raise FormatError(
+                f"Expected the groups of {type(optimizer).__name__}, got another {sorted([*missing, *wrong])[0]!r}."
+            )
+    twin = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer), state={}, param_groups=[dict(group) for group in optimizer.param_groups])
+    try:
+        twin.load_state_dict(state)
+    except Exception as error:  # of any kind: each optimizer reads its state in its own way
+        raise FormatError(
+            f"Expected a state that {type(optimizer).__name__} can load, got {type(error).__name__}: {error}."
+        ) from error
+    if not all(isinstance(key, Tensor) and isinstance(slots, dict) for key, slots in twin.state.items()):
+        raise FormatError("Expected the state of the optimizer's parameters, got one of others.")
+
+
+def _alike(value: Any, own: Any) -> bool:
+    """Whether a setting of an optimizer's group can take the place of the present one."""
+    numbers = (int, float, Tensor)
+    if isinstance(own, (tuple, list)):
+        return isinstance(value, (tuple, list)) and len(value) == len(own) and all(map(_alike, value, own))
+    return type(value) is type(own) or None in (value, own) or (isinstance(value, numbers) and isinstance(own, numbers))
 
 
 def _from_version_1(model: nn.Module, state: dict[str, Tensor], runs: dict[str, Any]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def problem(weight: TrainedWeight, state: dict[str, Tensor]) -> str | None:
             return f"Expected a dense tensor for {name}, got a {type(have).__name__}"
         if have.is_meta and not weight.run_method.is_meta:
             return f"Expected {name} with numbers, got a tensor on the meta device"
-    return _method(weight, run) or _shapes(weight, run, averages) or _numbers(run)
+    return _method(weight, run) or _shapes(weight, run, averages) or _numbers(run) or _state(weight, run)
 
 
 def _method(weight: TrainedWeight, run: dict[str, Tensor]) -> str | None:
@@ -67,6 +67,16 @@ def _numbers(run: dict[str, Tensor]) -> str | None:
         torch.Generator().set_state(run["run_generator"].cpu())
     except RuntimeError as error:  # torch's check of its own state
         return f"Expected the state of a random number generator as run_generator, got another ({error})"
+    return None
+
+
+def _state(weight: TrainedWeight, run: dict[str, Tensor]) -> str | None:
+    if run["run_step"].is_meta:
+        return None
+    try:
+        weight.method.check_state({name: run["method_" + name] for name in weight.state_names})
+    except ValueError as error:
+        return str(error).rstrip(".")
     return None
 
 
