@@ -25,7 +25,6 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 # from the bottom to the top: a room imports rooms of earlier rows only, beside itself
 LAYERS = [
     ("L0", "_torch_private", "errors", "kernels"),
-    ("L0", "_torch_private", "errors", "kernels"),
     ("L0", "atomic_file"),
     ("L0", "tensor_file"),
     ("L1", "layouts", "read_only"),

@@ -23,10 +23,9 @@ def expect_fit(root: nn.Module, state_dict, prefix: str, assign: bool, own_hook:
     """
     for path, module in root.named_modules(remove_duplicate=False):
         hooks = [getattr(hook, "hook", None) for hook in module._load_state_dict_pre_hooks.values()]
-        method = type(module)._load_from_state_dict
-        if isinstance(module, TrainedWeight) or any(hook is not own_hook for hook in hooks):
-            continue
-        if method is not nn.Module._load_from_state_dict and not method.__module__.startswith("torch.nn.modules"):
+        reads = next(cls for cls in type(module).__mro__ if "_load_from_state_dict" in vars(cls))
+        own = not reads.__module__.startswith("torch.nn.modules")
+        if own or isinstance(module, TrainedWeight) or any(hook is not own_hook for hook in hooks):
             continue
         below = prefix + path + "." if path else prefix
         patterns = {name for name, weight in trained_of(module) if isinstance(weight, PatternWeight)}

@@ -22,7 +22,8 @@ When a mask update is decided and when it is written:
     GradScaler skips the step                                    not at all; the step does not count
 
 A mask update calls `method.update` for every weight, computes all changes, and only then writes: an error does not
-leave a part of them. An update in place of a step sets all gradients of the optimizer to None.
+leave a part of them, and the update is due again at the next step. An update in place of a step sets all gradients of
+the optimizer to None.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ from ..sparsifiers.allocation import Allocation
 from .attribute import trained_of
 from .dense_gradients import DenseGradients
 from .dense_weight import DenseWeight
-from .distributed import agreed, ranks, sharded
+from .distributed import ranks, sharded
+from .edits import checked
 from .pattern_weight import PatternWeight
 from .reminders import empty_rows, forget, warn_of_empty_rows
 from .trained_weight import TrainedWeight
+from .uninterrupted import uninterrupted
 
 
 class Engine:
@@ -172,12 +175,15 @@ class Engine:
             return
         self.step_runs = False
         self.step += 1
-        if not self.method.replaces_step and self.due(self.step):
-            self._update(self.step, optimizer)
-        if getattr(self.method, "zero_pruned", False):
-            for weight in self.weights:
-                weight.zero_pruned()
-        self.prepare_next()
+        try:
+            if not self.method.replaces_step and self.due(self.step):
+                self.deferred_update_step = self.step + 1  # if it fails
+                self._update(self.step, optimizer)
+        finally:
+            if getattr(self.method, "zero_pruned", False):
+                for weight in self.weights:
+                    weight.zero_pruned()
+            self.prepare_next()
 
     def _add_grads(self, scale: Tensor | None) -> None:
         """Add the method's term to the gradients of dense weights, multiplied by GradScaler's scale if they are."""
@@ -215,7 +221,8 @@ class Engine:
     def _update(self, step: int, optimizer: Optimizer) -> bool:
         """Decide, compute all changes, write all; False if nothing was written."""
         obstacle = self.gradients.obstacle(self.weights[0].param.device) if self.gradients.window else None
-        self.deferred_update_step = step + 1 if obstacle == "used twice" else None
+        if obstacle is not None:
+            self.deferred_update_step = step + 1 if obstacle == "used twice" else None
         if obstacle == "not finite":
             warnings.warn(f"sten: a gradient is not finite: the mask update of step {step} is skipped.", stacklevel=5)
         if obstacle is not None:
@@ -234,12 +241,13 @@ class Engine:
                 if rows:
                     weight.warned_of_empty_rows, empty[weight.name] = True, rows
         averages = [(w, a, a.dense(a.param)) for w in self.weights for ref in w.averages if (a := ref()) is not None]
-        for write in writes:
-            write()
-        for weight, average, dense in averages:
-            average.follow(weight, dense)
-        self.gradients.forget_averages()
-        self.updates += 1
+        with uninterrupted():
+            for write in writes:
+                write()
+            for weight, average, dense in averages:
+                average.follow(weight, dense)
+            self.gradients.forget_averages()
+            self.updates, self.deferred_update_step = self.updates + 1, None
         warn_of_empty_rows(empty, stacklevel=5 + self.method.replaces_step)
         return True
 
@@ -296,20 +304,6 @@ class Views(Mapping):
 
     def __len__(self) -> int:
         return len(self.weights)
-
-
-def checked(edit: Edit, weight: TrainedWeight, method: Sparsifier) -> Edit:
-    """The same edit on every rank; TypeError if its masks are not bool."""
-    for name in ("mask", "fresh"):
-        mask = getattr(edit, name)
-        if mask is not None and mask.dtype != torch.bool:
-            raise TypeError(
-                f"Expected a bool tensor for Edit.{name} of {method} for {weight.name}, got {mask.dtype}; compare with "
-                "zero first."
-            )
-    if edit.mask is None or ranks() == 1:
-        return edit
-    return Edit(agreed(edit.mask), edit.value, edit.fresh, edit.state)
 
 
 def expect_optimizer(method: Sparsifier, optimizer: Optimizer) -> None:
