@@ -40,14 +40,21 @@ def expect_compressed(layout: Layout, name: str, crow: Tensor, index_name: str, 
             f"Expected part {name!r} of {layout} to start at 0, never fall, and end at {len(index)} (slots) at most, "
             f"got {int(crow[0])} to {int(crow[-1])}."
         )
-    expect_range(layout, index_name, index, 0, size)
-    start = 0
-    for (piece,) in chunks(index, overlap=1):
-        slot = (piece[1:] <= piece[:-1]).nonzero()[:, 0] + (start + 1)
-        slot = slot[slot < crow[-1]].int()  # each must be the first of a row
-        inside = slot[crow[torch.searchsorted(crow, slot)] != slot]
+    stored, first = index[: int(crow[-1])], crow[:-1][crow.diff() > 0].long()
+    expect_range(layout, index_name, index[len(stored) :], 0, size)  # free slots
+    expect_range(layout, index_name, stored[first], 0, size)
+    expect_range(layout, index_name, stored[first[1:] - 1], 0, size)  # the last of a row, and so all between
+    expect_range(layout, index_name, stored[-1:], 0, size)
+    # every fall is that from one row to the next
+    first = first[1:]
+    falls = sum(int((piece[1:] <= piece[:-1]).count_nonzero()) for (piece,) in chunks(stored, overlap=1))
+    if falls == int((stored[first] <= stored[first - 1]).count_nonzero()):
+        return
+    start, starts = 0, torch.zeros(len(stored), dtype=torch.bool, device=stored.device).index_fill_(0, first, True)
+    for piece, own in chunks(stored, starts, overlap=1):
+        inside = ((piece[1:] <= piece[:-1]) > own[1:]).nonzero()
         if len(inside):
-            slot = int(inside[0])
+            slot = start + int(inside[0, 0]) + 1
             raise ValueError(
                 f"Expected part {index_name!r} of {layout} to ascend within a row, without repeats, got "
                 f"{int(index[slot - 1])} and {int(index[slot])} in slots {slot - 1} and {slot}."

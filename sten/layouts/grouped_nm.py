@@ -249,9 +249,9 @@ class GroupedNM(Layout):
         if not expect_parts(self, parts, {"values": ((*slots, self.n), None), "index": (slots, torch.int16)}):
             return
         expect_range(self, "index", parts["index"], 0, self.width)
-        every = torch.arange(self.width, dtype=torch.int16, device=parts["index"].device)
         for (columns,) in chunks(parts["index"].flatten(2).flatten(0, 1)):
-            if bool((columns.sort(-1).values != every).any()):
+            listed = torch.zeros(columns.shape, dtype=torch.bool, device=columns.device)
+            if not bool(listed.scatter_(1, columns.long(), True).all()):
                 raise ValueError(
                     f"Expected part 'index' of {self} to list each of the {self.width} columns of a chunk once, got "
                     "others."
