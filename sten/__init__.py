@@ -60,3 +60,16 @@ __all__ = [
 # `sten.x` is the list above (`from sten.tensor import ...` works as ever).
 for _name in [name for name in globals() if not name.startswith("_") and name not in __all__]:
     del globals()[_name]
+
+
+def __getattr__(name: str):
+    """What sten does not have: where another library's word for it is known, sten's."""
+    words = {
+        "prune": "sten.sparsify(model, sparsity=0.9) makes its weights sparse",
+        "compress": "sten.sparsify(model, sparsity=0.9) makes its weights sparse",
+        "state_dict": "model.state_dict() has all state, sparse weights included",
+        "load_state_dict": "model.load_state_dict(state) takes sparse weights",
+        "to_dense": "sten.densify(model) makes its weights dense",
+    }
+    hint = words.get(name, "help(sten) lists all")
+    raise AttributeError(f"Expected a name of sten, got {name!r}; {hint}.", name=name)

@@ -145,6 +145,8 @@ def tree_map(change: Callable[[Any], Any], tree: Any) -> Any:
 
 def tree_leaves(tree: Any) -> list[Any]:
     """The leaves of the arguments of an operator."""
-    leaves: list[Any] = []
-    tree_map(leaves.append, tree)
-    return leaves
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        return [leaf for branch in tree for leaf in tree_leaves(branch)]
+    return [tree]

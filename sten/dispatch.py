@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._torch_private import allows_tf32, is_intercepted
+from ._torch_private import allows_tf32, is_compiling, is_intercepted
+from .caller import user_stacklevel, weight_name
 from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
 from .kernel_table import operator as operator
@@ -146,16 +147,22 @@ def run_both(name: str, a: SparseTensor, b: SparseTensor) -> Any:
     return plan.run(a.parts, b.parts)
 
 
-def warn_densified(name: str, layout: Layout) -> None:
+def warn_densified(name: str, w: SparseTensor) -> None:
     """Warn, once for each (operator, layout type), that an operator runs on a dense copy; raise under `strict`."""
+    layout = w.sparse_layout
+    key = (name, type(layout))
+    if not _strict.get() and key in _warned:
+        return
+    traced = is_compiling()  # Dynamo cannot look at frames
+    known = None if traced else weight_name(w)
+    weight = f"{known or 'a weight'} ({layout}, shape {tuple(w.shape)})"
     if _strict.get():
         raise DensifyError(
-            f"Expected an operator with a rule for {layout} under sten.strict(), got {name!r}; call to_dense() first."
+            f"Expected an operator with a rule for {weight} under sten.strict(), got {name!r}; call to_dense() first."
         )
-    key = (name, type(layout))
-    if key not in _warned:
-        _warned.add(key)
-        warnings.warn(f"sten: operator {name!r} has no rule for {layout}: it runs on a dense copy.", stacklevel=4)
+    _warned.add(key)
+    text = f"sten: operator {name!r} has no rule for {weight}: it runs on a dense copy."
+    warnings.warn(text, stacklevel=2 if traced else user_stacklevel())
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import tensor_file
 from .checked import checked
 from .conversion.reparametrize import move
-from .conversion.select import Target, all_weights, once_each
+from .conversion.select import Target, all_weights, expect_model, once_each
 from .conversion.state_dict_hooks import accept_every_form, finalized_state
 from .errors import FormatError
 from .layouts.registry import fields
@@ -48,12 +48,13 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 
     Example:
         >>> import tempfile, torch, sten
-        >>> model = sten.sparsify(torch.nn.Linear(8, 4))
+        >>> model = sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4))
         >>> path = tempfile.mkdtemp() + "/model.safetensors"
         >>> sten.save(model, path)
         >>> sten.load(torch.nn.Linear(8, 4), path).weight.sparse_layout
         NM(n=2, m=4)
     """
+    expect_model(model)
     tensors, sparse, ties = _flatten(model)
     header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties})
     tensor_file.write(path, tensors, {"format": "pt", "sten": header})
@@ -81,7 +82,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict
     return tensors, sparse, ties
 
 
-def load(model: Model, path: str | os.PathLike, assign: bool = False, mmap: bool = False) -> Model:
+def load(model: Model, path: str | os.PathLike | None = None, assign: bool = False, mmap: bool = False) -> Model:
     """Read a file of `sten.save` into a model of the same architecture, dense or sparse, in place.
 
     All or nothing: names, shapes, layouts and indices are checked before the model is changed. Weights that are sparse
@@ -109,7 +110,7 @@ def load(model: Model, path: str | os.PathLike, assign: bool = False, mmap: bool
     Example:
         >>> import tempfile, torch, sten
         >>> path = tempfile.mkdtemp() + "/model.safetensors"
-        >>> sten.save(sten.sparsify(torch.nn.Linear(8, 4)), path)
+        >>> sten.save(sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4)), path)
         >>> model = sten.load(torch.nn.Linear(8, 4), path)
         >>> model.weight.density
         0.5
@@ -118,6 +119,8 @@ def load(model: Model, path: str | os.PathLike, assign: bool = False, mmap: bool
         >>> sten.load(empty, path, assign=True).weight.device
         device(type='cpu')
     """
+    if path is None:  # as for torch.load, which needs no model
+        raise TypeError("Expected sten.load(model, path), got one argument; make a model of this architecture first.")
     targets = once_each(all_weights(model))
     state = _read(path, mmap)
     current = finalized_state(model)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from .caller import user_stacklevel
 from .layouts.base import Layout
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -303,6 +304,6 @@ def _warn_and_run(op: Operator, device: str, *operands: Any, layout: Any, shape:
         warnings.warn(
             f"sten: no kernel for {op.name!r} with {titles} on {device}: the reference implementation runs "
             f"(correct, not fast). To register one:\n\n{stub(op.name, types, device)}\n",
-            stacklevel=4,
+            stacklevel=user_stacklevel(),
         )
     return op.reference(*operands, layout=layout, shape=shape, **geometry)

@@ -22,6 +22,7 @@ from ._torch_private import (
 )
 from .checked import checked
 from .layouts.base import Layout, Parts
+from .layouts.checks import expect_held
 from .layouts.registry import fields
 from .pattern_cache import PatternCache as PatternCache
 from .rule import Rule as Rule
@@ -80,6 +81,9 @@ class SparseTensor(Sealed, torch.Tensor):
         requires_grad: bool = False,
         cache: PatternCache | None = None,
     ) -> SparseTensor:
+        if not isinstance(parts, dict):
+            kind = type(parts).__name__
+            raise TypeError(f"Expected SparseTensor(layout, parts, shape), got a {kind} second; use sten.from_dense.")
         values = parts["values"]
         shape = tuple(shape)
         size, strides = shape, contiguous_strides(shape)
@@ -216,6 +220,10 @@ class ToDense(Rule):
     def backward(ctx, grad):
         return project(grad, ctx.saved_tensors[0])
 
+    @staticmethod
+    def vmap(info, in_dims, w):
+        return ToDense.run(w), None  # torch.vmap has no batch of SparseTensors
+
 
 def unpack(w: SparseTensor) -> Tensor:
     """The dense tensor, without autograd."""
@@ -293,6 +301,8 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
             raise TypeError(f"Expected a bool mask, got {mask.dtype}; call .bool() on it.")
         elif tuple(mask.shape) != shape:
             raise ValueError(f"Expected a mask of the tensor's shape {shape}, got {tuple(mask.shape)}.")
+        else:
+            expect_held(layout, mask)
         return SparseTensor(layout, layout.pack(tensor, mask.to(tensor.device)), shape)
 
 

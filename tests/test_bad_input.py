@@ -51,36 +51,42 @@ MODEL = {
     "sparsity above 1": ({"layout": CSR(), "sparsity": 1.5}, "from 0 to 1, .* got 1.5"),
     "negative sparsity": ({"layout": CSR(), "sparsity": -0.1}, "from 0 to 1, .* got -0.1"),
     "NaN": ({"layout": CSR(), "sparsity": float("nan")}, "from 0 to 1"),
-    "regular expression": ({"layout": NM(2, 4), "weights": "re:("}, "is no regular expression"),
+    "regular expression": ({"layout": NM(2, 4), "weights": "re:("}, "Expected a regular expression after 're:'"),
     "no sparsity": ({"layout": CSR()}, r"Expected sparsity= for CSR\(\), got None"),
     "no sparsity for one of two layouts": ({"layout": {"0.*": NM(2, 4), "2.*": CSR()}}, "pass the fraction to drop"),
     "sparsity against n:m": ({"layout": NM(2, 4), "sparsity": 0.9}, "fixes it at 0.5, got 0.9: leave it out"),
     "sparsity with None": ({"layout": CSR(), "sparsifier": None, "sparsity": 0.5}, "leave sparsity= out"),
     "a pattern without a match": (
-        {"weights": "head.*"},
-        r"'head\.\*' matches no weight.*there are 0\.weight, 2\.weight",
+        {"layout": NM(2, 4), "weights": "head.*"},
+        r"'head\.\*' to match a weight.*there are 0\.weight, 2\.weight",
     ),
-    "one of two without a match": ({"weights": ["0.weight", "9.weight"]}, r"'9\.weight' matches no weight"),
-    "a bias": ({"weights": "0.bias"}, "matches no weight of two or more dimensions"),
-    "a layout pattern without a match": ({"layout": {"nothing": NM(2, 4)}}, "'nothing' matches no weight"),
+    "one of two without a match": (
+        {"layout": NM(2, 4), "weights": ["0.weight", "9.weight"]},
+        r"'9\.weight' to match a weight",
+    ),
+    "a bias": ({"layout": NM(2, 4), "weights": "0.bias"}, "to match a weight of two or more dimensions, got none"),
+    "a layout pattern without a match": ({"layout": {"nothing": NM(2, 4)}}, "'nothing' to match a weight"),
     "all layouts None": ({"layout": {"*": None}}, "left to make sparse.*is None"),
-    "nothing chosen": ({"weights": lambda *_: False}, "left to make sparse"),
+    "nothing chosen": ({"layout": NM(2, 4), "weights": lambda *_: False}, "left to make sparse"),
     "calibration not read": (
-        {"calibration": [1]},
+        {"layout": NM(2, 4), "calibration": [1]},
         r"Magnitude\(\) reads no activations: leave calibration= out",
     ),
 }
 TYPES = {
-    "not a layout": ({"layout": "2:4"}, r"takes a layout such as sten\.NM\(2, 4\)"),
-    "a layout class": ({"layout": CSR}, "takes a layout"),
-    "a layout dict of classes": ({"layout": {"*": CSR}}, "takes a layout"),
+    "not a layout": ({"layout": "2:4"}, r"a layout such as sten\.NM\(2, 4\), or .* for layout=, got '2:4'"),
+    "a layout class": ({"layout": CSR}, r"got the class CSR; write sten\.CSR\(\)"),
+    "a layout dict of classes": ({"layout": {"*": CSR}}, r"got the class CSR; write sten\.CSR\(\)"),
     "a sparsifier class": ({"sparsifier": sten.Magnitude}, r"such as sten\.Magnitude\(\) \(an instance\)"),
-    "a string": ({"sparsifier": "magnitude"}, "takes a sparsifier"),
+    "a string": ({"sparsifier": "magnitude"}, r"got 'magnitude'; write sten\.Magnitude\(\)"),
     "sparsity as text": ({"layout": CSR(), "sparsity": "90%"}, "a number from 0 to 1"),
     "sparsity as a bool": ({"layout": CSR(), "sparsity": True}, "a number from 0 to 1"),
-    "numbers as weights": ({"weights": [0, 2]}, "takes a pattern"),
-    "not an optimizer": ({"optimizer": "adam"}, r"takes a torch\.optim\.Optimizer"),
-    "no optimizer": ({"optimizer": []}, r"takes a torch\.optim\.Optimizer"),
+    "numbers as weights": ({"layout": NM(2, 4), "weights": [0, 2]}, "Expected for weights= a name or glob"),
+    "not an optimizer": (
+        {"layout": NM(2, 4), "optimizer": "adam"},
+        r"Expected for optimizer= a torch\.optim\.Optimizer",
+    ),
+    "no optimizer": ({"layout": NM(2, 4), "optimizer": []}, r"Expected for optimizer= a torch\.optim\.Optimizer"),
 }
 
 
@@ -145,7 +151,7 @@ def test_an_integer_weight():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
     with refused(model, r"1\.weight holds torch\.int8: only floating-point weights can be sparse", TypeError):
-        sten.sparsify(model)
+        sten.sparsify(model, layout=sten.NM(2, 4))
     with pytest.raises(TypeError, match="floating-point"):
         sten.from_dense(torch.ones(4, 4, dtype=torch.int64), CSR())
 
@@ -154,45 +160,34 @@ def test_a_model_without_numbers():
     with torch.device("meta"):
         model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match="meta device"):
-        sten.sparsify(model)
+        sten.sparsify(model, layout=sten.NM(2, 4))
 
 
 def test_models_without_weights():
     for model in (nn.ReLU(), nn.Sequential(), nn.LayerNorm(4)):
         with refused(model, "no parameter of two or more dimensions"):
-            sten.sparsify(model)
+            sten.sparsify(model, layout=sten.NM(2, 4))
     with refused(nn.Embedding(4, 4), "Embedding has no linear weight"):
-        sten.sparsify(nn.Embedding(4, 4))
+        sten.sparsify(nn.Embedding(4, 4), layout=sten.NM(2, 4))
     for call in (sten.sparsify, sten.plan, sten.trainable, sten.finalize, sten.densify):
-        with pytest.raises(TypeError, match=r"Expected an nn\.Module, got dict"):
+        with pytest.raises(TypeError, match=r"Expected an nn\.Module, got dict; pass the model itself"):
             call({"weight": torch.ones(4, 4)})
-
-
-def test_twice():
-    model = sten.sparsify(mlp())
-    with refused(model, "it is sparse already"):
-        sten.sparsify(model)
-    model = sten.trainable(model)
-    with refused(model, r"trainable form already: sten\.finalize the model first"):
-        sten.sparsify(model)
-    with refused(model, r"0\.weight cannot be made sparse: it is in trainable form"):
-        sten.sparsify(model, weights=["0.weight"])
 
 
 def test_ties():
     model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8, bias=False))
     model[1].weight = model[0].weight
     with refused(model, r"1\.weight is tied to 0\.weight, which is not chosen: name both, or untie them"):
-        sten.sparsify(model, weights=["1.weight"])
+        sten.sparsify(model, layout=sten.NM(2, 4), weights=["1.weight"])
     with refused(model, "one tied weight: give both the same layout"):
         sten.sparsify(model, weights="*", layout={"0.weight": NM(2, 4), "*": NM(1, 4)})
 
 
 def test_another_parametrization():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
-    sten.plan(model)
+    sten.plan(model, layout=sten.NM(2, 4))
     with refused(model, "parametrized by _WeightNorm: remove that first"):
-        sten.sparsify(model, weights=["0.weight"])
+        sten.sparsify(model, layout=sten.NM(2, 4), weights=["0.weight"])
 
 
 def test_pruning_that_does_not_fit():
@@ -209,15 +204,15 @@ def test_optimizers():
     model = mlp()
     for other in (torch.optim.SGD(mlp().parameters(), 0.1), torch.optim.SGD(model[2].parameters(), 0.1)):
         with refused(model, r"0\.weight is not in the optimizer"):
-            sten.sparsify(model, optimizer=other)
-    with refused(model, "LBFGS works on whole matrices", TypeError):
-        sten.sparsify(model, optimizer=torch.optim.LBFGS(model.parameters()))
-    sten.sparsify(model)
+            sten.sparsify(model, layout=sten.NM(2, 4), optimizer=other)
+    with refused(model, "got LBFGS, which computes with whole matrices", TypeError):
+        sten.sparsify(model, layout=sten.NM(2, 4), optimizer=torch.optim.LBFGS(model.parameters()))
+    sten.sparsify(model, layout=sten.NM(2, 4))
     with refused(model, "is not in the optimizer"):
         sten.attach(model, torch.optim.SGD(mlp().parameters(), 0.1))
     with refused(mlp(), "no sparse weights"):
         sten.attach(mlp(), torch.optim.SGD(model.parameters(), 0.1))
-    with refused(model, "attach needs the optimizer", TypeError):
+    with refused(model, "Expected an optimizer for sten.attach, got None", TypeError):
         sten.attach(model, None)
 
 
@@ -234,8 +229,8 @@ def test_slots_without_a_sparse_form():
     model = mlp()
     opt = Rows(model.parameters(), 0.1)
     train(model, opt, range(1))
-    with refused(model, r"slot 'rows' of Rows for 0\.weight has shape \(20,\)"):
-        sten.sparsify(model, optimizer=opt)
+    with refused(model, r"one number for each entry of 0\.weight, got 'rows' of Rows, .* of shape \(20,\)"):
+        sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
 
 
 def test_a_late_failure_changes_nothing():
@@ -270,7 +265,15 @@ def gloo(tmp_path_factory):
     dist.destroy_process_group()
 
 
-CALLS = (sten.sparsify, sten.plan, sten.trainable, sten.finalize, sten.densify)
+def sparsify(model):
+    return sten.sparsify(model, NM(2, 4))
+
+
+def plan(model):
+    return sten.plan(model, NM(2, 4))
+
+
+CALLS = (sparsify, plan, sten.trainable, sten.finalize, sten.densify)
 
 
 def test_ddp_is_refused(gloo):
@@ -279,7 +282,7 @@ def test_ddp_is_refused(gloo):
         for wrapped in (model, nn.Sequential(model)):
             with refused(wrapped, "in DistributedDataParallel already: call sten on the inner model", TypeError):
                 call(wrapped)
-    assert isinstance(sten.sparsify(model.module)[0].weight, sten.SparseTensor)
+    assert isinstance(sten.sparsify(model.module, layout=sten.NM(2, 4))[0].weight, sten.SparseTensor)
 
 
 def test_fsdp_is_refused(gloo):
@@ -295,14 +298,14 @@ def test_fsdp_is_refused(gloo):
 
 def test_data_parallel_is_refused():
     with pytest.raises(TypeError, match="wrapped in DataParallel already"):
-        sten.sparsify(nn.DataParallel(mlp()))
+        sten.sparsify(nn.DataParallel(mlp()), layout=sten.NM(2, 4))
 
 
 def test_wrap_after_works(gloo):
     """The order that the message names."""
     model = mlp()
     opt = torch.optim.SGD(model.parameters(), 0.1)
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     wrapped = nn.parallel.DistributedDataParallel(model)
     loss_of(wrapped, 0).backward()
     opt.step()

@@ -21,7 +21,7 @@ def test_signatures():
     for function in (sten.sparsify, sten.plan):
         parameters = inspect.signature(function).parameters
         assert list(parameters) == names
-        assert [p.default for p in parameters.values()][1:] == [NM(2, 4), sten.Magnitude(), None, None, None, None]
+        assert [p.default for p in parameters.values()][1:] == [None, sten.Magnitude(), None, None, None, None]
     expected = {
         sten.attach: ["model", "optimizer"],
         sten.trainable: ["model"],
@@ -65,7 +65,7 @@ def test_identity_with_a_used_graph_alive():
     loss = loss_of(model, 0)
     loss.backward()
     opt.step()
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     assert {id(p) for p in before} == {id(p) for p in model.parameters()}
     loss_of(model, 1).backward()
     opt.step()
@@ -84,7 +84,7 @@ def test_a_graph_that_still_needs_its_weights_keeps_them():
     x = batch(1).requires_grad_()
     pending = model(x).sum()
     expected = copy.deepcopy(model)(x.detach().requires_grad_()).sum().detach()
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     held = {id(p) for g in opt.param_groups for p in g["params"]}
     assert held == {id(p) for p in model.parameters()}
     pending.backward()
@@ -202,7 +202,7 @@ def test_random_is_reproducible():
 def test_weights_by_pattern():
     def chosen(**kwargs):
         model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Linear(8, 8), nn.Linear(8, 8))
-        return sorted(sparse_weights(sten.sparsify(model, **kwargs)))
+        return sorted(sparse_weights(sten.sparsify(model, **{"layout": NM(2, 4), **kwargs})))
 
     assert chosen() == ["1.weight", "2.weight"]
     assert chosen(weights="*") == ["0.weight", "1.weight", "2.weight"]
@@ -222,7 +222,7 @@ def test_layouts_by_pattern():
 
 def test_the_model_is_the_layer():
     layer = nn.Linear(8, 4)
-    assert sten.sparsify(layer) is layer and isinstance(layer.weight, sten.SparseTensor)
+    assert sten.sparsify(layer, layout=sten.NM(2, 4)) is layer and isinstance(layer.weight, sten.SparseTensor)
     opt = torch.optim.SGD(layer.parameters(), 0.1)
     sten.attach(layer, opt)
     layer(torch.ones(1, 8)).sum().backward()
@@ -259,11 +259,11 @@ class Tied(nn.Module):
 
 
 def test_tied_to_a_non_target_is_skipped():
-    model = sten.sparsify(Tied())
+    model = sten.sparsify(Tied(), layout=sten.NM(2, 4))
     assert list(sparse_weights(model)) == ["body.weight"] and model.head.weight is model.embed.weight
     assert "tied" in {r.name: r.why for r in sten.summary(model).rows}["head.weight"]
     with pytest.raises(ValueError, match=r"tied to embed\.weight"):
-        sten.sparsify(Tied(), weights=["head.weight"])
+        sten.sparsify(Tied(), layout=sten.NM(2, 4), weights=["head.weight"])
 
 
 @every_layout
@@ -312,7 +312,13 @@ def test_plan_changes_nothing_and_tells_the_truth():
 
 
 def test_plan_raises_what_sparsify_raises():
-    for kwargs in ({"layout": CSR()}, {"calibration": [1]}, {"weights": "nothing"}, {"sparsity": 0.9}):
+    for kwargs in (
+        {},
+        {"layout": CSR()},
+        {"layout": CSR(), "sparsity": 0.5, "calibration": [1]},
+        {"layout": NM(2, 4), "weights": "nothing"},
+        {"layout": NM(2, 4), "sparsity": 0.9},
+    ):
         with pytest.raises(ValueError) as planned:
             sten.plan(mlp(), **kwargs)
         with pytest.raises(ValueError) as done:

@@ -110,7 +110,7 @@ def test_the_gradient_goes_along():
     other = torch.optim.SGD(twin.parameters(), 0.1)
     for one in (model, twin):
         loss_of(one, 0).backward()
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     opt.step()
     other.step()
     expect_close(state(model), {n: t * masks(model).get(n, 1) for n, t in state(twin).items()})
@@ -123,7 +123,7 @@ def test_parameter_groups_and_schedulers_survive():
         [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0, "lr": 0.5}], lr=0.1
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, 10)
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     assert [[id(p) for p in g["params"]] for g in opt.param_groups] == [[id(p) for p in ps] for ps in (decay, rest)]
     train(model, opt, range(2))
     schedule.step()
@@ -133,7 +133,7 @@ def test_parameter_groups_and_schedulers_survive():
 def test_several_optimizers():
     model = mlp()
     opts = [torch.optim.SGD(model[0].parameters(), 0.1, momentum=0.9), torch.optim.AdamW(model[2].parameters())]
-    sten.sparsify(model, optimizer=opts)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opts)
     loss_of(model, 0).backward()
     for opt in opts:
         opt.step()
@@ -170,7 +170,7 @@ def test_autocast_trains():
     model = mlp()
     opt = torch.optim.AdamW(model.parameters())
     dense = copy.deepcopy(model)
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     twin = masked_twin(dense, model)
     with torch.autocast("cpu", dtype=torch.bfloat16), sten.strict():
         losses = [loss_of(one, 0) for one in (model, twin)]
@@ -207,7 +207,7 @@ def test_attach_to_an_optimizer_made_later():
 
 
 def test_trainable_before_the_optimizer():
-    model = sten.trainable(sten.sparsify(mlp()))
+    model = sten.trainable(sten.sparsify(mlp(), layout=sten.NM(2, 4)))
     opt = torch.optim.AdamW(model.parameters())
     sten.attach(model, opt)
     train(model, opt, range(2))
@@ -222,7 +222,7 @@ def test_frozen_weights_stay_frozen():
     model = mlp()
     model[0].weight.requires_grad_(False)
     opt = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     assert not model[0]._parameters["weight"].requires_grad
     loss_of(model, 0).backward()
     assert model[0]._parameters["weight"].grad is None

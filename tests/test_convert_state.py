@@ -76,7 +76,7 @@ def test_another_pattern_is_loaded(layout, source, target):
 
 @pytest.mark.parametrize("form", ["finalized", "trainable"])
 def test_dense_state_with_entries_off_the_pattern_is_refused(form):
-    into = in_form(sten.sparsify(mlp()), form)
+    into = in_form(sten.sparsify(mlp(), layout=sten.NM(2, 4)), form)
     want = state(into)
     with pytest.raises(RuntimeError, match=r"0\.weight: Expected no non-zeros off the pattern"):
         into.load_state_dict(mlp().state_dict())
@@ -87,7 +87,7 @@ def test_dense_state_with_entries_off_the_pattern_is_refused(form):
 
 @pytest.mark.parametrize("form", ["finalized", "trainable"])
 def test_strict_names_what_is_missing(form):
-    into = in_form(sten.sparsify(mlp()), form)
+    into = in_form(sten.sparsify(mlp(), layout=sten.NM(2, 4)), form)
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0\.weight"'):
         into.load_state_dict({k: v for k, v in into.state_dict().items() if not k.startswith("0.weight")})
     into.load_state_dict({}, strict=False)
@@ -138,7 +138,7 @@ def test_averaged_model(form):
 
 @pytest.mark.parametrize("form", ["finalized", "trainable"])
 def test_functional_call(form):
-    model = in_form(sten.sparsify(mlp()), form)
+    model = in_form(sten.sparsify(mlp(), layout=sten.NM(2, 4)), form)
     changed = {n: (p * 2).detach() for n, p in model.named_parameters()}
     x = batch(0)
     got = torch.func.functional_call(model, changed, (x,))

@@ -129,7 +129,7 @@ def test_second_gpu(layout):
 
 
 def test_move_and_save(tmp_path):
-    model = sten.sparsify(torch.nn.Linear(64, 32)).cuda()
+    model = sten.sparsify(torch.nn.Linear(64, 32), layout=sten.NM(2, 4)).cuda()
     assert model.weight.device.type == "cuda" and model.weight.parts["index"].device.type == "cuda"
     sten.save(model, tmp_path / "m.safetensors")
     again = sten.load(torch.nn.Linear(64, 32), tmp_path / "m.safetensors")

@@ -84,7 +84,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_ties(sparse, tmp_path):
-    model = sten.sparsify(Tied(), weights="*") if sparse else Tied()
+    model = sten.sparsify(Tied(), layout=sten.NM(2, 4), weights="*") if sparse else Tied()
     sten.save(model, tmp_path / "m")
     assert set(load_file(tmp_path / "m")) == (
         {"embed.weight.values", "embed.weight.index"} if sparse else {"embed.weight"}
@@ -120,7 +120,7 @@ def test_optimizers_follow(tmp_path):
     """Loading into a model in training: attach again and go on."""
     model = mlp()
     opt = torch.optim.AdamW(model.parameters())
-    sten.sparsify(model, optimizer=opt)
+    sten.sparsify(model, layout=sten.NM(2, 4), optimizer=opt)
     train(model, opt, range(2))
     sten.save(sten.sparsify(mlp(), layout=CSR(), sparsity=0.7), tmp_path / "m")
     sten.load(model, tmp_path / "m")
@@ -350,7 +350,7 @@ def test_buffers_that_no_file_holds_are_not_left_on_meta(tmp_path):
             super().__init__(8, 4)
             self.register_buffer("table", torch.ones(3), persistent=False)
 
-    sten.save(sten.sparsify(Table()), tmp_path / "m")
+    sten.save(sten.sparsify(Table(), sten.NM(2, 4)), tmp_path / "m")
     with torch.device("meta"):
         model = Table()
     with pytest.raises(sten.FormatError, match="got table, which is not persistent, on meta"):

@@ -28,7 +28,8 @@ LAYERS = [
     ("L0", "atomic_file"),
     ("L0", "tensor_file"),
     ("L1", "layouts", "read_only"),
-    ("L2", "rule", "kernel_table"),
+    ("L2", "rule", "caller"),
+    ("L2", "kernel_table"),
     ("L2", "pattern_cache"),
     ("L2", "checked", "sealed"),
     ("L2", "dispatch"),
@@ -41,7 +42,7 @@ LAYERS = [
     ("L4", "extend", "__main__"),
 ]
 # the files of sten/layouts that are no layout
-SHARED = {"__init__", "base", "checks", "compressed_rows", "padding", "registry", "topk"}
+SHARED = {"__init__", "base", "checks", "compressed_rows", "construct", "padding", "registry", "topk"}
 UPWARDS_AT_WORK: set[str] = set()
 
 # registries, what is loaded once for the process, and the tuner's choices

@@ -197,11 +197,11 @@ def test_vector_nm_by_eye():
 
 
 def test_bsr_by_eye():
-    score = torch.tensor([[1.0, 1, 0, 9, 2], [1, 1, 0, 0, 2], [0, 0, 5, 5, 3]])
-    # Block sums: 4 9 4 / 0 10 3; padding counts nothing, the tie of the two fours goes to the left one.
-    assert torch.equal(BSR((2, 2)).mask(score, 0.5), grid("xxxx. xxxx. ..xx."))
+    score = torch.tensor([[1.0, 1, 0, 9, 2.25], [1, 1, 0, 0, 2.25], [0, 0, 5, 5, 3]])
+    # Means over real entries: 1 2.25 2.25 / 0 5 3; padding counts nothing, the tie goes to the left one.
+    assert torch.equal(BSR((2, 2)).mask(score, 0.5), grid("..xx. ..xx. ..xxx"))
     parts = BSR((2, 2)).pack(score, BSR((2, 2)).mask(score, 0.5))
-    assert [parts[p].tolist() for p in BSR.pattern] == [[0, 2, 3], [0, 1, 1], [0, 1, 3, 3], [0, 0, 1], [0, 1, 2]]
+    assert [parts[p].tolist() for p in BSR.pattern] == [[0, 1, 3], [1, 1, 2], [0, 0, 2, 3], [0, 1, 1], [0, 1, 2]]
 
 
 def test_bsr_stores_dropped_entries_of_a_block_as_zeros():

@@ -130,9 +130,9 @@ def test_needs_that_no_engine_provides():
         needs = frozenset({"gradient", "momentum"})
 
     with pytest.raises(NotImplementedError, match="got Wanda, which needs x_norm"):
-        sten.sparsify(mlp(), sparsifier=Wanda())
+        sten.sparsify(mlp(), layout=sten.NM(2, 4), sparsifier=Wanda())
     with pytest.raises(ValueError, match=r"Expected Typo.needs to name some of .* got \['gradient'\]"):
-        sten.sparsify(mlp(), sparsifier=Typo())
+        sten.sparsify(mlp(), layout=sten.NM(2, 4), sparsifier=Typo())
     check_needs(sten.RigL(1000))
     with pytest.raises(NotImplementedError, match="Both to define score or update") as error:
         type("Both", (sten.extend.PatternMethod,), {"needs": frozenset({"grad", "momentum"})})().score(None)

@@ -204,7 +204,9 @@ CASES = {
     ),
     "gpt2": Case(gpt2, language, GPT2),
     "llama": Case(llama, language, LLAMA),
-    "mixtral": Case(mixtral, language, [*ATTENTION, "lm_head.weight"]),
+    "mixtral": Case(
+        mixtral, language, [*ATTENTION, "lm_head.weight"], weights=[*ATTENTION, "lm_head"]
+    ),
 }  # fmt: skip
 PADDING = torch.tensor([[False] * 6, [False] * 4 + [True] * 2, [False] * 3 + [True] * 3])
 
@@ -341,15 +343,15 @@ def why(model: nn.Module) -> dict[str, str]:
 
 
 def test_tied_decoder_is_skipped_and_listed():
-    model = sten.sparsify(bert())
+    model = sten.sparsify(bert(), layout=sten.NM(2, 4))
     assert "tied to" in why(model)["bert.embeddings.word_embeddings.weight"]
-    model = sten.sparsify(llama())
+    model = sten.sparsify(llama(), layout=sten.NM(2, 4))
     assert "tied to" in why(model)["model.embed_tokens.weight"]
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_experts_are_skipped_and_listed():
-    model = sten.sparsify(mixtral())
+    model = sten.sparsify(mixtral(), layout=sten.NM(2, 4))
     skipped = why(model)
     experts = [n for n, p in model.named_parameters() if p.dim() == 3]
     assert len(experts) == 4 and all("3-D" in skipped[n] for n in experts)
@@ -380,5 +382,5 @@ def test_recurrent_weights_run_dense_with_a_warning():
 def test_recurrent_weights_do_not_train_sparse():
     model = Recurrent()
     with pytest.raises(TypeError, match="recurrent"):
-        sten.sparsify(model, weights="lstm.*", optimizer=torch.optim.SGD(model.parameters(), 0.1))
+        sten.sparsify(model, layout=sten.NM(2, 4), weights="lstm.*", optimizer=torch.optim.SGD(model.parameters(), 0.1))
     assert not sparse_weights(model)

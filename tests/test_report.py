@@ -32,8 +32,10 @@ def test_totals_count_ties_once():
     model[1].weight = model[0].weight
     table = sten.summary(sten.sparsify(model, layout=CSR(), sparsity=0.5, weights="*"))
     assert [r.tied_to for r in table.rows] == ["", "0.weight", ""] and table.rows[1].why == "tied to 0.weight"
-    total = table.plain().splitlines()[-1].split()
+    *_, total, chosen = table.plain().splitlines()
+    total = total.split()
     assert total[:2] == ["total", "0.500"]
+    assert chosen == "sparse: 2 of 2 weights, with 128 of 128 parameters (100%)"
     stored = 2 * (32 * 4 + 32 * 4 + 9 * 4)
     assert sum(r.stored_bytes for r in table.rows if not r.tied_to) == stored and "of" in total
 
@@ -56,17 +58,17 @@ def test_reasons_are_found_from_every_level():
     """A part is sparsified by itself: the summary of the whole knows, and so does that of a smaller part."""
     inner = nn.Sequential(nn.Linear(8, 8), nn.Embedding(4, 8))
     model = nn.Sequential(inner, nn.Linear(8, 8))
-    sten.sparsify(inner)
+    sten.sparsify(inner, layout=sten.NM(2, 4))
     found = rows(model)
     assert found["0.0.weight"].energy is not None and "Embedding" in found["0.1.weight"].why
     assert found["1.weight"].why == "" and found["1.weight"].layout == "dense"
-    sten.sparsify(model, weights="1.weight")
+    sten.sparsify(model, layout=sten.NM(2, 4), weights="1.weight")
     assert rows(model)["0.1.weight"].why == "not chosen by weights="
     assert list(rows(model[1])) == ["weight"]
 
 
 def test_a_reason_does_not_outlive_its_form():
-    model = sten.sparsify(mlp(), weights="0.weight")
+    model = sten.sparsify(mlp(), layout=sten.NM(2, 4), weights="0.weight")
     sten.sparsify(model, weights="2.weight", layout=NM(1, 4))
     found = rows(model)
     assert found["2.weight"].why == "" and found["0.weight"].why == "" and found["0.weight"].energy is not None
@@ -77,7 +79,7 @@ def test_a_reason_does_not_outlive_its_form():
 def test_energy_of_an_empty_weight():
     layer = nn.Linear(4, 4)
     nn.init.zeros_(layer.weight)
-    assert sten.summary(sten.sparsify(layer)).rows[0].energy == 1.0
+    assert sten.summary(sten.sparsify(layer, layout=sten.NM(2, 4))).rows[0].energy == 1.0
 
 
 def test_plan_is_the_summary_to_be():
@@ -87,24 +89,25 @@ def test_plan_is_the_summary_to_be():
     sten.sparsify(model, layout=BSR((4, 4)), sparsity=0.5, weights="0.weight")
     assert sorted(plan.rows, key=lambda r: r.name) == sten.summary(model).rows
     transposed = pytest.importorskip("transformers.pytorch_utils").Conv1D(8, 8)
-    assert sten.plan(transposed).rows[0].layout == "NM(n=2, m=4) transposed"
+    assert sten.plan(transposed, layout=sten.NM(2, 4)).rows[0].layout == "NM(n=2, m=4) transposed"
 
 
 def test_plan_with_calibration():
     """Batches for a method that reads none are refused, in a plan as in sparsify."""
     with pytest.raises(ValueError, match="reads no activations"):
-        sten.plan(mlp(), calibration=[torch.ones(1, 12)])
+        sten.plan(mlp(), layout=sten.NM(2, 4), calibration=[torch.ones(1, 12)])
 
 
 EXPECTED = """\
-weight    layout        shape  density  bytes   energy kept  note
+weight    layout        shape  density  bytes   energy kept (at sparsify)  note
 0.weight  NM(n=2, m=4)  20x12  0.500    520 B   {:.3f}
 2.weight  dense         8x20   1.000    640 B                not chosen by weights=
-total                          0.700    1.133 KiB            0.72 of dense"""
+total                          0.700    1.133 KiB            0.72 of dense
+sparse: 1 of 2 weights, with 240 of 428 parameters (56%)"""
 
 
 def test_plain_text():
-    model = sten.sparsify(mlp(), weights="0.weight")
+    model = sten.sparsify(mlp(), layout=sten.NM(2, 4), weights="0.weight")
     table = sten.summary(model)
     got = [line.split() for line in table.plain().splitlines()]
     assert got == [line.split() for line in EXPECTED.format(table.rows[0].energy).splitlines()]
@@ -116,7 +119,7 @@ def test_plain_text():
 
 def test_rich_text():
     rich = pytest.importorskip("rich.console")
-    table = sten.summary(sten.sparsify(mlp(), weights="0.weight"))
+    table = sten.summary(sten.sparsify(mlp(), layout=sten.NM(2, 4), weights="0.weight"))
     for word in (
         "0.weight",
         "NM(n=2, m=4)",
@@ -126,6 +129,7 @@ def test_rich_text():
         "not chosen by weights=",
         "total",
         "0.72 of dense",
+        "sparse: 1 of 2 weights, with 240 of 428 parameters (56%)",
     ):
         assert word in str(table)
     assert "\x1b" not in str(table) and "…" not in str(table)
@@ -143,7 +147,7 @@ def test_long_names_are_not_cut():
         inner = inner.a_rather_long_name
     inner.last = nn.Linear(4, 4)
     name = "a_rather_long_name." * 12 + "last.weight"
-    text = str(sten.summary(sten.sparsify(model)))
+    text = str(sten.summary(sten.sparsify(model, layout=sten.NM(2, 4))))
     assert any(line.startswith(name) and "NM(n=2, m=4)" in line for line in text.splitlines())
 
 
@@ -156,7 +160,7 @@ def test_without_rich(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_rich)
-    table = sten.summary(sten.sparsify(mlp()))
+    table = sten.summary(sten.sparsify(mlp(), layout=sten.NM(2, 4)))
     assert str(table) == table.plain()
 
 

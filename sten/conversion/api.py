@@ -9,30 +9,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layouts import NM
 from ..layouts.base import Layout
-from ..sparsifiers import Magnitude, Sparsifier, View
+from ..sparsifiers import Magnitude, Sparsifier
 from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.sparsifier import check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
-from ..training.reminders import empty_rows_of, remind, warn_of_empty_rows
-from .plan import decide
+from ..training.optimizer_checks import expect_elementwise, expect_optimizer, holds, optimizers_of
+from ..training.reminders import empty_rows_of, forget, remind, warn_of_empty_rows
+from .arguments import Layouts, Weights, expect_layouts, expect_sparsifier
+from .plan import Decision, decide
 from .record import remember, remember_optimizers
-from .reparametrize import begin, move
-from .report import SparsifyPlan, rows_of
-from .select import Target, Weights, select, sparse_weights
+from .reparametrize import begin, expect_slots_to_follow, move
+from .report import SparsifyPlan, other_parameters, rows_of
+from .select import Target, expect_model, select, sparse_weights
 from .state_dict_hooks import accept_every_form
 
 Model = TypeVar("Model", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer] | None
-BY_MATRIX = (torch.optim.LBFGS, torch.optim.Muon, torch.optim.Adafactor)
 
 
 def sparsify(
     model: Model,
-    layout: Layout | dict[str, Layout | None] = NM(2, 4),  # noqa: B008 - layouts are frozen
-    sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008
+    layout: Layouts | None = None,
+    sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008 - methods are frozen
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
     optimizer: Optimizers = None,
@@ -42,20 +42,26 @@ def sparsify(
 
     Args:
         model: any nn.Module, the layer itself included.
-        layout: a Layout, or {pattern over parameter names: Layout or None}; first match wins, None leaves dense.
+        layout: a Layout, or {pattern: Layout or None}; the first match wins, None leaves dense. Default: CSR, where
+            `sparsity` is given. A pattern is a glob over the names of parameters and of the modules around them, "re:"
+            and a regular expression over names of parameters, a module, or a type of modules. A dictionary chooses what
+            its patterns name; "*" stands for all else that is chosen by default.
         sparsifier: which entries live; None keeps the existing non-zeros (or the mask of torch.nn.utils.prune and
             torch.ao.pruning, whose parametrization is taken off).
         sparsity: fraction to drop, a float (`sten.Uniform`) or `sten.ERK`/`sten.Global`; required by layouts without a
             rate of their own (Masked, CSR, BSR, FanIn), refused where it contradicts an n:m layout.
-        weights: a glob, "re:..." or list of them over parameter names, or predicate(name, module, attribute). Default:
-            nn.Linear, Hugging Face's Conv1D (its transpose is stored), and the projections of MultiheadAttention.
+        weights: a pattern, a list of them, or predicate(name, module, attribute). Default: nn.Linear, Hugging Face's
+            Conv1D (its transpose is stored), and the projections of MultiheadAttention; without the output layer of a
+            language model and the factors of low-rank adapters.
         optimizer: one or a list, for training: the weights take the trainable form, and state is carried over.
         calibration: batches for data-driven sparsifiers, of which there are none yet: refused.
 
     Without `optimizer` a weight becomes a SparseTensor Parameter, the form for inference, unless its sparsifier acts
-    during training. A weight tied to one that is not chosen is left dense (`sten.summary` lists it). References to
-    Parameters stay valid: identity is kept, with gradients and attributes; hooks that were registered on a Parameter
-    itself are not carried over.
+    during training. A weight tied to one that is not chosen is left dense, and so is one that `sten.ERK` or
+    `sten.Global` would keep so dense that its layout needs more bytes (`sten.summary` lists them). A weight that is
+    sparse already gets the new layout and sparsity, as after `sten.finalize`: of the entries that it has, the best
+    stay; in training it stays trainable, and its former method ends. References to Parameters stay valid: identity is
+    kept, with gradients and attributes; hooks that were registered on a Parameter itself are not carried over.
 
     Raises:
         ValueError, TypeError: one sentence that says what was wrong and what would work.
@@ -63,27 +69,32 @@ def sparsify(
     Example:
         >>> import torch, sten
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
-        >>> model = sten.sparsify(model, layout=sten.NM(2, 4))
+        >>> model = sten.sparsify(model, sparsity=0.9)
         >>> model[0].weight
-        Parameter(SparseTensor)(NM(n=2, m=4), shape=(32, 16), dtype=float32, density=0.5, requires_grad=True)
+        Parameter(SparseTensor)(CSR(), shape=(32, 16), dtype=float32, density=0.0996, requires_grad=True)
+        >>> model = sten.sparsify(torch.nn.Linear(16, 32), {torch.nn.Linear: sten.NM(2, 4)})
+        >>> model.weight.density
+        0.5
     """
-    optimizers = _optimizers(optimizer)
-    targets, skipped, views = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
-    begun = []
+    optimizers = optimizers_of(optimizer)
+    decision, skipped = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
+    targets = decision.targets
+    _release(targets)
+    begun, trained = [], []
     for target in targets:
         remember(target, optimizers or ())
-        if target.name in views:
-            spread = allocation(sparsity)
-            begun.append(begin(target, sparsifier, views[target.name], spread, optimizers or []))
+        if target.name in decision.views:
+            view = decision.views[target.name]
+            begun.append(begin(target, sparsifier, view, decision.allocation, optimizers or []))
         else:
-            move(target, target.result, optimizers or [], optimizers is not None)
+            trains = optimizers is not None or target.weight is not None
+            trained.append(move(target, target.result, optimizers or [], trains))
     for target in skipped:
         remember(target, why=target.why)
     accept_every_form(model)
-    if optimizers is not None:
+    if begun and optimizers is not None:
         engine.start(model, optimizers)
-    elif begun:
-        remind(begun)
+    remind(weight for weight in begun + trained if weight is not None)
     if sparsifier is not None and not getattr(sparsifier, "zero_pruned", False):  # those say it when it happens
         empty = {}
         for target in targets:
@@ -96,7 +107,7 @@ def sparsify(
 
 def plan(
     model: nn.Module,
-    layout: Layout | dict[str, Layout | None] = NM(2, 4),  # noqa: B008
+    layout: Layouts | None = None,
     sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
@@ -113,34 +124,41 @@ def plan(
         >>> plan.rows[0].name, plan.rows[0].density
         ('weight', 0.5)
     """
-    prepared = _prepare(model, layout, sparsifier, sparsity, weights, _optimizers(optimizer), calibration)
-    targets, skipped, _ = prepared
-    done = [(t.name, t.result, t.energy) for t in targets]
-    return SparsifyPlan([*rows_of(done), *rows_of([(t.name, t.tensor, t.why) for t in skipped])])
+    prepared = _prepare(model, layout, sparsifier, sparsity, weights, optimizers_of(optimizer), calibration)
+    decision, skipped = prepared
+    done = [(t.name, t.result, t.energy) for t in decision.targets]
+    rows = [*rows_of(done), *rows_of([(t.name, t.tensor if t.stored is None else t.stored, t.why) for t in skipped])]
+    return SparsifyPlan(rows, other_parameters(model))
 
 
-def _prepare(
-    model, layout, sparsifier, sparsity, weights, optimizers, calibration
-) -> tuple[list[Target], list[Target], dict[str, View]]:
-    """What sparsify will do, every argument checked and every tensor made: (targets, weights that stay dense, what a
-    dynamic method sees first)."""
-    if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
-        raise TypeError(
-            f"sparsifier= takes a sparsifier such as sten.Magnitude() (an instance), or None; got {sparsifier!r}."
-        )
+def _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration) -> tuple[Decision, list[Target]]:
+    """What sparsify will do, every argument checked and every tensor made, and the weights that stay dense."""
+    expect_model(model)
+    expect_sparsifier(sparsifier)
     if sparsifier is not None:
         check_needs(sparsifier)
     if calibration is not None:
         raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
     spread = allocation(sparsity)
-    targets, skipped = select(model, layout, weights)
-    _expect_held(optimizers, targets)
     dynamic = sparsifier is not None and not sparsifier.acts_once
+    kind = type(sparsifier).__name__ if dynamic else ""
+    targets, skipped = select(model, expect_layouts(layout, sparsifier, spread), weights, kind)
+    _expect_held(optimizers, targets)
     if optimizers is not None or dynamic:
         _expect_trainable(targets)
     if sparsifier is not None:
         _expect_method(sparsifier, targets, optimizers or [])
-    return targets, skipped, decide(targets, sparsifier, spread)
+    decision = decide(targets, sparsifier, spread)
+    return decision, [*skipped, *decision.dense]
+
+
+def _release(targets: list[Target]) -> None:
+    """Take weights that a method trains already from their engines."""
+    weights = [target.weight for target in targets if target.weight is not None]
+    for weight in weights:
+        forget(weight)
+        if weight.engine is not None:
+            weight.engine.close([other for other in weights if other.engine is weight.engine])
 
 
 def _expect_method(method: Sparsifier, targets: list[Target], optimizers: list[Optimizer]) -> None:
@@ -151,43 +169,22 @@ def _expect_method(method: Sparsifier, targets: list[Target], optimizers: list[O
         except ValueError as error:
             raise ValueError(f"{target.name}: {error}") from None
     for optimizer in optimizers:
-        engine.expect_optimizer(method, optimizer)
-
-
-def _optimizers(optimizer: Optimizers) -> list[Optimizer] | None:
-    if optimizer is None:
-        return None
-    single = isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable)
-    found = [optimizer] if single else list(optimizer)
-    if not found or not all(isinstance(o, Optimizer) for o in found):
-        raise TypeError(f"optimizer= takes a torch.optim.Optimizer or a list of them; got {optimizer!r}.")
-    for one in found:
-        if isinstance(one, BY_MATRIX):
-            raise TypeError(
-                f"{type(one).__name__} works on whole matrices: train sparse weights with SGD, AdamW or the like."
-            )
-    return found
+        expect_optimizer(method, optimizer)
 
 
 def _expect_held(optimizers: list[Optimizer] | None, targets: list[Target]) -> None:
     """Every target that trains is in an optimizer, with slots that have a sparse form."""
     if optimizers is None:
         return
-    held = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     for target in targets:
-        param = target.tensor
-        if param.requires_grad and id(param) not in held:
+        holding = [optimizer for optimizer in optimizers if holds(optimizer, target.tensor)]
+        if target.tensor.requires_grad and not holding:
             raise ValueError(
                 f"{target.name} is not in the optimizer: make the optimizer from this model's parameters first."
             )
-        for optimizer in optimizers:
-            for key, slot in optimizer.state.get(param, {}).items():
-                if isinstance(slot, Tensor) and slot.numel() > 1 and slot.shape != param.shape:
-                    kind = type(optimizer).__name__
-                    raise ValueError(
-                        f"The slot {key!r} of {kind} for {target.name} has shape {tuple(slot.shape)}, which has no "
-                        "sparse form: call sten before the optimizer's first step."
-                    )
+        for optimizer in holding:
+            expect_elementwise(optimizer)
+        expect_slots_to_follow(target, holding)
 
 
 def _expect_trainable(targets: list[Target]) -> None:
@@ -205,7 +202,7 @@ def trainable(model: Model) -> Model:
 
     Example:
         >>> import torch, sten
-        >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4)))
+        >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4)))
         >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
         [('weight', (4, 4)), ('bias', (4,))]
     """
@@ -223,15 +220,15 @@ def attach(model: Model, optimizer: Optimizers) -> Model:
 
     Example:
         >>> import torch, sten
-        >>> model = sten.sparsify(torch.nn.Linear(8, 4))
+        >>> model = sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4))
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> model = sten.attach(model, optimizer)
         >>> model(torch.ones(1, 8)).sum().backward()
         >>> optimizer.step()
     """
-    optimizers = _optimizers(optimizer)
+    optimizers = optimizers_of(optimizer)
     if optimizers is None:
-        raise TypeError("attach needs the optimizer.")
+        raise TypeError("Expected an optimizer for sten.attach, got None.")
     if weights := engine.dynamic_weights(model):
         engine.start(model, optimizers)
         for module, name in (owner for weight in weights for owner in weight.owner_modules()):
@@ -251,7 +248,8 @@ def _train(model: Model, targets: list[Target], optimizers: list[Optimizer]) -> 
     targets = [t for t in targets if t.weight is None]
     _expect_trainable(targets)
     for target in targets:
-        move(target, target.stored, optimizers, trainable=True)
+        expect_slots_to_follow(target, optimizers)
+    remind([move(target, target.stored, optimizers, trainable=True) for target in targets])
     accept_every_form(model)
     return model
 
@@ -266,7 +264,7 @@ def finalize(model: Model, layout: Layout | None = None) -> Model:
 
     Example:
         >>> import torch, sten
-        >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4)))
+        >>> model = sten.trainable(sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4)))
         >>> sten.finalize(model).weight.sparse_layout
         NM(n=2, m=4)
     """
@@ -288,7 +286,7 @@ def densify(model: Model) -> Model:
 
     Example:
         >>> import torch, sten
-        >>> model = sten.densify(sten.sparsify(torch.nn.Linear(8, 4)))
+        >>> model = sten.densify(sten.sparsify(torch.nn.Linear(8, 4), sten.NM(2, 4)))
         >>> type(model.weight).__name__
         'Parameter'
     """
@@ -300,6 +298,8 @@ def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:
     targets = sparse_weights(model)
     with torch.no_grad():
         ready = [(target, _named(change, target)) for target in targets]
+    for target in targets:
+        expect_slots_to_follow(target, [])
     engine.stop(model)
     for target, after in ready:
         move(target, after, [])

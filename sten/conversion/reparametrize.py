@@ -22,6 +22,7 @@ from ..tensor import SparseTensor
 from ..training.attribute import install, remove
 from ..training.dense_weight import DenseWeight
 from ..training.distributed import whole
+from ..training.optimizer_checks import expect_slots
 from ..training.pattern_weight import PatternWeight, as_matrix
 from ..training.trained_weight import TrainedWeight, optimizer_slots, replace_in_optimizer
 from .record import known_optimizers
@@ -50,6 +51,7 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
         param.grad = grad
     for optimizer, key, slot in slots:
         optimizer.state[param][key] = slot
+    target.tensor, target.weight = param, weight
     return weight
 
 
@@ -59,10 +61,15 @@ def begin(target: Target, sparsifier: Sparsifier, view: View, allocation, optimi
         weight = move(target, with_capacity(target.result, sparsifier.capacity), optimizers, trainable=True)
         weight.set_method(sparsifier, view, allocation)
         return weight
+    if (stored := target.stored) is not None:  # sparse already: train its numbers as a dense weight
+        move(target, stored.to_dense().contiguous(), optimizers)
     weight = DenseWeight(target.layout, target.transposed, sparsifier, view, allocation)
     take_off(target)
     for module, name in target.owners:
         install(module, name, target.tensor, weight)
+    if target.mask is not None:  # torch's pruning keeps numbers there, which would come back
+        with torch.no_grad():
+            target.tensor.mul_(target.mask)
     # Into the weight's own group: a new one would upset learning-rate schedulers that exist.
     for group in (g for o in optimizers for g in o.param_groups if any(p is target.tensor for p in g["params"])):
         group["params"].extend(weight.parameters())
@@ -87,6 +94,12 @@ def _all(target: Target, optimizers: list[Optimizer]) -> list[Optimizer]:
             if not any(optimizer is other for other in everyone):
                 everyone.append(optimizer)
     return everyone
+
+
+def expect_slots_to_follow(target: Target, optimizers: list[Optimizer]) -> None:
+    """Raise ValueError if state of these optimizers, or of those that the weight was given before, cannot follow it."""
+    for optimizer in _all(target, optimizers):
+        expect_slots(target.name, target.tensor, optimizer)
 
 
 def _in_form(t: Tensor, target: Target, after: Tensor, trainable: bool) -> Tensor:

@@ -6,10 +6,12 @@ import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ..tensor import SparseTensor
+from ..training.trained_weight import TrainedWeight
 from .record import record_of
 from .select import all_weights
 
@@ -31,9 +33,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows, and how they print."""
+    """Rows, and how they print.
 
+    Attributes:
+        rows: one for each weight of two or more dimensions.
+        others: how many parameters the model has besides (biases, norms).
+    """
+
+    energy: ClassVar[str] = "energy kept"
     rows: list[Row]
+    others: int = 0
+
+    def chosen(self) -> str:
+        """How many of the model's weights and parameters are in a sparse layout, in one line."""
+        once = [row for row in self.rows if not row.tied_to]
+        sparse = [row for row in once if row.layout != "dense"]
+        inside, total = (sum(math.prod(row.shape) for row in rows) for rows in (sparse, once))
+        total += self.others
+        share = f" ({inside / total:.0%})" if total else ""
+        return f"sparse: {len(sparse)} of {len(once)} weights, with {inside:,} of {total:,} parameters{share}"
 
     def __str__(self) -> str:
         try:
@@ -49,9 +67,11 @@ class Table:
         """The table without rich."""
         cells = [self._header(), *(self._cells(r) for r in self.rows), self._total()]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([*lines, self.chosen()])
 
     def __rich__(self):
+        from rich.console import Group
         from rich.table import Table as RichTable
 
         table = RichTable(box=None, pad_edge=False, header_style="bold")
@@ -61,10 +81,10 @@ class Table:
             table.add_row(*self._cells(row), style="dim" if row.why else "")
         table.add_section()
         table.add_row(*self._total(), style="bold")
-        return table
+        return Group(table, self.chosen())
 
     def _header(self) -> list[str]:
-        return ["weight", "layout", "shape", "density", "bytes", "energy kept", "note"]
+        return ["weight", "layout", "shape", "density", "bytes", self.energy, "note"]
 
     def _cells(self, r: Row) -> list[str]:
         energy = "" if r.energy is None else f"{r.energy:.3f}"
@@ -80,7 +100,9 @@ class Table:
 
 
 class Summary(Table):
-    """What a model's weights are now (`sten.summary`)."""
+    """What a model's weights are now (`sten.summary`); the energy is that of their last `sten.sparsify`."""
+
+    energy = "energy kept (at sparsify)"
 
 
 class SparsifyPlan(Table):
@@ -111,10 +133,11 @@ def _row(name: str, w: Tensor, remark: float | str | None, tied_to: str = "") ->
 
 
 def summary(model: nn.Module) -> Summary:
-    """Per weight of two or more dimensions: layout, shape, density, bytes, energy kept at conversion, why it is dense.
+    """Per weight of two or more dimensions: layout, shape, density, bytes, energy that was kept, why it is dense.
 
-    Energy kept is sum |w kept| / sum |w|. A tied weight is listed under each of its names and counted once. The result
-    prints as a table; `rows` has the numbers.
+    All is as it is now, but for the energy, sum |w kept| / sum |w|, which was measured at the last `sten.sparsify` of
+    the weight: what was dropped is gone. A tied weight is listed under each of its names and counted once. The
+    result prints as a table; `rows` has the numbers.
 
     Example:
         >>> import torch, sten
@@ -130,4 +153,13 @@ def summary(model: nn.Module) -> Summary:
         record = record_of(module, name)
         remark = record.energy if isinstance(w, SparseTensor) else record.why
         rows.append(_row(target.name, w, remark, first if first != target.name else ""))
-    return Summary(rows)
+    return Summary(rows, other_parameters(model))
+
+
+def other_parameters(model: nn.Module) -> int:
+    """How many parameters are no weights of two or more dimensions; those of methods are not the model's."""
+    found = {}
+    for module in model.modules():
+        if not isinstance(module, TrainedWeight):
+            found |= {id(p): p.numel() for p in module._parameters.values() if p is not None and p.dim() < 2}
+    return sum(found.values())

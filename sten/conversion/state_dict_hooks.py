@@ -23,7 +23,7 @@ from ..tensor import SparseTensor
 from ..training.attribute import SUFFIX, installed, trained_of
 from ..training.distributed import whole
 from ..training.pattern_weight import PatternWeight, as_matrix
-from ..training.run_check import expect_one_run, problem
+from ..training.run_problems import expect_one_run, problem_of
 from ..training.trained_weight import TrainedWeight, is_of_run
 from .dense_entries import expect_fit
 
@@ -92,8 +92,10 @@ def _prepare(root: nn.Module, state_dict, prefix: str, assign: bool) -> None:
             beside = below + name + SUFFIX + "."
             state = {key.removeprefix(beside): value for key, value in state_dict.items() if key.startswith(beside)}
             runs[below + name] = weight, state
-            if text := problem(weight, state):
-                raise FormatError(f"{below + name}: {text}.")
+            run = {name: state[name] for name in weight.run_names() if name in state}
+            averages = {name: value for name, value in state.items() if name.startswith("momentum_")}
+            if run and (problem := problem_of(weight, run, averages)):
+                raise FormatError(f"{below + name}: {problem}.")
     expect_one_run(runs)
     for below, module in modules:
         for name, weight in _sparse_weights(module):

@@ -6,20 +6,21 @@ A layout is a frozen dataclass: hashable, printable, without tensors. It is the 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sten.layouts.checks import count_to_keep, expect_score
+from sten.layouts.construct import Constructor
 from sten.layouts.registry import register
 from sten.layouts.topk import top
 
 Parts = dict[str, Tensor]
 
 
-class Layout(ABC):
+class Layout(metaclass=Constructor):
     """A way to store a sparse weight as a dictionary of plain tensors, its *parts*.
 
     Exactly one part, `values`, holds weights; the others, listed in `pattern`, are the pattern. Laws, which
@@ -87,15 +88,15 @@ class Layout(ABC):
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The bool mask, of score's shape, of the entries to keep: the highest scores the layout can hold together.
 
-        By default the round((1 - sparsity) * units) units with the highest totals.
+        By default the round((1 - sparsity) * units) units with the highest mean scores.
 
         Args:
             score: importance of each entry, any floating dtype; higher is better. Ties go to the lower index.
             sparsity: fraction of entries to drop; required where `rate` is None, must be None or 1 - rate elsewhere.
         """
         expect_score(self, score, sparsity)
-        totals = self.unit_totals(score.detach())
-        return self.unit_entries(top(totals, count_to_keep(totals.numel(), sparsity, self)), tuple(score.shape))
+        means = self.unit_means(score.detach())
+        return self.unit_entries(top(means, count_to_keep(means.numel(), sparsity, self)), tuple(score.shape))
 
     @abstractmethod
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
@@ -135,6 +136,16 @@ class Layout(ABC):
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""
         return score
+
+    def unit_means(self, score: Tensor) -> Tensor:
+        """The mean score of each unit over the entries that it really has: a block at the edge competes on equal terms.
+
+        So entries, not their number, decide what is kept. Needs no definition of your own.
+        """
+        totals = self.unit_totals(score)
+        if totals.shape == score.shape:  # a unit is an entry
+            return totals
+        return totals / self.unit_totals(torch.ones_like(score))
 
     def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The bool mask, of the weight's shape, of all entries of the chosen units (bool, shaped as `unit_totals`)."""

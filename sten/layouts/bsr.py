@@ -24,8 +24,10 @@ class BSR(Layout):
 
     Parts: `values` (blocks, bh, bw), `crow` (ceil(R / bh) + 1,) and `col` (blocks,), and the same blocks column by
     column: `t_crow` (ceil(C / bw) + 1,), `t_row` (blocks,), `t_block` (blocks,: which block of `values`); all int32.
-    Any mask fits: a block with an entry in the mask is stored, with explicit zeros off the mask. `mask` makes masks of
-    whole blocks. A transposed product reads the transposed index, as in stk.
+    A block with a non-zero is stored, with its zeros. `mask` makes masks of whole blocks, those with the highest mean
+    scores over their real entries: at a ragged edge a small block competes with the whole ones on equal terms. A mask
+    that cuts through blocks is refused by `sten.from_dense` and in training; `pack` stores every block that it touches.
+    A transposed product reads the transposed index, as in stk.
 
     Example:
         >>> import torch, sten

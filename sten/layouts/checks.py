@@ -105,6 +105,24 @@ def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
         raise ValueError(f"Expected a mask of the weight's shape {tuple(dense.shape)}, got shape {tuple(mask.shape)}.")
 
 
+def covering(layout: Layout, mask: Tensor) -> Tensor:
+    """The mask that the layout stores for this one: the same, or with more entries where it cannot hold it exactly."""
+    if layout.unstructured:
+        return mask
+    shape = tuple(mask.shape)
+    return layout.support(layout.pack(torch.zeros((), device=mask.device).expand(shape), mask), shape)
+
+
+def expect_held(layout: Layout, mask: Tensor) -> None:
+    """Raise ValueError unless the layout holds exactly this mask; an n:m layout may fill up groups with zeros."""
+    stored = covering(layout, mask)
+    if layout.rate is None and not torch.equal(stored, mask):
+        raise ValueError(
+            f"Expected a mask that {layout} can hold, got one of {int(mask.sum())} entries, for which it would store "
+            f"{int(stored.sum())}; use {layout}.mask(score, sparsity), or sten.CSR(), which holds any mask."
+        )
+
+
 def expect_score(layout: Layout, score: Tensor, sparsity: float | None) -> None:
     """Raise ValueError unless the layout can choose a mask from this score at this sparsity."""
     layout.check(tuple(score.shape))

@@ -19,8 +19,9 @@ class FanIn(Layout):
     """Constant fan-in: every stored row of the weight seen as a matrix (R, C) = (O, prod(rest)) has f entries.
 
     Parts, with L stored rows: `values` (L, f); `index` (L, f) int32, columns, ascending in a row; `row` (L,) int32,
-    which rows they are, ascending. Rows that a mask leaves empty are not stored ("ablated neurons"). Where stored rows
-    have different counts, f is the highest, and the lowest free columns are stored as explicit zeros.
+    which rows they are, ascending. Rows that a mask leaves empty are not stored ("ablated neurons"). A mask whose
+    stored rows have different counts is refused by `sten.from_dense` and in training; `pack`, as for the non-zeros of a
+    weight, takes the highest count for f and stores the lowest free columns as explicit zeros.
 
     Example:
         >>> import torch, sten

@@ -101,7 +101,7 @@ def embedding(
             f"Expected max_norm=None for a {weight.sparse_layout} table, got {max_norm}; clip its rows beforehand."
         )
     if scale_grad_by_freq or weight.transposed:
-        warn_densified("embedding", weight.sparse_layout)
+        warn_densified("embedding", weight)
         return F.embedding(input, weight.to_dense(), padding_idx, None, norm_type, scale_grad_by_freq)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     _check(input, weight)

@@ -267,7 +267,7 @@ def _both(a: SparseTensor, b: SparseTensor) -> Tensor:
     recorded = must_apply() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     if registered and not (a.transposed or b.transposed or recorded):
         return run_both("matmul", a, b)
-    warn_densified("matmul", b.sparse_layout)
+    warn_densified("matmul", b)
     return matmul(a, b.to_dense())
 
 

@@ -53,17 +53,12 @@ def without_rule(func: Callable, args: tuple, kwargs: dict) -> Any:
     if attribute or isinstance(func, BELOW_FUNCTIONS):
         return func(*args, **kwargs)
     out = kwargs.get("out")
-    if rule is None and not sparse_in(out):
+    others = {key: value for key, value in kwargs.items() if key != "out"}
+    if rule is not None and out is None:
+        return rule(*args, **others)
+    if rule is None or not isinstance(out, Tensor) or not sparse_in((args, others)):
         return on_dense_copies(func, args, kwargs, name, warn=True)
-    kwargs = {key: value for key, value in kwargs.items() if key != "out"}
-    if rule is None or not sparse_in((args, kwargs)):
-        return on_dense_copies(func, args, kwargs, name, warn=True, out=out)
-    result = rule(*args, **kwargs)
-    if out is None:
-        return result
-    writes = writes_to_out(out, result, name)
-    write(writes, name)
-    return out
+    return on_dense_copies(A.clone.out, (rule(*args, **others),), {"out": out}, name)
 
 
 def sparse_in(tree: Any) -> list[SparseTensor]:
@@ -80,47 +75,37 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return found
 
 
-def on_dense_copies(func: Callable, args: tuple, kwargs: dict, name: str, warn: bool = False, out: Any = None) -> Any:
-    """Run an operator on dense copies of its sparse operands.
+def on_dense_copies(func: Callable, args: tuple, kwargs: dict, name: str, warn: bool = False) -> Any:
+    """Run an operator on dense copies of its sparse operands, `out=` included; `name` is the operator's in messages.
 
-    Args:
-        func, args, kwargs: the call, without its `out=` if `out` is given.
-        name: the operator's in warnings and errors.
-        warn: whether to warn.
-        out: where to write the result, if a SparseTensor is among it.
-
-    An operand that is written gets the numbers of its copy; if those do not fit a pattern, none is changed.
+    A sparse operand that is written gets the numbers of its copy. If those do not fit a pattern ValueError is raised,
+    and no operand is changed.
     """
     targets = written(func, args, kwargs)
     expect_writable(func, targets)
     sparse = sparse_in((args, kwargs))
-    if not sparse and out is None:
+    if not sparse or (is_compiling() and sparse_in(targets)):  # the latter is refused by `below_autograd`
         return func(*args, **kwargs)
-    if is_compiling() and sparse_in(targets):
-        return func(*args, **kwargs)  # `below_autograd` refuses it
-    if warn and sparse:
-        warn_densified(name, sparse[0].sparse_layout)
-    # an operator that may be refused in the end must not have written to a dense operand
-    refusable = out is not None or bool(sparse_in(targets))
-    olds = tensors_in((args, kwargs)) if refusable else sparse
-    news = [a.to_dense() if isinstance(a, SparseTensor) else a.clone() for a in olds]
-    args, kwargs = tree_map(lambda a: _first(a, olds, news), (args, kwargs))
-    before = versions(news)
-    result = func(*args, **kwargs)
-    after = versions(news)
-    writes, results = [], []
-    for i, (old, new) in enumerate(zip(olds, news, strict=True)):
-        wrote = after[i] != before[i] or any(old is a for a in targets)
-        writes += [(old, new)] if wrote else []
-        results.append(old if wrote else new)
-    if out is not None:
-        writes += writes_to_out(out, result, name)
-    write(writes, name)
-    if out is not None:
-        return out if isinstance(out, Tensor) else type(result)(out)
-    result = tree_map(lambda a: _first(a, news, results), result)
-    copies = [new for old, new in zip(olds, news, strict=True) if isinstance(old, SparseTensor)]
-    return read_only_aliases(result, copies, WRITE_ITSELF.format(sparse[0].sparse_layout)) if sparse else result
+    if warn:
+        warn_densified(name, sparse[0])
+    copies = [w.to_dense() for w in sparse]
+    dense_args, dense_kwargs = tree_map(lambda a: _first(a, sparse, copies), (args, kwargs))
+    backups = []
+    if sparse_in(targets):  # a call that may be refused in the end
+        backups = [(a, a.clone()) for a in tensors_in((args, kwargs)) if not isinstance(a, SparseTensor)]
+    before = versions(copies)
+    result = func(*dense_args, **dense_kwargs)
+    wrote = [a != b for a, b in zip(versions(copies), before, strict=True)]
+    wrote = [each or any(w is a for a in targets) for each, w in zip(wrote, sparse, strict=True)]
+    try:
+        copy_in([(w, d) for w, d, yes in zip(sparse, copies, wrote, strict=True) if yes], name)
+    except (ValueError, RuntimeError):
+        for a, backup in backups:
+            A.clone.out(backup, out=a.detach())
+        raise
+    owners_of_results = [w if yes else d for w, d, yes in zip(sparse, copies, wrote, strict=True)]
+    result = tree_map(lambda a: _first(a, copies, owners_of_results), result)
+    return read_only_aliases(result, copies, WRITE_ITSELF.format(sparse[0].sparse_layout))
 
 
 def _first(a: Any, olds: list, news: list) -> Any:
@@ -137,31 +122,15 @@ def versions(tensors: list[Tensor]) -> list[int]:
     return [0 if untracked or t.is_inference() else t._version for t in tensors]
 
 
-def write(writes: list[tuple[Tensor, Tensor]], name: str) -> None:
-    """Copy (target, numbers) in; ValueError, and no change, if one of them does not fit its target's pattern."""
-    for target, numbers in writes:
-        if isinstance(target, SparseTensor):
-            if numbers.shape != target.shape:
-                shapes = f"shape {tuple(target.shape)} for {name}, got {tuple(numbers.shape)}"
-                raise ValueError(f"Expected a result of {shapes}: a sparse tensor cannot be resized.")
-            dense_to_values(target, numbers, name)
-    for target, numbers in writes:
-        if isinstance(target, SparseTensor):
-            target.copy_(project(numbers, target))
-        else:
-            A.clone.out(numbers, out=target) if numbers.shape != target.shape else target.copy_(numbers)
-
-
-def writes_to_out(out: Any, result: Any, name: str) -> list[tuple[Tensor, Tensor]]:
-    """What to write to each tensor of `out=`, as torch allows it."""
-    writes = []
-    for o, r in zip(tree_leaves(out), tree_leaves(result), strict=True):
-        if torch.is_grad_enabled() and (o.requires_grad or r.requires_grad):
-            raise RuntimeError(f"Expected no tensor that requires a gradient for out= of {name}, got one; detach() it.")
-        if not torch.can_cast(r.dtype, o.dtype):
-            raise RuntimeError(f"Expected an out= for {name} that can hold {r.dtype}, got {o.dtype}; convert it first.")
-        writes.append((o, r.to_dense() if isinstance(r, SparseTensor) else r))
-    return writes
+def copy_in(writes: list[tuple[SparseTensor, Tensor]], name: str) -> None:
+    """Copy dense tensors into sparse ones; ValueError, and no change, if one of them does not fit its pattern."""
+    for w, dense in writes:
+        if dense.shape != w.shape:
+            shapes = f"shape {tuple(w.shape)} for {name}, got {tuple(dense.shape)}"
+            raise ValueError(f"Expected a result of {shapes}: a sparse tensor cannot be resized.")
+        dense_to_values(w, dense, name)
+    for w, dense in writes:
+        w.copy_(project(dense, w))
 
 
 @aten(OTHERS)
@@ -180,7 +149,7 @@ def below_autograd(func: Callable, *args, **kwargs) -> Any:
                     f"Expected an operator that can write to a {sparse[0].sparse_layout} tensor, got {name}; to train, "
                     "use the trainable form (sten.attach, sten.trainable), or sten.densify."
                 )
-    warn_densified(name, sparse[0].sparse_layout)
+    warn_densified(name, sparse[0])
     args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
     return func(*args, **kwargs)
 

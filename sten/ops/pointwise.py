@@ -30,6 +30,7 @@ BACKWARD = """threshold_backward tanh_backward sigmoid_backward gelu_backward si
 IN_PLACE = """add sub mul div lerp addcmul addcdiv sqrt neg abs clamp clamp_min clamp_max pow square sign zero fill
     normal uniform exp reciprocal rsqrt nan_to_num relu bernoulli erfinv"""
 ZERO_STAYS = "mul zero sqrt neg abs addcmul lerp square sign relu erfinv nan_to_num"  # in place, whatever the operands
+FUSED = ["_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_fused_adagrad_"]
 FOREACH = """add_ sub_ mul_ div_ lerp_ addcmul_ addcdiv_ sqrt_ neg_ abs_ zero_ copy_ maximum_ minimum_ reciprocal_
     sign_
     add sub mul div lerp addcmul addcdiv sqrt neg abs norm maximum sign reciprocal"""
@@ -129,8 +130,8 @@ def in_place(func, w, *args, **kwargs):
     return w
 
 
-def _has_pattern(w: SparseTensor, a: Tensor) -> bool:
-    return isinstance(a, SparseTensor) and w.same_pattern(a)
+def _has_pattern(w: Tensor, a: Tensor) -> bool:
+    return isinstance(w, SparseTensor) and isinstance(a, SparseTensor) and w.same_pattern(a)
 
 
 def _operand(func, w: SparseTensor, a: Tensor, gather: bool) -> Tensor:
@@ -207,6 +208,21 @@ def unscale(func, grads, found_inf, inv_scale):
     return func([values_of(g) for g in grads], found_inf, inv_scale)
 
 
+@aten(*overloads(" ".join(FUSED)))
+def fused_step(func, params, *lists, **kwargs):
+    """A fused optimizer step, on the stored entries; gradients and state must have the patterns of the parameters."""
+    for i, w in enumerate(params):
+        for each in lists:
+            a = each[i] if isinstance(each, (list, tuple)) and len(each) else None
+            if isinstance(a, Tensor) and not is_scalar(a) and isinstance(w, SparseTensor) != _has_pattern(w, a):
+                raise NotImplementedError(
+                    "Expected gradients and state with the patterns of their parameters for a fused optimizer, got "
+                    "others; make it with fused=False."
+                )
+    params, lists = tree_map(values_of, (list(params), lists))
+    return func(params, *lists, **kwargs)
+
+
 def _add_products(func, single, tensors, first, second, values):
     """addcmul and addcdiv take `value` as a keyword, the foreach operators as the third positional argument."""
     values = list(values) if isinstance(values, (list, tuple, Tensor)) else [values] * len(tensors)
@@ -215,11 +231,17 @@ def _add_products(func, single, tensors, first, second, values):
     return None if func._schema.is_mutable else out
 
 
-SINGLE = {"maximum_": "clamp_min_", "minimum_": "clamp_max_"}
+# maximum takes no number, as the foreach operators do
+SINGLE = {
+    "maximum_": A.clamp_min_,
+    "minimum_": A.clamp_max_,
+    "maximum": lambda t, a: A.maximum(t, a) if isinstance(a, Tensor) else A.clamp_min(t, a),
+    "norm": lambda t, order=2, dtype=None: torch.linalg.vector_norm(t, order, dtype=dtype),
+}
 
 
 def _one_by_one(name: str):
-    single = torch.linalg.vector_norm if name == "norm" else getattr(A, SINGLE.get(name, name))
+    single = SINGLE[name] if name in SINGLE else getattr(A, name)
 
     def rule(func, tensors, *rest, **kwargs):
         """The operator that a foreach operator stands for, tensor by tensor."""

@@ -120,7 +120,7 @@ for _function in named("mul div"):
     function(_function)(_factor(_function))
 FOREACH = " ".join("_foreach_" + name for name in pointwise.FOREACH.split())
 rule_of([f for f in named(FOREACH) if not f.__name__.endswith("_")], no_gradient)
-as_it_is(unscale, *named(FOREACH))
+as_it_is(unscale, *named(FOREACH), *named(" ".join(pointwise.FUSED)))
 rule_of(named("pow", "_"), lambda args, kwargs: written_sparse(args, kwargs) and not isinstance(args[1], Tensor))
 rule_of(named(pointwise.IN_PLACE + " masked_fill", "_"), written_sparse)
 rule_of(named(pointwise.KEEP_ZERO), only_sparse)

@@ -15,7 +15,7 @@ FUSED = [getattr(fused_recurrent, kind + ending) for kind in KINDS for ending in
 def _dense_rule(fused):
     def rule(*args, **kwargs):
         first = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, SparseTensor))
-        warn_densified(fused.__name__, first.sparse_layout)
+        warn_densified(fused.__name__, first)
         args, kwargs = tree_map(lambda a: a.to_dense() if isinstance(a, SparseTensor) else a, (args, kwargs))
         return fused(*args, **kwargs)
 

@@ -74,7 +74,7 @@ def view(func, w, size, **kwargs):
     """A view of the same shape, as autograd makes of gradients; any other shape is dense."""
     if len(size) == w.dim() and all(want in (-1, have) for want, have in zip(size, w.shape, strict=True)):
         return alias(func, (w, size), w.transposed)
-    warn_densified("view", w.sparse_layout)
+    warn_densified("view", w)
     return func(unpack(w).contiguous(), size, **kwargs)
 
 

@@ -6,18 +6,19 @@ The contract, in one line: `assign(shapes, score) -> counts`, by the names of th
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..layouts.construct import Constructor
 from ..layouts.topk import top
 
 
 @dataclass(frozen=True)
-class Allocation(ABC):
+class Allocation(metaclass=Constructor):
     """A sparsity for the whole model, and the rule that distributes it among the weights.
 
     Attributes:
@@ -28,7 +29,9 @@ class Allocation(ABC):
 
     def __post_init__(self) -> None:
         if not isinstance(self.sparsity, (int, float)) or not 0 <= self.sparsity <= 1:
-            raise ValueError(f"Expected a sparsity from 0 to 1, the fraction to drop, got {self.sparsity!r}.")
+            percent = isinstance(self.sparsity, (int, float)) and 1 < self.sparsity <= 100
+            hint = f"; for {self.sparsity:g} %, write {self.sparsity / 100:g}" if percent else ""
+            raise ValueError(f"Expected a sparsity from 0 to 1, the fraction to drop, got {self.sparsity!r}{hint}.")
 
     @abstractmethod
     def assign(self, shapes: dict[str, tuple[int, ...]], score: Callable[[str], Tensor]) -> dict[str, int]:
@@ -149,6 +152,6 @@ def allocation(sparsity: float | Allocation | None) -> Allocation | None:
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
         raise TypeError(
             "Expected for sparsity= a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one, "
-            f"got {sparsity!r}."
+            f"got {sparsity!r}; where weights differ, call sten.sparsify once for each group of weights=."
         )
     return Uniform(sparsity)

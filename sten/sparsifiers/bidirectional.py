@@ -177,7 +177,7 @@ class BiMask(DenseWeightMethod):
     def check_state(self, state: State) -> None:
         order = state["order"]
         if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
-            raise ValueError(f"Expected 'order' of {type(self).__name__} to have each row once, got others")
+            raise ValueError("Expected each output once in the order of BiMask, got others.")
 
     def backward_mask(self, view: View, order: Tensor) -> Tensor:
         """n:m along the reordered outputs of the forward-masked weight."""

@@ -22,8 +22,8 @@ class BlockPruneGrow(GradualPruning):
     """Gradual on blocks of BSR, where each mask update also exchanges a part of the active blocks for grown ones.
 
     The block sparsity rises by a cubic from 0 at `start` to sparsify's at `stop`. At a mask update, drop_fraction
-    (falling to 0 with the same cubic) of the blocks that would stay, those with the smallest sum |w|, are exchanged for
-    those with the largest sum |g|.
+    (falling to 0 with the same cubic) of the blocks that would stay, those with the smallest mean |w|, are exchanged
+    for those with the largest mean |g|.
 
     The dense weight is trained, as in BLaST: training begins dense, and growth reads the gradient of every block. So
     Parameter, gradient and optimizer slots take the memory of the dense model until `finalize`. Dropped blocks are

@@ -50,7 +50,7 @@ class DropGrow(PatternMethod):
     """Every `every` steps, drop a fraction of the active entries, those of smallest |w|, and grow as many elsewhere.
 
     A weight's count of active entries does not change. New entries start at zero, in the weight and in every optimizer
-    slot. Layouts of blocks or vectors drop and grow whole ones, by the sums of their scores.
+    slot. Layouts of blocks or vectors drop and grow whole ones, by the means of their scores.
 
     Attributes:
         total_steps: optimizer steps of the whole training.

@@ -21,9 +21,9 @@ def expect_independent_units(layout: Layout) -> None:
 
 
 def keep_largest(view: View, fraction: float) -> Tensor:
-    """The mask of the active units without the int(fraction * their number) with the smallest sum of |w|."""
+    """The mask of the active units without the int(fraction * their number) with the smallest mean |w|."""
     active = view.layout.unit_totals(view.mask).bool()
-    size = view.layout.unit_totals(view.weight.abs())
+    size = view.layout.unit_means(view.weight.abs())
     index = active.flatten().nonzero()[:, 0]
     chosen = highest(size.flatten()[index], len(index) - int(fraction * len(index)))
     mask = torch.zeros_like(active, memory_format=torch.contiguous_format)

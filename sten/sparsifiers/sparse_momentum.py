@@ -76,14 +76,16 @@ class SparseMomentum(PatternMethod):
         return min(fraction, sparsity) if sparsity < 0.2 else fraction
 
     def allocate(self, views: Mapping[str, View], allocation: Allocation | None) -> dict[str, int]:
-        share, stay, free = {}, {}, {}
+        share, stay, free, total = {}, {}, {}, 0
         for name, view in views.items():
+            if view.frozen:
+                continue
             count, size = int(view.mask.sum()), view.mask.numel()
             stay[name] = count - int(self.dropped(view) * count)
             share[name] = float(view.momentum.abs()[view.mask].mean()) if count else 0.0
             most = min(round(self.capacity * (1 - view.sparsity) * size), stay[name] + int(0.99 * (size - stay[name])))
             free[name] = max(most - stay[name], 0)
-        total = sum(int(view.mask.sum()) for view in views.values()) - sum(stay.values())
+            total += count - stay[name]
         grown = proportional(share, total, free)
         return {name: stay[name] + grown[name] for name in stay}
 

@@ -21,7 +21,7 @@ What is called, and when:
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.base import Layout
+from ..layouts.construct import Constructor
 from . import scores
 from .allocation import Allocation
 from .schedule import Schedule
@@ -55,6 +56,8 @@ class View:
         generator: random numbers, the same on every rank.
         grad, momentum, stats: set if the method's `needs` has them; else None.
         last: whether it is the last of the chosen weights, mostly the classifier.
+        frozen: in `allocate`, whether its mask stays in this mask update, whatever it is given: it does not train, or
+            the gradient that the method reads did not arrive (`grad` and `momentum` are None then).
         state: the tensors that the method's `init` made for this weight, as the last `Edit.state` left them.
         memo: a cache of what a method computes of this weight; `dataclasses.replace` starts an empty one.
     """
@@ -70,6 +73,7 @@ class View:
     momentum: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
     last: bool = False
+    frozen: bool = False
     state: State = field(default_factory=dict)
     allowed: Tensor | None = None
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -92,7 +96,7 @@ class Edit:
     state: State | None = None
 
 
-class Sparsifier(ABC):
+class Sparsifier(metaclass=Constructor):
     """Decides which entries of a weight are active. A method derives from `PatternMethod` or `DenseWeightMethod`.
 
     A method is a frozen dataclass. One that acts during training has a field `schedule: Schedule | None = None`, and
@@ -175,7 +179,7 @@ class Sparsifier(ABC):
         return {}
 
     def check_state(self, state: State) -> None:
-        """Raise ValueError if these tensors, from a file, have the shapes and dtypes of `init` but cannot be used."""
+        """Raise ValueError if tensors of a state dict, of the right shapes, cannot be what the method has made."""
         del state
 
     def score(self, view: View) -> Tensor:

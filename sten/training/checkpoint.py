@@ -17,10 +17,13 @@ from ..tensor import SparseTensor
 from .attribute import SUFFIX, trained_of
 from .engine import dynamic_weights
 from .pattern_weight import PatternWeight
-from .trained_weight import NO_STEP, TrainedWeight, encoded, is_of_run
+from .run_problems import encoded
+from .trained_weight import NO_STEP, TrainedWeight, is_of_run
+
+Optimizers = Optimizer | list[Optimizer]
 
 
-def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **more: Any) -> None:
+def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers, **more: Any) -> None:
     """Write a run (model, optimizer, and keywords of your own) to one file, in one step: the old file or the new one.
 
     The state of the sparsifier (masks, steps, random numbers) is part of `model.state_dict()`, so a trainer that saves
@@ -29,7 +32,7 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **
     Args:
         model: in any form.
         path: the file, with any suffix; its folder must exist.
-        optimizer: the one that trains the model.
+        optimizer: the one that trains the model, or a list of several.
         more: what `torch.load(weights_only=True)` can read, such as `epoch=3`; `load_run` returns it.
 
     Example:
@@ -41,12 +44,14 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer, **
         >>> sten.load_run(model, path, optimizer)
         {'epoch': 3}
     """
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": more}
+    several = isinstance(optimizer, (list, tuple))
+    states = [one.state_dict() for one in optimizer] if several else optimizer.state_dict()
+    state = {"model": model.state_dict(), "optimizer": states, "more": more}
     with replacing(path) as file:
         torch.save(state, file)
 
 
-def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) -> dict[str, Any]:
+def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -> dict[str, Any]:
     """Read a file of `save_run` into a model and an optimizer that were made and sparsified in the same way.
 
     Returns:
@@ -54,7 +59,8 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
 
     Raises:
         FileNotFoundError: no such file.
-        FormatError: not a complete file of save_run, another model, method or optimizer; nothing was changed.
+        FormatError: not a complete file of save_run, another model, method or optimizer, or another number of
+            optimizers; nothing was changed.
 
     Example:
         >>> import tempfile, torch, sten
@@ -76,7 +82,7 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
         raise FormatError(
             f"Expected a complete file of sten.save_run, got {os.fspath(path)!r} ({type(error).__name__})."
         ) from error
-    kinds = {"model": dict, "optimizer": dict, "more": dict}
+    kinds = {"model": dict, "optimizer": (dict, list), "more": dict}
     wrong = not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items())
     if wrong or not all(isinstance(name, str) for key in ("model", "more") for name in state[key]):
         raise FormatError(f"Expected a file of sten.save_run, got {os.fspath(path)!r} with another content.")
@@ -84,11 +90,21 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizer) ->
     if "sten" in state:
         entries = _from_version_1(model, entries, state["sten"])
     _expect_names(model, entries)
-    _expect_optimizer(optimizer, state["optimizer"])
+    several = isinstance(state["optimizer"], list)
+    states, optimizers = (state["optimizer"], optimizer) if several else ([state["optimizer"]], [optimizer])
+    if several != isinstance(optimizer, (list, tuple)) or len(states) != len(optimizers):
+        have = f"a list of {len(optimizer)}" if isinstance(optimizer, (list, tuple)) else "one"
+        raise FormatError(
+            f"Expected optimizer= as it was saved, {f'a list of {len(states)}' if several else 'one optimizer'}, got "
+            f"{have}."
+        )
+    for one, own in zip(optimizers, states, strict=True):
+        _expect_optimizer(one, own)
     model.load_state_dict(entries)
-    optimizer.load_state_dict(state["optimizer"])
-    if "sten" in state:
-        _flatten_slots(model, optimizer)
+    for one, own in zip(optimizers, states, strict=True):
+        one.load_state_dict(own)
+        if "sten" in state:
+            _flatten_slots(model, one)
     return state["more"]
 
 
@@ -126,7 +142,7 @@ def _expect_names(model: nn.Module, entries: dict[str, Any]) -> None:
 
 def _expect_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Raise FormatError unless the optimizer can load this state: a twin of it does, whose state is its own."""
-    groups = state.get("param_groups")
+    groups = state.get("param_groups") if isinstance(state, dict) else None
     if not isinstance(groups, list) or not isinstance(state.get("state"), dict):
         raise FormatError("Expected the state of an optimizer in the file, got another.")
     for group, own in zip(groups, optimizer.param_groups, strict=False):

@@ -33,10 +33,10 @@ from ..sparsifiers import Edit, Sparsifier
 from .dense_weight import DenseWeight
 from .distributed import everywhere, mean, ranks
 from .pattern_weight import PatternWeight
+from .run_problems import AVERAGES
 from .trained_weight import TrainedWeight
 
 WINDOW = 40
-AVERAGES = ("momentum_first", "momentum_second")
 
 
 class Collector:
@@ -121,6 +121,8 @@ class DenseGradients:
         self.close()
         in_backward = decide is not None and self.in_backward and ranks() == 1
         for weight in self.weights:
+            if weight.param is None:  # its module exists no more
+                continue
             at_once = (lambda g, w=weight: self._at_once(w, g, decide)) if in_backward else None
             self.collectors[weight] = Collector(weight, at_once)
 
@@ -189,12 +191,14 @@ class DenseGradients:
         """Free the gradient of this step."""
         self.gradients.pop(weight, None)
 
-    def obstacle(self, device: torch.device) -> str | None:
-        """Why no mask update can happen now: "used twice" (it happens one step later), "not finite", or None."""
-        if everywhere(any(c.at_once is not None and c.count != 1 for c in self.collectors.values()), device):
+    def obstacle(self, training: list[TrainedWeight]) -> str | None:
+        """Why no mask of these weights can be updated now: "used twice" (a step later it can), "not finite", None."""
+        device = training[0].param.device
+        collectors = [c for weight, c in self.collectors.items() if weight in training]
+        if everywhere(any(c.at_once is not None and c.count != 1 for c in collectors), device):
             return "used twice"
-        sums = [c.total for c in self.collectors.values() if c.total is not None]
-        not_finite = bool(self.not_finite) or not all(finite(total) for total in sums)
+        sums = [c.total for c in collectors if c.total is not None]
+        not_finite = any(w in training for w in self.not_finite) or not all(finite(total) for total in sums)
         return "not finite" if everywhere(not_finite, device) else None
 
     def average(self, optimizer: Optimizer) -> None:
@@ -203,7 +207,10 @@ class DenseGradients:
             grad = self.gradient(weight)
             if grad is None:
                 continue
-            group = next(g for g in optimizer.param_groups if any(p is weight.param for p in g["params"]))
+            groups = [g for g in optimizer.param_groups if any(p is weight.param for p in g["params"])]
+            if not groups:  # taken out of the optimizer: frozen
+                continue
+            group = groups[0]
             if "betas" not in group:
                 _blend(self.first, weight, group.get("momentum", 0.0), 1.0, grad)
             else:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..layouts.base import Layout
 from ..sparsifiers import DenseWeightMethod, Edit, View
 from ..sparsifiers.allocation import Allocation
+from ..sparsifiers.edits import expect_edit
 from ..tensor import SparseTensor, from_dense
 from .distributed import shard_like, whole
 from .trained_weight import TrainedWeight, optimizer_slots
@@ -95,7 +96,9 @@ class DenseWeight(TrainedWeight):
         """What `method.finish` stores now, in the layout."""
         param = self.param if param is None else param
         dense = self.dense(param)
-        edit = self.method.finish(self._view_of(dense))
+        view = self._view_of(dense)
+        edit = self.method.finish(view)
+        expect_edit(edit, view, self.method, exact=not self.method.zero_pruned)
         mask = edit.mask if edit.mask is not None else self.mask
         w = from_dense((dense if edit.value is None else edit.value).contiguous(), self.layout, mask)
         w = w.t() if self.transposed else w
@@ -124,7 +127,7 @@ class DenseWeight(TrainedWeight):
         return self.dense(state["momentum_buffer"]) if state.get("momentum_buffer") is not None else None
 
     @torch.no_grad()
-    def change(self, edit: Edit, optimizer: Optimizer) -> Callable[[], None]:
+    def change(self, edit: Edit, *optimizers: Optimizer) -> Callable[[], None]:
         zero_pruned = self.method.zero_pruned
         if not zero_pruned and edit.value is None and edit.fresh is None:
             return lambda: self._write_mask(edit)
@@ -140,12 +143,12 @@ class DenseWeight(TrainedWeight):
         if edit.value is not None:
             value = edit.value.to(self.param.dtype)
             new = self.packed(value.masked_fill(~mask, 0) if zero_pruned else value)
-        slots = {key: move(slot) for key, slot in optimizer_slots(self.param, optimizer).items()}
+        slots = [(o, key, move(slot)) for o in optimizers for key, slot in optimizer_slots(self.param, o).items()]
 
         @torch.no_grad()
         def write() -> None:
             self.param.copy_(new)
-            for key, slot in slots.items():
+            for optimizer, key, slot in slots:
                 optimizer.state[self.param][key].copy_(slot)
             self._write_mask(edit)
 

@@ -20,35 +20,38 @@ When a mask update is decided and when it is written:
       backward pass, and the method reads it                     not at all: one step later ("deferred")
     a gradient is not finite                                     not at all; a warning says so
     GradScaler skips the step                                    not at all; the step does not count
+    the weight is frozen: it requires no gradient, or the
+      optimizer does not hold it any more                        not at all for it; the others go on
 
-A mask update calls `method.update` for every weight, computes all changes, and only then writes: an error does not
-leave a part of them, and the update is due again at the next step. An update in place of a step sets all gradients of
-the optimizer to None.
+A mask update calls `method.update` for every weight that trains, checks and computes all changes, and only then writes:
+an error does not leave a part of them, and the update is due again at the next step. A frozen weight keeps pattern and
+numbers, and continues when it trains again. An update in place of a step sets all gradients of the optimizer to None.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
+from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier
 from ..sparsifiers.allocation import Allocation
-from .attribute import trained_of
+from ..sparsifiers.edits import check_edit, check_mask
 from .dense_gradients import DenseGradients
 from .dense_weight import DenseWeight
-from .distributed import ranks, sharded
-from .edits import checked
+from .distributed import agreed, ranks, sharded
+from .optimizer_checks import expect_elementwise, expect_optimizer, expect_slots, holds
 from .pattern_weight import PatternWeight
-from .reminders import empty_rows, forget, warn_of_empty_rows
+from .reminders import empty_rows, forget, listed, warn_of_empty_rows
 from .trained_weight import TrainedWeight
 from .uninterrupted import uninterrupted
+from .views import Views
+from .weights import dynamic_weights, is_frozen, trained_weights
 
 
 class Engine:
@@ -63,12 +66,20 @@ class Engine:
         deferred_update_step: the step of a mask update that could not happen when it was due; None: none is deferred.
         step_runs: whether the optimizer step in progress changes parameters (GradScaler skips some).
         weights: the TrainedWeights.
+        others: weak references to further optimizers that hold the weights (wrappers): their slots move, too.
+        counted: the weight at which backward passes are counted.
     """
 
     def __init__(
-        self, method: Sparsifier, weights: list[TrainedWeight], optimizer: Optimizer, allocation: Allocation | None
+        self,
+        method: Sparsifier,
+        weights: list[TrainedWeight],
+        optimizer: Optimizer,
+        allocation: Allocation | None,
+        others: list[Optimizer] = (),
     ) -> None:
         expect(method, weights, optimizer)
+        self.others = [weakref.ref(other) for other in others]
         self.method, self.weights, self.allocation = method, weights, allocation
         self.generator = torch.Generator().manual_seed(method.seed + 1)
         self.step = self.updates = self.backward_passes = 0
@@ -76,11 +87,12 @@ class Engine:
         self.gradients = DenseGradients(method, weights)
         self.step_runs = self.gradients_complete = False
         self.passes_so_far = 0
+        self.counted: TrainedWeight | None = None
+        self.slots_checked = False
         self.handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        self._count_backward_passes()
         for weight in weights:
             forget(weight)
             weight.engine = self
@@ -92,10 +104,18 @@ class Engine:
             self.prepare_next()
 
     def _count_backward_passes(self) -> None:
-        """Count them at the first weight that requires a gradient, where a method reads gradients."""
-        params = [weight.param for weight in self.weights if weight.param.requires_grad]
-        reads = bool(self.gradients.window and params)
-        self.pass_counter = params[0].register_post_accumulate_grad_hook(_counter(self)) if reads else None
+        """Count them at the first weight that requires a gradient."""
+        if self.counted is not None and not is_frozen(self.counted):
+            return
+        self._stop_counting()
+        self.counted = next((weight for weight in self.weights if not is_frozen(weight)), None)
+        if self.counted is not None:
+            self.pass_counter = self.counted.param.register_post_accumulate_grad_hook(_counter(self))
+
+    def _stop_counting(self) -> None:
+        if self.counted is not None:
+            self.pass_counter.remove()
+            self.counted = None
 
     def close(self, weights: list[TrainedWeight]) -> None:
         """Release these weights; with the last one the optimizer's hooks are removed."""
@@ -104,10 +124,8 @@ class Engine:
             weight.engine = None
         self.weights = [weight for weight in self.weights if weight.engine is self]
         self.gradients.drop(weights)
-        if self.pass_counter is not None:
-            self.pass_counter.remove()
+        self._stop_counting()
         if self.weights:
-            self._count_backward_passes()
             with torch.no_grad():
                 self.prepare_next()
         else:
@@ -159,7 +177,9 @@ class Engine:
         self.backward_passes, self.passes_so_far = self.passes_so_far, 0
         self._add_grads(self.gradients.scale)
         if self.method.optimizer is not None:
-            masks = {weight.param: weight.packed(weight.active()) for weight in self.weights}
+            masks = {
+                weight.param: weight.packed(weight.active()) for weight in self.weights if weight.param is not None
+            }
             optimizer.steer(masks, *self.method.strength(self.step))
         if "momentum" in self.method.needs:
             self.gradients.average(optimizer)
@@ -175,6 +195,7 @@ class Engine:
             return
         self.step_runs = False
         self.step += 1
+        self._check_slots(optimizer)
         try:
             if not self.method.replaces_step and self.due(self.step):
                 self.deferred_update_step = self.step + 1  # if it fails
@@ -182,15 +203,24 @@ class Engine:
         finally:
             if getattr(self.method, "zero_pruned", False):
                 for weight in self.weights:
-                    weight.zero_pruned()
+                    if weight.param is not None:
+                        weight.zero_pruned()
             self.prepare_next()
+
+    def _check_slots(self, optimizer: Optimizer) -> None:
+        """After the first step, which makes the optimizer's state: raise if mask updates cannot move it."""
+        moves = self.method.schedule is not None and getattr(self.method, "zero_pruned", True)
+        if moves and not self.slots_checked:
+            for weight in self.weights:
+                expect_slots(weight.name, weight.param, optimizer)
+        self.slots_checked = True
 
     def _add_grads(self, scale: Tensor | None) -> None:
         """Add the method's term to the gradients of dense weights, multiplied by GradScaler's scale if they are."""
         if getattr(type(self.method), "grad", DenseWeightMethod.grad) is DenseWeightMethod.grad:
             return
         for weight in self.weights:
-            grad = weight.param.grad
+            grad = None if is_frozen(weight) else weight.param.grad
             term = None if grad is None else self.method.grad(weight.view(step=self.step + 1))
             if term is not None:
                 grad.add_(weight.packed(term if scale is None else term * scale))
@@ -201,6 +231,8 @@ class Engine:
             if isinstance(weight, DenseWeight) and not self.method.stateless:
                 weight.run_step.fill_(self.step)
         window = self.gradients.window
+        if window:
+            self._count_backward_passes()
         if window and any(self.due(self.step + i) for i in range(1, window + 1)):
             at_once = self.backward_passes == 1 and self.deferred_update_step is None
             self.gradients.open(self._decide if at_once else None)
@@ -220,27 +252,36 @@ class Engine:
 
     def _update(self, step: int, optimizer: Optimizer) -> bool:
         """Decide, compute all changes, write all; False if nothing was written."""
-        obstacle = self.gradients.obstacle(self.weights[0].param.device) if self.gradients.window else None
+        training = [weight for weight in self.weights if not is_frozen(weight) and holds(optimizer, weight.param)]
+        obstacle = self.gradients.obstacle(training) if self.gradients.window and training else None
         if obstacle is not None:
             self.deferred_update_step = step + 1 if obstacle == "used twice" else None
         if obstacle == "not finite":
             warnings.warn(f"sten: a gradient is not finite: the mask update of step {step} is skipped.", stacklevel=5)
         if obstacle is not None:
             return False
-        views = Views(self, step, optimizer)
-        counts = self.method.allocate(views, self.allocation)
+        views = Views(self, step, optimizer, training)
+        self._leave_out_missing(views)
+        counts = self.method.allocate(views, self.allocation) if views.moving else None
+        optimizers = [optimizer, *(other for ref in self.others if (other := ref()) is not None)]
         writes, empty = [], {}
-        for weight in self.weights:
-            edit = self.gradients.edits.get(weight) or self._edit(views, weight, counts)
-            if edit is None:
-                continue
-            edit = checked(edit, weight, self.method)
-            writes.append(weight.change(edit, optimizer))
+        for weight in [weight for weight in training if weight in views.moving]:
+            count = None if counts is None else counts[weight.name]
+            edit = self.gradients.edits.get(weight) or self.method.update(views.of(weight, count))
+            self.gradients.release(weight)
+            try:
+                edit = self._checked(edit, weight, count)
+                writes.append(weight.change(edit, *optimizers))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{weight.name}: {self.method}: {error}") from error
             if edit.mask is not None and not weight.warned_of_empty_rows:
                 rows = empty_rows(edit.mask, weight.layout)
                 if rows:
                     weight.warned_of_empty_rows, empty[weight.name] = True, rows
-        averages = [(w, a, a.dense(a.param)) for w in self.weights for ref in w.averages if (a := ref()) is not None]
+        if not writes:
+            self.deferred_update_step = None
+            return False
+        averages = [(w, a, a.dense(a.param)) for w in views.moving for ref in w.averages if (a := ref()) is not None]
         with uninterrupted():
             for write in writes:
                 write()
@@ -251,19 +292,27 @@ class Engine:
         warn_of_empty_rows(empty, stacklevel=5 + self.method.replaces_step)
         return True
 
-    def _edit(self, views: Views, weight: TrainedWeight, counts: dict[str, int] | None) -> Edit | None:
-        """The method's decision for one weight; None, with a warning, if the gradient that it reads is missing."""
-        view = views.of(weight, None if counts is None else counts[weight.name])
-        needed = [getattr(view, name) for name in ("grad", "momentum") if name in self.method.needs]
-        if any(x is None for x in needed):
-            warnings.warn(
-                f"sten: no gradient reached {weight.name} at the mask update of step {views.step}: its mask stays.",
-                stacklevel=6,
-            )
-            return None
-        edit = self.method.update(view)
-        self.gradients.release(weight)
-        return edit
+    def _leave_out_missing(self, views: Views) -> None:
+        """Keep the masks of weights whose gradient, which the method reads, did not arrive; a warning names them."""
+        edits = self.gradients.edits
+        missing = [weight for weight in views.moving if weight not in edits and None in views.needed(weight).values()]
+        views.moving = [weight for weight in views.moving if weight not in missing]
+        if missing:
+            names = listed([weight.name for weight in missing])
+            text = f"no gradient reached {names} at the mask update of step {views.step}: the mask stays"
+            warnings.warn(f"sten: {text}.", stacklevel=6 + self.method.replaces_step)
+
+    def _checked(self, edit: Edit, weight: TrainedWeight, count: int | None) -> Edit:
+        """An Edit that can be carried out, the same on every rank; TypeError or ValueError if it cannot."""
+        check_edit(edit, weight.shape, weight.param.device, weight.state)
+        if edit.mask is None:
+            return edit
+        # The mask of a dense weight is what will be stored only if entries off it are zero; and it is wider at first.
+        if isinstance(weight, PatternWeight):
+            check_mask(edit.mask, weight.layout, weight.sparsity if count is None else 1 - count / weight.size)
+        elif self.method.zero_pruned:
+            check_mask(edit.mask, weight.layout, None if count is None else 1 - count / weight.size)
+        return edit if ranks() == 1 else dataclasses.replace(edit, mask=agreed(edit.mask))
 
 
 def _counter(engine: Engine):
@@ -278,49 +327,10 @@ def _counter(engine: Engine):
     return count
 
 
-class Views(Mapping):
-    """The Views of a mask update by name, each made when it is read, so that one weight is dense at a time."""
-
-    def __init__(self, engine: Engine, step: int, optimizer: Optimizer) -> None:
-        self.engine, self.step, self.optimizer = engine, step, optimizer
-        self.weights = {weight.name: weight for weight in engine.weights}
-
-    def of(self, weight: TrainedWeight, count: int | None = None) -> View:
-        gradients, needs = self.engine.gradients, self.engine.method.needs
-        more: dict[str, Any] = {} if count is None else {"sparsity": 1 - count / max(weight.size, 1)}
-        return weight.view(
-            step=self.step,
-            generator=self.engine.generator,
-            grad=gradients.gradient(weight) if "grad" in needs else None,
-            momentum=gradients.momentum(weight, self.optimizer) if "momentum" in needs else None,
-            **more,
-        )
-
-    def __getitem__(self, name: str) -> View:
-        return self.of(self.weights[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-
-def expect_optimizer(method: Sparsifier, optimizer: Optimizer) -> None:
-    """Raise TypeError or ValueError if the method is not defined for this optimizer, or not on several processes."""
-    kind = type(method).__name__
-    if method.resizes and ranks() > 1:
-        raise ValueError(
-            f"Expected one process for {kind}, which changes the shapes of its parameters, as DDP cannot; got "
-            f"{ranks()}: use sten.RigL."
-        )
-    if method.optimizer not in (None, type(optimizer).__name__):
-        raise TypeError(f"Expected sten.optim.{method.optimizer} for {kind}, got {type(optimizer).__name__}.")
-
-
 def expect(method: Sparsifier, weights: list[TrainedWeight], optimizer: Optimizer) -> None:
     """Raise TypeError or ValueError if this method cannot train these weights with this optimizer."""
     expect_optimizer(method, optimizer)
+    expect_elementwise(optimizer)
     for weight in weights:
         if weight.engine is not None:
             raise ValueError(
@@ -334,44 +344,32 @@ def expect(method: Sparsifier, weights: list[TrainedWeight], optimizer: Optimize
             )
 
 
-def trained_weights(model: nn.Module) -> list[TrainedWeight]:
-    """The weights of a model that are in trainable form, each once."""
-    weights: dict[TrainedWeight, None] = {}  # in order
-    for module in model.modules():
-        for name, weight in trained_of(module):
-            weight.add_owner(module, name)
-            weights[weight] = None
-    return list(weights)
-
-
-def dynamic_weights(model: nn.Module) -> list[TrainedWeight]:
-    """Those of them that have a dynamic method."""
-    return [weight for weight in trained_weights(model) if weight.method is not None]
-
-
 def engines_of(model: nn.Module) -> list[Engine]:
     """The engines that train a model's weights, in the order of their weights."""
     return list({id(w.engine): w.engine for w in trained_weights(model) if w.engine is not None}.values())
 
 
 def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
-    """Make an engine for each method and optimizer of the model's unattached weights; all or nothing."""
-    groups: dict[tuple[int, Sparsifier], list[TrainedWeight]] = {}
+    """Make an engine for each method and optimizer of the model's unattached weights; all or nothing.
+
+    Of several optimizers that hold a weight (a wrapper and what it wraps) the first one calls the engine.
+    """
+    groups: dict[tuple[tuple[int, ...], Sparsifier], list[TrainedWeight]] = {}
     weights = dynamic_weights(model)
     for weight in [weight for weight in weights if weight.engine is None] or weights:
-        param = weight.param
-        having = [i for i, o in enumerate(optimizers) if any(p is param for g in o.param_groups for p in g["params"])]
+        having = tuple(i for i, optimizer in enumerate(optimizers) if holds(optimizer, weight.param))
         if having:
-            groups.setdefault((having[0], weight.method), []).append(weight)
-        elif param.requires_grad:
+            groups.setdefault((having, weight.method), []).append(weight)
+        elif weight.param.requires_grad:
             raise ValueError(
                 f"Expected {weight.name} among the optimizer's parameters, got an optimizer without it: make it from "
                 "model.parameters()."
             )
-    for (i, method), members in groups.items():
-        expect(method, members, optimizers[i])
-    for (i, method), members in groups.items():
-        Engine(method, members, optimizers[i], members[0].allocation)
+    for (having, method), members in groups.items():
+        expect(method, members, optimizers[having[0]])
+    for (having, method), members in groups.items():
+        first, *others = (optimizers[i] for i in having)
+        Engine(method, members, first, members[0].allocation, others)
 
 
 def stop(model: nn.Module) -> None:

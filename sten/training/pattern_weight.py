@@ -86,7 +86,7 @@ class PatternWeight(TrainedWeight):
         context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
             w = _traced(param, *context, *self._parts())
-            return w if self.probe is None else w.to_dense() + self.probe
+            return w if self.probe is None or not param.requires_grad else w.to_dense() + self.probe
         if param.requires_grad and torch.is_grad_enabled():
             w = Assemble.run(param, *context, *self._parts())
             w.cache = self.cache
@@ -148,13 +148,13 @@ class PatternWeight(TrainedWeight):
             param.data = values
 
     @torch.no_grad()
-    def change(self, edit: Edit, optimizer: Optimizer) -> Callable[[], None]:
+    def change(self, edit: Edit, *optimizers: Optimizer) -> Callable[[], None]:
         mask = self.active() if edit.mask is None else edit.mask
         parts, move = self._in_pattern(mask, edit)
         new, grad = move(self.param), self.param.grad
         if edit.value is not None:
             new = as_matrix(self.layout.pack_like(edit.value.to(self.param.dtype).masked_fill(~mask, 0), parts))
-        slots = {key: move(slot) for key, slot in optimizer_slots(self.param, optimizer).items()}
+        slots = [(o, key, move(slot)) for o in optimizers for key, slot in optimizer_slots(self.param, o).items()]
         grad = None if grad is None else move(grad)
 
         @torch.no_grad()
@@ -162,8 +162,8 @@ class PatternWeight(TrainedWeight):
             if self.param.shape == new.shape:
                 self.param.copy_(new)
             else:
-                _replace_in_run(self, nn.Parameter(new, requires_grad=self.param.requires_grad), optimizer)
-            for key, slot in slots.items():
+                _replace_in_run(self, nn.Parameter(new, requires_grad=self.param.requires_grad), optimizers)
+            for optimizer, key, slot in slots:
                 optimizer.state[self.param][key] = fill(optimizer.state[self.param][key], slot)
             self.param.grad = grad
             self.set_pattern(parts)
@@ -194,11 +194,12 @@ class PatternWeight(TrainedWeight):
         return parts, move
 
 
-def _replace_in_run(weight: PatternWeight, param: nn.Parameter, optimizer: Optimizer) -> None:
+def _replace_in_run(weight: PatternWeight, param: nn.Parameter, optimizers: tuple[Optimizer, ...]) -> None:
     """Replace the Parameter by one of another shape: an autograd graph that still exists needs the old shape."""
     old = weight.param
     weight.replace_param(param)
-    replace_in_optimizer(old, param, optimizer)
+    for optimizer in optimizers:
+        replace_in_optimizer(old, param, optimizer)
     if old._post_accumulate_grad_hooks:
         for hook in old._post_accumulate_grad_hooks.values():
             param.register_post_accumulate_grad_hook(hook)

@@ -1,8 +1,9 @@
-"""Warnings that sten gives by itself: rows that a mask leaves empty, and a forgotten `sten.attach`.
+"""What sten says by itself: rows that a mask leaves empty, a forgotten `sten.attach`, an unsuitable optimizer.
 
 After `sten.sparsify` without `optimizer=` a dynamic method does nothing until `sten.attach`. A backward pass does not
 show that attach was forgotten (a learning-rate finder may come first), nor does a step of another model's optimizer. So
-the warning comes with the first step of an optimizer that has one of the unattached weights.
+the warning comes with the first step of an optimizer that has one of the unattached weights. That step is also the
+first chance to refuse an optimizer that computes with whole matrices, if it was made after `sten.trainable`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..layouts.base import Layout
 from ..tensor import SparseTensor
+from .optimizer_checks import expect_elementwise
 from .trained_weight import TrainedWeight
 
 
@@ -55,7 +57,7 @@ def warn_of_empty_rows(rows: dict[str, str], stacklevel: int) -> None:
 
 
 class Unattached:
-    """Weights without an engine; warns once, at the first step of an optimizer that has one of them.
+    """Weights without an engine; warns or raises at the first step of an optimizer that has one of them.
 
     Its weights hold it (`TrainedWeight.reminder`), torch's hook of all optimizers does not. It checks each optimizer
     once, and its hook is removed with the last weight.
@@ -84,13 +86,20 @@ class Unattached:
             self.remove_hook()
 
     def check(self, optimizer: Optimizer) -> None:
-        """Warn if the optimizer, which is about to step, has a weight without an engine."""
+        """Warn if the optimizer, which is about to step, has a weight whose method needs an engine.
+
+        Raises:
+            TypeError: it has a sparse weight, and computes with whole matrices.
+        """
         if optimizer in self.checked:
             return
-        self.checked.add(optimizer)
         params = {id(p) for group in optimizer.param_groups for p in group["params"]}
         existing = [weight for ref in self.weights if (weight := ref()) is not None]
-        weights = [weight for weight in existing if id(weight.param) in params]
+        held = [weight for weight in existing if id(weight.param) in params]
+        if held:
+            expect_elementwise(optimizer)
+        self.checked.add(optimizer)
+        weights = [weight for weight in held if weight.method is not None and not weight.method.stateless]
         for weight in weights:
             self.forget(weight)
         if weights:
@@ -103,8 +112,8 @@ class Unattached:
 
 
 def remind(weights: Iterable[TrainedWeight]) -> None:
-    """Warn at the first optimizer step on one of these weights, unless they are attached before."""
-    unattached = [w for w in weights if w.method is not None and not w.method.stateless and w.engine is None]
+    """Check optimizers at their first step on one of these weights, unless they are attached before."""
+    unattached = [weight for weight in weights if weight.engine is None]
     if unattached:
         Unattached(unattached)
 

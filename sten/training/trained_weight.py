@@ -36,7 +36,7 @@ from ..errors import FormatError
 from ..layouts.base import Layout
 from ..sparsifiers import Edit, State, View
 from ..tensor import SparseTensor
-from .run_check import problem
+from .run_problems import encoded, problem_of
 
 if TYPE_CHECKING:
     from ..sparsifiers import Sparsifier
@@ -141,7 +141,7 @@ class TrainedWeight(nn.Module):
         """Carry out `module.weight = value`: copy the numbers into the Parameter, or raise ValueError."""
 
     @abstractmethod
-    def change(self, edit: Edit, optimizer: Optimizer) -> Any:
+    def change(self, edit: Edit, *optimizers: Optimizer) -> Any:
         """Compute what an Edit changes (Parameter, gradient, slots, pattern); calling the result writes it.
 
         Pattern parts are shared, so reading after writing would mix two patterns.
@@ -216,19 +216,20 @@ class TrainedWeight(nn.Module):
         if self.method is None or self.method.stateless:
             return
         run = {name: state[name] for name in self.run_names() if name in state}
+        averages = {name: value for name, value in state.items() if name.startswith("momentum_")}
         if not run:
             warnings.warn(
                 f"sten: the state dict has no state of {type(self.method).__name__}, so its schedule starts afresh; "
                 "take model.state_dict() while the method trains.",
                 stacklevel=2,
             )
-        elif text := problem(self, state):
-            raise FormatError(f"{self.name}: {text}.")
+        elif problem := problem_of(self, run, averages):
+            raise FormatError(f"{self.name}: {problem}.")
         else:
-            self._load_run(run, state, metadata.get("assign_to_params_buffers", False))
+            self._load_run(run, averages, metadata.get("assign_to_params_buffers", False))
 
     @torch.no_grad()
-    def _load_run(self, run: dict[str, Tensor], state: dict[str, Tensor], assign: bool) -> None:
+    def _load_run(self, run: dict[str, Tensor], averages: dict[str, Tensor], assign: bool) -> None:
         for name, value in run.items():
             present = getattr(self, name)
             if not assign:
@@ -237,7 +238,6 @@ class TrainedWeight(nn.Module):
                 setattr(self, name, nn.Parameter(value, present.requires_grad))
             else:
                 setattr(self, name, value)
-        averages = {key: value for key, value in state.items() if key.startswith("momentum_")}
         if self.engine is not None:
             self.engine.read_run(self, averages)
         else:
@@ -253,15 +253,15 @@ def is_of_run(name: str) -> bool:
     return name == "mask" or name.startswith(("run_", "method_", "momentum_"))
 
 
-def encoded(text: str) -> Tensor:
-    """Text as a tensor, which every file of tensors can hold."""
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
 def optimizer_slots(param: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors with a number for each entry of the parameter, by name."""
-    state = optimizer.state.get(param, {})
-    return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.dim() > 0 and t.shape == param.shape}
+    """The optimizer's tensors with a number for each entry of the parameter, by name; quantized ones dequantized."""
+    found = {}
+    for key, t in optimizer.state.get(param, {}).items():
+        if isinstance(t, Tensor) and t.dim() > 0 and t.shape == param.shape:
+            plain = t if type(t).dequantize is Tensor.dequantize else t.dequantize()
+            if plain.is_floating_point():
+                found[key] = plain
+    return found
 
 
 def replace_in_optimizer(old: Tensor, new: Tensor, optimizer: Optimizer) -> None:

@@ -8,10 +8,33 @@ from .classify import FAULTS
 
 HEAD = """# What an act does to a sparse weight
 
-Made by `python -m tests.conformance --semantics docs/semantics.md` from the rows of a run; the right value of each
-row is that of the dense twin. *right*: as dense. *refused*: one sentence that says what would work; nothing changes.
-*documented*: acts on the stored entries alone. *fault*: wrong, lost or a crash in some layout, see
-`tests/conformance/known.json`. Where several stand, it depends on the numbers or the layout.
+## The rules
+
+- **Assignment.** `w[i] = v` (integers, slices, indices, masks) means `d = w.to_dense(); d[i] = v; w.copy_(d)`: it
+  happens if the result is zero off the pattern, and raises ValueError, changing nothing, if it is not. `w[:, 1] *= 2`
+  is such an assignment.
+- **Views.** Rows, slices, `view`, `chunk`, `diagonal` and whatever else shares memory with a dense weight are here
+  *read-only* dense tensors: reading them and gradients through them are as dense; writing to them raises. `t()`,
+  `detach()` and `.data` are sparse and share the numbers.
+- **`out=` and in-place operators without a rule** are computed dense and copied in under the rule of assignment.
+- **In place with a number** (`w.add_(1)`, `w.fill_(2)`, `nn.init.*`) acts on the stored entries alone: optimizers need
+  it, and it is the one exception to the dense result.
+- **Off the pattern** a product `w * x` or a quotient `w / x` of a sparse `w` is zero, also where `x` is infinite, NaN
+  or a zero divisor, and torch's would be NaN.
+- **Twins.** `zeros_like` and `clone` keep the pattern; `ones_like`, `full_like`, `rand_like`, `empty_like` and `new_*`
+  are plain dense tensors.
+- **Operators without a rule** run on a differentiable dense copy, made where they are entered, with one warning
+  (`sten.strict()` raises instead).
+- **Gradients** of a sparse weight have its pattern, from `backward` and `torch.autograd.grad` alike; those of a dense
+  tensor are dense, always.
+
+## How to read the tables
+
+Made by `python -m tests.conformance --semantics docs/semantics.md` from PyTorch's own databases of operators, modules
+and optimizers and a list of acts, over every layout and its transpose; the right value is that of the dense twin.
+*right*: as dense. *refused*: one sentence that says what would work; nothing changes. *documented*: as one of the rules
+*in place with a number* and *off the pattern* says. *fault*: see `tests/conformance/known.json`. Where several stand,
+it depends on the numbers or the layout.
 """
 
 MEANING = {"function": "call", "method": "call", "inplace": "in place", "out": "`out=`", "view": "write to a view"}
@@ -45,16 +68,19 @@ def user_acts(rows: list[list]) -> str:
 
 
 def operator_kinds(rows: list[list]) -> str:
-    """Operators: by how they are called."""
+    """Operators: by how they are called, those that are right throughout in one sentence."""
     kinds = ("function", "method", "inplace", "out", "alias", "view", "backward")
     table: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
     for suite, operator, kind, _, _, outcome, *_ in rows:
         if suite in ("operators", "foreach"):
             table[operator][kind][outcome] += 1
-    lines = ["## Operators\n", "| operator | " + " | ".join(MEANING.get(k, k) for k in kinds) + " |"]
+    right = [name for name, by_kind in sorted(table.items()) if {cell(c) for c in by_kind.values()} <= {"right", "-"}]
+    lines = ["## Operators\n", f"Right throughout, {len(right)} of {len(table)}: {', '.join(right)}.\n"]
+    lines.append("| operator | " + " | ".join(MEANING.get(k, k) for k in kinds) + " |")
     lines.append("|---" * (len(kinds) + 1) + "|")
     for operator, by_kind in sorted(table.items()):
-        lines.append(f"| `{operator}` | " + " | ".join(cell(by_kind[kind]) for kind in kinds) + " |")
+        if operator not in right:
+            lines.append(f"| `{operator}` | " + " | ".join(cell(by_kind[kind]) for kind in kinds) + " |")
     return "\n".join(lines) + "\n"
 
 

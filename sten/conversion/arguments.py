@@ -1,0 +1,96 @@
+"""The arguments of sparsify and plan as users write them; each error says what would work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from ..layouts import CSR
+from ..layouts.base import Layout
+from ..layouts.registry import REGISTERED
+from ..sparsifiers import Sparsifier
+from ..sparsifiers.allocation import Allocation
+
+Pattern = str | type[nn.Module] | nn.Module  # a key of a dictionary of layouts, and what weights= takes
+Predicate = Callable[[str, nn.Module, str], bool]
+Weights = Pattern | Iterable[Pattern] | Predicate | None
+Layouts = Layout | dict[Pattern, Layout | None]
+
+
+def expect_layouts(layout: Layouts | None, sparsifier: Sparsifier | None, allocation: Allocation | None) -> Layouts:
+    """`layout=` as it was given, checked; CSR where it is left out and the number of entries is known."""
+    if layout is None:
+        if allocation is None and sparsifier is not None:
+            raise ValueError(
+                "Expected sparsity= or layout=, got neither; sten.sparsify(model, sparsity=0.9) keeps a tenth of each "
+                "weight in sten.CSR(), and sten.sparsify(model, layout=sten.NM(2, 4)) 2 of every 4 entries."
+            )
+        return CSR()
+    for key, value in layout.items() if isinstance(layout, dict) else [("*", layout)]:
+        if not _is_pattern(key):
+            raise TypeError(f"Expected names, modules or types of modules as the keys of layout=, got {key!r}.")
+        if not isinstance(value, Layout) and not (value is None and isinstance(layout, dict)):
+            fitting = "a layout such as sten.NM(2, 4), or a dictionary {pattern: layout or None}, for layout="
+            raise TypeError(f"Expected {fitting}, got {_shown(value)}{_constructor(value, Layout, REGISTERED)}.")
+    return layout
+
+
+def expect_sparsifier(sparsifier: Any) -> None:
+    """Raise TypeError unless `sparsifier=` is a method or None."""
+    if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
+        known = {cls.__name__: cls for cls in _subclasses(Sparsifier) if not inspect.isabstract(cls)}
+        raise TypeError(
+            "Expected a method such as sten.Magnitude() (an instance), or None, for sparsifier=, got "
+            f"{_shown(sparsifier)}{_constructor(sparsifier, Sparsifier, known)}."
+        )
+
+
+def requested_weights(weights: Weights) -> list[Pattern] | Predicate | None:
+    """`weights=` as a list of patterns or a function, checked; None if it is left out."""
+    if weights is None:
+        return None
+    if callable(weights) and not isinstance(weights, (nn.Module, type)):
+        try:
+            inspect.signature(weights).bind("", nn.Module(), "")
+        except TypeError as error:
+            raise TypeError(
+                f"Expected a function of (name, module, attribute) for weights=, got another one ({error}); write "
+                "lambda name, module, attribute: ..."
+            ) from None
+        return weights
+    requested = list(weights) if isinstance(weights, Iterable) and not _is_pattern(weights) else [weights]
+    if not all(map(_is_pattern, requested)):
+        raise TypeError(
+            "Expected for weights= a name or glob, a module, a type such as nn.Linear, a list of these, or a function "
+            f"of (name, module, attribute), got {weights!r}."
+        )
+    return requested
+
+
+def _is_pattern(key: Any) -> bool:
+    return isinstance(key, (str, nn.Module)) or (isinstance(key, type) and issubclass(key, nn.Module))
+
+
+def _shown(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+
+
+def _constructor(value: Any, kind: type, known: dict[str, type]) -> str:
+    """How to write what was meant: a class or its name, a fraction, or nothing known."""
+    if isinstance(value, (int, float)):
+        return f"; for the fraction to drop, write sparsity={value}"
+    cls = value if isinstance(value, type) and issubclass(value, kind) else None
+    if isinstance(value, str):
+        cls = next((cls for name, cls in known.items() if name.lower() == value.lower()), None)
+    if cls is None:
+        return ""
+    required = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+    package = "sten." if cls.__module__.startswith("sten.") else ""
+    return f"; write {package}{cls.__name__}({', '.join(required)})"
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
