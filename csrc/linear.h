@@ -76,6 +76,10 @@ inline int useful_threads(int threads, double work) {
 // start[r] = bias[r0 + r] for r < rows, zero where there is none
 void fill_start(const Problem& p, int64_t r0, int64_t rows, float* start);
 
+// Whether every index of the pattern lies in its operands; columns must ascend within a row.
+bool csr_in_bounds(const Csr& w, int64_t rows, int64_t slots, int64_t in, const Pool& pool);
+bool grouped_in_bounds(const Grouped& w, const Pool& pool);
+
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
 

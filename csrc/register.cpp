@@ -1,5 +1,5 @@
-// The operators' schemas and argument checks: the only file that uses torch. Python validates patterns
-// that come from files and users, so the contents of crow, col and index are trusted here; dtypes and sizes are not.
+// The operators' schemas and argument checks: the only file that uses torch. Dtypes and sizes are checked at every call,
+// the contents of crow, col and index unless the caller says that it has had this version of them checked (`trusted`).
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -63,7 +63,7 @@ Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor
 }
 
 Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
-                     const std::optional<Tensor>& bias, int64_t out) {
+                     const std::optional<Tensor>& bias, int64_t out, bool trusted) {
   static constexpr const char* op = "sten::csr_linear";
   check_input(x, op, out);
   check(values, op, "values", 1, at::kFloat);
@@ -79,6 +79,9 @@ Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, 
               text(w.crow[out]));
   Tensor owner, y;
   const Problem p = make_problem(op, x, bias, out, owner, y);
+  TORCH_CHECK_VALUE(trusted || csr_in_bounds(w, out, col.size(0), p.in, make_pool()), op,
+                    ": Expected crow that never falls and columns below ", text(p.in),
+                    " that ascend within a row, got others; make the parts with pack.");
   csr_linear(p, w, kernels(), make_pool());
   return y;
 }
@@ -95,7 +98,8 @@ int64_t choose(int64_t m, int64_t n, int64_t limit) {
 }
 
 Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index,
-                            const std::optional<Tensor>& bias, int64_t n, int64_t m, int64_t g, int64_t out) {
+                            const std::optional<Tensor>& bias, int64_t n, int64_t m, int64_t g, int64_t out,
+                            bool trusted) {
   static constexpr const char* op = "sten::grouped_nm_linear";
   constexpr int64_t kMostColumns = 32767;    // an int16 offset reaches every column of a chunk
   check_input(x, op, out);
@@ -118,6 +122,8 @@ Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor&
                   strips};
   Tensor owner, y;
   const Problem p = make_problem(op, x, bias, out, owner, y);
+  TORCH_CHECK_VALUE(trusted || grouped_in_bounds(w, make_pool()), op, ": Expected index from 0 to ",
+                    text(w.columns() - 1), ", got others; make the parts with pack.");
   grouped_linear(p, w, kernels(), make_pool());
   return y;
 }
@@ -126,10 +132,12 @@ Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor&
 }  // namespace sten
 
 TORCH_LIBRARY_FRAGMENT(sten, m) {
-  m.def("csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, int out_features) -> Tensor");
+  m.def(
+      "csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, int out_features, *, "
+      "bool trusted=False) -> Tensor");
   m.def(
       "grouped_nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, int n, int m, int g, "
-      "int out_features) -> Tensor");
+      "int out_features, *, bool trusted=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sten, CPU, m) {

@@ -8,7 +8,8 @@ from . import backends as _backends  # noqa: F401 - registers the kernels
 from . import extend, testing
 from .conversion import attach, densify, finalize, plan, sparsify, summary, trainable
 from .dispatch import DensifyError, kernel, strict
-from .io import load, save
+from .errors import FormatError
+from .io import inspect, load, save
 from .layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 from .layouts.base import Layout
 from .ops.which import which
@@ -46,12 +47,13 @@ from .training.distill import distill_loss
 __version__ = "0.1.0"
 
 __all__ = [
-    "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask", "BlockPruneGrow",
-    "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "Global", "Gradual", "GroupedNM", "Layout",
-    "Magnitude", "Masked", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum", "SparseTensor", "Sparsifier",
-    "Static", "Transposable", "Uniform", "VectorNM", "attach", "densify", "distill_loss", "extend", "finalize",
-    "follow", "from_dense", "kernel", "load", "load_run", "optim", "plan", "save", "save_run", "schedule", "scores",
-    "sparsify", "strict", "summary", "testing", "trainable", "which",
+    "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
+    "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
+    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum",
+    "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach", "densify",
+    "distill_loss", "extend", "finalize", "follow", "from_dense", "inspect", "kernel", "load", "load_run", "optim",
+    "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing", "trainable",
+    "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -1,4 +1,6 @@
-"""`python -m sten info`: versions, devices, kernels. `python -m sten bench`: sparse linear layers against dense."""
+"""`python -m sten info`: versions, devices, kernels. `python -m sten bench`: sparse linear layers against dense.
+`python -m sten inspect FILE`: what a file of `sten.save` holds.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +45,22 @@ def info() -> None:
             titles = ", ".join("dense" if cls is None else cls.__name__ for cls in layouts)
             print(f"  {name:20} {device:5} {titles:12} {entry.function.__name__}")
     print("All other built-in combinations expand to dense: see sten.which(operator, x, weight).")
+
+
+def inspect(path: str) -> None:
+    """Print what a file of `sten.save` holds, from its header."""
+    about = sten.inspect(path)
+    print(f"{path}: format version {about['version']}")
+    for name, weight in about["sparse"].items():
+        fields = ", ".join(f"{key}={value}" for key, value in weight["fields"].items())
+        parts = ", ".join(f"{key} {part['dtype']} {tuple(part['shape'])}" for key, part in weight["parts"].items())
+        transposed = ", transposed" if weight["transposed"] else ""
+        print(f"  {name}: {weight['layout']}({fields}), shape {tuple(weight['shape'])}{transposed}, density ", end="")
+        print(f"{weight['density']:.3g}, {weight['bytes']:,} bytes: {parts}")
+    for name, tensor in about["tensors"].items():
+        print(f"  {name}: {tensor['dtype']} {tuple(tensor['shape'])}, {tensor['bytes']:,} bytes")
+    for name, other in about["ties"].items():
+        print(f"  {name}: tied to {other}")
 
 
 def _version() -> str:
@@ -99,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sten", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, kernels")
+    commands.add_parser("inspect", help="what a file of sten.save holds").add_argument("file")
     b = commands.add_parser("bench", help="a linear layer in each layout against dense")
     b.add_argument("--out", type=int, default=3072)
     b.add_argument("--in", dest="inputs", type=int, default=768)
@@ -109,6 +128,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "info":
         info()
+    elif args.command == "inspect":
+        try:
+            inspect(args.file)
+        except (sten.FormatError, OSError) as error:
+            raise SystemExit(str(error)) from None
     else:
         dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
         bench(args.out, args.inputs, args.tokens, args.device, dtype, args.repeats)

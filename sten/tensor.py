@@ -21,11 +21,13 @@ from ._torch_private import (
     no_function,
     refuse_data_pointer,
 )
+from .checked import checked
 from .layouts.base import Layout, Parts
 from .layouts.checks import expect_held
-from .layouts.registry import fields, layout_from
+from .layouts.registry import fields
 from .pattern_cache import PatternCache as PatternCache
 from .rule import Rule as Rule
+from .sealed import Sealed
 
 OTHERS = "others"  # the row of either table for what has none of its own, and for `out=`
 FUNCTIONS: dict[Callable | str, Callable] = {}
@@ -38,7 +40,7 @@ LIBRARY.define("project(Tensor dense, Tensor like) -> Tensor")
 OPS = torch.ops.sten
 
 
-class SparseTensor(torch.Tensor):
+class SparseTensor(Sealed, torch.Tensor):
     """A tensor stored in a sparse layout, made by `sten.from_dense` and `sten.sparsify`.
 
     Args:
@@ -100,10 +102,9 @@ class SparseTensor(torch.Tensor):
         self, layout: Layout, parts: Parts, shape: tuple[int, ...], transposed: bool, cache: PatternCache | None
     ) -> None:
         """Set what the wrapper stores. torch.compile reaches each part as an attribute of its own, `part_<name>`."""
-        self.sparse_layout, self.parts, self.stored_shape, self.transposed = layout, parts, shape, transposed
-        self.cache = PatternCache() if cache is None else cache
-        for name, part in parts.items():
-            setattr(self, "part_" + name, part)
+        own = {"sparse_layout": layout, "parts": parts, "stored_shape": shape, "transposed": transposed}
+        own["cache"] = PatternCache() if cache is None else cache
+        vars(self).update(own, **{"part_" + name: part for name, part in parts.items()})
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         return ["part_" + name for name in self.parts], (self.sparse_layout, self.stored_shape, self.transposed)
@@ -373,24 +374,13 @@ def _restore(layout, parts, shape, transposed, requires_grad, is_param) -> Spars
 
 
 def _load(name: str, values: dict, parts: Parts, shape, transposed, requires_grad, is_param) -> SparseTensor:
-    """Rebuild from a pickle or a checkpoint: nothing is imported by name, and every index is checked."""
-    return _restore(*checked(name, values, parts, shape, transposed), bool(requires_grad), bool(is_param))
+    """Rebuild from a pickle or a checkpoint: nothing is imported by name, and every index is checked.
 
-
-def checked(name: str, values: dict, parts: Parts, shape, transposed: bool = False) -> tuple:
-    """The (layout, parts, shape, transposed) of a file, validated; ValueError if they are invalid."""
-    layout = layout_from(name, values)
-    shape = tuple(shape)
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"Expected a shape of non-negative sizes, got {shape}.")
-    if transposed and len(shape) != 2:
-        raise ValueError(f"Expected two dimensions for a transposed tensor, got shape {shape}.")
-    if not isinstance(parts, dict) or not all(isinstance(p, Tensor) for p in parts.values()):
-        raise ValueError(f"Expected a dictionary of tensors as the parts of {layout}, got {type(parts).__name__}.")
-    layout.check(shape)
-    if not any(part.is_meta for part in parts.values()):
-        layout.validate(parts, shape)
-    return layout, parts, shape, bool(transposed)
+    The pattern is copied, because another tensor of the file may lie over the same storage, and be trained.
+    """
+    layout, parts, shape, transposed = checked(name, values, parts, shape, transposed)
+    own = {name: part.detach() if name == "values" else part.detach().clone() for name, part in parts.items()}
+    return _restore(layout, own, shape, transposed, requires_grad is True, is_param is True)
 
 
 ATEN[OPS.to_dense.default] = lambda _, w: unpack(w)

@@ -103,6 +103,48 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
   compare("grouped", data.problem, dense);
 }
 
+// Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
+// kernel runs on them without a finding. Returns how many the check let pass.
+int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
+  const int32_t extremes[] = {INT32_MIN, -1, 0, 1, 29, 30, 31, 127, 128, 200, 32767, 65535, 65536, INT32_MAX};
+  auto number = [&] { return extremes[generator() % std::size(extremes)]; };
+  int passed = 0;
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t in = 31, out = 20;
+    Data data(tokens, in, out, true);
+    std::vector<int32_t> crow{0}, col;
+    for (int64_t r = 0; r < out; ++r) {
+      for (int64_t c = 0; c < in; ++c)
+        if (generator() % 3 == 0) col.push_back(static_cast<int32_t>(c));
+      crow.push_back(static_cast<int32_t>(col.size()));
+    }
+    col.shrink_to_fit();
+    std::vector<float> values = random_floats(static_cast<int64_t>(col.size()));
+    for (int i = 0; i < 1 + round % 3; ++i) {
+      std::vector<int32_t>& part = generator() % 2 ? crow : col;
+      part[generator() % part.size()] = number();
+    }
+    const Csr w{values.data(), crow.data(), col.data()};
+    if (csr_in_bounds(w, out, static_cast<int64_t>(col.size()), in, {3, run_tasks})) {
+      csr_linear(data.problem, w, k, {3, run_tasks});
+      ++passed;
+    }
+    const Patterns& order = patterns(2, 4);
+    const int64_t count = 6, g = 2, width = count * g, chunks = ceil_div(in, width), strips = ceil_div(out, 4);
+    std::vector<float> more = random_floats(chunks * strips * width * 2);
+    std::vector<int16_t> index(chunks * strips * width);
+    for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int16_t>(i % width);
+    index[generator() % index.size()] = static_cast<int16_t>(number());
+    const Grouped v{more.data(), index.data(), order.rows.data(), order.exchanges.data(), 2, 4, static_cast<int>(g),
+                    count, chunks, strips};
+    if (grouped_in_bounds(v, {3, run_tasks})) {
+      grouped_linear(data.problem, v, k, {3, run_tasks});
+      ++passed;
+    }
+  }
+  return passed;
+}
+
 void try_all(const Kernels& k) {
   const int64_t sizes[][2] = {{1, 1}, {17, 3}, {3, 63}, {100, 37}, {63, 130}, {300, 65}, {0, 5}, {5, 0}};
   const int groups[][3] = {{1, 10, 8}, {1, 4, 16}, {1, 3, 5}, {2, 4, 8}, {2, 4, 3}, {2, 5, 1},
@@ -126,7 +168,9 @@ int main() {
     if (!has_instruction_set(name)) continue;
     set_instruction_set(name);
     try_all(kernels());
-    std::printf("%s: done\n", name);
+    int passed = 0;
+    for (const int64_t tokens : {1, 5, 64, 200}) passed += try_hostile(kernels(), tokens, 500);
+    std::printf("%s: done; %d of 4000 hostile patterns are in bounds\n", name, passed);
   }
   std::printf("%d wrong results\n", failures);
   return failures != 0;

@@ -13,33 +13,58 @@ from torch import Tensor
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
 from ..layouts import CSR, GroupedNM
-from ..layouts.base import Layout
+from ..layouts.base import Layout, Parts
 from . import cpp
 
-Linear = Callable[[Tensor, dict[str, Tensor], Tensor | None], Tensor]
+Linear = Callable[[Tensor, Parts, Tensor | None], Tensor]
 LAST = (torch.channels_last, torch.channels_last_3d)
 
 
-def csr_run(layout: CSR, outputs: int) -> Linear:
+# A kernel checks the bounds of a pattern once: not again while its parts and their versions are those of the last call.
+# Tensors made in inference mode have no version, and intercepted calls no memory: these are checked at every call.
+
+
+def csr_run(layout: CSR, outputs: int, intercepted: bool) -> Linear:
     """`run` of linear with CSR: row by row, gathering activations from a panel."""
-    linear = torch.ops.sten.csr_linear.default
-    return lambda x, weight, bias: linear(x, weight["values"], weight["crow"], weight["col"], bias, outputs)
+    linear, last = torch.ops.sten.csr_linear.default, None
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+        nonlocal last
+        crow, col, now = weight["crow"], weight["col"], None
+        if not intercepted and not col.is_inference():
+            now = crow.data_ptr(), crow._version, col.data_ptr(), col._version
+        y = linear(x, weight["values"], crow, col, bias, outputs, trusted=now is not None and now == last)
+        last = now  # only now: what failed its check is checked again
+        return y
+
+    return run
 
 
-def grouped_nm_run(layout: GroupedNM, outputs: int) -> Linear:
+def grouped_nm_run(layout: GroupedNM, outputs: int, intercepted: bool) -> Linear:
     """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
-    linear, n, m, g = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g
-    return lambda x, weight, bias: linear(x, weight["values"], weight["index"], bias, n, m, g, outputs)
+    linear, n, m, g, last = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g, None
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+        nonlocal last
+        index, now = weight["index"], None
+        if not intercepted and not index.is_inference():
+            now = index.data_ptr(), index._version
+        y = linear(x, weight["values"], index, bias, n, m, g, outputs, trusted=now is not None and now == last)
+        last = now
+        return y
+
+    return run
 
 
-def linear_by(run_of: Callable[[Layout, int], Linear]) -> Callable[..., Plan]:
+def linear_by(run_of: Callable[[Layout, int, bool], Linear]) -> Callable[..., Plan]:
     """The `prepare` of linear by a C++ kernel, for float32."""
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
         if dtype is not torch.float32:
             why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
             return Plan.of("reference", why, None)
-        return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run_of(layout, shape[0]))
+        run = run_of(layout, shape[0], flags.tokens is None)
+        return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
 
     prepare.__name__ = run_of.__name__.replace("run", "linear")
     return prepare

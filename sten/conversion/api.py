@@ -23,6 +23,7 @@ from .record import remember, remember_optimizers
 from .reparametrize import begin, expect_slots_to_follow, move
 from .report import SparsifyPlan, other_parameters, rows_of
 from .select import Target, expect_model, select, sparse_weights
+from .state_dict_hooks import accept_every_form
 
 Model = TypeVar("Model", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer] | None
@@ -90,6 +91,7 @@ def sparsify(
             trained.append(move(target, target.result, optimizers or [], trains))
     for target in skipped:
         remember(target, why=target.why)
+    accept_every_form(model)
     if begun and optimizers is not None:
         engine.start(model, optimizers)
     remind(weight for weight in begun + trained if weight is not None)
@@ -248,6 +250,7 @@ def _train(model: Model, targets: list[Target], optimizers: list[Optimizer]) -> 
     for target in targets:
         expect_slots_to_follow(target, optimizers)
     remind([move(target, target.stored, optimizers, trainable=True) for target in targets])
+    accept_every_form(model)
     return model
 
 
@@ -300,6 +303,7 @@ def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:
     engine.stop(model)
     for target, after in ready:
         move(target, after, [])
+    accept_every_form(model)
     return model
 
 

@@ -27,7 +27,6 @@ from ..training.pattern_weight import PatternWeight, as_matrix
 from ..training.trained_weight import TrainedWeight, optimizer_slots, replace_in_optimizer
 from .record import known_optimizers
 from .select import Target
-from .state_dict_hooks import accept_every_form
 
 
 def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: bool = False) -> TrainedWeight | None:
@@ -48,7 +47,6 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
             install(module, name, param, weight)
         else:
             setattr(module, name, param)  # a recurrent layer notes it in its list of weights
-        accept_every_form(module)
     if grad is not None:
         param.grad = grad
     for optimizer, key, slot in slots:
@@ -69,7 +67,6 @@ def begin(target: Target, sparsifier: Sparsifier, view: View, allocation, optimi
     take_off(target)
     for module, name in target.owners:
         install(module, name, target.tensor, weight)
-        accept_every_form(module)
     if target.mask is not None:  # torch's pruning keeps numbers there, which would come back
         with torch.no_grad():
             target.tensor.mul_(target.mask)

@@ -9,31 +9,53 @@ entry of `fc.weight`                                       from
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+from torch import Tensor, nn, strided
+
+from ..checked import checked, expect_parts_of
+from ..errors import FormatError
 from ..layouts.registry import fields
 from ..ops.attributes import entries_of
 from ..ops.padding import dense_to_values
-from ..tensor import SparseTensor, checked
-from ..training.attribute import SUFFIX, trained_of
+from ..tensor import SparseTensor
+from ..training.attribute import SUFFIX, installed, trained_of
 from ..training.distributed import whole
 from ..training.pattern_weight import PatternWeight, as_matrix
-from ..training.trained_weight import is_of_run
+from ..training.run_problems import expect_one_run, problem_of
+from ..training.trained_weight import TrainedWeight, is_of_run
+from .dense_entries import expect_fit
 
 
-def accept_every_form(module: nn.Module) -> None:
-    """Let `load_state_dict` of a module with sparse weights take dense, sparse and part-wise entries.
+class Checked(NamedTuple):
+    """What `_prepare` puts in the place of an entry: the weight, checked, and whether it is another one."""
 
-    As long as it has sparse weights, torch.jit.script refuses it.
-    """
-    if any(isinstance(p, SparseTensor) for p in module._parameters.values()) or any(trained_of(module)):
-        module.__prepare_scriptable__ = refuse_script  # asked for by torch.jit.script
+    weight: SparseTensor
+    changed: bool
+
+
+def accept_every_form(model: nn.Module) -> None:
+    """Let `load_state_dict` of a model, and of each module that has sparse weights below it, take every form."""
+    above: set[str] = set()
+    for path, module in model.named_modules():
+        has_sparse = any(True for _ in _sparse_weights(module)) or bool(installed(module))
+        mark_for_script(module, has_sparse)
+        if has_sparse:
+            steps = path.split(".")
+            above.update(".".join(steps[:depth]) for depth in range(len(steps) + 1))
+    for path in above:
+        module = model.get_submodule(path)
+        if not any(getattr(hook, "hook", None) is _fit_state for hook in module._load_state_dict_pre_hooks.values()):
+            module.register_load_state_dict_pre_hook(_fit_state)
+
+
+def mark_for_script(module: nn.Module, has_sparse: bool) -> None:
+    """Let torch.jit.script, which asks for this method, refuse a module as long as it has sparse weights."""
+    if has_sparse:
+        module.__prepare_scriptable__ = refuse_script
     else:
         vars(module).pop("__prepare_scriptable__", None)
-    for hook in module._load_state_dict_pre_hooks.values():
-        if getattr(hook, "hook", None) is _fit_state:
-            return
-    module.register_load_state_dict_pre_hook(_fit_state)
 
 
 def refuse_script() -> None:
@@ -45,28 +67,77 @@ def refuse_script() -> None:
 
 
 def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-    """Rewrite the entries of sparse weights to the form that the module has now; a dense weight takes dense ones."""
-    trained = {name: weight for name, weight in trained_of(module) if isinstance(weight, PatternWeight)}
-    sparse = {name: p for name, p in module._parameters.items() if isinstance(p, SparseTensor)}
-    for name in [*sparse, *trained]:
-        weight = trained.get(name)
-        present = sparse[name].detach() if weight is None else weight.tensor(module._parameters[name]).detach()
-        try:
-            entry = _entry(state_dict, prefix + name, present, weight)
-        except (ValueError, TypeError) as error:
-            errors.append(f"{prefix + name}: {error}")
-            entry = present  # so that the weight is not reported as missing, too
-        if entry is None:
+    """Check the entries of all modules below before one is written; then write those of this module's sparse weights,
+    in the form that they have now."""
+    assign = metadata.get("assign_to_params_buffers", False)
+    expect_fit(module, state_dict, prefix, assign, _fit_state)
+    _prepare(module, state_dict, prefix, assign)
+    for name, weight in _sparse_weights(module):
+        key = prefix + name
+        entry = state_dict.get(key)
+        if not isinstance(entry, Checked):
             continue
         if weight is None:
-            state_dict[prefix + name] = entry
-            beside = prefix + name + SUFFIX + "."  # what only a run that goes on needs
-            for key in [k for k in state_dict if k.startswith(beside) and is_of_run(k.removeprefix(beside))]:
-                del state_dict[key]
+            state_dict[key] = entry.weight
+            beside = key + SUFFIX + "."  # what only a run that goes on needs
+            for other in [k for k in state_dict if k.startswith(beside) and is_of_run(k.removeprefix(beside))]:
+                del state_dict[other]
         else:
-            if entry is not present:
-                weight.load(entry.parts, metadata.get("assign_to_params_buffers", False))
-            state_dict[prefix + name] = module._parameters[name]
+            if entry.changed:
+                weight.load(entry.weight.parts, assign)
+            state_dict[key] = module._parameters[name]
+
+
+def _sparse_weights(module: nn.Module) -> Iterator[tuple[str, PatternWeight | None]]:
+    """(name, PatternWeight; None where it is finalized) of the module's own sparse weights."""
+    for name, param in module._parameters.items():
+        if isinstance(param, SparseTensor):
+            yield name, None
+    for name, weight in trained_of(module):
+        if isinstance(weight, PatternWeight):
+            yield name, weight
+
+
+def _prepare(root: nn.Module, state_dict, prefix: str, assign: bool) -> None:
+    """Put a `Checked` in the place of each sparse weight's entries, of all modules from `root` on.
+
+    FormatError, before anything is written, where an entry cannot be loaded.
+    """
+    modules = [(prefix + path + "." if path else prefix, m) for path, m in root.named_modules(remove_duplicate=False)]
+    runs: dict[str, tuple[TrainedWeight, dict[str, Tensor]]] = {}
+    for below, module in modules:
+        for name, weight in trained_of(module):
+            beside = below + name + SUFFIX + "."
+            state = {key.removeprefix(beside): value for key, value in state_dict.items() if key.startswith(beside)}
+            runs[below + name] = weight, state
+            run = {name: state[name] for name in weight.run_names() if name in state}
+            averages = {name: value for name, value in state.items() if name.startswith("momentum_")}
+            if run and (problem := problem_of(weight, run, averages)):
+                raise FormatError(f"{below + name}: {problem}.")
+    expect_one_run(runs)
+    for below, module in modules:
+        for name, weight in _sparse_weights(module):
+            key, param = below + name, module._parameters[name]
+            if isinstance(state_dict.get(key), Checked):
+                continue
+            present = (param if weight is None else weight.tensor(param)).detach()
+            entry = _named(key, _entry, state_dict, key, present, weight)
+            if entry is not None:
+                _expect_numbers(key, entry, present, assign)
+                state_dict[key] = Checked(entry, entry is not present)
+
+
+def _named(key: str, check: Callable[..., Any], *args: Any) -> Any:
+    """The result of a check, whose error then begins with the weight's name."""
+    try:
+        return check(*args)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{key}: {error}") from error
+
+
+def _expect_numbers(key: str, entry: SparseTensor, present: SparseTensor, assign: bool) -> None:
+    if entry.parts["values"].is_meta and not present.parts["values"].is_meta and not assign:
+        raise FormatError(f"{key}: Expected parts with numbers, got parts on the meta device; pass assign=True.")
 
 
 def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | None) -> SparseTensor | None:
@@ -88,7 +159,7 @@ def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | 
     if not isinstance(entry, SparseTensor):
         return present.with_values(dense_to_values(present, entry.to(present.device), "load_state_dict"))
     if entry.sparse_layout == present.sparse_layout and entry.transposed == present.transposed:
-        entry.sparse_layout.validate(entry.parts, entry.stored_shape)
+        expect_parts_of(entry.sparse_layout, entry.parts, entry.stored_shape)
         return entry
     return entries_of(entry, present)
 
@@ -97,7 +168,14 @@ def _parts(state_dict, key: str, present: SparseTensor) -> dict[str, Tensor]:
     """The parts of the weight that the state dict holds one by one, in either spelling; they leave it."""
     pattern = [name for name in present.parts if name != "values"]
     beside = {name: f"{key}{SUFFIX}.{name}" for name in pattern}
-    if key in state_dict and pattern and all(name in state_dict for name in beside.values()):
+    given = [name for name, full in beside.items() if full in state_dict]
+    if given:
+        twice = [full for full in state_dict if full.startswith(key + ".")]
+        missing = [full for full in (key, *beside.values()) if full not in state_dict]
+        if twice:
+            raise ValueError(f"Expected one spelling of the weight's parts, got {beside[given[0]]!r} and {twice[0]!r}.")
+        if missing:
+            raise ValueError(f"Expected all parts of the weight, got {beside[given[0]]!r} without {missing[0]!r}.")
         values = state_dict.pop(key)
         parts = {name: state_dict.pop(full) for name, full in beside.items()}
         return {"values": _unflattened(values, present), **parts}
@@ -108,7 +186,9 @@ def _unflattened(values: Tensor, present: SparseTensor) -> Tensor:
     """The trained 2-D values as the layout has them."""
     like = present.parts["values"]
     width = None if like.dim() == 2 else as_matrix(like).shape[1]
-    if not isinstance(values, Tensor) or values.dim() != 2 or width not in (None, values.shape[1]):
+    matrix = isinstance(values, Tensor) and not isinstance(values, SparseTensor) and values.dim() == 2
+    matrix = matrix and values.layout is strided
+    if not matrix or width not in (None, values.shape[1]):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"Expected the trained values as a matrix of {tuple(as_matrix(like).shape)}, got {shape}.")
     values = whole(values.detach())

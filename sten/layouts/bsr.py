@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import expect_dense, expect_parts, expect_zero_padding
+from sten.layouts.checks import chunks, expect_dense, expect_parts, expect_range, expect_zero
 from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
 from sten.layouts.padding import cut, pad_matrix
 from sten.layouts.topk import widest_float
+
+LIMIT = 2**16  # rows or columns of a block
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class BSR(Layout):
         whole = isinstance(block, tuple) and all(isinstance(b, int) and not isinstance(b, bool) for b in block)
         if not whole or len(block) != 2:
             raise TypeError(f"Expected block=(rows, columns), two whole numbers, for BSR, got {block!r}.")
-        if min(block) < 1:
-            raise ValueError(f"Expected block sizes of at least 1 for BSR, got {block}.")
+        if min(block) < 1 or max(block) > LIMIT:
+            raise ValueError(f"Expected block sizes of at least 1, and {LIMIT} at most, for BSR, got {block}.")
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """How many rows and columns of blocks a weight of this shape has."""
@@ -117,13 +119,15 @@ class BSR(Layout):
         rows, columns = self.grid(shape)
         index = dict.fromkeys(("col", "t_row", "t_block"), ((-1,), torch.int32))
         offsets = {"crow": ((rows + 1,), torch.int32), "t_crow": ((columns + 1,), torch.int32)}
-        expect_parts(self, parts, {"values": ((-1, *self.block), None), **index, **offsets})
+        has_numbers = expect_parts(self, parts, {"values": ((-1, *self.block), None), **index, **offsets})
         count = len(parts["values"])
         if any(len(parts[name]) != count for name in index):
             raise ValueError(
                 f"Expected {count} entries in the parts 'col', 't_row' and 't_block' of {self}, one for each block, "
                 f"got {[len(parts[name]) for name in index]}."
             )
+        if not has_numbers:
+            return
         for crow, col, size in (("crow", "col", columns), ("t_crow", "t_row", rows)):
             expect_compressed(self, crow, parts[crow], col, parts[col], size)
             if int(parts[crow][-1]) != count:
@@ -131,12 +135,30 @@ class BSR(Layout):
                     f"Expected part {crow!r} of {self} to end at {count}, the number of blocks, "
                     f"got {int(parts[crow][-1])}."
                 )
-        row, by_column = row_of_slots(parts["crow"], count), torch.argsort(parts["col"], stable=True)
-        t_col = row_of_slots(parts["t_crow"], count)
-        same = [(parts["t_block"], by_column), (parts["t_row"], row[by_column]), (t_col, parts["col"][by_column])]
-        if not all(bool((a == b).all()) for a, b in same):
-            raise ValueError(
-                f"Expected parts 't_crow', 't_row' and 't_block' of {self} to list the blocks of 'crow' and 'col', got "
-                "others; make the parts with pack."
-            )
-        expect_zero_padding(self, parts, shape)
+        self._expect_same_blocks(parts)
+        self._expect_zero_padding(parts, shape)
+
+    def _expect_same_blocks(self, parts: Parts) -> None:
+        """The blocks column by column are those row by row. Both lists are strictly ascending here, so no two entries
+        of one name the same block, and it is enough that each entry finds its own."""
+        expect_range(self, "t_block", parts["t_block"], 0, len(parts["col"]))
+        start = 0
+        for t_row, t_block in chunks(parts["t_row"], parts["t_block"]):
+            slot = torch.arange(start, start + len(t_row), dtype=torch.int32, device=t_row.device)
+            start += len(t_row)
+            row = torch.searchsorted(parts["crow"], t_block, right=True) - 1
+            column = torch.searchsorted(parts["t_crow"], slot, right=True) - 1
+            if bool((row != t_row).any()) or bool((column != parts["col"][t_block.long()]).any()):
+                raise ValueError(
+                    f"Expected parts 't_crow', 't_row' and 't_block' of {self} to list the blocks of 'crow' and 'col', "
+                    "got others; make the parts with pack."
+                )
+
+    def _expect_zero_padding(self, parts: Parts, shape: tuple[int, ...]) -> None:
+        """Zeros beyond the matrix, in the last row and the last column of blocks."""
+        values, (bh, bw), rows, columns = parts["values"], self.block, shape[0], math.prod(shape[1:])
+        if rows % bh:
+            expect_zero(self, values[int(parts["crow"][-2]) :, rows % bh :])
+        if columns % bw:
+            for blocks, col in chunks(values, parts["col"]):
+                expect_zero(self, blocks[col == columns // bw, :, columns % bw :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,16 @@ if TYPE_CHECKING:
     from sten.layouts.base import Layout, Parts
 
 
-def expect_parts(layout: Layout, parts: Parts, expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]]) -> None:
+CHUNK = 2**18  # numbers that a check reads at a time, so that its memory does not grow with the file
+
+
+def expect_parts(layout: Layout, parts: Parts, expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]]) -> bool:
     """Raise ValueError unless `parts` has exactly the expected names, shapes and dtypes (None: any floating one).
 
     A size of -1 in an expected shape accepts any size.
+
+    Returns:
+        Whether the parts have numbers, which `validate` goes on to check; parts on the meta device have none.
     """
     if set(parts) != set(expected):
         raise ValueError(f"Expected the parts {sorted(expected)} for {layout}, got {sorted(parts)}.")
@@ -31,6 +38,16 @@ def expect_parts(layout: Layout, parts: Parts, expected: dict[str, tuple[tuple[i
             want = dtype or "a floating-point dtype"
             raise ValueError(f"Expected {want} for part {name!r} of {layout}, got {part.dtype}; convert it with .to().")
     _expect_one_device(layout, parts)
+    return not parts["values"].is_meta
+
+
+def chunks(*parts: Tensor, overlap: int = 0) -> Iterator[tuple[Tensor, ...]]:
+    """The parts of equal length in pieces of about CHUNK numbers along dimension 0, each with the first `overlap` rows
+    of the next one."""
+    width = max(1, max(math.prod(part.shape[1:]) for part in parts))
+    step = max(1, CHUNK // width)
+    for start in range(0, len(parts[0]), step):
+        yield tuple(part[start : start + step + overlap] for part in parts)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -50,16 +67,17 @@ def _expect_one_device(layout: Layout, parts: Parts) -> None:
 
 def expect_range(layout: Layout, name: str, index: Tensor, low: int, high: int) -> None:
     """Raise ValueError unless every entry of `index` lies in [low, high)."""
-    if index.numel() and (int(index.min()) < low or int(index.max()) >= high):
-        raise ValueError(
-            f"Expected numbers from {low} to {high - 1} in part {name!r} of {layout}, "
-            f"got {int(index.min())} to {int(index.max())}."
-        )
+    if not index.numel() or index.is_meta:
+        return
+    least, most = (int(end) for end in torch.aminmax(index))
+    if least < low or most >= high:
+        got = most if least >= low else least
+        raise ValueError(f"Expected numbers from {low} to {high - 1} in part {name!r} of {layout}, got {got}.")
 
 
 def expect_zero(layout: Layout, padding: Tensor) -> None:
     """Raise ValueError unless these values, of padding or of dropped entries, are zero."""
-    wrong = int((padding != 0).sum())
+    wrong = 0 if padding.is_meta else int(padding.count_nonzero())
     if wrong:
         raise ValueError(
             f"Expected zeros in the slots of part 'values' of {layout} that are padding or dropped, got {wrong} other "
@@ -67,10 +85,11 @@ def expect_zero(layout: Layout, padding: Tensor) -> None:
         )
 
 
-def expect_zero_padding(layout: Layout, parts: Parts, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless the slots that belong to no entry of the weight are zero."""
-    entries = torch.ones(shape, dtype=torch.bool, device=parts["values"].device)
-    expect_zero(layout, parts["values"][~layout.pack_like(entries, parts)])
+def expect_zero_off(layout: Layout, values: Tensor, stored: Tensor) -> None:
+    """Raise ValueError unless these values are zero where the mask `stored`, of the same shape, is off."""
+    for part, on in chunks(values.flatten(), stored.flatten()):
+        if bool(((part != 0) > on).any()):
+            expect_zero(layout, part.masked_fill(on, 0))
 
 
 def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sten.layouts.checks import expect_range
+from sten.layouts.checks import chunks, expect_range
 
 if TYPE_CHECKING:
     from sten.layouts.base import Layout
@@ -34,17 +34,29 @@ def expect_compressed(layout: Layout, name: str, crow: Tensor, index_name: str, 
 
     There may be free slots behind crow[-1]; their numbers must lie in the range as well.
     """
-    if int(crow[0]) != 0 or int(crow[-1]) > len(index) or bool((crow[1:] < crow[:-1]).any()):
+    falls = any(bool((piece[1:] < piece[:-1]).any()) for (piece,) in chunks(crow, overlap=1))
+    if int(crow[0]) != 0 or int(crow[-1]) > len(index) or falls:
         raise ValueError(
             f"Expected part {name!r} of {layout} to start at 0, never fall, and end at {len(index)} (slots) at most, "
             f"got {int(crow[0])} to {int(crow[-1])}."
         )
-    expect_range(layout, index_name, index, 0, size)
-    row = row_of_slots(crow, len(index))
-    falls = (row[1:] == row[:-1]) & (index[1:] <= index[:-1]) & (row[1:] < len(crow) - 1)
-    if bool(falls.any()):
-        slot = int(falls.nonzero()[0]) + 1
-        raise ValueError(
-            f"Expected part {index_name!r} of {layout} to ascend within a row, without repeats, got "
-            f"{int(index[slot - 1])} and {int(index[slot])} in slots {slot - 1} and {slot}."
-        )
+    stored, first = index[: int(crow[-1])], crow[:-1][crow.diff() > 0].long()
+    expect_range(layout, index_name, index[len(stored) :], 0, size)  # free slots
+    expect_range(layout, index_name, stored[first], 0, size)
+    expect_range(layout, index_name, stored[first[1:] - 1], 0, size)  # the last of a row, and so all between
+    expect_range(layout, index_name, stored[-1:], 0, size)
+    # every fall is that from one row to the next
+    first = first[1:]
+    falls = sum(int((piece[1:] <= piece[:-1]).count_nonzero()) for (piece,) in chunks(stored, overlap=1))
+    if falls == int((stored[first] <= stored[first - 1]).count_nonzero()):
+        return
+    start, starts = 0, torch.zeros(len(stored), dtype=torch.bool, device=stored.device).index_fill_(0, first, True)
+    for piece, own in chunks(stored, starts, overlap=1):
+        inside = ((piece[1:] <= piece[:-1]) > own[1:]).nonzero()
+        if len(inside):
+            slot = start + int(inside[0, 0]) + 1
+            raise ValueError(
+                f"Expected part {index_name!r} of {layout} to ascend within a row, without repeats, got "
+                f"{int(index[slot - 1])} and {int(index[slot])} in slots {slot - 1} and {slot}."
+            )
+        start += len(piece) - 1

@@ -79,9 +79,10 @@ class CSR(Layout):
         self.check(shape)
         rows, columns = shape[0], math.prod(shape[1:])
         pattern = {"crow": ((rows + 1,), torch.int32), "col": ((-1,), torch.int32)}
-        expect_parts(self, parts, {"values": ((-1,), None), **pattern})
+        has_numbers = expect_parts(self, parts, {"values": ((-1,), None), **pattern})
         if len(parts["values"]) != len(parts["col"]):
             lengths = f"{len(parts['values'])} and {len(parts['col'])}"
             raise ValueError(f"Expected equally long parts 'values' and 'col' of {self}, got {lengths}.")
-        expect_compressed(self, "crow", parts["crow"], "col", parts["col"], columns)
-        expect_zero(self, parts["values"][int(parts["crow"][-1]) :])
+        if has_numbers:
+            expect_compressed(self, "crow", parts["crow"], "col", parts["col"], columns)
+            expect_zero(self, parts["values"][int(parts["crow"][-1]) :])

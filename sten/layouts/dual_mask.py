@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import expect_dense, expect_parts, expect_zero
+from sten.layouts.checks import expect_dense, expect_parts, expect_zero_off
 
 
 @dataclass(frozen=True)
@@ -55,5 +55,5 @@ class DualMask(Layout):
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
         masks = dict.fromkeys(self.pattern, (shape, torch.bool))
-        expect_parts(self, parts, {"values": (shape, None), **masks})
-        expect_zero(self, parts["values"][~(parts["forward"] | parts["backward"])])
+        if expect_parts(self, parts, {"values": (shape, None), **masks}):
+            expect_zero_off(self, parts["values"], parts["forward"] | parts["backward"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import count_to_keep, expect_dense, expect_parts, expect_range, expect_score
+from sten.layouts.checks import chunks, count_to_keep, expect_dense, expect_parts, expect_range, expect_score
 from sten.layouts.topk import complete_groups, top_of_groups
 
 
@@ -70,11 +70,19 @@ class FanIn(Layout):
         values = parts.get("values")
         size = tuple(values.shape) if isinstance(values, Tensor) and values.dim() == 2 else (-1, -1)
         pattern = {"index": (size, torch.int32), "row": (size[:1], torch.int32)}
-        expect_parts(self, parts, {"values": (size, None), **pattern})
+        has_numbers = expect_parts(self, parts, {"values": (size, None), **pattern})
+        if values.shape[1] > math.prod(shape[1:]):
+            raise ValueError(
+                f"Expected at most {math.prod(shape[1:])} entries a row, the number of columns, for {self}, got "
+                f"{values.shape[1]}."
+            )
+        if not has_numbers:
+            return
         expect_range(self, "index", parts["index"], 0, math.prod(shape[1:]))
         expect_range(self, "row", parts["row"], 0, shape[0])
         for name in ("index", "row"):
-            if bool((parts[name][..., 1:] <= parts[name][..., :-1]).any()):
+            pieces = chunks(parts["index"]) if name == "index" else chunks(parts["row"], overlap=1)
+            if any(bool((piece[..., 1:] <= piece[..., :-1]).any()) for (piece,) in pieces):
                 raise ValueError(
                     f"Expected part {name!r} of {self} to ascend, each number once, got numbers in another order."
                 )

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
+    chunks,
     expect_dense,
     expect_parts,
     expect_range,
     expect_score,
     expect_whole,
-    expect_zero_padding,
+    expect_zero,
 )
 from sten.layouts.padding import cut, pad_matrix
 
@@ -247,14 +248,22 @@ class GroupedNM(Layout):
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
         slots = (*self.sizes(shape), self.width // self.g, self.g)
-        expect_parts(self, parts, {"values": ((*slots, self.n), None), "index": (slots, torch.int16)})
+        if not expect_parts(self, parts, {"values": ((*slots, self.n), None), "index": (slots, torch.int16)}):
+            return
         expect_range(self, "index", parts["index"], 0, self.width)
-        columns = parts["index"].flatten(2).sort(-1).values
-        if bool((columns != torch.arange(self.width, device=columns.device)).any()):
-            raise ValueError(
-                f"Expected part 'index' of {self} to list each of the {self.width} columns of a chunk once, got others."
-            )
-        expect_zero_padding(self, parts, shape)
+        for (columns,) in chunks(parts["index"].flatten(2).flatten(0, 1)):
+            listed = torch.zeros(columns.shape, dtype=torch.bool, device=columns.device)
+            if not bool(listed.scatter_(1, columns.long(), True).all()):
+                raise ValueError(
+                    f"Expected part 'index' of {self} to list each of the {self.width} columns of a chunk once, got "
+                    "others."
+                )
+        rows, last = shape[0] % self.m, math.prod(shape[1:]) - (slots[0] - 1) * self.width
+        if rows:
+            beyond = self.rows(parts["values"].device) >= rows
+            expect_zero(self, parts["values"][:, -1].permute(1, 3, 0, 2)[beyond])
+        if last < self.width:
+            expect_zero(self, parts["values"][-1][parts["index"][-1] >= last])
 
 
 @torch.library.custom_op(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
-from sten.layouts.checks import expect_dense, expect_parts, expect_zero
+from sten.layouts.checks import expect_dense, expect_parts, expect_zero_off
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,5 @@ class Masked(Layout):
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
-        expect_parts(self, parts, {"values": (shape, None), "mask": (shape, torch.bool)})
-        expect_zero(self, parts["values"][~parts["mask"]])
+        if expect_parts(self, parts, {"values": (shape, None), "mask": (shape, torch.bool)}):
+            expect_zero_off(self, parts["values"], parts["mask"])

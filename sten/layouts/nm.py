@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
+    chunks,
     expect_dense,
     expect_parts,
     expect_range,
     expect_score,
     expect_whole,
-    expect_zero_padding,
+    expect_zero,
 )
 from sten.layouts.padding import describe_column, reduction_back, reduction_last, reduction_width
 from sten.layouts.topk import complete_groups, top_of_groups
@@ -71,10 +73,14 @@ class NM(Layout):
 
     def positions(self, index: Tensor, groups: int) -> Tensor:
         """The packed index as int64 positions (R, G, n)."""
+        return self.compact(index, groups).long()
+
+    def compact(self, index: Tensor, groups: int) -> Tensor:
+        """The packed index as uint8 positions (R, G, n)."""
         if self.bits < 8:
             shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=index.device)
             index = (index.unsqueeze(-1) >> shift) & (2**self.bits - 1)
-        return index.flatten(1)[:, : groups * self.n].reshape(len(index), groups, self.n).long()
+        return index.flatten(1)[:, : groups * self.n].reshape(len(index), groups, self.n)
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n highest scores of every group; all columns of a last group that has no more than n."""
@@ -127,13 +133,32 @@ class NM(Layout):
         self.check(shape)
         groups, width = self.sizes(shape)
         index = ((shape[0], width), torch.uint8)
-        expect_parts(self, parts, {"values": ((shape[0], groups * self.n), None), "index": index})
-        position = self.positions(parts["index"], groups)
+        if not expect_parts(self, parts, {"values": ((shape[0], groups * self.n), None), "index": index}):
+            return
+        each = groups // math.prod(shape[2:])  # groups of the inputs of one kernel position; the last is padded
+        last = shape[1] - (each - 1) * self.m
+        whole = 8 % (self.n * self.bits) == 0  # a byte holds whole groups: what occurs is checked once
+        for values, index in chunks(parts["values"], parts["index"]):
+            if whole:
+                self._expect_positions(index[:, :-1].flatten().bincount(minlength=256).nonzero().to(torch.uint8), None)
+                self._expect_positions(index[:, -1:], groups - (index.shape[1] - 1) * 8 // (self.n * self.bits))
+            else:
+                self._expect_positions(index, groups)
+            bits = groups * self.n * self.bits % 8
+            if bits and bool((index[:, -1] >> bits).any()):
+                raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
+            if last < self.m:
+                beyond = self.positions(index, groups)[:, each - 1 :: each] >= last
+                expect_zero(self, values.reshape(len(values), groups, self.n)[:, each - 1 :: each][beyond])
+
+    def _expect_positions(self, index: Tensor, groups: int | None) -> None:
+        """Raise ValueError unless packed positions (R, bytes) ascend within their groups; None: as many as fit."""
+        if not index.numel():
+            return
+        groups = index.shape[1] * 8 // (self.n * self.bits) if groups is None else groups
+        position = self.compact(index, groups)
         expect_range(self, "index", position, 0, self.m)
         if bool((position[..., 1:] <= position[..., :-1]).any()):
             raise ValueError(
                 f"Expected ascending positions in each group of part 'index' of {self}, each once, got another order."
             )
-        if not torch.equal(self.encode(position), parts["index"]):
-            raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
-        expect_zero_padding(self, parts, shape)

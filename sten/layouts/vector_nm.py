@@ -10,12 +10,13 @@ from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
+    chunks,
     expect_dense,
     expect_parts,
     expect_range,
     expect_score,
     expect_whole,
-    expect_zero_padding,
+    expect_zero,
 )
 from sten.layouts.padding import describe_column, pad_matrix, reduction_back, reduction_last, reduction_width
 from sten.layouts.topk import complete_groups, top_of_groups, widest_float
@@ -121,13 +122,20 @@ class VectorNM(Layout):
         self.check(shape)
         groups = reduction_width(shape, self.m) // self.m
         slots, height = groups * self.n, -(-shape[0] // self.v)
-        expect_parts(self, parts, {"values": ((shape[0], slots), None), "index": ((height, slots), torch.int32)})
-        index = parts["index"].long()
-        expect_range(self, "index", index, 0, groups * self.m)
-        group = torch.arange(slots, device=index.device) // self.n
-        if bool((index // self.m != group).any()) or bool((index[:, 1:] <= index[:, :-1]).any()):
-            raise ValueError(
-                f"Expected part 'index' of {self} to ascend in a row, {self.n} columns in each group of {self.m}, got "
-                "others."
-            )
-        expect_zero_padding(self, parts, shape)
+        index = ((height, slots), torch.int32)
+        if not expect_parts(self, parts, {"values": ((shape[0], slots), None), "index": index}):
+            return
+        expect_range(self, "index", parts["index"], 0, groups * self.m)
+        inputs, v, row = shape[1] + -shape[1] % self.m, min(self.v, shape[0]), 0
+        first = torch.arange(groups, dtype=torch.int32, device=parts["index"].device).repeat_interleave(self.n) * self.m
+        for (index,) in chunks(parts["index"]):
+            offset = index - first
+            if not bool(((offset >= 0) & (offset < self.m)).all()) or bool((index[:, 1:] <= index[:, :-1]).any()):
+                raise ValueError(
+                    f"Expected part 'index' of {self} to ascend in a row, {self.n} columns in each group of {self.m}, "
+                    "got others."
+                )
+            if inputs != shape[1]:
+                for vector in index % inputs >= shape[1]:
+                    expect_zero(self, parts["values"][row : row + v, vector])
+                    row += v

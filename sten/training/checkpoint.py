@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..atomic_file import replacing
+from ..errors import FormatError
+from ..tensor import SparseTensor
+from .attribute import SUFFIX, trained_of
 from .engine import dynamic_weights
+from .pattern_weight import PatternWeight
 from .run_problems import encoded
-from .trained_weight import NO_STEP, TrainedWeight
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, moved there if the block succeeds: a killed process leaves the old file."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"Expected an existing folder for {path.name!r}, got {os.fspath(path.parent)!r}; make it first."
-        )
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
+from .trained_weight import NO_STEP, TrainedWeight, is_of_run
 
 Optimizers = Optimizer | list[Optimizer]
 
@@ -44,7 +31,7 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers, *
 
     Args:
         model: in any form.
-        path: the file; its folder must exist.
+        path: the file, with any suffix; its folder must exist.
         optimizer: the one that trains the model, or a list of several.
         more: what `torch.load(weights_only=True)` can read, such as `epoch=3`; `load_run` returns it.
 
@@ -60,10 +47,8 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers, *
     several = isinstance(optimizer, (list, tuple))
     states = [one.state_dict() for one in optimizer] if several else optimizer.state_dict()
     state = {"model": model.state_dict(), "optimizer": states, "more": more}
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -> dict[str, Any]:
@@ -74,8 +59,8 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a complete file of save_run, or another optimizer, or another number of them.
-        RuntimeError: another model or method.
+        FormatError: not a complete file of save_run, another model, method or optimizer, or another number of
+            optimizers; nothing was changed.
 
     Example:
         >>> import tempfile, torch, sten
@@ -89,28 +74,102 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a file of sten.save_run, got no file at {os.fspath(path)!r}.")
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        parts = [state[key] for key in ("model", "optimizer", "more")]
+        with open(path, "rb") as file:  # by its bytes: torch.load takes what a suffix promises
+            state = torch.load(file, weights_only=True, map_location="cpu")
+    except FormatError as error:
+        raise FormatError(f"Expected a file of sten.save_run, got {os.fspath(path)!r}: {error}") from error
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        raise ValueError(
+        raise FormatError(
             f"Expected a complete file of sten.save_run, got {os.fspath(path)!r} ({type(error).__name__})."
-        ) from None
+        ) from error
+    kinds = {"model": dict, "optimizer": (dict, list), "more": dict}
+    wrong = not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in kinds.items())
+    if wrong or not all(isinstance(name, str) for key in ("model", "more") for name in state[key]):
+        raise FormatError(f"Expected a file of sten.save_run, got {os.fspath(path)!r} with another content.")
+    entries = state["model"]
     if "sten" in state:
-        parts[0] = _from_version_1(model, parts[0], state["sten"])
-    several = isinstance(parts[1], list)
-    states, optimizers = parts[1] if several else parts[1:2], optimizer if several else [optimizer]
+        entries = _from_version_1(model, entries, state["sten"])
+    _expect_names(model, entries)
+    several = isinstance(state["optimizer"], list)
+    states, optimizers = (state["optimizer"], optimizer) if several else ([state["optimizer"]], [optimizer])
     if several != isinstance(optimizer, (list, tuple)) or len(states) != len(optimizers):
         have = f"a list of {len(optimizer)}" if isinstance(optimizer, (list, tuple)) else "one"
-        raise ValueError(
+        raise FormatError(
             f"Expected optimizer= as it was saved, {f'a list of {len(states)}' if several else 'one optimizer'}, got "
             f"{have}."
         )
-    model.load_state_dict(parts[0])
+    for one, own in zip(optimizers, states, strict=True):
+        _expect_optimizer(one, own)
+    model.load_state_dict(entries)
     for one, own in zip(optimizers, states, strict=True):
         one.load_state_dict(own)
         if "sten" in state:
             _flatten_slots(model, one)
-    return parts[2]
+    return state["more"]
+
+
+def _expect_names(model: nn.Module, entries: dict[str, Any]) -> None:
+    """Raise FormatError unless a file has the names of the model, which torch would notice after loading the others.
+
+    All entries of a sparse weight count as its name, since they may have another form.
+    """
+    sparse: dict[str, tuple[set[str], set[str]]] = {}  # name -> what may follow it, or its pattern
+    for path, module in model.named_modules():
+        for name, param in module._parameters.items():
+            trained = dict(trained_of(module)).get(name)
+            parts = set(trained.part_names) if isinstance(trained, PatternWeight) else set()
+            parts = set(param.parts) if isinstance(param, SparseTensor) else parts
+            if parts or trained is not None:
+                sparse[f"{path}.{name}" if path else name] = parts | ({"values"} if parts else set()), parts
+
+    def weights(names: Iterable[str]) -> set[str]:
+        found = set()
+        for name in names:
+            above, _, last = name.rpartition(".")
+            key = above.removesuffix(SUFFIX)
+            after, beside = sparse.get(key, (set(), set()))
+            inside = last in after if above == key else last in beside or is_of_run(last)
+            found.add(key if key in sparse and inside else name)
+        return found
+
+    want, have = weights(model.state_dict(keep_vars=True)), weights(entries)
+    if want != have:
+        missing, surplus = sorted(want - have), sorted(have - want)
+        raise FormatError(
+            f"Expected the model's names in the file, got none for {missing[:5]} and {surplus[:5]} too many."
+        )
+
+
+def _expect_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Raise FormatError unless the optimizer can load this state: a twin of it does, whose state is its own."""
+    groups = state.get("param_groups") if isinstance(state, dict) else None
+    if not isinstance(groups, list) or not isinstance(state.get("state"), dict):
+        raise FormatError("Expected the state of an optimizer in the file, got another.")
+    for group, own in zip(groups, optimizer.param_groups, strict=False):
+        missing = own.keys() - group.keys() if isinstance(group, dict) else own.keys()
+        wrong = [key for key in own if key not in missing and not _alike(group[key], own[key])]
+        if missing or wrong:
+            raise FormatError(
+                f"Expected the groups of {type(optimizer).__name__}, got another {sorted([*missing, *wrong])[0]!r}."
+            )
+    twin = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer), state={}, param_groups=[dict(group) for group in optimizer.param_groups])
+    try:
+        twin.load_state_dict(state)
+    except Exception as error:  # of any kind: each optimizer reads its state in its own way
+        raise FormatError(
+            f"Expected a state that {type(optimizer).__name__} can load, got {type(error).__name__}: {error}."
+        ) from error
+    if not all(isinstance(key, Tensor) and isinstance(slots, dict) for key, slots in twin.state.items()):
+        raise FormatError("Expected the state of the optimizer's parameters, got one of others.")
+
+
+def _alike(value: Any, own: Any) -> bool:
+    """Whether a setting of an optimizer's group can take the place of the present one."""
+    numbers = (int, float, Tensor)
+    if isinstance(own, (tuple, list)):
+        return isinstance(value, (tuple, list)) and len(value) == len(own) and all(map(_alike, value, own))
+    return type(value) is type(own) or None in (value, own) or (isinstance(value, numbers) and isinstance(own, numbers))
 
 
 def _from_version_1(model: nn.Module, state: dict[str, Tensor], runs: dict[str, Any]) -> dict[str, Tensor]:

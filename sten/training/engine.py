@@ -24,8 +24,8 @@ When a mask update is decided and when it is written:
       optimizer does not hold it any more                        not at all for it; the others go on
 
 A mask update calls `method.update` for every weight that trains, checks and computes all changes, and only then writes:
-an error does not leave a part of them. A frozen weight keeps pattern and numbers, and continues when it trains again.
-An update in place of a step sets all gradients of the optimizer to None.
+an error does not leave a part of them, and the update is due again at the next step. A frozen weight keeps pattern and
+numbers, and continues when it trains again. An update in place of a step sets all gradients of the optimizer to None.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from .optimizer_checks import expect_elementwise, expect_optimizer, expect_slots
 from .pattern_weight import PatternWeight
 from .reminders import empty_rows, forget, listed, warn_of_empty_rows
 from .trained_weight import TrainedWeight
+from .uninterrupted import uninterrupted
 from .views import Views
 from .weights import dynamic_weights, is_frozen, trained_weights
 
@@ -200,13 +201,16 @@ class Engine:
         self.step_runs = False
         self.step += 1
         self._check_slots(optimizer)
-        if not self.method.replaces_step and self.due(self.step):
-            self._update(self.step, optimizer)
-        if getattr(self.method, "zero_pruned", False):
-            for weight in self.weights:
-                if weight.param is not None:
-                    weight.zero_pruned()
-        self.prepare_next()
+        try:
+            if not self.method.replaces_step and self.due(self.step):
+                self.deferred_update_step = self.step + 1  # if it fails
+                self._update(self.step, optimizer)
+        finally:
+            if getattr(self.method, "zero_pruned", False):
+                for weight in self.weights:
+                    if weight.param is not None:
+                        weight.zero_pruned()
+            self.prepare_next()
 
     def _check_slots(self, optimizer: Optimizer) -> None:
         """After the first step, which makes the optimizer's state: raise if mask updates cannot move it."""
@@ -255,7 +259,8 @@ class Engine:
         """Decide, compute all changes, write all; False if nothing was written."""
         training = [weight for weight in self.weights if not is_frozen(weight) and holds(optimizer, weight.param)]
         obstacle = self.gradients.obstacle(training) if self.gradients.window and training else None
-        self.deferred_update_step = step + 1 if obstacle == "used twice" else None
+        if obstacle is not None:
+            self.deferred_update_step = step + 1 if obstacle == "used twice" else None
         if obstacle == "not finite":
             warnings.warn(f"sten: a gradient is not finite: the mask update of step {step} is skipped.", stacklevel=5)
         if obstacle is not None:
@@ -279,14 +284,16 @@ class Engine:
                 if rows:
                     weight.warned_of_empty_rows, empty[weight.name] = True, rows
         if not writes:
+            self.deferred_update_step = None
             return False
         averages = [(w, a, a.dense(a.param)) for w in views.moving for ref in w.averages if (a := ref()) is not None]
-        for write in writes:
-            write()
-        for weight, average, dense in averages:
-            average.follow(weight, dense)
-        self.gradients.forget_averages()
-        self.updates += 1
+        with uninterrupted():
+            for write in writes:
+                write()
+            for weight, average, dense in averages:
+                average.follow(weight, dense)
+            self.gradients.forget_averages()
+            self.updates, self.deferred_update_step = self.updates + 1, None
         warn_of_empty_rows(empty, stacklevel=5 + self.method.replaces_step)
         return True
 

@@ -171,7 +171,10 @@ class PatternWeight(TrainedWeight):
             param.data, param.grad = values.to(param.device, param.dtype, copy=True), None
         else:
             param.copy_(values)
-        pattern = {name: parts[name].to(self.param.device, copy=not assign) for name in self.part_names}
+        pattern = {name: parts[name].to(self.param.device) for name in self.part_names}
+        if not assign:  # of the same shape, the numbers are copied into the present part
+            new = (name for name in self.part_names if pattern[name].shape != self._buffers[name].shape)
+            pattern |= {name: parts[name].to(self.param.device, copy=True) for name in new}
         self.set_pattern({**pattern, "values": parts["values"]}, assign)
 
     @torch.no_grad()

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import FormatError
+
 if TYPE_CHECKING:
     from .trained_weight import TrainedWeight
 
 AVERAGES = ("momentum_first", "momentum_second")
+LARGEST_COUNT = 2**62
 
 
 def problem_of(weight: TrainedWeight, run: dict[str, Tensor], averages: dict[str, Tensor]) -> str | None:
@@ -19,6 +22,8 @@ def problem_of(weight: TrainedWeight, run: dict[str, Tensor], averages: dict[str
     if missing:
         return f"Expected the state of a run with {missing[0]!r}, got one without it"
     for name, value in {**run, **averages}.items():
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            return f"Expected a dense tensor for {name}, got {value.layout}"
         if not isinstance(value, Tensor) or (value.is_meta and not weight.run_step.is_meta):
             kind = "one on the meta device" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             return f"Expected a tensor with numbers for {name}, got {kind}"
@@ -39,8 +44,9 @@ def problem_of(weight: TrainedWeight, run: dict[str, Tensor], averages: dict[str
 
 
 def _wrong_numbers(weight: TrainedWeight, run: dict[str, Tensor]) -> str | None:
-    if int(run["run_step"]) < 0 or int(run["run_counts"].min()) < -1:
-        return "Expected counts of steps in run_step and run_counts, got negative ones"
+    counts = [int(run["run_step"]), *run["run_counts"].tolist()]
+    if counts[0] < 0 or min(counts) < -1 or max(counts) >= LARGEST_COUNT:
+        return f"Expected counts of steps in run_step and run_counts, got {counts}"
     try:
         torch.Generator().set_state(run["run_generator"].cpu())
     except RuntimeError:  # torch has no other way to ask
@@ -50,6 +56,21 @@ def _wrong_numbers(weight: TrainedWeight, run: dict[str, Tensor]) -> str | None:
     except ValueError as error:
         return str(error).removesuffix(".")
     return None
+
+
+def expect_one_run(weights: dict[str, tuple[TrainedWeight, dict[str, Tensor]]]) -> None:
+    """Raise FormatError unless the weights of each engine, by their keys, are given one run: all of them, or none."""
+    first: dict[int, tuple[str, dict[str, Tensor]]] = {}
+    for key, (weight, state) in weights.items():
+        if weight.engine is None or weight.method is None or weight.method.stateless:
+            continue
+        run = {name: state[name] for name in ("run_step", "run_counts", "run_generator") if name in state}
+        other, same = first.setdefault(id(weight.engine), (key, run))
+        if run.keys() != same.keys() or not all(torch.equal(run[name], same[name]) for name in run):
+            raise FormatError(
+                f"{key}: Expected the same steps of a run as for {other}, which has the same optimizer, got others; "
+                "take them from one state dict."
+            )
 
 
 def encoded(text: str) -> Tensor:

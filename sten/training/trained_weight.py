@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import FormatError
 from ..layouts.base import Layout
 from ..read_only import ReadOnlyTensor
 from ..sparsifiers import Edit, State, View
@@ -274,7 +275,7 @@ class TrainedWeight(nn.Module):
             if not self.run_step.is_meta:
                 self.restart()
         elif problem := problem_of(self, run, averages):
-            errors.append(f"{self.name}: {problem}.")
+            raise FormatError(f"{self.name}: {problem}.")
         else:
             self._load_run(run, averages, metadata.get("assign_to_params_buffers", False))
 
