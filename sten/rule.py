@@ -47,3 +47,43 @@ class Rule(torch.autograd.Function):
                 if isinstance(a, Tensor) and a.requires_grad:
                     return cls.record(*args)
         return cls.compute(*args, intercepted)
+
+
+# what the rules of an operand and a sparse weight save for backward
+
+
+def save_operands(ctx, inputs: tuple, output: Any) -> None:
+    """The `setup_context` of a rule whose first arguments are an operand x and a SparseTensor w.
+
+    Autograd counts writes to a tensor, not to the parts of a wrapper: the values are saved as a tensor of their own, if
+    the gradient of x needs them, so that backward raises when an optimizer has stepped in between. Of a leaf only the
+    parts are saved, since `module.to(...)` refuses to swap a Parameter that a graph holds.
+    """
+    x, w = inputs[:2]
+    if private.is_compiling() or private.transforms_active():  # they save the parts themselves
+        ctx.weight = None
+        ctx.save_for_backward(x, w)
+        return
+    leaf, values = w.is_leaf, w.parts["values"] if ctx.needs_input_grad[0] else None
+    ctx.weight = (type(w), w.sparse_layout, w.parts, w.stored_shape, w.transposed, w.cache) if leaf else ()
+    ctx.save_for_backward(x, None if leaf else w, values)
+
+
+def saved_operands(ctx) -> tuple[Tensor, Any]:
+    """(x, w) of `save_operands`; RuntimeError if the weight has changed since."""
+    if ctx.weight is None:
+        return ctx.saved_tensors
+    x, w, _ = ctx.saved_tensors
+    if w is not None:
+        return x, w
+    kind, layout, parts, shape, transposed, cache = ctx.weight
+    tensors = ctx.next_functions  # of the tensors among the arguments: x, w, ...
+    if tensors[1][0] is None:
+        return x, kind(layout, parts, shape, transposed, cache=cache)
+    w = tensors[1][0].variable
+    if w.parts is not parts:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+            f"{layout} weight has another pattern than in the forward pass; call backward() before changing it."
+        )
+    return x, w

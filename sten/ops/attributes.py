@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tensor import SparseTensor, aten, function, project_now, unpack
-from .padding import dense_to_values
+from .padding import dense_to_values, was_written
 
 A = torch.ops.aten
 
@@ -55,6 +55,7 @@ def copy_(func, target, source, non_blocking=False):
     else:
         values = dense_to_values(target, unpack(source) if isinstance(source, SparseTensor) else source, "copy_")
     target.parts["values"].copy_(values, non_blocking)
+    was_written(target)
     return target
 
 

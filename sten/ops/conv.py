@@ -14,7 +14,8 @@ from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weig
 
 from .._torch_private import autocast_somewhere
 from ..dispatch import operator, planned
-from ..tensor import Rule, SparseTensor, function
+from ..rule import Rule, save_operands, saved_operands
+from ..tensor import SparseTensor, function
 from .linear import autocast, bias_row
 from .padding import gradient
 from .traceable import traceable
@@ -80,13 +81,13 @@ class Conv(Rule):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w, bias, *ctx.geometry = inputs
-        ctx.save_for_backward(x, w)
+        _, _, bias, *ctx.geometry = inputs
+        save_operands(ctx, inputs, output)
         ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx, grad):
-        x, w = ctx.saved_tensors
+        x, w = saved_operands(ctx)
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         return (
             ConvGradInput.call(grad, w, x.shape, *ctx.geometry) if needs_x else None,
@@ -112,12 +113,12 @@ class ConvGradInput(Rule):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, w, _, *ctx.geometry = inputs
-        ctx.save_for_backward(grad, w)
+        _, _, _, *ctx.geometry = inputs
+        save_operands(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad_input):
-        grad, w = ctx.saved_tensors
+        grad, w = saved_operands(ctx)
         return (
             Conv.call(grad_input, w, None, *ctx.geometry) if ctx.needs_input_grad[0] else None,
             ConvGradWeight.call(grad, grad_input, w, *ctx.geometry) if ctx.needs_input_grad[1] else None,

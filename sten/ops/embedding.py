@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._torch_private import is_compiling, transforms_active
 from ..dispatch import operator, planned, rows, warn_densified
-from ..tensor import Rule, SparseTensor, function, traced
+from ..rule import Rule, save_operands, saved_operands
+from ..tensor import SparseTensor, function, traced
 from .padding import gradient
 from .traceable import traceable
 
@@ -50,12 +51,12 @@ class Embedding(Rule):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        index, w, ctx.padding = inputs
-        ctx.save_for_backward(index, w)
+        _, _, ctx.padding = inputs
+        save_operands(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, EmbeddingGrad.call(grad, *ctx.saved_tensors, ctx.padding), None
+        return None, EmbeddingGrad.call(grad, *saved_operands(ctx), ctx.padding), None
 
     @staticmethod
     def vmap(info, in_dims, index, w, padding):

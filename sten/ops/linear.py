@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .._torch_private import autocast_somewhere, is_intercepted, must_apply
 from ..dispatch import find, operator, planned, run_both, warn_densified
-from ..tensor import Rule, SparseTensor, aten, function
+from ..rule import Rule, save_operands, saved_operands
+from ..tensor import SparseTensor, aten, function
 from .others import on_dense_copies
 from .padding import gradient
 from .traceable import traceable
@@ -131,10 +132,6 @@ def _sum_rows(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
-def _save_operands(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
 @traceable("sparse_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 class Linear(Rule):
     """y = x @ w.T + bias."""
@@ -142,11 +139,11 @@ class Linear(Rule):
     weight_position = 1
     compute = staticmethod(compute_linear)
 
-    setup_context = staticmethod(_save_operands)
+    setup_context = staticmethod(save_operands)
 
     @staticmethod
     def backward(ctx, grad):
-        x, w = ctx.saved_tensors
+        x, w = saved_operands(ctx)
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
         return (
             Matmul.call(grad, w, None) if needs_x else None,
@@ -166,11 +163,11 @@ class Matmul(Rule):
     weight_position = 1
     compute = staticmethod(compute_matmul)
 
-    setup_context = staticmethod(_save_operands)
+    setup_context = staticmethod(save_operands)
 
     @staticmethod
     def backward(ctx, grad):
-        x, w = ctx.saved_tensors
+        x, w = saved_operands(ctx)
         needs_x, needs_w, needs_bias = ctx.needs_input_grad
         return (
             Linear.call(grad, w, None) if needs_x else None,
@@ -190,7 +187,9 @@ class GradWeight(Rule):
     weight_position = 2
     compute = staticmethod(compute_grad_weight)
 
-    setup_context = staticmethod(_save_operands)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad_values):

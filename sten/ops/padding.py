@@ -47,6 +47,13 @@ def zero_padding_(w: SparseTensor) -> None:
         w.parts["values"].masked_fill_(~used, 0)
 
 
+def was_written(w: SparseTensor) -> None:
+    """Tell autograd that the values were written: below it, where rules run, nothing counts the versions of parts."""
+    values = w.parts["values"]
+    if not traced(values) and not values.is_inference():
+        torch.autograd.graph.increment_version(values)
+
+
 def dense_to_values(w: SparseTensor, dense: Tensor, name: str) -> Tensor:
     """The values of a dense operand that an in-place operator writes; ValueError if it has non-zeros off the pattern.
 

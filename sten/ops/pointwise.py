@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch_private import tree_map
 from ..tensor import SparseTensor, aten, project_now, unpack
-from .padding import dense_to_values, zero_padding, zero_padding_
+from .padding import dense_to_values, was_written, zero_padding, zero_padding_
 
 A = torch.ops.aten
 
@@ -127,6 +127,7 @@ def in_place(func, w, *args, **kwargs):
     func(w.parts["values"], *[a if is_scalar(a) else _operand(func, w, a, gather) for a in args], **kwargs)
     if func not in ZERO_SAFE:
         zero_padding_(w)
+    was_written(w)
     return w
 
 
@@ -153,6 +154,7 @@ def masked_fill_(func, w, mask, value):
         mask = gathered(mask, w).parts["values"] if gather else dense_to_values(w, mask, "masked_fill_")
     w.parts["values"].masked_fill_(mask, value)
     zero_padding_(w)
+    was_written(w)
     return w
 
 

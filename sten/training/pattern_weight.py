@@ -85,11 +85,10 @@ class PatternWeight(TrainedWeight):
         """The weight as a SparseTensor, differentiable."""
         context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
-            w = _traced(param, *context, *self._parts())
+            w = _traced(param, *context, None, *self._parts())
             return w if self.probe is None or not param.requires_grad else w.to_dense() + self.probe
         if param.requires_grad and torch.is_grad_enabled():
-            w = Assemble.run(param, *context, *self._parts())
-            w.cache = self.cache
+            w = Assemble.run(param, *context, self.cache, *self._parts())
         else:
             w = SparseTensor(self.layout, self.parts(param), self.shape, self.transposed, cache=self.cache)
         w.trained = self
@@ -111,9 +110,13 @@ class PatternWeight(TrainedWeight):
     # changes of the pattern
 
     def set_pattern(self, parts: Parts, assign: bool = False) -> None:
-        """Replace the pattern, by its numbers or (`assign`) its tensors, and invalidate what was derived from it."""
+        """Replace the pattern, by its numbers or (`assign`) its tensors, and invalidate what was derived from it.
+
+        Where a part changes its size, all are replaced: a graph that still exists then has the old pattern as a whole.
+        """
+        resized = any(self._buffers[name].shape != parts[name].shape for name in self.part_names)
         for name in self.part_names:
-            self._buffers[name] = parts[name] if assign else fill(self._buffers[name], parts[name])
+            self._buffers[name] = parts[name] if assign or resized else fill(self._buffers[name], parts[name])
         self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
         self.cache.invalidate(*self.pattern.values())
 
@@ -203,22 +206,22 @@ def _replace_in_run(weight: PatternWeight, param: nn.Parameter, optimizers: tupl
 
 
 def _parts_of(param: Tensor, tail: tuple[int, ...], names: tuple[str, ...], pattern) -> Parts:
-    parts = {"values": param if len(tail) == 1 else param.view(len(param), *tail)}
-    parts.update(zip(names, pattern, strict=True))
-    return parts
+    """The parts, the values as a view: `module.to(...)` gives the Parameter other numbers while a graph needs these."""
+    return {"values": param.detach().view(len(param), *tail), **dict(zip(names, pattern, strict=True))}
 
 
 class Assemble(Rule):
     """The SparseTensor of Parameter and pattern; backward, the values of its gradient, which has the same pattern."""
 
     @staticmethod
-    def forward(param, layout, shape, transposed, tail, names, *pattern):
-        return SparseTensor(layout, _parts_of(param, tail, names, pattern), shape, transposed)
+    def forward(param, layout, shape, transposed, tail, names, cache, *pattern):
+        return SparseTensor(layout, _parts_of(param, tail, names, pattern), shape, transposed, cache=cache)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        param, layout, shape, transposed, tail, names, *pattern = inputs
+        param, layout, shape, transposed, tail, names, cache, *pattern = inputs
         ctx.like, ctx.param_shape = (layout, _parts_of(param, tail, names, pattern), shape, transposed), param.shape
+        ctx.cache, ctx.generation = cache, None if cache is None else cache.generation
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -229,11 +232,16 @@ class Assemble(Rule):
     @staticmethod
     def backward(ctx, grad):
         layout, parts, shape, transposed = ctx.like
+        if ctx.cache is not None and ctx.cache.generation != ctx.generation:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"mask update has moved the pattern of a {layout} weight; call backward() before the optimizer's step."
+            )
         if type(grad) is not SparseTensor:
             like = {name: part.detach() for name, part in parts.items()}
             grad = project(grad, SparseTensor(layout, like, shape, transposed))
         values = Values.run(grad) if torch.is_grad_enabled() else grad.parts["values"]
-        return (values.view(ctx.param_shape), *(None,) * (4 + len(parts)))
+        return (values.view(ctx.param_shape), *(None,) * (5 + len(parts)))
 
 
 class Values(Rule):
