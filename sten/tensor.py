@@ -68,6 +68,7 @@ class SparseTensor(torch.Tensor):
     """
 
     trained = None  # of a weight in trainable form, assembled from a trained Parameter: its TrainedWeight
+    instead: str | None = None  # of a weight that is computed from another: what works in place of writing to it
 
     @staticmethod
     def __new__(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..tensor import SparseTensor, aten, function, project_now, unpack
-from .padding import dense_to_values, was_written
+from .padding import dense_to_values, to_be_written
 
 A = torch.ops.aten
 
@@ -54,8 +54,8 @@ def copy_(func, target, source, non_blocking=False):
         values = source.parts["values"]
     else:
         values = dense_to_values(target, unpack(source) if isinstance(source, SparseTensor) else source, "copy_")
+    to_be_written(target)
     target.parts["values"].copy_(values, non_blocking)
-    was_written(target)
     return target
 
 
@@ -65,6 +65,9 @@ def set_data(w: SparseTensor, new: Tensor) -> None:
 
     (For `dense.data = sparse` torch does not call `__torch_function__`.)
     """
+    if w.trained is not None:
+        w.trained.assign(w.trained.param, new)
+        return
     mine, other = ((tuple(t.shape), t.dtype, t.device, getattr(t, "transposed", w.transposed)) for t in (w, new))
     if mine != other:
         raise TypeError(
@@ -72,10 +75,7 @@ def set_data(w: SparseTensor, new: Tensor) -> None:
             "module, or call .to() on it."
         )
     with torch.no_grad():
-        if w.trained is not None:
-            w.trained.assign(w.trained.param, new)
-        else:
-            adopt(w, new if isinstance(new, SparseTensor) else w.with_values(dense_to_values(w, new, ".data =")))
+        adopt(w, new if isinstance(new, SparseTensor) else w.with_values(dense_to_values(w, new, ".data =")))
 
 
 @function(Tensor.grad.__get__)
@@ -85,8 +85,7 @@ def get_grad(w: Tensor) -> Tensor | None:
     The gradient of a weight in trainable form is that of its trained Parameter.
     """
     if isinstance(w, SparseTensor) and w.trained is not None:
-        grad = w.trained.param.grad
-        return None if grad is None else w.detach().with_values(grad.view(w.parts["values"].shape))
+        return w.trained.grad
     grad = w.grad
     if grad is not None and isinstance(w, SparseTensor) and not isinstance(grad, SparseTensor):
         with torch.no_grad():
@@ -100,13 +99,10 @@ def get_grad(w: Tensor) -> Tensor | None:
 @function(Tensor.grad.__set__)
 def set_grad(w: Tensor, grad: Tensor | None) -> None:
     """`w.grad = g`; for a weight in trainable form, of its trained Parameter."""
-    if not isinstance(w, SparseTensor) or w.trained is None:
+    if isinstance(w, SparseTensor) and w.trained is not None:
+        w.trained.grad = grad
+    else:
         w.grad = grad
-        return
-    param = w.trained.param
-    if grad is not None:
-        grad = (grad if isinstance(grad, SparseTensor) else project_now(grad, w)).parts["values"].reshape(param.shape)
-    param.grad = grad
 
 
 @function(Tensor.requires_grad_)
@@ -122,16 +118,18 @@ def set_requires_grad(w: SparseTensor, requires_grad: bool) -> None:
     requires_grad_(w, requires_grad)
 
 
-@function(Tensor.register_hook)
-def register_hook(w: SparseTensor, hook):
-    """Raises for a weight in trainable form, which is assembled at each use, so that the hook would be lost."""
-    if w.trained is not None:
-        name = w.trained.owners[0][1]
-        raise RuntimeError(
-            "Expected a tensor that outlives the call for a hook, got a weight that is assembled at each use; register "
-            f'it on the trained Parameter, module._parameters["{name}"].'
-        )
-    return w.register_hook(hook)
+def _hook(register):
+    def rule(w: SparseTensor, hook):
+        """Raises for a weight in trainable form, which is assembled at each use, so that the hook would be lost."""
+        if w.trained is not None:
+            w.trained.refuse_hook()
+        return register(w, hook)
+
+    return rule
+
+
+for _register in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
+    function(_register)(_hook(_register))
 
 
 # storage, which a SparseTensor does not have

@@ -47,8 +47,15 @@ def zero_padding_(w: SparseTensor) -> None:
         w.parts["values"].masked_fill_(~used, 0)
 
 
-def was_written(w: SparseTensor) -> None:
-    """Tell autograd that the values were written: below it, where rules run, nothing counts the versions of parts."""
+def to_be_written(w: SparseTensor) -> None:
+    """Called before an operator writes the values in place; RuntimeError if the write would be lost, or as of a leaf.
+
+    It tells autograd of the write: below autograd, where rules run, torch counts no versions of parts.
+    """
+    if w.instead is not None:
+        raise RuntimeError(f"Expected a tensor that can be written, got {w.instead}.")
+    if w.trained is not None and w.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     values = w.parts["values"]
     if not traced(values) and not values.is_inference():
         torch.autograd.graph.increment_version(values)

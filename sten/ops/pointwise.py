@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch_private import tree_map
 from ..tensor import SparseTensor, aten, project_now, unpack
-from .padding import dense_to_values, was_written, zero_padding, zero_padding_
+from .padding import dense_to_values, to_be_written, zero_padding, zero_padding_
 
 A = torch.ops.aten
 
@@ -124,10 +124,10 @@ def in_place(func, w, *args, **kwargs):
     if not isinstance(w, SparseTensor):
         return dense_result(func, w, *args, **kwargs)
     gather = func in GATHERS or (func in PRODUCTS and _has_pattern(w, args[0]))
+    to_be_written(w)
     func(w.parts["values"], *[a if is_scalar(a) else _operand(func, w, a, gather) for a in args], **kwargs)
     if func not in ZERO_SAFE:
         zero_padding_(w)
-    was_written(w)
     return w
 
 
@@ -152,9 +152,9 @@ def masked_fill_(func, w, mask, value):
     if not is_scalar(mask):
         gather = value == 0 or isinstance(mask, SparseTensor)
         mask = gathered(mask, w).parts["values"] if gather else dense_to_values(w, mask, "masked_fill_")
+    to_be_written(w)
     w.parts["values"].masked_fill_(mask, value)
     zero_padding_(w)
-    was_written(w)
     return w
 
 

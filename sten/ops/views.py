@@ -27,6 +27,7 @@ def alias(func, args: tuple, transposed: bool) -> SparseTensor:
     with torch.inference_mode(w.is_inference()) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
         parts = {**w.parts, "values": w.parts["values"].detach()}
         view = SparseTensor(w.sparse_layout, parts, w.stored_shape, transposed, cache=w.cache)
+    view.instead = w.instead
     return correct_aliasing(func, args, {}, view)
 
 

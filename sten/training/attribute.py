@@ -25,7 +25,9 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         key = name + SUFFIX
 
         def read(self) -> Tensor:
-            param = self._parameters[name]
+            param = self._parameters.get(name)
+            if param is None:
+                raise _not_removed(name)
             # FSDP2 looks its shard up by name, outside of a forward pass
             if type(param) is not nn.Parameter and hasattr(param, "placements"):
                 return param
@@ -42,8 +44,18 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         else:
             cls.__setattr__(self, name, value)
 
+    def delete_attribute(self, name: str) -> None:
+        if name in names:
+            raise _not_removed(name)
+        cls.__delattr__(self, name)
+
     def register_parameter(self, name: str, param) -> None:
-        _assign(self, name, param) if name in names else cls.register_parameter(self, name, param)
+        if name in names:
+            _assign(self, name, param)
+        elif name.endswith(("_orig", "_g")) and name.rpartition("_")[0] in names:
+            raise _not_removed(name.rpartition("_")[0])  # torch.nn.utils.prune, and weight_norm
+        else:
+            cls.register_parameter(self, name, param)
 
     def reduce(self, protocol):
         return _rebuild, (cls, names), self.__getstate__()
@@ -54,7 +66,7 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
             self._modules[name + SUFFIX].add_owner(self, name)
 
     body = {name: attribute(name) for name in names}
-    body |= {"__setattr__": set_attribute, "register_parameter": register_parameter}
+    body |= {"__setattr__": set_attribute, "__delattr__": delete_attribute, "register_parameter": register_parameter}
     body |= {"__reduce_ex__": reduce, "__setstate__": set_state, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), {**body, "plain_class": cls, "sparse_names": names})
 
@@ -68,6 +80,16 @@ def _assign(module: nn.Module, name: str, value: Tensor | None) -> None:
         raise TypeError(f"Expected a tensor for {name}, got None; call sten.densify before removing a weight.")
     else:
         module._modules[name + SUFFIX].assign(current, value)
+        if isinstance(value, nn.Parameter):
+            module._parameters[name].requires_grad_(value.requires_grad)
+
+
+def _not_removed(name: str) -> RuntimeError:
+    """For parametrizations, weight_norm, spectral_norm and torch.nn.utils.prune, which all replace the Parameter."""
+    return RuntimeError(
+        f"Expected {name}, which sten trains, to stay the module's Parameter, got a request to remove or reparametrize "
+        "it; call sten.densify (or sten.finalize) on the module first."
+    )
 
 
 def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

@@ -20,6 +20,7 @@ from ..sparsifiers.allocation import Allocation
 from ..sparsifiers.edits import expect_edit
 from ..tensor import SparseTensor, from_dense
 from .distributed import shard_like, whole
+from .effective import effective
 from .trained_weight import TrainedWeight, optimizer_slots
 
 
@@ -75,11 +76,11 @@ class DenseWeight(TrainedWeight):
     def forward(self, param: Tensor) -> Tensor:
         w = param.t() if self.transposed else param
         view = self._view_of(w.detach())
-        effective = self.method.apply(w, view)
+        w = self.method.apply(w, view)
         # A compiled graph would have to return the masks; there the hook of the step computes them once more.
         if self.adds_to_gradient and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.forward_cache = weakref.ref(param), param._version, view.memo
-        return effective.t() if self.transposed else effective
+        return effective(w.t() if self.transposed else w, self)
 
     def _view_of(self, dense: Tensor) -> View:
         step = 0 if self.method.stateless else self.run_step
@@ -104,13 +105,20 @@ class DenseWeight(TrainedWeight):
         w = w.t() if self.transposed else w
         return w.requires_grad_(param.requires_grad)
 
-    @torch.no_grad()
-    def assign(self, param: Tensor, value: Tensor) -> None:
-        dense = value.detach().to_dense() if isinstance(value, SparseTensor) else value.detach()
+    def copy_from(self, param: Tensor, value: Tensor) -> None:
+        dense = value.to_dense()
         if param.is_meta:  # load_state_dict(assign=True)
             self.replace_param(nn.Parameter(dense, param.requires_grad))
         else:
             param.copy_(dense)
+
+    @property
+    def grad(self) -> Tensor | None:
+        return self.param.grad
+
+    @grad.setter
+    def grad(self, grad: Tensor | None) -> None:
+        self.param.grad = None if grad is None else grad.to_dense()
 
     def zero_pruned(self) -> None:
         """Zero the entries off the mask, which momentum and weight decay change."""

@@ -18,7 +18,7 @@ from ..layouts.base import Parts
 from ..pattern_cache import PatternCache
 from ..rule import Rule
 from ..sparsifiers import Edit
-from ..tensor import SparseTensor, project
+from ..tensor import SparseTensor, project, project_now
 from .distributed import shard_like, sharded, whole
 from .trained_weight import TrainedWeight, fill, optimizer_slots, replace_in_optimizer
 
@@ -103,9 +103,19 @@ class PatternWeight(TrainedWeight):
         parts = {name: part.detach() for name, part in self.parts(whole(param.detach())).items()}
         return SparseTensor(self.layout, parts, self.shape, self.transposed, param.requires_grad, cache=self.cache)
 
-    @torch.no_grad()
-    def assign(self, param: Tensor, value: Tensor) -> None:
-        self.tensor(param).detach().copy_(value.detach())
+    def copy_from(self, param: Tensor, value: Tensor) -> None:
+        self.tensor(param).detach().copy_(value)
+
+    @property
+    def grad(self) -> SparseTensor | None:
+        grad = self.param.grad
+        return None if grad is None else self.tensor(grad)
+
+    @grad.setter
+    def grad(self, grad: Tensor | None) -> None:
+        if grad is not None:
+            grad = as_matrix(project_now(grad, self.tensor()).parts["values"])
+        self.param.grad = grad
 
     # changes of the pattern
 

@@ -108,6 +108,11 @@ class TrainedWeight(nn.Module):
         return None
 
     @property
+    def attribute(self) -> str:
+        """The name of the weight in its module."""
+        return self.owners[0][1]
+
+    @property
     def size(self) -> int:
         """How many entries the dense weight has."""
         return math.prod(self.shape)
@@ -136,8 +141,17 @@ class TrainedWeight(nn.Module):
         """What `sten.finalize` would store now."""
 
     @abstractmethod
-    def assign(self, param: Tensor, value: Tensor) -> None:
-        """Carry out `module.weight = value`: copy the numbers into the Parameter, or raise ValueError."""
+    def copy_from(self, param: Tensor, value: Tensor) -> None:
+        """Copy the numbers of a dense or sparse tensor into the Parameter; ValueError if they do not fit."""
+
+    @property
+    @abstractmethod
+    def grad(self) -> Tensor | None:
+        """The gradient as that of `module.weight`."""
+
+    @grad.setter
+    @abstractmethod
+    def grad(self, grad: Tensor | None) -> None: ...
 
     @abstractmethod
     def change(self, edit: Edit, *optimizers: Optimizer) -> Any:
@@ -145,6 +159,27 @@ class TrainedWeight(nn.Module):
 
         Pattern parts are shared, so reading after writing would mix two patterns.
         """
+
+    # what users do to `module.weight`, which is made at each use
+
+    @torch.no_grad()
+    def assign(self, param: Tensor, value: Tensor) -> None:
+        """Carry out `module.weight = value`: copy the numbers into the Parameter, or raise."""
+        shape = self.shape[::-1] if self.transposed else self.shape
+        want, got = (shape, param.dtype), (tuple(value.shape), value.dtype)
+        if want != got:
+            raise ValueError(
+                f"Expected a tensor of shape {shape} and {param.dtype} for {self.attribute}, which sten trains, got "
+                f"{got[0]} and {got[1]}; call sten.densify before replacing it by another."
+            )
+        self.copy_from(param, value.detach())
+
+    def refuse_hook(self) -> None:
+        """Raise RuntimeError: a hook would be lost."""
+        raise RuntimeError(
+            "Expected a tensor that outlives the call for a hook, got a weight that is assembled at each use; register "
+            f'it on the trained Parameter, module._parameters["{self.attribute}"].'
+        )
 
     # the run
 
