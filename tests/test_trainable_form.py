@@ -90,7 +90,7 @@ def test_an_assignment_off_the_pattern_is_refused_and_changes_nothing():
         model[0].weight = nn.Parameter(torch.ones(20, 12))
     with pytest.raises(TypeError, match="Expected a tensor for weight, got None"):
         model[0].weight = None
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match=r"Expected a tensor of shape \(20, 12\)"):
         model[0].weight = nn.Parameter(torch.ones(3, 5))
     assert torch.equal(model[0].weight.to_dense(), before)
 

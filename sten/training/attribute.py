@@ -41,6 +41,11 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
     def set_attribute(self, name: str, value) -> None:
         if name in names and (value is None or isinstance(value, Tensor)):
             _assign(self, name, value)
+        elif name == "qconfig":  # torch.ao.quantization sets it on every module, and then skips subclasses of Linear
+            raise RuntimeError(
+                f"Expected a model without weights in training for torch.ao.quantization, got {cls.__name__} with "
+                f"{names[0]}; call sten.finalize or sten.densify first."
+            )
         else:
             cls.__setattr__(self, name, value)
 

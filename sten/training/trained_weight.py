@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layouts.base import Layout
+from ..read_only import ReadOnlyTensor
 from ..sparsifiers import Edit, State, View
 from ..tensor import SparseTensor
 from .run_problems import encoded, problem_of
@@ -165,6 +166,11 @@ class TrainedWeight(nn.Module):
     @torch.no_grad()
     def assign(self, param: Tensor, value: Tensor) -> None:
         """Carry out `module.weight = value`: copy the numbers into the Parameter, or raise."""
+        if type(value) not in (Tensor, nn.Parameter) and not isinstance(value, (SparseTensor, ReadOnlyTensor)):
+            raise TypeError(
+                f"Expected a plain or a sparse tensor for {self.attribute}, which sten trains, got a "
+                f"{type(value).__name__}; call sten.finalize or sten.densify before replacing it by another kind."
+            )
         shape = self.shape[::-1] if self.transposed else self.shape
         want, got = (shape, param.dtype), (tuple(value.shape), value.dtype)
         if want != got:
