@@ -1,16 +1,17 @@
 """The warnings of empty rows and of a forgotten `sten.attach`, and the cases without a warning."""
 
 import copy
+import io
+import pickle
 import warnings
 
 import pytest
 import torch
 from torch import nn
-from training_models import OPTIMIZERS, loss_of, mlp, sparse, train
+from training_models import OPTIMIZERS, dense_weights, engine_of, loss_of, mlp, sparse, train
 
 import sten
 from sten.layouts import BSR, CSR, NM, FanIn, Masked, VectorNM
-from sten.training.engine import dynamic_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,7 +106,6 @@ def test_an_unattached_method_warns_once(case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, 2)
-    assert not any(weight.reminder for weight in dynamic_weights(model))
 
 
 QUIET = [
@@ -141,7 +141,110 @@ def test_no_warning_after_finalize_or_attach():
     model = sten.sparsify(mlp(), CSR(), sten.SET(24, every=4), 0.5)
     train(sten.finalize(model), OPTIMIZERS["sgd"](model.parameters()), 1)
     model = sten.sparsify(mlp(), CSR(), sten.SET(24, every=4), 0.5)
-    assert all(weight.reminder for weight in dynamic_weights(model))
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     sten.attach(model, optimizer)
-    assert not any(weight.reminder for weight in dynamic_weights(model))
+    train(model, optimizer, 2)
+
+
+# a method whose engine was lost
+
+
+LOST = [
+    (sten.SET(24, every=3), CSR()), (sten.RigL(24, every=3), BSR((4, 4))), (sten.SparseMomentum(24, every=3), CSR()),
+    (sten.Gradual(2, 14, 3), CSR()), (sten.SRSTE(), NM(2, 4)),
+]  # fmt: skip
+every_lost = pytest.mark.parametrize("case", LOST, ids=lambda c: type(c[0]).__name__)
+
+
+def both_copied(model, optimizer):
+    return copy.deepcopy((model, optimizer))
+
+
+def both_pickled(model, optimizer):
+    return pickle.loads(pickle.dumps((model, optimizer)))
+
+
+def model_copied(model, optimizer):
+    other = copy.deepcopy(model)
+    return other, OPTIMIZERS["adamw"](other.parameters())
+
+
+def new_optimizer(model, optimizer):
+    other = OPTIMIZERS["adamw"](model.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    return model, other
+
+
+def in_a_file(model, optimizer):
+    file = io.BytesIO()
+    torch.save((model, optimizer), file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every_lost
+@pytest.mark.parametrize("lose", [both_copied, both_pickled, model_copied, new_optimizer, in_a_file])
+def test_a_lost_engine_warns_once_and_attach_goes_on(case, lose):
+    method, layout = case
+    straight, first, _ = sparse(method, layout, 0.5, "adamw")
+    train(straight, first, 4)
+    before = dense_weights(straight)
+    model, optimizer = lose(straight, first)
+    loss_of(model, 4).backward()
+    text = rf"{type(method).__name__} does not act on 0\.weight, 2\.weight: call sten\.attach\(model, optimizer\)"
+    with pytest.warns(UserWarning, match=text) as caught:
+        optimizer.step()
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 2, first=5)
+        if model is not straight:
+            assert all(map(torch.equal, before, dense_weights(straight)))
+            train(straight, first, 1, first=4)
+
+
+@every_lost
+@pytest.mark.parametrize("lose", [both_copied, both_pickled, new_optimizer, in_a_file])
+@pytest.mark.usefixtures("quiet")
+def test_attach_continues_a_run_elsewhere(case, lose):
+    """A copy, or the same model under a new optimizer with the old one's state, trains as if nothing had happened."""
+    method, layout = case
+    straight, first, _ = sparse(method, layout, 0.5, "adamw")
+    train(straight, first, 4)
+    other, old, _ = sparse(method, layout, 0.5, "adamw")
+    train(other, old, 4)
+    model, optimizer = lose(other, old)
+    sten.attach(model, optimizer)
+    train(straight, first, 8, first=4)
+    train(model, optimizer, 8, first=4)
+    assert engine_of(model).step == 12 and engine_of(model).updates == engine_of(straight).updates
+    if not isinstance(method, sten.SparseMomentum) or lose is new_optimizer:  # copies have no running averages
+        for a, b in zip(dense_weights(straight), dense_weights(model), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_wrapper_of_the_optimizer_does_not_warn():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            super().__init__(optimizer.param_groups, {})
+            self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
+    model = mlp()
+    optimizer = Wrapper(OPTIMIZERS["sgd"](model.parameters()))
+    sten.sparsify(model, CSR(), sten.SET(24, every=3), 0.5, optimizer=optimizer)
+    train(model, optimizer, 7)
+    assert engine_of(model).updates == 2
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_copy_that_no_optimizer_steps_does_not_warn():
+    model, optimizer, _ = sparse(sten.RigL(24, every=3), CSR())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    train(model, optimizer, 2)
+    other = mlp()
+    train(other, OPTIMIZERS["sgd"](other.parameters()), 1)
+    del average

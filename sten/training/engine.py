@@ -45,7 +45,7 @@ from ..sparsifiers.edits import check_edit, check_mask
 from .dense_gradients import DenseGradients
 from .dense_weight import DenseWeight
 from .distributed import agreed, ranks, sharded
-from .optimizer_checks import expect_elementwise, expect_optimizer, expect_slots, holds
+from .optimizer_checks import expect_elementwise, expect_optimizer, expect_slots, holds, inner_of
 from .pattern_weight import PatternWeight
 from .reminders import empty_rows, forget, listed, warn_of_empty_rows
 from .trained_weight import TrainedWeight
@@ -65,6 +65,7 @@ class Engine:
         deferred_update_step: the step of a mask update that could not happen when it was due; None: none is deferred.
         step_runs: whether the optimizer step in progress changes parameters (GradScaler skips some).
         weights: the TrainedWeights.
+        optimizer: a weak reference to the optimizer whose steps call the engine.
         others: weak references to further optimizers that hold the weights (wrappers): their slots move, too.
         counted: the weight at which backward passes are counted.
     """
@@ -78,7 +79,7 @@ class Engine:
         others: list[Optimizer] = (),
     ) -> None:
         expect(method, weights, optimizer)
-        self.others = [weakref.ref(other) for other in others]
+        self.optimizer, self.others = weakref.ref(optimizer), [weakref.ref(other) for other in others]
         self.method, self.weights, self.allocation = method, weights, allocation
         self.generator = torch.Generator().manual_seed(method.seed + 1)
         self.step = self.updates = self.backward_passes = 0
@@ -93,7 +94,6 @@ class Engine:
             optimizer.register_step_post_hook(self._after),
         ]
         for weight in weights:
-            forget(weight)
             weight.engine = self
             can_warn = weight.layout.rows_may_be_empty
             weight.warned_of_empty_rows = can_warn and empty_rows(weight.active(), weight.layout) is not None
@@ -116,10 +116,15 @@ class Engine:
             self.pass_counter.remove()
             self.counted = None
 
+    def acts_in(self, optimizer: Optimizer) -> bool:
+        """Whether a step of this optimizer, or of one that it wraps, calls the engine."""
+        return optimizer is self.optimizer() or ((inner := inner_of(optimizer)) is not None and self.acts_in(inner))
+
     def close(self, weights: list[TrainedWeight]) -> None:
         """Release these weights; with the last one the optimizer's hooks are removed."""
         for weight in weights:
             weight.write_run()
+            weight.loaded_averages = self.gradients.averages_of(weight)
             weight.engine = None
         self.weights = [weight for weight in self.weights if weight.engine is self]
         self.gradients.drop(weights)
@@ -325,10 +330,10 @@ def expect(method: Sparsifier, weights: list[TrainedWeight], optimizer: Optimize
     expect_optimizer(method, optimizer)
     expect_elementwise(optimizer)
     for weight in weights:
-        if weight.engine is not None:
+        if weight.engine is not None and weight.engine.acts_in(optimizer):
             raise ValueError(
-                f"Expected a weight without an optimizer, got {weight.name}, which is attached to one already: call "
-                "sten.finalize on the model first."
+                f"Expected a weight that is not attached yet, got {weight.name}, which is attached to this optimizer; "
+                "call sten.attach once, or with another optimizer to move it there."
             )
         if sharded(weight.param) and isinstance(weight, PatternWeight):
             raise TypeError(
@@ -345,7 +350,8 @@ def engines_of(model: nn.Module) -> list[Engine]:
 def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
     """Make an engine for each method and optimizer of the model's unattached weights; all or nothing.
 
-    Of several optimizers that hold a weight (a wrapper and what it wraps) the first one calls the engine.
+    Weights that are attached to another optimizer move, and their runs go on, if no weight is unattached. Of several
+    optimizers that hold a weight (a wrapper and what it wraps) the first one calls the engine.
     """
     groups: dict[tuple[tuple[int, ...], Sparsifier], list[TrainedWeight]] = {}
     weights = dynamic_weights(model)
@@ -362,6 +368,8 @@ def start(model: nn.Module, optimizers: list[Optimizer]) -> None:
         expect(method, members, optimizers[having[0]])
     for (having, method), members in groups.items():
         first, *others = (optimizers[i] for i in having)
+        for old in {weight.engine for weight in members} - {None}:
+            old.close([weight for weight in members if weight.engine is old])
         Engine(method, members, first, members[0].allocation, others)
 
 

@@ -1,9 +1,10 @@
 """What sten says by itself: rows that a mask leaves empty, a forgotten `sten.attach`, an unsuitable optimizer.
 
-After `sten.sparsify` without `optimizer=` a dynamic method does nothing until `sten.attach`. A backward pass does not
-show that attach was forgotten (a learning-rate finder may come first), nor does a step of another model's optimizer. So
-the warning comes with the first step of an optimizer that has one of the unattached weights. That step is also the
-first chance to refuse an optimizer that computes with whole matrices, if it was made after `sten.trainable`.
+After `sten.sparsify` without `optimizer=` a dynamic method does nothing until `sten.attach`; nor does it in a copy of
+the model, or under an optimizer that was made later. A backward pass does not show that attach was forgotten (a
+learning-rate finder may come first), nor does a step of another model's optimizer. So the warning comes with the first
+step of an optimizer that has one of these weights. That step is also the first chance to refuse an optimizer that
+computes with whole matrices, if it was made after `sten.trainable`.
 """
 
 from __future__ import annotations
@@ -56,15 +57,18 @@ def warn_of_empty_rows(rows: dict[str, str], stacklevel: int) -> None:
         )
 
 
-class Unattached:
-    """Weights without an engine; warns or raises at the first step of an optimizer that has one of them.
+class Reminder:
+    """Checks each optimizer once, at its first step: whether it suits the weights, and whether their method acts in it.
 
-    Its weights hold it (`TrainedWeight.reminder`), torch's hook of all optimizers does not. It checks each optimizer
-    once, and its hook is removed with the last weight.
+    A method needs an engine on the optimizer that steps its weights. There is none before `sten.attach`, in a copy or
+    a pickle, and under an optimizer that was made after the one that sten was given: the first step then warns.
+
+    All weights that were made together share a reminder, and their copies share a copy of it. They hold it
+    (`TrainedWeight.reminder`), torch's hook of all optimizers does not, and is removed with the last weight.
     """
 
-    def __init__(self, weights: list[TrainedWeight]) -> None:
-        self.weights = [weakref.ref(weight) for weight in weights]
+    def __init__(self) -> None:
+        self.weights: list[weakref.ref[TrainedWeight]] = []
         self.checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         weak = weakref.ref(self)
 
@@ -75,18 +79,24 @@ class Unattached:
 
         handle = register_optimizer_step_pre_hook(before_step)
         self.remove_hook = weakref.finalize(self, handle.remove)
-        for weight in weights:
-            weight.reminder = self
+
+    def __reduce__(self) -> tuple:
+        return Reminder, ()  # the copied weights join it one by one
+
+    def add(self, weight: TrainedWeight) -> None:
+        """Check optimizers that hold this weight, too."""
+        self.weights.append(weakref.ref(weight))
+        weight.reminder = self
 
     def forget(self, weight: TrainedWeight) -> None:
-        """Do not warn of this weight any more."""
+        """Do not check this weight any more."""
         self.weights = [ref for ref in self.weights if ref() not in (weight, None)]
         weight.reminder = None
         if not self.weights:
             self.remove_hook()
 
     def check(self, optimizer: Optimizer) -> None:
-        """Warn if the optimizer, which is about to step, has a weight whose method needs an engine.
+        """Warn if the optimizer, which is about to step, has a weight whose method does not act in it.
 
         Raises:
             TypeError: it has a sparse weight, and computes with whole matrices.
@@ -99,11 +109,10 @@ class Unattached:
         if held:
             expect_elementwise(optimizer)
         self.checked.add(optimizer)
-        weights = [weight for weight in held if weight.method is not None and not weight.method.stateless]
-        for weight in weights:
-            self.forget(weight)
-        if weights:
-            method, names = type(weights[0].method).__name__, listed([weight.name for weight in weights])
+        idle = [w for w in held if w.method is not None and not w.method.stateless]
+        idle = [w for w in idle if w.engine is None or not w.engine.acts_in(optimizer)]
+        if idle:
+            method, names = type(idle[0].method).__name__, listed([weight.name for weight in idle])
             warnings.warn(
                 f"sten: {method} does not act on {names}: call sten.attach(model, optimizer) before the first step, or "
                 "pass optimizer= to sten.sparsify.",
@@ -112,13 +121,13 @@ class Unattached:
 
 
 def remind(weights: Iterable[TrainedWeight]) -> None:
-    """Check optimizers at their first step on one of these weights, unless they are attached before."""
-    unattached = [weight for weight in weights if weight.engine is None]
-    if unattached:
-        Unattached(unattached)
+    """Check optimizers at their first step on one of these weights."""
+    reminder = Reminder()
+    for weight in weights:
+        reminder.add(weight)
 
 
 def forget(weight: TrainedWeight) -> None:
-    """Do not warn of this weight any more: it has an engine, or needs none."""
+    """Do not check optimizers for this weight any more: it is in training no longer."""
     if weight.reminder is not None:
         weight.reminder.forget(weight)

@@ -12,8 +12,9 @@ States of a weight:
     state        engine   entered by                                      mask updates
     fixed        None     no method, or a stateless one                   none
     unattached   None     sten.sparsify without optimizer=                none; the first optimizer step warns
-    copied       None     copy.deepcopy, a pickle                         none, no warning; sten.attach continues
-    attached     set      sten.attach, sten.sparsify(optimizer=)          on schedule
+    copied       None     copy.deepcopy, a pickle                         the same; sten.attach continues the run
+    attached     set      sten.attach, sten.sparsify(optimizer=)          on schedule, in that optimizer's steps; the
+                                                                          first step of another one warns
     finalized    -        sten.finalize, which removes this object        -
 
 The state of a run (method, step, counts, random numbers, mask, the method's tensors) is buffers here, so that
@@ -42,11 +43,12 @@ if TYPE_CHECKING:
     from ..sparsifiers import Sparsifier
     from ..sparsifiers.allocation import Allocation
     from .engine import Engine
+    from .reminders import Reminder
 
 COUNTS = ("updates", "deferred_update_step", "backward_passes")  # of an engine, in the buffer `run_counts`
 NO_STEP = -1
 RUN = ("run_method", "run_step", "run_counts", "run_generator")
-NOT_COPIED = ("engine", "owners", "averages", "reminder", "loaded_averages", "warned_of_empty_rows")
+NOT_COPIED = ("engine", "owners", "averages", "loaded_averages", "warned_of_empty_rows")
 
 
 class TrainedWeight(nn.Module):
@@ -60,7 +62,7 @@ class TrainedWeight(nn.Module):
         engine: what carries out the method's decisions; None unless attached.
         owners: (weak reference to a module, attribute), several where the weight is tied.
         averages: weak references to the same weight of running averages (`sten.follow`).
-        reminder: what warns if the first optimizer step comes before `sten.attach`.
+        reminder: what warns at the first step of an optimizer in which the method does not act.
         loaded_averages: running averages of the gradient that a state dict had, for the engine that will be made.
     """
 
@@ -72,6 +74,7 @@ class TrainedWeight(nn.Module):
         self.allocation: Allocation | None = None
         self.is_last = False
         self.state_names: tuple[str, ...] = ()
+        self.reminder: Reminder | None = None
         self._detach_from_run()
 
     def _detach_from_run(self) -> None:
@@ -79,7 +82,6 @@ class TrainedWeight(nn.Module):
         self.engine: Engine | None = None
         self.owners: list[tuple[weakref.ref, str]] = []
         self.averages: list[weakref.ref] = []
-        self.reminder: Any = None
         self.loaded_averages: State = {}
         self.warned_of_empty_rows = False
 
@@ -90,6 +92,8 @@ class TrainedWeight(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._detach_from_run()
+        if self.reminder is not None:
+            self.reminder.add(self)
 
     def add_owner(self, module: nn.Module, attribute: str) -> None:
         """Note that this attribute of a module is the weight."""
