@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from small import every_layout as small_layout
 from torch import nn
 from weights import PADDING, encoders, every_layout, make
 
@@ -199,3 +200,25 @@ def test_attention_in_eval():
                 assert (g is None) == (v is None)
                 if g is not None:
                     torch.testing.assert_close(g, v, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [sten.SRSTE(), sten.DecayingMask(20)], ids=lambda m: type(m).__name__)
+@small_layout
+def test_a_mask_inside_a_graph(layout, method):
+    """Methods that choose the mask in the forward pass, also where a layout's choice takes data-dependent steps."""
+    torch._dynamo.reset()
+    models = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        sten.sparsify(model, layout, method, None if layout.rate else 0.5, optimizer=optimizer)
+        call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        for step in range(3):
+            x = torch.randn(5, 16, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            call(x).square().mean().backward()
+            optimizer.step()
+        models.append(model)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from small import every_layout as small_layout
+from small import rate
 from torch import nn
 
 import sten
@@ -55,3 +57,61 @@ def test_forward_mode_raises(pair):
         with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
             model(torch.autograd.forward_ad.make_dual(x, x))
         assert not model(x).requires_grad
+
+
+# gradients by torch.func of a model in training
+
+
+def of_each_sample(model, x):
+    """Per-sample gradients of the parameters, by torch.func."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params, row):
+        return torch.func.functional_call(model, params, row[None]).square().sum()
+
+    return torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
+
+
+@small_layout
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_each_sample(layout, transposed):
+    make = (
+        pytest.importorskip("transformers").pytorch_utils.Conv1D
+        if transposed
+        else lambda out, size: nn.Linear(size, out)
+    )
+    torch.manual_seed(0)
+    model = sten.trainable(sten.sparsify(make(8, 12), layout, sparsity=rate(layout)))
+    x = torch.randn(5, 12)
+    for name, got in of_each_sample(model, x).items():
+        for row, grad in zip(x, got, strict=True):
+            want = torch.autograd.grad(model(row[None]).square().sum(), model._parameters[name])[0]
+            torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [sten.STE(), sten.SRSTE(), sten.DecayingMask(20)], ids=lambda m: type(m).__name__)
+def test_gradients_of_each_sample_of_a_dense_weight(method):
+    model = nn.Sequential(nn.Linear(12, 8))
+    sten.sparsify(model, sten.NM(2, 4), method, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    x = torch.randn(5, 12)
+    got = of_each_sample(model, x)["0.weight"]
+    model(x).square().sum().backward()
+    torch.testing.assert_close(got.sum(0), model[0]._parameters["weight"].grad, rtol=1e-4, atol=1e-4)
+
+
+@small_layout
+def test_a_gradient_of_a_gradient_by_torch_func(layout):
+    torch.manual_seed(0)
+    model, x = sten.trainable(sten.sparsify(nn.Linear(12, 8), layout, sparsity=rate(layout))), torch.randn(5, 12)
+
+    def loss(params):
+        return torch.func.functional_call(model, params, x).square().sum()
+
+    def penalty(params):
+        return sum(g.square().sum() for g in torch.func.grad(loss)(params).values())
+
+    got = torch.func.grad(penalty)({name: p.detach() for name, p in model.named_parameters()})
+    grads = torch.autograd.grad(model(x).square().sum(), list(model.parameters()), create_graph=True)
+    sum(g.square().sum() for g in grads).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-3, atol=1e-3)

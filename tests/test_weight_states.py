@@ -102,3 +102,50 @@ def test_an_average_of_dense_weights_needs_no_call():
         average.update_parameters(model)
     assert torch.equal(masks(average.module)[0], masks(model)[0])
     assert sten.finalize(average.module)[0].weight.density == 0.25
+
+
+def by_parameters(average, model):
+    """An average as Hugging Face's EMA: of the Parameters alone."""
+    with torch.no_grad():
+        for a, p in zip(average.parameters(), model.parameters(), strict=True):
+            a.lerp_(p, 0.1)
+
+
+def by_state_dict(average, model):
+    """An average as timm's: of whatever the state dict has, masks and counts included."""
+    with torch.no_grad():
+        for a, p in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            a.copy_(0.9 * a + 0.1 * p)
+
+
+DENSE = [
+    (sten.Gradual(2, 11, 3), CSR()), (sten.Gradual(2, 11, 3), BSR((4, 4))), (sten.Gradual(2, 11, 3), Masked()),
+    (sten.BlockPruneGrow(2, 11, 3), BSR((4, 4))), (sten.SRSTE(), NM(2, 4)), (sten.DecayingMask(12), NM(2, 4)),
+    (sten.Transposable(refresh=3), NM(2, 4)), (sten.BiMask(refresh=3), NM(2, 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("average_by", [by_parameters, by_state_dict])
+@pytest.mark.parametrize("case", DENSE, ids=lambda c: f"{type(c[0]).__name__}-{type(c[1]).__name__}")
+@pytest.mark.parametrize("late", [False, True])
+def test_an_average_of_a_dense_weight_ends_as_sparse_as_the_model(case, average_by, late):
+    method, layout = case
+    model, optimizer, _ = sparse(method, layout, 0.75, "adamw")
+    average = copy.deepcopy(model)
+    if not late:
+        sten.follow(average, model)
+    for step in range(14):
+        train(model, optimizer, 1, first=step)
+        average_by(average, model)
+        if late and step == 6:
+            sten.follow(average, model)
+    if not isinstance(method, (sten.SRSTE, sten.DecayingMask)):  # those take the mask of the weight as it is
+        pairs = list(zip(masks(average), masks(model), strict=True))
+        assert all(torch.equal(a, b) for a, b in pairs if not isinstance(method, sten.BiMask))
+        assert torch.equal(average[0].weight_pattern.mask, model[0].weight_pattern.mask)
+    want = sten.finalize(model)[0].weight.density
+    x = torch.randn(3, 16)
+    before = average(x).detach()
+    assert sten.finalize(average)[0].weight.density == want < 1
+    if not isinstance(method, sten.BiMask):
+        torch.testing.assert_close(average(x).detach(), before)

@@ -122,6 +122,8 @@ class GroupedNM(Layout):
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The assignment of columns to patterns with (nearly) the highest sum: prices, greedy choice, then swaps."""
         expect_score(self, score, sparsity)
+        if torch.compiler.is_compiling():  # the number of exchanges depends on the numbers
+            return _mask(score, self.n, self.m, self.g)
         chunks, strips = self.sizes(tuple(score.shape))
         columns = self.columns(comparable(score.detach(), self.n))
         chosen = torch.cat([assign(self.energy(part), self.g) for part in columns.split(self.batch)])
@@ -253,6 +255,18 @@ class GroupedNM(Layout):
                 f"Expected part 'index' of {self} to list each of the {self.width} columns of a chunk once, got others."
             )
         expect_zero_padding(self, parts, shape)
+
+
+@torch.library.custom_op(
+    "sten::grouped_nm_mask", mutates_args=(), schema="(Tensor score, int n, int m, int g) -> Tensor"
+)
+def _mask(score, n, m, g):
+    return GroupedNM(n, m, g).mask(score)
+
+
+@_mask.register_fake
+def _(score, n, m, g):
+    return torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
 def comparable(score: Tensor, n: int) -> Tensor:

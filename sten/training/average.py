@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from .engine import dynamic_weights
-from .pattern_weight import PatternWeight
 
 
 def follow(average: nn.Module, model: nn.Module) -> nn.Module:
-    """Move the patterns of a running average (`torch.optim.swa_utils.AveragedModel`, an EMA) with those of the model.
+    """Move the masks of a running average (`torch.optim.swa_utils.AveragedModel`, an EMA) with those of the model.
 
-    Averages are taken slot by slot, so the average must have the pattern of the model. After each mask update entries
-    that stay have their average, new ones zero. Dense weights need no call.
+    Averages are taken slot by slot, so the average must have the pattern of the model; that of a dense weight must have
+    its mask, to end as sparse. After each mask update entries that stay have their average, new ones zero.
 
     Args:
         average: a deep copy of the model, or an AveragedModel of it; returned.
@@ -42,6 +41,8 @@ def follow(average: nn.Module, model: nn.Module) -> nn.Module:
             "sparse weights; copy the model after sten.sparsify."
         )
     for weight in attached:
-        if isinstance(weight, PatternWeight):
-            weight.averages.append(weakref.ref(copies[weight.name]))
+        copied = copies[weight.name]
+        if not torch.equal(copied.active(), weight.active()):  # copied before the last mask update
+            copied.follow(weight, copied.dense(copied.param))
+        weight.averages.append(weakref.ref(copied))
     return average

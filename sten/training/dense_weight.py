@@ -120,6 +120,19 @@ class DenseWeight(TrainedWeight):
     def grad(self, grad: Tensor | None) -> None:
         self.param.grad = None if grad is None else grad.to_dense()
 
+    def set_step(self, step: int) -> None:
+        """Write the step that the method reads, also for averages that follow."""
+        for weight in (self, *(average for ref in self.averages if (average := ref()) is not None)):
+            weight.run_step.fill_(step)
+
+    @torch.no_grad()
+    def follow(self, other: DenseWeight, dense: Tensor) -> None:
+        """Take the mask and the method's tensors of another weight, and the entries that `dense` has in the mask."""
+        self.mask.copy_(other.mask)
+        self.set_state({name: t for name, t in other.state.items() if not isinstance(t, nn.Parameter)})
+        if self.method.zero_pruned:
+            self.param.copy_(self.packed(dense.masked_fill(~self.mask, 0)))
+
     def zero_pruned(self) -> None:
         """Zero the entries off the mask, which momentum and weight decay change."""
         key = self.mask, self.mask._version

@@ -230,7 +230,7 @@ class Engine:
         """Write the step count to dense weights, and collect dense gradients if a coming update reads them."""
         for weight in self.weights:
             if isinstance(weight, DenseWeight) and not self.method.stateless:
-                weight.run_step.fill_(self.step)
+                weight.set_step(self.step)
         window = self.gradients.window
         if window:
             self._count_backward_passes()

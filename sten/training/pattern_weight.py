@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._torch_private import is_compiling, transforms_active
 from ..layouts.base import Parts
 from ..pattern_cache import PatternCache
 from ..rule import Rule
@@ -247,6 +248,9 @@ class Assemble(Rule):
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a "
                 f"mask update has moved the pattern of a {layout} weight; call backward() before the optimizer's step."
             )
+        if transforms_active() and not is_compiling():  # torch.vmap knows no batch of SparseTensors
+            values = layout.pack_like(grad.t() if transposed else grad, parts)
+            return (values.reshape(ctx.param_shape), *(None,) * (5 + len(parts)))
         if type(grad) is not SparseTensor:
             like = {name: part.detach() for name, part in parts.items()}
             grad = project(grad, SparseTensor(layout, like, shape, transposed))

@@ -159,6 +159,10 @@ class TrainedWeight(nn.Module):
     def grad(self, grad: Tensor | None) -> None: ...
 
     @abstractmethod
+    def follow(self, other: Any, dense: Tensor) -> None:
+        """Take the pattern of the same weight of another model, and the entries that `dense` has in it."""
+
+    @abstractmethod
     def change(self, edit: Edit, *optimizers: Optimizer) -> Any:
         """Compute what an Edit changes (Parameter, gradient, slots, pattern); calling the result writes it.
 
