@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..layouts.checks import check_sparsity, covering, expect_held
+from ..layouts.checks import check_sparsity, expect_held, starting_mask
 from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from ..sparsifiers.allocation import Allocation, Uniform
@@ -168,11 +168,11 @@ def _allowed(view: View, score: Tensor) -> Tensor:
 
 
 def _start(view: View, sparsifier: Sparsifier, edit: Edit) -> View:
-    """What a dynamic method sees first: all entries (or an earlier pruning's rest) where pruned ones will be zeroed
-    step by step, its first mask otherwise."""
+    """What a dynamic method sees first: where pruned entries will be zeroed step by step, all that an earlier pruning,
+    by a mask or by zeros, has left; otherwise the method's first mask."""
     mask = edit.mask
     if isinstance(sparsifier, DenseWeightMethod) and sparsifier.zero_pruned:
-        mask = torch.ones_like(mask) if view.allowed is None else covering(view.layout, view.allowed)
+        mask = starting_mask(view.layout, view.weight != 0 if view.allowed is None else view.allowed)
     return dataclasses.replace(view, mask=mask, generator=None, allowed=None)
 
 

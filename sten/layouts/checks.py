@@ -94,6 +94,11 @@ def covering(layout: Layout, mask: Tensor) -> Tensor:
     return layout.support(layout.pack(torch.zeros((), device=mask.device).expand(shape), mask), shape)
 
 
+def starting_mask(layout: Layout, left: Tensor) -> Tensor:
+    """The mask with which gradual pruning begins, of the entries that an earlier pruning left; all, if it left none."""
+    return covering(layout, left) if bool(left.any()) else torch.ones_like(left)
+
+
 def expect_held(layout: Layout, mask: Tensor) -> None:
     """Raise ValueError unless the layout holds exactly this mask; an n:m layout may fill up groups with zeros."""
     stored = covering(layout, mask)

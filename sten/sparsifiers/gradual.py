@@ -80,7 +80,9 @@ class Gradual(GradualPruning):
     def update(self, view: View) -> Edit:
         if view.mask is None:
             return super().update(view)
-        return Edit(mask=view.layout.mask(self.score(view).masked_fill(~view.mask, -1), view.sparsity))
+        mask = view.layout.mask(self.score(view).masked_fill(~view.mask, -1), view.sparsity)
+        fits = view.mask.sum() <= mask.sum()  # it began sparser than the schedule is yet: nothing comes back
+        return Edit(mask=torch.where(fits, view.mask, mask))
 
 
 class Rewind:

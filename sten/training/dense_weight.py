@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layouts.base import Layout
+from ..layouts.checks import starting_mask
 from ..sparsifiers import DenseWeightMethod, Edit, View
 from ..sparsifiers.allocation import Allocation
 from ..sparsifiers.edits import expect_edit
@@ -119,6 +120,18 @@ class DenseWeight(TrainedWeight):
     @grad.setter
     def grad(self, grad: Tensor | None) -> None:
         self.param.grad = None if grad is None else grad.to_dense()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin the run again. What a pruned checkpoint has at zero stays pruned, if the method prunes for good."""
+        dense, method = self.dense(self.param), self.method
+        if method.zero_pruned:
+            self.mask.copy_(starting_mask(self.layout, dense != 0))
+        else:
+            generator = torch.Generator().manual_seed(method.seed)
+            view = View(self.name, dense, self.layout, self.sparsity, generator=generator, last=self.is_last)
+            self.mask.copy_(method.update(view).mask)
+        super().restart()
 
     def set_step(self, step: int) -> None:
         """Write the step that the method reads, also for averages that follow."""

@@ -271,6 +271,8 @@ class TrainedWeight(nn.Module):
                 "take model.state_dict() while the method trains.",
                 stacklevel=2,
             )
+            if not self.run_step.is_meta:
+                self.restart()
         elif problem := problem_of(self, run, averages):
             errors.append(f"{self.name}: {problem}.")
         else:
@@ -290,6 +292,17 @@ class TrainedWeight(nn.Module):
             self.engine.read_run(self, averages)
         else:
             self.loaded_averages = averages  # for the engine that `sten.attach` makes
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin the method's run again, with the present numbers."""
+        self.run_step.zero_()
+        self.run_counts.zero_()
+        generator = torch.Generator().manual_seed(self.method.seed + 1)
+        self.run_generator.copy_(generator.get_state())
+        self.set_state(self.method.init(self.view()))
+        if self.engine is not None:
+            self.engine.read_run(self, {})
 
     def extra_repr(self) -> str:
         method = f"{self.method}, " if self.method is not None else ""
