@@ -37,6 +37,30 @@ def test_names_and_order_are_those_of_the_dense_model(layout):
     assert model[0].weight.shape == dense[0].weight.shape and isinstance(model[0].weight, sten.SparseTensor)
 
 
+@every_layout
+@pytest.mark.parametrize("way", ["sparsify", "attach", "finalize", "densify"])
+def test_the_state_of_an_optimizer_finds_its_parameters(layout, way):
+    """An optimizer that is made from the model after the change loads the state that was saved before it."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    if way == "attach":
+        sten.attach(sten.sparsify(model, layout, sparsity=rate(layout)), optimizer)
+    else:
+        sten.sparsify(model, layout, sparsity=rate(layout), optimizer=optimizer)
+    train(model, optimizer, range(3))
+    if way in ("finalize", "densify"):
+        getattr(sten, way)(model)
+    other = torch.optim.AdamW(model.parameters(), 1e-2)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twin = copy.deepcopy(model)
+    second = torch.optim.AdamW(twin.parameters(), 1e-2)
+    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [p.shape for p in model.parameters()] == [other.state[p]["exp_avg"].shape for p in model.parameters()]
+    train(model, optimizer, range(3, 6), clip=None)
+    train(twin, second, range(3, 6), clip=None)
+    assert all(torch.equal(a, state(twin)[name]) for name, a in state(model).items())
+
+
 def test_convolutions_are_matrices_too():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU())
     for layout in (CSR(), BSR((4, 4)), NM(2, 4), Masked()):

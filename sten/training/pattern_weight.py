@@ -231,7 +231,9 @@ class Assemble(Rule):
     @staticmethod
     def setup_context(ctx, inputs, output):
         param, layout, shape, transposed, tail, names, cache, *pattern = inputs
-        ctx.like, ctx.param_shape = (layout, _parts_of(param, tail, names, pattern), shape, transposed), param.shape
+        made = type(output) is SparseTensor and cache is not None  # not under torch.compile and torch.func
+        parts = output.parts if made else _parts_of(param, tail, names, pattern)
+        ctx.like, ctx.param_shape = (layout, parts, shape, transposed), param.shape
         ctx.cache, ctx.generation = cache, None if cache is None else cache.generation
 
     @staticmethod
