@@ -11,6 +11,7 @@ from training_models import batch, loss_of, mlp, train
 
 import sten
 from sten.layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
+from sten.training.reminders import REMINDERS
 
 METHODS = [
     (sten.Magnitude(), CSR()), (sten.Static(), GroupedNM(1, 4, 4)), (sten.SET(48, every=6), CSR()),
@@ -56,15 +57,14 @@ def test_a_dropped_model_is_freed(case, steps, end):
     assert not any(ref() for ref in refs)
 
 
-def test_a_dropped_model_leaves_no_hook_of_all_optimizers():
-    from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
-
-    before = len(hooks)
+def test_a_dropped_model_is_reminded_of_no_more():
+    gc.collect()
+    before = len(REMINDERS)
     model = sten.sparsify(mlp(), CSR(), sten.SET(24, every=4), 0.5)
-    assert len(hooks) == before + 1
+    assert len(REMINDERS) == before + 1
     del model
     gc.collect()
-    assert len(hooks) == before
+    assert len(REMINDERS) == before
 
 
 def test_products_keep_nothing_of_a_weight():

@@ -62,6 +62,7 @@ STATE |= {
     "sten.kernels.split_k.workspace",
 }
 # what was warned of once, and the lists that `observe()` fills while it is on
+STATE |= {"sten.training.reminders.REMINDERS"}  # weak: of the weights in training, for torch's hook of all optimizers
 STATE |= {"sten.kernel_table._warned", "sten.dispatch._observers", "sten._torch_private.PATHS"}
 STATE_AT_WORK: set[str] = set()
 

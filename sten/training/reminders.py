@@ -9,6 +9,7 @@ computes with whole matrices, if it was made after `sten.trainable`.
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Iterable
@@ -57,6 +58,20 @@ def warn_of_empty_rows(rows: dict[str, str], stacklevel: int) -> None:
         )
 
 
+# All that exist, weakly. They cannot each have a hook: a hook that is removed while torch calls hooks is an error.
+REMINDERS: weakref.WeakSet[Reminder] = weakref.WeakSet()
+
+
+@functools.cache
+def _register_hook() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    for reminder in list(REMINDERS):
+        reminder.check(optimizer)
+
+
 class Reminder:
     """Checks each optimizer once, at its first step: whether it suits the weights, and whether their method acts in it.
 
@@ -64,21 +79,14 @@ class Reminder:
     a pickle, and under an optimizer that was made after the one that sten was given: the first step then warns.
 
     All weights that were made together share a reminder, and their copies share a copy of it. They hold it
-    (`TrainedWeight.reminder`), torch's hook of all optimizers does not, and is removed with the last weight.
+    (`TrainedWeight.reminder`); torch's hook of all optimizers finds it in `REMINDERS`, which does not hold it.
     """
 
     def __init__(self) -> None:
         self.weights: list[weakref.ref[TrainedWeight]] = []
         self.checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        weak = weakref.ref(self)
-
-        def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            reminder = weak()
-            if reminder is not None:
-                reminder.check(optimizer)
-
-        handle = register_optimizer_step_pre_hook(before_step)
-        self.remove_hook = weakref.finalize(self, handle.remove)
+        REMINDERS.add(self)
+        _register_hook()
 
     def __reduce__(self) -> tuple:
         return Reminder, ()  # the copied weights join it one by one
@@ -92,8 +100,6 @@ class Reminder:
         """Do not check this weight any more."""
         self.weights = [ref for ref in self.weights if ref() not in (weight, None)]
         weight.reminder = None
-        if not self.weights:
-            self.remove_hook()
 
     def check(self, optimizer: Optimizer) -> None:
         """Warn if the optimizer, which is about to step, has a weight whose method does not act in it.
