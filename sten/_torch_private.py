@@ -66,6 +66,7 @@ fused_attention = (
 )
 unscale = _fetch("unscale", "_amp_foreach_non_finite_check_and_unscale_", None)
 is_view = _fetch("is_view", "Tensor._is_view", _yes)
+refuse_data_pointer = _fetch("refuse_data_pointer", "_C._set_throw_on_mutable_data_ptr", lambda t: None)
 as_no_view = _fetch("as_no_view", "ops.aten._unsafe_view.default", lambda t, shape: t.clone())
 OpOverload = type(torch.ops.aten.mm.default)
 HigherOrderOperator = _fetch("HigherOrderOperator", "_ops.HigherOrderOperator", OpOverload)
@@ -73,6 +74,15 @@ BELOW_FUNCTIONS = (OpOverload, type(torch.ops.aten.mm), HigherOrderOperator)  # 
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 NON_TENSORS = {type(None), int, float, bool, str, tuple, list, dict, torch.Size}  # tensor.py adds SparseTensor
+
+
+def refuse_tracing() -> None:
+    """Raise if torch.jit.trace records: a TorchScript file has the storage of every Parameter, and theirs is empty."""
+    if tracing_state() is not None:
+        raise RuntimeError(
+            "Expected a call of a sparse tensor outside of TorchScript, got one in torch.jit.trace; use torch.export, "
+            "or trace a dense copy, sten.densify(copy.deepcopy(model))."
+        )
 
 
 def is_intercepted(w: Any, *operands: Any) -> bool:
@@ -91,7 +101,7 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
         or dispatch_modes()
         or function_modes()
         or transforms_active()
-        or tracing_state() is not None
+        or (tracing_state() is not None and refuse_tracing())
         or profiler_enabled()
         or _level._current_level >= 0
     ):

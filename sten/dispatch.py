@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ._torch_private import allows_tf32, is_compiling, is_intercepted
 from .caller import user_stacklevel, weight_name
+from .clients import refuse_shards
 from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
 from .kernel_table import operator as operator
@@ -151,9 +152,11 @@ def warn_densified(name: str, w: SparseTensor) -> None:
     """Warn, once for each (operator, layout type), that an operator runs on a dense copy; raise under `strict`."""
     layout = w.sparse_layout
     key = (name, type(layout))
+    traced = is_compiling()  # Dynamo cannot look at frames
+    if not traced:
+        refuse_shards(layout)
     if not _strict.get() and key in _warned:
         return
-    traced = is_compiling()  # Dynamo cannot look at frames
     known = None if traced else weight_name(w)
     weight = f"{known or 'a weight'} ({layout}, shape {tuple(w.shape)})"
     if _strict.get():

@@ -34,6 +34,7 @@ class Rule(torch.autograd.Function):
     @classmethod
     def run(cls, *args):
         """Call the rule, so that autograd records it if needed."""
+        private.refuse_tracing()
         return cls.apply(*args) if private.must_apply() else cls.record(*args)
 
     @classmethod

@@ -19,6 +19,7 @@ from ._torch_private import (
     is_compiling,
     is_view,
     no_function,
+    refuse_data_pointer,
 )
 from .layouts.base import Layout, Parts
 from .layouts.checks import expect_held
@@ -91,6 +92,7 @@ class SparseTensor(torch.Tensor):
         self = torch.Tensor._make_wrapper_subclass(
             cls, size, strides=strides, dtype=values.dtype, device=values.device, requires_grad=requires_grad
         )
+        refuse_data_pointer(self)  # C++ that asks for it, as DLPack does, gets an exception instead of a null pointer
         self._adopt(layout, parts, shape, transposed, cache)
         return self
 

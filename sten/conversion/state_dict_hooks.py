@@ -22,11 +22,26 @@ from ..training.trained_weight import is_of_run
 
 
 def accept_every_form(module: nn.Module) -> None:
-    """Let `load_state_dict` of a module with sparse weights take dense, sparse and part-wise entries."""
+    """Let `load_state_dict` of a module with sparse weights take dense, sparse and part-wise entries.
+
+    As long as it has sparse weights, torch.jit.script refuses it.
+    """
+    if any(isinstance(p, SparseTensor) for p in module._parameters.values()) or any(trained_of(module)):
+        module.__prepare_scriptable__ = refuse_script  # asked for by torch.jit.script
+    else:
+        vars(module).pop("__prepare_scriptable__", None)
     for hook in module._load_state_dict_pre_hooks.values():
         if getattr(hook, "hook", None) is _fit_state:
             return
     module.register_load_state_dict_pre_hook(_fit_state)
+
+
+def refuse_script() -> None:
+    """Raise: a TorchScript file has the storage of every Parameter, and that of a SparseTensor is empty."""
+    raise RuntimeError(
+        "Expected a model without sparse weights for torch.jit.script, got one with some; use torch.export, or script "
+        "a dense copy, sten.densify(copy.deepcopy(model))."
+    )
 
 
 def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:

@@ -11,11 +11,12 @@ from . import (
     pointwise,
     pointwise_functions,
     recurrent,
+    storage,
     views,
     which,
 )
 
 __all__ = [
     "attention", "attributes", "conv", "embedding", "linear", "others", "padding", "pointwise", "pointwise_functions",
-    "recurrent", "views", "which",
+    "recurrent", "storage", "views", "which",
 ]  # fmt: skip

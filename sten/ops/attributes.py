@@ -1,4 +1,4 @@
-"""Attributes and loading of a SparseTensor: copy_, .data, .grad, requires_grad, storage.
+"""Attributes and loading of a SparseTensor: copy_, .data, .grad, requires_grad.
 
 Loading a sparse tensor into a Parameter replaces its pattern; its layout, dtype and device stay. A dense tensor is
 loaded at the pattern, and raises if it has non-zeros elsewhere: which of them to drop is a sparsifier's decision.
@@ -130,36 +130,3 @@ def _hook(register):
 
 for _register in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
     function(_register)(_hook(_register))
-
-
-# storage, which a SparseTensor does not have
-
-
-@function(Tensor.data_ptr, Tensor.storage)  # not untyped_storage: torch.compile reads that of every tensor
-def no_buffer(w: SparseTensor, *args):
-    raise TypeError(
-        f"Expected a tensor with a storage, got a {w.sparse_layout} tensor; use a part: w.parts['values'].data_ptr()."
-    )
-
-
-@function(Tensor.numpy, Tensor.__array__, Tensor.tolist)
-def to_numpy(w: SparseTensor, *args, **kwargs):
-    raise TypeError("Expected a dense tensor for numpy() or tolist(), got a SparseTensor; call to_dense() first.")
-
-
-@function(Tensor.share_memory_)
-def share_memory_(w: SparseTensor) -> SparseTensor:
-    for part in w.parts.values():
-        part.share_memory_()
-    return w
-
-
-@function(Tensor.is_shared)
-def is_shared(w: SparseTensor) -> bool:
-    return all(part.is_shared() for part in w.parts.values())
-
-
-@function(Tensor.pin_memory)
-def pin_memory(w: SparseTensor, *args) -> SparseTensor:
-    parts = {name: part.pin_memory(*args) for name, part in w.parts.items()}
-    return SparseTensor(w.sparse_layout, parts, w.stored_shape, w.transposed)
