@@ -17,10 +17,15 @@ def calling_module() -> str:
     return "" if frame is None else name
 
 
+def no_shards(got: str) -> NotImplementedError:
+    """Make the exception for FSDP or tensor parallelism that cannot divide a weight."""
+    return NotImplementedError(
+        f"Expected a weight that torch.distributed can divide, got {got}; for FSDP2 call sten.trainable(model) "
+        "before fully_shard, use DistributedDataParallel, or sten.densify for FSDP1 and tensor parallelism."
+    )
+
+
 def refuse_shards(layout: object) -> None:
-    """Raise if FSDP or tensor parallelism splits a sparse tensor: the shards would be dense, with zeros that train."""
+    """Raise if FSDP or tensor parallelism divides a sparse tensor: the shards would be dense, with zeros that train."""
     if calling_module().startswith(SHARDING):
-        raise NotImplementedError(
-            f"Expected a weight that torch.distributed can shard, got a {layout} tensor; call sten.trainable(model) "
-            "before fully_shard, use DistributedDataParallel, or sten.densify for FSDP1 and tensor parallelism."
-        )
+        raise no_shards(f"a {layout} tensor")

@@ -3,6 +3,7 @@
 from . import (
     attention,
     attributes,
+    collectives,
     conv,
     embedding,
     linear,
@@ -17,6 +18,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "attributes", "conv", "embedding", "linear", "others", "padding", "pointwise", "pointwise_functions",
-    "recurrent", "storage", "views", "which",
+    "attention", "attributes", "collectives", "conv", "embedding", "linear", "others", "padding", "pointwise",
+    "pointwise_functions", "recurrent", "storage", "views", "which",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ..clients import no_shards
 from .distributed import sharded
 
 SUFFIX = "_pattern"  # a submodule must not bear the parameter's own name: torch.export fails on that
@@ -55,6 +56,8 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         cls.__delattr__(self, name)
 
     def register_parameter(self, name: str, param) -> None:
+        if name in names and sharded(param):  # tensor parallelism; FSDP2 assigns
+            raise no_shards(f"a {name} in training")
         if name in names:
             _assign(self, name, param)
         elif name.endswith(("_orig", "_g")) and name.rpartition("_")[0] in names:

@@ -53,21 +53,46 @@ class PatternWeight(TrainedWeight):
         super().__init__(name, w.sparse_layout, w.stored_shape, w.transposed)
         self.part_names = tuple(name for name in w.parts if name != "values")
         self.tail = tuple(w.parts["values"].shape[1:])
+        self.int16_parts = tuple(name for name in self.part_names if w.parts[name].dtype == torch.int16)
+        self.int16_views: dict[str, tuple[Tensor, Tensor]] = {}
         for name in self.part_names:
-            self._buffers[name] = w.parts[name]  # not register_buffer: a part may have the name of an attribute
+            self.set_part(name, w.parts[name])
         self.cache = w.cache
         self.probe: Tensor | None = None
 
     def __getstate__(self):
-        return {k: v for k, v in super().__getstate__().items() if k not in ("cache", "probe")}
+        return {k: v for k, v in super().__getstate__().items() if k not in ("cache", "probe", "int16_views")}
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        self.cache, self.probe = PatternCache(), None
+        self.cache, self.probe, self.int16_views = PatternCache(), None, {}
+
+    def set_part(self, name: str, part: Tensor) -> None:
+        """Keep a part in the buffer of its name; 16-bit integers as bytes, which gloo and NCCL can send for DDP."""
+        # not register_buffer: a part may have the name of an attribute
+        self._buffers[name] = part.view(torch.uint8) if part.dtype == torch.int16 else part
+
+    def part(self, name: str) -> Tensor:
+        """The part that `set_part` keeps."""
+        buffer = self._buffers[name]
+        if name not in self.int16_parts:
+            return buffer
+        if torch.compiler.is_compiling():
+            return buffer.view(torch.int16)
+        known, view = self.int16_views.get(name, (None, None))
+        if known is not buffer:  # else the same view: caches know a pattern by the identity of its parts
+            view = buffer.view(torch.int16)
+            self.int16_views[name] = buffer, view
+        return view
 
     @property
     def pattern(self) -> Parts:
-        return {name: self._buffers[name] for name in self.part_names}
+        return {name: self.part(name) for name in self.part_names}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.int16_parts:
+            destination[prefix + name] = self.part(name) if keep_vars else self.part(name).detach()
 
     def parts(self, param: Tensor) -> Parts:
         """All parts, with the Parameter in the shape of the layout's values."""
@@ -96,7 +121,7 @@ class PatternWeight(TrainedWeight):
         return w
 
     def _parts(self) -> list[Tensor]:
-        return [self._buffers[name] for name in self.part_names]
+        return [self.part(name) for name in self.part_names]
 
     def tensor(self, param: Tensor | None = None) -> SparseTensor:
         """The weight as a SparseTensor, detached; it shares memory, and `requires_grad` is the Parameter's."""
@@ -125,9 +150,11 @@ class PatternWeight(TrainedWeight):
 
         Where a part changes its size, all are replaced: a graph that still exists then has the old pattern as a whole.
         """
-        resized = any(self._buffers[name].shape != parts[name].shape for name in self.part_names)
+        resized = any(self.part(name).shape != parts[name].shape for name in self.part_names)
         for name in self.part_names:
-            self._buffers[name] = parts[name] if assign or resized else fill(self._buffers[name], parts[name])
+            new = parts[name] if assign or resized else fill(self.part(name), parts[name])
+            if new is not self.part(name):
+                self.set_part(name, new)
         self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
         self.cache.invalidate(*self.pattern.values())
 
