@@ -117,8 +117,8 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
 
 
 def must_apply() -> bool:
-    """Whether `autograd.Function.apply` has to see every call: torch.compile, torch.func, forward AD (unsupported)."""
-    return is_compiling() or bool(transforms_active()) or _level._current_level >= 0
+    """Whether `autograd.Function.apply` has to see every call: compilers, dispatch modes, torch.func, forward AD."""
+    return is_compiling() or bool(dispatch_modes() or transforms_active()) or _level._current_level >= 0
 
 
 def apply_of(rule: type[torch.autograd.Function]) -> Callable[..., Any]:

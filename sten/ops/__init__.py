@@ -6,6 +6,7 @@ from . import (
     collectives,
     conv,
     embedding,
+    flops,
     linear,
     others,
     padding,
@@ -18,6 +19,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "attributes", "collectives", "conv", "embedding", "linear", "others", "padding", "pointwise",
-    "pointwise_functions", "recurrent", "storage", "views", "which",
+    "attention", "attributes", "collectives", "conv", "embedding", "flops", "linear", "others", "padding",
+    "pointwise", "pointwise_functions", "recurrent", "storage", "views", "which",
 ]  # fmt: skip

@@ -1,17 +1,17 @@
-"""traceable: the `forward` of a rule, and the opaque operator that torch.compile records instead of it."""
+"""traceable: the `forward` of a rule, and the opaque operator that torch.compile and dispatch modes see instead."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 
-from .._torch_private import is_compiling, is_intercepted
+from .._torch_private import dispatch_modes, is_compiling, is_intercepted
 from ..rule import Rule
 from ..tensor import ATEN, LIBRARY, OPS, SparseTensor, without_view
 
 
 def traceable(schema: str) -> Callable[[type[Rule]], type[Rule]]:
-    """Give the decorated rule its `forward`, and an opaque operator of this schema that torch.compile records instead.
+    """Give the decorated rule its `forward`, and an opaque operator of this schema for compilers and dispatch modes.
 
     The operator takes the arguments of the rule.
     """
@@ -23,7 +23,7 @@ def traceable(schema: str) -> Callable[[type[Rule]], type[Rule]]:
 
         def forward(*args):
             intercepted = is_intercepted(args[position], *args)
-            if intercepted and is_compiling():
+            if intercepted and (is_compiling() or dispatch_modes()):
                 return operator(*args)
             out = compute(*args, intercepted)
             return out if isinstance(out, SparseTensor) else without_view(out)
