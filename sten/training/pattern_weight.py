@@ -36,7 +36,7 @@ class PatternWeight(TrainedWeight):
 
     Attributes:
         part_names: the layout's parts, without the values.
-        tail: the values' dimensions after the first, which the 2-D Parameter has flattened.
+        values_shape: of the values, whose dimensions after the first the 2-D Parameter has flattened.
         cache: what is derived from the pattern; every SparseTensor that is made here shares it.
         probe: a dense zero, whose gradient is the dense gradient of the weight; set while a method needs that one.
 
@@ -52,7 +52,7 @@ class PatternWeight(TrainedWeight):
     def __init__(self, name: str, w: SparseTensor) -> None:
         super().__init__(name, w.sparse_layout, w.stored_shape, w.transposed)
         self.part_names = tuple(name for name in w.parts if name != "values")
-        self.tail = tuple(w.parts["values"].shape[1:])
+        self.values_shape = tuple(w.parts["values"].shape)
         self.int16_parts = tuple(name for name in self.part_names if w.parts[name].dtype == torch.int16)
         self.int16_views: dict[str, tuple[Tensor, Tensor]] = {}
         for name in self.part_names:
@@ -94,6 +94,11 @@ class PatternWeight(TrainedWeight):
         for name in self.int16_parts:
             destination[prefix + name] = self.part(name) if keep_vars else self.part(name).detach()
 
+    @property
+    def tail(self) -> tuple[int, ...]:
+        """The values' dimensions after the first."""
+        return self.values_shape[1:]
+
     def parts(self, param: Tensor) -> Parts:
         """All parts, with the Parameter in the shape of the layout's values."""
         return {"values": param.view(len(param), *self.tail), **self.pattern}
@@ -109,6 +114,12 @@ class PatternWeight(TrainedWeight):
 
     def forward(self, param: Tensor) -> Tensor:
         """The weight as a SparseTensor, differentiable."""
+        if type(param) is Tensor:  # of torch.func.functional_call
+            self.expect_values(param)
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                f"Expected a finalized model for torch.export, got {self.name} in training; call sten.finalize first."
+            )
         context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
             w = _traced(param, *context, None, *self._parts())
@@ -122,6 +133,15 @@ class PatternWeight(TrainedWeight):
 
     def _parts(self) -> list[Tensor]:
         return [self.part(name) for name in self.part_names]
+
+    def expect_values(self, param: Tensor) -> None:
+        """Raise RuntimeError unless a tensor in the place of the Parameter has its shape."""
+        rows, *rest = self.values_shape
+        if tuple(param.shape) != (rows, math.prod(rest)):
+            raise RuntimeError(
+                f"Expected the stored values of {self.name}, of shape {(rows, math.prod(rest))}, got shape "
+                f"{tuple(param.shape)}; sten.finalize the model to call it with another weight."
+            )
 
     def tensor(self, param: Tensor | None = None) -> SparseTensor:
         """The weight as a SparseTensor, detached; it shares memory, and `requires_grad` is the Parameter's."""
@@ -155,7 +175,7 @@ class PatternWeight(TrainedWeight):
             new = parts[name] if assign or resized else fill(self.part(name), parts[name])
             if new is not self.part(name):
                 self.set_part(name, new)
-        self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
+        self.values_shape = tuple(parts["values"].shape) if "values" in parts else self.values_shape
         self.cache.invalidate(*self.pattern.values())
 
     @torch.no_grad()
@@ -173,7 +193,7 @@ class PatternWeight(TrainedWeight):
             param.copy_(values)
         pattern = {name: parts[name].to(self.param.device) for name in self.part_names}
         if not assign:  # of the same shape, the numbers are copied into the present part
-            new = (name for name in self.part_names if pattern[name].shape != self._buffers[name].shape)
+            new = (name for name in self.part_names if pattern[name].shape != self.part(name).shape)
             pattern |= {name: parts[name].to(self.param.device, copy=True) for name in new}
         self.set_pattern({**pattern, "values": parts["values"]}, assign)
 
@@ -181,7 +201,7 @@ class PatternWeight(TrainedWeight):
     def follow(self, other: PatternWeight, dense: Tensor) -> None:
         """Take the pattern of another weight, and the entries that `dense` has in it."""
         self.set_pattern({name: part.clone() for name, part in other.pattern.items()})
-        self.tail = other.tail
+        self.values_shape = other.values_shape
         values, param = as_matrix(self.layout.pack_like(dense, other.parts(other.param.detach()))), self.param
         if values.shape == param.shape:
             param.copy_(values)

@@ -122,7 +122,9 @@ def after_error(error: Exception, before: list, sparse: list, writes: bool) -> V
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the exception was raised by a `raise` in sten, with a sentence."""
+    """Whether the exception was raised by a `raise` in sten, with a sentence, or by torch for want of a storage."""
+    if isinstance(error, RuntimeError) and "Cannot access data pointer" in str(error):
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, REFUSALS) or not frames or not frames[-1].filename.startswith(SOURCE):
         return False
