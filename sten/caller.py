@@ -1,4 +1,5 @@
-"""Where a warning points: the user's line, and the weight by the name that the user's model has for it."""
+"""Who calls: the user's line and the weight's name, for warnings; and torch's own modules, which may ask for what users
+are refused (a storage), or are refused what users get (a dense copy, of which FSDP would make shards)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
+PASSED = ("sten.", "torch._tensor", "torch.functional", "torch._C", "torch.utils._python_dispatch", "torch._ops")
+SHARDING = ("torch.distributed.fsdp.", "torch.distributed.tensor.", "torch.distributed._composable.")
 
 
 def user_stacklevel() -> int:
@@ -42,3 +45,25 @@ def weight_name(w: Any) -> str | None:
             if getattr(part, "cache", None) is w.cache:
                 return part.name
     return None
+
+
+def calling_module() -> str:
+    """The name of the module whose code calls the operator that runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (name := frame.f_globals.get("__name__", "")).startswith(PASSED):
+        frame = frame.f_back
+    return "" if frame is None else name
+
+
+def no_shards(got: str) -> NotImplementedError:
+    """Make the exception for FSDP or tensor parallelism that cannot divide a weight."""
+    return NotImplementedError(
+        f"Expected a weight that torch.distributed can divide, got {got}; for FSDP2 call sten.trainable(model) "
+        "before fully_shard, use DistributedDataParallel, or sten.densify for FSDP1 and tensor parallelism."
+    )
+
+
+def refuse_shards(layout: object) -> None:
+    """Raise if FSDP or tensor parallelism divides a sparse tensor: the shards would be dense, with zeros that train."""
+    if calling_module().startswith(SHARDING):
+        raise no_shards(f"a {layout} tensor")

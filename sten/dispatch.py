@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from ._torch_private import allows_tf32, is_compiling, is_intercepted
-from .caller import user_stacklevel, weight_name
-from .clients import refuse_shards
+from .caller import refuse_shards, user_stacklevel, weight_name
 from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
 from .kernel_table import operator as operator

@@ -26,7 +26,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 LAYERS = [
     ("L0", "_torch_private", "kernels"),
     ("L1", "layouts", "read_only"),
-    ("L2", "rule", "caller", "clients"),
+    ("L2", "rule", "caller"),
     ("L2", "kernel_table"),
     ("L2", "pattern_cache"),
     ("L2", "dispatch"),

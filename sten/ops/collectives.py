@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..clients import refuse_shards
+from ..caller import refuse_shards
 from ..tensor import ATEN, OTHERS, SparseTensor, as_it_is, aten, function
 from .others import sparse_in
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..clients import calling_module
+from ..caller import calling_module
 from ..tensor import SparseTensor, function
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..clients import no_shards
+from ..caller import no_shards
 from .distributed import sharded
 
 SUFFIX = "_pattern"  # a submodule must not bear the parameter's own name: torch.export fails on that
