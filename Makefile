@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 GPU_TESTS := tests/test_triton_compile.py $(filter-out %_compile.py,$(wildcard tests/test_triton_*.py))  # the longest first
 GPU_TESTS += tests/test_cuda.py tests/test_cuda_plans.py tests/test_distributed.py
 
-.PHONY: quickstart test gpu-test conformance lint install build coverage bench structure sanitize clean
+.PHONY: quickstart test gpu-test conformance lint install build coverage bench structure sanitize fuzz clean
 
 quickstart: install
 	$(BIN)/python examples/quickstart.py
@@ -52,6 +52,10 @@ bench: install
 
 structure: install
 	$(BIN)/python benchmarks/structure.py
+
+fuzz: install  # hostile files and state dicts, then every method killed and resumed: about an hour on two cores
+	$(BIN)/python -m tests.fuzzing --count 100000
+	STEN_ALL=1 $(BIN)/python -m pytest -n 2 tests/test_resume.py
 
 sanitize:
 	bash csrc/sanitize/run.sh

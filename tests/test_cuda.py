@@ -159,3 +159,43 @@ def test_packing_time(layout):
     packing, sorting = map(min, zip(*pairs, strict=True))
     print(f"\n{layout}: {packing * 1e3:.1f} ms, {packing / sorting:.2f} sorts of {sorting * 1e3:.1f} ms")
     assert packing < SORTS[layout] * sorting
+
+
+@pytest.mark.parametrize("layout", LARGE, ids=str)
+def test_out_of_memory_leaves_the_model_usable(layout):
+    """A batch whose result does not fit raises torch's OutOfMemoryError; the next one is right."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    sten.sparsify(model, layout, sparsity=None if layout.rate else 0.9)
+    x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    want = model(x)
+    (grad,) = torch.autograd.grad(want.float().square().sum(), x)
+    free, _ = torch.cuda.mem_get_info()
+    tokens = free // (1024 * 2) // 4 * 3  # the activations fit, the result does not
+    large = torch.empty(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+            model(large)
+    del large
+    torch.cuda.empty_cache()
+    assert torch.equal(model(x), want)
+    assert torch.equal(torch.autograd.grad(model(x).float().square().sum(), x)[0], grad)
+
+
+def test_files_and_hostile_patterns_on_a_gpu(tmp_path):
+    """Validation on the device: what is loaded on a GPU is checked there, too."""
+    model = sten.sparsify(torch.nn.Linear(96, 64, device="cuda"), sten.CSR(), sparsity=0.8)
+    sten.save(model, tmp_path / "m")
+    into = sten.load(torch.nn.Linear(96, 64, device="cuda"), tmp_path / "m")
+    x = torch.randn(5, 96, device="cuda")
+    assert into.weight.device.type == "cuda" and torch.equal(into(x), model(x))
+    for layout in LAYOUTS:
+        dense = torch.randn(64, 96, device="cuda")
+        w = sten.from_dense(dense, layout, layout.mask(dense.abs(), None if layout.rate else 0.7))
+        layout.validate(w.parts, w.stored_shape)
+        for name in layout.pattern:
+            wrong = w.parts[name].clone()
+            if wrong.dtype != torch.bool:
+                wrong.view(-1)[-1] = torch.iinfo(wrong.dtype).max
+                with pytest.raises(ValueError):
+                    layout.validate({**w.parts, name: wrong}, w.stored_shape)

@@ -52,7 +52,10 @@ def test_example_runs(name):
     assert runner.failures == 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/concepts.md", "docs/extending.md"])
+PAGES = ["README.md", "docs/architecture.md", "docs/concepts.md", "docs/extending.md", "docs/formats.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run(page, tmp_path, monkeypatch, registry):
     """The python blocks of a page, in order, as one program; a block marked `python no-run` is only compiled."""
     monkeypatch.chdir(tmp_path)

@@ -373,3 +373,15 @@ def test_inspect_needs_no_layout(path):
         sten.inspect(path)
     with pytest.raises(FileNotFoundError):
         sten.inspect(path.parent)
+
+
+def test_the_reader_of_the_docs(path):
+    """docs/formats.md has a reader without sten and torch."""
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+    space: dict = {}
+    exec(page.split("```python\n")[-1].split("```")[0], space)
+    weights, tensors = space["read"](path)
+    assert weights["0.weight"]["layout"] == "CSR" and weights["0.weight"]["shape"] == [20, 12]
+    want = load_file(path)
+    for name, array in {**tensors, "0.weight.col": weights["0.weight"]["col"]}.items():
+        assert torch.equal(torch.from_numpy(array.copy()), want[name])

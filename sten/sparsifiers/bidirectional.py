@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._torch_private import refuse_tracing
 from ..layouts import NM, DualMask
 from ..layouts.base import Layout
 from ..layouts.topk import widest_float
@@ -36,6 +37,7 @@ class DualMaskWeight(torch.autograd.Function):
 @torch.compiler.allow_in_graph
 def dual_masked(w: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
     """The weight with one mask for a product and another for the gradient of its input."""
+    refuse_tracing()
     return DualMaskWeight.apply(w, forward, backward)
 
 
