@@ -267,7 +267,7 @@ def test_forward_and_input_gradient_have_different_masks(method):
     forward = NM(2, 4).mask(w.abs())
     torch.testing.assert_close(y, x @ (w * forward).t())
     torch.testing.assert_close(model[0]._parameters["weight"].grad, g.t() @ x.detach())
-    backward = torch.linalg.lstsq(g, x.grad).solution != 0 if False else model[0].weight.parts["backward"]
+    backward = torch.linalg.lstsq(g, x.grad).solution != 0 if False else model[0].weight.parts["backward_mask"]
     torch.testing.assert_close(x.grad, g @ (w * backward))
     assert not torch.equal(forward, backward)
     if isinstance(method, sten.BDWP):

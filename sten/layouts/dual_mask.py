@@ -16,8 +16,8 @@ from sten.layouts.checks import expect_dense, expect_parts, expect_zero_off
 class DualMask(Layout):
     """Values and two bool masks, all of the weight's own shape; any mask fits, and `pack` takes it for both directions.
 
-    Parts: `values` (zero where both masks are False); `forward`, the mask of the product, which is the weight itself;
-    `backward`, the mask of the gradient of the input. For training only: it saves no memory, and its kernels give the
+    Parts: `values` (zero where both masks are False); `forward_mask`, of the product, which is the weight itself;
+    `backward_mask`, of the gradient of the input. For training only: it saves no memory, and its kernels give the
     values a dense gradient, as straight-through estimators need it.
 
     Example:
@@ -28,7 +28,7 @@ class DualMask(Layout):
         tensor([[1., 0.]])
     """
 
-    pattern: ClassVar[tuple[str, ...]] = ("forward", "backward")
+    pattern: ClassVar[tuple[str, ...]] = ("forward_mask", "backward_mask")
     unstructured: ClassVar[bool] = True
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
@@ -37,23 +37,23 @@ class DualMask(Layout):
         return {"values": dense.masked_fill(~mask, 0).contiguous(), **copies}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
-        return parts["values"].masked_fill(~parts["forward"], 0)
+        return parts["values"].masked_fill(~parts["forward_mask"], 0)
 
     def unpack_backward(self, parts: Parts) -> Tensor:
         """The dense weight in the gradient of the input."""
-        return parts["values"].masked_fill(~parts["backward"], 0)
+        return parts["values"].masked_fill(~parts["backward_mask"], 0)
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
-        return dense.masked_fill(~parts["forward"], 0).contiguous()
+        return dense.masked_fill(~parts["forward_mask"], 0).contiguous()
 
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
-        return parts["values"][rows].masked_fill(~parts["forward"][rows], 0)
+        return parts["values"][rows].masked_fill(~parts["forward_mask"][rows], 0)
 
     def support(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
-        return parts["forward"].clone()
+        return parts["forward_mask"].clone()
 
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
         masks = dict.fromkeys(self.pattern, (shape, torch.bool))
         if expect_parts(self, parts, {"values": (shape, None), **masks}):
-            expect_zero_off(self, parts["values"], parts["forward"] | parts["backward"])
+            expect_zero_off(self, parts["values"], parts["forward_mask"] | parts["backward_mask"])

@@ -278,18 +278,6 @@ def _(score, n, m, g):
     return torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op(
-    "sten::grouped_nm_mask", mutates_args=(), schema="(Tensor score, int n, int m, int g) -> Tensor"
-)
-def _mask(score, n, m, g):
-    return GroupedNM(n, m, g).mask(score)
-
-
-@_mask.register_fake
-def _(score, n, m, g):
-    return torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
-
-
 def comparable(score: Tensor, n: int) -> Tensor:
     """The score as float32 in [-1, 1], so that sums and differences are finite; NaN and -inf below, +inf above."""
     finite = score.isfinite()

@@ -27,7 +27,7 @@ class DualMaskWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w, forward, backward):
         values = w.masked_fill(~(forward | backward), 0)
-        return SparseTensor(DualMask(), {"values": values, "forward": forward, "backward": backward}, w.shape)
+        return SparseTensor(DualMask(), {"values": values, "forward_mask": forward, "backward_mask": backward}, w.shape)
 
     @staticmethod
     def backward(ctx, grad):
@@ -134,7 +134,7 @@ class BDWP(DenseWeightMethod):
         >>> model = torch.nn.Linear(8, 8)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
         >>> model = sten.sparsify(model, sten.NM(2, 4), sten.BDWP(), optimizer=optimizer)
-        >>> model.weight.parts["backward"].sum(0).tolist()
+        >>> model.weight.parts["backward_mask"].sum(0).tolist()
         [4, 4, 4, 4, 4, 4, 4, 4]
     """
 
