@@ -189,7 +189,7 @@ class Run:
         if not self.dense_weight:
             value = value * self.masks[i // 2]
         layer.weight = nn.Parameter(value)
-        mine.weight.copy_(value)
+        mine.weight.requires_grad_().copy_(value)  # a Parameter that trains, in the place of one that may be frozen
 
     @torch.no_grad()
     def assign_off_the_pattern(self, i):
