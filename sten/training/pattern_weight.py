@@ -109,6 +109,7 @@ class PatternWeight(TrainedWeight):
 
     def forward(self, param: Tensor) -> Tensor:
         """The weight as a SparseTensor, differentiable."""
+        self.expect_numbers()
         context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
             w = _traced(param, *context, None, *self._parts())
@@ -156,6 +157,7 @@ class PatternWeight(TrainedWeight):
             if new is not self.part(name):
                 self.set_part(name, new)
         self.tail = tuple(parts["values"].shape[1:]) if "values" in parts else self.tail
+        self.lacks_numbers = False
         self.cache.invalidate(*self.pattern.values())
 
     @torch.no_grad()
