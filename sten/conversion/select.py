@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..layouts.base import Layout
 from ..tensor import SparseTensor
@@ -65,6 +66,7 @@ class Target:
     def stored(self) -> SparseTensor | None:
         """The weight as a SparseTensor, where it is sparse already."""
         if self.weight is not None:
+            self.weight.expect_numbers()
             return self.weight.tensor().detach()
         return self.tensor.detach() if isinstance(self.tensor, SparseTensor) else None
 
@@ -108,6 +110,11 @@ def _add_weights(found: list[Target], around: list[tuple[str, nn.Module]]) -> No
     trained = dict(trained_of(module)) if hasattr(module, "sparse_names") else {}
     hooked = recomputed(module)
     for name, tensor in module._parameters.items():
+        if is_lazy(tensor):
+            raise ValueError(
+                f"Expected initialized parameters, got {prefix}{name} of {type(module).__name__} without "
+                "a shape; run the model once first."
+            )
         if name in hooked:
             attribute, why = hooked[name]
             if why and tensor.dim() > 1:

@@ -157,6 +157,10 @@ def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | 
         raise ValueError(f"the entry must be a tensor of shape {tuple(present.shape)}; got {shape}.")
     entry = whole(entry.detach())
     if not isinstance(entry, SparseTensor):
+        if weight is not None and weight.lacks_numbers:
+            raise ValueError(
+                "Expected a sparse entry after to_empty, got a dense one; load a sparse model's state dict."
+            )
         return present.with_values(dense_to_values(present, entry.to(present.device), "load_state_dict"))
     if entry.sparse_layout == present.sparse_layout and entry.transposed == present.transposed:
         expect_parts_of(entry.sparse_layout, entry.parts, entry.stored_shape)

@@ -6,9 +6,10 @@ import contextlib
 
 import torch
 
-from .._torch_private import backward_pass, correct_aliasing
+from .._torch_private import backward_pass, correct_aliasing, is_compiling
+from ..caller import calling_module
 from ..dispatch import warn_densified
-from ..tensor import SparseTensor, aten, unpack
+from ..tensor import SparseTensor, aten, function, unpack
 
 A = torch.ops.aten
 
@@ -101,6 +102,17 @@ def zeros_like(func, w, *, dtype=None, device=None, **_):
 def like(func, w, *args, **kwargs):
     """A plain dense tensor: no number of it needs to be zero."""
     return func(w.parts["values"].new_empty(()).expand(w.shape), *args, **kwargs)
+
+
+@function(torch.empty_like)
+def empty_like(w: SparseTensor, *args, **kwargs):
+    """As `like`; refused for `nn.Module.to_empty`, which would make the weight dense."""
+    if not is_compiling() and calling_module() == "torch.nn.modules.module":
+        raise RuntimeError(
+            f"Expected dense Parameters for to_empty, got a {w.sparse_layout} weight, which cannot be without a pattern; "
+            "use load_state_dict(..., assign=True) instead, or sten.trainable(model) before it."
+        )
+    return torch.empty_like(w, *args, **kwargs)
 
 
 @aten(A.new_empty.default, A.new_zeros.default, A.new_ones.default, A.new_full.default)

@@ -75,6 +75,7 @@ class DenseWeight(TrainedWeight):
         return view
 
     def forward(self, param: Tensor) -> Tensor:
+        self.expect_numbers()
         w = param.t() if self.transposed else param
         view = self._view_of(w.detach())
         w = self.method.apply(w, view)

@@ -120,6 +120,7 @@ class PatternWeight(TrainedWeight):
             raise RuntimeError(
                 f"Expected a finalized model for torch.export, got {self.name} in training; call sten.finalize first."
             )
+        self.expect_numbers()
         context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
             w = _traced(param, *context, None, *self._parts())
@@ -176,6 +177,7 @@ class PatternWeight(TrainedWeight):
             if new is not self.part(name):
                 self.set_part(name, new)
         self.values_shape = tuple(parts["values"].shape) if "values" in parts else self.values_shape
+        self.lacks_numbers = False
         self.cache.invalidate(*self.pattern.values())
 
     @torch.no_grad()

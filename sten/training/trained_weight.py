@@ -38,6 +38,7 @@ from ..layouts.base import Layout
 from ..read_only import ReadOnlyTensor
 from ..sparsifiers import Edit, State, View
 from ..tensor import SparseTensor
+from .moves import converted, empties, kept
 from .run_problems import encoded, problem_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ class TrainedWeight(nn.Module):
         averages: weak references to the same weight of running averages (`sten.follow`).
         reminder: what warns at the first step of an optimizer in which the method does not act.
         loaded_averages: running averages of the gradient that a state dict had, for the engine that will be made.
+        lacks_numbers: whether `to_empty` gave this weight memory, and no state dict has been loaded into it since.
     """
+
+    lacks_numbers = False
 
     def __init__(self, name: str, layout: Layout, shape: tuple[int, ...], transposed: bool) -> None:
         super().__init__()
@@ -95,6 +99,21 @@ class TrainedWeight(nn.Module):
         self._detach_from_run()
         if self.reminder is not None:
             self.reminder.add(self)
+
+    def _apply(self, fn, recurse=True):
+        if not empties(fn):
+            return super()._apply(lambda t: converted(fn, t, self.shape), recurse)
+        buffers = dict(self.named_buffers())
+        self.lacks_numbers |= any(buffers[name].is_meta for name in buffers.keys() - self._non_persistent_buffers_set)
+        return super()._apply(lambda t: kept(fn, t), recurse)
+
+    def expect_numbers(self) -> None:
+        """Raise RuntimeError if the pattern has no numbers yet."""
+        if self.lacks_numbers:
+            raise RuntimeError(
+                f"Expected a pattern for {self.name}, got one without numbers after to_empty; load a state dict of the "
+                "sparse model first."
+            )
 
     def add_owner(self, module: nn.Module, attribute: str) -> None:
         """Note that this attribute of a module is the weight."""
@@ -272,7 +291,11 @@ class TrainedWeight(nn.Module):
                 "take model.state_dict() while the method trains.",
                 stacklevel=2,
             )
-            if not self.run_step.is_meta:
+            if self.lacks_numbers:
+                errors.append(
+                    f"{self.name}: Expected the mask of {self.method} after to_empty, got a dense weight only."
+                )
+            elif not self.run_step.is_meta:
                 self.restart()
         elif problem := problem_of(self, run, averages):
             raise FormatError(f"{self.name}: {problem}.")
@@ -289,6 +312,7 @@ class TrainedWeight(nn.Module):
                 setattr(self, name, nn.Parameter(value, present.requires_grad))
             else:
                 setattr(self, name, value)
+        self.lacks_numbers = False
         if self.engine is not None:
             self.engine.read_run(self, averages)
         else:
@@ -297,6 +321,7 @@ class TrainedWeight(nn.Module):
     @torch.no_grad()
     def restart(self) -> None:
         """Begin the method's run again, with the present numbers."""
+        self.run_method.copy_(encoded(repr(self.method)))
         self.run_step.zero_()
         self.run_counts.zero_()
         generator = torch.Generator().manual_seed(self.method.seed + 1)
