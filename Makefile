@@ -53,9 +53,9 @@ bench: install
 structure: install
 	$(BIN)/python benchmarks/structure.py
 
-fuzz: install  # hostile files and state dicts, then every method killed and resumed: about an hour on two cores
+fuzz: install  # hostile files and state dicts, then every method killed and resumed: 20 minutes on two cores
 	$(BIN)/python -m tests.fuzzing --count 100000
-	STEN_ALL=1 $(BIN)/python -m pytest -n 2 tests/test_resume.py
+	STEN_ALL=1 $(BIN)/python -m pytest -n 2 tests/test_killed.py
 
 sanitize:
 	bash csrc/sanitize/run.sh

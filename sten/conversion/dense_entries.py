@@ -28,11 +28,15 @@ def expect_fit(root: nn.Module, state_dict, prefix: str, assign: bool, own_hook:
         if own or isinstance(module, TrainedWeight) or any(hook is not own_hook for hook in hooks):
             continue
         below = prefix + path + "." if path else prefix
-        patterns = {name for name, weight in trained_of(module) if isinstance(weight, PatternWeight)}
-        skip = module._non_persistent_buffers_set | patterns
+        trained = dict(trained_of(module))
+        skip = module._non_persistent_buffers_set | {n for n, w in trained.items() if isinstance(w, PatternWeight)}
         for name, have in (*module._parameters.items(), *module._buffers.items()):
             if have is not None and name not in skip and not isinstance(have, SparseTensor) and not is_lazy(have):
-                _expect_entry(below + name, state_dict.get(below + name, have), have, assign)
+                entry = state_dict.get(below + name, have)
+                if assign and name in trained and isinstance(entry, Tensor) and entry.dtype != have.dtype:
+                    raise FormatError(f"{below + name}: Expected {have.dtype}, got {entry.dtype}; convert it first.")
+                copied = not assign or (name in trained and not have.is_meta)  # its Parameter stays
+                _expect_entry(below + name, entry, have, not copied)
 
 
 def _expect_entry(key: str, entry: object, have: Tensor, assign: bool) -> None:

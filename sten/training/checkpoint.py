@@ -133,6 +133,7 @@ def _expect_names(model: nn.Module, entries: dict[str, Any]) -> None:
         return found
 
     want, have = weights(model.state_dict(keep_vars=True)), weights(entries)
+    have -= {key for key in sparse if key not in entries and f"{key}.values" not in entries}
     if want != have:
         missing, surplus = sorted(want - have), sorted(have - want)
         raise FormatError(
