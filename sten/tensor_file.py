@@ -145,7 +145,7 @@ def read(file: io.FileIO, header: Header, mapped: frozenset[str] = frozenset()) 
         pieces.append((entry.start, entry.end, None if name in mapped else as_bytes(tensors[name])))
     pieces.sort(key=lambda piece: piece[:2])
     blocks = _blocks(pieces, header.start)
-    with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1, len(blocks)) if THREADS else 1)) as pool:
+    with ThreadPoolExecutor(max(1, min(16, os.cpu_count() or 1, len(blocks)) if THREADS else 1)) as pool:
         sums = "".join(pool.map(lambda block: _read_block(file, block), blocks))
     expected = header.metadata.get("crc32", sums)
     if expected != sums:

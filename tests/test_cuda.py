@@ -1,6 +1,7 @@
 """The same weight on a GPU: packing, every kernel of the table, training, torch.compile and CUDA graphs."""
 
 import copy
+import gc
 import time
 
 import pytest
@@ -171,13 +172,16 @@ def test_out_of_memory_leaves_the_model_usable(layout):
     want = model(x)
     (grad,) = torch.autograd.grad(want.float().square().sum(), x)
     large = torch.empty(2**18, 1024, device="cuda", dtype=torch.bfloat16)  # 512 MiB, and so has the result
+    gc.collect()
     torch.cuda.empty_cache()
-    filler = torch.empty(torch.cuda.mem_get_info()[0] - 2**28, device="cuda", dtype=torch.uint8)
-    for _ in range(2):
-        with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
-            model(large)
-    del large, filler
-    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / total)
+    try:
+        for _ in range(2):
+            with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+                model(large)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(model(x), want)
     assert torch.equal(torch.autograd.grad(model(x).float().square().sum(), x)[0], grad)
 
