@@ -1,6 +1,7 @@
 """State dicts whose state of a run is damaged: refused in one sentence with nothing changed, or the run goes on."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_damaged_state_of_a_run(method, layout, damage):
             model.load_state_dict({**good, key: DAMAGE[damage](good[key])})
         except RuntimeError as error:
             text = str(error)
-            assert "0.weight: Expected" in text, text
+            assert re.search(r"[02]\.weight: Expected", text), text  # both name the steps of one optimizer
             after = model.state_dict()
             kept = [name for name, t in before.items() if t.shape == after[name].shape and torch.equal(t, after[name])]
             assert kept == list(before), f"{set(before) - set(kept)} changed"
