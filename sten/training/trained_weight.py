@@ -69,8 +69,6 @@ class TrainedWeight(nn.Module):
         lacks_numbers: whether `to_empty` gave this weight memory, and no state dict has been loaded into it since.
     """
 
-    lacks_numbers = False
-
     def __init__(self, name: str, layout: Layout, shape: tuple[int, ...], transposed: bool) -> None:
         super().__init__()
         self.name, self.layout, self.shape, self.transposed = name, layout, tuple(shape), transposed
@@ -80,6 +78,7 @@ class TrainedWeight(nn.Module):
         self.is_last = False
         self.state_names: tuple[str, ...] = ()
         self.reminder: Reminder | None = None
+        self.lacks_numbers = False  # here, not on the class: a compiled model would see another attribute appear
         self._detach_from_run()
 
     def _detach_from_run(self) -> None:
