@@ -109,7 +109,7 @@ def empty_like(w: SparseTensor, *args, **kwargs):
     """As `like`; refused for `nn.Module.to_empty`, which would make the weight dense."""
     if not is_compiling() and calling_module() == "torch.nn.modules.module":
         raise RuntimeError(
-            f"Expected dense Parameters for to_empty, got a {w.sparse_layout} weight, which cannot be without a pattern; "
+            f"Expected dense Parameters for to_empty, got a {w.sparse_layout} weight, which needs a pattern; "
             "use load_state_dict(..., assign=True) instead, or sten.trainable(model) before it."
         )
     return torch.empty_like(w, *args, **kwargs)
