@@ -77,10 +77,13 @@ NON_TENSORS = {type(None), int, float, bool, str, tuple, list, dict, torch.Size}
 
 
 def refuse_tracing() -> None:
-    """Raise if torch.jit.trace records: a TorchScript file has the storage of every Parameter, and theirs is empty."""
+    """Raise if torch.jit.trace records: a TorchScript file has the storage of every Parameter, and theirs is empty.
+
+    Nor can such a file have the autograd functions of methods that train a dense weight.
+    """
     if tracing_state() is not None:
         raise RuntimeError(
-            "Expected a call of a sparse tensor outside of TorchScript, got one in torch.jit.trace; use torch.export, "
+            "Expected a use of a sparse weight outside of TorchScript, got one in torch.jit.trace; use torch.export, "
             "or trace a dense copy, sten.densify(copy.deepcopy(model))."
         )
 

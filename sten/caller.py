@@ -66,3 +66,12 @@ def refuse_shards(layout: object) -> None:
     """Raise if FSDP or tensor parallelism divides a sparse tensor: the shards would be dense, with zeros that train."""
     if calling_module().startswith(SHARDING):
         raise no_shards(f"a {layout} tensor")
+
+
+def refuse_training_export(w: Any) -> None:
+    """Raise if `run_decompositions` splits a sparse Parameter that requires a gradient: parts of integers cannot."""
+    if calling_module() == "torch._functorch._aot_autograd.subclass_parametrization" and w.requires_grad:
+        raise RuntimeError(
+            f"Expected weights without requires_grad for run_decompositions, got a {w.sparse_layout} one with it; call "
+            "model.requires_grad_(False) before torch.export.export."
+        )

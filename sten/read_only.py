@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch_private import is_compiling, no_function, storage_of, transforms_active, tree_leaves, tree_map
+from ._torch_private import must_apply, no_function, storage_of, tree_leaves, tree_map
 
 NO_WRITES = {"requires_grad_", "share_memory_", "detach_", "rename_"}  # they end in "_", and write no number
 
@@ -75,7 +75,7 @@ def read_only(dense: Tensor, instead: str) -> Tensor:
         dense: a plain tensor. Under torch.compile, torch.func and fake tensors it is returned as it is.
         instead: the end of the sentence that a write raises, after "got": what it is; what would work.
     """
-    if is_compiling() or transforms_active() or type(dense) is not Tensor:
+    if must_apply() or type(dense) is not Tensor:
         return dense
     out = dense.as_subclass(ReadOnlyTensor)
     out.instead = instead
@@ -84,7 +84,7 @@ def read_only(dense: Tensor, instead: str) -> Tensor:
 
 def read_only_aliases(out: Any, sources: list[Tensor], instead: str) -> Any:
     """The result of an operator, with the tensors that share memory with one of `sources` read-only."""
-    if is_compiling() or transforms_active():
+    if must_apply():
         return out
     storages = {storage_of(a) for a in sources} - {None}
 

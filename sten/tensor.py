@@ -21,6 +21,7 @@ from ._torch_private import (
     no_function,
     refuse_data_pointer,
 )
+from .caller import refuse_training_export
 from .checked import checked
 from .layouts.base import Layout, Parts
 from .layouts.checks import expect_held
@@ -77,8 +78,8 @@ class SparseTensor(Sealed, torch.Tensor):
     def __new__(
         cls,
         layout: Layout,
-        parts: Parts,
-        shape: Iterable[int],
+        parts: Parts | None = None,  # a call without them, as other libraries make of a Parameter's class, is refused
+        shape: Iterable[int] = (),
         transposed: bool = False,
         requires_grad: bool = False,
         cache: PatternCache | None = None,
@@ -107,6 +108,7 @@ class SparseTensor(Sealed, torch.Tensor):
         vars(self).update(own, **{"part_" + name: part for name, part in parts.items()})
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        refuse_training_export(self)
         return ["part_" + name for name in self.parts], (self.sparse_layout, self.stored_shape, self.transposed)
 
     @staticmethod

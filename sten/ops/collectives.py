@@ -18,6 +18,7 @@ FUNCTIONS = """broadcast all_reduce all_reduce_coalesced reduce all_gather all_g
 
 
 def collective(func, tensors, *args, **kwargs):
+    """Refuse what would be written to a dense copy. (Lists of lists do not come here: torch copies to each tensor.)"""
     if written := sparse_in(tensors):
         raise TypeError(
             f"Expected dense tensors for {func._schema.name}, got a {written[0].sparse_layout} tensor; call it on the "

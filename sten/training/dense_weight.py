@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._torch_private import refuse_tracing
 from ..layouts.base import Layout
 from ..layouts.checks import starting_mask
 from ..sparsifiers import DenseWeightMethod, Edit, View
@@ -76,6 +77,7 @@ class DenseWeight(TrainedWeight):
 
     def forward(self, param: Tensor) -> Tensor:
         self.expect_numbers()
+        refuse_tracing()
         w = param.t() if self.transposed else param
         view = self._view_of(w.detach())
         w = self.method.apply(w, view)

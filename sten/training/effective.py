@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._torch_private import is_compiling, no_function, transforms_active
+from .._torch_private import must_apply, no_function
 from ..read_only import ReadOnlyTensor
 from ..tensor import SparseTensor
 
@@ -43,7 +43,7 @@ def effective(w: Tensor, weight: DenseWeight) -> Tensor:
 
     Under torch.compile, torch.func and for other subclasses it is returned as it is.
     """
-    if is_compiling() or transforms_active() or type(w) not in (Tensor, SparseTensor):
+    if must_apply() or type(w) not in (Tensor, SparseTensor):
         return w
     if type(w) is Tensor:
         w = w.as_subclass(EffectiveWeight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -21,10 +22,15 @@ def kept(fn: Conversion, t: Tensor) -> Tensor:
     return torch.zeros_like(t, device=device) if t.is_meta else t.to(device)
 
 
-def converted(fn: Conversion, t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`fn(t)`; a part that has not the shape of the weight as a vector, since memory formats are those of images."""
-    if t.dim() < 4 or t.shape == shape:
-        return fn(t)
-    vector = t.flatten()
-    new = fn(vector)
-    return t if new is vector else new.view(t.shape)
+def of_vectors(fn: Conversion) -> Conversion:
+    """`fn` for parts of a pattern: those of four or more dimensions as vectors, since memory formats are for images."""
+
+    @functools.wraps(fn)
+    def convert(t: Tensor) -> Tensor:
+        if t.dim() < 4:
+            return fn(t)
+        vector = t.flatten()
+        new = fn(vector)
+        return t if new is vector else new.view(t.shape)
+
+    return convert

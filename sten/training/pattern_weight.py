@@ -21,6 +21,7 @@ from ..rule import Rule
 from ..sparsifiers import Edit
 from ..tensor import SparseTensor, project, project_now
 from .distributed import shard_like, sharded, whole
+from .moves import of_vectors
 from .trained_weight import TrainedWeight, fill, optimizer_slots, replace_in_optimizer
 
 Move = Callable[[Tensor], Tensor]
@@ -66,6 +67,9 @@ class PatternWeight(TrainedWeight):
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         self.cache, self.probe, self.int16_views = PatternCache(), None, {}
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(of_vectors(fn), recurse)
 
     def set_part(self, name: str, part: Tensor) -> None:
         """Keep a part in the buffer of its name; 16-bit integers as bytes, which gloo and NCCL can send for DDP."""

@@ -38,7 +38,7 @@ from ..layouts.base import Layout
 from ..read_only import ReadOnlyTensor
 from ..sparsifiers import Edit, State, View
 from ..tensor import SparseTensor
-from .moves import converted, empties, kept
+from .moves import empties, kept
 from .run_problems import encoded, problem_of
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class TrainedWeight(nn.Module):
 
     def _apply(self, fn, recurse=True):
         if not empties(fn):
-            return super()._apply(lambda t: converted(fn, t, self.shape), recurse)
+            return super()._apply(fn, recurse)
         buffers = dict(self.named_buffers())
         self.lacks_numbers |= any(buffers[name].is_meta for name in buffers.keys() - self._non_persistent_buffers_set)
         return super()._apply(lambda t: kept(fn, t), recurse)
