@@ -11,6 +11,7 @@ import torch
 
 PASSED = ("sten.", "torch._tensor", "torch.functional", "torch._C", "torch.utils._python_dispatch", "torch._ops")
 SHARDING = ("torch.distributed.fsdp.", "torch.distributed.tensor.", "torch.distributed._composable.")
+BY_MATRIX = ("torch.optim._adafactor", "torch.optim._muon", "torch.optim.lbfgs")
 LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
 
 
@@ -74,4 +75,14 @@ def refuse_training_export(w: Any) -> None:
         raise RuntimeError(
             f"Expected weights without requires_grad for run_decompositions, got a {w.sparse_layout} one with it; call "
             "model.requires_grad_(False) before torch.export.export."
+        )
+
+
+def refuse_matrix_optimizer(w: Any) -> None:
+    """Raise if an optimizer that works on rows, columns or all numbers at once asks for a sparse gradient."""
+    name = calling_module()
+    if name in BY_MATRIX:
+        raise TypeError(
+            f"Expected an optimizer that works entry by entry for a {w.sparse_layout} weight, got one of {name}; use "
+            "torch.optim.SGD, AdamW or the like."
         )

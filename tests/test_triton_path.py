@@ -133,7 +133,7 @@ def test_another_pattern(layout, prepared):
     close(F.linear(x, w), x @ fewer.to_dense().T * -6)
     w.parts["values"] = w.parts["values"].resolve_neg()
     F.linear(x, w)
-    w.parts = {**w.parts, "values": w.parts["values"] * 2}
+    w.data = w.with_values(w.parts["values"] * 2)
     close(F.linear(x, w), x @ fewer.to_dense().T * -12)
     w.parts["values"] = torch.stack([w.parts["values"], w.parts["values"]], -1)[..., 0]  # of other strides
     close(F.linear(x, w), x @ fewer.to_dense().T * -12)

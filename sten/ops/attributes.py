@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..caller import refuse_matrix_optimizer
 from ..tensor import SparseTensor, aten, function, project_now, unpack
 from .padding import dense_to_values, to_be_written
 
@@ -87,6 +88,8 @@ def get_grad(w: Tensor) -> Tensor | None:
     if isinstance(w, SparseTensor) and w.trained is not None:
         return w.trained.grad
     grad = w.grad
+    if grad is not None and isinstance(w, SparseTensor):
+        refuse_matrix_optimizer(w)
     if grad is not None and isinstance(w, SparseTensor) and not isinstance(grad, SparseTensor):
         with torch.no_grad():
             w.grad = grad = project_now(grad, w)
