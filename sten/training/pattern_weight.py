@@ -120,7 +120,8 @@ class PatternWeight(TrainedWeight):
         """The weight as a SparseTensor, differentiable."""
         if type(param) is Tensor:  # of torch.func.functional_call
             self.expect_values(param)
-        if torch.compiler.is_exporting():
+        # under Dynamo, torch 2.11 says that every compilation is an export
+        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
             raise RuntimeError(
                 f"Expected a finalized model for torch.export, got {self.name} in training; call sten.finalize first."
             )
