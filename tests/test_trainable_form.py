@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,22 @@ def test_a_state_dict_of_the_form_before_loads():
     dense = torch.load(FILES / "trainable-0-dense.pt", weights_only=True)
     for key, want in dense.items():
         torch.testing.assert_close(state(model)[key], want)
+
+
+def test_parts_of_16_bits_are_one_tensor_in_every_state():
+    """DDP sees bytes; caches see one tensor, whatever was done to the module."""
+    layer = sten.trainable(sten.sparsify(torch.nn.Linear(8, 12), sten.GroupedNM(2, 4, 1)))
+    x = torch.randn(3, 8)
+    want, index = layer(x), layer.weight.parts["index"]
+    assert index.dtype == torch.int16 and layer.state_dict()["weight_pattern.index"].dtype == torch.int16
+    assert dict(layer.named_buffers())["weight_pattern.index"].dtype == torch.uint8
+    assert layer.weight.parts["index"] is index
+    other = sten.trainable(sten.sparsify(torch.nn.Linear(8, 12), sten.GroupedNM(2, 4, 1)))
+    other.load_state_dict(layer.state_dict())
+    copies = [other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer).double().float()]
+    for each in copies:
+        torch.testing.assert_close(each(x), want)
+        assert torch.equal(each.weight.parts["index"], index)
+        assert each.weight.parts["index"] is each.weight.parts["index"]
+        sten.finalize(each)
+        torch.testing.assert_close(each(x), want)

@@ -67,14 +67,19 @@ class PatternWeight(TrainedWeight):
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         self.cache, self.probe, self.int16_views = PatternCache(), None, {}
+        self._view_int16_parts()
 
     def _apply(self, fn, recurse=True):
-        return super()._apply(of_vectors(fn), recurse)
+        super()._apply(of_vectors(fn), recurse)
+        self._view_int16_parts()
+        return self
 
     def set_part(self, name: str, part: Tensor) -> None:
         """Keep a part in the buffer of its name; 16-bit integers as bytes, which gloo and NCCL can send for DDP."""
         # not register_buffer: a part may have the name of an attribute
-        self._buffers[name] = part.view(torch.uint8) if part.dtype == torch.int16 else part
+        self._buffers[name] = buffer = part.view(torch.uint8) if part.dtype == torch.int16 else part
+        if buffer is not part:
+            self.int16_views[name] = buffer, part
 
     def part(self, name: str) -> Tensor:
         """The part that `set_part` keeps."""
@@ -83,11 +88,13 @@ class PatternWeight(TrainedWeight):
             return buffer
         if torch.compiler.is_compiling():
             return buffer.view(torch.int16)
-        known, view = self.int16_views.get(name, (None, None))
-        if known is not buffer:  # else the same view: caches know a pattern by the identity of its parts
-            view = buffer.view(torch.int16)
-            self.int16_views[name] = buffer, view
-        return view
+        known, view = self.int16_views[name]  # one view, since caches know a pattern by the identity of its parts
+        return view if known is buffer else buffer.view(torch.int16)
+
+    def _view_int16_parts(self) -> None:
+        """Make the views of new buffers; not where they are read, which may be under torch.func."""
+        for name in self.int16_parts:
+            self.int16_views[name] = self._buffers[name], self._buffers[name].view(torch.int16)
 
     @property
     def pattern(self) -> Parts:
