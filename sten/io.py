@@ -13,7 +13,6 @@ import math
 import os
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -242,22 +241,14 @@ def _header(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
 
 def _unflatten(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
     """The state in a file, with sparse weights validated."""
-    described = {}
-    for name in header["sparse"]:
-        keys = [key for key in tensors if key.startswith(name + ".")]
-        described[name] = {key.removeprefix(name + "."): tensors.pop(key) for key in keys}
-
-    def made(name: str) -> SparseTensor:
-        entry = header["sparse"][name]
+    state: dict[str, Tensor] = {}
+    for name, entry in header["sparse"].items():
+        parts = {k.removeprefix(name + "."): tensors.pop(k) for k in list(tensors) if k.startswith(name + ".")}
         try:
-            return SparseTensor(
-                *checked(entry["layout"], entry["fields"], described[name], entry["shape"], entry["transposed"])
-            )
+            made_of = checked(entry["layout"], entry["fields"], parts, entry["shape"], entry["transposed"])
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a check is one pass after another, in one thread
-        state: dict[str, Tensor] = dict(zip(described, pool.map(made, described), strict=True))
+        state[name] = SparseTensor(*made_of)
     state.update(tensors)
     for name, other in header["ties"].items():
         if other not in state:
