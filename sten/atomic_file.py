@@ -77,7 +77,9 @@ def replacing(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
 
 def _expect_replaceable(path: str | os.PathLike, target: Path) -> None:
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"Expected an existing folder for {target.name!r}, got {os.fspath(target.parent)!r}.")
+        raise FileNotFoundError(
+            f"Expected an existing folder for {target.name!r}, got {os.fspath(target.parent)!r}; make it first."
+        )
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:

@@ -29,7 +29,7 @@ def test_signatures():
         sten.densify: ["model"],
         sten.summary: ["model"],
         sten.save: ["model", "path"],
-        sten.load: ["model", "path"],
+        sten.load: ["model", "path", "assign", "mmap"],
     }
     for function, arguments in expected.items():
         assert list(inspect.signature(function).parameters) == arguments, function.__name__

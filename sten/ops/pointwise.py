@@ -124,8 +124,9 @@ def in_place(func, w, *args, **kwargs):
     if not isinstance(w, SparseTensor):
         return dense_result(func, w, *args, **kwargs)
     gather = func in GATHERS or (func in PRODUCTS and _has_pattern(w, args[0]))
+    args = [a if is_scalar(a) else _operand(func, w, a, gather) for a in args]
     to_be_written(w)
-    func(w.parts["values"], *[a if is_scalar(a) else _operand(func, w, a, gather) for a in args], **kwargs)
+    func(w.parts["values"], *args, **kwargs)
     if func not in ZERO_SAFE:
         zero_padding_(w)
     return w
