@@ -26,7 +26,23 @@ HEAD = """# What an act does to a sparse weight
 - **Operators without a rule** run on a differentiable dense copy, made where they are entered, with one warning
   (`sten.strict()` raises instead).
 - **Gradients** of a sparse weight have its pattern, from `backward` and `torch.autograd.grad` alike; those of a dense
-  tensor are dense, always.
+  tensor are dense, always. (`torch.func.grad` of a *finalized* weight gives all entries of the gradient, dense; of a
+  weight in training, those of the pattern.)
+
+## The forms of a weight
+
+What `m.weight` is and does in each form; `tests/test_user_acts.py` tests the last two columns against a dense twin.
+
+| act | finalized | in training, pattern weight | in training, dense weight |
+|---|---|---|---|
+| reading | the SparseTensor Parameter | a SparseTensor of the trained values | what the method makes of it, read-only |
+| in place, `w[i] = v`, `nn.init`, under `no_grad` | as the rules say | as the rules say | raises and names the Parameter |
+| `m.weight = t`, `register_parameter` | replaces it, as in torch | `copy_` if zero off the pattern | `copy_` |
+| `m.weight.data = t` | `copy_` if zero off the pattern | the same | `copy_` |
+| `.grad`, `requires_grad_` | its own | those of the trained Parameter | the same |
+| `register_hook` | works | raises and names the Parameter | the same |
+| parametrizations, norms, `prune`, `del` | as in torch | raises before anything changes | the same |
+| backward after a write or a step | torch's error | torch's error | torch's error |
 
 ## How to read the tables
 
