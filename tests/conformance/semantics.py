@@ -36,7 +36,7 @@ What `m.weight` is and does in each form; `tests/test_user_acts.py` tests the la
 | act | finalized | in training, pattern weight | in training, dense weight |
 |---|---|---|---|
 | reading | the SparseTensor Parameter | a SparseTensor of the trained values | what the method makes of it, read-only |
-| in place, `w[i] = v`, `nn.init`, under `no_grad` | as the rules say | as the rules say | raises and names the Parameter |
+| in place, `w[i] = v`, `nn.init`, under `no_grad` | as the rules say | as the rules say | raises, names the Parameter |
 | `m.weight = t`, `register_parameter` | replaces it, as in torch | `copy_` if zero off the pattern | `copy_` |
 | `m.weight.data = t` | `copy_` if zero off the pattern | the same | `copy_` |
 | `.grad`, `requires_grad_` | its own | those of the trained Parameter | the same |
