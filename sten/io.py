@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import tensor_file
 from .checked import checked
+from .conversion.recipe import recipes_of, set_recipes
 from .conversion.reparametrize import move
 from .conversion.select import Target, all_weights, expect_model, once_each
 from .conversion.state_dict_hooks import accept_every_form, finalized_state
@@ -56,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """
     expect_model(model)
     tensors, sparse, ties = _flatten(model)
-    header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties})
+    header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties, "recipes": recipes_of(model)})
     tensor_file.write(path, tensors, {"format": "pt", "sten": header})
 
 
@@ -122,12 +123,13 @@ def load(model: Model, path: str | os.PathLike | None = None, assign: bool = Fal
     if path is None:  # as for torch.load, which needs no model
         raise TypeError("Expected sten.load(model, path), got one argument; make a model of this architecture first.")
     targets = once_each(all_weights(model))
-    state = _read(path, mmap)
+    state, recipes = _read(path, mmap)
     current = finalized_state(model)
     _expect_fit(model, current, state, assign)
     engine.release(model)
     _adopt(targets, current, state, _owners(model) if assign else {})
     accept_every_form(model)
+    set_recipes(model, recipes)
     return model
 
 
@@ -140,7 +142,8 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     Returns:
         A dictionary: `version` of the format; `tensors`, the dense ones, name -> `{"dtype", "shape", "bytes"}`;
         `sparse`, name -> `{"layout", "fields", "shape", "transposed", "parts", "bytes", "density"}`, where `density` is
-        the number of values divided by that of entries (padding counts); `ties`, name -> the name that it is tied to.
+        the number of values divided by that of entries (padding counts); `ties`, name -> the name that it is tied to;
+        `recipes`, what `sten.sparsify` was called with, as data of `sten.Recipe.to_json`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -171,11 +174,12 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         entries, values = math.prod(entry["shape"]), math.prod(parts.get("values", {"shape": [0]})["shape"])
         total = sum(part["bytes"] for part in parts.values())
         sparse[name] = {**entry, "parts": parts, "bytes": total, "density": values / max(entries, 1)}
-    return {"version": header["version"], "tensors": tensors, "sparse": sparse, "ties": header["ties"]}
+    whole = {"version": header["version"], "tensors": tensors, "sparse": sparse, "ties": header["ties"]}
+    return {**whole, "recipes": header.get("recipes", [])}
 
 
-def _read(path: str | os.PathLike, mmap: bool = False) -> dict[str, Tensor]:
-    """The state in a file, checked."""
+def _read(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor], list]:
+    """The state in a file, checked, and the record of its recipes."""
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)
         header = _header(raw.metadata.get("sten"), path)
@@ -187,7 +191,7 @@ def _read(path: str | os.PathLike, mmap: bool = False) -> dict[str, Tensor]:
         raise FormatError(
             f"Expected tensors with the checksum of {os.fspath(path)!r}, got others: the file is damaged."
         )
-    return _unflatten(tensors, header)
+    return _unflatten(tensors, header), header.get("recipes", [])
 
 
 def checksum_of_version_1(tensors: dict[str, Tensor]) -> int:
@@ -225,6 +229,8 @@ def _header(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
     sparse, ties = header.get("sparse"), header.get("ties")
     texts = isinstance(ties, dict) and all(isinstance(name, str) for name in ties.values())
     if not isinstance(sparse, dict) or not texts or not all(isinstance(entry, dict) for entry in sparse.values()):
+        raise FormatError(wrong)
+    if not isinstance(header.get("recipes", []), list):  # a record, of which nothing is made
         raise FormatError(wrong)
     for name, entry in sparse.items():
         for key, kind in (("layout", str), ("fields", dict), ("shape", list), ("transposed", bool)):
