@@ -50,10 +50,10 @@ __all__ = [
     "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
     "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
     "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL",
-    "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach", "densify",
-    "distill_loss", "extend", "finalize", "follow", "from_dense", "inspect", "kernel", "load", "load_run", "optim",
-    "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing", "trainable",
-    "which",
+    "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
+    "densify", "distill_loss", "extend", "finalize", "follow", "from_dense", "inspect", "kernel", "load", "load_run",
+    "optim", "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
+    "trainable", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -75,8 +75,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict
         if seen.setdefault(id(value), name) != name:
             ties[name] = seen[id(value)]
         elif isinstance(value, SparseTensor):
-            layout = {"layout": type(value.sparse_layout).__name__, "fields": fields(value.sparse_layout)}
-            sparse[name] = {**layout, "shape": list(value.stored_shape), "transposed": value.transposed}
+            sparse[name] = description(value)
             tensors.update({f"{name}.{part}": tensor for part, tensor in value.parts.items()})
         else:
             tensors[name] = value
@@ -159,7 +158,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)
-    header = _header(raw.metadata.get("sten"), path)
+    header = header_of(raw.metadata.get("sten"), path)
     tensors: dict[str, dict[str, Any]] = {
         name: {
             "dtype": str(entry.dtype).removeprefix("torch."),
@@ -182,7 +181,7 @@ def _read(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor
     """The state in a file, checked, and the record of its recipes."""
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)
-        header = _header(raw.metadata.get("sten"), path)
+        header = header_of(raw.metadata.get("sten"), path)
         owned = {f"{name}." for name in header["sparse"]}
         pattern = {key for key in raw.tensors if key.rpartition(".")[0] + "." in owned and not key.endswith(".values")}
         tensors = tensor_file.read(file, raw, frozenset(raw.tensors) - pattern if mmap else frozenset())
@@ -210,7 +209,7 @@ def _same_header(header: dict[str, Any]) -> dict[str, Any]:
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _same_header}  # version -> to the next one
 
 
-def _header(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
+def header_of(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
     """The description of the sparse weights, of the present version; FormatError unless it is well formed."""
     if text is None:
         raise FormatError(f"Expected a file of sten.save, got {os.fspath(path)!r} without 'sten' in its header.")
@@ -232,6 +231,20 @@ def _header(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
         raise FormatError(wrong)
     if not isinstance(header.get("recipes", []), list):  # a record, of which nothing is made
         raise FormatError(wrong)
+    expect_descriptions(sparse)
+    for step in range(version, VERSION):
+        header = UPGRADES[step](header)
+    return header
+
+
+def description(w: SparseTensor) -> dict[str, Any]:
+    """What a file says of a sparse weight beside its parts, as JSON."""
+    layout = {"layout": type(w.sparse_layout).__name__, "fields": fields(w.sparse_layout)}
+    return {**layout, "shape": list(w.stored_shape), "transposed": w.transposed}
+
+
+def expect_descriptions(sparse: dict[str, dict]) -> None:
+    """Raise FormatError unless each description of a sparse weight has entries of the right kinds."""
     for name, entry in sparse.items():
         for key, kind in (("layout", str), ("fields", dict), ("shape", list), ("transposed", bool)):
             if not isinstance(entry.get(key), kind):
@@ -240,9 +253,15 @@ def _header(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
                 )
         if not all(type(size) is int and 0 <= size < 2**62 for size in entry["shape"]):
             raise FormatError(f"{name}: Expected a shape of non-negative sizes, got {str(entry['shape'])[:80]}.")
-    for step in range(version, VERSION):
-        header = UPGRADES[step](header)
-    return header
+
+
+def described(name: str, entry: dict[str, Any], parts: dict[str, Tensor]) -> SparseTensor:
+    """The weight of this description and these parts, validated; FormatError if it is none."""
+    try:
+        made_of = checked(entry["layout"], entry["fields"], parts, entry["shape"], entry["transposed"])
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+    return SparseTensor(*made_of)
 
 
 def _unflatten(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
@@ -250,11 +269,7 @@ def _unflatten(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, 
     state: dict[str, Tensor] = {}
     for name, entry in header["sparse"].items():
         parts = {k.removeprefix(name + "."): tensors.pop(k) for k in list(tensors) if k.startswith(name + ".")}
-        try:
-            made_of = checked(entry["layout"], entry["fields"], parts, entry["shape"], entry["transposed"])
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error
-        state[name] = SparseTensor(*made_of)
+        state[name] = described(name, entry, parts)
     state.update(tensors)
     for name, other in header["ties"].items():
         if other not in state:
