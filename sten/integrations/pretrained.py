@@ -183,24 +183,30 @@ class Assemble(ConversionOps):
         entry = next((weights[name] for name in names(model, full_layer_name) if name in weights), None)
         if entry is None and not read:
             return {full_layer_name: values}
+        present = model.get_parameter(full_layer_name)
         try:
-            weight = self._weight(full_layer_name, entry, values, read)
+            weight = self._weight(full_layer_name, present, entry, values, read)
         except FormatError as error:  # which transformers would put into its report; raised when all is read
             self.hf_quantizer.problems.append(error)
             return {}
         self.hf_quantizer.loaded.add(full_layer_name)
-        module, _, attribute = full_layer_name.rpartition(".")
-        trains = getattr(model.get_submodule(module), attribute).requires_grad
-        return {full_layer_name: nn.Parameter(weight, requires_grad=trains)}
+        return {full_layer_name: nn.Parameter(weight, requires_grad=present.requires_grad)}
 
-    def _weight(self, name: str, entry: dict[str, Any] | None, values: Tensor | None, pattern: dict[str, Tensor]):
+    def _weight(
+        self, name: str, present: Tensor, entry: dict | None, values: Tensor | None, pattern: dict[str, Tensor]
+    ):
         if entry is None:
             raise FormatError(f"Expected a description of {name} in the files, got a pattern without one.")
         if values is None or values.numel() != math.prod(entry["values"]):
             got = "none" if values is None else f"shape {tuple(values.shape)}"
             raise FormatError(f"{name}: Expected values of shape {tuple(entry['values'])} in the files, got {got}.")
         own = {key: part.clone() for key, part in pattern.items()}  # not pages of a file, which could change
-        return io.described(name, entry, {"values": values.view(entry["values"]), **own})
+        weight = io.described(name, entry, {"values": values.view(entry["values"]), **own})
+        if weight.shape != present.shape:
+            raise FormatError(
+                f"Expected shape {tuple(present.shape)} for {name}, got {tuple(weight.shape)} in the file."
+            )
+        return weight
 
 
 def _operations(conversion: Any) -> list:
