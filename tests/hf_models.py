@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import sten
 FORMS = ["finalized", "trainable", "dense weight"]
 IDS = torch.arange(7)[None]
 every_layout = pytest.mark.parametrize("layout", SMALL, ids=str)
+sampled = pytest.mark.parametrize("layout", SMALL if os.environ.get("STEN_ALL") else SMALL[::3], ids=str)
 every_form = pytest.mark.parametrize("form", FORMS)
 
 

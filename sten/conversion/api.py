@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -16,8 +17,9 @@ from ..sparsifiers.sparsifier import check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
 from ..training.optimizer_checks import expect_elementwise, expect_optimizer, holds, optimizers_of
-from ..training.reminders import empty_rows_of, forget, remind, warn_of_empty_rows
+from ..training.reminders import empty_rows_of, forget, listed, remind, warn_of_empty_rows
 from .arguments import Layouts, Weights, expect_layouts
+from .exclusions import stored_by_others
 from .plan import Decision, decide
 from .recipe import DEFAULT, Recipe, note_recipe, recipe_of, set_recipes
 from .record import remember, remember_optimizers
@@ -96,6 +98,8 @@ def sparsify(
         remember(target, why=target.why)
     note_recipe(model, recipe)
     accept_every_form(model)
+    if foreign := [f"{t.name} ({t.why})" for t in skipped if stored_by_others(t.tensor)]:
+        warnings.warn(f"sten: left as they are: {listed(foreign)}; prune before quantizing.", stacklevel=2)
     if begun and optimizers is not None:
         engine.start(model, optimizers)
     remind(weight for weight in begun + trained if weight is not None)
