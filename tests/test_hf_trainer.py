@@ -50,10 +50,11 @@ class Data(torch.utils.data.Dataset):
 def trainer_of(folder, callback, model=None, **more):
     args = transformers.TrainingArguments(
         str(folder), max_steps=10, per_device_train_batch_size=2, save_steps=5, save_strategy="steps", logging_steps=5,
-        report_to=[], use_cpu=True, disable_tqdm=True, learning_rate=1e-2, seed=0, **more,
+        report_to=[], use_cpu=True, disable_tqdm=True, seed=0, **{"learning_rate": 1e-2, **more},
     )  # fmt: skip
     model = llama() if model is None else model
-    return transformers.Trainer(model=model, args=args, train_dataset=Data(), callbacks=[callback])
+    sets = {"train_dataset": Data(), "eval_dataset": Data()}
+    return transformers.Trainer(model=model, args=args, callbacks=[callback], **sets)
 
 
 def form_of(method):
@@ -115,9 +116,12 @@ def test_a_model_that_is_sparse_already(layout, form, tmp_path):
     trainer_of(tmp_path / "sparse", SparsityCallback(), model, weight_decay=0.1, max_grad_norm=0.1).train()
     args = {"weight_decay": 0.1, "max_grad_norm": 0.1}
     trainer_of(tmp_path / "dense", transformers.TrainerCallback(), dense, **args).train()
-    state = {n: p.to_dense() if n in masks else p for n, p in sten.finalize(model).named_parameters()}
+    trainer = trainer_of(tmp_path / "end", transformers.TrainerCallback(), sten.finalize(model))
+    trainer.save_model(str(tmp_path / "end"))
+    read = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "end").named_parameters())
     for name, p in dense.named_parameters():
-        torch.testing.assert_close(state[name], p, rtol=1e-4, atol=1e-5)
+        assert (name in masks) == isinstance(read[name], sten.SparseTensor)
+        torch.testing.assert_close(read[name].to_dense(), p.to_dense(), rtol=1e-4, atol=1e-5)
 
 
 def test_logs(tmp_path):
@@ -126,6 +130,19 @@ def test_logs(tmp_path):
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["mask_updates"] for entry in logs] == [3, 5]  # of the steps 1, 3, 5, 7 and 8
     assert logs[0]["density"] > logs[1]["density"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("method", [sten.SET(20, every=2), sten.Gradual(1, 8, 2)], ids=["SET", "Gradual"])
+def test_the_best_model_is_loaded_at_the_end(method, tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
+    best |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # so that it is the first one
+    trainer = trainer_of(tmp_path, SparsityCallback(sten.CSR(), method, 0.5), **best)
+    trainer.train()
+    saved = transformers.AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
+    x = torch.arange(5)[None]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-5")
+    torch.testing.assert_close(trainer.model.eval()(x).logits, saved(x).logits)
+    assert engines_of(trainer.model)[0].step == 5
 
 
 def test_train_again_and_in_a_second_trainer(tmp_path):

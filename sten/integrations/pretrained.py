@@ -27,6 +27,7 @@ from ..conversion.recipe import recipes_of, set_recipes
 from ..conversion.state_dict_hooks import accept_every_form, finalized_state
 from ..errors import FormatError
 from ..training.attribute import SUFFIX
+from ..training.distributed import sharded
 
 if int(transformers.__version__.split(".")[0]) < 5:
     raise ImportError(f"Expected transformers >= 5, got {transformers.__version__}; pip install -U transformers.")
@@ -91,9 +92,16 @@ class SparseQuantizer(HfQuantizer):
     # writing
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        shard = next((name for name, p in model.named_parameters() if sharded(p)), None)
+        if shard is not None:  # one rank alone asks, and gathering needs all
+            raise ValueError(
+                f"Expected whole parameters for save_pretrained, got {shard} in shards; save the shards with "
+                "torch.distributed.checkpoint, and load them into a model on one process."
+            )
         tensors, sparse = pretrained_state(model, finalized_state(model))
         weights = {name: {**io.description(w), "values": list(w.parts["values"].shape)} for name, w in sparse.items()}
         model.config.quantization_config = SparseConfig(recipes=recipes_of(model))
+        model.add_model_tags(["sten", "sparse"])  # of the card that push_to_hub writes
         return tensors, {KEY: json.dumps({"version": io.VERSION, "sparse": weights, "ties": {}})}
 
     # reading
@@ -200,6 +208,10 @@ class Assemble(ConversionOps):
         if values is None or values.numel() != math.prod(entry["values"]):
             got = "none" if values is None else f"shape {tuple(values.shape)}"
             raise FormatError(f"{name}: Expected values of shape {tuple(entry['values'])} in the files, got {got}.")
+        if sharded(present):
+            raise FormatError(
+                f"Expected a whole parameter for {name}, got one in shards; load the model, then shard it."
+            )
         own = {key: part.clone() for key, part in pattern.items()}  # not pages of a file, which could change
         weight = io.described(name, entry, {"values": values.view(entry["values"]), **own})
         if weight.shape != present.shape:
