@@ -1,8 +1,10 @@
 """SparsityCallback: one line in a Trainer script, resumed bit for bit; logs, refusals, and the trial of a new user."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,36 +197,21 @@ def test_a_dense_model_without_arguments(tmp_path):
         trainer_of(tmp_path, SparsityCallback())
 
 
-TRIAL = """
-import sten
-from sten.integrations.transformers import SparsityCallback
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-
-model = AutoModelForCausalLM.from_pretrained("dense")
-prune = SparsityCallback(sten.NM(2, 4))
-args = TrainingArguments("run", max_steps=5, use_cpu=True, report_to=[])
-Trainer(model, args, train_dataset=data, callbacks=[prune]).train()
-sten.finalize(model).save_pretrained("sparse")
-"""
-RELOAD = """
-import torch
-import sten.integrations.transformers
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("sparse")
-print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).tolist())
-"""
+PAGE = (Path(__file__).parent.parent / "docs" / "huggingface.md").read_text()
 
 
 def test_the_trial_of_a_new_user(tmp_path, monkeypatch):
     """Prune, fine-tune, save; reload and generate in a fresh process: less than 15 lines together."""
-    assert len([line for line in (TRIAL + RELOAD).splitlines() if line]) < 15
+    trial, reload = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len([line for line in (trial + reload).splitlines() if line]) < 15
     monkeypatch.chdir(tmp_path)
     llama().save_pretrained("dense")
     names = {"data": Data()}
-    exec(TRIAL, names)
+    exec(trial, names)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", reload], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     want = names["model"].eval().generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False)
     assert done.stdout.splitlines()[-1] == str(want.tolist())
+    for code in re.findall(r"```python no-run\n(.*?)```", PAGE, re.S):
+        compile(code, "huggingface.md", "exec")
