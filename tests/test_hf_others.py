@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import IDS, every_form, finalized, in_form, llama, sampled
+from hf_models import IDS, every_form, every_layout, finalized, in_form, llama, sampled
 from torch import nn
 from training_models import batch, mlp
 
@@ -72,6 +72,28 @@ def test_merging_by_way_of_a_dense_model():
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(IDS).logits, want)
     assert sten.sparsify(merged, sten.NM(2, 4)).model.layers[0].mlp.up_proj.weight.density == 0.5
+
+
+def same_tokens(layout, form, **more):
+    model = in_form(llama(), layout, form).eval()
+    dense = finalized(model)
+    want = sten.densify(dense).generate(IDS, max_new_tokens=6, do_sample=False, **more)
+    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False, **more), want)
+
+
+@pytest.mark.cell("generate")
+@every_form
+@every_layout
+def test_generate(layout, form):
+    same_tokens(layout, form)
+    same_tokens(layout, form, num_beams=2)
+
+
+@pytest.mark.cell("static-cache generate")
+@every_form
+@every_layout
+def test_generate_with_a_static_cache(layout, form):
+    same_tokens(layout, form, cache_implementation="static")
 
 
 def words():
@@ -155,3 +177,19 @@ def test_lightning(layout, form, tmp_path):
     want, got = straight.state_dict(), resumed.state_dict()
     assert want.keys() == got.keys() and all(torch.equal(t, got[name]) for name, t in want.items())
     assert [engine.step for engine in engines_of(resumed)] == ([] if method.acts_once else [10])
+
+
+def test_shards_are_refused(tmp_path):
+    """Where only one rank asks for the state, gathering would wait for the others."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = in_form(llama(), sten.CSR(), "trainable")
+        fully_shard(model)
+        with pytest.raises(ValueError, match=r"Expected whole parameters for save_pretrained, got .* in shards; save"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.iterdir())
+    finally:
+        dist.destroy_process_group()

@@ -80,6 +80,7 @@ def take_run(root: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
                 continue
             own = {key.removeprefix(beside): state_dict.pop(key) for key in list(state_dict) if key.startswith(beside)}
             state_dict[beside.removesuffix(SUFFIX + ".")] = own[DENSE]
-            state_dict.update({beside + last: t for last, t in own.items() if is_of_run(last) and last != "mask"})
+            others = own.keys() - {DENSE, MASK, *weight.layout.pattern}
+            state_dict.update({beside + last: own[last] for last in own if last in others})
             if MASK in own:
                 state_dict[beside + "mask"] = own[MASK]

@@ -97,7 +97,7 @@ class SparsityCallback(TrainerCallback):
         weights = trained_weights(model)
         if not weights or logs is None:
             return
-        active = sum(int(weight.tensor().mask().sum()) for weight in weights)
+        active = sum(int(weight.active().sum()) for weight in weights)
         updates = sum(engine.updates for engine in engines_of(model))
         more = {"density": active / sum(weight.size for weight in weights), "mask_updates": updates}
         logs.update(more)
