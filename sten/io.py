@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from . import tensor_file
 from .checked import checked
+from .conversion.pretrained import KEY
 from .conversion.recipe import recipes_of, set_recipes
 from .conversion.reparametrize import move
 from .conversion.select import Target, all_weights, expect_model, once_each
@@ -158,7 +159,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)
-    header = header_of(raw.metadata.get("sten"), path)
+    header = _header(raw, path)
     tensors: dict[str, dict[str, Any]] = {
         name: {
             "dtype": str(entry.dtype).removeprefix("torch."),
@@ -181,7 +182,7 @@ def _read(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor
     """The state in a file, checked, and the record of its recipes."""
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)
-        header = header_of(raw.metadata.get("sten"), path)
+        header = _header(raw, path)
         owned = {f"{name}." for name in header["sparse"]}
         pattern = {key for key in raw.tensors if key.rpartition(".")[0] + "." in owned and not key.endswith(".values")}
         tensors = tensor_file.read(file, raw, frozenset(raw.tensors) - pattern if mmap else frozenset())
@@ -207,6 +208,15 @@ def _same_header(header: dict[str, Any]) -> dict[str, Any]:
 
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _same_header}  # version -> to the next one
+
+
+def _header(raw: tensor_file.Header, path: str | os.PathLike) -> dict[str, Any]:
+    """The description in a file of `sten.save`; FormatError if it is none."""
+    if KEY in raw.metadata:
+        raise FormatError(
+            f"Expected a file of sten.save, got {os.fspath(path)!r} of save_pretrained; load it by from_pretrained."
+        )
+    return header_of(raw.metadata.get("sten"), path)
 
 
 def header_of(text: str | None, path: str | os.PathLike) -> dict[str, Any]:

@@ -197,6 +197,14 @@ def test_a_dense_model_without_arguments(tmp_path):
         trainer_of(tmp_path, SparsityCallback())
 
 
+def test_examples_of_the_docstrings():
+    import doctest
+
+    from sten.integrations import transformers as module
+
+    assert doctest.testmod(module).attempted >= 5 and doctest.testmod(module).failed == 0
+
+
 PAGE = (Path(__file__).parent.parent / "docs" / "huggingface.md").read_text()
 
 

@@ -23,6 +23,7 @@ from ..training.trained_weight import is_of_run
 
 # Loaded by its name, as an entry point would be: it stands above this module, and only models of transformers need it.
 FILES = "sten.integrations.pretrained"
+KEY = "sten.pretrained"  # the description of the sparse weights, in the metadata of a file
 DENSE, MASK = "dense_weight", "dense_mask"  # a part of a pattern may be called mask, too
 
 

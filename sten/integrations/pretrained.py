@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import io, tensor_file
 from ..checked import layout_of_file
 from ..conversion import densify
-from ..conversion.pretrained import pretrained_state
+from ..conversion.pretrained import KEY, pretrained_state
 from ..conversion.recipe import recipes_of, set_recipes
 from ..conversion.state_dict_hooks import accept_every_form, finalized_state
 from ..errors import FormatError
@@ -35,7 +35,6 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from transformers.core_model_loading import ConversionOps, WeightConverter
 
 METHOD = "sten"
-KEY = "sten.pretrained"  # in the metadata of a file
 VERSION = 1
 
 
