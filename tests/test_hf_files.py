@@ -118,6 +118,30 @@ def test_saved_again_trained_and_dense_again(form, tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "d")(IDS)[0], model.eval()(IDS)[0])
 
 
+@every_form
+def test_a_part_of_a_model_was_made_sparse(form, tmp_path):
+    """The model around it writes what is refused, until sten has seen all of it."""
+    model = llama()
+    in_form(model, sten.NM(2, 4), form)
+    sten.densify(copy.deepcopy(model).model)  # has a configuration of its own
+    del model.hf_quantizer  # as if `sten.sparsify(model.model)` had been called
+    if form == "finalized":
+        with pytest.raises(TypeError, match=r"write files with sten\.save"):
+            model.save_pretrained(tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+        with pytest.raises(sten.FormatError, match=r"call sten\.finalize on the whole model before save_pretrained"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    sten.finalize(model).save_pretrained(tmp_path)
+    same(AutoModelForCausalLM.from_pretrained(tmp_path), model.eval())
+
+
+def test_a_dense_model_of_the_configuration_of_a_sparse_one(tmp_path):
+    dense = type(llama())(in_form(llama(), sten.CSR(), "finalized").config).eval()
+    dense.save_pretrained(tmp_path)
+    same(AutoModelForCausalLM.from_pretrained(tmp_path), dense)
+
+
 def test_a_file_of_sten_in_a_model_of_transformers(tmp_path):
     """sten.load and sten.save know nothing of folders, and a model of theirs can be written to one."""
     sten.save(in_form(llama(), sten.CSR(), "finalized"), tmp_path / "file")
@@ -223,7 +247,7 @@ def test_hostile_configurations(change, error, tmp_path):
 def test_files_without_a_description(tmp_path):
     in_form(llama(), sten.CSR(), "finalized").save_pretrained(tmp_path)
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(sten.FormatError, match="Expected the files of one model with sparse weights, got 0"):
+    with pytest.raises(sten.FormatError, match="with a description of its sparse weights, got 0"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

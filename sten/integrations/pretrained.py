@@ -137,11 +137,11 @@ class SparseQuantizer(HfQuantizer):
                 self.problems.append(FormatError(f"Expected {name} in the files of the folder, got none."))
         if self.problems:
             raise self.problems[0]
-        mine = [c for c in model._weight_conversions if any(isinstance(op, Assemble) for op in _operations(c))]
-        model._weight_conversions = [c for c in model._weight_conversions if c not in mine]
+        kept = [c for c in model._weight_conversions if not any(isinstance(op, Assemble) for op in _operations(c))]
+        model._weight_conversions = kept  # what save_pretrained undoes
         del model.is_quantized, model.quantization_method  # `model.half()` and the like work
         for module in model.modules():
-            if hasattr(module, "config"):
+            if isinstance(module, transformers.PreTrainedModel):
                 module.config._is_quantized = False
         set_recipes(model, self.quantization_config.recipes)
         accept_every_form(model)
@@ -157,16 +157,21 @@ class SparseQuantizer(HfQuantizer):
 
 
 def _descriptions(files: Iterable[str | os.PathLike]) -> dict[str, dict[str, Any]]:
-    """What the files say of their sparse weights; FormatError if it is damaged, or not the same in all."""
+    """What the files say of their sparse weights; FormatError if it is damaged, missing, or not the same in all."""
     found: dict[str, str | os.PathLike] = {}
+    patterns = []
     for path in files:
         with tensor_file.open_file(path) as file:
-            text = tensor_file.read_header(file).metadata.get(KEY)
-        if text is not None:
-            found[text] = path
+            header = tensor_file.read_header(file)
+        patterns += [name for name in header.tensors if f"{SUFFIX}." in name]
+        if KEY in header.metadata:
+            found[header.metadata[KEY]] = path
+    if not found and not patterns:
+        return {}  # a dense model with the configuration of a sparse one
     if len(found) != 1:
         raise FormatError(
-            f"Expected the files of one model with sparse weights, got {len(found)} descriptions of such."
+            f"Expected the files of one model with a description of its sparse weights, got {len(found)} descriptions; "
+            "call sten.finalize on the whole model before save_pretrained."
         )
     ((text, path),) = found.items()
     weights = io.header_of(text, path)["sparse"]
@@ -225,11 +230,16 @@ def _operations(conversion: Any) -> list:
 
 
 def note(model: nn.Module, has_sparse: bool) -> None:
-    """Set or take away what `save_pretrained` asks for the state to write."""
-    current = vars(model).get("hf_quantizer")
+    """Set or take away what `save_pretrained` asks for the state to write, and what config.json says of it.
+
+    Models around this one share its configuration: what they write without being noted is refused when it is read.
+    """
+    current, known = vars(model).get("hf_quantizer"), getattr(model.config, "quantization_config", None)
+    if has_sparse and current is None and known is None:
+        model.config.quantization_config = SparseConfig()
     if has_sparse and current is None:
         model.hf_quantizer = SparseQuantizer(SparseConfig())
-    elif not has_sparse and isinstance(current, SparseQuantizer):
+    if not has_sparse and isinstance(current, SparseQuantizer):
         del model.hf_quantizer
-        if isinstance(getattr(model.config, "quantization_config", None), SparseConfig):
+        if isinstance(known, SparseConfig):
             del model.config.quantization_config
