@@ -69,6 +69,7 @@ def test_shards_device_map_and_dtype(form, tmp_path):
     want = finalized(model).eval()
     for device_map in ("cpu", "auto", {"": "cpu"}, None):
         same(AutoModelForCausalLM.from_pretrained(tmp_path, device_map=device_map), want)
+    same(AutoModelForCausalLM.from_pretrained(tmp_path, disable_mmap=True), want)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     for (name, w), p in zip(half.named_parameters(), want.to(torch.bfloat16).parameters(), strict=True):

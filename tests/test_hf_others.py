@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf_models import IDS, every_form, every_layout, finalized, in_form, llama, sampled
+from hf_models import IDS, every_form, finalized, in_form, llama, sampled
 from torch import nn
 from training_models import batch, mlp
 
@@ -83,7 +83,7 @@ def same_tokens(layout, form, **more):
 
 @pytest.mark.cell("generate")
 @every_form
-@every_layout
+@sampled
 def test_generate(layout, form):
     same_tokens(layout, form)
     same_tokens(layout, form, num_beams=2)
@@ -91,7 +91,7 @@ def test_generate(layout, form):
 
 @pytest.mark.cell("static-cache generate")
 @every_form
-@every_layout
+@sampled
 def test_generate_with_a_static_cache(layout, form):
     same_tokens(layout, form, cache_implementation="static")
 
