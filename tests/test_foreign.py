@@ -138,3 +138,21 @@ def test_a_foreign_tensor_is_refused_and_works_when_finalized(case):
         want = model(torch.ones(6, 12)).detach()
         model[0].weight = nn.Parameter(Quantized(numbers(model[0])), requires_grad=False)
         torch.testing.assert_close(model(torch.ones(6, 12)).detach(), want, rtol=0.05, atol=0.05)
+
+
+def test_a_quantized_weight_is_left_with_a_warning():
+    model = mlp()
+    model[0].weight = nn.Parameter(Quantized(model[0].weight.detach()), requires_grad=False)
+    want = model[0](torch.ones(6, 12)).detach()
+    with pytest.warns(UserWarning, match=r"sten: left as they are: 0\.weight \(it is stored as a Quantized of"):
+        sten.sparsify(model, sten.NM(2, 4))
+    assert type(model[0].weight) is Quantized and model[2].weight.density == 0.5
+    assert torch.equal(model[0](torch.ones(6, 12)).detach(), want)
+    assert "Quantized" in next(row.why for row in sten.summary(model).rows if row.name == "0.weight")
+    for call in (
+        lambda: sten.sparsify(model, sten.CSR(), sparsity=0.5, weights="0"),
+        lambda: sten.sparsify(model[0], sten.NM(2, 4)),
+    ):
+        with pytest.raises(ValueError, match="it is stored as a Quantized of") as error:
+            call()
+        assert one_sentence(error)

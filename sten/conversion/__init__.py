@@ -1,6 +1,7 @@
 """From dense to sparse and back: which weights, what each becomes, the move between its forms, and the report of it."""
 
 from .api import attach, densify, finalize, plan, sparsify, trainable
+from .recipe import Recipe
 from .report import summary
 
-__all__ = ["attach", "densify", "finalize", "plan", "sparsify", "summary", "trainable"]
+__all__ = ["Recipe", "attach", "densify", "finalize", "plan", "sparsify", "summary", "trainable"]
