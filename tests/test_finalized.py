@@ -1,4 +1,4 @@
-"""The attribute of a layer whose weight is finalized: torch.compile sees the parts, and everybody else the Parameter."""
+"""The attribute of a layer whose weight is finalized: compilers see the parts, and everybody else the Parameter."""
 
 import copy
 import io
