@@ -55,9 +55,14 @@ def geometric_mean(numbers) -> float:
     return statistics.geometric_mean(list(numbers))
 
 
+def describe() -> dict[str, str | None]:
+    """The device and the versions, for the head of a file."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+
+
 def write(name: str, content: dict, directory=None) -> None:
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
-    content = {"device": torch.cuda.get_device_name(), **versions, **content}
+    content = {**describe(), **content}
     path = pathlib.Path(directory or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1))
