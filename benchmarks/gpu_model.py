@@ -420,9 +420,8 @@ def table(paths) -> None:
     """Print what the files hold: a row a plan, the ratio to dense; of dense the milliseconds."""
     for path in paths:
         content = json.loads(pathlib.Path(path).read_text())
-        print(
-            f"\n{content['model']}, {content['layers'] or 'usual'} layers, {content['device']}, torch {content['torch']}"
-        )
+        layers = f"{content['layers'] or 'usual'} layers"
+        print(f"\n{content['model']}, {layers}, {content['device']}, torch {content['torch']}")
         for column, row in content["columns"].items():
             dense = row["dense"]["us"] / 1e3
             text = "  ".join(f"{plan} {each['ratio']:.2f}" for plan, each in row.items() if plan != "dense")
