@@ -110,6 +110,41 @@ def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, A
     return plan
 
 
+def planned_together(
+    name: str, weights: tuple[SparseTensor, ...], x: Tensor, biases: tuple, geometry: dict[str, Any], intercepted: bool
+) -> Plan:
+    """The Plan of an operator on several sparse weights and one dense operand, stored with the first weight."""
+    values = [w.parts["values"] for w in weights]
+    key = [name, KERNELS.version, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15] if not intercepted else []
+    if not intercepted:
+        for w, v, bias in zip(weights, values, biases, strict=True):
+            key += (w.cache, v.shape, v.stride(), v.dtype, v.data_ptr() & 15)
+            key.append(None if bias is None else (bias.stride(), bias.dtype, bias.data_ptr() & 15))
+        key += (*geometry.values(), values[0].is_cuda and v.dtype is torch.float32 and allows_tf32())
+        plan = weights[0].cache.plans.get(tuple(key))
+        if plan is not None:
+            return plan
+    OPERATORS[name].check(weights, x, biases)
+    layouts = tuple(w.sparse_layout for w in weights)
+    entries = [v.numel() for v in values]
+    flags = Flags(
+        tokens=None if intercepted else rows(tuple(x.shape)),
+        entries=None if intercepted else sum(entries) // len(entries),
+        device=values[0].device,
+        geometry=geometry,
+    )
+    layouts += (None,) * (len(OPERATORS[name].sparse) - len(weights))
+    plan = prepare(name, layouts, tuple(w.stored_shape for w in weights), values[0].dtype, flags)
+    for w in weights:
+        _record(name, w, layouts)
+    if not intercepted and not _observers and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        plans = weights[0].cache.plans
+        if len(plans) >= MAX_PLANS:
+            plans.clear()
+        plans[tuple(key)] = plan
+    return plan
+
+
 def memory_format(x: Tensor) -> torch.memory_format:
     """channels_last (channels_last_3d for volumes) if x has that format, else contiguous_format.
 

@@ -1,0 +1,137 @@
+"""Products in one launch or few on the GPU's kernels: by the operators, in Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from triton_cases import ACTIVATIONS, DEVICE, close, random
+
+import sten
+from sten import dispatch
+from sten.backends import cuda, cuda_fused
+from sten.ops import fused
+
+I, H, O = 32, 48, 16
+LAYOUTS = [sten.CSR(), sten.BSR((8, 8)), sten.NM(2, 4), sten.VectorNM(1, 4, 16), sten.GroupedNM(2, 4, 1)]
+every = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """The kernels of CUDA, registered for the device of the tests."""
+    for key, entry in list(dispatch.KERNELS.items()):
+        if key[1] == "cuda":
+            monkeypatch.setitem(dispatch.KERNELS, (key[0], DEVICE, *key[2:]), entry)
+
+
+def weight(layout, rows, columns, seed=0, dtype=torch.float32):
+    dense = random(rows, columns, seed=seed, dtype=dtype)
+    mask = layout.mask(dense.abs().float(), None if layout.rate is not None else 0.5)
+    return sten.from_dense(dense, layout, mask)
+
+
+def plan_of(name, w):
+    plans = [plan for plan in w.cache.plans.values() if plan.operator == name]
+    assert len(plans) == 1
+    return plans[0]
+
+
+@every
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_activation(layout, tokens, activation):
+    w, bias, x = weight(layout, H, I), random(H, seed=5), random(tokens, I, seed=9)
+    for _ in range(2):
+        got = fused.linear_activation(x, w, bias, activation, False)
+        close(got, ACTIVATIONS[activation](F.linear(x, w.to_dense(), bias)))
+    assert plan_of("linear_activation", w).kernel == "prepare_activation"
+
+
+@every
+@torch.no_grad()
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_gated(layout, tokens, biased):
+    gate, up = weight(layout, H, I), weight(layout, H, I, seed=1)
+    b, c = (random(H, seed=3), random(H, seed=4)) if biased else (None, None)
+    for seed in range(2):
+        x = random(2, tokens, I, seed=seed) if tokens > 1 else random(1, I, seed=seed)
+        expected = F.silu(F.linear(x, gate.to_dense(), b)) * F.linear(x, up.to_dense(), c)
+        close(fused.gated_linear(x, gate, b, up, c, "silu", False), expected)
+    assert plan_of("gated_linear", gate).kernel == "prepare_gated"
+
+
+@every
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 5, 70, 129])
+def test_gated_mlp(layout, tokens):
+    gate, up, down = weight(layout, H, I), weight(layout, H, I, seed=1), weight(layout, O, H, seed=2)
+    bias = random(O, seed=3)
+    for seed in range(2):
+        x = random(tokens, I, seed=seed)
+        middle = F.silu(F.linear(x, gate.to_dense())) * F.linear(x, up.to_dense())
+        expected = F.linear(middle, down.to_dense(), bias)
+        close(fused.gated_mlp(x, gate, None, up, None, down, bias, "silu", False), expected)
+    if isinstance(layout, sten.VectorNM):
+        assert plan_of("gated_mlp", gate).variant == ("chain" if tokens > 64 else "two products")
+
+
+def lay_together(weights):
+    """The same weights, their parts one behind the other in memory."""
+    for name in weights[0].parts:
+        whole, row = torch.cat([w.parts[name] for w in weights]), 0
+        for w in weights:
+            rows = len(w.parts[name])
+            w.parts[name] = whole[row : row + rows]
+            row += rows
+
+
+@every
+@torch.no_grad()
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("rows", [(32, 16), (16, 16, 8)])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_linears(layout, tokens, rows, together):
+    weights = [weight(layout, count, I, seed=seed) for seed, count in enumerate(rows)]
+    biases = [None, *(random(count, seed=count) for count in rows[1:])]
+    dense = [w.to_dense() for w in weights]
+    if together and layout.stacks(rows):
+        lay_together(weights)
+    for seed in range(2):
+        x = random(tokens, I, seed=seed)
+        for y, w, bias in zip(fused.linears(x, weights, biases, False), dense, biases, strict=True):
+            close(y, F.linear(x, w, bias))
+    if layout.stacks(rows):
+        assert plan_of("linears", weights[0]).kernel == "prepare_several"
+
+
+@torch.no_grad()
+def test_weights_that_move_apart_are_multiplied_one_by_one():
+    """The plan is the same, and it asks the addresses at each call."""
+    weights = [weight(sten.NM(2, 4), 16, I, seed=seed) for seed in range(2)]
+    lay_together(weights)
+    x = random(5, I)
+    before = fused.linears(x, weights, [None, None], False)
+    weights[1].parts["values"] = weights[1].parts["values"].clone().mul_(2)
+    after = fused.linears(x, weights, [None, None], False)
+    assert len(weights[0].cache.plans) == 1
+    close(after[0], before[0])
+    close(after[1], 2 * before[1])
+
+
+@torch.no_grad()
+def test_transposed_weights():
+    """Those of Hugging Face's Conv1D: y = x @ W, stored as the transpose."""
+    w, x = weight(sten.VectorNM(1, 4, 8), H, I), random(5, I)
+    close(fused.linear_activation(x, w.t(), None, "relu", True), F.relu(F.linear(x, w.to_dense())))
+    square = weight(sten.NM(2, 4), I, I)
+    for transposed in (False, True):  # the product that is asked for, whatever way the weight is stored
+        expected = x @ square.to_dense().t() if not transposed else x @ square.to_dense()
+        close(fused.linear_activation(x, square, None, "relu", transposed), F.relu(expected))
+
+
+def test_every_layout_with_a_linear_kernel_has_the_others():
+    for layout in cuda.TABLE:
+        assert ("linear_activation", "cuda", layout) in dispatch.KERNELS
+        assert ("gated_linear", "cuda", layout, layout) in dispatch.KERNELS
+    assert set(cuda_fused.STACKED) <= set(cuda.TABLE)
