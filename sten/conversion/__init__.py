@@ -1,6 +1,7 @@
 """From dense to sparse and back: which weights, what each becomes, the move between its forms, and the report of it."""
 
 from .api import attach, densify, finalize, plan, sparsify, trainable
+from .fuse import fuse, unfuse
 from .report import summary
 
-__all__ = ["attach", "densify", "finalize", "plan", "sparsify", "summary", "trainable"]
+__all__ = ["attach", "densify", "finalize", "fuse", "plan", "sparsify", "summary", "trainable", "unfuse"]
