@@ -6,6 +6,7 @@ every call counts as intercepted (a Plan is prepared each time), and nothing els
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,7 @@ fused_attention = (
     _fetch("encoder_layer", "_transformer_encoder_layer_fwd", None),
     _fetch("native_attention", "_native_multi_head_attention", None),
 )
+fake_mode = _fetch("fake_mode", "_subclasses.FakeTensorMode", contextlib.nullcontext)  # a run finds less without it
 unscale = _fetch("unscale", "_amp_foreach_non_finite_check_and_unscale_", None)
 is_view = _fetch("is_view", "Tensor._is_view", _yes)
 refuse_data_pointer = _fetch("refuse_data_pointer", "_C._set_throw_on_mutable_data_ptr", lambda t: None)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton_cases import ACTIVATIONS, DEVICE, close, random
 
 import sten
@@ -135,3 +136,66 @@ def test_every_layout_with_a_linear_kernel_has_the_others():
         assert ("linear_activation", "cuda", layout) in dispatch.KERNELS
         assert ("gated_linear", "cuda", layout, layout) in dispatch.KERNELS
     assert set(cuda_fused.STACKED) <= set(cuda.TABLE)
+
+
+def fused_calls(layout):
+    """{operator: (a function of x, the same in dense products)}."""
+    gate, up, down = weight(layout, H, I), weight(layout, H, I, seed=1), weight(layout, O, H, seed=2)
+    dense = [w.to_dense() for w in (gate, up, down)]
+
+    def pair(x):
+        return F.silu(F.linear(x, dense[0])) * F.linear(x, dense[1])
+
+    return {
+        "activation": (
+            lambda x: fused.linear_activation(x, gate, None, "relu", False),
+            lambda x: F.relu(F.linear(x, dense[0])),
+        ),
+        "gated": (lambda x: fused.gated_linear(x, gate, None, up, None, "silu", False), pair),
+        "mlp": (
+            lambda x: fused.gated_mlp(x, gate, None, up, None, down, None, "silu", False),
+            lambda x: F.linear(pair(x), dense[2]),
+        ),
+        "linears": (
+            lambda x: torch.cat(fused.linears(x, [gate, up], [None, None], False), -1),
+            lambda x: torch.cat([F.linear(x, dense[0]), F.linear(x, dense[1])], -1),
+        ),
+    }
+
+
+@every
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["activation", "gated", "mlp", "linears"])
+def test_traced_with_symbolic_sizes(layout, name):
+    """A compiler sees the operators of the kernels, for any number of tokens."""
+    call, expected = fused_calls(layout)[name]
+    graph = make_fx(call, tracing_mode="symbolic", _allow_non_fake_inputs=True)(random(5, I))
+    targets = {str(node.target) for node in graph.graph.nodes}
+    assert any(target.startswith("sten.gpu_") for target in targets), targets
+    for tokens in (5, 9, 1):
+        x = random(tokens, I, seed=tokens)
+        close(graph(x), expected(x))
+
+
+class MLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (torch.nn.Linear(*size, bias=False) for size in ((I, H), (I, H), (H, O)))
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_a_fused_model_runs_them(tokens):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(MLP(), torch.nn.Linear(O, H), torch.nn.ReLU()).to(DEVICE).eval().requires_grad_(False)
+    sten.sparsify(model, {"0": sten.VectorNM(1, 4, 16), "1": sten.NM(2, 4)})
+    x = random(tokens, I)
+    expected = model(x)
+    assert sten.fuse(model).fused == {"": "relu(1)", "0": "silu(gate) * up, then down"}
+    for _ in range(2):
+        close(model(x), expected)
+    assert {plan.operator for plan in model[0].gate.weight.cache.plans.values()} == {"linear", "gated_mlp"}
+    assert {plan.operator for plan in model[1].weight.cache.plans.values()} == {"linear", "linear_activation"}

@@ -7,17 +7,17 @@ and whether a gradient is needed; where not, or if so, it runs the module's own 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .._torch_private import PLAIN_TENSORS, autocast_somewhere, differentiates, global_hooks, is_compiling, no_function
+from .._torch_private import no_function
 from ..ops import fused
 from ..tensor import SparseTensor
 from ..training.attribute import installed
-from .defaults import is_conv1d
+from .fused_forward import FusedForward, Shared, SharedForward
 from .select import expect_model
 from .structure import Activated, Call, Gated, NoChainError, Step, chain_of, features, linear_children, shared_inputs
 
@@ -46,17 +46,17 @@ class FuseReport:
 def fuse(model: nn.Module) -> FuseReport:
     """Run the products of a finalized sparse model that belong together in fewer launches, in inference.
 
-    Fused are, wherever the weights are sparse: activation(gate(x)) * up(x), with the linear layer behind it, as in the
-    MLPs of Llama, Qwen, Mistral and Gemma; activation(linear(x)), as in GPT-2, BERT, ViT and `nn.Sequential`; and linear
-    layers that a module calls on one tensor, as q, k and v of an attention. They are found from what the modules compute,
-    not by names; the activations are relu, gelu, gelu with tanh, and silu. Each is compared with its parts before it is
-    taken. A layout without a kernel for it runs its operators one after another, as before.
+    Where the weights are sparse, these are fused: activation(gate(x)) * up(x) with the linear layer behind it, as in
+    the MLPs of Llama, Qwen, Mistral and Gemma; activation(linear(x)), as in GPT-2, BERT, ViT and `nn.Sequential`; and
+    linear layers that a module calls on one tensor, as q, k and v of an attention. They are found from what the modules
+    compute, not by names; the activations are relu, gelu, gelu with tanh, and silu. Each is compared with its parts
+    before it is taken. A layout without a kernel for it runs its operators one after another, as before.
 
     Nothing changes but the instances' `forward`: no parameter, module, name or state dict. (The parts of q, k and v are
     copied so that they lie one behind the other in memory.) Under autograd, autocast and torch.func, for modules with
     hooks, and where something was replaced later, a module runs its own forward. Deep copies stay fused; after `.to()`
-    and `deepcopy` q, k and v run one by one until `fuse` is called again. Call `unfuse` before replacing a `forward`
-    yourself.
+    and `deepcopy`, q, k and v run one by one until `fuse` is called again. Record CUDA graphs after it, and call
+    `unfuse` before `nn.DataParallel`.
 
     Args:
         model: any module; call `finalize` first.
@@ -73,6 +73,8 @@ def fuse(model: nn.Module) -> FuseReport:
           (model): relu(0)
     """
     expect_model(model)
+    if model.training:
+        raise ValueError("Expected a model in eval mode to fuse, got one in training mode; call model.eval() first.")
     unfuse(model)
     report = FuseReport()
     for name, module in model.named_modules():
@@ -83,6 +85,9 @@ def fuse(model: nn.Module) -> FuseReport:
             continue
         if "forward" in vars(module):
             report.skipped[name] = "its forward was replaced by another library"
+            continue
+        if any(p.is_meta for layer in layers.values() for p in layer.parameters()):
+            report.skipped[name] = "it is on the meta device; load the model first"
             continue
         try:
             done = _fuse_chain(module, layers)
@@ -139,17 +144,6 @@ def _layers_of(step: Step) -> tuple[str, ...]:
     return (step.child,)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a call of the layer is a call of its class's forward, and nothing else."""
-    return not (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-    )
-
-
 @torch.no_grad()
 def _compare(module: nn.Module, step: Step, forward: FusedForward) -> None:
     """Raise NoChainError unless the step gives what its parts give."""
@@ -161,7 +155,10 @@ def _compare(module: nn.Module, step: Step, forward: FusedForward) -> None:
         expected = expected if step.down is None else layers[2](expected)
     else:
         expected = fused.activate(layers[0](x), step.activation)
-    if not _same(forward.run(step, x, forward.operands(x)), expected):
+    operands = forward.operands(x)
+    if operands is None:
+        raise NoChainError("autocast, a mode or a hook of all modules is active; call sten.fuse outside of it")
+    if not _same(forward.run(step, x, operands), expected):
         raise NoChainError(f"{step} differs from what its parts give")
 
 
@@ -169,87 +166,6 @@ def _same(got: Tensor, expected: Tensor) -> bool:
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-3}.get(got.dtype, 3e-2)
     near = tolerance * float(expected.abs().max()) if expected.numel() else 0.0
     return torch.allclose(got.double(), expected.double(), rtol=tolerance, atol=near, equal_nan=True)
-
-
-class FusedForward:
-    """The forward of a module whose chain of submodules has products that run together.
-
-    Attributes:
-        module: whose forward it is.
-        steps: the chain.
-        layers: the linear layers of the products, by name.
-        transposed: whether they are Hugging Face's Conv1D.
-        children, attributes: the module's submodules and plain attributes when it was fused; if one is another
-            object now, the module's own forward runs.
-    """
-
-    def __init__(self, module: nn.Module, steps: tuple[Step, ...], layers: dict[str, nn.Module]) -> None:
-        for name, layer in layers.items():
-            if not _is_plain(layer):
-                raise NoChainError(f"{name} has hooks, or a forward of its own")
-        if len({is_conv1d(layer) for layer in layers.values()}) > 1:
-            raise NoChainError("its linear layers are of two kinds")
-        self.module, self.steps, self.layers = module, steps, layers
-        self.transposed = any(map(is_conv1d, layers.values()))
-        self.children = dict(module._modules)
-        self.attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-
-    def __call__(self, *args, **kwargs):
-        operands = self.operands(args[0]) if len(args) == 1 and not kwargs and self.unchanged() else None
-        if operands is None:
-            return type(self.module).forward(self.module, *args, **kwargs)
-        x = args[0]
-        for step in self.steps:
-            x = self.children[step.child](x) if type(step) is Call else self.run(step, x, operands)
-        return x
-
-    def unchanged(self) -> bool:
-        """Whether the module has the submodules and attributes that it had."""
-        module = self.module
-        children, now = self.children, module._modules
-        for name in children:
-            if now.get(name) is not children[name]:
-                return False
-        for name, value in self.attributes.items():
-            if getattr(module, name) is not value:
-                return False
-        return len(now) == len(children)
-
-    def operands(self, x: Tensor) -> dict[str, tuple] | None:
-        """(weight, bias) of each layer, if a call on x may run them together; else None."""
-        if not all(map(_is_plain, self.layers.values())):
-            return None
-        found = operands(x, self.layers.values())
-        return None if found is None else dict(zip(self.layers, found, strict=True))
-
-    def run(self, step: Activated | Gated, x: Tensor, operands: dict[str, tuple]) -> Tensor:
-        if type(step) is Activated:
-            return fused.linear_activation(x, *operands[step.child], step.activation, self.transposed)
-        first = (*operands[step.gate], *operands[step.up])
-        if step.down is None:
-            return fused.gated_linear(x, *first, step.activation, self.transposed)
-        return fused.gated_mlp(x, *first, *operands[step.down], step.activation, self.transposed)
-
-
-def operands(x: Tensor, layers: Iterable[nn.Module]) -> list[tuple] | None:
-    """(weight, bias) of each layer, or None where the layers have to run one by one: a gradient is needed, autocast,
-    torch.func or a hook of all modules acts on them, or a weight is not a SparseTensor."""
-    traced = is_compiling()
-    if autocast_somewhere() or not (isinstance(x, Tensor) if traced else type(x) in PLAIN_TENSORS):
-        return None
-    if not traced and (differentiates() or global_hooks()):
-        return None
-    recorded, found = torch.is_grad_enabled(), []
-    if recorded and x.requires_grad:
-        return None
-    for layer in layers:
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
-        if not isinstance(weight, SparseTensor):
-            return None
-        if recorded and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-            return None
-        found.append((weight, bias))
-    return found
 
 
 # ---- linear layers on one input
@@ -283,7 +199,8 @@ def _fuse_shared(module: nn.Module, layers: dict[str, nn.Module]) -> str | None:
 def _same_one_by_one(shared: Shared, width: int) -> bool:
     weight = shared.layers[0].weight
     x = torch.randn(TOKENS, width, device=weight.device, dtype=weight.dtype)
-    return all(map(_same, shared.run(x), [type(layer).forward(layer, x) for layer in shared.layers]))
+    results = shared.run(x)
+    return results is not None and all(map(_same, results, [layer(x) for layer in shared.layers]))
 
 
 def _behind(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -312,59 +229,6 @@ def _lay_biases_together(biases: list[Tensor | None]) -> None:
     if all(bias is not None for bias in biases):
         for bias, placed in zip(biases, _behind([bias.detach() for bias in biases]), strict=True):
             bias.data = placed
-
-
-class Shared:
-    """Linear layers that are called on one tensor, and what the first call computed for the later ones.
-
-    Attributes:
-        layers: in the order of the calls.
-        ready: (the input, its version, the results) from the first call to the last; else None.
-        taken: False once a last call did not come, as in a cross-attention, whose k and v get another tensor: from then
-            on the layers run one by one.
-    """
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.layers, self.ready, self.taken = layers, None, True
-
-    def run(self, x: Tensor) -> list[Tensor] | None:
-        """The results of all layers on x, or None where they have to run one by one."""
-        found = operands(x, self.layers)
-        if found is None:
-            return None
-        weights, biases = [weight for weight, _ in found], [bias for _, bias in found]
-        return fused.linears(x, weights, biases, is_conv1d(self.layers[0]))
-
-    def __getstate__(self) -> dict:
-        return {"layers": self.layers, "ready": None, "taken": self.taken}
-
-
-class SharedForward:
-    """The forward of one of the layers: that of the first computes all results, the others take theirs."""
-
-    def __init__(self, layer: nn.Module, shared: Shared, number: int) -> None:
-        self.layer, self.shared, self.number = layer, shared, number
-
-    def __call__(self, *args, **kwargs):
-        shared, number = self.shared, self.number
-        if len(args) == 1 and not kwargs:
-            x = args[0]
-            if number == 0:
-                shared.taken = shared.taken and shared.ready is None
-                results = shared.run(x) if shared.taken else None
-                shared.ready = None if results is None else (x, _version(x), results)
-                if results is not None:
-                    return results[0]
-            elif (ready := shared.ready) is not None and ready[0] is x and ready[1] == _version(x):
-                if number == len(shared.layers) - 1:
-                    shared.ready = None
-                return ready[2][number]
-        return type(self.layer).forward(self.layer, *args, **kwargs)
-
-
-def _version(x: Tensor) -> int | None:
-    """Counts writes to x; None where nothing does."""
-    return None if is_compiling() or x.is_inference() else x._version
 
 
 __all__ = ["FuseReport", "fuse", "unfuse"]

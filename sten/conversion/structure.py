@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
 
+from .._torch_private import fake_mode
 from ..ops.fused import ACTIVATIONS
 from .defaults import is_conv1d
 
@@ -49,11 +50,13 @@ class Activated:
 
 @dataclass(frozen=True)
 class Gated:
-    """A step of a chain: activation(gate(x)) * up(x), then down(...) if that is a linear layer, else None."""
+    """A step of a chain: activation(gate(x)) * up(x), then down(...) if that is a linear layer, else None; `after` as
+    of `Activated`."""
 
     gate: str
     up: str
     activation: str
+    after: str | None = None
     down: str | None = None
 
     def __str__(self) -> str:
@@ -154,6 +157,10 @@ def _activation(module: nn.Module, node: fx.Node, argument: fx.Node) -> str | No
     return activation_of(lambda x: node.target(x, *node.args[1:], **node.kwargs))
 
 
+def _module_of(activation: fx.Node) -> str | None:
+    return activation.target if activation.op == "call_module" else None
+
+
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -165,7 +172,7 @@ def _single(module: nn.Module, node: fx.Node) -> tuple[Step, fx.Node]:
         raise NoChainError("its forward uses an intermediate result more than once")
     child, after = _child(module, user, node), _only_user(user)
     if is_linear_layer(child) and after is not None and (activation := _activation(module, after, user)):
-        return Activated(user.target, activation, after.target if after.op == "call_module" else None), after
+        return Activated(user.target, activation, _module_of(after)), after
     return Call(user.target), user
 
 
@@ -184,16 +191,12 @@ def _gated(module: nn.Module, node: fx.Node) -> tuple[Step, fx.Node]:
                 continue
             down = _only_user(product)
             if down is not None and down.op == "call_module" and is_linear_layer(_child(module, down, product)):
-                return Gated(gate.target, up.target, name, down.target), down
-            return Gated(gate.target, up.target, name), product
+                return Gated(gate.target, up.target, name, _module_of(activated), down.target), down
+            return Gated(gate.target, up.target, name, _module_of(activated)), product
     raise NoChainError("two submodules on one input do not meet in activation(a) * b")
 
 
 # ---- linear layers on one input
-
-
-class _Seen(Exception):  # noqa: N818 - it ends a run, and is no error
-    """All that was looked for was called."""
 
 
 def shared_inputs(module: nn.Module) -> list[tuple[str, ...]]:
@@ -203,13 +206,11 @@ def shared_inputs(module: nn.Module) -> list[tuple[str, ...]]:
     run with None for the others, up to where that fails.
     """
     layers = linear_children(module)
-    widths = {features(layer)[0] for layer in layers.values()}
-    if len(layers) < 2:
-        return []
+    widths = Counter(features(layer)[0] for layer in layers.values())
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     found: list[tuple[str, ...]] = []
-    for width in sorted(widths):
+    for width in sorted(width for width, count in widths.items() if count > 1):
         calls = _calls_on(module, layers, width, (None,) * (len(required) - 1))
         groups: dict[int, list[str]] = {}
         for name, x, version in calls:
@@ -237,10 +238,10 @@ def _calls_on(
     try:
         for name, layer in layers.items():
             layer.__dict__["forward"] = instead(name, features(layer)[1])
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad(), fake_mode(allow_non_fake_inputs=True):
             type(module).forward(module, torch.empty(1, 2, width, device=p.device, dtype=p.dtype), *more)
-    except Exception:  # noqa: S110 - a forward that needs its other arguments ends here; what it called before counts
-        pass
+    except Exception:  # a forward that needs its other arguments ends here; what it called before counts
+        return calls
     finally:
         for name, layer in layers.items():
             del layer.__dict__["forward"]

@@ -137,8 +137,8 @@ class Layout(metaclass=Constructor):
     def stacks(self, rows: Sequence[int]) -> bool:
         """Whether weights of so many rows, as one weight, have the parts of each of them one behind the other.
 
-        If so, each part of the tall weight is `torch.cat` of theirs, and operators may read weights that lie so in memory
-        as one.
+        If so, each part of the tall weight is `torch.cat` of theirs, and operators may read weights that lie so in
+        memory as one.
         """
         del rows
         return False
