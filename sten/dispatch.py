@@ -137,7 +137,7 @@ def planned_together(
     plan = prepare(name, layouts, tuple(w.stored_shape for w in weights), values[0].dtype, flags)
     for w in weights:
         _record(name, w, layouts)
-    if not intercepted and not _observers and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not (intercepted or _observers or (values[0].is_cuda and torch.cuda.is_current_stream_capturing())):
         plans = weights[0].cache.plans
         if len(plans) >= MAX_PLANS:
             plans.clear()

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from cases import SMALL
+from cases import SMALL, every_layout, random_sparse_case
 from torch import nn
 
 import sten
@@ -291,6 +291,17 @@ def test_autocast_torch_func_and_modes():
 # ---- linear layers on one input
 
 
+@every_layout
+@pytest.mark.parametrize("rows", [(64, 32), (16, 16, 8), (7, 9)])
+def test_parts_of_stacked_weights(layout, rows):
+    """The law of `Layout.stacks`."""
+    weights = [random_sparse_case(layout, (count, 24), seed=count + i) for i, count in enumerate(rows)]
+    if layout.stacks(rows):
+        whole = layout.pack(torch.cat([dense for dense, *_ in weights]), torch.cat([mask for _, mask, _ in weights]))
+        for name, part in whole.items():
+            assert torch.equal(part, torch.cat([parts[name] for *_, parts in weights]))
+
+
 @torch.no_grad()
 def test_one_product_for_several_layers():
     """They lie together in memory, are computed at the first call, and hold nothing afterwards."""
@@ -379,3 +390,15 @@ def test_exported():
     sten.fuse(model)
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), expected(x))
+
+
+def test_which():
+    """Without a kernel for the whole, the plan of the first product; a call runs the same."""
+    model = block()
+    weights = [model.gated.gate.weight, model.gated.up.weight]
+    plan = sten.which("gated_linear", (4, 16), weights, activation="silu")
+    assert plan is sten.which("linear", (4, 16), weights[0])
+    with pytest.raises(TypeError, match=r"^Expected a list of 2 SparseTensors for gated_linear, got Tensor;"):
+        sten.which("gated_linear", (4, 16), weights[0].to_dense(), activation="silu")
+    with pytest.raises(ValueError, match=r"^Expected a first operand with 16 features"):
+        sten.which("gated_linear", (4, 15), weights, activation="silu")

@@ -198,4 +198,6 @@ def test_a_fused_model_runs_them(tokens):
     for _ in range(2):
         close(model(x), expected)
     assert {plan.operator for plan in model[0].gate.weight.cache.plans.values()} == {"linear", "gated_mlp"}
+    plan = sten.which("gated_mlp", x, [getattr(model[0], n).weight for n in ("gate", "up", "down")], activation="silu")
+    assert plan in model[0].gate.weight.cache.plans.values() and "gate and up in one launch" in str(plan)
     assert {plan.operator for plan in model[1].weight.cache.plans.values()} == {"linear", "linear_activation"}

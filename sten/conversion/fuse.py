@@ -105,7 +105,7 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Example:
         >>> import torch, sten
-        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU()).requires_grad_(False)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU()).eval().requires_grad_(False)
         >>> model = sten.sparsify(model, sten.NM(2, 4))
         >>> report = sten.fuse(model)
         >>> "forward" in vars(sten.unfuse(model))

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch_private import dispatch_modes, is_compiling, is_intercepted, no_function
-from ..dispatch import find, operator, planned, planned_together
+from ..dispatch import Plan, find, operator, planned, planned_together
 from ..tensor import ATEN, LIBRARY, OPS, SparseTensor
-from .linear import _expect, bias_row, compute_linear, compute_matmul
+from .linear import _expect, compute_linear, compute_matmul
 
+FUSED = {"linear_activation": (1,), "gated_linear": (2,), "gated_mlp": (3,), "linears": (2, 3)}  # numbers of weights
 ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
@@ -132,6 +133,17 @@ def compute_linears(x, weights, biases, transposed: bool, intercepted: bool) -> 
     return list(plan.run(x, *operands).split(rows, -1))
 
 
+def plan_of(name: str, x, weights: Sequence[SparseTensor], biases: Sequence[Tensor | None], geometry: dict) -> Plan:
+    """The Plan of one of these operators; without a kernel, that of its first product, which then runs by itself."""
+    operands = (x, weights[0].parts, biases[0])
+    alike = len({w.sparse_layout for w in weights[:2]}) == 1
+    if not alike or not _has_kernel(name, weights, transposed=False):
+        return planned("linear", weights[0], operands)
+    if len(weights) == 1:
+        return planned(name, weights[0], operands, geometry)
+    return planned_together(name, tuple(weights), x, tuple(biases), geometry, intercepted=False)
+
+
 # what a fused forward calls. Compilers and dispatch modes see one operator, as of `sten.ops.traceable`
 
 
@@ -176,4 +188,4 @@ linears = _opaque(
     "sparse_linears(Tensor input, Tensor[] weights, Tensor?[] biases, bool transposed) -> Tensor[]", compute_linears
 )
 
-__all__ = ["ACTIVATIONS", "activate", "bias_row", "gated_linear", "gated_mlp", "linear_activation", "linears"]
+__all__ = ["ACTIVATIONS", "FUSED", "activate", "gated_linear", "gated_mlp", "linear_activation", "linears", "plan_of"]
