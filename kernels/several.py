@@ -8,6 +8,7 @@ call, from their addresses: weights that were moved or copied since are multipli
 import torch
 
 from . import nm, vector_nm
+from .backend import backend
 from .linear import Linear
 from .operators import Operator
 
@@ -36,13 +37,13 @@ class Several(Operator):
 
     def __init__(self, product: Linear):
         self.product, self.count = product, product.count
-        names, weights = product.tensors[1 : 1 + self.count], []
-        for number in range(MOST):
-            kind = "Tensor?" if number == MOST - 1 else "Tensor"
-            weights += [f"{kind} {name}_{number}" for name in names] + [f"Tensor? bias_{number}"]
-        numbers = product.layout_numbers + product.common_numbers
-        schema = f"{product.prefix}_several(Tensor x, {', '.join(weights)}, {numbers}) -> Tensor"
-        super().__init__(schema, self._shape, self._make, defaults=product.defaults)
+        names, weights, last = product.tensors[1 : 1 + self.count], [], MOST - 1
+        for number in range(last):
+            weights += [f"Tensor {name}_{number}" for name in names] + [f"Tensor? bias_{number}"]
+        ends = [f"Tensor? {name}_{last}=None" for name in (*names, "bias")]
+        numbers = f"{product.layout_numbers}int out_features"
+        schema = f"{product.prefix}_several(Tensor x, {', '.join(weights)}, {numbers}, {', '.join(ends)}) -> Tensor"
+        super().__init__(schema, self._shape, self._make)
 
     def _shape(self, x, *arguments):
         return *x.shape[:-1], arguments[len(self.tensors) - 1 + self.numbers.index("out_features")]
@@ -69,6 +70,7 @@ class Several(Operator):
 
     def _make(self, x, *parts, **numbers):
         product, together, apart = self.product, None, None
+        numbers = {name: product.defaults.get(name) for name in product.numbers} | numbers
 
         def call(x, *parts):
             nonlocal together, apart
@@ -77,14 +79,16 @@ class Several(Operator):
             if joined is not None:
                 stored, bias = joined
                 tensors = (x, *stored, bias, *product.absent)
-                if together is None:
-                    together = product.prepare(*tensors, **numbers)
-                return together(*tensors)
+                run = together or product.prepare(*tensors, **numbers)
+                if together is None and not backend.capturing(x):  # what is prepared in a capture was not timed
+                    together = run
+                return run(*tensors)
             tensors = [(x, *stored, bias, *product.absent) for stored, bias in weights]
-            if apart is None:
-                sizes = [{**numbers, "out_features": len(stored[0])} for stored, _ in weights]
-                apart = [product.prepare(*t, **each) for t, each in zip(tensors, sizes, strict=True)]
-            return torch.cat([run(*t) for run, t in zip(apart, tensors, strict=True)], -1)
+            sizes = [{**numbers, "out_features": len(stored[0])} for stored, _ in weights]
+            runs = apart or [product.prepare(*t, **each) for t, each in zip(tensors, sizes, strict=True)]
+            if apart is None and not backend.capturing(x):
+                apart = runs
+            return torch.cat([run(*t) for run, t in zip(runs, tensors, strict=True)], -1)
 
         return call
 
