@@ -44,6 +44,21 @@ def graph_time(call, weights, calls: int = 24, replays: int = 7) -> float:
     return statistics.median(times)
 
 
+def eager_time(call, weights, calls: int = 48, repeats: int = 7) -> float:
+    """Microseconds of one eager ``call(weight)`` over rotating ``weights``: the host's time, where it is the longer."""
+    calls, times = max(calls, len(weights)), []
+    for _ in range(repeats + 1):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        for i in range(calls):
+            call(weights[i % len(weights)])
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / calls)
+    return statistics.median(times[1:])
+
+
 def check(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = 1e-2) -> None:
     """Refuses to go on where the result is wrong; NaN is wrong."""
     error = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
