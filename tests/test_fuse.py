@@ -393,11 +393,12 @@ def test_exported():
 
 
 def test_which():
-    """Without a kernel for the whole, the plan of the first product; a call runs the same."""
+    """Without a kernel for the whole, it says so; a call then runs one after another."""
     model = block()
     weights = [model.gated.gate.weight, model.gated.up.weight]
     plan = sten.which("gated_linear", (4, 16), weights, activation="silu")
-    assert plan is sten.which("linear", (4, 16), weights[0])
+    assert (plan.operator, plan.variant, plan.run) == ("gated_linear", "apart", None)
+    assert str(plan).endswith("no kernel runs these products together: each by itself")
     with pytest.raises(TypeError, match=r"^Expected a list of 2 SparseTensors for gated_linear, got Tensor;"):
         sten.which("gated_linear", (4, 16), weights[0].to_dense(), activation="silu")
     with pytest.raises(ValueError, match=r"^Expected a first operand with 16 features"):

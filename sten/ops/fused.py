@@ -12,6 +12,8 @@ these; a model that needs a gradient runs its own forward.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch_private import dispatch_modes, is_compiling, is_intercepted, no_function
-from ..dispatch import Plan, find, operator, planned, planned_together
+from ..dispatch import Plan, operator, planned_together
 from ..tensor import ATEN, LIBRARY, OPS, SparseTensor
 from .linear import _expect, compute_linear, compute_matmul
 
@@ -40,10 +42,6 @@ def activate(y: Tensor, activation: str) -> Tensor:
 # the operators of the kernel table
 
 
-def _check_one(w: SparseTensor, x: Tensor, weight: dict, bias: Tensor | None, activation: str) -> None:
-    _expect(w, x, w.stored_shape[1], bias)
-
-
 def _check_together(weights: Sequence[SparseTensor], x: Tensor, biases: Sequence[Tensor | None]) -> None:
     for w, bias in zip(weights, biases, strict=True):
         _expect(w, x, w.stored_shape[1], bias)
@@ -53,7 +51,7 @@ def _check_mlp(weights: Sequence[SparseTensor], x: Tensor, biases: Sequence[Tens
     _check_together(weights[:2], x, biases[:2])
 
 
-@operator("linear_activation", check=_check_one)
+@operator("linear_activation", check=_check_together)
 def linear_activation_reference(x, weight, bias, *, layout, shape, activation):
     return activate(F.linear(x, layout.unpack(weight, shape), bias), activation)
 
@@ -86,62 +84,79 @@ def _product(x, w, bias, transposed: bool, intercepted: bool) -> Tensor:
     return (compute_matmul if transposed else compute_linear)(x, w, bias, intercepted)
 
 
-def _has_kernel(name: str, weights: Sequence[SparseTensor], transposed: bool) -> bool:
-    """Whether a kernel is registered for these weights, each stored as (out, in)."""
-    if any(w.transposed is not transposed for w in weights):
-        return False
-    layouts = tuple(w.sparse_layout for w in weights)
-    missing = (None,) * (3 - len(layouts)) if name == "linears" else ()
-    layout = layouts[0] if name == "linear_activation" else layouts + missing
-    return find(name, weights[0].parts["values"].device.type, layout) is not None
+def _stored(transposed: bool, weights: Sequence[SparseTensor]) -> bool:
+    """Whether each weight is stored as (out, in)."""
+    return all(w.transposed is transposed for w in weights)
+
+
+def _alike(transposed: bool, weights: Sequence[SparseTensor]) -> bool:
+    """Whether gate and up are of one layout, too."""
+    return weights[0].sparse_layout == weights[1].sparse_layout and _stored(transposed, weights)
+
+
+def _stack(transposed: bool, weights: Sequence[SparseTensor]) -> bool:
+    """Whether all are of one layout, and their parts may lie one behind the other."""
+    layout = weights[0].sparse_layout
+    alike = all(w.sparse_layout == layout for w in weights[1:]) and _stored(transposed, weights)
+    return alike and layout.stacks([w.stored_shape[0] for w in weights])
+
+
+SERVES = {  # what kernels take, by the numbers of weights that the operators have: (of x @ W.T, of x @ W)
+    name: (functools.partial(rule, False), functools.partial(rule, True))
+    for name, rule in (
+        ("linear_activation", _stored), ("gated_linear", _alike), ("gated_mlp", _alike), ("linears", _stack)
+    )
+}  # fmt: skip
 
 
 def compute_linear_activation(x, w, bias, activation: str, transposed: bool, intercepted: bool) -> Tensor:
-    if not _has_kernel("linear_activation", (w,), transposed):
+    geometry, serves = {"activation": activation}, SERVES["linear_activation"][transposed]
+    plan = planned_together("linear_activation", (w,), x, (bias,), geometry, serves, intercepted)
+    if plan.run is None:
         return activate(_product(x, w, bias, transposed, intercepted), activation)
-    parts, geometry = w.parts, {"activation": activation}
-    return planned("linear_activation", w, (x, parts, bias), geometry, intercepted).run(x, parts, bias, **geometry)
+    return plan.run(x, w.parts, bias, **geometry)
 
 
 def compute_gated_linear(x, gate, gate_bias, up, up_bias, activation, transposed: bool, intercepted: bool) -> Tensor:
-    if gate.sparse_layout != up.sparse_layout or not _has_kernel("gated_linear", (gate, up), transposed):
+    geometry, serves = {"activation": activation}, SERVES["gated_linear"][transposed]
+    plan = planned_together("gated_linear", (gate, up), x, (gate_bias, up_bias), geometry, serves, intercepted)
+    if plan.run is None:
         y = _product(x, gate, gate_bias, transposed, intercepted)
         return activate(y, activation) * _product(x, up, up_bias, transposed, intercepted)
-    geometry = {"activation": activation}
-    plan = planned_together("gated_linear", (gate, up), x, (gate_bias, up_bias), geometry, intercepted)
     return plan.run(x, gate.parts, gate_bias, up.parts, up_bias, **geometry)
 
 
 def compute_gated_mlp(
     x, gate, gate_bias, up, up_bias, down, down_bias, activation: str, transposed: bool, intercepted: bool
 ) -> Tensor:
-    if gate.sparse_layout != up.sparse_layout or not _has_kernel("gated_mlp", (gate, up, down), transposed):
+    geometry, serves, biases = (
+        {"activation": activation},
+        SERVES["gated_mlp"][transposed],
+        (gate_bias, up_bias, down_bias),
+    )
+    plan = planned_together("gated_mlp", (gate, up, down), x, biases, geometry, serves, intercepted)
+    if plan.run is None:
         y = compute_gated_linear(x, gate, gate_bias, up, up_bias, activation, transposed, intercepted)
         return _product(y, down, down_bias, transposed, intercepted)
-    geometry, biases = {"activation": activation}, (gate_bias, up_bias, down_bias)
-    plan = planned_together("gated_mlp", (gate, up, down), x, biases, geometry, intercepted)
     return plan.run(x, gate.parts, gate_bias, up.parts, up_bias, down.parts, down_bias, **geometry)
 
 
-def compute_linears(x, weights, biases, transposed: bool, intercepted: bool) -> list[Tensor]:
-    layouts, rows = [w.sparse_layout for w in weights], [w.stored_shape[0] for w in weights]
-    alike = all(layout == layouts[0] for layout in layouts) and layouts[0].stacks(rows)
-    if not alike or not _has_kernel("linears", weights, transposed):
+def compute_linears(x, weights, biases, transposed: bool, intercepted: bool) -> Sequence[Tensor]:
+    serves = SERVES["linears"][transposed]
+    plan = planned_together("linears", tuple(weights), x, tuple(biases), {}, serves, intercepted)
+    if plan.run is None:
         return [_product(x, w, bias, transposed, intercepted) for w, bias in zip(weights, biases, strict=True)]
-    plan = planned_together("linears", tuple(weights), x, tuple(biases), {}, intercepted)
-    operands = [a for w, bias in zip(weights, biases, strict=True) for a in (w.parts, bias)]
-    return list(plan.run(x, *operands).split(rows, -1))
+    y = plan.run(x, *[a for w, bias in zip(weights, biases, strict=True) for a in (w.parts, bias)])
+    return torch.split_with_sizes(y, [w.stored_shape[0] for w in weights], -1)
 
 
 def plan_of(name: str, x, weights: Sequence[SparseTensor], biases: Sequence[Tensor | None], geometry: dict) -> Plan:
-    """The Plan of one of these operators; without a kernel, that of its first product, which then runs by itself."""
-    operands = (x, weights[0].parts, biases[0])
-    alike = len({w.sparse_layout for w in weights[:2]}) == 1
-    if not alike or not _has_kernel(name, weights, transposed=False):
-        return planned("linear", weights[0], operands)
-    if len(weights) == 1:
-        return planned(name, weights[0], operands, geometry)
-    return planned_together(name, tuple(weights), x, tuple(biases), geometry, intercepted=False)
+    """The Plan of one of these operators."""
+    plan = planned_together(name, tuple(weights), x, tuple(biases), geometry, SERVES[name][False], intercepted=False)
+    if plan.run is not None:
+        return plan
+    layouts, device = tuple(str(w.sparse_layout) for w in weights), weights[0].parts["values"].device.type
+    return dataclasses.replace(plan, operator=name, layouts=layouts, device=device, kernel="none")
 
 
 # what a fused forward calls. Compilers and dispatch modes see one operator, as of `sten.ops.traceable`
