@@ -15,16 +15,28 @@ from .operators import Operator
 MOST = 3  # weights
 
 
-def continued(tensors) -> torch.Tensor | None:
-    """The tensor whose rows are those of all ``tensors``, contiguous and of one width, or None if they are apart."""
-    first = tensors[0]
-    address, storage = first.data_ptr(), first.untyped_storage().data_ptr()
-    for t in tensors:
-        if t.data_ptr() != address or t.untyped_storage().data_ptr() != storage:
+class Continued:
+    """A function of tensors of these shapes: the tensor whose rows are those of all, or None if they are apart."""
+
+    def __init__(self, tensors):
+        first, size = tensors[0], 0
+        self.offsets = []
+        for t in tensors:
+            self.offsets.append(size)
+            size += t.nbytes
+        self.size, self.itemsize, self.strides = size, first.element_size(), first.stride()
+        self.shape = (sum(len(t) for t in tensors), *first.shape[1:])
+
+    def __call__(self, tensors):
+        first = tensors[0]
+        address = first.data_ptr()
+        for t, offset in zip(tensors, self.offsets, strict=True):
+            if t.data_ptr() != address + offset:
+                return None
+        # in one storage: addresses of two allocations may follow each other, too
+        if first.untyped_storage().nbytes() - first.storage_offset() * self.itemsize < self.size:
             return None
-        address += t.nbytes
-    rows = sum(len(t) for t in tensors)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
+        return first.as_strided(self.shape, self.strides)
 
 
 class Several(Operator):
@@ -54,31 +66,19 @@ class Several(Operator):
         weights = [parts[i : i + size] for i in range(0, len(parts), size)]
         return [(weight[:-1], weight[-1]) for weight in weights if weight[0] is not None]
 
-    def _joined(self, weights):
-        """(stored tensors, bias) of all weights as one, or None."""
-        stored = [continued(each) for each in zip(*(stored for stored, _ in weights), strict=True)]
-        if any(each is None for each in stored):
-            return None
-        biases = [bias for _, bias in weights]
-        if all(bias is None for bias in biases):
-            return stored, None
-        rows = [len(kept[0]) for kept, _ in weights]
-        known = next(bias for bias in biases if bias is not None)
-        biases = [known.new_zeros(n) if bias is None else bias for n, bias in zip(rows, biases, strict=True)]
-        bias = continued(biases)
-        return stored, torch.cat(biases) if bias is None else bias
-
     def _make(self, x, *parts, **numbers):
         product, together, apart = self.product, None, None
         numbers = {name: product.defaults.get(name) for name in product.numbers} | numbers
+        weights = self._weights(parts)
+        stored_together = [Continued(each) for each in zip(*(stored for stored, _ in weights), strict=True)]
+        biases = _Biases(weights)
 
         def call(x, *parts):
             nonlocal together, apart
             weights = self._weights(parts)
-            joined = self._joined(weights)
-            if joined is not None:
-                stored, bias = joined
-                tensors = (x, *stored, bias, *product.absent)
+            joined = [join(each) for join, each in zip(stored_together, zip(*(w for w, _ in weights)))]  # noqa: B905
+            if all(each is not None for each in joined):
+                tensors = (x, *joined, biases([bias for _, bias in weights]), *product.absent)
                 run = together or product.prepare(*tensors, **numbers)
                 if together is None and not backend.capturing(x):  # what is prepared in a capture was not timed
                     together = run
@@ -91,6 +91,24 @@ class Several(Operator):
             return torch.cat([run(*t) for run, t in zip(runs, tensors, strict=True)], -1)
 
         return call
+
+
+class _Biases:
+    """A function of the biases of such weights: that of all together, or None if none has one."""
+
+    def __init__(self, weights):
+        biases = [bias for _, bias in weights]
+        known = next((bias for bias in biases if bias is not None), None)
+        self.zeros = [
+            known.new_zeros(len(stored[0])) if bias is None and known is not None else None for stored, bias in weights
+        ]
+        self.join = Continued(biases) if all(bias is not None for bias in biases) else None
+
+    def __call__(self, biases):
+        joined = None if self.join is None else self.join(biases)
+        if joined is not None or all(bias is None for bias in biases):
+            return joined
+        return torch.cat([zero if bias is None else bias for bias, zero in zip(biases, self.zeros, strict=True)])
 
 
 nm_several, vector_nm_several = Several(nm.linear), Several(vector_nm.linear)

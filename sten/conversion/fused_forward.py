@@ -114,7 +114,8 @@ def operands(x: Tensor, layers: Iterable[nn.Module]) -> list[tuple] | None:
     if recorded and x.requires_grad:
         return None
     for layer in layers:
-        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        weight = layer.weight if traced else layer._parameters.get("weight")  # compilers assemble it in the graph
+        bias = layer._parameters.get("bias")
         if not isinstance(weight, SparseTensor):
             return None
         if recorded and (weight.requires_grad or (bias is not None and bias.requires_grad)):
