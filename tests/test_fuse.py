@@ -311,6 +311,10 @@ def test_one_product_for_several_layers():
     addresses = [layer.weight.parts["values"].data_ptr() for layer in (model.q, model.k, model.v)]
     sizes = [layer.weight.parts["values"].nbytes for layer in (model.q, model.k)]
     assert addresses == [addresses[0], addresses[0] + sizes[0], addresses[0] + sum(sizes)]
+    values = [layer.weight.parts["values"] for layer in (model.q, model.v)]
+    version = values[0]._version
+    values[1].mul_(2)  # kernels cache what they derive from all of them by the version of the first
+    assert values[0]._version > version
     model.q(x)
     assert shared.ready[0] is x
     torch.testing.assert_close(model.k(x), dense(model).k(x))

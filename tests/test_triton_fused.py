@@ -9,6 +9,7 @@ from triton_cases import ACTIVATIONS, DEVICE, close, random
 import sten
 from sten import dispatch
 from sten.backends import cuda, cuda_fused
+from sten.conversion.fuse import _lay_together
 from sten.ops import fused
 
 I, H, O = 32, 48, 16
@@ -77,16 +78,6 @@ def test_gated_mlp(layout, tokens):
         assert plan_of("gated_mlp", gate).variant == ("chain" if tokens > 64 else "two products")
 
 
-def lay_together(weights):
-    """The same weights, their parts one behind the other in memory."""
-    for name in weights[0].parts:
-        whole, row = torch.cat([w.parts[name] for w in weights]), 0
-        for w in weights:
-            rows = len(w.parts[name])
-            w.parts[name] = whole[row : row + rows]
-            row += rows
-
-
 @every
 @torch.no_grad()
 @pytest.mark.parametrize("together", [False, True])
@@ -97,7 +88,7 @@ def test_linears(layout, tokens, rows, together):
     biases = [None, *(random(count, seed=count) for count in rows[1:])]
     dense = [w.to_dense() for w in weights]
     if together and layout.stacks(rows):
-        lay_together(weights)
+        _lay_together(weights)
     for seed in range(2):
         x = random(tokens, I, seed=seed)
         for y, w, bias in zip(fused.linears(x, weights, biases, False), dense, biases, strict=True):
@@ -110,7 +101,7 @@ def test_linears(layout, tokens, rows, together):
 def test_weights_that_move_apart_are_multiplied_one_by_one():
     """The plan is the same, and it asks the addresses at each call."""
     weights = [weight(sten.NM(2, 4), 16, I, seed=seed) for seed in range(2)]
-    lay_together(weights)
+    _lay_together(weights)
     x = random(5, I)
     before = fused.linears(x, weights, [None, None], False)
     weights[1].parts["values"] = weights[1].parts["values"].clone().mul_(2)
@@ -118,6 +109,22 @@ def test_weights_that_move_apart_are_multiplied_one_by_one():
     assert len(weights[0].cache.plans) == 1
     close(after[0], before[0])
     close(after[1], 2 * before[1])
+
+
+@torch.no_grad()
+def test_a_write_to_one_of_them_counts():
+    """Also where the library multiplies its own form of all of them (2:4 on a GPU), which is cached."""
+    dtype = torch.float16 if DEVICE == "cuda" else torch.float32
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(3)).to(DEVICE, dtype)
+    sten.sparsify(model, sten.NM(2, 4))
+    weights = [layer.weight for layer in model.layers]
+    _lay_together(weights)
+    x = random(128, 64, dtype=dtype)
+    for number in (0, 2, 1):
+        for y, w in zip(fused.linears(x, weights, [None] * 3, False), weights, strict=True):
+            close(y, F.linear(x, w.to_dense()), dtype)
+        weights[number].mul_(2)
 
 
 @torch.no_grad()

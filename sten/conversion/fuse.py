@@ -203,16 +203,13 @@ def _same_one_by_one(shared: Shared, width: int) -> bool:
     return results is not None and all(map(_same, results, [layer(x) for layer in shared.layers]))
 
 
-def _behind(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the tensors, one behind the other in one storage; not views of one tensor for autograd."""
-    whole, row, placed = torch.cat(list(tensors)), 0, []
-    for t in tensors:
-        size = whole[row : row + len(t)]
-        placed.append(whole.new_empty(0).set_(whole.untyped_storage(), size.storage_offset(), t.shape, size.stride()))
-        row += len(t)
-    return placed
+def _behind(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Copies of the tensors, one behind the other. As views of one tensor they count writes together: what a kernel
+    derived from all of them, such as cuSPARSELt's form, is then made again after a write to any."""
+    return torch.cat(list(tensors)).split([len(t) for t in tensors])
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _lay_together(weights: list[SparseTensor]) -> None:
     """Copy the parts of the weights, so that they lie one behind the other."""
@@ -224,6 +221,7 @@ def _lay_together(weights: list[SparseTensor]) -> None:
             w._adopt(w.sparse_layout, parts, w.stored_shape, w.transposed, None)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _lay_biases_together(biases: list[Tensor | None]) -> None:
     if all(bias is not None for bias in biases):
