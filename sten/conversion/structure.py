@@ -9,6 +9,7 @@ with its linear layers replaced for the time of the run.
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -234,7 +235,8 @@ def _calls_on(
 
         return forward
 
-    p = next(module.parameters())
+    p, log = next(module.parameters()), logging.getLogger("torch._subclasses.fake_tensor")
+    silent, log.disabled = log.disabled, True  # it reports every operator that fails, which is expected here
     try:
         for name, layer in layers.items():
             layer.__dict__["forward"] = instead(name, features(layer)[1])
@@ -243,6 +245,7 @@ def _calls_on(
     except Exception:  # a forward that needs its other arguments ends here; what it called before counts
         return calls
     finally:
+        log.disabled = silent
         for name, layer in layers.items():
             del layer.__dict__["forward"]
             if saved[name] is not None:
