@@ -39,8 +39,7 @@ def plan_of(name, w):
 
 @every
 @torch.no_grad()
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize(("tokens", "activation"), [(1, "gelu"), (5, "relu"), (70, "gelu")])
 def test_activation(layout, tokens, activation):
     w, bias, x = weight(layout, H, I), random(H, seed=5), random(tokens, I, seed=9)
     for _ in range(2):
@@ -51,8 +50,7 @@ def test_activation(layout, tokens, activation):
 
 @every
 @torch.no_grad()
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize(("tokens", "biased"), [(1, True), (5, False), (70, True)])
 def test_gated(layout, tokens, biased):
     gate, up = weight(layout, H, I), weight(layout, H, I, seed=1)
     b, c = (random(H, seed=3), random(H, seed=4)) if biased else (None, None)
@@ -65,8 +63,10 @@ def test_gated(layout, tokens, biased):
 
 @every
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [1, 5, 70, 129])
+@pytest.mark.parametrize("tokens", [1, 70, 129])
 def test_gated_mlp(layout, tokens):
+    if tokens == 129 and not isinstance(layout, sten.VectorNM):
+        pytest.skip("only VectorNM has a chain")
     gate, up, down = weight(layout, H, I), weight(layout, H, I, seed=1), weight(layout, O, H, seed=2)
     bias = random(O, seed=3)
     for seed in range(2):
@@ -78,11 +78,11 @@ def test_gated_mlp(layout, tokens):
         assert plan_of("gated_mlp", gate).variant == ("chain" if tokens > 64 else "two products")
 
 
-@every
+@pytest.mark.parametrize("layout", [sten.NM(2, 4), sten.VectorNM(1, 4, 16)], ids=str)
 @torch.no_grad()
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("rows", [(32, 16), (16, 16, 8)])
-@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize("tokens", [1, 70])
 def test_linears(layout, tokens, rows, together):
     weights = [weight(layout, count, I, seed=seed) for seed, count in enumerate(rows)]
     biases = [None, *(random(count, seed=count) for count in rows[1:])]
@@ -148,20 +148,18 @@ def test_every_layout_with_a_linear_kernel_has_the_others():
 def fused_calls(layout):
     """{operator: (a function of x, the same in dense products)}."""
     gate, up, down = weight(layout, H, I), weight(layout, H, I, seed=1), weight(layout, O, H, seed=2)
-    dense = [w.to_dense() for w in (gate, up, down)]
+    last = weight(layout, H, O, seed=3)
+    dense = [w.to_dense() for w in (gate, up, down, last)]
 
     def pair(x):
         return F.silu(F.linear(x, dense[0])) * F.linear(x, dense[1])
 
     return {
-        "activation": (
-            lambda x: fused.linear_activation(x, gate, None, "relu", False),
-            lambda x: F.relu(F.linear(x, dense[0])),
-        ),
-        "gated": (lambda x: fused.gated_linear(x, gate, None, up, None, "silu", False), pair),
-        "mlp": (
-            lambda x: fused.gated_mlp(x, gate, None, up, None, down, None, "silu", False),
-            lambda x: F.linear(pair(x), dense[2]),
+        "gated": (
+            lambda x: fused.linear_activation(
+                fused.gated_mlp(x, gate, None, up, None, down, None, "silu", False), last, None, "relu", False
+            ),
+            lambda x: F.relu(F.linear(F.linear(pair(x), dense[2]), dense[3])),
         ),
         "linears": (
             lambda x: torch.cat(fused.linears(x, [gate, up], [None, None], False), -1),
@@ -172,7 +170,7 @@ def fused_calls(layout):
 
 @every
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["activation", "gated", "mlp", "linears"])
+@pytest.mark.parametrize("name", ["gated", "linears"])
 def test_traced_with_symbolic_sizes(layout, name):
     """A compiler sees the operators of the kernels, for any number of tokens."""
     call, expected = fused_calls(layout)[name]
