@@ -15,9 +15,9 @@ class Linear(Operator):
     """The operator of one layout; ``linear(x, *stored, bias=None, *, out_features, activation=None, gate=None, ...)``.
 
     ``gate`` has the output's shape. A subclass defines the ``stored`` tensors of a weight, its integers
-    (``layout_numbers``), what else a caller may pass (``options``), and the methods under "of a layout". ``parts`` are the stored tensors, bias and gate, and, if
-    ``dual``, those of a second weight and its bias. All layouts have the variants ``empty`` (no launch) and ``expand``
-    (a dense weight, then cuBLAS).
+    (``layout_numbers``), what a caller may pass (``options``), and the methods under "of a layout". ``parts`` are the
+    stored tensors, bias and gate, and, if ``dual``, those of a second weight and its bias. All layouts have the
+    variants ``empty`` (no launch) and ``expand`` (a dense weight, then cuBLAS).
     """
 
     prefix, stored, layout_numbers, dual, options = "", "", "", False, 'str activation="none"'

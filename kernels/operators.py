@@ -110,14 +110,11 @@ class Operator:
         numbers = {name: named[name] for name in self.numbers}
         with backend.on(arguments[0]):
             launch = self.prepare(*tensors, **numbers)
-        given = [self.arguments.index(name) for name, t in zip(self.tensors, tensors, strict=True) if t is not None]
-        count = len(given)
-        if given == list(range(count)) and not any(t is not None for t in tensors[count:]):
-            absent = (None,) * (len(tensors) - count)
-            call = lambda *arguments: launch(*arguments[:count], *absent)  # noqa: E731
-        else:
-            every = [self.arguments.index(name) if t is not None else None for name, t in zip(self.tensors, tensors)]
-            call = lambda *arguments: launch(*[None if at is None else arguments[at] for at in every])  # noqa: E731
+        at = [None if named[name] is None else self.arguments.index(name) for name in self.tensors]
+
+        def call(*arguments):
+            return launch(*[None if position is None else arguments[position] for position in at])
+
         return self._on_its_device(call) if backend.several else call
 
     def _on_its_device(self, call):

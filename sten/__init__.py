@@ -6,7 +6,7 @@ checks for what they bring. Every other module is private.
 
 from . import backends as _backends  # noqa: F401 - registers the kernels
 from . import extend, testing
-from .conversion import attach, densify, finalize, fuse, plan, sparsify, summary, trainable, unfuse
+from .conversion import Recipe, attach, densify, finalize, fuse, plan, sparsify, summary, trainable, unfuse
 from .dispatch import DensifyError, kernel, strict
 from .errors import FormatError
 from .io import inspect, load, save
@@ -49,10 +49,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
     "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
-    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum",
-    "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach", "densify",
-    "distill_loss", "extend", "finalize", "follow", "from_dense", "fuse", "inspect", "kernel", "load", "load_run",
-    "optim", "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
+    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL",
+    "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
+    "densify", "distill_loss", "extend", "finalize", "follow", "from_dense", "fuse", "inspect", "kernel", "load",
+    "load_run", "optim", "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
     "trainable", "unfuse", "which",
 ]  # fmt: skip
 

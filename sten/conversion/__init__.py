@@ -2,6 +2,7 @@
 
 from .api import attach, densify, finalize, plan, sparsify, trainable
 from .fuse import fuse, unfuse
+from .recipe import Recipe
 from .report import summary
 
-__all__ = ["attach", "densify", "finalize", "fuse", "plan", "sparsify", "summary", "trainable", "unfuse"]
+__all__ = ["Recipe", "attach", "densify", "finalize", "fuse", "plan", "sparsify", "summary", "trainable", "unfuse"]
