@@ -1,10 +1,12 @@
-"""Every layout's linear layer on a GPU against cuBLAS, cuSPARSELt through torch, torch's BSR and stk.
+"""`F.linear` with every layout on a GPU against cuBLAS, cuSPARSELt through torch, torch's BSR and stk.
 
     python benchmarks/gpu_linear.py [--layouts BSR ...] [--tokens 1 16 ...] [--dtype D [--tf32]] [--output DIR] [--plot]
 
 Layers of an 8B model, in bfloat16 unless said; each result is checked first; CUDA-graph timing over rotating weights. A
-ratio over 1 means faster than dense. "chain" is feature-major in and out; all else is in the ordinary order (tokens,
-features) and includes the transpose where the kernel needs one.
+ratio over 1 means faster than dense. What is timed is `F.linear(x, w)` with a `sten.SparseTensor`, in a CUDA graph and,
+up to 64 tokens, in eager mode, where the host's time counts; `launch_us` is the kernel called by itself, in a graph.
+"chain" is such a launch that is feature-major in and out, as in an MLP after `sten.fuse`; all else is in the ordinary
+order (tokens, features) and includes the transpose where the kernel needs one.
 """
 
 import argparse
@@ -13,12 +15,15 @@ import itertools
 import time
 
 import torch
-from gpu_timing import check, copies, geometric_mean, graph_time, write
+from gpu_timing import check, copies, eager_time, geometric_mean, graph_time, write
+from torch.nn.functional import linear
 
+import sten
 from sten.kernels import bsr, csr, grouped_nm, nm, vector_nm
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
 TOKENS = [1, 16, 64, 1024, 4096, 16384]
+EAGER = 64  # tokens up to which eager calls are timed, too
 DTYPE, DEVICE = torch.bfloat16, "cuda"
 
 
@@ -34,7 +39,10 @@ class VectorNM:
     def __init__(self, n, m, v, chain):
         self.n, self.m, self.v, self.chain = n, m, v, chain
         self.name, self.label = "VectorNM", f"{n}:{m} v={v}" + (" chain" if chain else "")
-        self.density = n / m
+        self.density, self.layout = n / m, sten.VectorNM(n, m, v)
+
+    def tensor(self, weight, out, inputs):
+        return sten.SparseTensor(self.layout, {"values": weight[0], "index": weight[1]}, (out, inputs))
 
     def make(self, out, inputs, seed):
         bands, groups = -(-out // self.v), inputs // self.m
@@ -58,12 +66,11 @@ class VectorNM:
     def ordinary(self, y):
         return y.T if self.chain else y
 
-    def which(self, out, inputs, tokens, weight):
-        return vector_nm.choose(tokens, out, inputs, DTYPE, n=self.n, m=self.m, v=self.v)[0]
-
 
 class Ordinary:
     """What the layouts without a feature-major form share."""
+
+    chain = False
 
     def prepare(self, x):
         return x
@@ -71,11 +78,22 @@ class Ordinary:
     def ordinary(self, y):
         return y
 
+    def tensor(self, weight, out, inputs):
+        return sten.SparseTensor(self.layout, {"values": weight[0], "index": weight[1]}, (out, inputs))
+
 
 class BSR(Ordinary):
     def __init__(self, block, density):
         self.block, self.density, self.name = block, density, "BSR"
-        self.label = f"block {block}, {1 - density:.0%} sparse"
+        self.label, self.layout = f"block {block}, {1 - density:.0%} sparse", sten.BSR((block, block))
+
+    def tensor(self, weight, out, inputs):
+        values, crow, col, row = weight
+        order = torch.argsort(col, stable=True)
+        counts = torch.bincount(col, minlength=inputs // self.block)
+        parts = {"values": values, "crow": crow, "col": col, "t_row": row[order].int(), "t_block": order.int()}
+        parts["t_crow"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        return sten.SparseTensor(self.layout, parts, (out, inputs))
 
     def make(self, out, inputs, seed):
         block_rows, columns = out // self.block, inputs // self.block
@@ -95,14 +113,11 @@ class BSR(Ordinary):
     def call(self, x, weight, out):
         return bsr.linear(x, *weight[:3], out_features=out)
 
-    def which(self, out, inputs, tokens, weight):
-        return bsr.choose(tokens, out, inputs, DTYPE, bh=self.block, bw=self.block, blocks=len(weight[0]))[0]
-
     def peers(self, x, dense):
         """{name: (call, weights)} of other libraries on the same pattern; ``dense`` are the dense weights."""
         calls = {}
         weights = [w.to_sparse_bsr((self.block, self.block)) for w in dense[:2]]
-        calls["torch BSR"] = (lambda w: torch.nn.functional.linear(x, w), weights)
+        calls["torch BSR"] = (lambda w: linear(x, w), weights)
         if self.block == 128 and importlib.util.find_spec("stk"):
             import stk
 
@@ -114,7 +129,7 @@ class BSR(Ordinary):
 
 class NM(Ordinary):
     def __init__(self):
-        self.name, self.label, self.density = "NM", "2:4", 0.5
+        self.name, self.label, self.density, self.layout = "NM", "2:4", 0.5, sten.NM(2, 4)
 
     def make(self, out, inputs, seed):
         order = torch.rand(out, inputs // 4, 4, generator=_generator(seed), device=DEVICE).argsort(-1)[..., :2]
@@ -130,9 +145,6 @@ class NM(Ordinary):
     def call(self, x, weight, out):
         return nm.linear(x, *weight, n=2, m=4, out_features=out)
 
-    def which(self, out, inputs, tokens, weight):
-        return nm.choose(tokens, out, inputs, DTYPE, n=2, m=4)[0]
-
     def peers(self, x, dense):
         weights = [torch._cslt_compress(w) for w in dense[:2]]
         padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16))
@@ -141,7 +153,10 @@ class NM(Ordinary):
 
 class CSR(Ordinary):
     def __init__(self, density):
-        self.name, self.label, self.density = "CSR", f"{1 - density:.0%} sparse", density
+        self.name, self.label, self.density, self.layout = "CSR", f"{1 - density:.0%} sparse", density, sten.CSR()
+
+    def tensor(self, weight, out, inputs):
+        return sten.SparseTensor(self.layout, dict(zip(("values", "crow", "col"), weight, strict=False)), (out, inputs))
 
     def make(self, out, inputs, seed):
         keep = torch.rand(out, inputs, generator=_generator(seed), device=DEVICE) < self.density
@@ -161,15 +176,12 @@ class CSR(Ordinary):
     def call(self, x, weight, out):
         return csr.linear(x, *weight[:3], out_features=out)
 
-    def which(self, out, inputs, tokens, weight):
-        return csr.choose(tokens, out, inputs, DTYPE, entries=len(weight[0]))[0]
-
 
 class GroupedNM(Ordinary):
     def __init__(self, n, m, g):
         self.n, self.m, self.g, self.name, self.label, self.density = n, m, g, "GroupedNM", f"{n}:{m}:{g}", n / m
-        patterns = list(itertools.combinations(range(m), n))
-        self.pattern = torch.tensor(patterns, dtype=torch.int32, device=DEVICE)
+        self.layout = sten.GroupedNM(n, m, g)
+        self.pattern = self.layout.rows(torch.device(DEVICE)).int()
 
     def make(self, out, inputs, seed):
         slots = len(self.pattern) * self.g
@@ -184,9 +196,6 @@ class GroupedNM(Ordinary):
 
     def call(self, x, weight, out):
         return grouped_nm.linear(x, *weight, self.pattern, m=self.m, out_features=out)
-
-    def which(self, out, inputs, tokens, weight):
-        return grouped_nm.choose(tokens, out, inputs, DTYPE, n=self.n, m=self.m)[0]
 
 
 def cases():
@@ -206,30 +215,40 @@ def cases():
 
 
 def dense_times(tokens):
+    """(graph, eager) microseconds of the dense product, by shape and tokens; eager ones up to EAGER tokens."""
     times = {}
     for (out, inputs), t in itertools.product(SHAPES, tokens):
         x = torch.randn(t, inputs, device=DEVICE, dtype=DTYPE)
         weights = [_values(out, inputs, seed=i) for i in range(copies(out * inputs * DTYPE.itemsize))]
-        times[out, inputs, t] = graph_time(lambda w, x=x: torch.nn.functional.linear(x, w), weights, calls=12)
+        graph = graph_time(lambda w, x=x: linear(x, w), weights, calls=12)
+        times[out, inputs, t] = graph, eager_time(lambda w, x=x: linear(x, w), weights) if t <= EAGER else None
     return times
 
 
+@torch.no_grad()
 def measure(case, out, inputs, tokens, dense_time, peers):
     """One row per token count, for one case and shape."""
     weights = [case.make(out, inputs, seed) for seed in range(copies(out * inputs * DTYPE.itemsize * case.density))]
+    tensors = [case.tensor(w, out, inputs) for w in weights]
     dense = [case.dense(w, out, inputs) for w in weights[:2]]
     for t in tokens:
         x = torch.randn(t, inputs, device=DEVICE, dtype=DTYPE)
-        prepared = case.prepare(x)
-        got = case.ordinary(case.call(prepared, weights[0], out))
-        check(got, x.float() @ dense[0].float().T, f"{case.name} {case.label} {out}x{inputs} tokens {t}")
-        del got
-        spent = graph_time(lambda w, x=prepared: case.call(x, w, out), weights, calls=12 if t > 64 else 24)
-        row = {"layout": case.name, "case": case.label, "out": out, "in": inputs, "tokens": t, "us": spent}
-        row |= {"variant": case.which(out, inputs, t, weights[0]), "dense_us": dense_time[out, inputs, t]}
-        row["ratio"] = row["dense_us"] / spent
+        prepared, calls, name = case.prepare(x), 12 if t > 64 else 24, f"{case.name} {case.label} {out}x{inputs}"
+        expected = x.float() @ dense[0].float().T
+        check(case.ordinary(case.call(prepared, weights[0], out)), expected, f"launch, {name} tokens {t}")
+        check(linear(x, tensors[0]), expected, f"{name} tokens {t}")
+        del expected
+        launch = graph_time(lambda w, x=prepared: case.call(x, w, out), weights, calls=calls)
+        dense_us, dense_eager = dense_time[out, inputs, t]
+        row = {"layout": case.name, "case": case.label, "out": out, "in": inputs, "tokens": t, "launch_us": launch}
+        row |= {"variant": sten.which("linear", x, tensors[0]).variant, "dense_us": dense_us, "us": launch}
+        if not case.chain:
+            row["us"] = graph_time(lambda w, x=x: linear(x, w), tensors, calls=calls)
+            if t <= EAGER:
+                row["eager_us"], row["dense_eager_us"] = eager_time(lambda w, x=x: linear(x, w), tensors), dense_eager
+        row["ratio"] = dense_us / row["us"]
         if peers and t >= 16 and hasattr(case, "peers"):
-            row["peers"] = peer_times(case, x, dense, row["dense_us"])
+            row["peers"] = peer_times(case, x, dense, dense_us)
         yield row
 
 
@@ -281,6 +300,15 @@ def table(rows, tokens):
             ratios = [r["ratio"] for r in rows if (r["layout"], r["case"], r["tokens"]) == (*key, t)]
             text += f"{geometric_mean(ratios):9.2f}" if ratios else " " * 9
         print(text)
+        for title, mine, other in (
+            ("launch by itself", "launch_us", "dense_us"),
+            ("eager", "eager_us", "dense_eager_us"),
+        ):
+            text = f"    {title:36}"
+            for t in tokens:
+                chosen = [r for r in rows if (r["layout"], r["case"], r["tokens"]) == (*key, t) and mine in r]
+                text += f"{geometric_mean(r[other] / r[mine] for r in chosen):9.2f}" if chosen else " " * 9
+            print(text)
         for name in dict.fromkeys(name for r in rows if (r["layout"], r["case"]) == key for name in r.get("peers", {})):
             text = f"    {name:36}"
             for t in tokens:

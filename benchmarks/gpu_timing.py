@@ -44,6 +44,21 @@ def graph_time(call, weights, calls: int = 24, replays: int = 7) -> float:
     return statistics.median(times)
 
 
+def eager_time(call, weights, calls: int = 48, repeats: int = 7) -> float:
+    """Microseconds of one eager ``call(weight)`` over rotating ``weights``: the host's time, where it is the longer."""
+    calls, times = max(calls, len(weights)), []
+    for _ in range(repeats + 1):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        for i in range(calls):
+            call(weights[i % len(weights)])
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / calls)
+    return statistics.median(times[1:])
+
+
 def check(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = 1e-2) -> None:
     """Refuses to go on where the result is wrong; NaN is wrong."""
     error = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
@@ -55,9 +70,14 @@ def geometric_mean(numbers) -> float:
     return statistics.geometric_mean(list(numbers))
 
 
+def describe() -> dict[str, str | None]:
+    """The device and the versions, for the head of a file."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+
+
 def write(name: str, content: dict, directory=None) -> None:
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
-    content = {"device": torch.cuda.get_device_name(), **versions, **content}
+    content = {**describe(), **content}
     path = pathlib.Path(directory or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1))

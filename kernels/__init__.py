@@ -9,7 +9,10 @@ documented in ``docs/formats.md``. Importing this package needs neither triton n
 import importlib
 import importlib.util
 
-MODULES = ("vector_nm", "bsr", "nm", "grouped_nm", "csr", "transpose", "pattern_cache", "backend", "precision")
+MODULES = (
+    "vector_nm", "vector_nm_mlp", "bsr", "nm", "grouped_nm", "csr", "several", "transpose", "pattern_cache", "backend",
+    "precision",
+)  # fmt: skip
 
 
 def available() -> bool:

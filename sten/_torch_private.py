@@ -6,6 +6,7 @@ every call counts as intercepted (a Plan is prepared each time), and nothing els
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,7 @@ function_modes = _fetch("function_modes", "_C._len_torch_function_stack", _one)
 transforms_active = _fetch("transforms_active", "_C._are_functorch_transforms_active", _one)
 tracing_state = _fetch("tracing_state", "_C._get_tracing_state", _one)
 profiler_enabled = _fetch("profiler_enabled", "_C._autograd._profiler_enabled", _one)
+global_hooks = _fetch("global_hooks", "nn.modules.module._has_any_global_hook", _one)  # of all modules
 is_zero_tensor = _fetch("is_zero_tensor", "Tensor._is_zerotensor", _yes)
 _level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNamespace(_current_level=0)
 PATHS["_current_level"] = "autograd.forward_ad._current_level"
@@ -71,6 +73,7 @@ fused_attention = (
     _fetch("encoder_layer", "_transformer_encoder_layer_fwd", None),
     _fetch("native_attention", "_native_multi_head_attention", None),
 )
+fake_mode = _fetch("fake_mode", "_subclasses.FakeTensorMode", contextlib.nullcontext)  # a run finds less without it
 unscale = _fetch("unscale", "_amp_foreach_non_finite_check_and_unscale_", None)
 is_view = _fetch("is_view", "Tensor._is_view", _yes)
 refuse_data_pointer = _fetch("refuse_data_pointer", "_C._set_throw_on_mutable_data_ptr", lambda t: None)
@@ -129,6 +132,11 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
 def must_apply() -> bool:
     """Whether `autograd.Function.apply` has to see every call: compilers, dispatch modes, torch.func, forward AD."""
     return is_compiling() or bool(dispatch_modes() or transforms_active()) or _level._current_level >= 0
+
+
+def differentiates() -> bool:
+    """Whether torch.func, forward AD or torch.jit.trace has to see the functions of a call, not only its operators."""
+    return transforms_active() or _level._current_level >= 0 or tracing_state() is not None
 
 
 def apply_of(rule: type[torch.autograd.Function]) -> Callable[..., Any]:

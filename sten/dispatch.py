@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +107,63 @@ def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, A
     )
     plan = prepare(name, layout, shape, values.dtype, flags)
     _record(name, w, layout)
+    return plan
+
+
+def planned_together(
+    name: str,
+    weights: tuple[SparseTensor, ...],
+    x: Tensor,
+    biases: tuple,
+    geometry: dict[str, Any],
+    serves: Callable[[tuple[SparseTensor, ...]], bool],
+    intercepted: bool,
+) -> Plan:
+    """The Plan of an operator on several sparse weights and one dense operand, stored with the first weight.
+
+    Where no kernel is registered for their layouts, or `serves(weights)` is False, its `run` is None: the caller runs
+    the operators that this one is made of.
+    """
+    key = None
+    if not intercepted:
+        key = [name, KERNELS.version, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15]
+        key += (serves, *geometry.values())
+        for w, bias in zip(weights, biases, strict=True):
+            v = w.parts["values"]
+            key += (w.cache, w.transposed, v.shape, v.stride(), v.dtype, v.data_ptr() & 15)
+            key.append(None if bias is None else (bias.stride(), bias.dtype, bias.data_ptr() & 15))
+        if v.is_cuda and v.dtype is torch.float32:
+            key.append(allows_tf32())
+        key = tuple(key)
+        plan = weights[0].cache.plans.get(key)
+        if plan is not None:
+            return plan
+    return _prepare_together(name, weights, x, biases, geometry, serves, key)
+
+
+def _prepare_together(name, weights, x, biases, geometry, serves, key) -> Plan:
+    """Make the Plan; store it if it has a key, and is not for one call only."""
+    op, values = OPERATORS[name], [w.parts["values"] for w in weights]
+    layouts: Any = tuple(w.sparse_layout for w in weights) + (None,) * (len(op.sparse) - len(weights))
+    shapes: Any = tuple(w.stored_shape for w in weights)
+    if len(op.sparse) == 1:
+        layouts, shapes = layouts[0], shapes[0]
+    if not serves(weights) or find(name, values[0].device.type, layouts) is None:
+        plan = Plan.of("apart", "no kernel runs these products together: each by itself", None)
+    else:
+        op.check(weights, x, biases)
+        entries = None if key is None else sum(v.numel() for v in values) // len(values)
+        tokens = None if key is None else op.tokens(tuple(x.shape))
+        flags = Flags(tokens, entries, values[0].device, geometry=geometry)
+        plan = prepare(name, layouts, shapes, values[0].dtype, flags)
+        for w in weights:
+            _record(name, w, layouts)
+    if key is None or _observers or (values[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return plan
+    plans = weights[0].cache.plans
+    if len(plans) >= MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
     return plan
 
 

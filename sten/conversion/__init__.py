@@ -1,7 +1,8 @@
 """From dense to sparse and back: which weights, what each becomes, the move between its forms, and the report of it."""
 
 from .api import attach, densify, finalize, plan, sparsify, trainable
+from .fuse import fuse, unfuse
 from .recipe import Recipe
 from .report import summary
 
-__all__ = ["Recipe", "attach", "densify", "finalize", "plan", "sparsify", "summary", "trainable"]
+__all__ = ["Recipe", "attach", "densify", "finalize", "fuse", "plan", "sparsify", "summary", "trainable", "unfuse"]

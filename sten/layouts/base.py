@@ -7,6 +7,7 @@ A layout is a frozen dataclass: hashable, printable, without tensors. It is the 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -132,6 +133,15 @@ class Layout(metaclass=Constructor):
         """The parts with `slots` slots, the last ones free and zero; unchanged where `free_slots` is False."""
         del slots
         return parts
+
+    def stacks(self, rows: Sequence[int]) -> bool:
+        """Whether weights of so many rows, as one weight, have the parts of each of them one behind the other.
+
+        If so, each part of the tall weight is `torch.cat` of theirs, and operators may read weights that lie so in
+        memory as one.
+        """
+        del rows
+        return False
 
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""

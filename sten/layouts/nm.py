@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,6 +57,9 @@ class NM(Layout):
     @property
     def rate(self) -> float:
         return self.n / self.m
+
+    def stacks(self, rows: Sequence[int]) -> bool:
+        return True
 
     @property
     def bits(self) -> int:

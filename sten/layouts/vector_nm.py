@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,6 +55,9 @@ class VectorNM(Layout):
     @property
     def rate(self) -> float:
         return self.n / self.m
+
+    def stacks(self, rows: Sequence[int]) -> bool:
+        return all(count % self.v == 0 for count in rows[:-1])
 
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)

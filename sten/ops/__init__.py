@@ -7,6 +7,7 @@ from . import (
     conv,
     embedding,
     flops,
+    fused,
     linear,
     others,
     padding,
@@ -19,6 +20,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "attributes", "collectives", "conv", "embedding", "flops", "linear", "others", "padding",
+    "attention", "attributes", "collectives", "conv", "embedding", "flops", "fused", "linear", "others", "padding",
     "pointwise", "pointwise_functions", "recurrent", "storage", "views", "which",
 ]  # fmt: skip

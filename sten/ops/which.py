@@ -12,6 +12,7 @@ from .._torch_private import no_function
 from ..dispatch import OPERATORS, Plan, planned
 from ..tensor import SparseTensor, contiguous_strides
 from .conv import named_geometry
+from .fused import FUSED, plan_of
 from .linear import bias_row
 
 Attribute = Tensor | torch.nn.Module  # the type of `model[0].weight` for type checkers
@@ -33,9 +34,11 @@ def which(
         x: the first operand (activations, an index, or for "..._grad_..." the gradient), or its shape. A shape stands
             for a contiguous tensor of the weight's dtype and device, as do all other operands.
         weight: a `SparseTensor`, such as `model[0].weight` of a sparse model, also in trainable form.
-        bias: of "linear" or "conv2d".
+            "gated_linear", "gated_mlp" and "linears", which `sten.fuse` makes a model use, take a list of them.
+        bias: of "linear" or "conv2d"; a list where `weight` is one.
         **geometry: of a convolution, as integers or tuples: stride, padding, dilation, groups (for "conv2d" derived
             from the shapes), and for its gradients `size`, the shape of the input. Of "embedding_grad_weight": padding.
+            Of "linear_activation", "gated_linear" and "gated_mlp": activation.
 
     Returns:
         A `sten.extend.Plan`: its `kernel`, `variant` and `reason` say what runs and why.
@@ -54,6 +57,8 @@ def which(
     """
     if operator not in OPERATORS:
         raise ValueError(f"Expected one of {', '.join(sorted(OPERATORS))}, got {operator!r}.")
+    if operator in FUSED:
+        return _together(operator, x, weight, bias, geometry)
     if not isinstance(weight, SparseTensor):
         kind = type(weight).__name__
         raise TypeError(f"Expected a SparseTensor, got {kind}; convert it by sten.from_dense or sten.sparsify.")
@@ -74,6 +79,21 @@ def which(
             operator = _resolve(operator, weight)
             operands, keywords = _in_order(operator, first, weight, bias), geometry
         return planned(operator, weight, operands, keywords)
+
+
+def _together(operator: str, x: Any, weight: Any, bias: Any, geometry: dict[str, Any]) -> Plan:
+    """The Plan of an operator of `sten.ops.fused`."""
+    weights = list(weight) if isinstance(weight, (list, tuple)) else [weight]
+    if len(weights) not in FUSED[operator] or not all(isinstance(w, SparseTensor) for w in weights):
+        counts = " or ".join(map(str, FUSED[operator]))
+        got = ", ".join(type(w).__name__ for w in weights)
+        raise TypeError(f"Expected a list of {counts} SparseTensors for {operator}, got {got}; use model[0].weight.")
+    shape = _shape(x)
+    _expect("linear", shape, weights[0])
+    biases = list(bias) if isinstance(bias, (list, tuple)) else [bias] * len(weights)
+    with no_function():
+        first = x if isinstance(x, Tensor) else Contiguous(shape, weights[0])
+        return plan_of(operator, first, weights, biases, geometry)
 
 
 def _resolve(operator: str, w: SparseTensor) -> str:
