@@ -2,5 +2,6 @@
 
 from .api import attach, densify, finalize, plan, sparsify, trainable
 from .report import summary
+from .tensor_parallel import parallelize_module
 
-__all__ = ["attach", "densify", "finalize", "plan", "sparsify", "summary", "trainable"]
+__all__ = ["attach", "densify", "finalize", "parallelize_module", "plan", "sparsify", "summary", "trainable"]

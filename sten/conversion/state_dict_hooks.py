@@ -70,6 +70,9 @@ def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing,
     """Check the entries of all modules below before one is written; then write those of this module's sparse weights,
     in the form that they have now."""
     assign = metadata.get("assign_to_params_buffers", False)
+    for path, below in module.named_modules(remove_duplicate=False):
+        if hasattr(below, "slice_state"):  # a ParallelLinear, of which this rank has a part
+            below.slice_state(state_dict, prefix + path + "." if path else prefix)
     expect_fit(module, state_dict, prefix, assign, _fit_state)
     _prepare(module, state_dict, prefix, assign)
     for name, weight in _sparse_weights(module):
@@ -121,7 +124,7 @@ def _prepare(root: nn.Module, state_dict, prefix: str, assign: bool) -> None:
             if isinstance(state_dict.get(key), Checked):
                 continue
             present = (param if weight is None else weight.tensor(param)).detach()
-            entry = _named(key, _entry, state_dict, key, present, weight)
+            entry = _named(key, entry_of, state_dict, key, present, weight)
             if entry is not None:
                 _expect_numbers(key, entry, present, assign)
                 state_dict[key] = Checked(entry, entry is not present)
@@ -140,7 +143,7 @@ def _expect_numbers(key: str, entry: SparseTensor, present: SparseTensor, assign
         raise FormatError(f"{key}: Expected parts with numbers, got parts on the meta device; pass assign=True.")
 
 
-def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | None) -> SparseTensor | None:
+def entry_of(state_dict, key: str, present: SparseTensor, weight: PatternWeight | None) -> SparseTensor | None:
     """The weight that a state dict holds under this name, in the layout of `present`; it leaves the dict.
 
     A sparse entry brings its own pattern; a dense one must be zero off the present pattern.
@@ -211,6 +214,7 @@ def finalized_state(model: nn.Module) -> dict[str, Tensor]:
             full = f"{prefix}.{name}" if prefix else name
             state = {key: value for key, value in state.items() if not key.startswith(f"{full}{SUFFIX}.")}
             if id(weight) not in made:
-                made[id(weight)] = weight.tensor(module._parameters[name])
+                divided = hasattr(module, "whole_weight")  # a ParallelLinear
+                made[id(weight)] = module.whole_weight() if divided else weight.tensor(module._parameters[name])
             state[full] = made[id(weight)]
     return state
