@@ -59,7 +59,7 @@ def no_shards(got: str) -> NotImplementedError:
     """Make the exception for FSDP or tensor parallelism that cannot divide a weight."""
     return NotImplementedError(
         f"Expected a weight that torch.distributed can divide, got {got}; for FSDP2 call sten.trainable(model) "
-        "before fully_shard, use DistributedDataParallel, or sten.densify for FSDP1 and tensor parallelism."
+        "before fully_shard, for tensor parallelism sten.parallelize_module, for FSDP1 sten.densify."
     )
 
 

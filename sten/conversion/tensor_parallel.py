@@ -212,7 +212,7 @@ def _divided(target: Target, mesh: DeviceMesh, modules: dict[str, nn.Module], pl
             expect_held(stored.sparse_layout, mask.contiguous())
     except ValueError as error:
         raise ValueError(
-            f"Expected slices of {target.name} that {stored.sparse_layout} can store, got one of {size} that it cannot; "
+            f"Expected {size} slices of {target.name} that {stored.sparse_layout} can store, got one that it cannot; "
             f"make it {'Rowwise' if dim == 0 else 'Colwise'}Parallel, or call sten.finalize(model, sten.CSR()) first."
         ) from error
     rank = mesh.get_local_rank()
