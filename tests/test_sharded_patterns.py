@@ -1,7 +1,7 @@
 """FSDP2, tensor parallelism and distributed checkpoints on 2 and 4 processes: equal to one process, in every form.
 
-With gloo, and with NCCL where there are two GPUs: `STEN_ALL=1 python -m pytest tests/test_sharded_patterns.py`. The processes try every cell and note what failed; the tests below read the notes.
-"""
+With gloo, and with NCCL where there are two GPUs: `STEN_ALL=1 python -m pytest tests/test_sharded_patterns.py`. The
+processes try every cell and note what failed; the tests below read the notes.
 
 from __future__ import annotations
 
