@@ -2,6 +2,7 @@
 
 With gloo, and with NCCL where there are two GPUs: `STEN_ALL=1 python -m pytest tests/test_sharded_patterns.py`. The
 processes try every cell and note what failed; the tests below read the notes.
+"""
 
 from __future__ import annotations
 
