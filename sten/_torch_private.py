@@ -119,6 +119,11 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
     return False
 
 
+def exports() -> bool:
+    """Whether torch.export records operators (Dynamo, which comes first in strict mode, records Python)."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def must_apply() -> bool:
     """Whether `autograd.Function.apply` has to see every call: compilers, dispatch modes, torch.func, forward AD."""
     return is_compiling() or bool(dispatch_modes() or transforms_active()) or _level._current_level >= 0

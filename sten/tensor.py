@@ -21,7 +21,6 @@ from ._torch_private import (
     no_function,
     refuse_data_pointer,
 )
-from .caller import refuse_training_export
 from .checked import checked
 from .layouts.base import Layout, Parts
 from .layouts.checks import expect_held
@@ -72,6 +71,7 @@ class SparseTensor(Sealed, torch.Tensor):
     """
 
     trained = None  # of a weight in trainable form, assembled from a trained Parameter: its TrainedWeight
+    assembled = False  # in a graph that torch.export records, from parts: operators on them are recorded instead
     instead: str | None = None  # of a weight that is computed from another: what works in place of writing to it
 
     @staticmethod
@@ -108,7 +108,6 @@ class SparseTensor(Sealed, torch.Tensor):
         vars(self).update(own, **{"part_" + name: part for name, part in parts.items()})
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        refuse_training_export(self)
         return ["part_" + name for name in self.parts], (self.sparse_layout, self.stored_shape, self.transposed)
 
     @staticmethod
@@ -215,7 +214,7 @@ class ToDense(Rule):
 
     @staticmethod
     def forward(w):
-        return OPS.to_dense(w) if is_compiling() else without_view(unpack(w))
+        return OPS.to_dense(w) if is_compiling() and not w.assembled else without_view(unpack(w))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._torch_private import is_compiling, transforms_active
+from .._torch_private import exports, is_compiling, transforms_active
 from ..layouts.base import Parts
 from ..pattern_cache import PatternCache
 from ..rule import Rule
@@ -127,11 +127,6 @@ class PatternWeight(TrainedWeight):
         """The weight as a SparseTensor, differentiable."""
         if type(param) is Tensor:  # of torch.func.functional_call
             self.expect_values(param)
-        # under Dynamo, torch 2.11 says that every compilation is an export
-        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
-            raise RuntimeError(
-                f"Expected a finalized model for torch.export, got {self.name} in training; call sten.finalize first."
-            )
         self.expect_numbers()
         context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
@@ -341,5 +336,9 @@ class Values(Rule):
 
 
 @torch.compiler.allow_in_graph
-def _traced(*args):
-    return Assemble.apply(*args)
+def _traced(param, layout, shape, transposed, tail, names, cache, *pattern):
+    if not exports():
+        return Assemble.apply(param, layout, shape, transposed, tail, names, cache, *pattern)
+    w = SparseTensor(layout, _parts_of(param, tail, names, pattern), shape, transposed)
+    w.assembled = True
+    return w
