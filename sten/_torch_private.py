@@ -6,6 +6,7 @@ every call counts as intercepted (a Plan is prepared each time), and nothing els
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +123,11 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
 def exports() -> bool:
     """Whether torch.export records operators (Dynamo, which comes first in strict mode, records Python)."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
+def exports_to_onnx() -> bool:
+    """Whether torch.onnx.export runs; asked only once its exporter is loaded, which takes seconds."""
+    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def must_apply() -> bool:

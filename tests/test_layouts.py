@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sten.extend import Layout, top, top_of_groups
 from sten.layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
-from sten.layouts.grouped_nm import patterns
+from sten.layouts.patterns import patterns
 from sten.layouts.registry import REGISTERED, layout_from
 from sten.testing import check_layout
 from sten.testing.layouts import same

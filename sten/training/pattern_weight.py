@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._torch_private import exports, is_compiling, transforms_active
+from .._torch_private import exports, exports_to_onnx, is_compiling, transforms_active
 from ..layouts.base import Parts
 from ..pattern_cache import PatternCache
 from ..rule import Rule
@@ -86,6 +86,8 @@ class PatternWeight(TrainedWeight):
         buffer = self._buffers[name]
         if name not in self.int16_parts:
             return buffer
+        if exports_to_onnx():  # which has no views of another dtype
+            return (buffer[..., 0::2].int() + 256 * buffer[..., 1::2].int()).to(torch.int16)
         if torch.compiler.is_compiling():
             return buffer.view(torch.int16)
         known, view = self.int16_views[name]  # one view, since caches know a pattern by the identity of its parts
