@@ -135,6 +135,11 @@ def must_apply() -> bool:
     return is_compiling() or bool(dispatch_modes() or transforms_active()) or _level._current_level >= 0
 
 
+def must_save() -> bool:
+    """Whether a rule saves its operands as they are: under compilers, torch.func and forward AD."""
+    return is_compiling() or bool(transforms_active()) or _level._current_level >= 0
+
+
 def apply_of(rule: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`rule.apply` for calls where neither torch.compile nor torch.func is active: it does not read the signature of
     `forward`, which takes longer than a small product."""

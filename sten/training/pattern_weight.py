@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._torch_private import exports, exports_to_onnx, is_compiling, transforms_active
+from .._torch_private import exports, exports_to_onnx, is_compiling, must_save, transforms_active
 from ..layouts.base import Parts
 from ..pattern_cache import PatternCache
 from ..rule import Rule
@@ -134,7 +134,7 @@ class PatternWeight(TrainedWeight):
         if torch.compiler.is_compiling():
             w = _traced(param, *context, None, *self._parts())
             return w if self.probe is None or not param.requires_grad else w.to_dense() + self.probe
-        if param.requires_grad and torch.is_grad_enabled():
+        if must_save() or (param.requires_grad and torch.is_grad_enabled()):  # the former for tangents
             w = Assemble.run(param, *context, self.cache, *self._parts())
         else:
             w = SparseTensor(self.layout, self.parts(param), self.shape, self.transposed, cache=self.cache)
@@ -302,6 +302,12 @@ class Assemble(Rule):
         if any(dim is not None for dim in in_dims):
             raise NotImplementedError("torch.vmap over a sparse weight's values has no rule; map over the input only.")
         return Assemble.apply(*args), None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        layout, parts, shape, transposed = ctx.like
+        dense = layout.unpack({**parts, "values": tangent.view(parts["values"].shape)}, shape)
+        return dense.t() if transposed else dense  # torch.func hides the class of a tensor that has a tangent
 
     @staticmethod
     def backward(ctx, grad):
