@@ -64,6 +64,11 @@ def no_shards(got: str) -> NotImplementedError:
     )
 
 
+def no_replicas(got: str) -> NotImplementedError:
+    """Make the exception for nn.DataParallel, which copies Parameters as plain tensors."""
+    return NotImplementedError(f"Expected a dense model for nn.DataParallel, got {got}; use DistributedDataParallel.")
+
+
 def refuse_shards(layout: object) -> None:
     """Raise if FSDP or tensor parallelism divides a sparse tensor: the shards would be dense, with zeros that train."""
     if calling_module().startswith(SHARDING):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..caller import no_shards
+from ..caller import no_replicas, no_shards
 from .distributed import sharded
 
 SUFFIX = "_pattern"  # a submodule must not bear the parameter's own name: torch.export fails on that
@@ -65,6 +65,9 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         else:
             cls.register_parameter(self, name, param)
 
+    def replicate(self):
+        raise no_replicas(f"a {names[0]} in training")
+
     def reduce(self, protocol):
         return _rebuild, (cls, names), self.__getstate__()
 
@@ -76,6 +79,7 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
     body = {name: attribute(name) for name in names}
     body |= {"__setattr__": set_attribute, "__delattr__": delete_attribute, "register_parameter": register_parameter}
     body |= {"__reduce_ex__": reduce, "__setstate__": set_state, "__module__": cls.__module__}
+    body["_replicate_for_data_parallel"] = replicate
     return type(cls.__name__, (cls,), {**body, "plain_class": cls, "sparse_names": names})
 
 
