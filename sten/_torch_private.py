@@ -53,7 +53,7 @@ transforms_active = _fetch("transforms_active", "_C._are_functorch_transforms_ac
 tracing_state = _fetch("tracing_state", "_C._get_tracing_state", _one)
 profiler_enabled = _fetch("profiler_enabled", "_C._autograd._profiler_enabled", _one)
 is_zero_tensor = _fetch("is_zero_tensor", "Tensor._is_zerotensor", _yes)
-_level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNamespace(_current_level=0)
+level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNamespace(_current_level=0)
 PATHS["_current_level"] = "autograd.forward_ad._current_level"
 
 no_function = torch._C.DisableTorchFunctionSubclass  # documented, in "Extending PyTorch"
@@ -107,7 +107,7 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
         or transforms_active()
         or (tracing_state() is not None and refuse_tracing())
         or profiler_enabled()
-        or _level._current_level >= 0
+        or level._current_level >= 0
     ):
         return True
     for a in (w.parts["values"], *operands):
@@ -132,12 +132,12 @@ def exports_to_onnx() -> bool:
 
 def must_apply() -> bool:
     """Whether `autograd.Function.apply` has to see every call: compilers, dispatch modes, torch.func, forward AD."""
-    return is_compiling() or bool(dispatch_modes() or transforms_active()) or _level._current_level >= 0
+    return is_compiling() or bool(dispatch_modes() or transforms_active()) or level._current_level >= 0
 
 
-def must_save() -> bool:
-    """Whether a rule saves its operands as they are: under compilers, torch.func and forward AD."""
-    return is_compiling() or bool(transforms_active()) or _level._current_level >= 0
+def has_tangents() -> bool:
+    """Whether a tensor may have a tangent, or a wrapper of torch.func that has one."""
+    return is_compiling() or bool(transforms_active()) or level._current_level >= 0
 
 
 def apply_of(rule: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -61,8 +61,8 @@ def save_operands(ctx, inputs: tuple, output: Any) -> None:
     parts are saved, since `module.to(...)` refuses to swap a Parameter that a graph holds.
     """
     x, w = inputs[:2]
-    if private.must_save():  # they save the parts themselves
-        ctx.weight = None
+    if private.is_compiling() or private.transforms_active() or private.level._current_level >= 0:
+        ctx.weight = None  # they save the parts themselves
         ctx.save_for_backward(x, w)
         if not private.is_compiling():
             ctx.save_for_forward(x, w)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._torch_private import exports, exports_to_onnx, is_compiling, must_save, transforms_active
+from .._torch_private import exports, exports_to_onnx, has_tangents, is_compiling, transforms_active
 from ..layouts.base import Parts
 from ..pattern_cache import PatternCache
 from ..rule import Rule
@@ -134,7 +134,7 @@ class PatternWeight(TrainedWeight):
         if torch.compiler.is_compiling():
             w = _traced(param, *context, None, *self._parts())
             return w if self.probe is None or not param.requires_grad else w.to_dense() + self.probe
-        if must_save() or (param.requires_grad and torch.is_grad_enabled()):  # the former for tangents
+        if (param.requires_grad and torch.is_grad_enabled()) or has_tangents():
             w = Assemble.run(param, *context, self.cache, *self._parts())
         else:
             w = SparseTensor(self.layout, self.parts(param), self.shape, self.transposed, cache=self.cache)
