@@ -206,8 +206,17 @@ def tensor_parallel(layout, form, rank, world, folder):
     again.load_state_dict(state)
     close(again(x), model(x))
     sten.save(model, f"{folder}-{rank}.safetensors")
+    with pytest.raises(
+        TypeError, match=r"^Expected a model that is not divided among ranks for sten\.load, got one .*;"
+    ):
+        sten.load(model, f"{folder}-{rank}.safetensors")
     loaded = sten.load(nn.Sequential(Block()).to(here()), f"{folder}-{rank}.safetensors")
     close(loaded(x), model(x))
+    dense = sten.densify(model)  # and its state dicts are those of the whole model as well
+    close(dense(x), loaded(x))
+    again = nn.Sequential(Block()).to(here())
+    again.load_state_dict(dense.state_dict())
+    close(again(x), loaded(x))
 
 
 def tensor_parallel_refused(layout, form, rank, world, folder):

@@ -21,7 +21,7 @@ from ..ops.attributes import entries_of
 from ..ops.padding import dense_to_values
 from ..tensor import SparseTensor
 from ..training.attribute import SUFFIX, installed, trained_of
-from ..training.distributed import whole
+from ..training.distributed import sharded, whole
 from ..training.pattern_weight import PatternWeight, as_matrix
 from ..training.run_problems import expect_one_run, problem_of
 from ..training.trained_weight import TrainedWeight, is_of_run
@@ -202,12 +202,24 @@ def _unflattened(values: Tensor, present: SparseTensor) -> Tensor:
     return values.view(len(values), *(like.shape[1:] if like.dim() != 2 else values.shape[1:]))
 
 
+def expect_undivided(model: nn.Module) -> None:
+    """Raise TypeError if this rank has only a part of the model: what is copied into gathered tensors would be lost."""
+    parts = any(hasattr(module, "whole_weight") for module in model.modules())
+    if parts or any(sharded(p) for p in model.parameters()):
+        raise TypeError(
+            "Expected a model that is not divided among ranks for sten.load, got one that is; load before "
+            "sten.parallelize_module or fully_shard, or call model.load_state_dict."
+        )
+
+
 def finalized_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state under the names it has when finalized: sparse weights of either form as SparseTensors.
 
-    A tied weight is the same object under each of its names.
+    A tied weight is the same object under each of its names. DTensors are gathered, so that all ranks have to call it.
     """
-    state = dict(model.state_dict(keep_vars=True))
+    state = model.state_dict(keep_vars=True)
+    full = {id(value): whole(value) for value in state.values() if isinstance(value, Tensor)}
+    state = {key: full.get(id(value), value) for key, value in state.items()}
     made: dict[int, SparseTensor] = {}
     for prefix, module in model.named_modules():
         for name, weight in trained_of(module):

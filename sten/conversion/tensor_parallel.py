@@ -77,9 +77,11 @@ class ParallelLinear(nn.Linear):
         return self._distributed(part.contiguous(), (Shard(dim),)).full_tensor()
 
     @torch.no_grad()
-    def whole_weight(self) -> SparseTensor:
+    def whole_weight(self) -> Tensor:
         """The weight of which every rank has a slice; a collective."""
         w = self.weight.detach()
+        if not isinstance(w, SparseTensor):  # after sten.densify
+            return self.whole(w, self.dim)
         dense, mask = (self.whole(t, self.dim) for t in (w.to_dense(), w.mask().to(torch.uint8)))
         return from_dense(dense, w.sparse_layout, mask.bool())
 
@@ -88,12 +90,12 @@ class ParallelLinear(nn.Linear):
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         w = self.whole_weight()
-        if type(self._parameters["weight"]) is type(w):  # finalized
-            state[prefix + "weight"] = w
-        else:
+        if isinstance(w, SparseTensor) and not isinstance(self._parameters["weight"], SparseTensor):  # in training
             state[prefix + "weight"] = as_matrix(w.parts["values"])
             for name in w.sparse_layout.pattern:
                 state[f"{prefix}weight{SUFFIX}.{name}"] = w.parts[name]
+        else:
+            state[prefix + "weight"] = w
         if self.bias is not None and self.dim == 0:
             state[prefix + "bias"] = self.whole(self.bias.detach(), 0)
         return state
@@ -105,8 +107,9 @@ class ParallelLinear(nn.Linear):
         shape[self.dim] *= size
         key, bias = prefix + "weight", state_dict.get(prefix + "bias")
         entry = state_dict.get(key)
-        beside = any(f"{key}{SUFFIX}.{name}" in state_dict for name in w.sparse_layout.pattern)
-        if isinstance(entry, SparseTensor) or beside:
+        sparse = isinstance(w, SparseTensor)
+        beside = sparse and any(f"{key}{SUFFIX}.{name}" in state_dict for name in w.sparse_layout.pattern)
+        if sparse and (isinstance(entry, SparseTensor) or beside):
             like = from_dense(w.parts["values"].new_zeros(shape), w.sparse_layout)
             state_dict[key] = self.slice_of_weight(entry_of(state_dict, key, like, None))
         elif isinstance(entry, Tensor) and [*entry.shape] == shape:
