@@ -125,8 +125,7 @@ class GroupedNMLinear(Linear):
     """
 
     prefix, stored = "gpu_grouped_nm_linear", "Tensor values, Tensor index, Tensor pattern"
-    layout_numbers, common_numbers, expand = "int m, ", "int out_features, str activation, bool save_memory", expand
-    defaults = {"save_memory": False}
+    layout_numbers, options, expand = "int m, ", 'str activation="none", bool save_memory=False', expand
 
     def facts(self, stored, up, numbers):
         return {"n": stored[0].shape[-1], **numbers}

@@ -15,22 +15,22 @@ class Linear(Operator):
     """The operator of one layout; ``linear(x, *stored, bias=None, *, out_features, activation=None, gate=None, ...)``.
 
     ``gate`` has the output's shape. A subclass defines the ``stored`` tensors of a weight, its integers
-    (``layout_numbers``), and the methods under "of a layout". ``parts`` are the stored tensors, bias and gate, and, if
-    ``dual``, those of a second weight and its bias. All layouts have the variants ``empty`` (no launch) and ``expand``
-    (a dense weight, then cuBLAS).
+    (``layout_numbers``), what a caller may pass (``options``), and the methods under "of a layout". ``parts`` are the
+    stored tensors, bias and gate, and, if ``dual``, those of a second weight and its bias. All layouts have the
+    variants ``empty`` (no launch) and ``expand`` (a dense weight, then cuBLAS).
     """
 
-    prefix, stored, layout_numbers, dual, common_numbers = "", "", "", False, "int out_features, str activation"
-    defaults: dict = {}  # numbers that a caller may leave out
+    prefix, stored, layout_numbers, dual, options = "", "", "", False, 'str activation="none"'
     expand: Operator
 
     def __init__(self):
         self.count = self.stored.count("Tensor ")
         names = self.stored.replace("Tensor ", "").replace(" ", "").split(",")
-        up = "".join(f" Tensor? up_{name}," for name in (*names, "bias")) if self.dual else ""
-        numbers = self.layout_numbers + self.common_numbers
-        schema = f"{self.prefix}(Tensor x, {self.stored}, Tensor? bias, Tensor? gate,{up} {numbers}) -> Tensor"
-        super().__init__(schema, self._shape, self._make, choose=self.choose, defaults=self.defaults)
+        up = "".join(f" Tensor? up_{name}=None," for name in (*names, "bias")) if self.dual else ""
+        numbers = f"{self.layout_numbers}int out_features"
+        ends = f"Tensor? bias=None, Tensor? gate=None,{up} {self.options}"
+        schema = f"{self.prefix}(Tensor x, {self.stored}, {numbers}, {ends}) -> Tensor"
+        super().__init__(schema, self._shape, self._make, choose=self.choose)
         self.__doc__ = type(self).__doc__
         self.absent = (None,) * (self.count + 2 if self.dual else 1)  # of a plain product: no gate, no second weight
 

@@ -52,7 +52,7 @@ class NMLinear(Linear):
     """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``save_memory`` avoids a dense weight, and is slow."""
 
     prefix, stored, layout_numbers, expand = "gpu_nm_linear", "Tensor values, Tensor index", "int n, int m, ", expand
-    common_numbers, defaults = "int out_features, str activation, bool save_memory", {"save_memory": False}
+    options = 'str activation="none", bool save_memory=False'
 
     def choose(self, tokens, outputs, inputs, dtype, *, n, m, save_memory=False):
         """``empty``, ``word`` and ``few`` (2:4 by words), ``tiles``, ``cusparselt`` or ``expand`` (then cuBLAS)."""

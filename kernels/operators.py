@@ -1,7 +1,7 @@
 """Operator: ``sten::gpu_...`` in torch's registry, and ``prepare``, which returns its launches for such tensors.
 
 ``@operator(schema, shape)`` on a function ``prepare(*tensors, **numbers)`` makes an ``Operator``. Its schema names
-tensors first, then numbers; ``shape(*arguments)`` is that of the result, which has the first tensor's dtype and device.
+tensors and numbers; ``shape(*tensors, *numbers)`` is that of the result, which has the first tensor's dtype and device.
 With ``choose(tokens, outputs, inputs, dtype, **facts) -> (variant, reason)`` it has several variants: ``prepare`` then
 takes ``variant=``, or None: it calls ``choose`` itself.
 
@@ -21,29 +21,42 @@ from .backend import INTERPRET, backend
 from .precision import precision
 
 LIB = torch.library.Library("sten", "FRAGMENT")
+DEFAULTS = {"None": None, "False": False, '"none"': "none"}  # of schemas
 MADE_CONTIGUOUS = ("bias", "gate", "up_bias", "dense")  # of any strides: copied if not contiguous
 
 
 class Operator:
-    """See the module. ``strided``: the tensors that may have any strides, as activations do; ``defaults``: numbers that
-    a caller may leave out."""
+    """See the module. ``strided``: the tensors that may have any strides, as activations do.
 
-    def __init__(self, schema: str, shape, make, strided: tuple[str, ...] = ("x",), choose=None, defaults=()):
+    A schema may give defaults, at its end. What has its default is not passed: each argument costs the host time.
+    """
+
+    def __init__(self, schema: str, shape, make, strided: tuple[str, ...] = ("x",), choose=None):
         self.name, _, arguments = schema.partition("(")
-        arguments = [a.split("=")[0].split() for a in arguments.partition(")")[0].split(",")]
-        self.tensors = tuple(name for kind, name in arguments if kind.startswith("Tensor"))
-        self.numbers = tuple(name for kind, name in arguments if not kind.startswith("Tensor"))
+        arguments = [a.strip().partition("=") for a in arguments.partition(")")[0].split(",")]
+        kinds = {a.split()[1]: a.split()[0] for a, _, _ in arguments}
+        self.arguments = tuple(kinds)
+        self.tensors = tuple(name for name, kind in kinds.items() if kind.startswith("Tensor"))
+        self.numbers = tuple(name for name, kind in kinds.items() if not kind.startswith("Tensor"))
+        self.defaults = {a.split()[1]: DEFAULTS[value] for a, equals, value in arguments if equals}
         self.make, self.strided, self.choose, self.__doc__ = make, strided, choose, make.__doc__
-        self.defaults = dict(defaults)
         LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIB.impl(self.name, self._on_gpu, "CUDA")
+        LIB.impl(self.name, self._run, "CUDA")
         LIB.impl(self.name, self._on_cpu, "CPU")
-        torch.library.register_fake(f"sten::{self.name}", lambda x, *rest: x.new_empty(shape(x, *rest)), lib=LIB)
+
+        def fake(*arguments):
+            named = self._named(arguments)
+            return arguments[0].new_empty(shape(*map(named.get, self.tensors), *map(named.get, self.numbers)))
+
+        torch.library.register_fake(f"sten::{self.name}", fake, lib=LIB)
         self.overload = getattr(torch.ops.sten, self.name).default
+
+    def _named(self, arguments) -> dict:
+        return self.defaults | dict(zip(self.arguments, arguments, strict=False))
 
     def __call__(self, *tensors, **keywords):
         keywords = self.defaults | dict(zip(self.tensors, tensors, strict=False)) | keywords
-        return self.overload(*map(keywords.get, self.tensors), *[keywords[name] for name in self.numbers])
+        return self.overload(*[keywords[name] for name in self.arguments])
 
     def prepare(self, *tensors, variant: str | None = None, **numbers):
         """A function from such tensors to the result. It assumes that all later ones have the same dtypes, shapes,
@@ -78,21 +91,42 @@ class Operator:
                 )
 
     def _run(self, *arguments):
-        count = len(self.tensors)
-        tensors, numbers = arguments[:count], arguments[count:]
-        x = tensors[0]
-        key = (self.name, *numbers, precision(x.dtype), *map(launch_cache.signature, tensors))
+        """The operator on tensors of one device; the launch cache has its launches for such arguments."""
+        key = [self.name]
+        for a in arguments:
+            if isinstance(a, torch.Tensor):
+                dtype = a.dtype
+                key += (a.shape, a.stride(), dtype, a.get_device(), a.data_ptr() & 15)
+                if dtype is torch.float32:
+                    key.append(precision(dtype))
+            else:
+                key.append(a)
+        return launch_cache.cached(tuple(key), arguments[0], lambda: self._launch(arguments))(*arguments)
 
-        def make():
-            return self.prepare(*tensors, **dict(zip(self.numbers, numbers, strict=True)))
+    def _launch(self, arguments):
+        """A function of such arguments, in the order of the schema."""
+        named = self._named(arguments)
+        tensors = [named[name] for name in self.tensors]
+        numbers = {name: named[name] for name in self.numbers}
+        with backend.on(arguments[0]):
+            launch = self.prepare(*tensors, **numbers)
+        at = [None if named[name] is None else self.arguments.index(name) for name in self.tensors]
 
-        return launch_cache.cached(key, x, make)(*tensors)
+        def call(*arguments):
+            return launch(*[None if position is None else arguments[position] for position in at])
 
-    def _on_gpu(self, x, *rest):
-        if x.get_device() == backend.device():
-            return self._run(x, *rest)
-        with backend.on(x):  # Triton launches on the current device
-            return self._run(x, *rest)
+        return self._on_its_device(call) if backend.several else call
+
+    def _on_its_device(self, call):
+        """Triton launches on the current device, and memory is taken from it."""
+
+        def there(x, *rest):
+            if x.get_device() == backend.device():
+                return call(x, *rest)
+            with backend.on(x):
+                return call(x, *rest)
+
+        return there
 
     def _on_cpu(self, *arguments):
         if not INTERPRET:

@@ -202,17 +202,15 @@ class VectorNMLinear(Linear):
 class FeatureMajor(VectorNMLinear):
     """The same of x (I, T or wider) -> (O, T), or (T, O) when ``row_major``."""
 
-    prefix, common_numbers = (
-        "gpu_vector_nm_linear_feature_major",
-        "int out_features, str activation, SymInt tokens, bool row_major",
-    )
+    prefix = "gpu_vector_nm_linear_feature_major"
+    layout_numbers = f"SymInt tokens, bool row_major, {VectorNMLinear.layout_numbers}"
 
     def sizes(self, x, outputs, numbers):
         shape = (numbers["tokens"], outputs) if numbers["row_major"] else (outputs, numbers["tokens"])
         return numbers["tokens"], x.shape[0], shape, shape
 
     def _shape(self, x, *arguments):
-        outputs, _, tokens, row_major = arguments[-4:]
+        tokens, row_major, *_, outputs, _ = arguments[-len(self.numbers) :]
         return (tokens, outputs) if row_major else (outputs, tokens)
 
     def arrange(self, x, variant, tokens, **numbers):

@@ -91,11 +91,11 @@ def choose_grad_values(tokens, outputs, inputs, dtype, *, n, m, v) -> tuple[str,
 
 
 @operator(
-    "gpu_vector_nm_grad_values(Tensor grad, Tensor x, Tensor index, int n, int m, int v, bool feature_major) -> Tensor",
+    "gpu_vector_nm_grad_values(Tensor grad, Tensor x, Tensor index, int n, int m, int v, bool feature_major=False)"
+    " -> Tensor",
     lambda grad, x, index, *numbers: (grad.shape[-1], index.shape[1]),
     strided=("grad", "x"),
     choose=choose_grad_values,
-    defaults={"feature_major": False},
 )
 def grad_values(grad, x, index, n, m, v, feature_major, variant=None):
     """grad (*, O), x (*, I) -> the gradient of ``values`` (O, K); with ``feature_major``, x is (I, T or wider)."""

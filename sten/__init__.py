@@ -6,7 +6,7 @@ checks for what they bring. Every other module is private.
 
 from . import backends as _backends  # noqa: F401 - registers the kernels
 from . import extend, testing
-from .conversion import attach, densify, finalize, parallelize_module, plan, sparsify, summary, trainable
+from .conversion import Recipe, attach, densify, finalize, parallelize_module, plan, sparsify, summary, trainable
 from .dispatch import DensifyError, kernel, strict
 from .errors import FormatError
 from .io import inspect, load, save
@@ -49,11 +49,11 @@ __version__ = "0.1.0"
 __all__ = [
     "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
     "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
-    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Rewind", "RigL", "SRigL", "SparseMomentum",
-    "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach", "densify",
-    "distill_loss", "extend", "finalize", "follow", "from_dense", "inspect", "kernel", "load", "load_run", "optim",
-    "parallelize_module", "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
-    "trainable", "which",
+    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL",
+    "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
+    "densify", "distill_loss", "extend", "finalize", "follow", "from_dense", "inspect", "kernel", "load", "load_run",
+    "optim", "parallelize_module", "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary",
+    "testing", "trainable", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

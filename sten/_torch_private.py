@@ -45,6 +45,13 @@ def _without_alias(func: Callable, args: tuple, kwargs: dict, out: Any) -> Any:
 
 
 is_compiling = torch.compiler.is_compiling  # public; Dynamo takes a call of it for the constant True
+PATHS["exporting"] = "compiler._is_exporting_flag"
+
+
+def exports() -> bool:
+    """Whether torch.export traces. (The Dynamo of torch 2.11 takes `torch.compiler.is_exporting()` for True always.)"""
+    return getattr(torch.compiler, "_is_exporting_flag", True)
+
 
 # each of these tells that the operators of a call are intercepted; if one is missing, every call is
 dispatch_modes = _fetch("dispatch_modes", "_C._len_torch_dispatch_stack", _one)
@@ -118,11 +125,6 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
         elif kind not in NON_TENSORS:  # a symbolic size is none of them
             return True
     return False
-
-
-def exports() -> bool:
-    """Whether torch.export records operators (Dynamo, which comes first in strict mode, records Python)."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def exports_to_onnx() -> bool:

@@ -29,7 +29,7 @@ PLAIN = (int, float, bool, str)  # what the fields of a layout are made of; tupl
 def checked(name: str, fields: dict, parts: Parts, shape: Any, transposed: Any = False) -> tuple:
     """The (layout, parts, shape, transposed) of a file, validated; FormatError if they are invalid."""
     try:
-        layout = _layout(name, fields)
+        layout = layout_of_file(name, fields)
         shape = _shape(layout, shape, transposed)
         expect_parts_of(layout, parts, shape)
     except FormatError:
@@ -39,7 +39,8 @@ def checked(name: str, fields: dict, parts: Parts, shape: Any, transposed: Any =
     return layout, parts, shape, bool(transposed)
 
 
-def _layout(name: Any, fields: Any) -> Layout:
+def layout_of_file(name: Any, fields: Any) -> Layout:
+    """The layout that a file describes; FormatError if there is none."""
     if not isinstance(name, str) or not isinstance(fields, dict):
         raise FormatError(
             f"Expected the name and the fields of a layout, got {type(name).__name__} and {type(fields).__name__}."
@@ -48,7 +49,10 @@ def _layout(name: Any, fields: Any) -> Layout:
         values = value if isinstance(value, (list, tuple)) else (value,)
         if not isinstance(key, str) or len(values) > 64 or not all(type(v) in PLAIN for v in values):
             raise FormatError(f"Expected numbers or text in the fields of layout {name!r}, got others.")
-    return layout_from(name, fields)
+    try:
+        return layout_from(name, fields)
+    except ValueError as error:
+        raise FormatError(str(error)) from error
 
 
 def _shape(layout: Layout, shape: Any, transposed: Any) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from . import tensor_file
 from .checked import checked
+from .conversion.pretrained import KEY
+from .conversion.recipe import recipes_of, set_recipes
 from .conversion.reparametrize import move
 from .conversion.select import Target, all_weights, expect_model, once_each
 from .conversion.state_dict_hooks import accept_every_form, expect_undivided, finalized_state
@@ -56,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """
     expect_model(model)
     tensors, sparse, ties = _flatten(model)
-    header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties})
+    header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties, "recipes": recipes_of(model)})
     tensor_file.write(path, tensors, {"format": "pt", "sten": header})
 
 
@@ -74,8 +76,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict
         if seen.setdefault(id(value), name) != name:
             ties[name] = seen[id(value)]
         elif isinstance(value, SparseTensor):
-            layout = {"layout": type(value.sparse_layout).__name__, "fields": fields(value.sparse_layout)}
-            sparse[name] = {**layout, "shape": list(value.stored_shape), "transposed": value.transposed}
+            sparse[name] = description(value)
             tensors.update({f"{name}.{part}": tensor for part, tensor in value.parts.items()})
         else:
             tensors[name] = value
@@ -123,12 +124,13 @@ def load(model: Model, path: str | os.PathLike | None = None, assign: bool = Fal
         raise TypeError("Expected sten.load(model, path), got one argument; make a model of this architecture first.")
     targets = once_each(all_weights(model))
     expect_undivided(model)
-    state = _read(path, mmap)
+    state, recipes = _read(path, mmap)
     current = finalized_state(model)
     _expect_fit(model, current, state, assign)
     engine.release(model)
     _adopt(targets, current, state, _owners(model) if assign else {})
     accept_every_form(model)
+    set_recipes(model, recipes)
     return model
 
 
@@ -141,7 +143,8 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     Returns:
         A dictionary: `version` of the format; `tensors`, the dense ones, name -> `{"dtype", "shape", "bytes"}`;
         `sparse`, name -> `{"layout", "fields", "shape", "transposed", "parts", "bytes", "density"}`, where `density` is
-        the number of values divided by that of entries (padding counts); `ties`, name -> the name that it is tied to.
+        the number of values divided by that of entries (padding counts); `ties`, name -> the name that it is tied to;
+        `recipes`, what `sten.sparsify` was called with, as data of `sten.Recipe.to_json`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -157,7 +160,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)
-    header = _header(raw.metadata.get("sten"), path)
+    header = _header(raw, path)
     tensors: dict[str, dict[str, Any]] = {
         name: {
             "dtype": str(entry.dtype).removeprefix("torch."),
@@ -172,14 +175,15 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         entries, values = math.prod(entry["shape"]), math.prod(parts.get("values", {"shape": [0]})["shape"])
         total = sum(part["bytes"] for part in parts.values())
         sparse[name] = {**entry, "parts": parts, "bytes": total, "density": values / max(entries, 1)}
-    return {"version": header["version"], "tensors": tensors, "sparse": sparse, "ties": header["ties"]}
+    whole = {"version": header["version"], "tensors": tensors, "sparse": sparse, "ties": header["ties"]}
+    return {**whole, "recipes": header.get("recipes", [])}
 
 
-def _read(path: str | os.PathLike, mmap: bool = False) -> dict[str, Tensor]:
-    """The state in a file, checked."""
+def _read(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor], list]:
+    """The state in a file, checked, and the record of its recipes."""
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)
-        header = _header(raw.metadata.get("sten"), path)
+        header = _header(raw, path)
         owned = {f"{name}." for name in header["sparse"]}
         pattern = {key for key in raw.tensors if key.rpartition(".")[0] + "." in owned and not key.endswith(".values")}
         tensors = tensor_file.read(file, raw, frozenset(raw.tensors) - pattern if mmap else frozenset())
@@ -188,7 +192,7 @@ def _read(path: str | os.PathLike, mmap: bool = False) -> dict[str, Tensor]:
         raise FormatError(
             f"Expected tensors with the checksum of {os.fspath(path)!r}, got others: the file is damaged."
         )
-    return _unflatten(tensors, header)
+    return _unflatten(tensors, header), header.get("recipes", [])
 
 
 def checksum_of_version_1(tensors: dict[str, Tensor]) -> int:
@@ -207,7 +211,16 @@ def _same_header(header: dict[str, Any]) -> dict[str, Any]:
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _same_header}  # version -> to the next one
 
 
-def _header(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
+def _header(raw: tensor_file.Header, path: str | os.PathLike) -> dict[str, Any]:
+    """The description in a file of `sten.save`; FormatError if it is none."""
+    if KEY in raw.metadata:
+        raise FormatError(
+            f"Expected a file of sten.save, got {os.fspath(path)!r} of save_pretrained; load it by from_pretrained."
+        )
+    return header_of(raw.metadata.get("sten"), path)
+
+
+def header_of(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
     """The description of the sparse weights, of the present version; FormatError unless it is well formed."""
     if text is None:
         raise FormatError(f"Expected a file of sten.save, got {os.fspath(path)!r} without 'sten' in its header.")
@@ -227,6 +240,22 @@ def _header(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
     texts = isinstance(ties, dict) and all(isinstance(name, str) for name in ties.values())
     if not isinstance(sparse, dict) or not texts or not all(isinstance(entry, dict) for entry in sparse.values()):
         raise FormatError(wrong)
+    if not isinstance(header.get("recipes", []), list):  # a record, of which nothing is made
+        raise FormatError(wrong)
+    expect_descriptions(sparse)
+    for step in range(version, VERSION):
+        header = UPGRADES[step](header)
+    return header
+
+
+def description(w: SparseTensor) -> dict[str, Any]:
+    """What a file says of a sparse weight beside its parts, as JSON."""
+    layout = {"layout": type(w.sparse_layout).__name__, "fields": fields(w.sparse_layout)}
+    return {**layout, "shape": list(w.stored_shape), "transposed": w.transposed}
+
+
+def expect_descriptions(sparse: dict[str, dict]) -> None:
+    """Raise FormatError unless each description of a sparse weight has entries of the right kinds."""
     for name, entry in sparse.items():
         for key, kind in (("layout", str), ("fields", dict), ("shape", list), ("transposed", bool)):
             if not isinstance(entry.get(key), kind):
@@ -235,9 +264,15 @@ def _header(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
                 )
         if not all(type(size) is int and 0 <= size < 2**62 for size in entry["shape"]):
             raise FormatError(f"{name}: Expected a shape of non-negative sizes, got {str(entry['shape'])[:80]}.")
-    for step in range(version, VERSION):
-        header = UPGRADES[step](header)
-    return header
+
+
+def described(name: str, entry: dict[str, Any], parts: dict[str, Tensor]) -> SparseTensor:
+    """The weight of this description and these parts, validated; FormatError if it is none."""
+    try:
+        made_of = checked(entry["layout"], entry["fields"], parts, entry["shape"], entry["transposed"])
+    except FormatError as error:
+        raise FormatError(f"{name}: {error}") from error
+    return SparseTensor(*made_of)
 
 
 def _unflatten(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
@@ -245,11 +280,7 @@ def _unflatten(tensors: dict[str, Tensor], header: dict[str, Any]) -> dict[str, 
     state: dict[str, Tensor] = {}
     for name, entry in header["sparse"].items():
         parts = {k.removeprefix(name + "."): tensors.pop(k) for k in list(tensors) if k.startswith(name + ".")}
-        try:
-            made_of = checked(entry["layout"], entry["fields"], parts, entry["shape"], entry["transposed"])
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error
-        state[name] = SparseTensor(*made_of)
+        state[name] = described(name, entry, parts)
     state.update(tensors)
     for name, other in header["ties"].items():
         if other not in state:

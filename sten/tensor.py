@@ -56,6 +56,7 @@ class SparseTensor(Sealed, torch.Tensor):
         parts: dict of the plain tensors that store it; `values` has the weights, the others the pattern.
         transposed: whether the parts store the transpose.
         cache: the `PatternCache` of the pattern.
+        flat: what `__tensor_flatten__` returns: the attributes of the parts, and the rest.
 
     It works as an `nn.Parameter`, in `state_dict`, `copy.deepcopy`, pickle and `torch.load(weights_only=True)`; its
     gradient is a SparseTensor with the same pattern. Pointwise operators in place, or with f(0) = 0, work on the stored
@@ -105,10 +106,11 @@ class SparseTensor(Sealed, torch.Tensor):
         """Set what the wrapper stores. torch.compile reaches each part as an attribute of its own, `part_<name>`."""
         own = {"sparse_layout": layout, "parts": parts, "stored_shape": shape, "transposed": transposed}
         own["cache"] = PatternCache() if cache is None else cache
+        own["flat"] = tuple("part_" + name for name in parts), (layout, shape, transposed)
         vars(self).update(own, **{"part_" + name: part for name, part in parts.items()})
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        return ["part_" + name for name in self.parts], (self.sparse_layout, self.stored_shape, self.transposed)
+    def __tensor_flatten__(self) -> tuple[tuple[str, ...], tuple]:
+        return self.flat
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: tuple, outer_size, outer_stride) -> SparseTensor:

@@ -55,19 +55,19 @@ def test_batch_norm_is_fused(case, finalized):
 
 @every_case
 def test_dynamic_quantization_does_not_skip_layers(case):
-    model, x = in_training(case, mlp().eval()), torch.randn(6, 12)
-    want = model(x).detach()
-    with pytest.raises(
-        RuntimeError, match=r"torch\.ao\.quantization, got Linear with weight; call sten\.finalize"
-    ) as error:
-        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    assert one_sentence(error) and torch.equal(model(x), want)
-    for form in (sten.finalize, sten.densify):
+    x = torch.randn(6, 12)
+    for form in (lambda model: model, sten.finalize):
         model = form(in_training(case, mlp().eval()))
         want = model(x).detach()
-        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-        assert "quantized" in type(quantized[0]).__module__
-        torch.testing.assert_close(quantized(x), want, rtol=0.05, atol=0.05)
+        with pytest.raises(
+            RuntimeError, match=r"torch\.ao\.quantization, got Linear with a sparse weight; call sten\.densify"
+        ) as error:
+            torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+        assert one_sentence(error) and torch.equal(model(x), want)
+    model = sten.densify(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert "quantized" in type(quantized[0]).__module__
+    torch.testing.assert_close(quantized(x), want, rtol=0.05, atol=0.05)
 
 
 def add_to_data(layer, delta):
@@ -138,3 +138,21 @@ def test_a_foreign_tensor_is_refused_and_works_when_finalized(case):
         want = model(torch.ones(6, 12)).detach()
         model[0].weight = nn.Parameter(Quantized(numbers(model[0])), requires_grad=False)
         torch.testing.assert_close(model(torch.ones(6, 12)).detach(), want, rtol=0.05, atol=0.05)
+
+
+def test_a_quantized_weight_is_left_with_a_warning():
+    model = mlp()
+    model[0].weight = nn.Parameter(Quantized(model[0].weight.detach()), requires_grad=False)
+    want = model[0](torch.ones(6, 12)).detach()
+    with pytest.warns(UserWarning, match=r"sten: left as they are: 0\.weight \(it is stored as a Quantized of"):
+        sten.sparsify(model, sten.NM(2, 4))
+    assert type(model[0].weight) is Quantized and model[2].weight.density == 0.5
+    assert torch.equal(model[0](torch.ones(6, 12)).detach(), want)
+    assert "Quantized" in next(row.why for row in sten.summary(model).rows if row.name == "0.weight")
+    for call in (
+        lambda: sten.sparsify(model, sten.CSR(), sparsity=0.5, weights="0"),
+        lambda: sten.sparsify(model[0], sten.NM(2, 4)),
+    ):
+        with pytest.raises(ValueError, match="it is stored as a Quantized of") as error:
+            call()
+        assert one_sentence(error)

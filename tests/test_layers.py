@@ -39,6 +39,7 @@ LAYERS = [
     ("L4", "training"),
     ("L4", "conversion"),
     ("L4", "io", "testing"),
+    ("L4", "integrations"),
     ("L4", "extend", "__main__"),
 ]
 # the files of sten/layouts that are no layout

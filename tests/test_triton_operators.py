@@ -27,27 +27,27 @@ def weights():
     return {
         "gpu_vector_nm_linear": (
             lambda x, b: vector_nm.linear(x, values, index, b, n=1, m=4, v=16, out_features=O),
-            lambda b, gate=None: (values, index, b, gate, None, None, None, 1, 4, 16, O, "relu"),
+            lambda b, gate=None: (values, index, 1, 4, 16, O, b, gate, None, None, None, "relu"),
             dense,
         ),
         "gpu_bsr_linear": (
             lambda x, b: bsr.linear(x, *blocks, b, out_features=O),
-            lambda b, gate=None: (*blocks, b, gate, None, None, None, None, O, "relu"),
+            lambda b, gate=None: (*blocks, O, b, gate, None, None, None, None, "relu"),
             dense_bsr,
         ),
         "gpu_nm_linear": (
             lambda x, b: nm.linear(x, values_nm, index_nm, b, n=1, m=8, out_features=O),
-            lambda b, gate=None: (values_nm, index_nm, b, gate, 1, 8, O, "relu", False),
+            lambda b, gate=None: (values_nm, index_nm, 1, 8, O, b, gate, "relu", False),
             dense_nm,
         ),
         "gpu_csr_linear": (
             lambda x, b: csr.linear(x, *entries, b, out_features=O),
-            lambda b, gate=None: (*entries, b, gate, O, "relu"),
+            lambda b, gate=None: (*entries, O, b, gate, "relu"),
             sparse.to_dense(),
         ),
         "gpu_grouped_nm_linear": (
             lambda x, b: grouped_nm.linear(x, *slots, b, m=4, out_features=O),
-            lambda b, gate=None: (*slots, b, gate, 4, O, "relu", True),
+            lambda b, gate=None: (*slots, 4, O, b, gate, "relu", True),
             grouped.to_dense(),
         ),
     }

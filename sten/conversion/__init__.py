@@ -1,7 +1,8 @@
 """From dense to sparse and back: which weights, what each becomes, the move between its forms, and the report of it."""
 
 from .api import attach, densify, finalize, plan, sparsify, trainable
+from .recipe import Recipe
 from .report import summary
 from .tensor_parallel import parallelize_module
 
-__all__ = ["attach", "densify", "finalize", "parallelize_module", "plan", "sparsify", "summary", "trainable"]
+__all__ = ["Recipe", "attach", "densify", "finalize", "parallelize_module", "plan", "sparsify", "summary", "trainable"]

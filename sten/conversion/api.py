@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layouts.base import Layout
-from ..sparsifiers import Magnitude, Sparsifier
+from ..sparsifiers import Sparsifier
 from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.sparsifier import check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
 from ..training.optimizer_checks import expect_elementwise, expect_optimizer, holds, optimizers_of
-from ..training.reminders import empty_rows_of, forget, remind, warn_of_empty_rows
-from .arguments import Layouts, Weights, expect_layouts, expect_sparsifier
+from ..training.reminders import empty_rows_of, forget, listed, remind, warn_of_empty_rows
+from .arguments import Layouts, Weights, expect_layouts
+from .exclusions import stored_by_others
 from .plan import Decision, decide
+from .recipe import DEFAULT, Recipe, note_recipe, recipe_of, set_recipes
 from .record import remember, remember_optimizers
 from .reparametrize import begin, expect_slots_to_follow, move
 from .report import SparsifyPlan, other_parameters, rows_of
@@ -31,8 +34,8 @@ Optimizers = Optimizer | Iterable[Optimizer] | None
 
 def sparsify(
     model: Model,
-    layout: Layouts | None = None,
-    sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008 - methods are frozen
+    layout: Layouts | Recipe | None = None,
+    sparsifier: Sparsifier | None = DEFAULT,
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
     optimizer: Optimizers = None,
@@ -45,7 +48,8 @@ def sparsify(
         layout: a Layout, or {pattern: Layout or None}; the first match wins, None leaves dense. Default: CSR, where
             `sparsity` is given. A pattern is a glob over the names of parameters and of the modules around them, "re:"
             and a regular expression over names of parameters, a module, or a type of modules. A dictionary chooses what
-            its patterns name; "*" stands for all else that is chosen by default.
+            its patterns name; "*" stands for all else that is chosen by default. Or a `sten.Recipe`, which has this
+            argument and the next three.
         sparsifier: which entries live; None keeps the existing non-zeros (or the mask of torch.nn.utils.prune and
             torch.ao.pruning, whose parametrization is taken off).
         sparsity: fraction to drop, a float (`sten.Uniform`) or `sten.ERK`/`sten.Global`; required by layouts without a
@@ -77,8 +81,9 @@ def sparsify(
         0.5
     """
     optimizers = optimizers_of(optimizer)
-    decision, skipped = _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration)
-    targets = decision.targets
+    given = (layout, sparsifier, sparsity, weights)
+    recipe, decision, skipped = _prepare(model, given, optimizers, calibration)
+    sparsifier, targets = recipe.sparsifier, decision.targets
     _release(targets)
     begun, trained = [], []
     for target in targets:
@@ -91,7 +96,10 @@ def sparsify(
             trained.append(move(target, target.result, optimizers or [], trains))
     for target in skipped:
         remember(target, why=target.why)
+    note_recipe(model, recipe)
     accept_every_form(model)
+    if foreign := [f"{t.name} ({t.why})" for t in skipped if stored_by_others(t.tensor)]:
+        warnings.warn(f"sten: left as they are: {listed(foreign)}; prune before quantizing.", stacklevel=2)
     if begun and optimizers is not None:
         engine.start(model, optimizers)
     remind(weight for weight in begun + trained if weight is not None)
@@ -107,8 +115,8 @@ def sparsify(
 
 def plan(
     model: nn.Module,
-    layout: Layouts | None = None,
-    sparsifier: Sparsifier | None = Magnitude(),  # noqa: B008
+    layout: Layouts | Recipe | None = None,
+    sparsifier: Sparsifier | None = DEFAULT,
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
     optimizer: Optimizers = None,
@@ -124,32 +132,33 @@ def plan(
         >>> plan.rows[0].name, plan.rows[0].density
         ('weight', 0.5)
     """
-    prepared = _prepare(model, layout, sparsifier, sparsity, weights, optimizers_of(optimizer), calibration)
-    decision, skipped = prepared
+    given = (layout, sparsifier, sparsity, weights)
+    _, decision, skipped = _prepare(model, given, optimizers_of(optimizer), calibration)
     done = [(t.name, t.result, t.energy) for t in decision.targets]
     rows = [*rows_of(done), *rows_of([(t.name, t.tensor if t.stored is None else t.stored, t.why) for t in skipped])]
     return SparsifyPlan(rows, other_parameters(model))
 
 
-def _prepare(model, layout, sparsifier, sparsity, weights, optimizers, calibration) -> tuple[Decision, list[Target]]:
+def _prepare(model, given: tuple, optimizers, calibration) -> tuple[Recipe, Decision, list[Target]]:
     """What sparsify will do, every argument checked and every tensor made, and the weights that stay dense."""
     expect_model(model)
-    expect_sparsifier(sparsifier)
+    recipe = recipe_of(*given)
+    sparsifier = recipe.sparsifier
     if sparsifier is not None:
         check_needs(sparsifier)
     if calibration is not None:
         raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
-    spread = allocation(sparsity)
+    spread = allocation(recipe.sparsity)
     dynamic = sparsifier is not None and not sparsifier.acts_once
     kind = type(sparsifier).__name__ if dynamic else ""
-    targets, skipped = select(model, expect_layouts(layout, sparsifier, spread), weights, kind)
+    targets, skipped = select(model, expect_layouts(recipe.layout, sparsifier, spread), recipe.weights, kind)
     _expect_held(optimizers, targets)
     if optimizers is not None or dynamic:
         _expect_trainable(targets)
     if sparsifier is not None:
         _expect_method(sparsifier, targets, optimizers or [])
     decision = decide(targets, sparsifier, spread)
-    return decision, [*skipped, *decision.dense]
+    return recipe, decision, [*skipped, *decision.dense]
 
 
 def _release(targets: list[Target]) -> None:
@@ -290,7 +299,9 @@ def densify(model: Model) -> Model:
         >>> type(model.weight).__name__
         'Parameter'
     """
-    return _convert(model, lambda w: w.to_dense().contiguous())
+    _convert(model, lambda w: w.to_dense().contiguous())
+    set_recipes(model, [])
+    return model
 
 
 def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:

@@ -41,7 +41,7 @@ def expect_layouts(layout: Layouts | None, sparsifier: Sparsifier | None, alloca
 def expect_sparsifier(sparsifier: Any) -> None:
     """Raise TypeError unless `sparsifier=` is a method or None."""
     if sparsifier is not None and not isinstance(sparsifier, Sparsifier):
-        known = {cls.__name__: cls for cls in _subclasses(Sparsifier) if not inspect.isabstract(cls)}
+        known = {cls.__name__: cls for cls in subclasses(Sparsifier) if not inspect.isabstract(cls)}
         raise TypeError(
             "Expected a method such as sten.Magnitude() (an instance), or None, for sparsifier=, got "
             f"{_shown(sparsifier)}{_constructor(sparsifier, Sparsifier, known)}."
@@ -92,5 +92,6 @@ def _constructor(value: Any, kind: type, known: dict[str, type]) -> str:
     return f"; write {package}{cls.__name__}({', '.join(required)})"
 
 
-def _subclasses(cls: type) -> list[type]:
-    return [sub for direct in cls.__subclasses__() for sub in (direct, *_subclasses(direct))]
+def subclasses(cls: type) -> list[type]:
+    """All classes below one that have been imported."""
+    return [sub for direct in cls.__subclasses__() for sub in (direct, *subclasses(direct))]

@@ -1,10 +1,13 @@
-"""What keeps a chosen weight from becoming sparse, whatever its layout: hooks that recompute it, ties, no gradient."""
+"""What keeps a chosen weight from becoming sparse, whatever its layout.
+
+Hooks that recompute it, ties, no gradient, another library that stores it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .select import Target
@@ -51,3 +54,12 @@ def without_gradient(target: Target, kind: str, named: bool) -> str:
             "which is frozen; call requires_grad_() on it, or use sten.Magnitude."
         )
     return f"it is frozen, and {kind} acts during training"
+
+
+def stored_by_others(tensor: Tensor) -> str:
+    """Why a weight stays that another library has quantized (torchao, bitsandbytes); empty for others."""
+    kind = type(tensor)
+    own = kind.__module__.partition(".")[0] in ("torch", "sten")
+    if own or (type(tensor.data) is Tensor and tensor.is_floating_point()):
+        return ""
+    return f"it is stored as a {kind.__name__} of {kind.__module__.partition('.')[0]}"

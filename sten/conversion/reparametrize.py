@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..sparsifiers import DenseWeightMethod, Sparsifier, View
 from ..tensor import SparseTensor
-from ..training.attribute import install, remove
+from ..training.attribute import install, read_finalized, remove
 from ..training.dense_weight import DenseWeight
 from ..training.distributed import whole
 from ..training.optimizer_checks import expect_slots
@@ -47,6 +47,7 @@ def move(target: Target, after: Tensor, optimizers: list[Optimizer], trainable: 
             install(module, name, param, weight)
         else:
             setattr(module, name, param)  # a recurrent layer notes it in its list of weights
+            read_finalized(module, name, isinstance(after, SparseTensor))
     if grad is not None:
         param.grad = grad
     for optimizer, key, slot in slots:

@@ -18,7 +18,7 @@ from ..training.attribute import trained_of
 from ..training.trained_weight import TrainedWeight
 from .arguments import Layouts, Pattern, Weights, requested_weights
 from .defaults import is_conv1d, is_linear, kept_dense
-from .exclusions import expect_one_mask, recomputed, without_gradient
+from .exclusions import expect_one_mask, recomputed, stored_by_others, without_gradient
 
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule"}
 
@@ -128,7 +128,8 @@ def _add_weights(found: list[Target], around: list[tuple[str, nn.Module]]) -> No
             mask = module._buffers.get(plain + "_mask") if plain != name else None
             full = plain if isinstance(mask, Tensor) else name
             mask = mask.bool() if isinstance(mask, Tensor) else None
-            found.append(Target(prefix + full, [(module, full)], tensor, around, mask))
+            why = stored_by_others(tensor)
+            found.append(Target(prefix + full, [(module, full)], tensor, around, mask, why=why))
         else:
             continue
         found[-1].transposed = not isinstance(module, nn.Linear) and is_conv1d(module)

@@ -26,6 +26,7 @@ from ..training.pattern_weight import PatternWeight, as_matrix
 from ..training.run_problems import expect_one_run, problem_of
 from ..training.trained_weight import TrainedWeight, is_of_run
 from .dense_entries import expect_fit
+from .pretrained import note_pretrained, take_run
 
 
 class Checked(NamedTuple):
@@ -44,6 +45,8 @@ def accept_every_form(model: nn.Module) -> None:
         if has_sparse:
             steps = path.split(".")
             above.update(".".join(steps[:depth]) for depth in range(len(steps) + 1))
+    for path, module in model.named_modules():
+        note_pretrained(module, path in above)
     for path in above:
         module = model.get_submodule(path)
         if not any(getattr(hook, "hook", None) is _fit_state for hook in module._load_state_dict_pre_hooks.values()):
@@ -73,6 +76,7 @@ def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing,
     for path, below in module.named_modules(remove_duplicate=False):
         if hasattr(below, "slice_state"):  # a ParallelLinear, of which this rank has a part
             below.slice_state(state_dict, prefix + path + "." if path else prefix)
+    take_run(module, state_dict, prefix)
     expect_fit(module, state_dict, prefix, assign, _fit_state)
     _prepare(module, state_dict, prefix, assign)
     for name, weight in _sparse_weights(module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layouts.checks import expect_held
 from ..tensor import SparseTensor, from_dense
-from ..training.attribute import SUFFIX, install, remove
+from ..training.attribute import SUFFIX, install, read_finalized, remove
 from ..training.pattern_weight import PatternWeight, as_matrix
 from .record import known_optimizers
 from .select import Target, sparse_weights
@@ -237,4 +237,5 @@ def _install(target: Target, style: Any, dim: int, w: SparseTensor, mesh: Device
         param = nn.Parameter(as_matrix(w.parts["values"]), requires_grad)
         install(module, name, param, PatternWeight(target.name, w.requires_grad_(requires_grad)))
     else:
-        module.weight = nn.Parameter(w, requires_grad)
+        module._parameters["weight"] = nn.Parameter(w, requires_grad)
+        read_finalized(module, name, sparse=True)

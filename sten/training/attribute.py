@@ -1,8 +1,10 @@
-"""The attribute of a layer whose weight is in trainable form: `layer.weight` reads as what the layer computes with.
+"""The attribute of a layer whose weight is sparse: `layer.weight` reads as what the layer computes with.
 
-The trained tensor is `layer._parameters["weight"]`, its TrainedWeight `layer._modules["weight_pattern"]`. The layer's
-class is replaced by a subclass with a property that calls the second with the first; methods, name and hooks do not
-change. Assigning to the property acts as `copy_`.
+In trainable form the trained tensor is `layer._parameters["weight"]`, its TrainedWeight
+`layer._modules["weight_pattern"]`. The layer's class is replaced by a subclass with a property that calls the second
+with the first; methods, name and hooks do not change. Assigning to the property acts as `copy_`.
+
+Of a finalized weight, `layer._parameters["weight"]` is the SparseTensor, and the subclass has a `Finalized`.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from torch import Tensor, nn
 
 from ..caller import no_replicas, no_shards
 from .distributed import sharded
+from .finalized import Finalized
 
 SUFFIX = "_pattern"  # a submodule must not bear the parameter's own name: torch.export fails on that
 
 
 @functools.cache
-def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _reparametrized(cls: type[nn.Module], names: tuple[str, ...], finalized: tuple[str, ...] = ()) -> type[nn.Module]:
     """A subclass of a module class whose attributes `names` are read through their TrainedWeights."""
 
     def attribute(name: str) -> property:
@@ -44,8 +47,8 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
             _assign(self, name, value)
         elif name == "qconfig":  # torch.ao.quantization sets it on every module, and then skips subclasses of Linear
             raise RuntimeError(
-                f"Expected a model without weights in training for torch.ao.quantization, got {cls.__name__} with "
-                f"{names[0]}; call sten.finalize or sten.densify first."
+                f"Expected a model of dense weights for torch.ao.quantization, got {cls.__name__} with a sparse "
+                f"{(*names, *finalized)[0]}; call sten.densify first."
             )
         else:
             cls.__setattr__(self, name, value)
@@ -69,18 +72,20 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         raise no_replicas(f"a {names[0]} in training")
 
     def reduce(self, protocol):
-        return _rebuild, (cls, names), self.__getstate__()
+        return _rebuild, (cls, names, finalized), self.__getstate__()
 
     def set_state(self, state) -> None:
         cls.__setstate__(self, state)
         for name in names:
             self._modules[name + SUFFIX].add_owner(self, name)
 
-    body = {name: attribute(name) for name in names}
-    body |= {"__setattr__": set_attribute, "__delattr__": delete_attribute, "register_parameter": register_parameter}
-    body |= {"__reduce_ex__": reduce, "__setstate__": set_state, "__module__": cls.__module__}
-    body["_replicate_for_data_parallel"] = replicate
-    return type(cls.__name__, (cls,), {**body, "plain_class": cls, "sparse_names": names})
+    body: dict = {name: Finalized(name) for name in finalized} | {name: attribute(name) for name in names}
+    if names:
+        body |= {"__delattr__": delete_attribute, "register_parameter": register_parameter, "__setstate__": set_state}
+        body["_replicate_for_data_parallel"] = replicate
+    body |= {"__setattr__": set_attribute, "__reduce_ex__": reduce}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), {**body, "plain_class": cls, "sparse_names": names, "finalized_names": finalized})
 
 
 def _assign(module: nn.Module, name: str, value: Tensor | None) -> None:
@@ -104,8 +109,8 @@ def _not_removed(name: str) -> RuntimeError:
     )
 
 
-def _rebuild(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    new = _reparametrized(cls, names)
+def _rebuild(cls: type[nn.Module], names: tuple[str, ...], finalized: tuple[str, ...] = ()) -> nn.Module:
+    new = _reparametrized(cls, names, finalized)
     return new.__new__(new)
 
 
@@ -114,20 +119,34 @@ def install(module: nn.Module, name: str, param: nn.Parameter, weight: nn.Module
     module._parameters[name] = param
     module.add_module(name + SUFFIX, weight)
     weight.add_owner(module, name)
-    _set_names(module, (*installed(module), name))
+    _set_names(module, (*installed(module), name), _without(finalized(module), name))
 
 
 def remove(module: nn.Module, name: str, param: nn.Parameter) -> None:
     """Undo `install`: an ordinary Parameter under the weight's name."""
-    names = tuple(n for n in installed(module) if n != name)
     del module._modules[name + SUFFIX]
-    _set_names(module, names)
+    _set_names(module, _without(installed(module), name), finalized(module))
     module._parameters[name] = param
+
+
+def read_finalized(module: nn.Module, name: str, sparse: bool) -> None:
+    """Let a weight's attribute be a `Finalized`, or an ordinary one."""
+    names = _without(finalized(module), name)
+    _set_names(module, installed(module), (*names, name) if sparse else names)
 
 
 def installed(module: nn.Module) -> tuple[str, ...]:
     """The names of the module's weights that are in trainable form."""
     return getattr(type(module), "sparse_names", ())
+
+
+def finalized(module: nn.Module) -> tuple[str, ...]:
+    """The names of the module's weights whose attribute is a `Finalized`."""
+    return getattr(type(module), "finalized_names", ())
+
+
+def _without(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    return tuple(each for each in names if each != name)
 
 
 def trained_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -136,6 +155,6 @@ def trained_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module._modules[name + SUFFIX]
 
 
-def _set_names(module: nn.Module, names: tuple[str, ...]) -> None:
+def _set_names(module: nn.Module, names: tuple[str, ...], finalized: tuple[str, ...]) -> None:
     plain = getattr(type(module), "plain_class", type(module))
-    module.__class__ = _reparametrized(plain, names) if names else plain
+    module.__class__ = _reparametrized(plain, names, finalized) if names or finalized else plain
