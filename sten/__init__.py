@@ -6,7 +6,19 @@ checks for what they bring. Every other module is private.
 
 from . import backends as _backends  # noqa: F401 - registers the kernels
 from . import extend, testing
-from .conversion import Recipe, attach, densify, finalize, fuse, plan, sparsify, summary, trainable, unfuse
+from .conversion import (
+    Recipe,
+    attach,
+    densify,
+    finalize,
+    fuse,
+    parallelize_module,
+    plan,
+    sparsify,
+    summary,
+    trainable,
+    unfuse,
+)
 from .dispatch import DensifyError, kernel, strict
 from .errors import FormatError
 from .io import inspect, load, save
@@ -52,8 +64,8 @@ __all__ = [
     "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL",
     "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
     "densify", "distill_loss", "extend", "finalize", "follow", "from_dense", "fuse", "inspect", "kernel", "load",
-    "load_run", "optim", "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
-    "trainable", "unfuse", "which",
+    "load_run", "optim", "parallelize_module", "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict",
+    "summary", "testing", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -7,6 +7,7 @@ every call counts as intercepted (a Plan is prepared each time), and nothing els
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,7 @@ tracing_state = _fetch("tracing_state", "_C._get_tracing_state", _one)
 profiler_enabled = _fetch("profiler_enabled", "_C._autograd._profiler_enabled", _one)
 global_hooks = _fetch("global_hooks", "nn.modules.module._has_any_global_hook", _one)  # of all modules
 is_zero_tensor = _fetch("is_zero_tensor", "Tensor._is_zerotensor", _yes)
-_level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNamespace(_current_level=0)
+level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNamespace(_current_level=0)
 PATHS["_current_level"] = "autograd.forward_ad._current_level"
 
 no_function = torch._C.DisableTorchFunctionSubclass  # documented, in "Extending PyTorch"
@@ -116,7 +117,7 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
         or transforms_active()
         or (tracing_state() is not None and refuse_tracing())
         or profiler_enabled()
-        or _level._current_level >= 0
+        or level._current_level >= 0
     ):
         return True
     for a in (w.parts["values"], *operands):
@@ -129,14 +130,24 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
     return False
 
 
+def exports_to_onnx() -> bool:
+    """Whether torch.onnx.export runs; asked only once its exporter is loaded, which takes seconds."""
+    return "torch.onnx._internal.exporter" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
 def must_apply() -> bool:
     """Whether `autograd.Function.apply` has to see every call: compilers, dispatch modes, torch.func, forward AD."""
-    return is_compiling() or bool(dispatch_modes() or transforms_active()) or _level._current_level >= 0
+    return is_compiling() or bool(dispatch_modes() or transforms_active()) or level._current_level >= 0
+
+
+def has_tangents() -> bool:
+    """Whether a tensor may have a tangent, or a wrapper of torch.func that has one."""
+    return is_compiling() or bool(transforms_active()) or level._current_level >= 0
 
 
 def differentiates() -> bool:
     """Whether torch.func, forward AD or torch.jit.trace has to see the functions of a call, not only its operators."""
-    return transforms_active() or _level._current_level >= 0 or tracing_state() is not None
+    return transforms_active() or level._current_level >= 0 or tracing_state() is not None
 
 
 def apply_of(rule: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import torch
 
 PASSED = ("sten.", "torch._tensor", "torch.functional", "torch._C", "torch.utils._python_dispatch", "torch._ops")
 SHARDING = ("torch.distributed.fsdp.", "torch.distributed.tensor.", "torch.distributed._composable.")
+PARAMETRIZE = "torch.nn.utils.parametrize"
 BY_MATRIX = ("torch.optim._adafactor", "torch.optim._muon", "torch.optim.lbfgs")
 LIBRARIES = tuple(f"{Path(file).parent}/" for file in (torch.__file__, __file__))
 
@@ -59,8 +60,13 @@ def no_shards(got: str) -> NotImplementedError:
     """Make the exception for FSDP or tensor parallelism that cannot divide a weight."""
     return NotImplementedError(
         f"Expected a weight that torch.distributed can divide, got {got}; for FSDP2 call sten.trainable(model) "
-        "before fully_shard, use DistributedDataParallel, or sten.densify for FSDP1 and tensor parallelism."
+        "before fully_shard, for tensor parallelism sten.parallelize_module, for FSDP1 sten.densify."
     )
+
+
+def no_replicas(got: str) -> NotImplementedError:
+    """Make the exception for nn.DataParallel, which copies Parameters as plain tensors."""
+    return NotImplementedError(f"Expected a dense model for nn.DataParallel, got {got}; use DistributedDataParallel.")
 
 
 def refuse_shards(layout: object) -> None:
@@ -69,13 +75,15 @@ def refuse_shards(layout: object) -> None:
         raise no_shards(f"a {layout} tensor")
 
 
-def refuse_training_export(w: Any) -> None:
-    """Raise if `run_decompositions` splits a sparse Parameter that requires a gradient: parts of integers cannot."""
-    if calling_module() == "torch._functorch._aot_autograd.subclass_parametrization" and w.requires_grad:
-        raise RuntimeError(
-            f"Expected weights without requires_grad for run_decompositions, got a {w.sparse_layout} one with it; call "
-            "model.requires_grad_(False) before torch.export.export."
-        )
+def splits_for_export() -> bool:
+    """Whether `run_decompositions` makes a Parameter of each part of a weight that asks whether it requires a gradient.
+
+    Parts of integers cannot, and the program that it makes is for inference.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and (name := frame.f_globals.get("__name__", "")).startswith((*PASSED, PARAMETRIZE)):
+        frame = frame.f_back
+    return frame is not None and name == "torch._functorch._aot_autograd.subclass_parametrization"
 
 
 def refuse_matrix_optimizer(w: Any) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._torch_private import allows_tf32, is_compiling, is_intercepted
+from ._torch_private import allows_tf32, exports_to_onnx, is_compiling, is_intercepted
 from .caller import refuse_shards, user_stacklevel, weight_name
 from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
@@ -97,6 +98,8 @@ def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, A
             name = op.otherwise
         else:
             layout, shape = layouts, tuple(shape if a is parts else tuple(a.shape) for a in operands)
+    if intercepted and exports_to_onnx():  # whose files have standard operators only
+        return Plan.of("onnx", "torch.onnx.export", functools.partial(op.reference, layout=layout, shape=shape))
     entries = values.numel()
     flags = Flags(
         tokens=None if intercepted or isinstance(first, dict) else op.tokens(tuple(first.shape)),

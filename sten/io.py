@@ -24,7 +24,7 @@ from .conversion.pretrained import KEY
 from .conversion.recipe import recipes_of, set_recipes
 from .conversion.reparametrize import move
 from .conversion.select import Target, all_weights, expect_model, once_each
-from .conversion.state_dict_hooks import accept_every_form, finalized_state
+from .conversion.state_dict_hooks import accept_every_form, expect_undivided, finalized_state
 from .errors import FormatError
 from .layouts.registry import fields
 from .tensor import SparseTensor
@@ -123,6 +123,7 @@ def load(model: Model, path: str | os.PathLike | None = None, assign: bool = Fal
     if path is None:  # as for torch.load, which needs no model
         raise TypeError("Expected sten.load(model, path), got one argument; make a model of this architecture first.")
     targets = once_each(all_weights(model))
+    expect_undivided(model)
     state, recipes = _read(path, mmap)
     current = finalized_state(model)
     _expect_fit(model, current, state, assign)

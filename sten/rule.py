@@ -61,9 +61,11 @@ def save_operands(ctx, inputs: tuple, output: Any) -> None:
     parts are saved, since `module.to(...)` refuses to swap a Parameter that a graph holds.
     """
     x, w = inputs[:2]
-    if private.is_compiling() or private.transforms_active():  # they save the parts themselves
-        ctx.weight = None
+    if private.is_compiling() or private.transforms_active() or private.level._current_level >= 0:
+        ctx.weight = None  # they save the parts themselves
         ctx.save_for_backward(x, w)
+        if not private.is_compiling():
+            ctx.save_for_forward(x, w)
         return
     leaf, values = w.is_leaf, w.parts["values"] if ctx.needs_input_grad[0] else None
     ctx.weight = (type(w), w.sparse_layout, w.parts, w.stored_shape, w.transposed, w.cache) if leaf else ()

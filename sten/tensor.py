@@ -72,6 +72,7 @@ class SparseTensor(Sealed, torch.Tensor):
     """
 
     trained = None  # of a weight in trainable form, assembled from a trained Parameter: its TrainedWeight
+    assembled = False  # in a graph that torch.export records, from parts: operators on them are recorded instead
     instead: str | None = None  # of a weight that is computed from another: what works in place of writing to it
 
     @staticmethod
@@ -215,7 +216,7 @@ class ToDense(Rule):
 
     @staticmethod
     def forward(w):
-        return OPS.to_dense(w) if is_compiling() else without_view(unpack(w))
+        return OPS.to_dense(w) if is_compiling() and not w.assembled else without_view(unpack(w))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -59,6 +59,14 @@ def test_a_look_up_is_no_operation_as_of_a_dense_table():
     assert count(lambda: model(torch.tensor([1, 3]))) == count(lambda: sten.densify(model)(torch.tensor([1, 3]))) == 0
 
 
+@pytest.mark.cell("flop counter", form="dense weight")
+@every_layout
+def test_under_a_method_the_dense_product_runs(layout):
+    method = sten.STE() if layout.rate else sten.Gradual(1, 2)
+    model, x = sten.sparsify(nn.Linear(12, 20), layout, method, rate(layout)), torch.randn(3, 12)
+    assert count(lambda: model(x)) == 2 * 3 * 12 * 20
+
+
 def test_results_are_those_without_a_counter():
     model = sten.sparsify(nn.Linear(12, 20), sten.CSR(), sparsity=0.5)
     x = torch.randn(3, 12)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from small import every_layout as small_layout
-from small import rate
+from small import mlp, rate
 from torch import nn
 
 import sten
@@ -49,14 +49,86 @@ def test_over_the_parameters(pair):
         torch.testing.assert_close(grads[name], param.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_forward_mode_raises(pair):
-    """No rule of sten propagates a tangent: it must not be dropped silently, also for a weight that was used before."""
-    model, _, x = pair
-    sten.finalize(model).requires_grad_(False)
-    for _ in range(3):
-        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-            model(torch.autograd.forward_ad.make_dual(x, x))
-        assert not model(x).requires_grad
+def test_forward_mode(pair):
+    """Also for a weight that was used before, whose Plan is stored."""
+    model, dense, x = pair
+    tangent = torch.randn_like(x)
+    want = torch.func.jvp(dense, (x,), (tangent,))[1]
+    for each in (model, sten.finalize(copy.deepcopy(model)), sten.finalize(copy.deepcopy(model)).requires_grad_(False)):
+        for _ in range(2):
+            with torch.autograd.forward_ad.dual_level():
+                y = each(torch.autograd.forward_ad.make_dual(x, tangent))
+                torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(y).tangent, want)
+            torch.testing.assert_close(torch.func.jvp(each, (x,), (tangent,))[1], want)
+            torch.testing.assert_close(each(x), dense(x))
+
+
+FORMS = ("finalized", "trainable", "dense weight")
+
+
+def in_form(layout, form, dtype=torch.float32):
+    """(a model in a form, what it computes with, dense)."""
+    torch.manual_seed(0)
+    model = mlp().to(dtype)
+    method = sten.Gradual(1, 2) if layout.rate is None else sten.STE()
+    sten.sparsify(model, layout, method if form == "dense weight" else sten.Magnitude(), sparsity=rate(layout))
+    model = sten.trainable(model) if form == "trainable" else model
+    dense = mlp().to(dtype)
+    with torch.no_grad():
+        for ours, theirs in zip(model, dense, strict=True):
+            if isinstance(ours, nn.Linear):
+                theirs.weight.copy_(ours.weight.to_dense())
+                theirs.bias.copy_(ours.bias)
+    return model, dense
+
+
+@pytest.mark.cell("jvp")
+@small_layout
+@pytest.mark.parametrize("form", FORMS)
+def test_jvp_and_hessian(layout, form):
+    (model, dense), x, tangent = in_form(layout, form), torch.randn(5, 12), torch.randn(5, 12)
+    got, want = (torch.func.jvp(each, (x,), (tangent,)) for each in (model, dense))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    got, want = (torch.func.hessian(lambda a, m=each: m(a).square().sum())(x[:1]) for each in (model, dense))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.cell("jvp")
+@small_layout
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_jvp_over_the_parameters(layout, form):
+    """Against finite differences."""
+    model, x = in_form(layout, form, torch.float64)[0], torch.randn(5, 12, dtype=torch.float64)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    tangents = {name: p * torch.rand((), dtype=torch.float64) for name, p in params.items()}
+
+    def call(params):
+        return torch.func.functional_call(model, params, (x,))
+
+    got = torch.func.jvp(call, (params,), (tangents,))[1]
+    ahead, behind = (call({n: p + step * tangents[n] for n, p in params.items()}) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(got, (ahead - behind) / 2e-5, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cell("func.grad")
+@pytest.mark.cell("vmap")
+@small_layout
+@pytest.mark.parametrize("form", FORMS)
+def test_per_sample_gradients(layout, form):
+    """Of a finalized weight, whose class torch.func hides, the gradient of all entries; zero it by `w.mask()`."""
+    (model, dense), x = in_form(layout, form), torch.randn(5, 12)
+    gradients = [of_each_sample(each, x) for each in (model, dense)]
+    loss = [torch.func.grad(lambda a, m=each: m(a).square().sum())(x) for each in (model, dense)]
+    torch.testing.assert_close(*loss, rtol=1e-4, atol=1e-4)
+    for name, got in gradients[0].items():
+        for row, want in zip(got, gradients[1][name], strict=True):
+            weight = model[int(name[0])].weight_pattern if form != "finalized" else None
+            if form == "trainable" and name.endswith("weight"):
+                want = weight.packed(want.t() if weight.transposed else want)
+            if form == "finalized" and name.endswith("weight"):
+                mask = model.get_parameter(name).mask()
+                row, want = row * mask, want * mask
+            torch.testing.assert_close(row, want, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # gradients by torch.func of a model in training

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sten.extend import Layout, top, top_of_groups
 from sten.layouts import BSR, CSR, NM, GroupedNM, Masked, VectorNM
-from sten.layouts.grouped_nm import patterns
+from sten.layouts.patterns import patterns, revolving_door
 from sten.layouts.registry import REGISTERED, layout_from
 from sten.testing import check_layout
 from sten.testing.layouts import same
@@ -280,6 +280,7 @@ def test_patterns_are_a_revolving_door(n, m):
     for p, rows in enumerate(order):
         stored[0, p, list(rows)] = True
     assert GroupedNM(n, m, 1).rank(stored)[0].tolist() == list(range(len(order)))
+    assert torch.equal(revolving_door(n, m, stored.device), torch.tensor(order))
 
 
 @pytest.mark.parametrize("layout", [GroupedNM(2, 4, 8), GroupedNM(1, 10, 3), GroupedNM(3, 3, 5)], ids=str)

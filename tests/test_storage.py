@@ -194,15 +194,3 @@ def test_accelerate_refuses_or_saves(form, tmp_path):
     else:
         accelerator.save_model(model, str(tmp_path))
         assert (tmp_path / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_run_decompositions(frozen):
-    model = sten.sparsify(mlp(), sten.CSR(), sparsity=0.5).requires_grad_(not frozen)
-    x = torch.randn(3, 12)
-    program = torch.export.export(model, (x,))
-    if frozen:
-        torch.testing.assert_close(program.run_decompositions().module()(x), model(x))
-    else:
-        with pytest.raises(RuntimeError, match=r"call model\.requires_grad_\(False\) before"):
-            program.run_decompositions()

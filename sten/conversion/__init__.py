@@ -4,5 +4,18 @@ from .api import attach, densify, finalize, plan, sparsify, trainable
 from .fuse import fuse, unfuse
 from .recipe import Recipe
 from .report import summary
+from .tensor_parallel import parallelize_module
 
-__all__ = ["Recipe", "attach", "densify", "finalize", "fuse", "plan", "sparsify", "summary", "trainable", "unfuse"]
+__all__ = [
+    "Recipe",
+    "attach",
+    "densify",
+    "finalize",
+    "fuse",
+    "parallelize_module",
+    "plan",
+    "sparsify",
+    "summary",
+    "trainable",
+    "unfuse",
+]

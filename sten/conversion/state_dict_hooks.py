@@ -21,7 +21,7 @@ from ..ops.attributes import entries_of
 from ..ops.padding import dense_to_values
 from ..tensor import SparseTensor
 from ..training.attribute import SUFFIX, installed, trained_of
-from ..training.distributed import whole
+from ..training.distributed import sharded, whole
 from ..training.pattern_weight import PatternWeight, as_matrix
 from ..training.run_problems import expect_one_run, problem_of
 from ..training.trained_weight import TrainedWeight, is_of_run
@@ -73,6 +73,9 @@ def _fit_state(module: nn.Module, state_dict, prefix, metadata, strict, missing,
     """Check the entries of all modules below before one is written; then write those of this module's sparse weights,
     in the form that they have now."""
     assign = metadata.get("assign_to_params_buffers", False)
+    for path, below in module.named_modules(remove_duplicate=False):
+        if hasattr(below, "slice_state"):  # a ParallelLinear, of which this rank has a part
+            below.slice_state(state_dict, prefix + path + "." if path else prefix)
     take_run(module, state_dict, prefix)
     expect_fit(module, state_dict, prefix, assign, _fit_state)
     _prepare(module, state_dict, prefix, assign)
@@ -125,7 +128,7 @@ def _prepare(root: nn.Module, state_dict, prefix: str, assign: bool) -> None:
             if isinstance(state_dict.get(key), Checked):
                 continue
             present = (param if weight is None else weight.tensor(param)).detach()
-            entry = _named(key, _entry, state_dict, key, present, weight)
+            entry = _named(key, entry_of, state_dict, key, present, weight)
             if entry is not None:
                 _expect_numbers(key, entry, present, assign)
                 state_dict[key] = Checked(entry, entry is not present)
@@ -144,7 +147,7 @@ def _expect_numbers(key: str, entry: SparseTensor, present: SparseTensor, assign
         raise FormatError(f"{key}: Expected parts with numbers, got parts on the meta device; pass assign=True.")
 
 
-def _entry(state_dict, key: str, present: SparseTensor, weight: PatternWeight | None) -> SparseTensor | None:
+def entry_of(state_dict, key: str, present: SparseTensor, weight: PatternWeight | None) -> SparseTensor | None:
     """The weight that a state dict holds under this name, in the layout of `present`; it leaves the dict.
 
     A sparse entry brings its own pattern; a dense one must be zero off the present pattern.
@@ -203,18 +206,31 @@ def _unflattened(values: Tensor, present: SparseTensor) -> Tensor:
     return values.view(len(values), *(like.shape[1:] if like.dim() != 2 else values.shape[1:]))
 
 
+def expect_undivided(model: nn.Module) -> None:
+    """Raise TypeError if this rank has only a part of the model: what is copied into gathered tensors would be lost."""
+    parts = any(hasattr(module, "whole_weight") for module in model.modules())
+    if parts or any(sharded(p) for p in model.parameters()):
+        raise TypeError(
+            "Expected a model that is not divided among ranks for sten.load, got one that is; load before "
+            "sten.parallelize_module or fully_shard, or call model.load_state_dict."
+        )
+
+
 def finalized_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state under the names it has when finalized: sparse weights of either form as SparseTensors.
 
-    A tied weight is the same object under each of its names.
+    A tied weight is the same object under each of its names. DTensors are gathered, so that all ranks have to call it.
     """
-    state = dict(model.state_dict(keep_vars=True))
+    state = model.state_dict(keep_vars=True)
+    full = {id(value): whole(value) for value in state.values() if isinstance(value, Tensor)}
+    state = {key: full.get(id(value), value) for key, value in state.items()}
     made: dict[int, SparseTensor] = {}
     for prefix, module in model.named_modules():
         for name, weight in trained_of(module):
             full = f"{prefix}.{name}" if prefix else name
             state = {key: value for key, value in state.items() if not key.startswith(f"{full}{SUFFIX}.")}
             if id(weight) not in made:
-                made[id(weight)] = weight.tensor(module._parameters[name])
+                divided = hasattr(module, "whole_weight")  # a ParallelLinear
+                made[id(weight)] = module.whole_weight() if divided else weight.tensor(module._parameters[name])
             state[full] = made[id(weight)]
     return state

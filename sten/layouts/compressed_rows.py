@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sten._torch_private import exports_to_onnx
 from sten.layouts.checks import chunks, expect_range
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 def row_of_slots(crow: Tensor, slots: int) -> Tensor:
     """The row of each of `slots` slots; the number of rows for slots behind crow[-1]. Shapes stay static."""
+    if exports_to_onnx():  # which cannot repeat; row r ends before each slot that is counted here
+        ends = torch.zeros(slots + 1, dtype=torch.int64, device=crow.device)
+        return ends.scatter_add(0, crow[1:].long(), torch.ones_like(crow[1:], dtype=torch.int64)).cumsum(0)[:slots]
     count = torch.cat([crow.diff(), slots - crow[-1:]])
     return torch.arange(len(crow), device=crow.device).repeat_interleave(count, output_size=slots)
 

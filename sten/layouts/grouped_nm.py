@@ -6,7 +6,6 @@ of a chunk; a strip is m rows; B = chunks * strips, the independent assignment p
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sten._torch_private import exports_to_onnx
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
     chunks,
@@ -23,24 +23,14 @@ from sten.layouts.checks import (
     expect_score,
     expect_whole,
     expect_zero,
-)
+)  # fmt: skip
 from sten.layouts.padding import cut, pad_matrix
+from sten.layouts.patterns import patterns, revolving_door
 
 BATCH = 2**23  # entries of the (strip, column, pattern) table worked on at a time: 32 MiB, so that memory is bounded
 PRICE_STEPS = 6
 PRICE_RATE = 0.8
 SWAP_ROUNDS = 4
-
-
-@functools.cache
-def patterns(n: int, m: int) -> tuple[tuple[int, ...], ...]:
-    """All n-subsets of range(m), ascending inside, in revolving-door order: neighbours differ in one exchange.
-
-    Source: Nijenhuis and Wilf, Combinatorial Algorithms; A(m, n) = A(m-1, n), reversed A(m-1, n-1) with m-1 appended.
-    """
-    if n == 0 or n == m:
-        return (tuple(range(n)),)
-    return patterns(n, m - 1) + tuple((*p, m - 1) for p in reversed(patterns(n - 1, m - 1)))
 
 
 @dataclass(frozen=True)
@@ -102,6 +92,8 @@ class GroupedNM(Layout):
 
         Copied asynchronously: `torch.tensor(..., device=)` would synchronize with the GPU.
         """
+        if torch.compiler.is_exporting():  # which loses constants in `run_decompositions`
+            return revolving_door(self.n, self.m, device)
         return torch.tensor(self.order, device="cpu").to(device, non_blocking=True)
 
     def padded(self, weight: Tensor) -> Tensor:
@@ -275,6 +267,8 @@ def _mask(score, n, m, g):
 
 @_mask.register_fake
 def _(score, n, m, g):
+    if exports_to_onnx():
+        raise RuntimeError("Expected a finalized model for ONNX, got GroupedNM under a method; call sten.finalize.")
     return torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sten._torch_private import exports_to_onnx
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
     chunks,
@@ -81,7 +82,10 @@ class NM(Layout):
 
     def compact(self, index: Tensor, groups: int) -> Tensor:
         """The packed index as uint8 positions (R, G, n)."""
-        if self.bits < 8:
+        if self.bits < 8 and exports_to_onnx():  # whose files shift no uint8
+            digits = [index.int() // 2**shift % 2**self.bits for shift in range(0, 8, self.bits)]
+            index = torch.stack(digits, -1)
+        elif self.bits < 8:
             shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=index.device)
             index = (index.unsqueeze(-1) >> shift) & (2**self.bits - 1)
         return index.flatten(1)[:, : groups * self.n].reshape(len(index), groups, self.n)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..caller import refuse_matrix_optimizer
+from ..caller import refuse_matrix_optimizer, splits_for_export
 from ..tensor import SparseTensor, aten, function, project_now, unpack
 from .padding import dense_to_values, to_be_written
 
@@ -114,6 +114,11 @@ def requires_grad_(w: SparseTensor, requires_grad: bool = True) -> SparseTensor:
         return w.requires_grad_(requires_grad)
     w.trained.param.requires_grad_(requires_grad)
     return w
+
+
+@function(Tensor.requires_grad.__get__)
+def get_requires_grad(w: SparseTensor) -> bool:
+    return w.requires_grad and (torch.compiler.is_dynamo_compiling() or not splits_for_export())
 
 
 @function(Tensor.requires_grad.__set__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..caller import refuse_shards
+from ..caller import calling_module, no_replicas, refuse_shards
 from ..tensor import ATEN, OTHERS, SparseTensor, as_it_is, aten, function
 from .others import sparse_in
 
@@ -42,3 +42,11 @@ def is_leaf(w: SparseTensor) -> bool:
     """`w.is_leaf`, which `distribute_tensor` asks for first."""
     refuse_shards(w.sparse_layout)
     return w.is_leaf
+
+
+@function(Tensor.is_complex)
+def is_complex(w: SparseTensor) -> bool:
+    """`w.is_complex()`, which `nn.DataParallel` asks for before it copies a Parameter to each GPU."""
+    if calling_module() == "torch._utils":
+        raise no_replicas(f"a {w.sparse_layout} tensor")
+    return False

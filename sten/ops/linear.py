@@ -132,6 +132,13 @@ def _sum_rows(grad: Tensor) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0)
 
 
+def product_jvp(rule: type[Rule], ctx, tangents: tuple[Tensor | None, ...]) -> Tensor:
+    """The tangent of a product with a bias; it is linear in each of its operands."""
+    (x, w), (dx, dw, dbias) = ctx.saved_tensors, tangents
+    terms = [rule.call(dx, w, None) if dx is not None else None, rule.call(x, dw, None) if dw is not None else None]
+    return sum(term for term in (*terms, dbias) if term is not None)
+
+
 @traceable("sparse_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 class Linear(Rule):
     """y = x @ w.T + bias."""
@@ -150,6 +157,10 @@ class Linear(Rule):
             GradWeight.call(grad, x, w) if needs_w else None,
             _sum_rows(grad) if needs_bias else None,
         )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return product_jvp(Linear, ctx, tangents)
 
     @staticmethod
     def vmap(info, in_dims, x, w, bias):
@@ -174,6 +185,10 @@ class Matmul(Rule):
             GradWeight.call(x, grad, w) if needs_w else None,
             _sum_rows(grad) if needs_bias else None,
         )
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return product_jvp(Matmul, ctx, tangents)
 
     @staticmethod
     def vmap(info, in_dims, x, w, bias):

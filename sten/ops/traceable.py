@@ -23,7 +23,7 @@ def traceable(schema: str) -> Callable[[type[Rule]], type[Rule]]:
 
         def forward(*args):
             intercepted = is_intercepted(args[position], *args)
-            if intercepted and (is_compiling() or dispatch_modes()):
+            if intercepted and not args[position].assembled and (is_compiling() or dispatch_modes()):
                 return operator(*args)
             out = compute(*args, intercepted)
             return out if isinstance(out, SparseTensor) else without_view(out)

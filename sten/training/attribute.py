@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ..caller import no_shards
+from ..caller import no_replicas, no_shards
 from .distributed import sharded
 from .finalized import Finalized
 
@@ -68,6 +68,9 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...], finalized: tup
         else:
             cls.register_parameter(self, name, param)
 
+    def replicate(self):
+        raise no_replicas(f"a {names[0]} in training")
+
     def reduce(self, protocol):
         return _rebuild, (cls, names, finalized), self.__getstate__()
 
@@ -79,6 +82,7 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...], finalized: tup
     body: dict = {name: Finalized(name) for name in finalized} | {name: attribute(name) for name in names}
     if names:
         body |= {"__delattr__": delete_attribute, "register_parameter": register_parameter, "__setstate__": set_state}
+        body["_replicate_for_data_parallel"] = replicate
     body |= {"__setattr__": set_attribute, "__reduce_ex__": reduce}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), {**body, "plain_class": cls, "sparse_names": names, "finalized_names": finalized})

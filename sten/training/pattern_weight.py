@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._torch_private import is_compiling, transforms_active
+from .._torch_private import exports, exports_to_onnx, has_tangents, is_compiling, transforms_active
 from ..layouts.base import Parts
 from ..pattern_cache import PatternCache
 from ..rule import Rule
@@ -86,6 +86,8 @@ class PatternWeight(TrainedWeight):
         buffer = self._buffers[name]
         if name not in self.int16_parts:
             return buffer
+        if exports_to_onnx():  # which has no views of another dtype
+            return (buffer[..., 0::2].int() + 256 * buffer[..., 1::2].int()).to(torch.int16)
         if torch.compiler.is_compiling():
             return buffer.view(torch.int16)
         known, view = self.int16_views[name]  # one view, since caches know a pattern by the identity of its parts
@@ -127,17 +129,12 @@ class PatternWeight(TrainedWeight):
         """The weight as a SparseTensor, differentiable."""
         if type(param) is Tensor:  # of torch.func.functional_call
             self.expect_values(param)
-        # under Dynamo, torch 2.11 says that every compilation is an export
-        if not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
-            raise RuntimeError(
-                f"Expected a finalized model for torch.export, got {self.name} in training; call sten.finalize first."
-            )
         self.expect_numbers()
         context = (self.layout, self.shape, self.transposed, self.tail, self.part_names)
         if torch.compiler.is_compiling():
             w = _traced(param, *context, None, *self._parts())
             return w if self.probe is None or not param.requires_grad else w.to_dense() + self.probe
-        if param.requires_grad and torch.is_grad_enabled():
+        if (param.requires_grad and torch.is_grad_enabled()) or has_tangents():
             w = Assemble.run(param, *context, self.cache, *self._parts())
         else:
             w = SparseTensor(self.layout, self.parts(param), self.shape, self.transposed, cache=self.cache)
@@ -307,6 +304,12 @@ class Assemble(Rule):
         return Assemble.apply(*args), None
 
     @staticmethod
+    def jvp(ctx, tangent, *_):
+        layout, parts, shape, transposed = ctx.like
+        dense = layout.unpack({**parts, "values": tangent.view(parts["values"].shape)}, shape)
+        return dense.t() if transposed else dense  # torch.func hides the class of a tensor that has a tangent
+
+    @staticmethod
     def backward(ctx, grad):
         layout, parts, shape, transposed = ctx.like
         if ctx.cache is not None and ctx.cache.generation != ctx.generation:
@@ -341,5 +344,9 @@ class Values(Rule):
 
 
 @torch.compiler.allow_in_graph
-def _traced(*args):
-    return Assemble.apply(*args)
+def _traced(param, layout, shape, transposed, tail, names, cache, *pattern):
+    if not exports():
+        return Assemble.apply(param, layout, shape, transposed, tail, names, cache, *pattern)
+    w = SparseTensor(layout, _parts_of(param, tail, names, pattern), shape, transposed)
+    w.assembled = True
+    return w
