@@ -61,6 +61,8 @@ def worker(rank, port, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.cell("DCP", form="trainable", layout=LAYOUTS)
+@pytest.mark.cell("FSDP2 train", form="trainable", layout=LAYOUTS)
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="gloo is not built in")
 def test_sharded_values_train_as_one_process_does(tmp_path):
     with socket.socket() as probe:
