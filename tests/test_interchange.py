@@ -1,8 +1,10 @@
 """Weights from and to torch.sparse, SciPy, compressed-tensors and masks in .npz: exact, or one sentence."""
 
 import copy
+import random
 import zipfile
 
+import fuzzing
 import numpy as np
 import pytest
 import torch
@@ -331,3 +333,61 @@ def test_masks_are_checked(tmp_path):
     refused(lambda: sten.load_masks(mlp(), path))
     with pytest.raises(FileNotFoundError):
         sten.load_masks(mlp(), tmp_path / "none")
+
+
+# fuzzing
+
+
+def mutated_bitmasks(r):
+    layout = r.choice([CSR(), NM(2, 4)])
+    state = sten.to_compressed_tensors(
+        {"fc.weight": make(layout, (6, 12), seed=r.randrange(9))[0], "fc.bias": torch.ones(3)},
+        "sparse-24-bitmask" if layout.rate and r.random() < 0.7 else "sparse-bitmask",
+    )
+    for _ in range(r.randrange(1, 3)):
+        state = fuzzing.mutated(r, state)
+    return lambda: sten.from_compressed_tensors(state).values()
+
+
+def mutated_torch(r):
+    dense = torch.randn(6, 12) * (torch.rand(6, 12) < 0.4)
+    if r.random() < 0.3:
+        t = dense.to_sparse()
+        args, make_sparse = [t._indices(), t._values(), [6, 12]], torch.sparse_coo_tensor
+    elif r.random() < 0.5:
+        t, make_sparse = dense.to_sparse_csr(), torch.sparse_csr_tensor
+        args = [t.crow_indices(), t.col_indices(), t.values(), [6, 12]]
+    else:
+        t, make_sparse = dense.to_sparse_bsr((2, 4)), torch.sparse_bsr_tensor
+        args = [t.crow_indices(), t.col_indices(), t.values(), [6, 12]]
+    for _ in range(r.randrange(1, 3)):
+        args = fuzzing.mutated(r, args)
+    try:
+        tensor = make_sparse(*args, check_invariants=False)
+        read = ["_indices", "_values"] if tensor.is_sparse else ["crow_indices", "col_indices", "values"]
+        assert all(getattr(tensor, name)().layout == torch.strided for name in read)
+        assert tensor.numel() < 10**6  # a row costs an offset, whatever it holds
+    except (RuntimeError, TypeError, IndexError, ValueError, AssertionError):
+        return list  # torch makes no such tensor, or cannot read it
+    return lambda: [sten.from_torch(tensor)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mutate", [mutated_bitmasks, mutated_torch])
+def test_mutations(mutate, one_thread):
+    refusals = works = 0
+    for number in range(600):
+        r = random.Random(number)
+        torch.manual_seed(number)
+        convert = mutate(r)
+        try:
+            weights = [w for w in convert() if isinstance(w, sten.SparseTensor)]
+        except sten.FormatError:
+            refusals += 1
+            continue
+        for w in weights:
+            w.sparse_layout.validate(w.parts, w.stored_shape)
+            if w.dim() == 2 and w.numel() < 10**6:
+                nn.functional.linear(torch.ones(3, w.shape[1], dtype=w.dtype), w)
+            works += 1
+    assert refusals > 200 and works > 20

@@ -52,8 +52,9 @@ def from_compressed_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _weight(parts: dict[str, Tensor]) -> SparseTensor:
-    if any(name not in parts for name in PARTS[:3]) or not all(type(part) is Tensor for part in parts.values()):
-        raise ValueError(f"Expected the tensors {list(PARTS[:3])} of a bitmask, got {sorted(parts)}.")
+    plain = all(type(part) is Tensor and part.layout == torch.strided and not part.is_meta for part in parts.values())
+    if any(name not in parts for name in PARTS[:3]) or not plain:
+        raise ValueError(f"Expected dense tensors {list(PARTS[:3])} with numbers, got {sorted(parts)} or others.")
     shape, values, bits = parts["shape"].flatten(), parts["compressed"], parts["bitmask"]
     if len(shape) != 2 or shape.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"Expected two whole numbers for 'shape', got {len(shape)} of {shape.dtype}.")
