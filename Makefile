@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 GPU_TESTS := tests/test_triton_compile.py $(filter-out %_compile.py,$(wildcard tests/test_triton_*.py))  # the longest first
 GPU_TESTS += tests/test_cuda.py tests/test_cuda_plans.py tests/test_distributed.py
 
-.PHONY: quickstart test gpu-test conformance lint install build coverage bench structure sanitize fuzz clean
+.PHONY: quickstart test gpu-test conformance compatibility lint install build coverage bench structure sanitize fuzz clean
 
 quickstart: install
 	$(BIN)/python examples/quickstart.py
@@ -30,6 +30,9 @@ lint: install
 
 conformance: install  # PyTorch's operator, module and optimizer databases over every layout: about ten minutes
 	$(BIN)/python -m tests.conformance
+
+compatibility: install  # docs/compatibility.md, from the outcomes of the tests of clients
+	$(BIN)/python -m pytest --compatibility=docs/compatibility.md
 
 coverage: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov=sten --cov-report=term --cov-fail-under=90

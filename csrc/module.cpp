@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "crc32.h"
 #include "linear.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -35,4 +36,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return rows;
       },
       pybind11::arg("n"), pybind11::arg("m"), "GroupedNM's patterns in the order the kernels assume.");
+  m.def("has_crc32", &sten::has_crc32, "Whether crc32 runs on this processor.");
+  m.def(
+      "crc32",
+      [](const pybind11::buffer& data, uint32_t value) {
+        if (!sten::has_crc32()) throw std::runtime_error("Expected a processor with PCLMULQDQ; use zlib.crc32.");
+        const pybind11::buffer_info bytes = data.request();
+        if (bytes.ndim != 1 || bytes.itemsize != 1 || bytes.strides[0] != 1)
+          throw std::invalid_argument("Expected contiguous bytes, got another buffer.");
+        const pybind11::gil_scoped_release released;
+        return sten::crc32(static_cast<const unsigned char*>(bytes.ptr), bytes.size, value);
+      },
+      pybind11::arg("data"), pybind11::arg("value") = 0, "zlib.crc32, by carry-less multiplication.");
 }

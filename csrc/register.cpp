@@ -86,6 +86,16 @@ Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, 
   return y;
 }
 
+// What sten.load asks of a pattern, in one pass over it.
+bool compressed_in_bounds_op(const Tensor& crow, const Tensor& col, int64_t columns) {
+  static constexpr const char* op = "sten::compressed_in_bounds";
+  check(crow, op, "crow", 1, at::kInt);
+  check(col, op, "col", 1, at::kInt);
+  if (crow.size(0) == 0) return false;
+  const Csr w{nullptr, crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>()};
+  return csr_in_bounds(w, crow.size(0) - 1, col.size(0), columns, make_pool());
+}
+
 // C(m, n), or limit + 1 when it is larger than limit
 int64_t choose(int64_t m, int64_t n, int64_t limit) {
   int64_t c = 1;
@@ -138,9 +148,11 @@ TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "grouped_nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, int n, int m, int g, "
       "int out_features, *, bool trusted=False) -> Tensor");
+  m.def("compressed_in_bounds(Tensor crow, Tensor col, int columns) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(sten, CPU, m) {
   m.impl("csr_linear", &sten::csr_linear_op);
   m.impl("grouped_nm_linear", &sten::grouped_nm_linear_op);
+  m.impl("compressed_in_bounds", &sten::compressed_in_bounds_op);
 }

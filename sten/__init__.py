@@ -21,6 +21,16 @@ from .conversion import (
 )
 from .dispatch import DensifyError, kernel, strict
 from .errors import FormatError
+from .interchange import (
+    from_compressed_tensors,
+    from_scipy,
+    from_torch,
+    load_masks,
+    save_masks,
+    to_compressed_tensors,
+    to_scipy,
+    to_torch,
+)
 from .io import inspect, load, save
 from .layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 from .layouts.base import Layout
@@ -63,9 +73,10 @@ __all__ = [
     "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
     "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL",
     "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
-    "densify", "distill_loss", "extend", "finalize", "follow", "from_dense", "fuse", "inspect", "kernel", "load",
-    "load_run", "optim", "parallelize_module", "plan", "save", "save_run", "schedule", "scores", "sparsify", "strict",
-    "summary", "testing", "trainable", "unfuse", "which",
+    "densify", "distill_loss", "extend", "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy",
+    "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run", "optim", "parallelize_module",
+    "plan", "save", "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
+    "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tensor_file
+from .backends import cpp
 from .checked import checked
 from .conversion.pretrained import KEY
 from .conversion.recipe import recipes_of, set_recipes
@@ -59,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     expect_model(model)
     tensors, sparse, ties = _flatten(model)
     header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties, "recipes": recipes_of(model)})
-    tensor_file.write(path, tensors, {"format": "pt", "sten": header})
+    tensor_file.write(path, tensors, {"format": "pt", "sten": header}, cpp.crc32())
 
 
 def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, str]]:
@@ -186,7 +187,8 @@ def _read(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor
         header = _header(raw, path)
         owned = {f"{name}." for name in header["sparse"]}
         pattern = {key for key in raw.tensors if key.rpartition(".")[0] + "." in owned and not key.endswith(".values")}
-        tensors = tensor_file.read(file, raw, frozenset(raw.tensors) - pattern if mmap else frozenset())
+        mapped = frozenset(raw.tensors) - pattern if mmap else frozenset()
+        tensors = tensor_file.read(file, raw, mapped, cpp.crc32())
     crc32 = header.get("crc32")
     if "crc32" not in raw.metadata and crc32 != checksum_of_version_1(tensors):
         raise FormatError(

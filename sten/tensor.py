@@ -293,8 +293,8 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
     if not isinstance(layout, Layout):
         raise TypeError(f"Expected a layout such as sten.NM(2, 4), got {layout!r}.")
     if not isinstance(tensor, Tensor) or isinstance(tensor, SparseTensor) or tensor.layout != torch.strided:
-        kind = tensor.layout if type(tensor) is Tensor else type(tensor).__name__
-        raise TypeError(f"Expected a dense tensor, got {kind}; call .to_dense() on it.")
+        kind = tensor.layout if type(tensor) in (Tensor, torch.nn.Parameter) else type(tensor).__name__
+        raise TypeError(f"Expected a dense tensor, got {kind}; call {_maker(tensor)} on it.")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"Expected a floating-point tensor, got {tensor.dtype}; call .float() on it.")
     shape = tuple(tensor.shape)
@@ -310,6 +310,14 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
         else:
             expect_held(layout, mask)
         return SparseTensor(layout, layout.pack(tensor, mask.to(tensor.device)), shape)
+
+
+def _maker(thing: object) -> str:
+    """What makes of this, which is not a dense tensor, a SparseTensor or a dense one."""
+    if type(thing).__module__.startswith("scipy.sparse"):
+        return "sten.from_scipy"
+    sparse = isinstance(thing, torch.sparse.SparseSemiStructuredTensor) or getattr(thing, "is_sparse", False)
+    return "sten.from_torch" if sparse or "sparse" in str(getattr(thing, "layout", "")) else ".to_dense()"
 
 
 def function(*functions: Callable | str, replace: bool = True) -> Callable:

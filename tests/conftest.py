@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from compatibility import Collector
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch.compile does in any test
@@ -15,8 +16,17 @@ with warnings.catch_warnings():
     from sten.layouts.registry import REGISTERED
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--compatibility", metavar="PATH", help="run the tests marked `cell` and write their table to PATH"
+    )
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    if config.getoption("--compatibility"):
+        os.environ["STEN_ALL"] = "1"  # every cell, not the sample of the default run
+        config.pluginmanager.register(Collector(config.getoption("--compatibility")))
     torch.set_num_threads(1)  # two workers share two cores; a test of threads sets its own number
 
 

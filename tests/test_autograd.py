@@ -201,6 +201,7 @@ def test_training_matches_the_masked_dense_model(layout, name, foreach, strictly
     runs[0][1].step()
 
 
+@pytest.mark.cell("GradScaler", form="finalized")
 @pytest.mark.parametrize("layout", [CSR(), GroupedNM(1, 3, 2)], ids=str)
 def test_grad_scaler(layout):
     sparse, dense = twins(layout)
@@ -243,6 +244,8 @@ def test_regularizers_and_averages():
 # torch.func, autocast, modes
 
 
+@pytest.mark.cell("vmap", form="finalized")
+@pytest.mark.cell("func.grad", form="finalized")
 @every_layout
 def test_func(layout, strictly):
     w, dense = make(layout, (7, 5), torch.float64)
@@ -287,6 +290,7 @@ def test_functional_call(layout, strictly):
     torch.testing.assert_close(grads["weight"].to_dense() * w.mask(), torch.ones(8, 3) @ x * w.mask())
 
 
+@pytest.mark.cell("autocast", form="finalized")
 @every_layout
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(layout, dtype, strictly):
@@ -325,6 +329,7 @@ def test_inference_mode(layout):
         fresh.sparse_layout.validate(fresh.parts, fresh.stored_shape)
 
 
+@pytest.mark.cell("checkpointing", form="finalized", layout="CSR")
 def test_checkpointing():
     sparse, dense = twins(CSR())
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)

@@ -94,6 +94,7 @@ def train(model, run, inputs, optimizer):
     return [s.to_dense() if isinstance(s, sten.SparseTensor) else s for s in seen]
 
 
+@pytest.mark.cell("compile", form="finalized")
 @every_layout
 @pytest.mark.parametrize("kind", [Products, Images, Words])
 def test_training_steps(layout, kind, strictly):
@@ -124,6 +125,7 @@ def test_inductor():
     torch.testing.assert_close(torch.autograd.grad(got.sum(), w)[0].to_dense(), grad.to_dense())
 
 
+@pytest.mark.cell("dynamic compile", form="finalized", layout="CSR")
 def test_dynamic_shapes():
     model, count = Products(CSR()), Counter()
     run = torch.compile(model, fullgraph=True, backend=count, dynamic=True)
@@ -202,6 +204,7 @@ def test_attention_in_eval():
                     torch.testing.assert_close(g, v, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.cell("compile", form="dense weight")
 @pytest.mark.parametrize("method", [sten.SRSTE(), sten.DecayingMask(20)], ids=lambda m: type(m).__name__)
 @small_layout
 def test_a_mask_inside_a_graph(layout, method):

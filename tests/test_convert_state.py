@@ -93,6 +93,8 @@ def test_strict_names_what_is_missing(form):
     into.load_state_dict({}, strict=False)
 
 
+@pytest.mark.cell("deepcopy")
+@pytest.mark.cell("pickle")
 @pytest.mark.parametrize("form", ["finalized", "trainable"])
 @every_layout
 def test_copies_and_pickles_of_modules(layout, form):
@@ -112,6 +114,7 @@ def test_copies_and_pickles_of_modules(layout, form):
     assert isinstance(copies[0][0], nn.Linear)
 
 
+@pytest.mark.cell("weights_only", layout="GroupedNM")
 @pytest.mark.parametrize("form", ["finalized", "trainable"])
 def test_state_dict_through_a_file(form):
     model = in_form(sten.sparsify(mlp(), layout=GroupedNM(1, 4, 4)), form)
@@ -123,6 +126,7 @@ def test_state_dict_through_a_file(form):
     expect_close(state(into), state(model), 0, 0)
 
 
+@pytest.mark.cell("EMA", layout="CSR")
 @pytest.mark.parametrize("form", ["finalized", "trainable"])
 def test_averaged_model(form):
     model = in_form(sten.sparsify(mlp(), layout=CSR(), sparsity=0.7), form)

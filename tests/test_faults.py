@@ -108,6 +108,17 @@ def test_a_failed_update_is_tried_again(cell, at, error):
     sten.finalize(model)
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_failed_update_uses_up_no_random_numbers(at):
+    """The update that is tried again draws what the failed one drew."""
+    model, optimizer = build((failing(sten.SET(24, every=4), ValueError, at), sten.CSR()))
+    generator = engines_of(model)[0].generator
+    before = generator.get_state()
+    assert steps(model, optimizer, 0, 4, ValueError) == 1 and torch.equal(generator.get_state(), before)
+    steps(model, optimizer, 4, 5)
+    assert engines_of(model)[0].updates == 1 and not torch.equal(generator.get_state(), before)
+
+
 @every_method
 def test_an_error_leaves_a_step_as_it_was(cell):
     """In forward, and in backward: what a step has not written yet is not written."""

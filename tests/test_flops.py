@@ -22,13 +22,14 @@ def entries(model):
     return [int(p.mask().sum()) for p in model.parameters() if isinstance(p, sten.SparseTensor)]
 
 
+@pytest.mark.cell("flop counter")
 @every_layout
-@pytest.mark.parametrize("trainable", [False, True])
-def test_linear(layout, trainable):
+@pytest.mark.parametrize("form", ["finalized", "trainable"])
+def test_linear(layout, form):
     torch.manual_seed(0)
     model = sten.sparsify(nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 8)), layout, sparsity=rate(layout))
     first, second = entries(model)
-    if trainable:
+    if form == "trainable":
         sten.trainable(model)
     x = torch.randn(3, 5, 12)
     assert count(lambda: model(x)) == 2 * 15 * (first + second)
@@ -40,14 +41,15 @@ def test_linear(layout, trainable):
     assert count(lambda: dense(x)) == 2 * 15 * (12 * 20 + 20 * 8)  # the unit is torch's own
 
 
+@pytest.mark.cell("flop counter")
 @every_layout
-@pytest.mark.parametrize("trainable", [False, True])
-def test_conv_with_groups(layout, trainable):
+@pytest.mark.parametrize("form", ["finalized", "trainable"])
+def test_conv_with_groups(layout, form):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.Conv2d(8, 8, 3, stride=2))
     model = sten.sparsify(model, layout, sparsity=rate(layout), weights="*weight")
     first, second = entries(model)
-    if trainable:
+    if form == "trainable":
         sten.trainable(model)
     x = torch.randn(2, 4, 7, 7)
     assert count(lambda: model(x)) == 2 * 2 * (49 * first + 9 * second)

@@ -144,6 +144,8 @@ def of_each_sample(model, x):
     return torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x)
 
 
+@pytest.mark.cell("func.grad", form="trainable")
+@pytest.mark.cell("vmap", form="trainable")
 @small_layout
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_of_each_sample(layout, transposed):
@@ -161,6 +163,8 @@ def test_gradients_of_each_sample(layout, transposed):
             torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.cell("func.grad", form="dense weight", layout="NM")
+@pytest.mark.cell("vmap", form="dense weight", layout="NM")
 @pytest.mark.parametrize("method", [sten.STE(), sten.SRSTE(), sten.DecayingMask(20)], ids=lambda m: type(m).__name__)
 def test_gradients_of_each_sample_of_a_dense_weight(method):
     model = nn.Sequential(nn.Linear(12, 8))

@@ -18,6 +18,7 @@ from torch import nn
 
 import sten
 from sten import tensor_file
+from sten.backends import cpp
 from sten.io import checksum_of_version_1
 from sten.layouts import CSR, NM, GroupedNM
 
@@ -297,6 +298,15 @@ def test_checksums_are_zlibs(tmp_path):
     size = struct.unpack("<Q", data[:8])[0]
     crc32 = json.loads(data[8 : 8 + size])["__metadata__"]["crc32"]
     assert crc32 == f"{zlib.crc32(data[8 + size :]):08x}"
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 127, 128, 192, 1000, 2**20 + 3])
+def test_the_compiled_checksum_is_zlibs(size):
+    data, before = os.urandom(size + 7), zlib.crc32(b"before")
+    for start in (0, 1, 7):
+        piece = memoryview(data)[start : start + size]
+        assert cpp.crc32()(piece, before) == zlib.crc32(piece, before)
+        assert cpp.crc32()(piece, 0) == zlib.crc32(piece)
 
 
 @pytest.mark.parametrize("version", [1, 2])

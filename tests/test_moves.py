@@ -34,6 +34,7 @@ def form_of(model: nn.Module) -> list:
     return [(row.name, row.layout, row.density) for row in sten.summary(model).rows]
 
 
+@pytest.mark.cell("state_dict")
 @every_layout
 @every_form
 @pytest.mark.parametrize("dims", [2, 3])

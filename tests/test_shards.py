@@ -175,6 +175,14 @@ def worker(rank, port, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.cell("DDP", form=FORMS[:2], layout=SMALL)
+@pytest.mark.cell("DDP", form="dense weight", layout=["CSR", "NM", "VectorNM", "GroupedNM"])
+@pytest.mark.cell(
+    "FSDP2 train",
+    form="finalized",
+    layout=["CSR", "GroupedNM"],
+    refused="call sten.trainable(model) before fully_shard",
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="gloo is not built in")
 def test_two_processes(tmp_path):

@@ -75,6 +75,7 @@ def test_a_model_on_the_meta_device_takes_a_state_dict_by_assignment(method):
     assert all(map(torch.equal, dense_weights(model), dense_weights(other)))
 
 
+@pytest.mark.cell("SWA", form="trainable")
 @pytest.mark.parametrize("layout", [CSR(), BSR((4, 4)), Masked()], ids=str)
 def test_an_average_follows_the_pattern(layout):
     model, optimizer, engine = sparse(sten.RigL(24, every=3), layout)
@@ -94,6 +95,7 @@ def test_an_average_follows_the_pattern(layout):
         sten.follow(mlp(), model)
 
 
+@pytest.mark.cell("SWA", form="dense weight", layout="CSR")
 def test_an_average_of_dense_weights_needs_no_call():
     model, optimizer, _ = sparse(sten.Gradual(2, 8, 3))
     average = torch.optim.swa_utils.AveragedModel(model)

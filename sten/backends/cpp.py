@@ -10,10 +10,11 @@ the library the import still succeeds.
 
 import importlib
 import importlib.util
+import zlib
 
 import torch
 
-__all__ = ["available", "features", "load_error", "set_instruction_set"]
+__all__ = ["available", "crc32", "features", "load_error", "set_instruction_set"]
 
 _library = None
 _load_error = None
@@ -55,6 +56,12 @@ def set_instruction_set(name):
     if not available():
         raise RuntimeError("Expected compiled kernels, got none; build them: `python setup.py build_ext --inplace`.")
     _library.set_instruction_set(name)
+
+
+def crc32():
+    """Return zlib.crc32, or the compiled one, which is four times as fast, where this processor runs it."""
+    compiled = available() and hasattr(_library, "crc32") and _library.has_crc32()  # or the build is an old one
+    return _library.crc32 if compiled else zlib.crc32
 
 
 def _fake(x, *arguments, trusted=False):

@@ -321,7 +321,9 @@ def _tied(members: list[Target], named: list[Pattern]) -> Target:
 def _check(target: Target) -> None:
     tensor, shape = target.tensor, target.shape
     if tensor.layout != torch.strided:
-        raise TypeError(f"{target.name} is stored as {tensor.layout}: make it a dense Parameter first, by .to_dense().")
+        raise TypeError(
+            f"{target.name} is stored as {tensor.layout}: call sten.from_torch(model) first, or .to_dense()."
+        )
     if tensor.is_meta:
         raise ValueError(f"{target.name} is on the meta device, without numbers to choose by: load the model first.")
     if not tensor.dtype.is_floating_point:

@@ -145,17 +145,20 @@ class NM(Layout):
             return
         each = groups // math.prod(shape[2:])  # groups of the inputs of one kernel position; the last is padded
         last = shape[1] - (each - 1) * self.m
-        whole = 8 % (self.n * self.bits) == 0  # a byte holds whole groups: what occurs is checked once
-        for values, index in chunks(parts["values"], parts["index"]):
-            if whole:
-                self._expect_positions(index[:, :-1].flatten().bincount(minlength=256).nonzero().to(torch.uint8), None)
-                self._expect_positions(index[:, -1:], groups - (index.shape[1] - 1) * 8 // (self.n * self.bits))
-            else:
+        if 8 % (self.n * self.bits) == 0:  # a byte holds whole groups: each value of a byte is checked once
+            seen = torch.zeros(256, dtype=torch.int64, device=parts["index"].device)
+            for (index,) in chunks(parts["index"]):
+                seen += index[:, :-1].flatten().bincount(minlength=256)
+            self._expect_positions(seen.nonzero().to(torch.uint8), None)
+            self._expect_positions(parts["index"][:, -1:], groups - (width - 1) * 8 // (self.n * self.bits))
+        else:
+            for (index,) in chunks(parts["index"]):
                 self._expect_positions(index, groups)
-            bits = groups * self.n * self.bits % 8
-            if bits and bool((index[:, -1] >> bits).any()):
-                raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
-            if last < self.m:
+        bits = groups * self.n * self.bits % 8
+        if bits and bool((parts["index"][:, -1] >> bits).any()):
+            raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
+        if last < self.m:
+            for values, index in chunks(parts["values"], parts["index"]):
                 beyond = self.positions(index, groups)[:, each - 1 :: each] >= last
                 expect_zero(self, values.reshape(len(values), groups, self.n)[:, each - 1 :: each][beyond])
 

@@ -49,7 +49,7 @@ from .optimizer_checks import expect_elementwise, expect_optimizer, expect_slots
 from .pattern_weight import PatternWeight
 from .reminders import empty_rows, forget, listed, warn_of_empty_rows
 from .trained_weight import TrainedWeight
-from .uninterrupted import uninterrupted
+from .uninterrupted import drawn_again, uninterrupted
 from .views import Views
 from .weights import dynamic_weights, is_frozen, trained_weights
 
@@ -270,18 +270,18 @@ class Engine:
         counts = self.method.allocate(views, self.allocation) if views.moving else None
         optimizers = [optimizer, *(other for ref in self.others if (other := ref()) is not None)]
         writes, empty = [], {}
-        for weight in views.moving:
-            count = None if counts is None else counts[weight.name]
-            edit = self.gradients.edits.get(weight) or self.method.update(views.of(weight, count))
-            self.gradients.release(weight)
-            try:
-                edit = self._checked(edit, weight, count)
-                writes.append(weight.change(edit, *optimizers))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{weight.name}: {self.method}: {error}") from error
-            if edit.mask is not None and not weight.warned_of_empty_rows:
-                rows = empty_rows(edit.mask, weight.layout)
-                if rows:
+        with drawn_again(self.generator):
+            for weight in views.moving:
+                count = None if counts is None else counts[weight.name]
+                edit = self.gradients.edits.get(weight) or self.method.update(views.of(weight, count))
+                self.gradients.release(weight)
+                try:
+                    edit = self._checked(edit, weight, count)
+                    writes.append(weight.change(edit, *optimizers))
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{weight.name}: {self.method}: {error}") from error
+                can_warn = edit.mask is not None and not weight.warned_of_empty_rows
+                if can_warn and (rows := empty_rows(edit.mask, weight.layout)):
                     weight.warned_of_empty_rows, empty[weight.name] = True, rows
         if not writes:
             self.deferred_update_step = None

@@ -1,4 +1,4 @@
-"""Writes that Ctrl-C does not cut in two."""
+"""Writes that Ctrl-C does not cut in two, and random numbers that a failed update has not used up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+import torch
 
 
 @contextlib.contextmanager
@@ -26,3 +28,14 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if arrived:
             handler(*arrived[0])
+
+
+@contextlib.contextmanager
+def drawn_again(generator: torch.Generator) -> Iterator[None]:
+    """If the block raises, the generator is as it was before: who tries again draws the same numbers."""
+    state = generator.get_state()
+    try:
+        yield
+    except BaseException:
+        generator.set_state(state)
+        raise
