@@ -136,6 +136,7 @@ def test_onnx(layout, form, tmp_path):
     close(in_onnxruntime(model, f"{tmp_path}/model.onnx")[0], model(batch(9)))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11's type promotion fails on a product with a mask")
 @pytest.mark.cell("ONNX", form="dense weight")
 @pytest.mark.parametrize(
     "layout", [layout for layout in SMALL if type(layout) is not sten.GroupedNM][:: 1 if ALL else 5]

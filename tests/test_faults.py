@@ -145,11 +145,12 @@ def test_an_error_leaves_a_step_as_it_was(cell):
 def test_ctrl_c_at_any_time(cell):
     """SIGINT from another thread, in every part of a step: each state that it leaves is consistent, and goes on."""
     model, optimizer = build(cell)
+    train(model, optimizer, range(1))  # torch's Adam makes its state entry by entry, and may be interrupted there
     random = torch.Generator().manual_seed(0)
     engine, interrupted = engines_of(model)[0], 0
-    for i in range(12):
+    for i in range(1, 13):
         delay = float(torch.rand((), generator=random)) * 0.004
-        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
+        timer = threading.Timer(delay, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
         optimizer.zero_grad()
         try:
             timer.start()

@@ -6,35 +6,15 @@ import copy
 
 import pytest
 import torch
-from small import batch, every_layout, mlp, rate
+from forms import dense_of, every_form, sparse
+from small import batch, every_layout, mlp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import sten
 
-FORMS = ("finalized", "trainable", "dense weight")
-every_form = pytest.mark.parametrize("form", FORMS)
 pytestmark = pytest.mark.filterwarnings("ignore:sten. the masks leave rows empty", "ignore:.*lr_scheduler.step")
-
-
-def sparse(layout, form):
-    if form == "dense weight":
-        method = sten.Gradual(1, 2) if layout.rate is None else sten.STE()
-        return sten.sparsify(mlp(), layout, method, rate(layout))
-    model = sten.sparsify(mlp(), layout, sparsity=rate(layout))
-    return sten.trainable(model) if form == "trainable" else model
-
-
-def dense_of(model):
-    """A dense model with the weights that `model` computes with."""
-    dense = mlp()
-    with torch.no_grad():
-        for ours, theirs in zip(model, dense, strict=True):
-            if isinstance(ours, nn.Linear):
-                theirs.weight.copy_(ours.weight.to_dense())
-                theirs.bias.copy_(ours.bias)
-    return dense
 
 
 def close(got, want, tolerance=1e-4):
