@@ -292,13 +292,13 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
     """
     if not isinstance(layout, Layout):
         raise TypeError(f"Expected a layout such as sten.NM(2, 4), got {layout!r}.")
-    if not isinstance(tensor, Tensor) or isinstance(tensor, SparseTensor) or tensor.layout != torch.strided:
+    others = SparseTensor, torch.sparse.SparseSemiStructuredTensor
+    if not isinstance(tensor, Tensor) or isinstance(tensor, others) or tensor.layout != torch.strided:
         kind = tensor.layout if type(tensor) in (Tensor, torch.nn.Parameter) else type(tensor).__name__
         raise TypeError(f"Expected a dense tensor, got {kind}; call {_maker(tensor)} on it.")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"Expected a floating-point tensor, got {tensor.dtype}; call .float() on it.")
-    shape = tuple(tensor.shape)
-    layout.check(shape)
+    layout.check(shape := tuple(tensor.shape))
     with torch.no_grad():
         tensor = tensor.detach()
         if mask is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
-from forms import dense_of, every_form, sparse
+from forms import FORMS, dense_of, every_form, sparse
 from small import batch, every_layout, mlp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -159,3 +161,59 @@ def test_parametrization_on_top(layout):
     close(model(batch(0)), dense(batch(0)))
     got, want = (each[0].parametrizations.weight.original for each in (model, dense))
     close(got.grad, want.grad * got.mask())
+
+
+def through_torch_save(model):
+    """A state dict, read without running what the file says, into a model of the same form."""
+    file, other = io.BytesIO(), copy.deepcopy(model)
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        pytest.param(copy.deepcopy, marks=pytest.mark.cell("deepcopy"), id="deepcopy"),
+        pytest.param(lambda model: pickle.loads(pickle.dumps(model)), marks=pytest.mark.cell("pickle"), id="pickle"),
+        pytest.param(through_torch_save, marks=pytest.mark.cell("weights_only"), id="weights_only"),
+    ],
+)
+@every_layout
+@every_form
+def test_copies_are_equal_and_independent(layout, form, copied):
+    model = sparse(layout, form)
+    want = model(batch(0)).detach()
+    other = copied(model)
+    assert torch.equal(other(batch(0)), want)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2)
+    assert torch.equal(model(batch(0)), want) and not torch.equal(other(batch(0)), want)
+
+
+@pytest.mark.cell("8-bit optimizers")
+@every_layout
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_optimizer_states_of_8_bits(layout, form):
+    """torchao's optimizer, whose states of 4096 numbers and more are tensors of its own."""
+    optim = pytest.importorskip("torchao.optim")
+    pattern = form == "trainable"
+    method = sten.Static() if pattern else sten.Gradual(1, 3) if layout.rate is None else sten.STE()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 64))
+    optimizer = optim.AdamW8bit(model.parameters(), lr=1e-2)
+    sten.sparsify(model, layout, method, 0.5 if layout.rate is None else None, optimizer=optimizer)
+    x, losses = torch.randn(8, 64), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    assert any("8bit" in type(t).__name__ for state in optimizer.state.values() for t in state.values())
