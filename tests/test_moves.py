@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -154,3 +155,17 @@ def test_lazy_modules_are_run_first(call):
         dense[0].weight.mul_(model[0].weight.mask())
         dense[2].weight.mul_(model[2].weight.mask())
     torch.testing.assert_close(model(x), dense(x))
+
+
+@every_layout
+@every_form
+@pytest.mark.filterwarnings("error")
+def test_another_dtype_makes_no_dense_copy(layout, form):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = sparse(mlp(), layout, form)
+    known, want = form_of(model), model(torch.ones(3, 12)).detach()
+    with sten.strict():
+        model.double().to("cpu", torch.float32)
+    torch.testing.assert_close(model(torch.ones(3, 12)), want)
+    assert form_of(model) == known

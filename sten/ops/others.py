@@ -25,8 +25,9 @@ AS_THEY_ARE = """size dim ndimension nelement numel element_size stride storage_
     is_same_size is_coalesced has_names result_type __len__ __hash__ __repr__ __format__ __reduce_ex__ __deepcopy__
     __setstate__ __dir__ backward register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ detach
     detach_ clone to float double half bfloat16 int long short char byte bool cpu cuda xpu type_as contiguous equal
-    record_stream untyped_storage _typed_storage module_load _use_count _is_view zeros_like ones_like full_like
-    empty_like rand_like randn_like new_empty new_zeros new_ones new_full new_empty_strided new_tensor"""
+    record_stream untyped_storage _typed_storage module_load _use_count _is_view _has_compatible_shallow_copy_type
+    zeros_like ones_like full_like empty_like rand_like randn_like new_empty new_zeros new_ones new_full
+    new_empty_strided new_tensor"""
 OF_MATRICES = "t transpose permute swapaxes swapdims movedim moveaxis adjoint t_ transpose_"
 SAME_SHAPE = "view reshape expand view_as reshape_as expand_as"
 WRITE_ITSELF = "a copy of the entries of a {} tensor; assign to the tensor itself, w[i] = value"
