@@ -75,8 +75,12 @@ def planned(
 
 
 def _prepare_and_store(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any], signature: tuple) -> Plan:
-    """Make the Plan of a signature, and store it unless it is for one call only."""
-    plan = _new_plan(name, w, operands, geometry, intercepted=False)
+    """Make the Plan of a signature, and store it."""
+    return _stored(w, signature, _new_plan(name, w, operands, geometry, intercepted=False))
+
+
+def _stored(w: SparseTensor, signature: tuple, plan: Plan) -> Plan:
+    """The Plan, stored with the weight unless it is for one call only."""
     if _observers or (w.parts["values"].is_cuda and torch.cuda.is_current_stream_capturing()):
         return plan
     plans = w.cache.plans
@@ -145,7 +149,7 @@ def planned_together(
 
 
 def _prepare_together(name, weights, x, biases, geometry, serves, key) -> Plan:
-    """Make the Plan; store it if it has a key, and is not for one call only."""
+    """Make the Plan; store it if it has a key."""
     op, values = OPERATORS[name], [w.parts["values"] for w in weights]
     layouts: Any = tuple(w.sparse_layout for w in weights) + (None,) * (len(op.sparse) - len(weights))
     shapes: Any = tuple(w.stored_shape for w in weights)
@@ -161,13 +165,7 @@ def _prepare_together(name, weights, x, biases, geometry, serves, key) -> Plan:
         plan = prepare(name, layouts, shapes, values[0].dtype, flags)
         for w in weights:
             _record(name, w, layouts)
-    if key is None or _observers or (values[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-        return plan
-    plans = weights[0].cache.plans
-    if len(plans) >= MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
-    return plan
+    return plan if key is None else _stored(weights[0], key, plan)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -149,26 +149,44 @@ def stored(names: tuple[str, ...], layout: Layout, row: Row) -> Callable[[dict[s
     return tensors if row.table is None else tensors_and_table
 
 
+def other_dtype(dtype: torch.dtype) -> Plan | None:
+    """The Plan of a dtype that the kernels are not for; None of the others."""
+    if dtype in DTYPES:
+        return None
+    known = "float16, bfloat16 and float32"
+    return Plan.of("reference", f"expands to dense: the Triton kernels are for {known}, not {dtype}", None)
+
+
+def numbers_of(product, row: Row, layout: Layout, shape: tuple[int, ...], **ends: str) -> dict:
+    """The integers and strings that a product takes for a weight of this shape."""
+    known = {**row.numbers(layout), "out_features": shape[0], "in_features": shape[1], **ENDS, **ends}
+    return {number: known[number] for number in product.numbers}
+
+
+def launches_of(product, numbers: dict, flags: Flags, choose: Callable[[], tuple[str, str]]) -> tuple:
+    """(what runs the product, the variant, the reason); `choose` is called where the number of tokens is known."""
+    if flags.tokens is None:
+        reason = "a torch.library operator, visible to the compiler, chooses when it runs"
+        return functools.partial(product, **numbers), "operator", reason
+    variant, reason = choose()
+    return Launches(product, variant, numbers), variant, reason
+
+
 def prepare_by(name: str, row: Row) -> Callable[..., Plan]:
     """The `prepare` of an operator by the kernels of a layout."""
     names = row.parts[list(PRODUCTS).index(name)]
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        if dtype not in DTYPES:
-            known = "float16, bfloat16 and float32"
-            return Plan.of("reference", f"expands to dense: the Triton kernels are for {known}, not {dtype}", None)
+        if (refused := other_dtype(dtype)) is not None:
+            return refused
         why = row.reference(name, layout, dtype)
         if why is not None:
             return Plan.of("reference", why, None)
         product = getattr(getattr(kernels, row.module), PRODUCTS[name])
-        known = {**row.numbers(layout), "out_features": shape[0], "in_features": shape[1], **ENDS}
-        numbers = {number: known[number] for number in product.numbers}
-        if flags.tokens is None:
-            variant, reason = "operator", "a torch.library operator, visible to the compiler, chooses when it runs"
-            launches, absent = functools.partial(product, **numbers), ()
-        else:
-            variant, reason = product.choose(flags.tokens, *shape, dtype, **row.facts(layout, flags.entries or 0))
-            launches, absent = Launches(product, variant, numbers), getattr(product, "absent", ())
+        facts, numbers = row.facts(layout, flags.entries or 0), numbers_of(product, row, layout, shape)
+        choose = functools.partial(product.choose, flags.tokens, *shape, dtype, **facts)
+        launches, variant, reason = launches_of(product, numbers, flags, choose)
+        absent = () if flags.tokens is None else getattr(product, "absent", ())
         return Plan.of(variant, reason, RUNS[name](launches, stored(names, layout, row), absent))
 
     prepare.__name__ = f"{row.module}_{name}"

@@ -4,47 +4,22 @@ from __future__ import annotations
 
 import functools
 
-import torch
-
 from .. import kernels
 from ..dispatch import Flags, Plan, kernel
 from ..layouts import NM, VectorNM
 from ..ops import fused as fused  # declares the operators
-from .cuda import DTYPES, ENDS, TABLE, Launches, Row, rate, stored
+from .cuda import TABLE, Launches, launches_of, numbers_of, other_dtype, rate, stored
 
 STACKED = {NM: "nm_several", VectorNM: "vector_nm_several"}
 
 
-def served(dtype: torch.dtype) -> Plan | None:
-    """The Plan of a dtype that the kernels are not for."""
-    known = "float16, bfloat16 and float32"
-    if dtype in DTYPES:
-        return None
-    return Plan.of("reference", f"expands to dense: the Triton kernels are for {known}, not {dtype}", None)
-
-
-def product_of(layout, row: Row, shape, **ends):
-    """(the layout's linear kernel, its integers for a weight of this shape)."""
-    product = getattr(kernels, row.module).linear
-    known = {**row.numbers(layout), "out_features": shape[0], "in_features": shape[1], **ENDS, **ends}
-    return product, {number: known[number] for number in product.numbers}
-
-
-def launches_of(product, numbers, flags: Flags, choice) -> tuple:
-    """(what runs the product with these numbers, the variant, the reason)."""
-    if flags.tokens is None:
-        reason = "a torch.library operator, visible to the compiler, chooses when it runs"
-        return functools.partial(product, **numbers), "operator", reason
-    variant, reason = choice()
-    return Launches(product, variant, numbers), variant, reason
-
-
 def prepare_activation(layout, shape, dtype, flags: Flags) -> Plan | None:
     """The activation at the end of the layout's linear kernel."""
-    if (refused := served(dtype)) is not None:
+    if (refused := other_dtype(dtype)) is not None:
         return refused
     row = TABLE[type(layout)]
-    product, numbers = product_of(layout, row, shape, activation=flags.geometry["activation"])
+    product = getattr(kernels, row.module).linear
+    numbers = numbers_of(product, row, layout, shape, activation=flags.geometry["activation"])
     choice = functools.partial(product.choose, flags.tokens, *shape, dtype, **row.facts(layout, flags.entries or 0))
     launch, variant, reason = launches_of(product, numbers, flags, choice)
     tensors = stored(row.parts[0], layout, row)
@@ -58,12 +33,12 @@ def prepare_activation(layout, shape, dtype, flags: Flags) -> Plan | None:
 
 def prepare_gated(layout, shape, dtype, flags: Flags) -> Plan | None:
     """Both products in one launch where the layout has such a kernel; else in two, the second of which multiplies."""
-    if (refused := served(dtype)) is not None:
+    if (refused := other_dtype(dtype)) is not None:
         return refused
     (layout, _), (shape, _) = layout, shape
     row = TABLE[type(layout)]
-    activation = flags.geometry["activation"]
-    product, numbers = product_of(layout, row, shape, activation=activation)
+    product = getattr(kernels, row.module).linear
+    numbers = numbers_of(product, row, layout, shape, activation=flags.geometry["activation"])
     choice = functools.partial(product.choose, flags.tokens, *shape, dtype, **row.facts(layout, flags.entries or 0))
     tensors = stored(row.parts[0], layout, row)
     launch, variant, reason = launches_of(product, numbers, flags, choice)
@@ -90,7 +65,7 @@ def prepare_gated(layout, shape, dtype, flags: Flags) -> Plan | None:
 
 def prepare_mlp(layout, shape, dtype, flags: Flags) -> Plan | None:
     """VectorNM: gate and up in one launch; over 64 tokens feature-major between the products."""
-    if (refused := served(dtype)) is not None:
+    if (refused := other_dtype(dtype)) is not None:
         return refused
     product, (first, _, last) = kernels.vector_nm_mlp.gated_mlp, layout
     (inner, inputs), _, (outputs, _) = shape
@@ -108,11 +83,12 @@ def prepare_mlp(layout, shape, dtype, flags: Flags) -> Plan | None:
 
 def prepare_several(layout, shape, dtype, flags: Flags) -> Plan | None:
     """One launch where the weights lie one behind the other in memory, else one for each."""
-    if (refused := served(dtype)) is not None:
+    if (refused := other_dtype(dtype)) is not None:
         return refused
     layout, row = layout[0], TABLE[type(layout[0])]
     together = (sum(rows for rows, _ in shape), shape[0][1])
-    product, numbers = product_of(layout, row, together)
+    product = getattr(kernels, row.module).linear
+    numbers = numbers_of(product, row, layout, together)
     operator = getattr(kernels.several, STACKED[type(layout)])
     tensors, absent = stored(row.parts[0], layout, row), (None,) * (product.count + 1) * (3 - len(shape))
     facts = row.facts(layout, (flags.entries or 0) * len(shape))
