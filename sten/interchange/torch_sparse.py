@@ -121,11 +121,7 @@ def compressed(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, ...]
     except ValueError as error:
         raise FormatError(str(error)) from error
     if block:
-        by_column = torch.argsort(col, stable=True)
-        count = col.long().bincount(minlength=columns)
-        parts["t_crow"] = nn.functional.pad(count.cumsum(0), (1, 0)).int()
-        parts["t_row"] = row_of_slots(parts["crow"], len(col))[by_column].int()
-        parts["t_block"] = by_column.int()
+        parts |= layout.by_columns(row_of_slots(parts["crow"], len(col)), col, col.long().bincount(minlength=columns))
     return SparseTensor(*checked(type(layout).__name__, fields(layout), parts, shape))
 
 

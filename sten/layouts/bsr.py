@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import chunks, expect_dense, expect_parts, expect_range, expect_zero
-from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
+from sten.layouts.compressed_rows import expect_compressed, offsets_of, row_of_slots, slots_of_rows
 from sten.layouts.padding import cut, pad_matrix
 from sten.layouts.topk import widest_float
 
@@ -85,16 +85,18 @@ class BSR(Layout):
         expect_dense(self, dense, mask)
         stored = self.blocks(mask).any(3).any(2)
         row, col = stored.nonzero(as_tuple=True)
-        by_column = torch.argsort(col, stable=True)
-        offsets = [torch.nn.functional.pad(stored.sum(d).cumsum(0), (1, 0)).int() for d in (1, 0)]
         return {
             "values": self.blocks(dense.masked_fill(~mask, 0))[row, col],
-            "crow": offsets[0],
+            "crow": offsets_of(stored.sum(1)),
             "col": col.int(),
-            "t_crow": offsets[1],
-            "t_row": row[by_column].int(),
-            "t_block": by_column.int(),
+            **self.by_columns(row, col, stored.sum(0)),
         }
+
+    @staticmethod
+    def by_columns(row: Tensor, col: Tensor, counts: Tensor) -> Parts:
+        """The parts that list blocks, given row by row, in the order of their columns, which have `counts` of them."""
+        by_column = torch.argsort(col, stable=True)
+        return {"t_crow": offsets_of(counts), "t_row": row[by_column].int(), "t_block": by_column.int()}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, col = parts["values"], parts["col"].long()

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from sten.layouts.base import Layout
 
 
+def offsets_of(counts: Tensor) -> Tensor:
+    """The offsets of rows (or columns) with so many entries: one more than there are rows, int32."""
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+
+
 def row_of_slots(crow: Tensor, slots: int) -> Tensor:
     """The row of each of `slots` slots; the number of rows for slots behind crow[-1]. Shapes stay static."""
     if exports_to_onnx():  # which cannot repeat; row r ends before each slot that is counted here

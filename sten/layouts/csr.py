@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import expect_dense, expect_parts, expect_zero
-from sten.layouts.compressed_rows import expect_compressed, row_of_slots, slots_of_rows
+from sten.layouts.compressed_rows import expect_compressed, offsets_of, row_of_slots, slots_of_rows
 
 LIMIT = 2**31 - 1  # the indices are int32
 
@@ -47,8 +47,8 @@ class CSR(Layout):
         row, col = stored.nonzero(as_tuple=True)
         if len(col) > LIMIT:
             raise ValueError(f"Expected at most {LIMIT} entries for {self}, got {len(col)}; use sten.BSR or sten.NM.")
-        crow = torch.nn.functional.pad(stored.sum(1).cumsum(0), (1, 0))
-        return {"values": dense.reshape(stored.shape)[row, col], "crow": crow.int(), "col": col.int()}
+        crow = offsets_of(stored.sum(1))
+        return {"values": dense.reshape(stored.shape)[row, col], "crow": crow, "col": col.int()}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, col = parts["values"], parts["col"].long()
