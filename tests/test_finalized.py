@@ -142,3 +142,12 @@ def test_exported_programs_keep_the_parameter(strict):
     program = torch.export.export(model, (x,), strict=strict)
     assert isinstance(program.state_dict["0.weight"], sten.SparseTensor)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_weights_that_others_put_into_place():
+    """`sten.from_torch` of a module; `from_pretrained` has its test beside the folders."""
+    layer = nn.Linear(16, 8).requires_grad_(False)
+    dense = layer.weight.masked_fill(torch.rand(8, 16) < 0.5, 0)
+    layer.weight = nn.Parameter(dense.to_sparse_csr(), requires_grad=False)
+    run, x = torch.compile(sten.from_torch(layer), backend=Backend(), fullgraph=True), torch.randn(3, 16)
+    torch.testing.assert_close(run(x), nn.functional.linear(x, dense, layer.bias))

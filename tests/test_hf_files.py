@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from hf_models import IDS, bert, every_form, every_layout, finalized, gpt2, in_form, llama, sampled
+from forms import every_form
+from hf_models import IDS, bert, every_layout, finalized, gpt2, in_form, llama, sampled
 
 import sten
 
@@ -44,6 +45,7 @@ def test_there_and_back(layout, form, tmp_path):
     model.save_pretrained(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert sum(isinstance(p, sten.SparseTensor) for p in read.parameters()) == 7
+    assert sum(len(getattr(type(m), "finalized_names", ())) for m in read.modules()) == 7  # compilers see the parts
     same(read, finalized(model).eval())
     assert {p.requires_grad for p in read.parameters()} == {True}
 

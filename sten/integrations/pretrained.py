@@ -26,7 +26,7 @@ from ..conversion.pretrained import KEY, pretrained_state
 from ..conversion.recipe import recipes_of, set_recipes
 from ..conversion.state_dict_hooks import accept_every_form, finalized_state
 from ..errors import FormatError
-from ..training.attribute import SUFFIX
+from ..training.attribute import SUFFIX, read_every_finalized
 from ..training.distributed import sharded
 
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -144,6 +144,7 @@ class SparseQuantizer(HfQuantizer):
             if isinstance(module, transformers.PreTrainedModel):
                 module.config._is_quantized = False
         set_recipes(model, self.quantization_config.recipes)
+        read_every_finalized(model)
         accept_every_form(model)
         return model
 

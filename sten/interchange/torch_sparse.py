@@ -16,6 +16,7 @@ from ..layouts.checks import expect_range
 from ..layouts.compressed_rows import expect_compressed, row_of_slots
 from ..layouts.registry import fields
 from ..tensor import SparseTensor, from_dense
+from ..training.attribute import read_every_finalized
 
 T = TypeVar("T", Tensor, nn.Module)
 
@@ -70,6 +71,7 @@ def _module_from_torch(module: nn.Module) -> nn.Module:
     for each in module.modules():
         for name, param in each._parameters.items():
             each._parameters[name] = found.get(id(param), param)
+    read_every_finalized(module)
     accept_every_form(module)
     return module
 

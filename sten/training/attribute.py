@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ..caller import no_replicas, no_shards
+from ..tensor import SparseTensor
 from .distributed import sharded
 from .finalized import Finalized
 
@@ -23,7 +24,8 @@ SUFFIX = "_pattern"  # a submodule must not bear the parameter's own name: torch
 
 @functools.cache
 def _reparametrized(cls: type[nn.Module], names: tuple[str, ...], finalized: tuple[str, ...] = ()) -> type[nn.Module]:
-    """A subclass of a module class whose attributes `names` are read through their TrainedWeights."""
+    """A subclass of a module class whose attributes `names` are read through their TrainedWeights, and `finalized` by
+    a `Finalized` each."""
 
     def attribute(name: str) -> property:
         key = name + SUFFIX
@@ -133,6 +135,14 @@ def read_finalized(module: nn.Module, name: str, sparse: bool) -> None:
     """Let a weight's attribute be a `Finalized`, or an ordinary one."""
     names = _without(finalized(module), name)
     _set_names(module, installed(module), (*names, name) if sparse else names)
+
+
+def read_every_finalized(model: nn.Module) -> None:
+    """The same for all weights of a model whose SparseTensors have been put into place by others."""
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if isinstance(param, SparseTensor):
+                read_finalized(module, name, sparse=True)
 
 
 def installed(module: nn.Module) -> tuple[str, ...]:
