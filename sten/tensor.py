@@ -106,8 +106,8 @@ class SparseTensor(Sealed, torch.Tensor):
         """Set what the wrapper stores. torch.compile reaches each part as an attribute of its own, `part_<name>`."""
         own = {"sparse_layout": layout, "parts": parts, "stored_shape": shape, "transposed": transposed}
         own["cache"] = PatternCache() if cache is None else cache
-        own["flat"] = tuple("part_" + name for name in parts), (layout, shape, transposed)
-        vars(self).update(own, **{"part_" + name: part for name, part in parts.items()})
+        inner = {"part_" + name: part for name, part in parts.items()}
+        vars(self).update(own, flat=(tuple(inner), (layout, shape, transposed)), **inner)
 
     def __tensor_flatten__(self) -> tuple[tuple[str, ...], tuple]:
         return self.flat
