@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compatibility import FORMS
 from small import mlp, rate
 from torch import nn
 
 import sten
 
-FORMS = ("finalized", "trainable", "dense weight")
 every_form = pytest.mark.parametrize("form", FORMS)
 
 

@@ -12,11 +12,9 @@ from torch import nn
 
 import sten
 
-FORMS = ["finalized", "trainable", "dense weight"]
 IDS = torch.arange(7)[None]
 every_layout = pytest.mark.parametrize("layout", SMALL, ids=str)
 sampled = pytest.mark.parametrize("layout", SMALL if os.environ.get("STEN_ALL") else SMALL[::3], ids=str)
-every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def llama(**more) -> nn.Module:

@@ -13,14 +13,13 @@ import sys
 import pytest
 import torch
 from cases import SMALL
+from forms import FORMS, every_form
 from small import mlp, rate
 from torch import nn
 
 import sten
 
-FORMS = ("finalized", "trainable", "dense weight")
 ALL = bool(os.environ.get("STEN_ALL"))
-every_form = pytest.mark.parametrize("form", FORMS)
 some_layouts = pytest.mark.parametrize("layout", SMALL if ALL else [SMALL[n] for n in (1, 5)], ids=str)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from forms import FORMS, every_form
 from small import every_layout as small_layout
 from small import mlp, rate
 from torch import nn
@@ -63,9 +64,6 @@ def test_forward_mode(pair):
             torch.testing.assert_close(each(x), dense(x))
 
 
-FORMS = ("finalized", "trainable", "dense weight")
-
-
 def in_form(layout, form, dtype=torch.float32):
     """(a model in a form, what it computes with, dense)."""
     torch.manual_seed(0)
@@ -84,7 +82,7 @@ def in_form(layout, form, dtype=torch.float32):
 
 @pytest.mark.cell("jvp")
 @small_layout
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_jvp_and_hessian(layout, form):
     (model, dense), x, tangent = in_form(layout, form), torch.randn(5, 12), torch.randn(5, 12)
     got, want = (torch.func.jvp(each, (x,), (tangent,)) for each in (model, dense))
@@ -113,7 +111,7 @@ def test_jvp_over_the_parameters(layout, form):
 @pytest.mark.cell("func.grad")
 @pytest.mark.cell("vmap")
 @small_layout
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_per_sample_gradients(layout, form):
     """Of a finalized weight, whose class torch.func hides, the gradient of all entries; zero it by `w.mask()`."""
     (model, dense), x = in_form(layout, form), torch.randn(5, 12)

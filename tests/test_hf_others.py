@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from hf_models import IDS, every_form, finalized, in_form, llama, sampled
+from forms import every_form
+from hf_models import IDS, finalized, in_form, llama, sampled
 from torch import nn
 from training_models import batch, mlp
 

@@ -7,14 +7,12 @@ import warnings
 
 import pytest
 import torch
+from forms import every_form
 from small import every_layout, mlp, rate
 from torch import nn
 from weights import one_sentence
 
 import sten
-
-FORMS = ("finalized", "trainable", "dense weight")
-every_form = pytest.mark.parametrize("form", FORMS)
 
 
 def images(dims: int = 2) -> nn.Module:

@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from cases import SMALL
+from forms import FORMS
 from small import mlp, rate
 
 import sten
-
-FORMS = ("finalized", "trainable", "dense weight")
 
 
 def sparse(layout, form, seed=0):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from ..conversion import attach, sparsify, summary, trainable
 from ..conversion.arguments import Layouts, Weights
@@ -60,26 +60,10 @@ class SparsityCallback(TrainerCallback):
         given = layout is not None or sparsifier is not DEFAULT or sparsity is not None or weights is not None
         self.recipe = recipe_of(layout, sparsifier, sparsity, weights) if given else None
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
-    ) -> None:
+    def on_init_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         self._make_sparse(model, optimizer)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model=None,
-        optimizer=None,
-        **kwargs,
-    ) -> None:
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         if not sparse_weights(model):  # made by the Trainer's model_init, after it was made itself
             if args.world_size > 1 or state.global_step > 0:
                 raise ValueError(
@@ -91,9 +75,7 @@ class SparsityCallback(TrainerCallback):
         if not weights or not all(w.engine is not None and any(map(w.engine.acts_in, optimizers)) for w in weights):
             attach(model, optimizer)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, logs=None, **kwargs
-    ) -> None:
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs) -> None:
         weights = trained_weights(model)
         if not weights or logs is None:
             return
