@@ -14,6 +14,8 @@ NAMES = (
     "_C._get_deterministic_algorithms",
     "_C._len_torch_dispatch_stack",
     "multiprocessing.reductions.StorageWeakRef",
+    "_subclasses.functional_tensor.FunctionalTensorMode",
+    "compiler._is_exporting_flag",
 )
 
 
@@ -44,6 +46,12 @@ empty_strided = _fetch(NAMES[3], None)
 deterministic = _fetch(NAMES[4], torch.are_deterministic_algorithms_enabled)
 dispatch_modes = _fetch(NAMES[5], lambda: 1)  # number of active modes; 1 if unknown
 StorageWeakRef = _fetch(NAMES[6], _AlwaysExpired)
+FunctionalTensorMode = _fetch(NAMES[7], None)  # active while a graph for a compiler is made; None: it sees operators
+
+
+def exports() -> bool:
+    """Whether torch.export traces, whose graphs keep operators whole."""
+    return getattr(torch.compiler, "_is_exporting_flag", True)
 
 
 def storage_identity(t: torch.Tensor):

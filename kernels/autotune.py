@@ -95,6 +95,14 @@ class Tuner:
             config = self._decide(key, _unique(configs), prepare, tensors)
         return prepare(config)
 
+    def known(self, kernel: str, key: tuple, configs: list[dict], x: torch.Tensor) -> dict:
+        """A copy of what ``pick`` took, or would without timing; for a trace, whose tensors cannot be timed."""
+        key = (kernel, (*key, precision(x.dtype)), x.device)
+        config = self.chosen.get(key)
+        if config is None and not self.interpreted and os.environ.get("STEN_AUTOTUNE", "1") != "0":
+            config = _matching_config(_read(_path()), self._name(key), configs)
+        return dict(config if config in configs else configs[0])
+
     def _decide(self, key, configs, prepare, tensors):
         if self.interpreted or len(configs) == 1 or os.environ.get("STEN_AUTOTUNE", "1") == "0":
             return self.chosen.setdefault(key, configs[0])
@@ -154,6 +162,11 @@ def pick(kernel: str, key: tuple, configs: list[dict], prepare, tensors: tuple):
     ``prepare(config)(*tensors)`` has to be one call of the kernel that may be repeated.
     """
     return TUNER.pick(kernel, key, configs, prepare, tensors)
+
+
+def known(kernel: str, key: tuple, configs: list[dict], x: torch.Tensor) -> dict:
+    """The one of ``configs`` that is known to be the fastest for ``key``, or the likeliest; nothing is timed."""
+    return TUNER.known(kernel, key, configs, x)
 
 
 def _unique(configs):

@@ -23,6 +23,7 @@ from .operators import operator
 from .pattern_cache import Derived
 from .pdl import overlap
 from .precision import exact, precision
+from .shares import FewTokens
 from .split_k import workspace
 from .tiles import matrix_of, power_of_two, tma_can_load, wide
 
@@ -163,34 +164,57 @@ def _many(x, values, start, other, bias, gate, up, up_start, up_other, up_bias, 
 
 
 def _few(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y, *, activation):
-    (tokens, inputs), outputs, (blocks, bh, bw) = x.shape, y.shape[1], values.shape
-    block_rows, halves = crow.numel() - 1, 1 if up is None else 2
+    few = _described(x, values, crow, up, y.shape[1])
+    (blocks, bh, bw), block_rows, halves = values.shape, crow.numel() - 1, 1 if up is None else 2
     blocks += 0 if up is None else len(up)
-    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
-    fixed = {"BH": bh, "BW": bw, "BT": width, "ACTIVATION": activation, "PRECISION": precision(x.dtype), **overlap(x)}
-    integers = (tokens, inputs, outputs, *x.stride())
 
     def prepare(config):
-        constants, rows = dict(config), config["BO"]
-        most, depth = constants.pop("C"), constants["BK"]
+        most, depth, rows = config["C"], config["BK"], config["BO"]
         sub, programs = triton.cdiv(bh, rows), _most_programs(block_rows, blocks, bw, depth, most, halves)
-        tiles, shares, size = block_rows * sub, programs * sub, halves * rows * width
         make = functools.partial(_shares, programs, most, depth, bw)
         table = Derived(f"bsr shares {programs} {most} {depth} {bw}", make)
-        constants |= {"SPLIT": shares > tiles, "STAGES": config["num_stages"], **fixed}
+        constants = few.constants(config) | {"SPLIT": programs > block_rows, "ACTIVATION": activation, **overlap(x)}
+        del constants["READY"]
+        tiles, shares, size = block_rows * sub, programs * sub, halves * rows * constants["BT"]
         launches = table_launches(few_tokens, (shares,), **constants)
 
         def call(x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y):
             shared, ready = table(crow, col) if up is None else table(crow, col, up_crow, up_col)
-            partial = workspace.take(x, tiles, shares, size)
-            launches[ready](x, values, col, bias, gate, up, up_col, up_bias, shared, y, *partial, *integers)
+            tensors = (x, values, None, col, bias, gate, up, None, up_col, up_bias, shared, y)
+            launches[ready](*tensors, *workspace.take(x, tiles, shares, size), *few.integers)
 
         return call
 
-    key = (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width)
-    configs = _few_configs(bh, bw, block_rows, blocks, width, backend.multiprocessors(x))
     tensors = (x, values, crow, col, bias, gate, up, up_crow, up_col, up_bias, y)
-    return gated.pick("bsr", "few", key, configs, prepare, tensors, _few, activation)
+    return gated.pick("bsr", "few", few.key, few.configs, prepare, tensors, _few, activation)
+
+
+def _described(x, values, crow, up, outputs) -> FewTokens:
+    """Splits S are those of a launch without a table: as many of each block row as the average one has shares."""
+    (tokens, inputs), (blocks, bh, bw), block_rows = x.shape, values.shape, crow.numel() - 1
+    blocks += 0 if up is None else len(up)
+    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    fixed = {"BH": bh, "BW": bw, "BT": width, "PRECISION": precision(x.dtype)}
+    configs = _few_configs(bh, bw, block_rows, blocks, width, backend.multiprocessors(x))
+
+    def constants(config):
+        own = {name: number for name, number in config.items() if name != "C"}
+        return {"S": 0, **fixed, **own, "STAGES": config["num_stages"], "SPLIT": False, "READY": True}
+
+    def splits(config):
+        steps = blocks * bw / (config["BK"] * max(1, block_rows))
+        return max(1, round(steps / config["C"])) if config["C"] else 1
+
+    return FewTokens(
+        few_tokens,
+        "bsr_few" if up is None else "bsr_gated_few",
+        (x.dtype, outputs, inputs, bh, bw, blocks.bit_length(), width),
+        configs,
+        lambda config: (block_rows * triton.cdiv(bh, config["BO"]) * config["S"],),
+        constants,
+        (tokens, inputs, outputs, *x.stride()),
+        splits,
+    )
 
 
 def _arrange(x):
@@ -251,6 +275,13 @@ class BSRLinear(Linear):
 
     def launch(self, variant, x, *parts, activation):
         return (_few if variant == "few" else _many)(x, *parts, activation=activation)
+
+    def shares(self, variant, x, stored, up, outputs):
+        if variant != "few":
+            return None
+        few = _described(x, *stored[:2], up and up[0], outputs)
+        tensors = (x, *stored, None, None, *(up or (None,) * 3), None, None)
+        return few.shares(tensors, 1 if up is None else 2, len(x), outputs)
 
 
 linear = BSRLinear()

@@ -24,6 +24,17 @@ def _share(entry):
 
 
 @triton.jit
+def _share_of(start_ptr, other_ptr, split, S, BW: tl.constexpr, BK: tl.constexpr):
+    """The same integers of one split of a block row, from the pattern."""
+    start, stop = tl.load(start_ptr), tl.load(start_ptr + 1)
+    steps = tl.cdiv((stop - start) * BW, BK)
+    share = tl.cdiv(steps, S)
+    low = tl.minimum(split * share, steps)
+    first = start + low * BK // BW
+    return start, stop, low, tl.minimum(low + share, steps), tl.load(other_ptr + first, mask=first < stop, other=0)
+
+
+@triton.jit
 def _product(
     x_ptr, w_ptr, other_ptr, share, inside, T, I, stride_xt, stride_xi,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
@@ -66,15 +77,17 @@ def _product(
 
 @triton.jit
 def few_tokens(
-    x_ptr, w_ptr, other_ptr, bias_ptr, gate_ptr, up_ptr, up_other_ptr, up_bias_ptr, table_ptr, y_ptr,
-    partial_ptr, count_ptr, T, I, O, stride_xt, stride_xi,
+    x_ptr, w_ptr, start_ptr, other_ptr, bias_ptr, gate_ptr, up_ptr, up_start_ptr, up_other_ptr, up_bias_ptr, table_ptr,
+    y_ptr, partial_ptr, count_ptr, T, I, O, stride_xt, stride_xi,
     BH: tl.constexpr, BW: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, READY: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    S: tl.constexpr,
 ):  # fmt: skip
     """The weight is read once; where SPLIT, the programs of a block row share its blocks, and the last one adds up.
 
     With ``up``, a second weight, both are read, and their products are multiplied in fp32. READY: the table was
-    finished before this launch, and may be read while the previous kernel still runs.
+    finished before this launch, and may be read while the previous kernel still runs. Without a table, every block row
+    has S programs, which find their shares in the pattern: two loads, one after the other, at their start.
     """
     HALVES: tl.constexpr = 1 if up_ptr is None else 2
     SUB: tl.constexpr = (BH + BO - 1) // BO
@@ -82,12 +95,19 @@ def few_tokens(
     inside = sub * BO + tl.arange(0, BO)
     if not READY:
         begin(PDL)
-    entry = table_ptr + program * (HEAD + HALVES * SHARE)
-    block_row, split, splits = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    share = _share(entry + HEAD)
-    up_share = share
-    if HALVES == 2:
-        up_share = _share(entry + HEAD + SHARE)
+    if table_ptr is None:
+        block_row, split, splits = program // S, program % S, S
+        share = _share_of(start_ptr + block_row, other_ptr, split, S, BW, BK)
+        up_share = share
+        if HALVES == 2:
+            up_share = _share_of(up_start_ptr + block_row, up_other_ptr, split, S, BW, BK)
+    else:
+        entry = table_ptr + program * (HEAD + HALVES * SHARE)
+        block_row, split, splits = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        share = _share(entry + HEAD)
+        up_share = share
+        if HALVES == 2:
+            up_share = _share(entry + HEAD + SHARE)
     if READY:
         begin(PDL)  # the table is not written by an earlier kernel
     acc = _product(
@@ -104,6 +124,6 @@ def few_tokens(
     o_ok = (inside < BH) & (o < O)
     finish(
         acc, up_acc, block_row * SUB + sub, split, splits, (program - split) * SUB + sub * splits, o, o_ok,
-        t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :],
+        t[None, :] * O + o[:, None], o_ok[:, None] & (t < T)[None, :], T * O,
         bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, SPLIT, BO, BT, ACTIVATION,
     )  # fmt: skip

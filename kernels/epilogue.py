@@ -77,40 +77,47 @@ def add_up(own_ptr, inside, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def finish(
-    acc, up_acc, tile, split, splits, first, rows, row_ok, offsets, mask,
+    acc, up_acc, tile, split, splits, first, rows, row_ok, offsets, mask, size,
     bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr,
     HALVES: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Stores one output tile, of which ``acc`` (ROWS, COLUMNS) is this split's share, if all others have arrived.
 
     Where SPLIT, its ``splits`` shares are stored from number ``first`` on, and ``tile`` is the number of its counter.
-    ``rows`` are its outputs, ``offsets`` and ``mask`` its elements of y. With HALVES of 2, ``up_acc`` is the share of
-    the product that it is multiplied with; otherwise it is not read.
+    ``rows`` are its outputs, ``offsets`` and ``mask`` its elements of y, which has ``size``. With HALVES of 2,
+    ``up_acc`` is the share of the product that it is multiplied with; otherwise it is not read. ACTIVATION "shares":
+    every program stores its share in y, fp32 (HALVES, splits, size), and the caller does the rest.
     """
-    last = splits == 1
-    if SPLIT and splits > 1:
-        inside = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        own = partial_ptr + (first * HALVES).to(tl.int64) * (ROWS * COLUMNS)
-        up_own = own + splits * (ROWS * COLUMNS)
-        tl.store(own + split * (ROWS * COLUMNS) + inside, acc)
+    if ACTIVATION == "shares":
+        share = y_ptr + tl.cast(split, tl.int64) * size
+        tl.store(share + offsets, acc, mask=mask)
         if HALVES == 2:
-            tl.store(up_own + split * (ROWS * COLUMNS) + inside, up_acc)
-        last = last_to_arrive(count_ptr + tile, splits)
-        if last:
-            acc = add_up(own, inside, splits, ROWS, COLUMNS)
+            tl.store(share + tl.cast(splits, tl.int64) * size + offsets, up_acc, mask=mask)
+    else:
+        last = splits == 1
+        if SPLIT and splits > 1:
+            inside = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            own = partial_ptr + (first * HALVES).to(tl.int64) * (ROWS * COLUMNS)
+            up_own = own + splits * (ROWS * COLUMNS)
+            tl.store(own + split * (ROWS * COLUMNS) + inside, acc)
             if HALVES == 2:
-                up_acc = add_up(up_own, inside, splits, ROWS, COLUMNS)
-    if last:
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-        acc = activate(acc, ACTIVATION)
-        if up_bias_ptr is not None:
-            up_acc += tl.load(up_bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-        if HALVES == 2:
-            acc *= up_acc
-        elif gate_ptr is not None:
-            acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
+                tl.store(up_own + split * (ROWS * COLUMNS) + inside, up_acc)
+            last = last_to_arrive(count_ptr + tile, splits)
+            if last:
+                acc = add_up(own, inside, splits, ROWS, COLUMNS)
+                if HALVES == 2:
+                    up_acc = add_up(up_own, inside, splits, ROWS, COLUMNS)
+        if last:
+            if bias_ptr is not None:
+                acc += tl.load(bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+            acc = activate(acc, ACTIVATION)
+            if up_bias_ptr is not None:
+                up_acc += tl.load(up_bias_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+            if HALVES == 2:
+                acc *= up_acc
+            elif gate_ptr is not None:
+                acc *= tl.load(gate_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -123,6 +130,6 @@ def finish_rows(
     number = tile * tl.num_programs(2) + tl.program_id(2)
     finish(
         acc, acc, number, split, S, number * S, rows, row_ok, t.to(tl.int64)[None, :] * O + rows[:, None],
-        row_ok[:, None] & (t < T)[None, :], bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
+        row_ok[:, None] & (t < T)[None, :], T * O, bias_ptr, None, gate_ptr, y_ptr, partial_ptr, count_ptr,
         1, S > 1, ROWS, BT, ACTIVATION,
     )  # fmt: skip

@@ -6,9 +6,11 @@ x @ up.T + up_bias, and both products are one launch or two (``gated``).
 
 import torch
 
-from . import epilogue
+from . import epilogue, shares
 from .launch import into_new
 from .operators import Operator
+
+FEW = 64  # tokens up to which a product may be a traced launch
 
 
 class Linear(Operator):
@@ -58,6 +60,11 @@ class Linear(Operator):
 
     def library(self, variant, x, *parts, shape, activation, **numbers):
         """A function for a variant that a library runs; "expand" if it cannot run now, None if ``launch`` runs it."""
+        return None
+
+    def shares(self, variant, x, stored, up, outputs, **numbers):
+        """The shares of a variant for a few tokens (see ``shares``), x (T, I), from a traced launch; None: it has none.
+        ``up``: the stored tensors of a second weight, or None."""
         return None
 
     def sizes(self, x, outputs, numbers):
@@ -116,6 +123,23 @@ class Linear(Operator):
         flat, y = x if arrange is None else arrange(x), x.new_empty(flat_shape)
         launch = self.launch(variant, flat, *parts, y, activation=activation, **numbers)
         return into_new(launch, x, shape, arrange=arrange)
+
+    def traced(self, x, *parts, out_features, activation, **numbers):
+        count = self.count
+        stored, bias, gate = parts[:count], parts[count], parts[count + 1]
+        up, up_bias = (parts[count + 2 : -1], parts[-1]) if self.dual and parts[-2] is not None else (None, None)
+        tokens, inputs, shape, _ = self.sizes(x, out_features, numbers)
+        variant, _ = self.choose(tokens, out_features, inputs, x.dtype, **self.facts(stored, up, numbers))
+        if tokens == 0 or tokens > FEW or x.dtype != stored[0].dtype:
+            return None
+        halves = self.shares(variant, shares.matrix_of(x), stored, up, out_features, **numbers)
+        if halves is None:
+            return None
+        y, *up_y = (half.sum(0) for half in halves)
+        y = epilogue.apply(y if bias is None else y + bias, activation, gate if gate is None else gate.view(y.shape))
+        for other in up_y:
+            y = y * (other if up_bias is None else other + up_bias)
+        return y.to(x.dtype).view(shape)
 
     def _expanded(self, x, stored, up, activation, inputs, outputs, numbers):
         """The variant ``expand``: dense weights, cuBLAS, and the epilogue in torch."""

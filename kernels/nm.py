@@ -14,12 +14,13 @@ from .backend import INTERPRET, backend
 from .launch import triton_launch
 from .linear import Linear
 from .nm_few import few_tokens, few_tokens_24, one_token_24
-from .nm_gradient import bits, has_words, words_of
+from .nm_gradient import begin_at_words, bits, has_words
 from .nm_gradient import collect as collect
 from .nm_gradient import expand as expand
 from .operators import CollectedProduct, ExpandedProduct
 from .pdl import overlap
 from .precision import exact, precision
+from .shares import FewTokens, begins_aligned
 from .split_k import workspace
 from .tiles import matrix_of, power_of_two, splits, wide
 
@@ -88,39 +89,50 @@ class NMLinear(Linear):
         return matrix_of(x, aligned=True)
 
     def launch(self, variant, x, values, index, bias, gate, y, activation, n, m, save_memory):
-        (tokens, inputs), (outputs, slots) = x.shape, values.shape
-        stride, words, size = x.stride(0), inputs // 8, x.element_size()
+        few = self._described(variant, x, values, index, n, m)
+        copied = None if variant == "tiles" else begin_at_words(values)
 
         def prepare(config):
-            height, width, split = config["BM"], config.get("BT", 1), config["S"]
-            grid = (triton.cdiv(outputs, height), split, triton.cdiv(tokens, width))
-            tiles, shares = grid[0] * grid[2], math.prod(grid)
+            grid, width = few.grid(config), config.get("BT", 1)
+            tiles, shares, size = grid[0] * grid[2], math.prod(grid), config["BM"] * width
             # beyond 16 tokens programs compute more than they wait: programs of the next launch that start early would
             # then be spread unevenly over the multiprocessors (49 us became 60)
             early = overlap(x) if width <= 16 else {"PDL": False}
-            common = dict(ACTIVATION=activation, WIDE=wide(x, values), **early, **config)
-            if variant == "word":
-                launch = triton_launch(one_token_24, grid, BF16=x.dtype == torch.bfloat16, **common)
-                integers, x_words = (tokens, outputs, words), words_of(x)
-            elif variant == "few":
-                launch = triton_launch(few_tokens_24, grid, **common)
-                integers, x_words = (tokens, outputs, words, stride), None
-            else:
-                launch = triton_launch(few_tokens, grid, N=n, M=m, BITS=bits(m), PRECISION=precision(x.dtype), **common)
-                integers, x_words = (tokens, inputs, outputs, slots, index.shape[1], stride), None
-            w_words = None if variant == "tiles" else words_of(values)
+            launch = triton_launch(few.kernel, grid, ACTIVATION=activation, **few.constants(config), **early)
 
             def call(x, values, index, bias, gate, y):
-                partial = workspace.take(y, tiles, shares, height * width)
-                if w_words is not None:
-                    values, x = w_words(values), x if x_words is None else x_words(x.view(-1))
-                launch(x, values, index, bias, gate, y, *partial, *integers)
+                partial = workspace.take(y, tiles, shares, size)
+                launch(x, values if copied is None else copied(values), index, bias, gate, y, *partial, *few.integers)
 
             return call
 
-        key = (variant, x.dtype, outputs, inputs, n, m, power_of_two(tokens, 1, 1 << 20))
-        configs = _configs(variant, tokens, outputs, inputs, backend.multiprocessors(x), size)
-        return autotune.pick("nm", key, configs, prepare, (x, values, index, bias, gate, y))
+        return autotune.pick(few.name, few.key, few.configs, prepare, (x, values, index, bias, gate, y))
+
+    def _described(self, variant, x, values, index, n, m) -> FewTokens:
+        (tokens, inputs), (outputs, slots), words = x.shape, values.shape, x.shape[1] // 8
+        constants = {"WIDE": wide(x, values)}
+        if variant == "word":
+            kernel, integers = one_token_24, (tokens, outputs, words)
+        elif variant == "few":
+            kernel, integers = few_tokens_24, (tokens, outputs, words, x.stride(0))
+        else:
+            kernel, integers = few_tokens, (tokens, inputs, outputs, slots, index.shape[1], x.stride(0))
+            constants |= {"N": n, "M": m, "BITS": bits(m), "PRECISION": precision(x.dtype)}
+        return FewTokens(
+            kernel,
+            "nm",
+            (variant, x.dtype, outputs, inputs, n, m, power_of_two(tokens, 1, 1 << 20)),
+            _configs(variant, tokens, outputs, inputs, backend.multiprocessors(x), x.element_size()),
+            lambda c: (triton.cdiv(outputs, c["BM"]), c["S"], triton.cdiv(tokens, c.get("BT", 1))),
+            lambda c: {**constants, **c},
+            integers,
+        )
+
+    def shares(self, variant, x, stored, up, outputs, n, m, save_memory):
+        if variant not in ("word", "few", "tiles") or len(x) > FEW or not begins_aligned(stored[0]):
+            return None
+        few = self._described(variant, x, *stored, n, m)
+        return few.shares((x, *stored, None, None), 1, len(x), outputs)
 
     def library(self, variant, x, values, index, bias, gate, shape, activation, n, m, save_memory):
         if variant != "cusparselt":

@@ -22,6 +22,12 @@ def _rows(O, BM: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def as_words(ptr):
+    """A pointer to 16-bit values, which begin at a multiple of 8 bytes, as one to 64-bit words."""
+    return ptr.to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
 def _half(word, shift, BF16: tl.constexpr):
     """The 16-bit float at bit ``shift`` of a 64-bit word, as fp32."""
     bits = (word >> shift.to(tl.int64)).to(tl.int32)
@@ -35,21 +41,23 @@ def _half(word, shift, BF16: tl.constexpr):
 @triton.jit
 def one_token_24(
     x_ptr, w_ptr, index_ptr, bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, T, O, words,
-    BM: tl.constexpr, BW: tl.constexpr, S: tl.constexpr, BF16: tl.constexpr, WIDE: tl.constexpr,
+    BM: tl.constexpr, BW: tl.constexpr, S: tl.constexpr, WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x and values as 64-bit words: the four activations of a group are one word, and a position is a shift."""
     begin(PDL)
     rows, w_rows = _rows(O, BM, WIDE)
+    BF16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    x_words, w_words = as_words(x_ptr), as_words(w_ptr)
     share = tl.cdiv(words, S * BW) * BW
     first = tl.program_id(1) * share
     acc = tl.zeros((BM, BW), tl.float32)
     for w0 in range(first, tl.minimum(first + share, words), BW):
         j = w0 + tl.arange(0, BW)
         ok = j < words
-        w = tl.load(w_ptr + w_rows[:, None] * words + j[None, :], mask=ok[None, :], other=0)
+        w = tl.load(w_words + w_rows[:, None] * words + j[None, :], mask=ok[None, :], other=0)
         p = tl.load(index_ptr + w_rows[:, None] * words + j[None, :], mask=ok[None, :], other=0).to(tl.int32)
-        even, odd = tl.load(x_ptr + 2 * j, mask=ok, other=0), tl.load(x_ptr + 2 * j + 1, mask=ok, other=0)
+        even, odd = tl.load(x_words + 2 * j, mask=ok, other=0), tl.load(x_words + 2 * j + 1, mask=ok, other=0)
         for s in tl.static_range(4):
             x = even if s < 2 else odd
             shift = (p << 4 >> 2 * s) & 48  # 16 bits a position
@@ -108,12 +116,13 @@ def few_tokens_24(
     if WIDE:
         t = t.to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
+    w_words = as_words(w_ptr)
     share = tl.cdiv(words, S * BW) * BW
     first = tl.program_id(1) * share
     acc = tl.zeros((BM, BT), tl.float32)
     for w0 in range(first, tl.minimum(first + share, words), BW):
         j, c = w0 + tl.arange(0, BW), w0 * 8 + tl.arange(0, BW * 8)
-        w = tl.load(w_ptr + w_rows[:, None] * words + j[None, :], mask=(j < words)[None, :], other=0)
+        w = tl.load(w_words + w_rows[:, None] * words + j[None, :], mask=(j < words)[None, :], other=0)
         p = tl.load(index_ptr + w_rows[:, None] * words + j[None, :], mask=(j < words)[None, :], other=0).to(tl.int32)
         x = tl.load(
             x_ptr + t[:, None] * stride_x + c[None, :], mask=(t < T)[:, None] & (c < words * 8)[None, :], other=0.0

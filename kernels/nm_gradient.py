@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .backend import INTERPRET
 from .launch import into_new, triton_launch
-from .nm_few import dense_tile, dense_words
+from .nm_few import as_words, dense_tile, dense_words
 from .operators import operator
 
 
@@ -30,7 +30,7 @@ def _expand_words(w_ptr, index_ptr, out_ptr, O, words, BM: tl.constexpr, BW: tl.
     rows, j = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.program_id(1) * BW + tl.arange(0, BW)
     c = tl.program_id(1) * BW * 8 + tl.arange(0, BW * 8)
     ok = (rows < O)[:, None] & (j < words)[None, :]
-    w = tl.load(w_ptr + rows[:, None] * words + j[None, :], mask=ok, other=0)
+    w = tl.load(as_words(w_ptr) + rows[:, None] * words + j[None, :], mask=ok, other=0)
     p = tl.load(index_ptr + rows[:, None] * words + j[None, :], mask=ok, other=0).to(tl.int32)
     dense = dense_words(w, p, dtype, BM, BW)
     tl.store(
@@ -62,11 +62,9 @@ def has_words(n: int, m: int, dtype: torch.dtype, in_features: int) -> bool:
     return (n, m) == (2, 4) and dtype in (torch.float16, torch.bfloat16) and in_features % 8 == 0
 
 
-def words_of(x: torch.Tensor):
-    """A function that views tensors like x, of 16-bit types, as 64-bit words; it copies if x is not aligned."""
-    if x.data_ptr() % 8:
-        return lambda x: x.clone().view(torch.int64)
-    return lambda x: x.view(torch.int64)
+def begin_at_words(values: torch.Tensor):
+    """A function that copies tensors like values, as their words are not aligned; None if they are."""
+    return torch.Tensor.clone if values.data_ptr() % 8 else None
 
 
 @operator(
@@ -79,7 +77,7 @@ def expand(values, index, n, m, in_features):
     outputs, words = len(values), in_features // 8
     if has_words(n, m, values.dtype, in_features) and not INTERPRET:
         launch = triton_launch(_expand_words, (triton.cdiv(outputs, 8), triton.cdiv(words, 128)), BM=8, BW=128)
-        return into_new(launch, values, (outputs, in_features), outputs, words, arrange=words_of(values))
+        return into_new(launch, values, (outputs, in_features), outputs, words, arrange=begin_at_words(values))
     height, width = (16, 32) if INTERPRET else (8, 512)
     grid = (triton.cdiv(outputs, height), triton.cdiv(in_features, width))
     launch = triton_launch(_expand_tile, grid, N=n, M=m, BITS=bits(m), BM=height, BC=width)

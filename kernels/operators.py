@@ -17,6 +17,7 @@ microseconds less, and the gradients belong to the framework's ``autograd.Functi
 import torch
 
 from . import launch_cache
+from ._torch_private import FunctionalTensorMode, exports
 from .backend import INTERPRET, backend
 from .precision import precision
 
@@ -49,6 +50,8 @@ class Operator:
             return arguments[0].new_empty(shape(*map(named.get, self.tensors), *map(named.get, self.numbers)))
 
         torch.library.register_fake(f"sten::{self.name}", fake, lib=LIB)
+        if FunctionalTensorMode is not None:
+            torch.library.register_torch_dispatch(f"sten::{self.name}", FunctionalTensorMode, self._functional, lib=LIB)
         self.overload = getattr(torch.ops.sten, self.name).default
 
     def _named(self, arguments) -> dict:
@@ -102,6 +105,22 @@ class Operator:
             else:
                 key.append(a)
         return launch_cache.cached(tuple(key), arguments[0], lambda: self._launch(arguments))(*arguments)
+
+    def traced(self, *tensors, **numbers):
+        """The result by operators and launches that a compiler sees, for tensors of known sizes; None: it sees this
+        operator instead."""
+        return None
+
+    def _functional(self, mode, op, types, arguments, keywords):
+        """The operator while torch.compile makes a graph of what it does: torch.library.triton_op does the same."""
+        sizes = [size for a in arguments if isinstance(a, torch.Tensor) for size in a.shape]
+        if arguments[0].is_cuda and all(type(size) is int for size in sizes) and not exports():
+            named = self._named(arguments)
+            with mode:
+                result = self.traced(*map(named.get, self.tensors), **{name: named[name] for name in self.numbers})
+            if result is not None:
+                return result
+        return mode.__torch_dispatch__(op, types, arguments, keywords)
 
     def _launch(self, arguments):
         """A function of such arguments, in the order of the schema."""

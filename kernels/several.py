@@ -9,7 +9,7 @@ import torch
 
 from . import nm, vector_nm
 from .backend import backend
-from .linear import Linear
+from .linear import FEW, Linear
 from .operators import Operator
 
 MOST = 3  # weights
@@ -91,6 +91,12 @@ class Several(Operator):
             return torch.cat([run(*t) for run, t in zip(runs, tensors, strict=True)], -1)
 
         return call
+
+    def traced(self, x, *parts, out_features, **numbers):
+        if x.shape[:-1].numel() > FEW:
+            return None
+        weights = [(stored, bias, len(stored[0])) for stored, bias in self._weights(parts)]
+        return torch.cat([self.product(x, *w, bias, out_features=rows, **numbers) for w, bias, rows in weights], -1)
 
 
 class _Biases:

@@ -20,6 +20,7 @@ from .linear import Linear
 from .operators import ExpandedProduct
 from .pdl import overlap
 from .precision import exact, precision
+from .shares import FewTokens
 from .split_k import workspace
 from .tiles import power_of_two, splits, tma_can_load, wide
 from .vector_nm_few import few_tokens
@@ -120,29 +121,39 @@ def _few(*tensors, n, m, v, tokens, row_major, inputs, after_transpose, activati
     """The same ``tensors``; x is (1, I) in any order, or has W >= the tile's tokens. ``after_transpose``: the previous
     launch wrote x."""
     x, values, up = tensors[0], tensors[1], tensors[5]
-    (outputs, slots), halves = values.shape, 1 if up is None else 2
-    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
-    strides = (x.stride(1 if tokens == 1 else 0), *((1, outputs) if row_major else (tokens, 1)))
-    constants = {"V": v, "BT": width, "AFTER_TRANSPOSE": after_transpose, "EVEN_I": slots * m == inputs * n}
-    constants |= {"WIDE": wide(x, values), "ACTIVATION": activation, "PRECISION": precision(x.dtype), **overlap(x)}
-    integers = (tokens, inputs, outputs, slots, *strides)
+    fixed = {"n": n, "m": m, "v": v, "tokens": tokens, "row_major": row_major, "inputs": inputs}
+    fixed["after_transpose"] = after_transpose
+    few, halves = _described(x, values, up, **fixed), 1 if up is None else 2
 
     def prepare(config):
-        rows, split = config["BM"], config["S"]
-        tiles = triton.cdiv(outputs, v) * triton.cdiv(v, rows)
-        shares, size = tiles * split, halves * rows * width
-        launch = triton_launch(few_tokens, (tiles, split), EVEN_K=slots % config["BK"] == 0, **constants, **config)
+        (tiles, split), constants = few.grid(config), few.constants(config)
+        size = halves * config["BM"] * constants["BT"]
+        launch = triton_launch(few_tokens, (tiles, split), ACTIVATION=activation, **constants, **overlap(x))
 
         def call(x, *parts):
-            launch(x, *parts, *workspace.take(x, tiles, shares, size), *integers)
+            launch(x, *parts, *workspace.take(x, tiles, tiles * split, size), *few.integers)
 
         return call
 
-    key = (x.dtype, outputs, inputs, slots, v, width)
-    configs = _few_configs(v, tokens, outputs, slots, backend.multiprocessors(x), halves)
-    fixed = {"n": n, "m": m, "v": v, "tokens": tokens, "row_major": row_major, "inputs": inputs}
-    single = functools.partial(_few, **fixed, after_transpose=after_transpose)
-    return gated.pick("vector_nm", "few", key, configs, prepare, tensors, single, activation)
+    single = functools.partial(_few, **fixed)
+    return gated.pick("vector_nm", "few", few.key, few.configs, prepare, tensors, single, activation)
+
+
+def _described(x, values, up, *, n, m, v, tokens, row_major, inputs, after_transpose) -> FewTokens:
+    (outputs, slots), halves = values.shape, 1 if up is None else 2
+    width = 1 if tokens == 1 else power_of_two(tokens, 16, FEW)
+    strides = (x.stride(1 if tokens == 1 else 0), *((1, outputs) if row_major else (tokens, 1)))
+    fixed = {"V": v, "BT": width, "AFTER_TRANSPOSE": after_transpose, "EVEN_I": slots * m == inputs * n}
+    fixed |= {"WIDE": wide(x, values), "PRECISION": precision(x.dtype)}
+    return FewTokens(
+        few_tokens,
+        "vector_nm_few" if up is None else "vector_nm_gated_few",
+        (x.dtype, outputs, inputs, slots, v, width),
+        _few_configs(v, tokens, outputs, slots, backend.multiprocessors(x), halves),
+        lambda config: (triton.cdiv(outputs, v) * triton.cdiv(v, config["BM"]), config["S"]),
+        lambda config: {**fixed, **config, "EVEN_K": slots % config["BK"] == 0},
+        (tokens, inputs, outputs, slots, *strides),
+    )
 
 
 class VectorNMLinear(Linear):
@@ -198,12 +209,26 @@ class VectorNMLinear(Linear):
             return _many(x, *parts, **numbers)
         return _few(x, *parts, inputs=x.shape[1 if tokens == 1 else 0], after_transpose=tokens > 1, **numbers)
 
+    def shares(self, variant, x, stored, up, outputs, n, m, v):
+        if variant != "few":
+            return None
+        tokens, inputs = x.shape
+        if tokens > 1:  # feature-major
+            x = torch.nn.functional.pad(x.t(), (0, power_of_two(tokens, 16, FEW) - tokens)).contiguous()
+        numbers = {"tokens": tokens, "row_major": True, "inputs": inputs, "after_transpose": False}
+        few = _described(x, stored[0], up and up[0], n=n, m=m, v=v, **numbers)
+        tensors = (x, *stored, None, None, *(up or (None, None)), None)
+        return few.shares(tensors, 1 if up is None else 2, tokens, outputs)
+
 
 class FeatureMajor(VectorNMLinear):
     """The same of x (I, T or wider) -> (O, T), or (T, O) when ``row_major``."""
 
     prefix = "gpu_vector_nm_linear_feature_major"
     layout_numbers = f"SymInt tokens, bool row_major, {VectorNMLinear.layout_numbers}"
+
+    def shares(self, *_, **__):
+        return None  # part of a chain for many tokens
 
     def sizes(self, x, outputs, numbers):
         shape = (numbers["tokens"], outputs) if numbers["row_major"] else (outputs, numbers["tokens"])

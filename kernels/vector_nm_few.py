@@ -86,5 +86,5 @@ def few_tokens(
     mask = row_ok[:, None] & (t < T)[None, :]
     finish(
         acc, up_acc, tile, split, S, tile * S, rows, row_ok, rows[:, None] * stride_yo + t[None, :] * stride_yt, mask,
-        bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, S > 1, BM, BT, ACTIVATION,
+        T * O, bias_ptr, up_bias_ptr, gate_ptr, y_ptr, partial_ptr, count_ptr, HALVES, S > 1, BM, BT, ACTIVATION,
     )  # fmt: skip

@@ -5,6 +5,7 @@ once, (I, T); the gated product is (H, T), which is what the last product reads;
 """
 
 from . import transpose
+from .linear import FEW
 from .operators import Operator
 from .vector_nm import FeatureMajor, VectorNMLinear, _feature_major, linear
 
@@ -43,6 +44,13 @@ class GatedMLP(Operator):
         middle = pair(x, *_pair(parts))
         last = self.rows.prepare(middle, *parts[6:], *absent, out_features=out_features, activation="none", **down)
         return lambda x, *parts: last(pair(x, *_pair(parts)), *parts[6:], *absent)
+
+    def traced(self, x, *parts, inner, out_features, activation, **numbers):
+        if x.shape[:-1].numel() > FEW:
+            return None
+        rate, down = ({name: numbers[which + name] for name in ("n", "m", "v")} for which in ("", "down_"))
+        middle = self.rows.gated(x, parts[3:6], parts[:3], activation=activation, out_features=inner, **rate)
+        return self.rows(middle, *parts[6:], out_features=out_features, **down)
 
     def _chain(self, x, parts, tokens, inner, outputs, activation, rate, down):
         absent, shape = self.columns.absent, (*x.shape[:-1], outputs)
