@@ -124,6 +124,9 @@ class GroupedNM(Layout):
         blocks = stored.view(chunks, strips, self.width, self.m).permute(1, 3, 0, 2)
         return cut(blocks.reshape(strips * self.m, -1), tuple(score.shape))
 
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.arange(math.prod(shape[1:])) // self.width
+
     @property
     def batch(self) -> int:
         """How many of the B problems to work on at a time, so that memory stays bounded."""
