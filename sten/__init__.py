@@ -51,11 +51,14 @@ from .sparsifiers import (
     Random,
     Rewind,
     RigL,
+    SparseGPT,
     SparseMomentum,
     Sparsifier,
     SRigL,
     Static,
     Transposable,
+    Wanda,
+    chain,
     schedule,
     scores,
 )
@@ -69,13 +72,13 @@ from .training.distill import distill_loss
 __version__ = "0.1.0"
 
 __all__ = [
-    "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
-    "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
-    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL",
-    "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
+    "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask", "BlockPruneGrow",
+    "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global", "Gradual", "GroupedNM",
+    "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL", "SparseGPT", "SparseMomentum",
+    "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "Wanda", "attach", "chain",
     "densify", "distill_loss", "extend", "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy",
-    "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run", "optim", "parallelize_module",
-    "plan", "save", "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
+    "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run", "optim", "parallelize_module", "plan",
+    "save", "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
     "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
