@@ -152,6 +152,14 @@ class Layout(metaclass=Constructor):
         """
         return torch.zeros(math.prod(shape[1:]), dtype=torch.int64)
 
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns (of `weight.flatten(1)`, by `column_groups`) whose mask moves together; by default an entry.
+
+        Two tiles of the same rows may exchange their masks: within a group of columns, or anywhere if there is no rate.
+        """
+        del shape
+        return 1, 1
+
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""
         return score

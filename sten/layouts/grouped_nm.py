@@ -127,6 +127,9 @@ class GroupedNM(Layout):
     def column_groups(self, shape: tuple[int, ...]) -> Tensor:
         return torch.arange(math.prod(shape[1:])) // self.width
 
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return self.m, 1
+
     @property
     def batch(self) -> int:
         """How many of the B problems to work on at a time, so that memory stays bounded."""

@@ -85,6 +85,9 @@ class VectorNM(Layout):
     def column_groups(self, shape: tuple[int, ...]) -> Tensor:
         return reduction_groups(shape, self.m)
 
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return self.v, 1
+
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n columns of every (vector, group) with the highest sums over the vector's rows."""
         expect_score(self, score, sparsity)
