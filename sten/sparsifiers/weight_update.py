@@ -66,7 +66,7 @@ class ADMM(WeightUpdate):
         >>> stats = {"x_gram": torch.tensor([[1.0, 0.5], [0.5, 1.0]]), "tokens": torch.tensor(64)}
         >>> view = sten.extend.View("w", torch.tensor([[2.0, 1.0]]), sten.NM(1, 2), stats=stats)
         >>> sten.ADMM().update(view).value.round(decimals=1)
-        tensor([[2.5, 0.0]])
+        tensor([[2.5000, 0.0000]])
     """
 
     def solve(self, gram: Tensor, dense: Tensor, start: Tensor, kept: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class LeastSquares(WeightUpdate):
         >>> stats = {"x_gram": torch.tensor([[1.0, 0.5], [0.5, 1.0]]), "tokens": torch.tensor(64)}
         >>> view = sten.extend.View("w", torch.tensor([[2.0, 1.0]]), sten.NM(1, 2), stats=stats)
         >>> sten.LeastSquares().update(view).value.round(decimals=1)
-        tensor([[2.5, 0.0]])
+        tensor([[2.5000, 0.0000]])
     """
 
     def solve(self, gram: Tensor, dense: Tensor, start: Tensor, kept: Tensor) -> Tensor:
