@@ -14,6 +14,7 @@ from torch import Tensor
 from .calibration import input_gram
 from .sparsifier import Edit, PatternMethod, View
 
+DEAD = 1e-12  # damping of inputs that are always zero
 PIECE = 16  # columns that are updated one by one; those behind follow in one matrix product
 Spans = list[tuple[int, int]]
 Chooser = Callable[[int, int, Tensor, Callable[[int, int], Tensor]], Tensor]
@@ -90,13 +91,14 @@ def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
 
     H reversed in both directions is L L^T, so H is R R^T with R, L reversed, upper triangular; then U = R^-1.
     """
-    size = len(gram)
-    mean = gram.diagonal().mean()
-    mean = torch.where(mean > 0, mean, 1.0)  # no input at all: the score becomes w^2
-    eye = torch.eye(size, device=gram.device)
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    mean = torch.where(mean > 0, mean, 1.0)
     used = damping
     while True:
-        lower, failed = torch.linalg.cholesky_ex((gram + used * mean * eye).flip(0, 1))
+        # A dead input, always zero, costs next to nothing, so it goes first.
+        more = torch.where(diagonal > 0, used, DEAD) * mean
+        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(more)).flip(0, 1))
         if not int(failed):
             break
         used *= 10
@@ -106,6 +108,7 @@ def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
             "More calibration tokens would help.",
             stacklevel=2,
         )
+    eye = torch.eye(len(gram), device=gram.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
 
