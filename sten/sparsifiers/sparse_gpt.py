@@ -155,11 +155,14 @@ def costs(columns: Tensor, factor: Tensor, width: int, start: int, stop: int) ->
     """
     if width == 1:
         return (columns[start:stop] / factor.diagonal()[start:stop].unsqueeze(1)).square_().t()
-    result = torch.empty_like(columns[start:stop])
-    for a in range(start, stop, width):
-        b = min(a + width, stop)
-        result[a - start : b - start] = torch.linalg.solve_triangular(factor[a:b, a:b].t(), columns[a:b], upper=False)
-    return result.square_().t()
+    whole = stop - (stop - start) % width
+    tiles = columns[start:whole].view(-1, width, columns.shape[1])
+    own = factor[start:whole, start:whole].view(len(tiles), width, len(tiles), width).diagonal(dim1=0, dim2=2)
+    error = torch.linalg.solve_triangular(own.permute(2, 1, 0), tiles, upper=False).flatten(0, 1)
+    if whole < stop:  # a short tile at the end
+        own = factor[whole:stop, whole:stop].t()
+        error = torch.cat([error, torch.linalg.solve_triangular(own, columns[whole:stop], upper=False)])
+    return error.square().t()
 
 
 def chooser(view: View, order: Tensor) -> Chooser:
