@@ -148,7 +148,8 @@ class Layout(metaclass=Constructor):
         """The group of each column of `weight.flatten(1)`, int64 on the CPU, for methods that go column by column.
 
         `mask` of a slice of whole groups, in the order of their numbers, chooses as `mask` of the whole weight does,
-        but for the count where the layout has no rate. By default all columns are one group, which is always true.
+        but for the count where the layout has no rate. If units are independent, each row keeps at least the rate of
+        each group. By default all columns are one group, which is always true.
         """
         return torch.zeros(math.prod(shape[1:]), dtype=torch.int64)
 
