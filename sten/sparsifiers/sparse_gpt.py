@@ -80,7 +80,7 @@ class SparseGPT(PatternMethod):
         order = groups.argsort(stable=True).to(device)
         factor = inverse_factor(input_gram(view)[order][:, order], self.damping, view.name)
         columns = weight.flatten(1).float().t()[order].contiguous()  # (columns, rows): a column is contiguous
-        width = view.layout.tile(tuple(weight.shape))[1]
+        width = (view.layout.tile(tuple(weight.shape)) or (1, 1))[1]
         spans = blocks_of(groups, self.block, view.layout.rate is None)
         mask = eliminate(columns, factor, width, spans, chooser(view, order), least_kept(view))
         back = order.argsort()

@@ -79,10 +79,11 @@ class SparseSwaps(PatternMethod):
 
 
 def expect_groups(layout: Layout, method: Sparsifier) -> None:
-    """Raise ValueError for a layout with a rate that does not say which columns are chosen together."""
-    if layout.rate is not None and type(layout).column_groups is Layout.column_groups:
+    """Raise ValueError for a layout that does not say which entries may be exchanged."""
+    unknown = layout.rate is not None and type(layout).column_groups is Layout.column_groups
+    if unknown or layout.tile((1, 1)) is None:
         raise ValueError(
-            f"Expected a layout that defines column_groups for {method}, which exchanges entries in them, got "
+            f"Expected a layout that defines column_groups and tile for {method}, which exchanges entries, got "
             f"{layout}; use sten.Wanda() or sten.SparseGPT()."
         )
 
