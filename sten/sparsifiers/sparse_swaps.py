@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layouts.base import Layout
-from .calibration import input_gram, starting_mask
+from .calibration import in_float32, input_gram, starting_mask
 from .sparsifier import Edit, PatternMethod, Sparsifier, View
 
 WINDOW = 32  # tiles that are compared with each other where a layout has no groups
@@ -57,6 +57,7 @@ class SparseSwaps(PatternMethod):
         super().check(layout)
         expect_groups(layout, self)
 
+    @in_float32
     def update(self, view: View) -> Edit:
         mask, layout, shape = starting_mask(view), view.layout, tuple(view.weight.shape)
         tiles = Tiling(layout, shape, view.weight.device)
