@@ -19,7 +19,14 @@ from sten.layouts.checks import (
     expect_whole,
     expect_zero,
 )
-from sten.layouts.padding import describe_column, pad_matrix, reduction_back, reduction_last, reduction_width
+from sten.layouts.padding import (
+    describe_column,
+    pad_matrix,
+    reduction_back,
+    reduction_groups,
+    reduction_last,
+    reduction_width,
+)
 from sten.layouts.topk import complete_groups, top_of_groups, widest_float
 
 
@@ -75,12 +82,20 @@ class VectorNM(Layout):
         """The stored columns of every row, (R, G * n) int64."""
         return index[torch.arange(rows, device=index.device) // self.v].long()
 
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        return reduction_groups(shape, self.m)
+
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return self.v, 1
+
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n columns of every (vector, group) with the highest sums over the vector's rows."""
         expect_score(self, score, sparsity)
         total = self.unit_totals(score.detach())
-        real = self.vectors(torch.ones_like(score[:1], dtype=torch.bool)).any(1)
-        keep = top_of_groups(total.masked_fill(~real, -torch.inf), self.n).flatten(1)
+        if score.shape[1] % self.m:  # padding comes last
+            real = self.vectors(torch.ones_like(score[:1], dtype=torch.bool)).any(1)
+            total = total.masked_fill(~real, -torch.inf)
+        keep = top_of_groups(total, self.n).flatten(1)
         return reduction_back(self.columns(keep, len(score)) > 0, tuple(score.shape), self.m)
 
     def unit_totals(self, score: Tensor) -> Tensor:
