@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibration, Stage, Walk, Weight
-from ..calibration.finished import Finished, digest
+from ..calibration.finished import Finished
 from ..sparsifiers import Edit, Sparsifier, View
 from ..sparsifiers.sparsifier import CALIBRATION
 from ..training.reminders import listed
@@ -76,11 +76,10 @@ class Calibrated:
         for stage in walk:
             mine = [by_name[weight.name] for weight in stage.weights]
             fresh = {target.name: view_of(target) for target in mine}
-            dense = {name: view.weight for name, view in fresh.items()}
             known = None
             if finished is not None:
                 finished.begin(text for view in fresh.values() for text in _settings(view))
-                known = finished.read(dense)
+                known = finished.read(fresh)
             if known is None:
                 views |= self._measured(stage, fresh)
                 edits |= {target.name: choose(target, views[target.name]) for target in mine}
@@ -99,7 +98,7 @@ class Calibrated:
                     pack(target, views[target.name], edits[target.name])
             if finished is not None:
                 results = {target.name: _stored(target) for target in mine}
-                finished.write(dense, {target.name: edits[target.name] for target in mine}, results)
+                finished.write(fresh, {target.name: edits[target.name] for target in mine}, results)
             if not whole:
                 continue
             if self.commit is not None:
@@ -142,5 +141,4 @@ def _dense_of(target: Target) -> Callable[[], Tensor]:
 
 def _settings(view: View) -> list[str]:
     """What a decision follows from, beside the method, the batches and the weight."""
-    allowed = "" if view.allowed is None else digest(view.allowed)
-    return [view.name, str(view.layout), str(view.sparsity), allowed]
+    return [view.name, str(view.layout), str(view.sparsity)]
