@@ -51,8 +51,8 @@ def rows(module: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     if isinstance(module, nn.Conv2d):
         x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
         return x.transpose(1, 2).flatten(0, 1)
-    if mask is not None and x.shape[:2] == mask.shape:
-        return x[mask]
+    if mask is not None and (x.shape[:2] == mask.shape or len(x) == mask.numel()):
+        return x.view(*mask.shape, -1)[mask]
     return x.reshape(-1, x.shape[-1])
 
 
@@ -66,8 +66,8 @@ def plain(model: nn.Module, names: list[str], batches: list) -> dict[str, dict[s
 
         def hook(module, args, kwargs, name=name):
             x = args[0] if args else next(iter(kwargs.values()))
-            decoder = name.startswith("decoder") and not re.search(r"EncDecAttention\.[kv]", name)
-            mask = given[0].get("decoder_attention_mask" if decoder else "attention_mask")
+            decoder = "decoder." in name and not re.search(r"(EncDecAttention|encoder_attn)\.[kv]", name)
+            mask = given[0].get("decoder_attention_mask" if decoder and len(given[0]) > 2 else "attention_mask")
             inputs[name].append(rows(module, x, None if mask is None else mask.bool()))
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
