@@ -87,13 +87,13 @@ class Finished:
             for name in views
         }
 
-    def write(self, views: dict[str, View], edits: dict[str, Edit], results: dict[str, Tensor]) -> None:
-        """Keep the edits of the present stage, in one step."""
+    @staticmethod
+    def write(path: Path, key: str, decided: dict[str, tuple[View, Edit, Tensor]]) -> None:
+        """Keep what was decided in a stage, in one step: by name the view, the edit, and the dense weight it makes."""
         tensors: dict[str, Tensor] = {}
-        for name, edit in edits.items():
+        for name, (_, edit, _) in decided.items():
             tensors[f"{name}.mask"] = edit.mask
             if edit.value is not None:
                 tensors[f"{name}.value"] = edit.value
-        both = {name: [_digest_of(view), digest(results[name])] for name, view in views.items()}
-        metadata = {"sten_calibration": json.dumps({"key": self.key, "weights": both})}
-        tensor_file.write(self.path, tensors, metadata)
+        both = {name: [_digest_of(view), digest(result)] for name, (view, _, result) in decided.items()}
+        tensor_file.write(path, tensors, {"sten_calibration": json.dumps({"key": key, "weights": both})})
