@@ -16,6 +16,7 @@ from ..calibration import BlockView, Calibration, Stage, Walk, Weight
 from ..calibration.finished import Finished
 from ..sparsifiers import Edit, Sparsifier, View
 from ..sparsifiers.sparsifier import CALIBRATION
+from ..training.distributed import agreed, from_rank_0
 from ..training.reminders import listed
 from .select import Target
 
@@ -157,13 +158,18 @@ class _Block:
             with stage.block(self.views, self.edits) as block:
                 changed = self.rebuild(block)
             for target in self.targets:
-                self.edits[target.name] = changed.get(target.name, self.edits[target.name])
+                self.edits[target.name] = _agreed(changed.get(target.name, self.edits[target.name]))
                 self.pack(target, self.views[target.name], self.edits[target.name])
         results = {target.name: _stored(target) for target in self.targets} if self.files else {}
         for path, key, names in reversed(self.files):
             self.finished.write(
                 path, key, {name: (self.views[name], self.edits[name], results[name]) for name in names}
             )
+
+
+def _agreed(edit: Edit) -> Edit:
+    """Of an edit that each rank has fitted to its own batches, rank 0's."""
+    return dataclasses.replace(edit, mask=agreed(edit.mask), value=from_rank_0(edit.value))
 
 
 def _weight(target: Target) -> Weight:
