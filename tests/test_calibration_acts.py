@@ -21,6 +21,7 @@ LAYOUTS = [
     sten.Masked(), sten.CSR(), sten.BSR((4, 4)), sten.NM(2, 4), sten.VectorNM(2, 4, 4), sten.GroupedNM(2, 4, 1),
     sten.FanIn(),
 ]  # fmt: skip
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 class Block(nn.Module):
@@ -46,6 +47,14 @@ class Blocks(nn.Module):
 def blocks() -> nn.Module:
     torch.manual_seed(0)
     return Blocks()
+
+
+def tail() -> nn.Module:
+    """With a weight after the blocks."""
+    model = blocks()
+    model.forward = lambda x: model.last(Blocks.forward(model, x))
+    model.last = nn.Linear(8, 8)
+    return model
 
 
 def vectors(count: int = 4) -> list[torch.Tensor]:
@@ -464,3 +473,25 @@ def test_ranks(tmp_path):
             for key, value in want.items():
                 torch.testing.assert_close(torch.tensor(stats[name][key]), value, rtol=1e-4, atol=1e-5)
         assert same({k: torch.tensor(v) for k, v in weights.items()}, dense(model))
+
+
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("make", [blocks, lambda: llama(num_hidden_layers=2), tail], ids=["blocks", "llama", "tail"])
+def test_device(make, device):
+    """Each block runs on copies on the device; the model stays where it is."""
+    batches = vectors() if isinstance(make(), Blocks) else [torch.arange(12).view(2, 6)]
+    model, whole, ours, theirs = make(), make(), Noted(), Noted()
+    pointers = [p.data_ptr() for p in model.parameters()]
+    devices = []
+    block = model.layers[1] if isinstance(model, Blocks) else model.model.layers[1]
+    block.register_forward_hook(lambda m, args, output: devices.append(next(m.parameters()).device))
+    sten.plan(model, sten.NM(2, 4), ours, calibration=sten.Calibration(batches, device=device))
+    sten.sparsify(whole, sten.NM(2, 4), theirs, calibration=batches)
+    assert [p.data_ptr() for p in model.parameters()] == pointers and {p.device.type for p in model.parameters()} == {
+        "cpu"
+    }
+    assert {d.type for d in devices} == {torch.device(device).type}
+    for name, stats in theirs.seen.items():
+        for key, value in stats.items():
+            got = ours.seen[name][key].cpu()
+            torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-4 * value.abs().max().item())
