@@ -87,6 +87,15 @@ def test_encoder_decoder():
     assert len(order) == 2 * 6 + 2 * 10 and order[0].startswith("encoder.") and order[-1].startswith("decoder.")
 
 
+def test_a_decoder_without_padding():
+    """The encoder's mask is not the decoder's, even if it has its shape: then the two cannot be told apart."""
+    short = [{**b, "labels": b["input_ids"][:, :5].contiguous()} for b in padded()]
+    assert len(check(transformer("t5"), short, in_block)) == 32
+    batches = [{**b, "labels": b["input_ids"]} for b in padded()]
+    with pytest.raises(ValueError, match=r"encoder and decoder lengths differ, .* got \(2, 9\) twice"):
+        sten.sparsify(transformer("t5"), sten.NM(2, 4), Noted(), calibration=batches)
+
+
 class Block(nn.Module):
     def __init__(self, width: int = 8) -> None:
         super().__init__()

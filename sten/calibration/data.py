@@ -108,14 +108,28 @@ def run_batch(model: nn.Module, batch: Any, index: int) -> Any:
 
 
 class Tokens:
-    """Which tokens of one batch count: its masks of shape (batch, tokens), and how they lie over an input."""
+    """Which tokens of one batch count: its masks of shape (batch, tokens), and how they lie over an input.
 
-    def __init__(self, batch: Any) -> None:
+    Attributes:
+        masks: those with padding.
+        shapes: of all masks.
+    """
+
+    def __init__(self, batch: Any, decodes: bool = False) -> None:
         given = batch if isinstance(batch, Mapping) else {}
-        found = [given[name] for name in MASKS if isinstance(given.get(name), Tensor) and given[name].dim() == 2]
-        self.masks = [mask.bool() for mask in found if not bool(mask.bool().all())]
-        self.shapes = {tuple(mask.shape) for mask in found}
-        if len(self.masks) == 2 and len(self.shapes) == 1 and not torch.equal(*self.masks):
+        found = {name: t for name in MASKS if isinstance(t := given.get(name), Tensor) and t.dim() == 2}
+        if decodes and "attention_mask" in found and len(found) == 1:  # a decoder without padding
+            decoded = given.get("decoder_input_ids", given.get("labels"))
+            if isinstance(decoded, Tensor):
+                found["decoder_attention_mask"] = torch.ones_like(decoded)
+        self.masks = [mask.bool() for mask in found.values() if not bool(mask.bool().all())]
+        self.shapes = {tuple(mask.shape) for mask in found.values()}
+        if (
+            len(found) == 2
+            and len(self.shapes) == 1
+            and self.masks
+            and not torch.equal(*map(Tensor.bool, found.values()))
+        ):
             raise ValueError(
                 "Expected batches whose encoder and decoder lengths differ, so that their padding can be told apart, "
                 f"got {tuple(self.masks[0].shape)} twice; pad one of them to another length."
@@ -149,7 +163,7 @@ def inference(model: nn.Module) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
         for config in cached:
             config.use_cache = False
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled graphs do not see new hooks
             yield
     finally:
         with uninterrupted():
@@ -158,6 +172,12 @@ def inference(model: nn.Module) -> Iterator[None]:
                 module.training = training
             for config in cached:
                 config.use_cache = True
+
+
+def tokens_of(model: nn.Module, batches: list) -> list[Tokens]:
+    """Those of each batch."""
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+    return [Tokens(batch, decodes) for batch in batches]
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
