@@ -73,6 +73,25 @@ def test_left_padding_and_no_mask():
     check(transformer("llama"), ids(), in_block)
 
 
+class Wrapped(nn.Module):
+    """Takes one dictionary, as modules of sentence-transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = transformer("bert")
+
+    def forward(self, features):
+        return self.inner(**features)
+
+
+def test_a_mask_in_an_argument():
+    ours, theirs = Noted(), Noted()
+    sten.sparsify(Wrapped(), sten.NM(2, 4), ours, calibration=[(batch,) for batch in padded()])
+    sten.sparsify(transformer("bert"), sten.NM(2, 4), theirs, calibration=padded())
+    for name, stats in theirs.seen.items():
+        assert all(torch.equal(ours.seen["inner." + name][key], value) for key, value in stats.items())
+
+
 def test_encoder_decoder():
     """Two lists of blocks; padding of each side; a relative position bias that the first block gives to the others."""
     batches = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from .trees import leaves, mapped
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Batches for `calibration=` of `sten.sparsify` and `sten.plan`, with options.
 
@@ -50,7 +50,7 @@ class Calibration:
         0.5
     """
 
-    batches: Iterable
+    batches: Iterable = field(repr=False)
     blocks: Any = None
     true_sequential: bool = False
     commit: Literal["end", "block"] = "end"
@@ -76,6 +76,7 @@ class Calibration:
                     f"{_kind(batch)}; tokenize texts first."
                 )
         object.__setattr__(self, "batches", batches)
+        object.__setattr__(self, "device", None if self.device is None else torch.device(self.device))
 
 
 def _kind(value: Any) -> str:
@@ -116,7 +117,8 @@ class Tokens:
     """
 
     def __init__(self, batch: Any, decodes: bool = False) -> None:
-        given = batch if isinstance(batch, Mapping) else {}
+        parts = batch if isinstance(batch, (tuple, list)) else [batch]
+        given = next((part for part in parts if isinstance(part, Mapping)), {})
         found = {name: t for name in MASKS if isinstance(t := given.get(name), Tensor) and t.dim() == 2}
         if decodes and "attention_mask" in found and len(found) == 1:  # a decoder without padding
             decoded = given.get("decoder_input_ids", given.get("labels"))

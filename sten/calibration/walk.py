@@ -119,7 +119,7 @@ class Walk:
         self, model: nn.Module, weights: list[Weight], calibration: Calibration, needs: frozenset[str]
     ) -> None:
         self.model, self.weights, self.calibration, self.needs = model, weights, calibration, needs
-        self.device = None if calibration.device is None else torch.device(calibration.device)
+        self.device = calibration.device
         self.tokens = tokens_of(model, calibration.batches)
         self.few: dict[str, int] = {}
         self.decided: list[Stage] = []
