@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layouts.base import Layout
-from .calibration import input_gram, starting_mask
+from .calibration import in_float32, input_gram, starting_mask
 from .sparsifier import Edit, PatternMethod, Sparsifier, View
 
 WINDOW = 32  # tiles that are compared with each other where a layout has no groups
@@ -57,6 +57,7 @@ class SparseSwaps(PatternMethod):
         super().check(layout)
         expect_groups(layout, self)
 
+    @in_float32
     def update(self, view: View) -> Edit:
         mask, layout, shape = starting_mask(view), view.layout, tuple(view.weight.shape)
         tiles = Tiling(layout, shape, view.weight.device)
@@ -79,10 +80,11 @@ class SparseSwaps(PatternMethod):
 
 
 def expect_groups(layout: Layout, method: Sparsifier) -> None:
-    """Raise ValueError for a layout with a rate that does not say which columns are chosen together."""
-    if layout.rate is not None and type(layout).column_groups is Layout.column_groups:
+    """Raise ValueError for a layout that does not say which entries may be exchanged."""
+    unknown = layout.rate is not None and type(layout).column_groups is Layout.column_groups
+    if unknown or layout.tile((1, 1)) is None:
         raise ValueError(
-            f"Expected a layout that defines column_groups for {method}, which exchanges entries in them, got "
+            f"Expected a layout that defines column_groups and tile for {method}, which exchanges entries, got "
             f"{layout}; use sten.Wanda() or sten.SparseGPT()."
         )
 
@@ -171,15 +173,24 @@ def exchange_costs(weight: Tensor, on: Tensor, effect: Tensor, gram: Tensor, bar
     Rows in which both are kept, or both dropped, contribute nothing.
     """
     off = 1 - on
-    own = torch.einsum("bhtw,twv,bhtv->bht", weight, gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1), weight)
+    if gram.shape[1] == 1:
+        own = weight[..., 0].square() * gram[:, 0, :, 0].diagonal()
+    else:
+        own = torch.einsum("bhtw,twv,bhtv->bht", weight, gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1), weight)
     slope = 2 * (weight * effect).sum(3)
     drop, keep = (own + slope) * on, (own - slope) * off
     if barred is not None:
         keep = keep + NEVER * off * barred
-    single = drop.transpose(1, 2) @ off + keep.transpose(1, 2) @ on
-    kept, left = (weight * on.unsqueeze(3)).flatten(2), (weight * off.unsqueeze(3)).flatten(2)
-    cross = kept.transpose(1, 2) @ left
-    cross = (cross + cross.transpose(1, 2)) * gram.flatten(0, 1).flatten(1)
+    single = outer(drop, off) + outer(keep, on)
+    cross = outer((weight * on.unsqueeze(3)).flatten(2), (weight * off.unsqueeze(3)).flatten(2))
+    cross = cross * gram.flatten(0, 1).flatten(1)
     count, width = gram.shape[:2]
-    cross = cross.view(-1, count, width, count, width).sum((2, 4))
-    return single + single.transpose(1, 2) - 2 * cross
+    if width > 1:
+        cross = cross.view(-1, count, width, count, width).sum((2, 4))
+    change = single.sub_(cross, alpha=2)
+    return change + change.transpose(1, 2)
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over rows of all products of two columns, (bands, columns, columns)."""
+    return a.transpose(1, 2) * b if a.shape[1] == 1 else a.transpose(1, 2) @ b
