@@ -60,6 +60,7 @@ from .sparsifiers import (
     scores,
 )
 from .sparsifiers.allocation import ERK, Allocation, Global, Uniform
+from .sparsifiers.reconstruct import Reconstruct
 from .tensor import SparseTensor, from_dense
 from .training import optim
 from .training.average import follow
@@ -71,8 +72,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
     "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
-    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL",
-    "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
+    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Reconstruct", "Rewind", "RigL",
+    "SRigL", "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
     "densify", "distill_loss", "extend", "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy",
     "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run", "optim", "parallelize_module",
     "plan", "save", "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
