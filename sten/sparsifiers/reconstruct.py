@@ -130,14 +130,7 @@ def _errors(block: Block, weights: list[_Weight], inputs: tuple, target: Any, ma
     """The relative error of each token that counts."""
     args, kwargs = inputs
     output = functional_call(block.module, {w.parameter: w.effective() for w in weights}, args, kwargs)
-    y, z = hidden(output).float(), hidden(target).float()
-    if mask is not None and mask.shape == z.shape[:-1]:
-        y, z = y[mask], z[mask]
-    elif z.dim() > 3:
-        y, z = y.flatten(1), z.flatten(1)
-    length = z.square().sum(-1)
-    least = 1e-6 * length.mean() + torch.finfo(length.dtype).tiny  # of a token whose output is zero
-    return (y - z).square().sum(-1) / length.clamp(min=least)
+    return relative_errors(hidden(output), hidden(target), mask)
 
 
 @torch.no_grad()
@@ -151,3 +144,15 @@ def hidden(output: Any) -> Tensor:
     while not isinstance(output, Tensor):
         output = next(iter(output.values())) if hasattr(output, "values") else output[0]
     return output
+
+
+def relative_errors(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """|y - z|^2 / |z|^2 of each token (of each sample, of four or more dimensions) that a bool mask of tokens keeps."""
+    y, z = (t if t.dtype == torch.float64 else t.float() for t in (output, target))
+    if mask is not None and mask.shape == z.shape[:-1]:
+        y, z = y[mask], z[mask]
+    elif z.dim() > 3:
+        y, z = y.flatten(1), z.flatten(1)
+    length = z.square().sum(-1)
+    least = 1e-6 * length.mean() + torch.finfo(length.dtype).tiny  # of a token whose output is zero
+    return (y - z).square().sum(-1) / length.clamp(min=least)
