@@ -35,7 +35,7 @@ from .io import inspect, load, save
 from .layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 from .layouts.base import Layout
 from .ops.which import which
-from .recovery import Distillation, distill
+from .recovery import Distillation, adapter_state_dict, add_adapters, distill, merge_adapters
 from .sparsifiers import (
     BDWP,
     CAST,
@@ -75,11 +75,11 @@ __all__ = [
     "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "Distillation", "FanIn", "FormatError",
     "Global", "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Reconstruct", "Rewind",
     "RigL", "SRigL", "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform",
-    "VectorNM", "attach", "densify", "distill", "distill_loss", "extend", "finalize", "follow",
-    "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect", "kernel", "load",
-    "load_masks", "load_run", "optim", "parallelize_module", "plan", "save", "save_masks", "save_run", "schedule",
-    "scores", "sparsify", "strict", "summary", "testing", "to_compressed_tensors", "to_scipy", "to_torch",
-    "trainable", "unfuse", "which",
+    "VectorNM", "adapter_state_dict", "add_adapters", "attach", "densify", "distill", "distill_loss", "extend",
+    "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect",
+    "kernel", "load", "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "plan", "save",
+    "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
+    "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as
