@@ -37,6 +37,7 @@ from .layouts.base import Layout
 from .ops.which import which
 from .recovery import Distillation, adapter_state_dict, add_adapters, distill, merge_adapters
 from .sparsifiers import (
+    ADMM,
     BDWP,
     CAST,
     DSTEE,
@@ -47,16 +48,22 @@ from .sparsifiers import (
     BlockPruneGrow,
     DecayingMask,
     DecayingStructure,
+    DSnoT,
     Gradual,
+    LeastSquares,
     Magnitude,
     Random,
     Rewind,
     RigL,
+    SparseGPT,
     SparseMomentum,
+    SparseSwaps,
     Sparsifier,
     SRigL,
     Static,
     Transposable,
+    Wanda,
+    chain,
     schedule,
     scores,
 )
@@ -71,15 +78,16 @@ from .training.distill import distill_loss
 __version__ = "0.1.0"
 
 __all__ = [
-    "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
-    "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "Distillation", "FanIn", "FormatError",
-    "Global", "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Reconstruct", "Rewind",
-    "RigL", "SRigL", "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform",
-    "VectorNM", "adapter_state_dict", "add_adapters", "attach", "densify", "distill", "distill_loss", "extend",
-    "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect",
-    "kernel", "load", "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "plan", "save",
-    "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
-    "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
+    "ADMM", "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
+    "BlockPruneGrow", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "Distillation", "FanIn",
+    "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "Random",
+    "Recipe", "Reconstruct", "Rewind", "RigL", "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps",
+    "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "Wanda", "adapter_state_dict",
+    "add_adapters", "attach", "chain", "densify", "distill", "distill_loss", "extend", "finalize", "follow",
+    "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect", "kernel", "load",
+    "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "plan", "save", "save_masks",
+    "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing", "to_compressed_tensors",
+    "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as
