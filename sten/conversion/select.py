@@ -175,8 +175,8 @@ def movable_weights(model: nn.Module) -> list[Target]:
     for target in targets:
         if target.why:
             raise ValueError(
-                f"Expected sparse weights without parametrizations, got {target.name} ({target.why}); of adapters, call "
-                "sten.merge_adapters."
+                f"Expected sparse weights without parametrizations, got {target.name} ({target.why}); for adapters, "
+                "call sten.merge_adapters."
             )
     return targets
 
