@@ -185,3 +185,8 @@ def test_without_calibration_it_is_refused():
 def test_a_recipe_names_it_again():
     recipe = sten.Recipe(sten.NM(2, 4), sten.chain(sten.Wanda(), sten.Reconstruct(steps=4)))
     assert sten.Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_it_is_the_last_of_a_chain():
+    with pytest.raises(ValueError, match=r"^Expected Reconstruct\(.*, which fits whole blocks, as the last of chain"):
+        sten.chain(sten.Wanda(), sten.Reconstruct(), sten.ADMM())
