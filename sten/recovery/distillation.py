@@ -75,8 +75,9 @@ class Distillation:
             teacher.eval()
         if features:
             self.blocks = _paired_blocks(student, teacher)
-        self.decodes = bool(getattr(getattr(student, "config", None), "is_encoder_decoder", False))
-        self.next_token = bool(getattr(student, "can_generate", lambda: False)()) and not self.decodes
+        inner = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
+        self.decodes = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
+        self.next_token = bool(getattr(inner, "can_generate", lambda: False)()) and not self.decodes
 
     def __call__(self, batch: Any) -> Tensor:
         """The loss of a batch, differentiable by the student's parameters."""
