@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from hf_models import bert, gpt2, llama
 from small import batch, every_layout, mlp, rate
 from torch import nn
@@ -107,6 +108,28 @@ def test_the_terms_of_an_encoder():
     y, z = ((t[-1] * weight).sum(1) / weight.sum(1) for t in (ours, theirs))
     cosine = (F.normalize(y, dim=-1) * F.normalize(z, dim=-1)).sum(-1).mean()
     torch.testing.assert_close(got, 0.5 * (errors[-1] + 1 - cosine) + 0.25 * sum(errors) / 3)
+
+
+def test_a_wrapped_student_has_the_same_loss(tmp_path):
+    teacher = llama(num_hidden_layers=2)
+    student = sten.trainable(pruned(teacher))
+    inputs = {"input_ids": IDS, "labels": IDS.masked_fill(IDS < 9, -100)}
+    want = sten.Distillation(student, teacher, features=1.0)(inputs)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(student)
+        assert torch.equal(sten.Distillation(wrapped, teacher, features=1.0)(inputs), want)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_teacher_runs_without_dropout_and_the_student_as_it_is():
+    teacher = nn.Sequential(mlp(), nn.Dropout(0.5)).train()
+    student = pruned(teacher)
+    loss = sten.Distillation(student, teacher)
+    assert not torch.equal(loss(batch(0)), loss(batch(0))) and student.training
+    student.eval()
+    assert torch.equal(loss(batch(0)), loss(batch(0)))
 
 
 def test_task_is_the_loss_of_the_student():

@@ -71,8 +71,6 @@ class Distillation:
         self.kl, self.embedding, self.features, self.task = kl, embedding, features, task
         self.temperature = temperature
         self.blocks: list[tuple[nn.Module, nn.Module]] = []
-        if isinstance(teacher, nn.Module):
-            teacher.eval()
         if features:
             self.blocks = _paired_blocks(student, teacher)
         inner = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
@@ -81,6 +79,8 @@ class Distillation:
 
     def __call__(self, batch: Any) -> Tensor:
         """The loss of a batch, differentiable by the student's parameters."""
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.eval()
         with torch.no_grad():
             theirs, their_features = _run(self.teacher, batch, [block for _, block in self.blocks])
         ours, our_features = _run(self.student, batch, [block for block, _ in self.blocks])
