@@ -243,6 +243,50 @@ def test_an_optimizer_that_is_given_goes_on():
         torch.testing.assert_close(runs[1][name], whole, rtol=1e-6, atol=1e-7)
 
 
+def test_frozen_weights_come_back_finalized_under_an_optimizer_of_ones_own():
+    teacher, student = mlp(), pruned(mlp())
+    student[2].weight.requires_grad_(False)
+    before = dense_numbers(student)
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], 0.1)
+    sten.distill(student, teacher, [batch(0) + 1], optimizer, steps=2)
+    assert all(isinstance(student[i]._parameters["weight"], sten.SparseTensor) for i in (0, 2))
+    assert torch.equal(dense_numbers(student)["2.weight"], before["2.weight"])
+    assert not torch.equal(dense_numbers(student)["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("method", [sten.STE(), sten.SRigL(total_steps=20, every=2), sten.Gradual(1, 6, every=2)], ids=str)
+def test_with_methods_of_each_kind(method):
+    """Without state, with parameters that change their shape, with a dense weight."""
+    teacher, student, seen = mlp(), mlp(), []
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-2)
+    layout, sparsity = {"STE": (sten.NM(2, 4), None), "SRigL": (sten.FanIn(), 0.5)}.get(
+        type(method).__name__, (sten.CSR(), 0.5)
+    )
+    sten.sparsify(student, layout, method, sparsity, optimizer=optimizer)
+    with torch.no_grad():
+        student[2].bias.normal_()
+    note = lambda step, loss: seen.append(loss)  # noqa: E731
+    sten.distill(student, teacher, [batch(0), batch(1)], optimizer, steps=12, callback=note)
+    assert seen[-1] < seen[0] and "weight_pattern" in student[0]._modules
+
+
+def test_recurrent_layers_train_as_they_are():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0])
+
+    teacher = Tagger()
+    student, x, seen = pruned(teacher, sten.CSR(), sparsity=0.5, weights=["*weight*"]), torch.randn(3, 5, 8), []
+    masks = {name: p.mask() for name, p in student.named_parameters() if isinstance(p, sten.SparseTensor)}
+    sten.distill(student, teacher, [x], steps=10, lr=1e-2, callback=lambda step, loss: seen.append(loss))
+    assert len(masks) == 3 and seen[-1] < 0.9 * seen[0]
+    assert all(torch.equal(student.get_parameter(name).mask(), mask) for name, mask in masks.items())
+
+
 def test_a_loop_of_ones_own_resumes(tmp_path):
     teacher, results = mlp(), []
     for killed in (False, True):
