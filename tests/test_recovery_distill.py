@@ -254,7 +254,7 @@ def test_frozen_weights_come_back_finalized_under_an_optimizer_of_ones_own():
     assert not torch.equal(dense_numbers(student)["0.weight"], before["0.weight"])
 
 
-@pytest.mark.parametrize("method", [sten.STE(), sten.SRigL(total_steps=20, every=2), sten.Gradual(1, 6, every=2)], ids=str)
+@pytest.mark.parametrize("method", [sten.STE(), sten.SRigL(20, every=2), sten.Gradual(1, 6, every=2)], ids=str)
 def test_with_methods_of_each_kind(method):
     """Without state, with parameters that change their shape, with a dense weight."""
     teacher, student, seen = mlp(), mlp(), []
