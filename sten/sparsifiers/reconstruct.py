@@ -51,7 +51,8 @@ class Reconstruct(PatternMethod):
     that it had. Biases and norms stay: calibration writes weights only. Gradients and errors are those of the batches
     of all processes.
 
-    Without a method before it, the masks are Wanda's.
+    Without a method before it, the masks are Wanda's. Weights that lie in no block of the calibration stay as they were
+    decided.
 
     Args:
         steps: of Adam, for each block.
