@@ -13,6 +13,7 @@ from .conversion import (
     finalize,
     fuse,
     parallelize_module,
+    permute,
     plan,
     sparsify,
     summary,
@@ -75,8 +76,8 @@ __all__ = [
     "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
     "densify", "distill_loss", "extend", "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy",
     "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run", "optim", "parallelize_module",
-    "plan", "save", "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
-    "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
+    "permute", "plan", "save", "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary",
+    "testing", "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -2,6 +2,7 @@
 
 from .api import attach, densify, finalize, plan, sparsify, trainable
 from .fuse import fuse, unfuse
+from .permute import permute
 from .recipe import Recipe
 from .report import summary
 from .tensor_parallel import parallelize_module
@@ -13,6 +14,7 @@ __all__ = [
     "finalize",
     "fuse",
     "parallelize_module",
+    "permute",
     "plan",
     "sparsify",
     "summary",

@@ -50,7 +50,7 @@ SCORES = "it is summed over, as queries and keys are in attention scores"
 
 @dataclass(frozen=True)
 class Member:
-    """A tensor of a module, the dimension that channels lie in, and where: `at[c, k]` is the k-th place of channel c."""
+    """A tensor of a module, the dimension that channels lie in, and where: `at[c, k]`, the k-th place of channel c."""
 
     module: nn.Module
     attribute: str
@@ -88,7 +88,11 @@ class Channels(TorchDispatchMode):
         super().__init__()
         self.model, self.reasons = model, [""]
         empty = torch.zeros(0, dtype=torch.int64)
-        self.root, self.frozen, self.key = empty, empty, empty  # by number: the first of its channel, reason, told apart
+        self.root, self.frozen, self.key = (
+            empty,
+            empty,
+            empty,
+        )  # by number: the first of its channel, reason, told apart
         self.uses: dict[tuple[int, int], _Use] = {}  # by id of the tensor, and dimension
         self.labelled: dict[int, tuple[Tensor, Tensor]] = {}  # the tensors are kept, so that an id stays theirs
         self.inside, self.salt = 0, 0
@@ -287,7 +291,7 @@ class Channels(TorchDispatchMode):
         if right is None:
             return
         kept = right.narrow(dim, 0, 1)
-        if bool((right != kept).any()) or left is not None and len(others) == 1:
+        if bool((right != kept).any()) or (left is not None and len(others) == 1):
             return self._freeze(right, SCORES)
         if out.dim() == 4 and kept.shape[1] != out.shape[1]:  # grouped queries: several heads of them read one
             kept = kept.repeat_interleave(out.shape[1] // kept.shape[1], 1)

@@ -14,7 +14,8 @@ In a sweep the best exchanges that do not touch each other's groups are made tog
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from ..layouts.base import Layout
 
-SWEEPS = 60
+SWEEPS, ATTEMPTS = 60, 4
+ENOUGH = 2e-3  # a sweep that gains less than this part of all gains is the last
+WORK = {"cpu": 2**28}  # of one matrix of distances: slots * slots * features; more features than that are left out
 PARTNERS = 8  # of each slot, the best ones that are looked at in a sweep
 LARGEST_GROUP = 64
 PROBED = 256  # rows and columns of the random scores by which the groups of a layout are found
@@ -55,17 +58,24 @@ class Scored:
         return float(score.masked_fill(~self.mask(score), 0).sum(dtype=torch.float64))
 
 
-def group_size(layout: Layout, shape: Sequence[int], dim: int) -> tuple[int, int] | None:
-    """(n, m) if the layout keeps n of every m consecutive rows (dim 0) or inputs (dim 1) of a weight; else None."""
-    rate, size = layout.rate, min(shape[dim], PROBED)
+def group_size(layout: Layout, shape: Sequence[int]) -> tuple[int, int, int] | None:
+    """(n, m, dim) if the layout keeps n of every m consecutive rows (dim 0) or inputs (dim 1) of a weight; else None.
+
+    The smallest m, found by the mask of random scores.
+    """
+    rate = layout.rate
     if rate is None:
         return None
     small = (min(shape[0], PROBED), min(shape[1], PROBED), *shape[2:])
-    mask = layout.mask(torch.rand(small, generator=torch.Generator().manual_seed(0))).movedim(dim, 0).flatten(1)
-    for m in range(2, min(LARGEST_GROUP, size // 2) + 1):
-        counts = mask[: size // m * m].view(size // m, m, -1).sum(1)
-        if 0 < round(rate * m) < m and bool((counts == round(rate * m)).all()):
-            return round(rate * m), m
+    mask = layout.mask(torch.rand(small, generator=torch.Generator().manual_seed(0)))
+    for m in range(2, LARGEST_GROUP + 1):
+        for dim in (1, 0):
+            size = small[dim]
+            if not 0 < round(rate * m) < m or size < 2 * m:
+                continue
+            groups = mask.movedim(dim, 0).flatten(1)[: size // m * m].view(size // m, m, -1)
+            if bool((groups.sum(1) == round(rate * m)).all()):
+                return round(rate * m), m, dim
     return None
 
 
@@ -83,7 +93,9 @@ class _Groups:
     def __init__(self, scored: Scored, n: int, m: int) -> None:
         self.scored, self.n, self.m = scored, n, m
         shape = scored.score.shape
-        self.height = vector_height(scored.layout, (min(shape[0], 4096), min(shape[1], m), *shape[2:])) if scored.dim else 1
+        self.height = (
+            vector_height(scored.layout, (min(shape[0], 4096), min(shape[1], m), *shape[2:])) if scored.dim else 1
+        )
         self.group = scored.at // m
         # slots of one group have all their places in common groups
         same = [column.unique(return_inverse=True)[1] for column in self.group.T]
@@ -99,6 +111,9 @@ class _Groups:
 
     def gains(self, score: Tensor) -> Tensor:
         x, n, m = self.features(score), self.n, self.m
+        most = max(32, WORK.get(x.device.type, 2**36) // len(self.scored.at) ** 2)
+        if x.shape[1] > most:
+            x = x[:, x.sum(0).topk(most).indices]
         size = len(x)
         groups = torch.cat([x, x.new_full((-size % m, x.shape[1]), -1)]).view(-1, m, x.shape[1])
         best = groups.topk(min(n + 1, m), dim=1).values
@@ -133,36 +148,34 @@ class _Masked:
         return value + value.T - own[:, None] - own[None, :]
 
 
-def search(problem: list[Scored], group: Tensor, starts: Sequence[Callable[[], Tensor]] = ()) -> Tensor:
+def search(problem: list[Scored], group: Tensor) -> Tensor:
     """The best order found: slot s gets channel order[s]. No weight keeps less than in the present order.
 
     Args:
-        problem: the weights, whose scores are each divided by their sum here, so that all count alike.
+        problem: the weights. The scores of each are divided by their sum, so that all count alike; a weight that would
+            keep less counts more in the next attempt.
         group: (K,) channels of one group exchange places among each other only.
     """
     identity = torch.arange(len(group), device=group.device)
-    totals = [max(float(s.score.sum(dtype=torch.float64)), 1e-300) for s in problem]
-    problem = [Scored(s.score / t, s.layout, s.sparsity, s.dim, s.at) for s, t in zip(problem, totals, strict=True)]
-    rules = [rule for s in problem if (rule := _rule(s)) is not None]
-    if not rules:
-        return identity
+    factors = [1 / max(float(s.score.sum(dtype=torch.float64)), 1e-30) for s in problem]
     before = [s.kept(identity) for s in problem]
-    best, best_gain = identity, 1e-7
-    for start in (identity, _by_size(problem, group)):
-        order = _improved(rules, group, start)
-        after = [s.kept(order) for s in problem]
-        gain = sum(after) - sum(before)
-        if gain > best_gain and all(a >= b for a, b in zip(after, before, strict=True)):
-            best, best_gain = order, gain
-    return best
+    for _ in range(ATTEMPTS):
+        scaled = [dataclasses.replace(s, score=s.score * f) for s, f in zip(problem, factors, strict=True)]
+        rules = [rule for s in scaled if (rule := _rule(s)) is not None]
+        order = _improved(rules, group) if rules else identity
+        less = [s.kept(order) < kept for s, kept in zip(problem, before, strict=True)]
+        if not any(less):
+            return order
+        factors = [f * 4 if falls else f for f, falls in zip(factors, less, strict=True)]
+    return identity
 
 
 def _rule(scored: Scored) -> _Groups | _Masked | None:
     """How exchanges are judged; None where the order does not matter."""
     score, dim = scored.score, scored.dim
-    size = group_size(scored.layout, tuple(score.shape), dim)
-    if size is not None:
-        groups = _Groups(scored, *size)
+    found = group_size(scored.layout, tuple(score.shape))
+    if found is not None and found[2] == dim:
+        groups = _Groups(scored, *found[:2])
         return groups if groups.fits else _Masked(scored)
     shape = (min(score.shape[0], PROBED), min(score.shape[1], PROBED), *score.shape[2:])
     probe = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -171,36 +184,35 @@ def _rule(scored: Scored) -> _Groups | _Masked | None:
     return None if bool((scored.mask(probe.index_select(dim, order)) == here).all()) else _Masked(scored)
 
 
-def _by_size(problem: list[Scored], group: Tensor) -> Tensor:
-    """Channels by their score, the largest first, within each group's slots: what blocks keep lies together then."""
-    size = sum(s.score.movedim(s.dim, 0).flatten(1).sum(1)[s.at].sum(1) for s in problem)
-    by_size = torch.argsort(size, descending=True)
-    order = torch.empty_like(by_size)
-    order[torch.argsort(group, stable=True)] = by_size[torch.argsort(group[by_size], stable=True)]
-    return order
-
-
-def _improved(rules: list, group: Tensor, order: Tensor) -> Tensor:
-    units = torch.stack([torch.arange(len(group)), *(r.group[:, 0].cpu() for r in rules if isinstance(r, _Groups))])
-    units = [column.tolist() for column in units]
+def _improved(rules: list[_Groups | _Masked], group: Tensor) -> Tensor:
+    order = torch.arange(len(group), device=group.device)
+    units = [order, *(rule.group[:, 0] for rule in rules if isinstance(rule, _Groups))]
+    units = [unit.tolist() for unit in units]
+    total = 0.0
     for _ in range(SWEEPS):
         gain = sum(rule.gains(rule.scored.arranged(order)) for rule in rules)
         gain.masked_fill_(group[:, None] != group[None, :], -torch.inf)  # slots keep their group
         value, partner = gain.topk(min(PARTNERS, len(group)), dim=1)
-        least = 1e-6 * len(rules) / len(group)
-        slot, rank = (value > least).nonzero(as_tuple=True)
-        best = torch.argsort(value[slot, rank], descending=True)
-        pairs = torch.stack([slot, partner[slot, rank]])[:, best].T.tolist()
-        used = [set() for _ in units]
-        chosen = []
-        for p, q in pairs:
-            if not any(u[p] in taken or u[q] in taken for u, taken in zip(units, used, strict=True)):
-                for u, taken in zip(units, used, strict=True):
-                    taken |= {u[p], u[q]}
-                chosen.append((p, q))
-        if not chosen:
+        chosen, more = _disjoint(value, partner, units)
+        total += more
+        if more <= ENOUGH * total:
             break
         p, q = torch.tensor(chosen, device=order.device).T
-        order = order.clone()
-        order[p], order[q] = order[q], order[p]
+        order = order.index_copy(0, torch.cat([p, q]), order[torch.cat([q, p])])
     return order
+
+
+def _disjoint(value: Tensor, partner: Tensor, units: list[list[int]]) -> tuple[list[tuple[int, int]], float]:
+    """Exchanges of which no two touch one unit, the best first, and the sum of what they gain."""
+    slot, rank = (value > 1e-6 / len(value)).nonzero(as_tuple=True)  # of weights whose scores sum to 1
+    value, partner = value[slot, rank], partner[slot, rank]
+    best = torch.argsort(value, descending=True, stable=True)
+    used: list[set[int]] = [set() for _ in units]
+    chosen, total = [], 0.0
+    for p, q, gain in zip(slot[best].tolist(), partner[best].tolist(), value[best].tolist(), strict=True):
+        if not any(unit[p] in taken or unit[q] in taken for unit, taken in zip(units, used, strict=True)):
+            for unit, taken in zip(units, used, strict=True):
+                taken |= {unit[p], unit[q]}
+            chosen.append((p, q))
+            total += gain
+    return chosen, total
