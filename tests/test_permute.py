@@ -24,7 +24,7 @@ MOVED = {
     "bert": ("intermediate.dense rows", "output.dense columns", "value rows"),
     "vit": ("fc1 rows", "fc2 columns", "v_proj rows", "o_proj columns"),
     "mlp": ("0 rows", "3 columns", "3 rows", "5 columns"),
-    "resnet": ("block.0 rows", "block.6 columns", "last rows", "head columns"),
+    "resnet": ("block.0 rows", "block.6 columns", "stem rows", "last rows", "head columns"),
 }
 
 

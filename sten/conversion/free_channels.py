@@ -39,6 +39,7 @@ MOVING = {
 POOLING = (
     "max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "_adaptive_avg_pool", "upsample_", "_upsample_",
 )  # fmt: skip
+UNTAGGED = {"hardswish"}
 REDUCING = {"mean", "sum", "amax", "amin"}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm)
@@ -237,7 +238,7 @@ class Channels(TorchDispatchMode):
             moved = func(*tree_map(self._relabelled, args))
             for t, labels in zip(tree_leaves(out), tree_leaves(moved), strict=True):
                 self._set(t, labels)
-        elif torch.Tag.pointwise in func.tags and (x is not None or plain == name):
+        elif _is_pointwise(plain) and (x is not None or plain == name):
             self._pointwise(tensors, out)
         elif plain.startswith(POOLING) and x is not None:
             first = out[0] if isinstance(out, tuple) else out
@@ -386,6 +387,13 @@ class Channels(TorchDispatchMode):
         first = torch.full_like(first, len(self.reasons)).scatter_reduce_(0, self.root, first, "amin")
         [(most, _)] = Counter(first[numbers].tolist()).most_common(1)
         return [*self.reasons, ""][most]
+
+
+def _is_pointwise(name: str) -> bool:
+    """Whether an operator works element by element: torch's tag, which not all overloads have."""
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    return name in UNTAGGED or any(torch.Tag.pointwise in overload.tags for overload in overloads)
 
 
 def _hash(x: Tensor) -> Tensor:
