@@ -1,20 +1,20 @@
 """Which channels of a model can change places without changing what it computes: found by running it once.
 
 Each channel that a layer makes (a row of its weight) gets a number. While the model runs on an example, every tensor has
-a second one of the same shape, the *labels*: the number of the channel that each element belongs to, -1 for none.
+a second one of its shape, the *labels*: the number of the channel that each element belongs to, -1 for none.
 
-| operator | what becomes of the labels |
-|---|---|
-| view, transpose, expand, cat, ... | the same operator is applied to the labels |
-| element by element | numbers that meet become one channel (a gate and what it multiplies); a tensor without labels tells the channels apart along the dimensions that it varies in |
-| a product with an unlabelled matrix, attention's values | the labels stay, if the sum runs within a channel; channels of different heads are told apart |
-| pooling | the labels stay |
-| a layer | its columns take the labels of its input: they must move with those channels |
-| anything else, and the model's outputs | the channels stay where they are, with the reason |
+- view, transpose, expand, cat, ...: the same operator is applied to the labels.
+- Element by element: numbers that meet become one channel, such as a gate and what it multiplies. A tensor without
+  labels tells channels apart along the dimensions that it varies in.
+- A product with a matrix without labels, or attention's values: the labels stay, if the sum runs within a channel;
+  channels of different heads are told apart.
+- Pooling, and norms: the labels stay.
+- A layer: its columns have the labels of its input, since they must move with those channels.
+- Anything else, and the model's outputs: the channels stay where they are, with the reason.
 
 Two channels can change places if they have the same members (rows, columns and entries of biases, equally often) and
 nothing has told them apart. What is not understood is left in place.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

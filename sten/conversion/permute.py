@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .._torch_private import tree_leaves, tree_map
+from ..calibration.data import Calibration, calibration_of, inference, run_batch
 from ..sparsifiers.allocation import Allocation, allocation
 from .arguments import Layouts, Weights, expect_layouts
 from .free_channels import Channels, Member, Space
-from .input_statistics import Inputs, call, input_statistics
+from .input_statistics import Inputs, input_statistics
 from .permutation_search import Scored, search
 from .recipe import DEFAULT, Recipe, recipe_of
 from .select import Target, expect_model, select
@@ -64,7 +65,7 @@ def permute(
     layout: Layouts | Recipe | None = None,
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | Iterable | None = None,
     example: Any = None,
 ) -> PermuteReport:
     """Reorder channels inside a dense model, in place, so that `sparsify` with these arguments keeps more of it.
@@ -82,8 +83,8 @@ def permute(
     Args:
         model: any nn.Module with dense weights.
         layout, sparsity, weights: as in `sparsify`; `layout` may be a `sten.Recipe`.
-        calibration: batches, each passed to the model (a mapping by keyword, a tuple by position, a tensor). The score
-            is then w_ij^2 * mean(x_j^2), and the report has output errors; without, the score is w^2.
+        calibration: batches, as in `sparsify`. The score is w_ij^2 * mean(x_j^2) then, and the report has output errors;
+            without, the score is w^2.
         example: one batch to run the model on. Default: from `calibration`, or the model's `dummy_inputs`, or made for
             its first layer.
 
@@ -115,25 +116,22 @@ def permute(
     for target in targets:
         if target.stored is not None or target.mask is not None:
             raise ValueError(f"Expected a dense model, got {target.name}, which is pruned; call sten.permute before.")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    given = calibration_of(calibration)
     done: list[tuple[Space, Tensor]] = []
-    try:
-        return _permute(model, targets, spread, calibration, example, done)
-    except BaseException:
-        for space, order in reversed(done):
-            _apply(space, torch.argsort(order))
-        raise
-    finally:
-        for module in training:
-            module.training = True
+    with inference(model):
+        try:
+            return _permute(model, targets, spread, given, example, done)
+        except BaseException:
+            for space, order in reversed(done):
+                _apply(space, torch.argsort(order))
+            raise
 
 
-@torch.no_grad()
-def _permute(model, targets: list[Target], spread, calibration, example, done: list) -> PermuteReport:
-    batches = [] if calibration is None else list(calibration)
-    inputs = {} if calibration is None else input_statistics(model, targets, batches)
-    example = _example(model, batches) if example is None else example
+def _permute(
+    model: nn.Module, targets: list[Target], spread: Allocation | None, given: Calibration | None, example, done: list
+) -> PermuteReport:
+    inputs = {} if given is None else input_statistics(model, targets, given)
+    example = _example(model, given) if example is None else example
     channels = Channels(model)
     before = _outputs(channels.run(lambda: _expect_runs(model, example)))
     sparsities = _sparsities(targets, spread, inputs)
@@ -158,7 +156,7 @@ def _permute(model, targets: list[Target], spread, calibration, example, done: l
             for member in space.members:
                 _move_inputs(inputs, targets, member, order)
     changed = {t.name for t in targets if "permuted" in (remarks.get((t.name, 0)), remarks.get((t.name, 1)))}
-    after = _outputs(call(model, example)) if done else before
+    after = _outputs(run_batch(model, example, 0)) if done else before
     _expect_same(model, before, after)
     rows = []
     for t in targets:
@@ -189,16 +187,17 @@ def _dim(target: Target, member: Member) -> int:
 def _move_inputs(inputs: dict[str, Inputs], targets: list[Target], member: Member, order: Tensor) -> None:
     for target in targets:
         if target.tensor is member.tensor and _dim(target, member) == 1 and target.name in inputs:
-            square = inputs[target.name].square
-            inputs[target.name].reordered(_index(member, order).to(square.device))
+            index = _index(member, order).to(inputs[target.name].square.device)
+            columns = torch.arange(len(inputs[target.name].square), device=index.device)
+            inputs[target.name].reorder(columns.view(len(index), -1)[index].flatten())
 
 
 def _score(target: Target, inputs: dict[str, Inputs]) -> Tensor:
     """w^2, times the mean square of the input, in the orientation of the layout."""
     w = target.tensor.detach()
     score = (w.t() if target.transposed else w).float().square()
-    if target.name in inputs and inputs[target.name].square.numel() == score.shape[1]:
-        score = score * inputs[target.name].square.to(score.device).view(1, -1, *[1] * (score.dim() - 2))
+    if target.name in inputs:
+        score = score * inputs[target.name].square.to(score.device).view(1, *score.shape[1:])
     return score
 
 
@@ -210,13 +209,12 @@ def _kept(target: Target, sparsities: dict[str, float | None], inputs: dict[str,
     if not math.isfinite(total):
         raise ValueError(f"Expected finite numbers in {target.name}, got NaN or inf.")
     kept = float(score.masked_fill(~mask, 0).sum(dtype=torch.float64)) / total if total else 1.0
-    sample = inputs[target.name].sample if target.name in inputs else None
-    if sample is None:
+    if target.name not in inputs:
         return kept, None
     w = target.tensor.detach().float()
-    w, x = (w.t() if target.transposed else w), sample.to(w.device)
-    whole = float((x @ w.T).norm())
-    return kept, float((x @ w.masked_fill(mask, 0).T).norm()) / whole if whole else 0.0
+    w, x = (w.t() if target.transposed else w), inputs[target.name].sample.to(w.device)
+    whole, lost = (float((x @ v.flatten(1).T).norm()) for v in (w, w.masked_fill(mask, 0)))
+    return kept, lost / whole if whole else 0.0
 
 
 def _sparsities(targets: list[Target], spread: Allocation | None, inputs) -> dict[str, float | None]:
@@ -234,9 +232,10 @@ def _why_not(channels: Channels, target: Target, dim: int) -> str:
 # ---- the example
 
 
-def _example(model: nn.Module, batches: list) -> Any:
-    if batches:
-        return tree_map(_smaller, dict(batches[0]) if hasattr(batches[0], "items") else batches[0])
+def _example(model: nn.Module, given: Calibration | None) -> Any:
+    if given is not None:
+        first = given.batches[0]
+        return tree_map(_smaller, dict(first) if isinstance(first, Mapping) else first)
     dummy = getattr(model, "dummy_inputs", None)
     first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)) or _is_conv(m)), None)
     weight = next(model.parameters())
@@ -269,7 +268,7 @@ def _smaller(value: Any) -> Any:
 
 def _expect_runs(model: nn.Module, example: Any) -> Any:
     try:
-        return call(model, example)
+        return run_batch(model, example, 0)
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(
             f"Expected an example that the model can be called with, got {type(error).__name__}: {error}; pass one as "
