@@ -1,7 +1,7 @@
 """Which channels of a model can change places without changing what it computes: found by running it once.
 
-Each channel that a layer makes (a row of its weight) gets a number. While the model runs on an example, every tensor has
-a second one of its shape, the *labels*: the number of the channel that each element belongs to, -1 for none.
+Each channel that a layer makes (a row of its weight) gets a number. While the model runs on an example, a tensor has a
+second one of its shape, the *labels*: the number of the channel that each element belongs to, -1 for none.
 
 - view, transpose, expand, cat, ...: the same operator is applied to the labels.
 - Element by element: numbers that meet become one channel, such as a gate and what it multiplies. A tensor without

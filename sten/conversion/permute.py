@@ -83,8 +83,8 @@ def permute(
     Args:
         model: any nn.Module with dense weights.
         layout, sparsity, weights: as in `sparsify`; `layout` may be a `sten.Recipe`.
-        calibration: batches, as in `sparsify`. The score is w_ij^2 * mean(x_j^2) then, and the report has output errors;
-            without, the score is w^2.
+        calibration: batches, as in `sparsify`: the score is then w_ij^2 * mean(x_j^2) in place of w^2, and the report
+            has output errors.
         example: one batch to run the model on. Default: from `calibration`, or the model's `dummy_inputs`, or made for
             its first layer.
 
