@@ -9,6 +9,7 @@ from . import extend, testing
 from .calibration import Calibration
 from .conversion import (
     Recipe,
+    Sensitivity,
     attach,
     densify,
     finalize,
@@ -16,6 +17,7 @@ from .conversion import (
     parallelize_module,
     permute,
     plan,
+    sensitivity,
     sparsify,
     summary,
     trainable,
@@ -69,6 +71,7 @@ from .sparsifiers import (
     scores,
 )
 from .sparsifiers.allocation import ERK, Allocation, Global, Uniform
+from .sparsifiers.per_weight import PerWeight
 from .tensor import SparseTensor, from_dense
 from .training import optim
 from .training.average import follow
@@ -80,13 +83,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ADMM", "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
     "BlockPruneGrow", "Calibration", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn",
-    "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "Random",
-    "Recipe", "Rewind", "RigL", "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps", "SparseTensor", "Sparsifier",
-    "Static", "Transposable", "Uniform", "VectorNM", "Wanda", "attach", "chain", "densify", "distill_loss", "extend",
-    "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect",
-    "kernel", "load", "load_masks", "load_run", "optim", "parallelize_module", "permute", "plan", "save",
-    "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
-    "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
+    "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "PerWeight",
+    "Random", "Recipe", "Rewind", "RigL", "SRigL", "Sensitivity", "SparseGPT", "SparseMomentum", "SparseSwaps",
+    "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "Wanda", "attach", "chain",
+    "densify", "distill_loss", "extend", "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy",
+    "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run", "optim", "parallelize_module",
+    "permute", "plan", "save", "save_masks", "save_run", "schedule", "scores", "sensitivity", "sparsify", "strict",
+    "summary", "testing", "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

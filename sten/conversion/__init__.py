@@ -5,10 +5,12 @@ from .fuse import fuse, unfuse
 from .permute import permute
 from .recipe import Recipe
 from .report import summary
+from .sensitivity import Sensitivity, sensitivity
 from .tensor_parallel import parallelize_module
 
 __all__ = [
     "Recipe",
+    "Sensitivity",
     "attach",
     "densify",
     "finalize",
@@ -16,6 +18,7 @@ __all__ = [
     "parallelize_module",
     "permute",
     "plan",
+    "sensitivity",
     "sparsify",
     "summary",
     "trainable",
