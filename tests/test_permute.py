@@ -188,8 +188,55 @@ class Noise(nn.Module):
 def test_modes_dtypes_and_no_weight_left():
     model, x = mlp()
     model.train().bfloat16()
-    y = model(x.bfloat16())
+    y = model(x.bfloat16()).detach()
     sten.permute(model, sten.VectorNM(2, 4, 4))
     assert model.training and all(module.training for module in model.modules())
     torch.testing.assert_close(model(x.bfloat16()), y, rtol=0.05, atol=0.05 * float(y.abs().max()))
     assert isinstance(model[0].weight, nn.Parameter) and model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_an_example_is_found(kind):
+    pytest.importorskip("transformers")
+    model, example = hugging_face(kind)
+    before = outputs(model, example)
+    report = sten.permute(model, sten.NM(2, 4))
+    for a, b in zip(before, outputs(model, example), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+    assert "permuted" in str(report) and len(str(report).splitlines()) == len(report.rows) + 1
+
+
+def test_gradients_move_along():
+    model, x = mlp()
+    model(x).square().mean().backward()
+    sten.permute(model, sten.NM(2, 4))
+    moved = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().mean().backward()
+    for p, grad in zip(model.parameters(), moved, strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_move_along():
+    """LoRA's B has rows of the layer that it is beside, its A columns; neither is pruned."""
+    peft = pytest.importorskip("peft")
+    model, example = hugging_face("llama")
+    config = peft.LoraConfig(target_modules=["v_proj", "o_proj", "up_proj", "down_proj"], init_lora_weights=False, r=2)
+    model = peft.get_peft_model(model, config).eval()
+    before, old = outputs(model, example), copy.deepcopy(model.state_dict())
+    sten.permute(model, sten.VectorNM(2, 4, 8), example=example)
+    for a, b in zip(before, outputs(model, example), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+    moved = [name for name, p in model.state_dict().items() if not torch.equal(p, old[name])]
+    assert any("up_proj.lora_B" in name for name in moved) and any("down_proj.lora_A" in name for name in moved)
+
+
+def test_torch_transformer():
+    """The MLP of nn.TransformerEncoderLayer, which in inference may run in one operator."""
+    torch.manual_seed(0)
+    model = uneven(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    x = torch.randn(2, 5, 16)
+    y = model(x).detach()
+    report = sten.permute(model, sten.BSR((4, 4)), 0.5, ["linear1", "linear2"], example=x)
+    assert [row.rows for row in report.rows][0] == "permuted" == report.rows[1].columns
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
