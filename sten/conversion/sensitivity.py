@@ -69,6 +69,13 @@ class Sensitivity:
         rows: one for each weight and candidate.
         sizes: entries of each dense weight.
         sparsifier: that the errors were measured with.
+
+    Example:
+        >>> import torch, sten
+        >>> layer = torch.nn.Linear(16, 8)
+        >>> table = sten.sensitivity(layer, [sten.NM(2, 4), None], [torch.randn(64, 16)])
+        >>> table.choose(sparsity=0.5).layout, table.choose(bytes=512).layout
+        ({'weight': NM(n=2, m=4)}, {'weight': None})
     """
 
     rows: list[Measured]
