@@ -238,5 +238,43 @@ def test_torch_transformer():
     x = torch.randn(2, 5, 16)
     y = model(x).detach()
     report = sten.permute(model, sten.BSR((4, 4)), 0.5, ["linear1", "linear2"], example=x)
-    assert [row.rows for row in report.rows][0] == "permuted" == report.rows[1].columns
+    assert report.rows[0].rows == "permuted" == report.rows[1].columns
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
+
+
+OTHERS = {  # fused layers, other implementations of attention, an encoder and a decoder, experts
+    "llama": {"attn_implementation": "eager"},
+    "phi3": {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1},
+    "gpt_neox": {},
+    "t5": {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families(kind):
+    pytest.importorskip("transformers")
+    model, example = hugging_face(kind, **OTHERS[kind])
+    if kind == "t5":
+        example["decoder_input_ids"] = example["input_ids"]
+    before = outputs(model, example)
+    report = sten.permute(model, sten.BSR((4, 4)), 0.5, example=example)
+    for a, b in zip(before, outputs(model, example), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+    moved = {row.name for row in report.rows if "permuted" in (row.rows, row.columns)}
+    attention = ("v_proj", "qkv_proj", "query_key_value", ".v.weight")
+    assert any(part in name for name in moved for part in attention)
+    assert kind == "mixtral" or any(part in name for name in moved for part in ("mlp", "DenseReluDense"))
+
+
+def test_arguments_of_sparsify():
+    """A Recipe, layouts by name, an allocation: the rows are those of the plan."""
+    recipe = sten.Recipe({"0": sten.BSR((4, 4)), "3": sten.NM(2, 4), "5": None}, sparsity=sten.ERK(0.5))
+    rows = sten.permute(mlp()[0], recipe).rows
+    assert [(row.name, row.layout) for row in rows] == [("0.weight", "BSR(block=(4, 4))"), ("3.weight", "NM(n=2, m=4)")]
+    model, _ = mlp()
+    sten.permute(model, sten.BSR((2, 2)), sten.PerWeight({"0.weight": 0.9, "3.weight": 0.1}), ["0", "3"])
+    with pytest.raises(ValueError, match=r"3\.weight in sten\.PerWeight"):
+        sten.permute(model, sten.BSR((2, 2)), sten.PerWeight({"0.weight": 0.9}), ["0", "3"])
+    with pytest.raises(TypeError, match="nn.Module"):
+        sten.permute("model", sten.NM(2, 4))

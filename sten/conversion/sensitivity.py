@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import benchmark
 
 from .._torch_private import tree_leaves
 from ..calibration import Calibration, Walk
@@ -281,6 +280,8 @@ def _seconds(w: Tensor, tokens: int, name: str) -> float:
     """The median time of x @ W.T."""
     if w.dim() != 2:
         raise ValueError(f"Expected linear weights for tokens=, got {name} of shape {tuple(w.shape)}; leave it out.")
+    from torch.utils import benchmark  # takes long to import
+
     x = torch.randn(tokens, w.shape[1], device=w.device, dtype=w.dtype)
     timer = benchmark.Timer("F.linear(x, w)", globals={"F": F, "x": x, "w": w}, num_threads=torch.get_num_threads())
     timer.timeit(3)  # kernels are tuned
