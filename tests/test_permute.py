@@ -276,5 +276,5 @@ def test_arguments_of_sparsify():
     sten.permute(model, sten.BSR((2, 2)), sten.PerWeight({"0.weight": 0.9, "3.weight": 0.1}), ["0", "3"])
     with pytest.raises(ValueError, match=r"3\.weight in sten\.PerWeight"):
         sten.permute(model, sten.BSR((2, 2)), sten.PerWeight({"0.weight": 0.9}), ["0", "3"])
-    with pytest.raises(TypeError, match="nn.Module"):
+    with pytest.raises(TypeError, match=r"nn\.Module"):
         sten.permute("model", sten.NM(2, 4))
