@@ -148,17 +148,23 @@ class Layout(metaclass=Constructor):
         """The group of each column of `weight.flatten(1)`, int64 on the CPU, for methods that go column by column.
 
         `mask` of a slice of whole groups, in the order of their numbers, chooses as `mask` of the whole weight does,
-        but for the count where the layout has no rate. By default all columns are one group, which is always true.
+        but for the count where the layout has no rate. If units are independent, each row keeps at least the rate of
+        each group. By default all columns are one group, which is always true.
         """
         return torch.zeros(math.prod(shape[1:]), dtype=torch.int64)
 
     def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns (of `weight.flatten(1)`, by `column_groups`) whose mask moves together; by default an entry.
+        """The rows and columns, in the order of `column_groups`, of a tile: of entries whose mask moves together.
 
         Two tiles of the same rows may exchange their masks: within a group of columns, or anywhere if there is no rate.
+        By default a tile is a unit, which needs no definition of your own.
         """
-        del shape
-        return 1, 1
+        if type(self).unit_totals is Layout.unit_totals:
+            return 1, 1
+        first = torch.zeros_like(self.unit_totals(torch.ones(shape)), dtype=torch.bool)
+        first.view(-1)[0] = True
+        entries = self.unit_entries(first, shape).flatten(1)
+        return int(entries.any(1).sum()), int(entries.any(0).sum())
 
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""

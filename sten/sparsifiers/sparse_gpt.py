@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..layouts.base import Layout
 from .calibration import input_gram
 from .sparsifier import Edit, PatternMethod, View
 
-PIECE = 16  # columns that are updated one by one; those behind follow in one matrix product
+DEAD = 1e-12  # damping of inputs that are always zero
+PIECE = 16  # columns whose errors are solved for together
 Spans = list[tuple[int, int]]
+Chooser = Callable[[int, int, list[Tensor], Callable[[int, int], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,10 @@ class SparseGPT(PatternMethod):
 
     - n:m layouts choose group after group, from weights that hold all updates so far; a vector costs the sum of its
       entries, and GroupedNM chooses a chunk of columns at a time;
-    - layouts whose count is that of the whole weight (CSR, Masked, FanIn, BSR) choose in `block` columns at a time,
-      whole blocks of BSR, and every such part keeps the same fraction.
+    - layouts whose count is that of the whole weight (CSR, Masked, FanIn, BSR) choose for `block` columns at a time, by
+      the costs in all columns that are left. (The source keeps the same fraction of every `block` columns; on layers of
+      a language model that made the error 10 % larger, and 35 % with blocks.) A block of BSR costs what dropping all of
+      it costs, |w U^-1|^2 with U of its columns.
 
     In a chain behind another method it takes that mask and only updates the weights.
 
@@ -67,45 +73,20 @@ class SparseGPT(PatternMethod):
         factor = inverse_factor(input_gram(view), self.damping, view.name)
         return (view.weight.flatten(1).float() / factor.diagonal()).square().view(view.weight.shape)
 
+    @torch.no_grad()
     def update(self, view: View) -> Edit:
         weight, device = view.weight, view.weight.device
         groups = view.layout.column_groups(tuple(weight.shape))
         order = groups.argsort(stable=True).to(device)
         factor = inverse_factor(input_gram(view)[order][:, order], self.damping, view.name)
         columns = weight.flatten(1).float().t()[order].contiguous()  # (columns, rows): a column is contiguous
-        given = None if view.previous is None else view.previous.mask.flatten(1).t()[order]
-        allowed = None if view.allowed is None else view.allowed.flatten(1).t()[order]
-        choice = Choice(view, allowed, given)
-        mask = eliminate(columns, factor, choice, blocks_of(groups, self.block, view.layout.rate is None))
+        width = view.layout.tile(tuple(weight.shape))[1]
+        spans = blocks_of(groups, self.block, view.layout.rate is None)
+        mask = eliminate(columns, factor, width, spans, chooser(view, order), least_kept(view))
         back = order.argsort()
         mask = mask[back].t().reshape(weight.shape).contiguous()
         value = columns[back].t().reshape(weight.shape).to(weight.dtype).masked_fill(~mask, 0)
         return Edit(mask=mask, value=value.contiguous())
-
-
-class Choice:
-    """The mask of one span of columns after the other: given, or the layout's, at its sparsity over all spans."""
-
-    def __init__(self, view: View, allowed: Tensor | None, given: Tensor | None) -> None:
-        self.layout, self.allowed, self.given = view.layout, allowed, given
-        self.units = self.left = None
-        if view.layout.rate is None and given is None:  # units that are still to be looked at, and to be kept
-            mask = view.layout.mask(torch.ones_like(view.weight), view.sparsity)
-            whole = view.layout.unit_totals(mask.float())
-            self.units, self.left = whole.numel(), int((whole > 0).sum())
-
-    def __call__(self, start: int, stop: int, score: Tensor) -> Tensor:
-        """The mask (columns, rows) of the columns from `start` to `stop`, by their scores (rows, columns)."""
-        if self.given is not None:
-            return self.given[start:stop]
-        if self.allowed is not None:
-            score = score.masked_fill(~self.allowed[start:stop].t(), -torch.inf)
-        if self.units is None:
-            return self.layout.mask(score).t()
-        units = self.layout.unit_totals(score).numel()
-        mask = self.layout.mask(score, 1 - round(self.left * units / self.units) / units)
-        self.units, self.left = self.units - units, self.left - int((self.layout.unit_totals(mask.float()) > 0).sum())
-        return mask.t()
 
 
 def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
@@ -113,13 +94,14 @@ def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
 
     H reversed in both directions is L L^T, so H is R R^T with R, L reversed, upper triangular; then U = R^-1.
     """
-    size = len(gram)
-    mean = gram.diagonal().mean()
-    mean = torch.where(mean > 0, mean, 1.0)  # no input at all: the score becomes w^2
-    eye = torch.eye(size, device=gram.device)
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    mean = torch.where(mean > 0, mean, 1.0)
     used = damping
     while True:
-        lower, failed = torch.linalg.cholesky_ex((gram + used * mean * eye).flip(0, 1))
+        # A dead input, always zero, costs next to nothing, so it goes first.
+        more = torch.where(diagonal > 0, used, DEAD) * mean
+        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(more)).flip(0, 1))
         if not int(failed):
             break
         used *= 10
@@ -129,6 +111,7 @@ def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
             "More calibration tokens would help.",
             stacklevel=2,
         )
+    eye = torch.eye(len(gram), device=gram.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
 
@@ -145,25 +128,81 @@ def blocks_of(groups: Tensor, block: int, whole: bool) -> Iterator[Spans]:
             spans, first = [], stop
 
 
-def eliminate(columns: Tensor, factor: Tensor, choice: Choice, blocks: Iterator[Spans]) -> Tensor:
+def least_kept(view: View) -> float:
+    """The fraction of each row of a group that the layout keeps at least, where it chooses and says so."""
+    layout = view.layout
+    own = layout.independent_units and type(layout).column_groups is not Layout.column_groups
+    return layout.rate if own and layout.rate is not None and view.previous is None else 0.0
+
+
+def eliminate(
+    columns: Tensor, factor: Tensor, width: int, blocks: Iterable[Spans], choose: Chooser, kept: float
+) -> Tensor:
     """Choose, and let later columns make up for what is dropped: `columns` (columns, rows) changes; returns the mask.
 
-    Entries off the mask keep numbers without meaning.
+    Entries off the mask keep numbers without meaning. `width`: columns of a tile; `kept`: the fraction of each row of a
+    span that is kept at least.
+
+    The errors e of dropped entries, zero where kept, solve e_j U_jj = w_j - sum of e_i U_ij over i < j: a triangular
+    system of each row, over its own dropped columns. Substitution for all of them at once, repeated as often as a row
+    has dropped columns in a piece, is exact, and takes few and large operations.
     """
-    mask = torch.empty_like(columns, dtype=torch.bool)
-    error = torch.empty_like(columns)  # of dropped entries, w_j / U_jj; zero where kept
-    scale = factor.diagonal().reciprocal().unsqueeze(1)
+    masks: list[Tensor] = []
+    scale, strict = factor.diagonal().reciprocal().unsqueeze(1), factor.triu(1)
     for spans in blocks:
-        first, last = spans[0][0], spans[-1][1]
+        first, last, errors = spans[0][0], spans[-1][1], []
         for start, stop in spans:
-            cost = (columns[start:stop] * scale[start:stop]).square_()
-            mask[start:stop] = choice(start, stop, cost.t())
-            dropped = scale[start:stop] * ~mask[start:stop]
+            masks.append(choose(start, stop, masks, lambda a, b: costs(columns, factor, width, a, b)))
+            dropped = scale[start:stop] * ~masks[-1]
+            most = stop - start - math.floor(kept * (stop - start) + 1e-6)
             for a in range(start, stop, PIECE):
                 b = min(a + PIECE, stop)
-                for j in range(a, b):
-                    torch.mul(columns[j], dropped[j - start], out=error[j])
-                    columns[j + 1 : b].addr_(factor[j, j + 1 : b], error[j], alpha=-1)
-                columns[b:last].addmm_(factor[a:b, b:last].t(), error[a:b], alpha=-1)
-        columns[last:].addmm_(factor[first:last, last:].t(), error[first:last], alpha=-1)
-    return mask
+                piece, among, inner = columns[a:b], dropped[a - start : b - start], strict[a:b, a:b].t()
+                solved = piece * among
+                for _ in range(min(b - a, most) - 1):
+                    solved = torch.addmm(piece, inner, solved, alpha=-1).mul_(among)
+                columns[a:last].addmm_(strict[a:b, a:last].t(), solved, alpha=-1)
+                errors.append(solved)
+        columns[last:].addmm_(factor[first:last, last:].t(), torch.cat(errors), alpha=-1)
+    return torch.cat(masks)
+
+
+def costs(columns: Tensor, factor: Tensor, width: int, start: int, stop: int) -> Tensor:
+    """What dropping each entry costs, (rows, columns from start to stop); its sum over a tile is the cost of the tile.
+
+    An entry alone costs (w_j / U_jj)^2. The columns of a tile are dropped together: e U = w, with U of the tile.
+    """
+    if width == 1:
+        return (columns[start:stop] / factor.diagonal()[start:stop].unsqueeze(1)).square_().t()
+    whole = stop - (stop - start) % width
+    tiles = columns[start:whole].view(-1, width, columns.shape[1])
+    own = factor[start:whole, start:whole].view(len(tiles), width, len(tiles), width).diagonal(dim1=0, dim2=2)
+    error = torch.linalg.solve_triangular(own.permute(2, 1, 0), tiles, upper=False).flatten(0, 1)
+    if whole < stop:  # a short tile at the end
+        own = factor[whole:stop, whole:stop].t()
+        error = torch.cat([error, torch.linalg.solve_triangular(own, columns[whole:stop], upper=False)])
+    return error.square().t()
+
+
+def chooser(view: View, order: Tensor) -> Chooser:
+    """The mask (columns, rows) of one span of columns: given by the method before, or the layout's.
+
+    A layout without a rate looks at the whole weight, whose columns before the span are decided.
+    """
+    layout, sparsity = view.layout, view.sparsity
+    allowed = None if view.allowed is None else view.allowed.flatten(1)[:, order]
+    given = None if view.previous is None else view.previous.mask.flatten(1).t()[order]
+
+    def choose(start: int, stop: int, before: list[Tensor], cost: Callable[[int, int], Tensor]) -> Tensor:
+        if given is not None:
+            return given[start:stop]
+        end = stop if layout.rate is not None else len(order)
+        score = cost(start, end)
+        if allowed is not None:
+            score = score.masked_fill(~allowed[:, start:end], -torch.inf)
+        if layout.rate is not None:
+            return layout.mask(score).t()
+        decided = [torch.where(mask.t(), torch.inf, -torch.inf) for mask in before]
+        return layout.mask(torch.cat([*decided, score], 1), sparsity)[:, start:stop].t()
+
+    return choose
