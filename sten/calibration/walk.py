@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsifiers import Edit, View
-from .blocks import blocks_of
+from .blocks import Blocks, blocks_of
 from .chain import Chain, Shelf
-from .data import Calibration, Tokens, inference, run_batch
+from .data import Calibration, inference, run_batch, tokens_of
 from .progress import Progress
 from .statistics import Statistics
 from .substitute import copied_to, substituted
@@ -63,6 +63,7 @@ class BlockView:
         targets: the output of each batch that the dense block computes from the same inputs.
         views, edits: by the names of its weights.
         parameters: the weights' names as `module.named_parameters()` has them.
+        transposed: the names of the weights of which views and edits have the transpose of the Parameter.
         token_masks: of each batch, bool of shape (batch, tokens), which tokens count; None: all.
     """
 
@@ -73,6 +74,7 @@ class BlockView:
     views: dict[str, View]
     edits: dict[str, Edit]
     parameters: dict[str, str]
+    transposed: frozenset[str]
     token_masks: list[Tensor | None]
 
 
@@ -83,7 +85,7 @@ class Stage:
     Attributes:
         name: of the block, or of the first weight.
         weights: in the order of their calls.
-        ends_block: whether it is the last stage of a block.
+        ends_block: whether what comes after sees the values: it is the last of a block, or outside of all blocks.
         values: by name, what makes the dense decided weight, as its module has it; the caller sets all of them.
         committed: set by the caller who has written the values into the model.
     """
@@ -92,7 +94,7 @@ class Stage:
     weights: list[Weight]
     groups: list[Group]
     call: int | None = None
-    ends_block: bool = False
+    ends_block: bool = True
     values: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     committed: bool = False
     walk: Walk | None = None
@@ -117,8 +119,8 @@ class Walk:
         self, model: nn.Module, weights: list[Weight], calibration: Calibration, needs: frozenset[str]
     ) -> None:
         self.model, self.weights, self.calibration, self.needs = model, weights, calibration, needs
-        self.device = None if calibration.device is None else torch.device(calibration.device)
-        self.tokens = [Tokens(batch) for batch in calibration.batches]
+        self.device = calibration.device
+        self.tokens = tokens_of(model, calibration.batches)
         self.few: dict[str, int] = {}
         self.decided: list[Stage] = []
         self.reached: set[str] = set()  # of the present block
@@ -127,7 +129,7 @@ class Walk:
     def __iter__(self) -> Iterator[Stage]:
         blocks = blocks_of(self.model, self.weights, self.calibration.blocks)
         with inference(self.model):
-            calls, outside = trace(self.model, self.weights, blocks, self.calibration.batches[0], self.device)
+            calls, outside = self._trace(blocks, self.device)
         stages = self._stages(calls, outside)
         progress, shelf = Progress(len(stages), self.calibration.progress), Shelf(self.calibration.offload)
         self.chain = Chain(self.model, calls, self.calibration, shelf)
@@ -140,13 +142,18 @@ class Walk:
             progress.close()
             shelf.close()
 
+    def _trace(self, blocks: Blocks, device: torch.device | None) -> tuple[list[Call], list[Group]]:
+        return trace(self.model, self.weights, blocks, self.calibration.batches[0], self.tokens[0], device)
+
     def _stages(self, calls: list[Call], outside: list[Group]) -> list[Stage]:
         ordered: list[tuple[float, Stage]] = []
         for group in outside:
             first = float("inf") if group.first is None else group.first
             ordered.append((first, Stage(group.weights[0].name, group.weights, [group], walk=self)))
         for k, call in enumerate(calls):
-            parts = [[group] for group in call.groups] if self.calibration.true_sequential else [call.groups]
+            parts = [call.groups]
+            if self.calibration.true_sequential and len(call.groups) > 1:
+                parts = [[group] for group in call.groups]
             for part in parts:
                 weights = [weight for group in part for weight in group.weights]
                 last = part is parts[-1]
@@ -163,9 +170,15 @@ class Walk:
         if missing:
             raise ValueError(f"Expected values of all weights of {stage.name}, got none of {missing}.")
         self.decided.append(stage)
-        if stage.ends_block:
+        if stage.ends_block and k is not None:
+            self._leave(k)
+        self.decided = [old for old in self.decided if not old.committed]
+
+    def _leave(self, k: int) -> None:
+        """Make the inputs of the block after block k, if they come from it."""
+        if self.chain.linked(k + 1):
             self._run_block(k, self.decided, self.chain.advance)
-            self.decided = [old for old in self.decided if not old.committed]
+        self.chain.drop(k)
 
     def _within(self, stage: Stage) -> bool:
         """Whether the block of a stage has had one before."""
@@ -266,7 +279,7 @@ class Walk:
     def measure(self) -> dict[str, dict[str, Tensor]]:
         """By name, the statistics of all weights at once, in the model as it is: of one pass over the batches."""
         with inference(self.model):
-            calls, outside = trace(self.model, self.weights, [], self.calibration.batches[0], None)
+            calls, outside = self._trace([], None)
         self.chain = Chain(self.model, calls, self.calibration, Shelf(None))
         return self.collect(Stage("", self.weights, outside, walk=self))
 
@@ -290,6 +303,7 @@ class Walk:
                 views,
                 edits,
                 names,
+                frozenset(w.name for old in mine for w in old.weights if w.transposed),
                 [tokens.masks[0] if tokens.masks else None for tokens in self.tokens],
             )
 
