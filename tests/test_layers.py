@@ -39,7 +39,7 @@ LAYERS = [
     ("L4", "training"),
     ("L4", "calibration"),
     ("L4", "conversion"),
-    ("L4", "io", "interchange", "testing"),
+    ("L4", "io", "interchange", "recovery", "testing"),
     ("L4", "integrations"),
     ("L4", "extend", "__main__"),
 ]
