@@ -266,7 +266,7 @@ def check_traits(layout: Layout, case: Case, w: Tensor, mask: Tensor, parts: Par
 
 
 def check_columns(layout: Layout, case: Case, w: Tensor, mask: Tensor, where: str) -> None:
-    groups, (height, width) = layout.column_groups(case.shape), layout.tile(case.shape)
+    groups, (height, width) = layout.column_groups(case.shape), layout.tile(case.shape) or (1, math.inf)
     order, score, mask = groups.argsort(stable=True), case.score(w).flatten(1), mask.flatten(1).clone()
     if layout.rate is not None:
         joined = torch.zeros_like(mask)
@@ -277,8 +277,8 @@ def check_columns(layout: Layout, case: Case, w: Tensor, mask: Tensor, where: st
         stored = layout.support(layout.pack(w, joined.view(case.shape)), case.shape)
         claim(torch.equal(stored.flatten(1), joined), f"{where}: masks of groups of columns, joined, are not held")
     last = int((groups == groups[order[0]]).sum()) if layout.rate is not None else len(order)
-    first, second = order[:width], order[(last // width - 1) * width :][:width]  # the first and last whole tiles
     if last >= width:
+        first, second = order[:width], order[(last // width - 1) * width :][:width]  # the first and last whole tiles
         mask[:height, first], mask[:height, second] = mask[:height, second], mask[:height, first]
         stored = layout.support(layout.pack(w, mask.view(case.shape)), case.shape)
         claim(torch.equal(stored.flatten(1), mask), f"{where}: a mask with two tiles exchanged is not held")
