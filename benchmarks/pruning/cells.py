@@ -1,0 +1,141 @@
+"""What one_shot.py measures: a cell is a model, a layout, a method and what comes before and after it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+import sten
+
+# as a user writes them, without "sten."
+SWAPS = "SparseSwaps()"
+UPDATE = "ADMM()"
+CHAINS = (
+    f"chain(Wanda(), {UPDATE})",
+    f"chain(Wanda(), {SWAPS})",
+    f"chain(Wanda(), {SWAPS}, {UPDATE})",
+    f"chain(SparseGPT(), {UPDATE})",
+    f"chain(SparseGPT(), {SWAPS}, {UPDATE})",
+)
+BEST = f"chain(Wanda(), {SWAPS}, {UPDATE})"
+RECONSTRUCTED = f"chain(Wanda(), {SWAPS}, {UPDATE}, Reconstruct())"
+MASKS = ("Magnitude()", "Wanda()", "SparseGPT()")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sparse model.
+
+    Attributes:
+        group: what `--cells` chooses by, besides the name.
+        layout, method: expressions of sten's names.
+        sparsity: a fraction, an expression of an Allocation, or None where the layout has a rate.
+        permute: hidden channels are reordered first.
+        steps: of distillation, after it.
+        domain: of the text of calibration and distillation.
+        seed: chooses that text.
+    """
+
+    group: str
+    model: str
+    layout: str
+    method: str
+    sparsity: float | str | None = None
+    permute: bool = False
+    steps: int = 0
+    domain: str = "python"
+    seed: int = 0
+
+    @property
+    def pattern(self) -> str:
+        """Layout and sparsity: what speed and bytes depend on."""
+        if self.sparsity is None:
+            return self.layout
+        return f"{self.layout} {self.sparsity if isinstance(self.sparsity, str) else format(self.sparsity, '.0%')}"
+
+    @property
+    def name(self) -> str:
+        """The key in the JSON."""
+        parts = [self.model, self.pattern, self.method]
+        parts += ["permuted"] if self.permute else []
+        parts += [f"distill {self.steps}"] if self.steps else []
+        parts += [self.domain] if self.domain != "python" else []
+        return " | ".join([*parts, f"seed {self.seed}"])
+
+
+def evaluated(text: str):
+    """The object that an expression of sten's names makes; refuses names that sten lacks."""
+    return eval(text, {"__builtins__": {}}, vars(sten))
+
+
+PATTERNS: tuple[tuple[str, float | None], ...] = (
+    ("CSR()", 0.5), ("CSR()", 0.6), ("CSR()", 0.7), ("FanIn()", 0.5),
+    ("NM(2, 4)", None), ("NM(4, 8)", None), ("NM(8, 16)", None), ("NM(16, 32)", None),
+    ("VectorNM(2, 4, 8)", None), ("VectorNM(2, 4, 32)", None), ("VectorNM(2, 4, 64)", None),
+    ("BSR((16, 16))", 0.3), ("BSR((16, 16))", 0.5), ("BSR((32, 32))", 0.3), ("BSR((32, 32))", 0.5),
+    ("GroupedNM(2, 4, 8)", None),
+)  # fmt: skip
+CHAINED = (("NM(2, 4)", None), ("NM(16, 32)", None), ("VectorNM(2, 4, 32)", None), ("BSR((32, 32))", 0.3))
+PERMUTED = (*CHAINED[2:], ("NM(2, 4)", None), ("GroupedNM(2, 4, 8)", None))
+STEPS = {"smollm2": (40, 100, 200), "minilm": (100, 300)}
+
+
+def cells(seeds: int) -> Iterator[Cell]:
+    """In the order in which they are worth most; a cell with several seeds is seed 0 first."""
+    for model in ("smollm2", "minilm"):
+        dense = [Cell("grid", model, layout, method, at) for layout, at in PATTERNS for method in MASKS]
+        yield from dense
+        chains = [Cell("chains", model, layout, method, at) for layout, at in CHAINED for method in CHAINS]
+        chains += [Cell("chains", model, layout, RECONSTRUCTED, at) for layout, at in CHAINED]
+        chains += [Cell("chains", model, "CSR()", method, 0.5) for method in (*CHAINS, RECONSTRUCTED)]
+        yield from chains
+        for layout, at in PERMUTED:
+            yield from (Cell("permute", model, layout, method, at, permute=True) for method in ("Wanda()", BEST))
+        recovered = [
+            Cell("distill", model, layout, BEST, at, permute=layout[0] in "VB", steps=steps)
+            for steps in STEPS[model]
+            for layout, at in (*CHAINED, ("CSR()", 0.5))
+        ]
+        yield from recovered
+        yield Cell("dsnot", model, "CSR()", "chain(Wanda(), DSnoT())", 0.7)
+        yield Cell("dsnot", model, "CSR()", "chain(Magnitude(), DSnoT())", 0.7)
+        for how in ("ERK(0.5)", "Global(0.5)"):
+            yield Cell("allocation", model, "CSR()", "Wanda()", how)
+        for domain in ("manuals", "both"):
+            yield from (
+                Cell("domains", model, layout, method, at, domain=domain)
+                for layout, at in CHAINED[:2]
+                for method in ("Wanda()", "SparseGPT()", BEST)
+            )
+        for seed in range(1, seeds):  # another draw of the calibration text
+            yield from (
+                replace(cell, seed=seed)
+                for cell in (*dense, *chains, *recovered)
+                if cell.layout in ("NM(2, 4)", "NM(16, 32)", "VectorNM(2, 4, 32)") and cell.method != "Magnitude()"
+            )
+
+
+def chosen(seeds: int, patterns: list[str]) -> list[Cell]:
+    """Those whose group or name fits one of the patterns, which are globs; all without patterns."""
+
+    def fits(cell: Cell) -> bool:
+        return any(fnmatch.fnmatchcase(text, p) for p in patterns for text in (cell.group, cell.model, cell.name))
+
+    return [cell for cell in cells(seeds) if not patterns or fits(cell)]
+
+
+def settings(cell: Cell) -> dict:
+    """The arguments of `sten.sparsify`, but for calibration."""
+    sparsity = evaluated(cell.sparsity) if isinstance(cell.sparsity, str) else cell.sparsity
+    return {"layout": evaluated(cell.layout), "sparsifier": evaluated(cell.method), "sparsity": sparsity}
+
+
+def bytes_of(model: torch.nn.Module) -> tuple[int, int]:
+    """(stored, dense) bytes of the sparse weights, as 16-bit numbers with the indices of their layout."""
+    rows = [row for row in sten.summary(model).rows if row.layout != "dense" and not row.tied_to]
+    stored = sum(part.nbytes if part.dtype != torch.float32 else part.nbytes // 2
+                 for row in rows for part in model.get_parameter(row.name).parts.values())  # fmt: skip
+    return stored, sum(2 * torch.Size(row.shape).numel() for row in rows)
