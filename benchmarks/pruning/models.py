@@ -126,7 +126,7 @@ def embeddings(model: nn.Module, passages: Tensor, batch: int = 64) -> Tensor:
     device, rows = next(model.parameters()).device, []
     for ids in passages.split(batch):
         inputs = {name: t.to(device) for name, t in masked(ids).items()}
-        rows.append(pooled(model(**inputs).last_hidden_state, inputs["attention_mask"]).float().cpu())
+        rows.append(pooled(model(**inputs).last_hidden_state.float(), inputs["attention_mask"]).cpu())
     return torch.cat(rows)
 
 
