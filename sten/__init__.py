@@ -36,6 +36,7 @@ from .layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 from .layouts.base import Layout
 from .ops.which import which
 from .sparsifiers import (
+    ADMM,
     BDWP,
     CAST,
     DSTEE,
@@ -46,16 +47,22 @@ from .sparsifiers import (
     BlockPruneGrow,
     DecayingMask,
     DecayingStructure,
+    DSnoT,
     Gradual,
+    LeastSquares,
     Magnitude,
     Random,
     Rewind,
     RigL,
+    SparseGPT,
     SparseMomentum,
+    SparseSwaps,
     Sparsifier,
     SRigL,
     Static,
     Transposable,
+    Wanda,
+    chain,
     schedule,
     scores,
 )
@@ -69,14 +76,15 @@ from .training.distill import distill_loss
 __version__ = "0.1.0"
 
 __all__ = [
-    "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
-    "BlockPruneGrow", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
-    "Gradual", "GroupedNM", "Layout", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL", "SRigL",
-    "SparseMomentum", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "attach",
-    "densify", "distill_loss", "extend", "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy",
-    "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run", "optim", "parallelize_module",
-    "plan", "save", "save_masks", "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing",
-    "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
+    "ADMM", "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
+    "BlockPruneGrow", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
+    "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL",
+    "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps", "SparseTensor", "Sparsifier", "Static", "Transposable",
+    "Uniform", "VectorNM", "Wanda", "attach", "chain", "densify", "distill_loss", "extend", "finalize", "follow",
+    "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect", "kernel", "load",
+    "load_masks", "load_run", "optim", "parallelize_module", "plan", "save", "save_masks", "save_run", "schedule",
+    "scores", "sparsify", "strict", "summary", "testing", "to_compressed_tensors", "to_scipy", "to_torch", "trainable",
+    "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

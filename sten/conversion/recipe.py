@@ -190,8 +190,8 @@ def _patterns_from(data: Any) -> Any:
     return data
 
 
-def _made(data: Any, base: type) -> Any:
-    """The object of a class below `base`, or the plain value, that `_plain` has described."""
+def _made(data: Any, base: type | tuple[type, ...]) -> Any:
+    """The object of a class below `base` (or one of them), or the plain value, that `_plain` has described."""
     if isinstance(data, list):
         return tuple(_made(item, base) for item in data)
     if not isinstance(data, dict):
@@ -199,10 +199,12 @@ def _made(data: Any, base: type) -> Any:
     name, fields = data.get("name"), data.get("fields")
     if data.keys() != {"name", "fields"} or not isinstance(fields, dict):
         raise ValueError(f"Expected a name and fields, got {str(data)[:200]}.")
-    fields = {key: _made(value, Schedule) for key, value in fields.items()}
+    fields = {key: _made(value, (Schedule, Sparsifier)) for key, value in fields.items()}
     if base is Layout:
         return layout_from(name, fields)
-    found = [cls for cls in subclasses(base) if cls.__name__ == name]
+    bases = base if isinstance(base, tuple) else (base,)
+    found = [cls for one in bases for cls in subclasses(one) if cls.__name__ == name]
     if len(found) != 1:
-        raise ValueError(f"Expected one imported {base.__name__} called {name!r}, got {len(found)}; import its module.")
+        words = " or ".join(one.__name__ for one in bases)
+        raise ValueError(f"Expected one imported {words} called {name!r}, got {len(found)}; import its module.")
     return found[0](**fields)

@@ -6,6 +6,7 @@ A layout is a frozen dataclass: hashable, printable, without tensors. It is the 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -142,6 +143,22 @@ class Layout(metaclass=Constructor):
         """
         del rows
         return False
+
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        """The group of each column of `weight.flatten(1)`, int64 on the CPU, for methods that go column by column.
+
+        `mask` of a slice of whole groups, in the order of their numbers, chooses as `mask` of the whole weight does,
+        but for the count where the layout has no rate. By default all columns are one group, which is always true.
+        """
+        return torch.zeros(math.prod(shape[1:]), dtype=torch.int64)
+
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns (of `weight.flatten(1)`, by `column_groups`) whose mask moves together; by default an entry.
+
+        Two tiles of the same rows may exchange their masks: within a group of columns, or anywhere if there is no rate.
+        """
+        del shape
+        return 1, 1
 
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""

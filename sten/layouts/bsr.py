@@ -62,6 +62,12 @@ class BSR(Layout):
                 f"Expected fewer than 2**31 blocks of {self}, got more in shape {tuple(shape)}; use larger blocks."
             )
 
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.arange(math.prod(shape[1:])) // self.block[1]
+
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return self.block
+
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum over each block; padding counts zero."""
         return self.blocks(score).sum((2, 3), dtype=widest_float(score.device))

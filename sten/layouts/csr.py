@@ -41,6 +41,9 @@ class CSR(Layout):
         if max(shape[0], math.prod(shape[1:])) >= LIMIT:
             raise ValueError(f"Expected at most {LIMIT - 1} rows and columns for {self}, got shape {tuple(shape)}.")
 
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.arange(math.prod(shape[1:]))
+
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         stored = mask.reshape(len(mask), -1)

@@ -47,6 +47,9 @@ class FanIn(Layout):
         matrix = score.reshape(len(score), -1)
         return top_of_groups(matrix, count_to_keep(matrix.numel(), sparsity, self) // len(matrix)).view(score.shape)
 
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.arange(math.prod(shape[1:]))
+
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         matrix = mask.reshape(len(mask), -1)

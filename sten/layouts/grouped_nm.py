@@ -124,6 +124,12 @@ class GroupedNM(Layout):
         blocks = stored.view(chunks, strips, self.width, self.m).permute(1, 3, 0, 2)
         return cut(blocks.reshape(strips * self.m, -1), tuple(score.shape))
 
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.arange(math.prod(shape[1:])) // self.width
+
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return self.m, 1
+
     @property
     def batch(self) -> int:
         """How many of the B problems to work on at a time, so that memory stays bounded."""

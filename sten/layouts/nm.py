@@ -21,7 +21,7 @@ from sten.layouts.checks import (
     expect_whole,
     expect_zero,
 )
-from sten.layouts.padding import describe_column, reduction_back, reduction_last, reduction_width
+from sten.layouts.padding import describe_column, reduction_back, reduction_groups, reduction_last, reduction_width
 from sten.layouts.topk import complete_groups, top_of_groups
 
 
@@ -89,6 +89,9 @@ class NM(Layout):
             shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=index.device)
             index = (index.unsqueeze(-1) >> shift) & (2**self.bits - 1)
         return index.flatten(1)[:, : groups * self.n].reshape(len(index), groups, self.n)
+
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        return reduction_groups(shape, self.m)
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n highest scores of every group; all columns of a last group that has no more than n."""

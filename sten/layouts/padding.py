@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +38,13 @@ def reduction_back(matrix: Tensor, shape: tuple[int, ...], m: int) -> Tensor:
 def reduction_width(shape: tuple[int, ...], m: int) -> int:
     """The columns of `reduction_last`'s matrix for a weight of this shape: prod(rest) * Ip."""
     return math.prod(shape[2:]) * (shape[1] + -shape[1] % m)
+
+
+def reduction_groups(shape: tuple[int, ...], m: int) -> Tensor:
+    """The group of m inputs of each column of `weight.flatten(1)`, numbered as in `reduction_last`'s matrix."""
+    inputs, positions = shape[1], math.prod(shape[2:])
+    group = torch.arange(positions) * -(-inputs // m) + torch.arange(inputs).unsqueeze(1) // m
+    return group.flatten()
 
 
 def describe_column(shape: tuple[int, ...], column: int, m: int) -> str:

@@ -19,7 +19,14 @@ from sten.layouts.checks import (
     expect_whole,
     expect_zero,
 )
-from sten.layouts.padding import describe_column, pad_matrix, reduction_back, reduction_last, reduction_width
+from sten.layouts.padding import (
+    describe_column,
+    pad_matrix,
+    reduction_back,
+    reduction_groups,
+    reduction_last,
+    reduction_width,
+)
 from sten.layouts.topk import complete_groups, top_of_groups, widest_float
 
 
@@ -74,6 +81,12 @@ class VectorNM(Layout):
     def columns(self, index: Tensor, rows: int) -> Tensor:
         """The stored columns of every row, (R, G * n) int64."""
         return index[torch.arange(rows, device=index.device) // self.v].long()
+
+    def column_groups(self, shape: tuple[int, ...]) -> Tensor:
+        return reduction_groups(shape, self.m)
+
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return self.v, 1
 
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n columns of every (vector, group) with the highest sums over the vector's rows."""

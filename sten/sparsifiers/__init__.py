@@ -3,17 +3,24 @@
 from .bidirectional import BDWP, BiMask, Transposable
 from .block_prune_grow import BlockPruneGrow
 from .cast import CAST
+from .chain import chain
 from .decaying import DecayingMask, DecayingStructure
 from .drop_grow import DSTEE, SET, RigL, Static
+from .dsnot import DSnoT
 from .gradual import Gradual, Rewind
 from .one_shot import Magnitude, Random
+from .sparse_gpt import SparseGPT
 from .sparse_momentum import SparseMomentum
+from .sparse_swaps import SparseSwaps
 from .sparsifier import DenseWeightMethod, Edit, PatternMethod, Sparsifier, State, View, check_needs
 from .srigl import SRigL
 from .straight_through import SRSTE, STE
+from .wanda import Wanda
+from .weight_update import ADMM, LeastSquares
 
 __all__ = [
-    "BDWP", "CAST", "DSTEE", "SET", "SRSTE", "STE", "BiMask", "BlockPruneGrow", "DecayingMask", "DecayingStructure",
-    "DenseWeightMethod", "Edit", "Gradual", "Magnitude", "PatternMethod", "Random", "Rewind", "RigL", "SRigL",
-    "SparseMomentum", "Sparsifier", "State", "Static", "Transposable", "View", "check_needs",
+    "ADMM", "BDWP", "CAST", "DSTEE", "SET", "SRSTE", "STE", "BiMask", "BlockPruneGrow", "DSnoT", "DecayingMask",
+    "DecayingStructure", "DenseWeightMethod", "Edit", "Gradual", "LeastSquares", "Magnitude", "PatternMethod", "Random",
+    "Rewind", "RigL", "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps", "Sparsifier", "State", "Static",
+    "Transposable", "View", "Wanda", "chain", "check_needs",
 ]  # fmt: skip

@@ -42,6 +42,23 @@ CALIBRATION = frozenset({"x_norm", "x_gram", "x_mean_var"})
 
 
 @dataclass(frozen=True)
+class Edit:
+    """What a method decided for one weight; a field that is None changes nothing.
+
+    Attributes:
+        mask: bool, which entries are active from now on. New ones are zero, in the weight and in every optimizer slot.
+        value: dense, new values of the weight, also at new entries.
+        fresh: bool, further entries that become zero in the weight and in every optimizer slot.
+        state: the method's new state.
+    """
+
+    mask: Tensor | None = None
+    value: Tensor | None = None
+    fresh: Tensor | None = None
+    state: State | None = None
+
+
+@dataclass(frozen=True)
 class View:
     """What a method may read of one weight.
 
@@ -54,7 +71,12 @@ class View:
         allowed: the entries that torch.nn.utils.prune has not pruned; None: all. At `sten.sparsify` only.
         step: optimizer steps, the present one included; in `apply` a 0-d tensor with the steps done.
         generator: random numbers, the same on every rank.
-        grad, momentum, stats: set if the method's `needs` has them; else None.
+        grad, momentum: set if the method's `needs` has them; else None.
+        stats: what calibration measured of the inputs x of the weight, over all tokens that count, where `needs` has
+            it. Columns are those of `weight.flatten(1)` (unfolded patches for a convolution). "x_norm" (columns,), the
+            root of the mean of x_j^2; "x_gram" (columns, columns), the mean of x x^T; "x_mean_var" gives "x_mean" and
+            "x_var" (columns,); all float32. Always there then: "tokens", their number, 0-d int64.
+        previous: in a chain, the Edit of the method before; None for the first, and outside chains.
         last: whether it is the last of the chosen weights, mostly the classifier.
         frozen: in `allocate`, whether its mask stays in this mask update, whatever it is given: it does not train, or
             the gradient that the method reads did not arrive (`grad` and `momentum` are None then).
@@ -76,24 +98,8 @@ class View:
     frozen: bool = False
     state: State = field(default_factory=dict)
     allowed: Tensor | None = None
+    previous: Edit | None = None
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """What a method decided for one weight; a field that is None changes nothing.
-
-    Attributes:
-        mask: bool, which entries are active from now on. New ones are zero, in the weight and in every optimizer slot.
-        value: dense, new values of the weight, also at new entries.
-        fresh: bool, further entries that become zero in the weight and in every optimizer slot.
-        state: the method's new state.
-    """
-
-    mask: Tensor | None = None
-    value: Tensor | None = None
-    fresh: Tensor | None = None
-    state: State | None = None
 
 
 class Sparsifier(metaclass=Constructor):
@@ -104,7 +110,9 @@ class Sparsifier(metaclass=Constructor):
 
     Attributes:
         layouts: the only layouts that the method works with, subclasses included; empty: all whose traits allow it.
-        needs: what its View must hold when `update` is called, of {"grad", "momentum"}.
+        needs: what its View must hold when `update` is called, of {"grad", "momentum"}, or in `View.stats`, of
+            {"x_norm", "x_gram", "x_mean_var"}.
+        refines: whether it starts from the mask of `View.previous`, so that it can follow another method in a chain.
         schedule: the optimizer steps on which `update` is called; None: never after `sten.sparsify`.
         replaces_step: whether a mask update takes the place of the optimizer step (RigL) or follows it.
         stateless: whether nothing happens around optimizer steps (STE), so that it works without `sten.attach`.
@@ -117,6 +125,7 @@ class Sparsifier(metaclass=Constructor):
 
     layouts: ClassVar[tuple[type[Layout], ...]] = ()
     needs: ClassVar[frozenset[str]] = frozenset()
+    refines: ClassVar[bool] = False
     replaces_step: ClassVar[bool] = False
     stateless: ClassVar[bool] = False
     optimizer: ClassVar[str | None] = None
@@ -275,16 +284,16 @@ class DenseWeightMethod(Sparsifier):
         return Edit(mask=view.mask) if self.zero_pruned else self.update(view)
 
 
-def check_needs(method: Sparsifier) -> None:
-    """Raise ValueError or NotImplementedError if `method.needs` has something that no engine provides."""
+def check_needs(method: Sparsifier, calibrated: bool = False) -> None:
+    """Raise ValueError if `method.needs` has something that no engine provides, or that needs `calibration=`."""
     kind = type(method).__name__
-    if method.needs & CALIBRATION:
-        names = ", ".join(sorted(method.needs & CALIBRATION))
-        raise NotImplementedError(
-            f"Expected a method without calibration statistics, which sten does not collect yet, got {kind}, which "
-            f"needs {names}: use sten.Magnitude(), say."
-        )
-    if method.needs - NEEDS:
+    if method.needs - NEEDS - CALIBRATION:
         raise ValueError(
             f"Expected {kind}.needs to name some of {sorted(NEEDS | CALIBRATION)}, got {sorted(method.needs - NEEDS)}."
+        )
+    if method.needs & CALIBRATION and not calibrated:
+        names = ", ".join(sorted(method.needs & CALIBRATION))
+        raise ValueError(
+            f"Expected calibration= for {method}, which reads {names} of its inputs, got None; pass batches, or use "
+            "sten.Magnitude()."
         )

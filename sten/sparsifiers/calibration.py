@@ -1,0 +1,72 @@
+"""What calibrated methods read of a View, checked: norms and Gram matrix of the inputs, and the mask to start from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layouts.base import Layout
+from ..layouts.checks import count_to_keep
+from ..layouts.topk import top, top_of_groups
+from .sparsifier import View
+
+
+def statistic(view: View, name: str, square: bool = False) -> Tensor:
+    """A statistic of `View.stats` in float32; ValueError unless it is there, finite and of the weight's columns."""
+    columns = view.weight.flatten(1).shape[1]
+    if name not in view.stats:
+        raise ValueError(
+            f"Expected {name!r} in View.stats of {view.name}, got {sorted(view.stats)}; pass calibration=."
+        )
+    found = view.stats[name].to(device=view.weight.device, dtype=torch.float32)
+    shape = (columns, columns) if square else (columns,)
+    if tuple(found.shape) != shape:
+        raise ValueError(f"Expected {name} of shape {shape} for {view.name}, got {tuple(found.shape)}.")
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"Expected finite inputs in calibration of {view.name}, got NaN or inf in its {name}.")
+    return found
+
+
+def input_norms(view: View) -> Tensor:
+    """The root mean square of every input, (columns,): x_norm, or from the diagonal of the Gram matrix."""
+    if "x_norm" in view.stats or "x_gram" not in view.stats:
+        return statistic(view, "x_norm")
+    return statistic(view, "x_gram", square=True).diagonal().clamp(min=0).sqrt()
+
+
+def input_gram(view: View) -> Tensor:
+    """The mean of x x^T over tokens, (columns, columns)."""
+    return statistic(view, "x_gram", square=True)
+
+
+def wanda_score(view: View) -> Tensor:
+    """|w_ij| * ||x_j||, in the weight's shape, float32."""
+    weight = view.weight
+    return (weight.flatten(1).abs().float() * input_norms(view)).view(weight.shape)
+
+
+def allowed_score(view: View, score: Tensor) -> Tensor:
+    """The score with the entries that an earlier pruning left out below all others."""
+    return score if view.allowed is None else score.masked_fill(~view.allowed, -torch.inf)
+
+
+def mask_by_row(layout: Layout, score: Tensor, sparsity: float | None) -> Tensor:
+    """The highest scores of each row, equally many in each; where the count does not divide, the best of the next."""
+    matrix = score.flatten(1)
+    count = count_to_keep(matrix.numel(), sparsity, layout)
+    each = count // len(matrix)
+    mask = top_of_groups(matrix, each)
+    if more := count - each * len(matrix):
+        following = top_of_groups(matrix, each + 1) & ~mask
+        mask = mask | (following & top(matrix.masked_fill(~following, -torch.inf), more))
+    return mask.view(score.shape)
+
+
+def starting_mask(view: View) -> Tensor:
+    """The mask of the method before in a chain, else Wanda's, row by row where the layout lets entries be chosen."""
+    if view.previous is not None:
+        return view.previous.mask
+    score = allowed_score(view, wanda_score(view))
+    if view.layout.unstructured:
+        return mask_by_row(view.layout, score, view.sparsity)
+    return view.layout.mask(score, view.sparsity)

@@ -1,0 +1,169 @@
+"""SparseGPT: column by column, the error of what is dropped is made up for by the columns that follow."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .calibration import input_gram
+from .sparsifier import Edit, PatternMethod, View
+
+PIECE = 16  # columns that are updated one by one; those behind follow in one matrix product
+Spans = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class SparseGPT(PatternMethod):
+    """Choose and update block by block of columns: the remaining weights make up for what is dropped.
+
+    With H = mean of x x^T + damping * mean(diag H) * I and U the upper Cholesky factor of its inverse, dropping w_ij
+    costs (w_ij / U_jj)^2 and moves the later columns k of its row by -w_ij / U_jj * U_jk. What costs least is dropped:
+
+    - n:m layouts choose group after group, from weights that hold all updates so far; a vector costs the sum of its
+      entries, and GroupedNM chooses a chunk of columns at a time;
+    - layouts whose count is that of the whole weight (CSR, Masked, FanIn, BSR) choose in `block` columns at a time,
+      whole blocks of BSR, and every such part keeps the same fraction.
+
+    In a chain behind another method it takes that mask and only updates the weights.
+
+    Source: Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot,
+    https://arxiv.org/abs/2301.00774, section 3 and algorithm 1.
+
+    Args:
+        block: columns after which the update reaches all later columns.
+        damping: fraction of the mean of H's diagonal that is added to it. Where H is too close to singular (few
+            tokens), it rises tenfold until the factorization succeeds, with a warning.
+
+    Example:
+        >>> import torch, sten
+        >>> x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 1)
+        >>> stats = {"x_gram": x.T @ x / 64, "tokens": torch.tensor(64)}  # each input twice: one weight does for both
+        >>> view = sten.extend.View("w", torch.ones(1, 4), sten.NM(2, 4), stats=stats)
+        >>> sten.SparseGPT().update(view).value.round(decimals=1)
+        tensor([[0., 2., 0., 2.]])
+    """
+
+    block: int = 128
+    damping: float = 0.01
+
+    needs: ClassVar[frozenset[str]] = frozenset({"x_gram"})
+    refines: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.block, int) or self.block < 1:
+            raise ValueError(f"Expected block to be a whole number of columns for SparseGPT, got {self.block!r}.")
+        if not self.damping > 0:
+            raise ValueError(f"Expected damping > 0 for SparseGPT, got {self.damping!r}.")
+
+    def score(self, view: View) -> Tensor:
+        """(w_ij / U_jj)^2 of the weights as they are."""
+        factor = inverse_factor(input_gram(view), self.damping, view.name)
+        return (view.weight.flatten(1).float() / factor.diagonal()).square().view(view.weight.shape)
+
+    def update(self, view: View) -> Edit:
+        weight, device = view.weight, view.weight.device
+        groups = view.layout.column_groups(tuple(weight.shape))
+        order = groups.argsort(stable=True).to(device)
+        factor = inverse_factor(input_gram(view)[order][:, order], self.damping, view.name)
+        columns = weight.flatten(1).float().t()[order].contiguous()  # (columns, rows): a column is contiguous
+        given = None if view.previous is None else view.previous.mask.flatten(1).t()[order]
+        allowed = None if view.allowed is None else view.allowed.flatten(1).t()[order]
+        choice = Choice(view, allowed, given)
+        mask = eliminate(columns, factor, choice, blocks_of(groups, self.block, view.layout.rate is None))
+        back = order.argsort()
+        mask = mask[back].t().reshape(weight.shape).contiguous()
+        value = columns[back].t().reshape(weight.shape).to(weight.dtype).masked_fill(~mask, 0)
+        return Edit(mask=mask, value=value.contiguous())
+
+
+class Choice:
+    """The mask of one span of columns after the other: given, or the layout's, at its sparsity over all spans."""
+
+    def __init__(self, view: View, allowed: Tensor | None, given: Tensor | None) -> None:
+        self.layout, self.allowed, self.given = view.layout, allowed, given
+        self.units = self.left = None
+        if view.layout.rate is None and given is None:  # units that are still to be looked at, and to be kept
+            mask = view.layout.mask(torch.ones_like(view.weight), view.sparsity)
+            whole = view.layout.unit_totals(mask.float())
+            self.units, self.left = whole.numel(), int((whole > 0).sum())
+
+    def __call__(self, start: int, stop: int, score: Tensor) -> Tensor:
+        """The mask (columns, rows) of the columns from `start` to `stop`, by their scores (rows, columns)."""
+        if self.given is not None:
+            return self.given[start:stop]
+        if self.allowed is not None:
+            score = score.masked_fill(~self.allowed[start:stop].t(), -torch.inf)
+        if self.units is None:
+            return self.layout.mask(score).t()
+        units = self.layout.unit_totals(score).numel()
+        mask = self.layout.mask(score, 1 - round(self.left * units / self.units) / units)
+        self.units, self.left = self.units - units, self.left - int((self.layout.unit_totals(mask.float()) > 0).sum())
+        return mask.t()
+
+
+def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
+    """The upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, in one factorization and one inverse.
+
+    H reversed in both directions is L L^T, so H is R R^T with R, L reversed, upper triangular; then U = R^-1.
+    """
+    size = len(gram)
+    mean = gram.diagonal().mean()
+    mean = torch.where(mean > 0, mean, 1.0)  # no input at all: the score becomes w^2
+    eye = torch.eye(size, device=gram.device)
+    used = damping
+    while True:
+        lower, failed = torch.linalg.cholesky_ex((gram + used * mean * eye).flip(0, 1))
+        if not int(failed):
+            break
+        used *= 10
+    if used > damping:
+        warnings.warn(
+            f"sten: the Gram matrix of {name} is close to singular; damping was raised from {damping:g} to {used:g}. "
+            "More calibration tokens would help.",
+            stacklevel=2,
+        )
+    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+
+
+def blocks_of(groups: Tensor, block: int, whole: bool) -> Iterator[Spans]:
+    """Blocks of at least `block` columns, each as the spans in which entries are chosen together: single groups, or
+    with `whole` all groups of a block, of which there are as many as fit in `block`."""
+    ends = groups.bincount().cumsum(0).tolist()
+    spans, first = [], 0
+    for i, (start, stop) in enumerate(itertools.pairwise([0, *ends])):
+        spans.append((start, stop))
+        following = ends[i + 1] if i + 1 < len(ends) else None
+        if following is None or following - first > block:
+            yield [(first, stop)] if whole else spans
+            spans, first = [], stop
+
+
+def eliminate(columns: Tensor, factor: Tensor, choice: Choice, blocks: Iterator[Spans]) -> Tensor:
+    """Choose, and let later columns make up for what is dropped: `columns` (columns, rows) changes; returns the mask.
+
+    Entries off the mask keep numbers without meaning.
+    """
+    mask = torch.empty_like(columns, dtype=torch.bool)
+    error = torch.empty_like(columns)  # of dropped entries, w_j / U_jj; zero where kept
+    scale = factor.diagonal().reciprocal().unsqueeze(1)
+    for spans in blocks:
+        first, last = spans[0][0], spans[-1][1]
+        for start, stop in spans:
+            cost = (columns[start:stop] * scale[start:stop]).square_()
+            mask[start:stop] = choice(start, stop, cost.t())
+            dropped = scale[start:stop] * ~mask[start:stop]
+            for a in range(start, stop, PIECE):
+                b = min(a + PIECE, stop)
+                for j in range(a, b):
+                    torch.mul(columns[j], dropped[j - start], out=error[j])
+                    columns[j + 1 : b].addr_(factor[j, j + 1 : b], error[j], alpha=-1)
+                columns[b:last].addmm_(factor[a:b, b:last].t(), error[a:b], alpha=-1)
+        columns[last:].addmm_(factor[first:last, last:].t(), error[first:last], alpha=-1)
+    return mask
