@@ -35,6 +35,7 @@ from .io import inspect, load, save
 from .layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
 from .layouts.base import Layout
 from .ops.which import which
+from .recovery import Distillation, adapter_state_dict, add_adapters, distill, merge_adapters
 from .sparsifiers import (
     ADMM,
     BDWP,
@@ -67,6 +68,7 @@ from .sparsifiers import (
     scores,
 )
 from .sparsifiers.allocation import ERK, Allocation, Global, Uniform
+from .sparsifiers.reconstruct import Reconstruct
 from .tensor import SparseTensor, from_dense
 from .training import optim
 from .training.average import follow
@@ -77,14 +79,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMM", "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
-    "BlockPruneGrow", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "FanIn", "FormatError", "Global",
-    "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "Random", "Recipe", "Rewind", "RigL",
-    "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps", "SparseTensor", "Sparsifier", "Static", "Transposable",
-    "Uniform", "VectorNM", "Wanda", "attach", "chain", "densify", "distill_loss", "extend", "finalize", "follow",
+    "BlockPruneGrow", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "Distillation", "FanIn",
+    "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "Random",
+    "Recipe", "Reconstruct", "Rewind", "RigL", "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps",
+    "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "Wanda", "adapter_state_dict",
+    "add_adapters", "attach", "chain", "densify", "distill", "distill_loss", "extend", "finalize", "follow",
     "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect", "kernel", "load",
-    "load_masks", "load_run", "optim", "parallelize_module", "plan", "save", "save_masks", "save_run", "schedule",
-    "scores", "sparsify", "strict", "summary", "testing", "to_compressed_tensors", "to_scipy", "to_torch", "trainable",
-    "unfuse", "which",
+    "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "plan", "save", "save_masks",
+    "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing", "to_compressed_tensors",
+    "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -38,7 +38,7 @@ LAYERS = [
     ("L3", "backends", "sparsifiers"),
     ("L4", "training"),
     ("L4", "conversion"),
-    ("L4", "io", "interchange", "testing"),
+    ("L4", "io", "interchange", "recovery", "testing"),
     ("L4", "integrations"),
     ("L4", "extend", "__main__"),
 ]

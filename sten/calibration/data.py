@@ -1,0 +1,165 @@
+"""Calibration: the batches, how the engine runs, and which tokens of a batch count."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .trees import leaves, mapped
+
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches for `calibration=` of `sten.sparsify` and `sten.plan`, with options.
+
+    Args:
+        batches: an iterable, read once. Each is a tensor, a tuple (`model(*batch)`) or a dictionary as tokenizers make
+            it (`model(**batch)`). Where a batch has an `attention_mask` of shape (batch, tokens), tokens with 0 are in
+            no statistic.
+        blocks: the modules that are pruned one after another, in the order of their calls: a glob over names of
+            modules ("model.layers.*"), a ModuleList, or a list of names and modules. Default: the members, of one
+            class, of the outermost ModuleLists and Sequentials that contain chosen weights.
+        true_sequential: collect statistics anew after each group of weights on one input (q, k, v; o; gate, up; down),
+            as they are called; else once a block, with its weights dense. Slower by the number of groups.
+        commit: "end": all weights are written at the end or, on an error, none. "block": those of each block as soon as
+            it is decided, which frees its dense weights; after an error the blocks that are done stay sparse.
+        device: where each block runs, is measured and decided, while the model stays where it is; None: in its place.
+        offload: where the inputs of the next block wait: None, where they arise; "cpu"; or a folder, on the disk.
+        folder: keeps the decisions of each block in files, from which a second call with the same weights, methods and
+            batches goes on. None: nothing is kept.
+        progress: whether to show a progress bar (by tqdm); None: where tqdm is installed and stderr is a terminal.
+
+    Raises:
+        ValueError, TypeError: no batches, or something else than batches or options.
+
+    Example:
+        >>> import torch, sten
+        >>> batches = [torch.randn(4, 16) for _ in range(8)]
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> model = sten.sparsify(model, sten.NM(2, 4), sten.Wanda(), calibration=sten.Calibration(batches))
+        >>> model[2].weight.density
+        0.5
+    """
+
+    batches: Iterable
+    blocks: Any = None
+    true_sequential: bool = False
+    commit: Literal["end", "block"] = "end"
+    device: torch.device | str | None = None
+    offload: str | os.PathLike | None = None
+    folder: str | os.PathLike | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, (Tensor, Mapping, str)) or not isinstance(self.batches, Iterable):
+            raise TypeError(
+                f"Expected for calibration= an iterable of batches, got {_kind(self.batches)}; write [batch] for one."
+            )
+        if self.commit not in ("end", "block"):
+            raise ValueError(f'Expected commit="end" or commit="block", got {self.commit!r}.')
+        batches = list(self.batches)
+        if not batches:
+            raise ValueError("Expected batches for calibration=, got none; an iterator can be read only once.")
+        for batch in batches:
+            if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+                raise TypeError(
+                    "Expected each batch of calibration= to be a tensor, a tuple of arguments or a dictionary, got "
+                    f"{_kind(batch)}; tokenize texts first."
+                )
+        object.__setattr__(self, "batches", batches)
+
+
+def _kind(value: Any) -> str:
+    return f"one {type(value).__name__}" if isinstance(value, (Tensor, Mapping)) else repr(value)[:80]
+
+
+def calibration_of(given: Calibration | Iterable | None) -> Calibration | None:
+    """`calibration=` as users write it: batches alone mean the defaults."""
+    return given if given is None or isinstance(given, Calibration) else Calibration(given)
+
+
+def on_device(tree: Any, device: torch.device | None) -> Any:
+    """The tensors of a batch, or of arguments, on a device; None: as they are."""
+    if device is None:
+        return tree
+    return mapped(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def run_batch(model: nn.Module, batch: Any, index: int) -> Any:
+    """The model's output of a batch."""
+    first = next(model.parameters(), None)
+    batch = on_device(dict(batch) if isinstance(batch, Mapping) else batch, None if first is None else first.device)
+    try:
+        if isinstance(batch, dict):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    except Exception as error:
+        error.add_note(f"sten: in batch {index} of calibration=; a batch has what the model's forward takes.")
+        raise
+
+
+class Tokens:
+    """Which tokens of one batch count: its masks of shape (batch, tokens), and how they lie over an input."""
+
+    def __init__(self, batch: Any) -> None:
+        given = batch if isinstance(batch, Mapping) else {}
+        found = [given[name] for name in MASKS if isinstance(given.get(name), Tensor) and given[name].dim() == 2]
+        self.masks = [mask.bool() for mask in found if not bool(mask.bool().all())]
+        self.shapes = {tuple(mask.shape) for mask in found}
+        if len(self.masks) == 2 and len(self.shapes) == 1 and not torch.equal(*self.masks):
+            raise ValueError(
+                "Expected batches whose encoder and decoder lengths differ, so that their padding can be told apart, "
+                f"got {tuple(self.masks[0].shape)} twice; pad one of them to another length."
+            )
+
+    def of(self, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask over the first dimensions of an input, flattened; None: it has no padding, or another order."""
+        rows = shape[0] if len(shape) == 2 else None
+        for mask in self.masks:
+            if (tuple(mask.shape) == tuple(shape[:2]) and len(shape) > 2) or rows == mask.numel():
+                return mask.flatten()
+            if len(shape) > 2 and tuple(mask.shape) == (shape[1], shape[0]):  # tokens first
+                return mask.t().flatten()
+        return None
+
+    def knows(self, shape: tuple[int, ...]) -> bool:
+        """Whether the rows of an input are the tokens of a batch."""
+        sizes = {(*s, 0) for s in self.shapes} | {(*s[::-1], 0) for s in self.shapes}
+        return (*shape[:2], 0) in sizes if len(shape) > 2 else any(shape[0] == a * b for a, b, _ in sizes)
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Forward passes without gradients, dropout, caches of generation or TF32; all as it was at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    precision = torch.get_float32_matmul_precision()
+    model.eval()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        for config in cached:
+            config.use_cache = False
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for module, training in modes:
+            module.training = training
+        for config in cached:
+            config.use_cache = True
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in order."""
+    return [
+        leaf for _, leaf in leaves(dict(batch) if isinstance(batch, Mapping) else batch) if isinstance(leaf, Tensor)
+    ]

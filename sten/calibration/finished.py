@@ -1,0 +1,94 @@
+"""Decisions that are kept in a folder, so that a call that was interrupted goes on where it stopped.
+
+One file for each stage, in the format of `tensor_file`: of each weight "<name>.mask" and "<name>.value", if it has one.
+The metadata has a digest of all that the decision follows from, the digests of the dense weights, and those of what
+they became. A file that does not fit is ignored, and written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from .. import tensor_file
+from ..errors import FormatError
+from ..sparsifiers import Edit
+from .data import Calibration, tensors_of
+
+
+def digest(*values: str | Tensor) -> str:
+    """SHA-256 of texts and tensors, in order."""
+    total = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            value = value.detach()
+            total.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            total.update(tensor_file.as_bytes(value.cpu().contiguous()))
+        else:
+            total.update(f"{len(value)}:{value}".encode())
+    return total.hexdigest()
+
+
+class Finished:
+    """The files of one call.
+
+    Attributes:
+        key: digest of the batches, the method, and of each stage so far.
+    """
+
+    def __init__(self, folder: str | os.PathLike, calibration: Calibration, *settings: str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = [t for batch in calibration.batches for t in tensors_of(batch)]
+        self.key = digest(*settings, str(calibration.true_sequential), *data)
+        self.number = 0
+
+    def begin(self, settings: Iterable[str]) -> None:
+        """Go to the next stage."""
+        self.key = digest(self.key, *settings)
+        self.number += 1
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"stage-{self.number:05d}.safetensors"
+
+    def read(self, weights: dict[str, Tensor]) -> dict[str, Edit] | None:
+        """The edits of the present stage, if they were made of these dense weights, or these are what they became."""
+        if not self.path.is_file():
+            return None
+        now = {name: digest(w) for name, w in weights.items()}
+        try:
+            with tensor_file.open_file(self.path) as file:
+                header = tensor_file.read_header(file)
+                known = json.loads(header.metadata.get("sten_calibration", "{}"))
+                if known.get("key") != self.key or known.get("weights", {}).keys() != now.keys():
+                    return None
+                if not all(digest in known["weights"][name] for name, digest in now.items()):
+                    return None
+                tensors = tensor_file.read(file, header)
+        except (FormatError, ValueError):  # damaged: it is made anew
+            return None
+        home = {name: w.device for name, w in weights.items()}
+        return {
+            name: Edit(
+                mask=tensors[f"{name}.mask"].to(home[name]),
+                value=tensors[f"{name}.value"].to(home[name]) if f"{name}.value" in tensors else None,
+            )
+            for name in weights
+        }
+
+    def write(self, weights: dict[str, Tensor], edits: dict[str, Edit], results: dict[str, Tensor]) -> None:
+        """Keep the edits of the present stage, in one step."""
+        tensors: dict[str, Tensor] = {}
+        for name, edit in edits.items():
+            tensors[f"{name}.mask"] = edit.mask
+            if edit.value is not None:
+                tensors[f"{name}.value"] = edit.value
+        both = {name: [digest(w), digest(results[name])] for name, w in weights.items()}
+        metadata = {"sten_calibration": json.dumps({"key": self.key, "weights": both})}
+        tensor_file.write(self.path, tensors, metadata)

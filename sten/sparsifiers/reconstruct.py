@@ -1,0 +1,158 @@
+"""Reconstruct: the weights that a block has left, fitted to what the dense block computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .one_shot import Magnitude
+from .sparsifier import Edit, View
+
+
+class Block(Protocol):
+    """What `reconstruct` reads of a block; calibration makes it.
+
+    Attributes:
+        module: the block, with the edits applied to its dense weights.
+        inputs: (args, kwargs) of each batch; read several times.
+        targets: the outputs of the dense block, one a batch.
+        token_masks: bool, which tokens of each batch count; None: all.
+        views, edits: of each weight of the block that is pruned, by its full name.
+        parameters: the weight's name in `module`, and whether its layout stores the transpose.
+    """
+
+    module: nn.Module
+    inputs: Iterable[tuple[tuple, dict[str, Any]]]
+    targets: Iterable[Any]
+    token_masks: Iterable[Tensor | None]
+    views: dict[str, View]
+    edits: dict[str, Edit]
+    parameters: dict[str, tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class Reconstruct(Magnitude):
+    """Fit the remaining weights of each block to the dense block's outputs; the last method of a `sten.chain`.
+
+    The loss is the relative error of each token, `|y - z|^2 / |z|^2` of the block's output y and the dense block's z,
+    as a mean over the tokens that are not padding: some tokens, mostly the first one, have outputs ten times as long as
+    the others', which would dominate a plain mean. (Outputs of four or more dimensions, as of convolutions: of each
+    sample.) Adam in float32, for `steps` steps, each over one batch of the calibration in turn, so that a batch of more
+    tokens is a better step. Masks do not change; a block whose error over all batches has not fallen keeps the values
+    that it had. Biases and norms stay: calibration writes weights only.
+
+    Without a method before it, the masks are those of the largest |w|.
+
+    Args:
+        steps: of Adam, for each block.
+        lr: the first step's length, as a fraction of the root mean square of each weight's remaining entries, so that
+            it does not depend on the scale of a model; it decays linearly to zero.
+
+    Example:
+        >>> import sten
+        >>> sten.Reconstruct(steps=32)
+        Reconstruct(steps=32, lr=0.005)
+    """
+
+    steps: int = 16
+    lr: float = 5e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.steps, int) and self.steps > 0 and self.lr > 0):
+            raise ValueError(f"Expected positive steps and lr, got steps={self.steps} and lr={self.lr}.")
+
+    def update(self, view: View) -> Edit:
+        """What the method before has decided; the block is fitted when all its weights have been."""
+        previous = getattr(view, "previous", None)
+        return super().update(view) if previous is None else previous
+
+    def reconstruct(self, block: Block) -> dict[str, Edit]:
+        """The edits with fitted values, by name."""
+        weights = [_Weight(name, block) for name in block.edits]
+        device_type = weights[0].values.device.type
+        groups = [{"params": [w.values], "lr": self.lr * w.scale} for w in weights]
+        optimizer = torch.optim.Adam(groups)
+        decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.steps)
+        with torch.autocast(device_type, enabled=False):
+            before = _mean_error(block, weights)
+            for batch in islice(_again_and_again(block), self.steps):
+                with torch.enable_grad():
+                    errors = _errors(block, weights, *batch)
+                    mean = errors.sum() / max(errors.numel(), 1)
+                    grads = torch.autograd.grad(mean, [w.values for w in weights])
+                for weight, grad in zip(weights, grads, strict=True):
+                    weight.values.grad = grad
+                optimizer.step()
+                decay.step()
+            if not _mean_error(block, weights) < before:
+                return dict(block.edits)
+        return {weight.name: weight.edit() for weight in weights}
+
+
+def _batches(block: Block) -> Iterator[tuple]:
+    """(inputs, target, token mask) of each batch; read anew each time, since activations may lie on a disk."""
+    return zip(block.inputs, block.targets, block.token_masks, strict=True)
+
+
+def _again_and_again(block: Block) -> Iterator[tuple]:
+    while True:
+        yield from _batches(block)
+
+
+class _Weight:
+    """The values of one weight, dense and float32, that are fitted; zero off the mask."""
+
+    def __init__(self, name: str, block: Block) -> None:
+        view, edit = block.views[name], block.edits[name]
+        self.name, self.mask, self.dtype = name, edit.mask, view.weight.dtype
+        self.parameter, self.transposed = block.parameters[name]
+        start = (view.weight if edit.value is None else edit.value).detach().float().masked_fill(~self.mask, 0)
+        self.scale = float(start.square().sum().div(self.mask.sum().clamp(min=1)).sqrt())
+        self.values = start.requires_grad_()
+
+    def effective(self) -> Tensor:
+        """The weight as the block's Parameter; its gradient is zero off the mask."""
+        w = self.values.masked_fill(~self.mask, 0).to(self.dtype)
+        return w.t() if self.transposed else w
+
+    def edit(self) -> Edit:
+        return Edit(mask=self.mask, value=self.values.detach().to(self.dtype))
+
+
+def _errors(block: Block, weights: list[_Weight], inputs: tuple, target: Any, mask: Tensor | None) -> Tensor:
+    """The relative error of each token that counts."""
+    args, kwargs = inputs
+    output = functional_call(block.module, {w.parameter: w.effective() for w in weights}, args, kwargs)
+    return relative_errors(hidden(output), hidden(target), mask)
+
+
+@torch.no_grad()
+def _mean_error(block: Block, weights: list[_Weight]) -> float:
+    sums = [(e.sum(dtype=torch.float64), e.numel()) for e in (_errors(block, weights, *b) for b in _batches(block))]
+    return float(sum(total for total, _ in sums)) / max(sum(count for _, count in sums), 1)
+
+
+def hidden(output: Any) -> Tensor:
+    """The tensor that a block hands on: its output, or the first of several."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
+    return output
+
+
+def relative_errors(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """|y - z|^2 / |z|^2 of each token (of each sample, of four or more dimensions) that a bool mask of tokens keeps."""
+    y, z = (t if t.dtype == torch.float64 else t.float() for t in (output, target))
+    if mask is not None and mask.shape == z.shape[:-1]:
+        y, z = y[mask], z[mask]
+    elif z.dim() > 3:
+        y, z = y.flatten(1), z.flatten(1)
+    length = z.square().sum(-1)
+    least = 1e-6 * length.mean() + torch.finfo(length.dtype).tiny  # of a token whose output is zero
+    return (y - z).square().sum(-1) / length.clamp(min=least)

@@ -1,0 +1,137 @@
+"""Reconstruct: the remaining weights of a block, fitted to what the dense block computes."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cases import SMALL, sparsity_of
+from torch import nn
+
+import sten
+from sten.extend import Edit, View
+
+every_layout = pytest.mark.parametrize("layout", SMALL, ids=str)
+
+
+@dataclass
+class Block:
+    module: nn.Module
+    inputs: list
+    targets: list
+    token_masks: list
+    views: dict
+    edits: dict
+    parameters: dict
+
+
+def attention_block(dtype=torch.float32) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True, dtype=dtype)
+    return layer.eval()
+
+
+def block_of(dense: nn.Module, layout, batches: list, masks=None, transposed: bool = False) -> Block:
+    """The block with the largest |w| of its linear weights, as calibration would give it."""
+    module, views, edits, parameters = copy.deepcopy(dense), {}, {}, {}
+    targets = [dense(x).detach() for x in batches]
+    for name, p in module.named_parameters():
+        if name.endswith("weight") and p.dim() > 1:
+            w = (p.t() if transposed else p).detach().clone()
+            full = f"model.0.{name}"
+            views[full] = View(full, w, layout, sparsity_of(layout))
+            edits[full] = Edit(mask=layout.mask(w.float().abs(), sparsity_of(layout)))
+            parameters[full] = name, transposed
+            p.data.mul_(edits[full].mask.t() if transposed else edits[full].mask)
+    inputs = [((x,), {}) for x in batches]
+    return Block(module, inputs, targets, masks or [None] * len(batches), views, edits, parameters)
+
+
+def error_with(block: Block, edits: dict) -> float:
+    """The mean over tokens of the relative error of the block with these edits, in float64."""
+    module, total, count = copy.deepcopy(block.module).double(), 0.0, 0
+    for full, edit in edits.items():
+        name, transposed = block.parameters[full]
+        value = block.views[full].weight if edit.value is None else edit.value
+        value = value.double() * edit.mask
+        module.get_parameter(name).data.copy_(value.t() if transposed else value)
+    for ((x,), _), z, mask in zip(block.inputs, block.targets, block.token_masks, strict=True):
+        y, z = module(x.double()).detach(), z.double()
+        each = (y - z).square().sum(-1) / z.square().sum(-1)
+        each = each if mask is None else each[mask]
+        total, count = total + float(each.sum()), count + each.numel()
+    return total / count
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_error_falls_and_masks_stay(layout, dtype):
+    block = block_of(attention_block(dtype), layout, list(torch.randn(2, 4, 8, 16, dtype=dtype)))
+    fitted = sten.Reconstruct(steps=12, lr=2e-2).reconstruct(block)
+    assert fitted.keys() == block.edits.keys()
+    for name, edit in fitted.items():
+        assert torch.equal(edit.mask, block.edits[name].mask) and edit.value.dtype == dtype
+        assert not edit.value[~edit.mask].any()
+    assert error_with(block, fitted) < 0.96 * error_with(block, block.edits)
+
+
+def test_a_step_is_the_first_step_of_adam_in_float64():
+    dense = nn.Linear(8, 6, bias=False)
+    batches = [torch.randn(3, 5, 8) * torch.tensor([30.0, 1, 1, 1, 1])[:, None]]
+    block = block_of(dense, sten.CSR(), batches)
+    ((name, edit),) = block.edits.items()
+    w = (block.views[name].weight.double() * edit.mask).requires_grad_()
+    x, z = batches[0].double(), block.targets[0].double()
+    ((x @ w.T - z).square().sum(-1) / z.square().sum(-1)).mean().backward()
+    rms = w.detach()[edit.mask].square().mean().sqrt()
+    grad = w.grad * edit.mask
+    want = w.detach() - 1e-3 * rms * grad / (grad.abs() + 1e-8)
+    got = sten.Reconstruct(steps=1, lr=1e-3).reconstruct(block)[name].value
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_padding_does_not_count():
+    dense, x = attention_block(), torch.randn(1, 4, 8, 16)
+    counted = torch.arange(8) < torch.tensor([[8], [3], [5], [1]])
+    block = block_of(dense, sten.NM(2, 4), list(x), [counted])
+    spoiled = block_of(dense, sten.NM(2, 4), list(x), [counted])
+    spoiled.targets = [z.masked_fill(~counted[..., None], 1e6) for z in spoiled.targets]
+    ours, theirs = (sten.Reconstruct(steps=3).reconstruct(b) for b in (block, spoiled))
+    assert all(torch.equal(ours[name].value, theirs[name].value) for name in ours)
+
+
+def test_weights_that_are_stored_transposed():
+    """Square ones, as Conv1D has them, whose orientation no shape tells."""
+    dense = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    block = block_of(dense, sten.NM(1, 4), [torch.randn(20, 16)], transposed=True)
+    fitted = sten.Reconstruct(steps=20, lr=2e-2).reconstruct(block)
+    assert error_with(block, fitted) < 0.8 * error_with(block, block.edits)
+    assert all((edit.value.unflatten(1, (-1, 4)) != 0).sum(-1).max() == 1 for edit in fitted.values())
+
+
+def test_convolutions():
+    dense = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    block = block_of(dense, sten.CSR(), [torch.randn(5, 4, 6, 6)])
+    fitted = sten.Reconstruct(steps=20, lr=2e-2).reconstruct(block)
+    assert error_with(block, fitted) < 0.8 * error_with(block, block.edits)
+
+
+def test_nothing_else_changes_and_the_result_is_the_same_again():
+    block = block_of(attention_block(), sten.NM(2, 4), list(torch.randn(3, 4, 8, 16)))
+    before = copy.deepcopy(block.module.state_dict())
+    first, second = (sten.Reconstruct(steps=4).reconstruct(block) for _ in range(2))
+    assert all(torch.equal(first[name].value, second[name].value) for name in first)
+    assert all(torch.equal(t, before[name]) for name, t in block.module.state_dict().items())
+    assert all(p.grad is None for p in block.module.parameters())
+
+
+def test_a_fit_that_does_not_help_is_dropped():
+    block = block_of(attention_block(), sten.NM(2, 4), [torch.randn(4, 8, 16)])
+    assert sten.Reconstruct(steps=2, lr=1e3).reconstruct(block) == block.edits
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 1.5}, {"lr": 0.0}], ids=str)
+def test_wrong_arguments(wrong):
+    with pytest.raises(ValueError, match=r"^Expected positive steps and lr, got"):
+        sten.Reconstruct(**wrong)
