@@ -25,6 +25,7 @@ class Block:
     views: dict
     edits: dict
     parameters: dict
+    transposed: frozenset
 
 
 def attention_block(dtype=torch.float32) -> nn.Module:
@@ -42,20 +43,21 @@ def block_of(dense: nn.Module, layout, batches: list, masks=None, transposed: bo
             full = f"model.0.{name}"
             views[full] = View(full, w, layout, sparsity_of(layout))
             edits[full] = Edit(mask=layout.mask(w.float().abs(), sparsity_of(layout)))
-            parameters[full] = name, transposed
+            parameters[full] = name
             p.data.mul_(edits[full].mask.t() if transposed else edits[full].mask)
     inputs = [((x,), {}) for x in batches]
-    return Block(module, inputs, targets, masks or [None] * len(batches), views, edits, parameters)
+    others = frozenset(views) if transposed else frozenset()
+    return Block(module, inputs, targets, masks or [None] * len(batches), views, edits, parameters, others)
 
 
 def error_with(block: Block, edits: dict) -> float:
     """The mean over tokens of the relative error of the block with these edits, in float64."""
     module, total, count = copy.deepcopy(block.module).double(), 0.0, 0
     for full, edit in edits.items():
-        name, transposed = block.parameters[full]
         value = block.views[full].weight if edit.value is None else edit.value
         value = value.double() * edit.mask
-        module.get_parameter(name).data.copy_(value.t() if transposed else value)
+        value = value.t() if full in block.transposed else value
+        module.get_parameter(block.parameters[full]).data.copy_(value)
     for ((x,), _), z, mask in zip(block.inputs, block.targets, block.token_masks, strict=True):
         y, z = module(x.double()).detach(), z.double()
         each = (y - z).square().sum(-1) / z.square().sum(-1)

@@ -63,6 +63,7 @@ class BlockView:
         targets: the output of each batch that the dense block computes from the same inputs.
         views, edits: by the names of its weights.
         parameters: the weights' names as `module.named_parameters()` has them.
+        transposed: the names of the weights of which views and edits have the transpose of the Parameter.
         token_masks: of each batch, bool of shape (batch, tokens), which tokens count; None: all.
     """
 
@@ -73,6 +74,7 @@ class BlockView:
     views: dict[str, View]
     edits: dict[str, Edit]
     parameters: dict[str, str]
+    transposed: frozenset[str]
     token_masks: list[Tensor | None]
 
 
@@ -290,6 +292,7 @@ class Walk:
                 views,
                 edits,
                 names,
+                frozenset(w.name for old in mine for w in old.weights if w.transposed),
                 [tokens.masks[0] if tokens.masks else None for tokens in self.tokens],
             )
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .one_shot import Magnitude
-from .sparsifier import Edit, View
+from .calibration import starting_mask, wanda_score
+from .sparsifier import Edit, PatternMethod, View
 
 
 class Block(Protocol):
@@ -24,7 +24,8 @@ class Block(Protocol):
         targets: the outputs of the dense block, one a batch.
         token_masks: bool, which tokens of each batch count; None: all.
         views, edits: of each weight of the block that is pruned, by its full name.
-        parameters: the weight's name in `module`, and whether its layout stores the transpose.
+        parameters: each weight's name in `module`.
+        transposed: the weights of which `views` and `edits` have the transpose of the Parameter.
     """
 
     module: nn.Module
@@ -33,11 +34,12 @@ class Block(Protocol):
     token_masks: Iterable[Tensor | None]
     views: dict[str, View]
     edits: dict[str, Edit]
-    parameters: dict[str, tuple[str, bool]]
+    parameters: dict[str, str]
+    transposed: frozenset[str]
 
 
 @dataclass(frozen=True)
-class Reconstruct(Magnitude):
+class Reconstruct(PatternMethod):
     """Fit the remaining weights of each block to the dense block's outputs; the last method of a `sten.chain`.
 
     The loss is the relative error of each token, `|y - z|^2 / |z|^2` of the block's output y and the dense block's z,
@@ -47,7 +49,7 @@ class Reconstruct(Magnitude):
     tokens is a better step. Masks do not change; a block whose error over all batches has not fallen keeps the values
     that it had. Biases and norms stay: calibration writes weights only.
 
-    Without a method before it, the masks are those of the largest |w|.
+    Without a method before it, the masks are Wanda's.
 
     Args:
         steps: of Adam, for each block.
@@ -63,15 +65,20 @@ class Reconstruct(Magnitude):
     steps: int = 16
     lr: float = 5e-3
 
+    needs: ClassVar[frozenset[str]] = frozenset({"x_norm"})
+    refines: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (isinstance(self.steps, int) and self.steps > 0 and self.lr > 0):
             raise ValueError(f"Expected positive steps and lr, got steps={self.steps} and lr={self.lr}.")
 
+    def score(self, view: View) -> Tensor:
+        return wanda_score(view)
+
     def update(self, view: View) -> Edit:
         """What the method before has decided; the block is fitted when all its weights have been."""
-        previous = getattr(view, "previous", None)
-        return super().update(view) if previous is None else previous
+        return Edit(mask=starting_mask(view)) if view.previous is None else view.previous
 
     def reconstruct(self, block: Block) -> dict[str, Edit]:
         """The edits with fitted values, by name."""
@@ -107,13 +114,16 @@ def _again_and_again(block: Block) -> Iterator[tuple]:
 
 
 class _Weight:
-    """The values of one weight, dense and float32, that are fitted; zero off the mask."""
+    """The values of one weight, dense and float32, that are fitted where the block lies; zero off the mask."""
 
     def __init__(self, name: str, block: Block) -> None:
-        view, edit = block.views[name], block.edits[name]
-        self.name, self.mask, self.dtype = name, edit.mask, view.weight.dtype
-        self.parameter, self.transposed = block.parameters[name]
-        start = (view.weight if edit.value is None else edit.value).detach().float().masked_fill(~self.mask, 0)
+        view, self.name, self.before = block.views[name], name, block.edits[name]
+        self.parameter, self.transposed = block.parameters[name], name in block.transposed
+        p = block.module.get_parameter(self.parameter)
+        self.mask, self.dtype = self.before.mask.to(p.device), p.dtype
+        start = view.weight if self.before.value is None else self.before.value
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        start = start.detach().to(p.device, wide).masked_fill(~self.mask, 0)
         self.scale = float(start.square().sum().div(self.mask.sum().clamp(min=1)).sqrt())
         self.values = start.requires_grad_()
 
@@ -123,7 +133,8 @@ class _Weight:
         return w.t() if self.transposed else w
 
     def edit(self) -> Edit:
-        return Edit(mask=self.mask, value=self.values.detach().to(self.dtype))
+        mask = self.before.mask
+        return Edit(mask=mask, value=self.values.detach().to(mask.device, self.dtype))
 
 
 def _errors(block: Block, weights: list[_Weight], inputs: tuple, target: Any, mask: Tensor | None) -> Tensor:
