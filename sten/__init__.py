@@ -6,6 +6,7 @@ checks for what they bring. Every other module is private.
 
 from . import backends as _backends  # noqa: F401 - registers the kernels
 from . import extend, testing
+from .calibration import Calibration
 from .conversion import (
     Recipe,
     attach,
@@ -79,15 +80,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMM", "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
-    "BlockPruneGrow", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "Distillation", "FanIn",
-    "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "Random",
-    "Recipe", "Reconstruct", "Rewind", "RigL", "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps",
-    "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "Wanda", "adapter_state_dict",
-    "add_adapters", "attach", "chain", "densify", "distill", "distill_loss", "extend", "finalize", "follow",
-    "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect", "kernel", "load",
-    "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "plan", "save", "save_masks",
-    "save_run", "schedule", "scores", "sparsify", "strict", "summary", "testing", "to_compressed_tensors",
-    "to_scipy", "to_torch", "trainable", "unfuse", "which",
+    "BlockPruneGrow", "Calibration", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "Distillation",
+    "FanIn", "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "Random",
+    "Recipe", "Reconstruct", "Rewind", "RigL", "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps", "SparseTensor",
+    "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "Wanda", "adapter_state_dict", "add_adapters",
+    "attach", "chain", "densify", "distill", "distill_loss", "extend", "finalize", "follow", "from_compressed_tensors",
+    "from_dense", "from_scipy", "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run",
+    "merge_adapters", "optim", "parallelize_module", "plan", "save", "save_masks", "save_run", "schedule", "scores",
+    "sparsify", "strict", "summary", "testing", "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse",
+    "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -37,6 +37,7 @@ LAYERS = [
     ("L3", "ops"),
     ("L3", "backends", "sparsifiers"),
     ("L4", "training"),
+    ("L4", "calibration"),
     ("L4", "conversion"),
     ("L4", "io", "interchange", "recovery", "testing"),
     ("L4", "integrations"),

@@ -1,4 +1,4 @@
-"""`walk`: stage by stage, the statistics of a block's weights, with what has been decided before in its place.
+"""`Walk`: stage by stage, the statistics of a block's weights, with what has been decided before in its place.
 
 | at a stage | the model |
 |---|---|
@@ -321,8 +321,3 @@ def _is_expert(name: str, reached: set[str]) -> bool:
 def _differs_at(name: str, before: str, after: str) -> bool:
     middle = name[len(before) + 1 : len(name) - len(after) - 1]
     return name.startswith(before + ".") and name.endswith("." + after) and middle.isdecimal()
-
-
-def walk(model: nn.Module, weights: list[Weight], calibration: Calibration, needs: frozenset[str]) -> Walk:
-    """Stage by stage through a model: `for stage in walk(...)`, then `stage.collect()` and `stage.values`."""
-    return Walk(model, weights, calibration, needs)

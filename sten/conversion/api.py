@@ -10,15 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..calibration.data import Calibration, calibration_of
 from ..layouts.base import Layout
 from ..sparsifiers import Sparsifier
 from ..sparsifiers.allocation import Allocation, allocation
-from ..sparsifiers.sparsifier import check_needs
+from ..sparsifiers.sparsifier import CALIBRATION, check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
 from ..training.optimizer_checks import expect_elementwise, expect_optimizer, holds, optimizers_of
 from ..training.reminders import empty_rows_of, forget, listed, remind, warn_of_empty_rows
+from ..training.trained_weight import TrainedWeight
+from ..training.uninterrupted import uninterrupted
 from .arguments import Layouts, Weights, expect_layouts
+from .calibrated import Calibrated
 from .exclusions import stored_by_others
 from .plan import Decision, decide
 from .recipe import DEFAULT, Recipe, note_recipe, recipe_of, set_recipes
@@ -39,7 +43,7 @@ def sparsify(
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
     optimizer: Optimizers = None,
-    calibration: Iterable | None = None,
+    calibration: Calibration | Iterable | None = None,
 ) -> Model:
     """Make weights of a model sparse, in place; the model is returned. All or nothing: an error leaves it as it was.
 
@@ -58,7 +62,9 @@ def sparsify(
             Conv1D (its transpose is stored), and the projections of MultiheadAttention; without the output layer of a
             language model and the factors of low-rank adapters.
         optimizer: one or a list, for training: the weights take the trainable form, and state is carried over.
-        calibration: batches for data-driven sparsifiers, of which there are none yet: refused.
+        calibration: batches, or a `sten.Calibration` of them, for a method that reads the weights' inputs (Wanda,
+            SparseGPT, ...). The model is run block by block, in eval mode, each block on what the pruned ones before
+            it give; with `Calibration(commit="block")` finished blocks stay sparse after an error.
 
     Without `optimizer` a weight becomes a SparseTensor Parameter, the form for inference, unless its sparsifier acts
     during training. A weight tied to one that is not chosen is left dense, and so is one that `sten.ERK` or
@@ -82,18 +88,27 @@ def sparsify(
     """
     optimizers = optimizers_of(optimizer)
     given = (layout, sparsifier, sparsity, weights)
-    recipe, decision, skipped = _prepare(model, given, optimizers, calibration)
+    written: dict[str, TrainedWeight | None] = {}
+
+    def write(targets: list[Target]) -> None:
+        with uninterrupted():
+            _release(targets)
+            for target in targets:
+                remember(target, optimizers or ())
+                trains = optimizers is not None or target.weight is not None
+                written[target.name] = move(target, target.result, optimizers or [], trains)
+            accept_every_form(model)
+
+    recipe, decision, skipped = _prepare(model, given, optimizers, calibration, write)
     sparsifier, targets = recipe.sparsifier, decision.targets
-    _release(targets)
-    begun, trained = [], []
-    for target in targets:
+    dynamic = [target for target in targets if target.name in decision.views]
+    write([t for t in targets if t.name not in decision.views and t.name not in written])
+    _release(dynamic)
+    begun = []
+    for target in dynamic:
         remember(target, optimizers or ())
-        if target.name in decision.views:
-            view = decision.views[target.name]
-            begun.append(begin(target, sparsifier, view, decision.allocation, optimizers or []))
-        else:
-            trains = optimizers is not None or target.weight is not None
-            trained.append(move(target, target.result, optimizers or [], trains))
+        begun.append(begin(target, sparsifier, decision.views[target.name], decision.allocation, optimizers or []))
+    trained = [*written.values()]
     for target in skipped:
         remember(target, why=target.why)
     note_recipe(model, recipe)
@@ -120,7 +135,7 @@ def plan(
     sparsity: float | Allocation | None = None,
     weights: Weights = None,
     optimizer: Optimizers = None,
-    calibration: Iterable | None = None,
+    calibration: Calibration | Iterable | None = None,
 ) -> SparsifyPlan:
     """What `sparsify` with these arguments would do, printable; it changes nothing and raises what sparsify would.
 
@@ -133,21 +148,23 @@ def plan(
         ('weight', 0.5)
     """
     given = (layout, sparsifier, sparsity, weights)
-    _, decision, skipped = _prepare(model, given, optimizers_of(optimizer), calibration)
+    _, decision, skipped = _prepare(model, given, optimizers_of(optimizer), calibration, None)
     done = [(t.name, t.result, t.energy) for t in decision.targets]
     rows = [*rows_of(done), *rows_of([(t.name, t.tensor if t.stored is None else t.stored, t.why) for t in skipped])]
     return SparsifyPlan(rows, other_parameters(model))
 
 
-def _prepare(model, given: tuple, optimizers, calibration) -> tuple[Recipe, Decision, list[Target]]:
-    """What sparsify will do, every argument checked and every tensor made, and the weights that stay dense."""
+def _prepare(
+    model, given: tuple, optimizers, calibration, write: Callable[[list[Target]], None] | None
+) -> tuple[Recipe, Decision, list[Target]]:
+    """What sparsify will do, every argument checked and every tensor made, and the weights that stay dense.
+
+    `write` is for a calibration that writes block by block.
+    """
     expect_model(model)
     recipe = recipe_of(*given)
     sparsifier = recipe.sparsifier
-    if sparsifier is not None:
-        check_needs(sparsifier)
-    if calibration is not None:
-        raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
+    calibrated = _calibrated(model, sparsifier, calibration, write)
     spread = allocation(recipe.sparsity)
     dynamic = sparsifier is not None and not sparsifier.acts_once
     kind = type(sparsifier).__name__ if dynamic else ""
@@ -157,8 +174,27 @@ def _prepare(model, given: tuple, optimizers, calibration) -> tuple[Recipe, Deci
         _expect_trainable(targets)
     if sparsifier is not None:
         _expect_method(sparsifier, targets, optimizers or [])
-    decision = decide(targets, sparsifier, spread)
+    decision = decide(targets, sparsifier, spread, calibrated)
     return recipe, decision, [*skipped, *decision.dense]
+
+
+def _calibrated(model, sparsifier: Sparsifier | None, calibration, write) -> Calibrated | None:
+    """The model with its calibration, for a method that reads it; None for another one."""
+    if sparsifier is not None:
+        check_needs(sparsifier, calibration is not None)
+    if calibration is None:
+        if getattr(sparsifier, "reconstruct", None) is not None:
+            raise ValueError(f"Expected calibration= for {sparsifier}, which runs each block, got None; pass batches.")
+        return None
+    if not getattr(sparsifier, "needs", frozenset()) & CALIBRATION and not hasattr(sparsifier, "reconstruct"):
+        raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
+    if not sparsifier.acts_once:
+        raise ValueError(
+            f"Expected a method that decides once, at sten.sparsify, for calibration=, got {sparsifier}, which acts "
+            "during training, too; call sten.sparsify again for that."
+        )
+    calibration = calibration_of(calibration)
+    return Calibrated(model, calibration, write if calibration.commit == "block" else None)
 
 
 def _release(targets: list[Target]) -> None:

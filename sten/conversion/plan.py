@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from ..sparsifiers.allocation import Allocation, Uniform
 from ..sparsifiers.edits import expect_edit
 from ..tensor import SparseTensor
+from .calibrated import Calibrated
 from .select import Target
 
 
@@ -34,7 +37,12 @@ class Decision:
     allocation: Allocation | None
 
 
-def decide(targets: list[Target], sparsifier: Sparsifier | None, allocation: Allocation | None) -> Decision:
+def decide(
+    targets: list[Target],
+    sparsifier: Sparsifier | None,
+    allocation: Allocation | None,
+    calibrated: Calibrated | None = None,
+) -> Decision:
     """Decide what each target becomes. A weight that the allocation keeps nearly dense stays dense if that is smaller.
 
     The sum of all active entries stays what the allocation makes it, unless the others would get less than half of the
@@ -52,18 +60,24 @@ def decide(targets: list[Target], sparsifier: Sparsifier | None, allocation: All
     if allocation is not None and not free:
         for target in targets:
             check_sparsity(allocation.sparsity, target.layout)
-    views = _choose_all(targets, free, sparsifier, allocation)
+    views, counts = {}, {}
+    if calibrated is None:
+        views = _choose_all(targets, free, sparsifier, allocation)
+    else:  # a second walk would take as long as the first: the sizes are found without one
+        counts = _calibrated_counts(targets, free, sparsifier, allocation, calibrated)
     costly = []
     if _divides(allocation):
-        costly = [t for t in free.values() if t.stored is None and _costs_more(t.result)]
+        costly = [t for t in free.values() if t.stored is None and _costs_more(t.result or _sized(t, counts[t.name]))]
     rest = _rest(allocation, free, costly) if costly else None
     if rest is None:
+        if calibrated is not None:
+            _choose_calibrated(targets, counts, sparsifier, calibrated)
         return Decision(targets, [], views, allocation)
     for target in costly:
         layout, density = target.layout, target.result.density
         target.why = f"{allocation} keeps {density:.0%} of it, for which {layout} needs more bytes than dense"
         target.result = target.energy = None
-    decision = decide([t for t in targets if not t.why], sparsifier, rest)
+    decision = decide([t for t in targets if not t.why], sparsifier, rest, calibrated)
     return dataclasses.replace(decision, dense=[*costly, *decision.dense])
 
 
@@ -99,15 +113,66 @@ def _choose_all(
         views = _Views(targets, sparsifier)
         counts = _counts(views, free, sparsifier, allocation) if sparsifier is not None else {}
         for target in targets:
-            try:
+            with _named(target):
                 if sparsifier is None:
                     dense = _dense(target)
-                    _pack(target, dense, _existing(target, dense))
+                    _pack(target, dense, _existing(target, dense), dense)
                 else:
-                    _choose(target, views.take(target), counts.get(target.name), sparsifier, starts)
-            except ValueError as error:
-                raise ValueError(f"{target.name}: {error}") from None
+                    _choose(target, _with_count(views.take(target), counts.get(target.name)), sparsifier, starts)
     return starts
+
+
+def _calibrated_counts(targets, free, sparsifier, allocation, calibrated: Calibrated) -> dict[str, int]:
+    """How many entries of each weight without a rate stay; scores are those in the model as it is."""
+    stats: dict[str, dict[str, Tensor]] = {}
+
+    def measured(view: View) -> View:
+        if not stats:
+            stats.update(calibrated.measure(targets, sparsifier.needs))
+        mine = stats[view.name]
+        return dataclasses.replace(view, weight=view.weight.to(mine["tokens"].device), stats=mine)
+
+    with torch.no_grad():
+        return _counts(_Views(targets, sparsifier), free, sparsifier, allocation, measured)
+
+
+def _sized(target: Target, count: int) -> SparseTensor:
+    """A weight with this many entries, whichever."""
+    dense = _dense(target)
+    mask = target.layout.mask(dense.abs(), 1 - count / max(dense.numel(), 1))
+    return SparseTensor(target.layout, target.layout.pack(dense, mask), dense.shape)
+
+
+def _choose_calibrated(
+    targets: list[Target], counts: dict[str, int], sparsifier: Sparsifier, calibrated: Calibrated
+) -> None:
+    """As `_choose_all`, of a method that reads calibration, and acts once."""
+    views = _Views(targets, sparsifier)
+
+    def choose(target: Target, view: View) -> Edit:
+        with _named(target):
+            edit = sparsifier.update(view)
+            expect_edit(edit, view, sparsifier, exact=True)
+        return edit
+
+    def pack(target: Target, view: View, edit: Edit) -> None:
+        home = target.tensor.device
+        value = view.weight if edit.value is None else edit.value
+        with _named(target):
+            expect_edit(edit, view, sparsifier, exact=True)
+            _pack(target, value.to(home), edit.mask.to(home), view.weight.to(home))
+
+    with torch.no_grad():
+        calibrated.choose(targets, sparsifier, lambda t: _with_count(views.take(t), counts.get(t.name)), choose, pack)
+
+
+@contextlib.contextmanager
+def _named(target: Target) -> Iterator[None]:
+    """A ValueError in the block gets the weight's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{target.name}: {error}") from None
 
 
 class _Views(dict):
@@ -132,7 +197,11 @@ class _Views(dict):
 
 
 def _counts(
-    views: _Views, free: dict[str, Target], sparsifier: Sparsifier, allocation: Allocation | None
+    views: _Views,
+    free: dict[str, Target],
+    sparsifier: Sparsifier,
+    allocation: Allocation | None,
+    measured: Callable[[View], View] = lambda view: view,
 ) -> dict[str, int]:
     """How many entries of each weight without a rate stay."""
     if not free or allocation is None:
@@ -140,24 +209,29 @@ def _counts(
     shapes = {name: _stored_shape(target) for name, target in free.items()}
 
     def score(name: str) -> Tensor:
-        view = views.of(free[name])
+        view = measured(views.of(free[name]))
         return _allowed(view, sparsifier.scored(view))
 
     return allocation.assign(shapes, score)
 
 
-def _choose(target: Target, view: View, count: int | None, sparsifier: Sparsifier, starts: dict[str, View]) -> None:
+def _with_count(view: View, count: int | None) -> View:
+    """The view at the sparsity that the allocation gave the weight; None: the layout has a rate."""
+    if count is None:
+        return view
+    sized = dataclasses.replace(view, sparsity=1 - count / view.weight.numel())
+    sized.memo.update(view.memo)
+    return sized
+
+
+def _choose(target: Target, view: View, sparsifier: Sparsifier, starts: dict[str, View]) -> None:
     """The method's first decision for a weight, and what that makes of it."""
-    if count is not None:
-        sized = dataclasses.replace(view, sparsity=1 - count / math.prod(target.shape))
-        sized.memo.update(view.memo)
-        view = sized
     edit = sparsifier.update(view)
     expect_edit(edit, view, sparsifier, exact=not isinstance(sparsifier, DenseWeightMethod))
     end = edit.mask
     if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; its first mask may be wider
         end = target.layout.mask(_allowed(view, sparsifier.scored(view)), view.sparsity)
-    _pack(target, view.weight if edit.value is None else edit.value, end)
+    _pack(target, view.weight if edit.value is None else edit.value, end, view.weight)
     if not sparsifier.acts_once:
         starts[target.name] = _start(view, sparsifier, edit)
 
@@ -221,8 +295,9 @@ def _existing(target: Target, dense: Tensor) -> Tensor:
     return full
 
 
-def _pack(target: Target, dense: Tensor, mask: Tensor) -> None:
-    result = SparseTensor(target.layout, target.layout.pack(dense, mask), dense.shape)
+def _pack(target: Target, values: Tensor, mask: Tensor, dense: Tensor) -> None:
+    """Set `result` to the values in the mask, and `energy` to what the mask keeps of the weight as it was."""
+    result = SparseTensor(target.layout, target.layout.pack(values, mask), values.shape)
     size, exact = dense.abs(), widest_float(dense.device)
     total = float(size.sum(dtype=exact))
     if total != total:
