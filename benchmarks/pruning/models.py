@@ -124,10 +124,11 @@ def perplexity(model: nn.Module, windows: Tensor, batch: int = 2) -> float:
 def embeddings(model: nn.Module, passages: Tensor, batch: int = 64) -> Tensor:
     """Means over the tokens of each passage, of length 1."""
     device, rows = next(model.parameters()).device, []
-    for ids in passages.split(batch):
+    order = (passages != PAD).sum(1).argsort(stable=True)  # little padding in a batch
+    for ids in passages[order].split(batch):
         inputs = {name: t.to(device) for name, t in masked(ids).items()}
         rows.append(pooled(model(**inputs).last_hidden_state.float(), inputs["attention_mask"]).cpu())
-    return torch.cat(rows)
+    return torch.cat(rows)[order.argsort()]
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

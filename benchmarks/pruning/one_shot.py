@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from cells import Cell, bytes_of, chosen, settings
-from models import FOLDER, Pack, cosine, embeddings, masked, perplexity, rank_correlation
+from models import FOLDER, PAD, Pack, cosine, embeddings, masked, perplexity, rank_correlation
 from torch import Tensor, nn
 
 import sten
@@ -55,9 +55,14 @@ class Bench:
         return torch.stack(halves, 1).flatten(0, 1)[:count]
 
     def batches(self, cell: Cell, count: int, size: int, seed: int) -> list[dict[str, Tensor]]:
-        """What the model is called with, for calibration and distillation."""
-        parts = self.text(cell, count, seed).split(size)
-        inputs = [masked(part) if cell.model == "minilm" else {"input_ids": part} for part in parts]
+        """What the model is called with, for calibration and distillation; passages with others of their length."""
+        parts = self.text(cell, count, seed)
+        if cell.model == "minilm":
+            parts = parts[(parts != PAD).sum(1).argsort(stable=True)].split(size)
+            order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
+            inputs = [masked(parts[i]) for i in order]
+        else:
+            inputs = [{"input_ids": part} for part in parts.split(size)]
         return [{name: t.to(self.device) for name, t in each.items()} for each in inputs]
 
     def quality(self, name: str, model: nn.Module) -> dict[str, float]:
