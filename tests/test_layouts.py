@@ -43,7 +43,7 @@ def one_thread():
 @every_layout
 def test_all_laws(layout):
     checked = check_layout(layout)
-    assert checked.layout is layout and checked.cases >= 40 and len(checked.laws) == 10
+    assert checked.layout is layout and checked.cases >= 40 and len(checked.laws) == 11
     assert len(checked.shapes) >= 9 and set(checked.dtypes) == {row.dtype for row in DTYPES}
 
 

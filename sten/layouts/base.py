@@ -153,12 +153,17 @@ class Layout(metaclass=Constructor):
         return torch.zeros(math.prod(shape[1:]), dtype=torch.int64)
 
     def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Rows and columns (of `weight.flatten(1)`, by `column_groups`) whose mask moves together; by default an entry.
+        """The rows and columns, in the order of `column_groups`, of a tile: of entries whose mask moves together.
 
         Two tiles of the same rows may exchange their masks: within a group of columns, or anywhere if there is no rate.
+        By default a tile is a unit, which needs no definition of your own.
         """
-        del shape
-        return 1, 1
+        if type(self).unit_totals is Layout.unit_totals:
+            return 1, 1
+        first = torch.zeros_like(self.unit_totals(torch.ones(shape)), dtype=torch.bool)
+        first.view(-1)[0] = True
+        entries = self.unit_entries(first, shape).flatten(1)
+        return int(entries.any(1).sum()), int(entries.any(0).sum())
 
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from .calibration import input_gram
 from .sparsifier import Edit, PatternMethod, View
 
+DEAD = 1e-12  # damping of inputs that are always zero
 PIECE = 16  # columns that are updated one by one; those behind follow in one matrix product
 Spans = list[tuple[int, int]]
+Chooser = Callable[[int, int, Tensor, Callable[[int, int], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class SparseGPT(PatternMethod):
 
     - n:m layouts choose group after group, from weights that hold all updates so far; a vector costs the sum of its
       entries, and GroupedNM chooses a chunk of columns at a time;
-    - layouts whose count is that of the whole weight (CSR, Masked, FanIn, BSR) choose in `block` columns at a time,
-      whole blocks of BSR, and every such part keeps the same fraction.
+    - layouts whose count is that of the whole weight (CSR, Masked, FanIn, BSR) choose for `block` columns at a time, by
+      the costs in all columns that are left. (The source keeps the same fraction of every `block` columns; on layers of
+      a language model that made the error 10 % larger, and 35 % with blocks.) A block of BSR costs what dropping all of
+      it costs, |w U^-1|^2 with U of its columns.
 
     In a chain behind another method it takes that mask and only updates the weights.
 
@@ -73,39 +77,13 @@ class SparseGPT(PatternMethod):
         order = groups.argsort(stable=True).to(device)
         factor = inverse_factor(input_gram(view)[order][:, order], self.damping, view.name)
         columns = weight.flatten(1).float().t()[order].contiguous()  # (columns, rows): a column is contiguous
-        given = None if view.previous is None else view.previous.mask.flatten(1).t()[order]
-        allowed = None if view.allowed is None else view.allowed.flatten(1).t()[order]
-        choice = Choice(view, allowed, given)
-        mask = eliminate(columns, factor, choice, blocks_of(groups, self.block, view.layout.rate is None))
+        width = view.layout.tile(tuple(weight.shape))[1]
+        spans = blocks_of(groups, self.block, view.layout.rate is None)
+        mask = eliminate(columns, factor, width, spans, chooser(view, order))
         back = order.argsort()
         mask = mask[back].t().reshape(weight.shape).contiguous()
         value = columns[back].t().reshape(weight.shape).to(weight.dtype).masked_fill(~mask, 0)
         return Edit(mask=mask, value=value.contiguous())
-
-
-class Choice:
-    """The mask of one span of columns after the other: given, or the layout's, at its sparsity over all spans."""
-
-    def __init__(self, view: View, allowed: Tensor | None, given: Tensor | None) -> None:
-        self.layout, self.allowed, self.given = view.layout, allowed, given
-        self.units = self.left = None
-        if view.layout.rate is None and given is None:  # units that are still to be looked at, and to be kept
-            mask = view.layout.mask(torch.ones_like(view.weight), view.sparsity)
-            whole = view.layout.unit_totals(mask.float())
-            self.units, self.left = whole.numel(), int((whole > 0).sum())
-
-    def __call__(self, start: int, stop: int, score: Tensor) -> Tensor:
-        """The mask (columns, rows) of the columns from `start` to `stop`, by their scores (rows, columns)."""
-        if self.given is not None:
-            return self.given[start:stop]
-        if self.allowed is not None:
-            score = score.masked_fill(~self.allowed[start:stop].t(), -torch.inf)
-        if self.units is None:
-            return self.layout.mask(score).t()
-        units = self.layout.unit_totals(score).numel()
-        mask = self.layout.mask(score, 1 - round(self.left * units / self.units) / units)
-        self.units, self.left = self.units - units, self.left - int((self.layout.unit_totals(mask.float()) > 0).sum())
-        return mask.t()
 
 
 def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
@@ -113,13 +91,14 @@ def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
 
     H reversed in both directions is L L^T, so H is R R^T with R, L reversed, upper triangular; then U = R^-1.
     """
-    size = len(gram)
-    mean = gram.diagonal().mean()
-    mean = torch.where(mean > 0, mean, 1.0)  # no input at all: the score becomes w^2
-    eye = torch.eye(size, device=gram.device)
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    mean = torch.where(mean > 0, mean, 1.0)
     used = damping
     while True:
-        lower, failed = torch.linalg.cholesky_ex((gram + used * mean * eye).flip(0, 1))
+        # A dead input, always zero, costs next to nothing, so it goes first.
+        more = torch.where(diagonal > 0, used, DEAD) * mean
+        lower, failed = torch.linalg.cholesky_ex((gram + torch.diag(more)).flip(0, 1))
         if not int(failed):
             break
         used *= 10
@@ -129,6 +108,7 @@ def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
             "More calibration tokens would help.",
             stacklevel=2,
         )
+    eye = torch.eye(len(gram), device=gram.device)
     return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
 
 
@@ -145,10 +125,10 @@ def blocks_of(groups: Tensor, block: int, whole: bool) -> Iterator[Spans]:
             spans, first = [], stop
 
 
-def eliminate(columns: Tensor, factor: Tensor, choice: Choice, blocks: Iterator[Spans]) -> Tensor:
+def eliminate(columns: Tensor, factor: Tensor, width: int, blocks: Iterable[Spans], choose: Chooser) -> Tensor:
     """Choose, and let later columns make up for what is dropped: `columns` (columns, rows) changes; returns the mask.
 
-    Entries off the mask keep numbers without meaning.
+    Entries off the mask keep numbers without meaning. `width`: columns of a tile.
     """
     mask = torch.empty_like(columns, dtype=torch.bool)
     error = torch.empty_like(columns)  # of dropped entries, w_j / U_jj; zero where kept
@@ -156,8 +136,7 @@ def eliminate(columns: Tensor, factor: Tensor, choice: Choice, blocks: Iterator[
     for spans in blocks:
         first, last = spans[0][0], spans[-1][1]
         for start, stop in spans:
-            cost = (columns[start:stop] * scale[start:stop]).square_()
-            mask[start:stop] = choice(start, stop, cost.t())
+            mask[start:stop] = choose(start, stop, mask, lambda a, b: costs(columns, factor, width, a, b))
             dropped = scale[start:stop] * ~mask[start:stop]
             for a in range(start, stop, PIECE):
                 b = min(a + PIECE, stop)
@@ -167,3 +146,41 @@ def eliminate(columns: Tensor, factor: Tensor, choice: Choice, blocks: Iterator[
                 columns[b:last].addmm_(factor[a:b, b:last].t(), error[a:b], alpha=-1)
         columns[last:].addmm_(factor[first:last, last:].t(), error[first:last], alpha=-1)
     return mask
+
+
+def costs(columns: Tensor, factor: Tensor, width: int, start: int, stop: int) -> Tensor:
+    """What dropping each entry costs, (rows, columns from start to stop); its sum over a tile is the cost of the tile.
+
+    An entry alone costs (w_j / U_jj)^2. The columns of a tile are dropped together: e U = w, with U of the tile.
+    """
+    if width == 1:
+        return (columns[start:stop] / factor.diagonal()[start:stop].unsqueeze(1)).square_().t()
+    result = torch.empty_like(columns[start:stop])
+    for a in range(start, stop, width):
+        b = min(a + width, stop)
+        result[a - start : b - start] = torch.linalg.solve_triangular(factor[a:b, a:b].t(), columns[a:b], upper=False)
+    return result.square_().t()
+
+
+def chooser(view: View, order: Tensor) -> Chooser:
+    """The mask (columns, rows) of one span of columns: given by the method before, or the layout's.
+
+    A layout without a rate looks at the whole weight, whose columns before the span are decided.
+    """
+    layout, sparsity = view.layout, view.sparsity
+    allowed = None if view.allowed is None else view.allowed.flatten(1)[:, order]
+    given = None if view.previous is None else view.previous.mask.flatten(1).t()[order]
+
+    def choose(start: int, stop: int, mask: Tensor, cost: Callable[[int, int], Tensor]) -> Tensor:
+        if given is not None:
+            return given[start:stop]
+        end = stop if layout.rate is not None else len(order)
+        score = cost(start, end)
+        if allowed is not None:
+            score = score.masked_fill(~allowed[:, start:end], -torch.inf)
+        if layout.rate is not None:
+            return layout.mask(score).t()
+        decided = torch.where(mask[:start].t(), torch.inf, -torch.inf)
+        return layout.mask(torch.cat([decided, score], 1), sparsity)[:, start:stop].t()
+
+    return choose

@@ -35,6 +35,7 @@ LAWS = (
     "another mask is stored exactly or refused",
     "pack_like, unpack_rows, support and the gradient of unpack agree with unpack",
     "padded slots are zero",
+    "column_groups and tile: masks chosen group by group, and with two tiles exchanged, are held",
     "traits hold: holds_any_mask, unstructured, independent_units, free_slots, units",
     "validate accepts what pack makes and refuses corrupted parts",
 )
@@ -113,7 +114,7 @@ def check_layout(
         >>> import sten
         >>> checked = sten.testing.check_layout(sten.NM(2, 4), shapes=[(5, 12)])
         >>> checked.shapes, len(checked.laws)
-        (((5, 12),), 10)
+        (((5, 12),), 11)
     """
     check_class(layout)
     if shapes is None:
@@ -221,6 +222,7 @@ def check_case(layout: Layout, case: Case) -> None:
         claim(torch.equal(layout.support(parts, case.shape), mask), f"{where}: support(pack(w, m)) is not m")
         check_parts(layout, w, parts, where)
         check_traits(layout, case, w, mask, parts, where)
+        check_columns(layout, case, w, mask, where)
         random = torch.Generator("cpu").manual_seed(case.seed)
         some = (torch.rand(case.shape, generator=random, device="cpu") < 0.5).to(w.device)
         for other in (mask & some, torch.zeros_like(mask), torch.ones_like(mask), some):
@@ -261,6 +263,25 @@ def check_traits(layout: Layout, case: Case, w: Tensor, mask: Tensor, parts: Par
     )
     check_parts(layout, w, more, where)
     layout.validate(more, case.shape)
+
+
+def check_columns(layout: Layout, case: Case, w: Tensor, mask: Tensor, where: str) -> None:
+    """What methods that go column by column rely on."""
+    groups, (height, width) = layout.column_groups(case.shape), layout.tile(case.shape)
+    order, score, mask = groups.argsort(stable=True), case.score(w).flatten(1), mask.flatten(1).clone()
+    claim(len(order) == mask.shape[1], f"{where}: column_groups has {len(order)} columns, the weight {mask.shape[1]}")
+    if layout.rate is not None:
+        joined = torch.zeros_like(mask)
+        for group in groups.unique():
+            joined[:, groups == group] = layout.mask(score[:, groups == group])
+        stored = layout.support(layout.pack(w, joined.view(case.shape)), case.shape)
+        claim(torch.equal(stored.flatten(1), joined), f"{where}: masks of groups of columns, joined, are not held")
+    last = int((groups == groups[order[0]]).sum()) if layout.rate is not None else len(order)
+    first, second = order[:width], order[(last // width - 1) * width :][:width]  # the first and last whole tiles
+    if last >= width:
+        mask[:height, first], mask[:height, second] = mask[:height, second], mask[:height, first]
+        stored = layout.support(layout.pack(w, mask.view(case.shape)), case.shape)
+        claim(torch.equal(stored.flatten(1), mask), f"{where}: a mask with two tiles exchanged is not held")
 
 
 def check_mask(layout: Layout, case: Case, w: Tensor, where: str) -> Tensor:
