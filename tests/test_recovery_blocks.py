@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import SMALL, sparsity_of
+from hf_models import gpt2, llama
 from torch import nn
 
 import sten
@@ -137,3 +138,55 @@ def test_a_fit_that_does_not_help_is_dropped():
 def test_wrong_arguments(wrong):
     with pytest.raises(ValueError, match=r"^Expected positive steps and lr, got"):
         sten.Reconstruct(**wrong)
+
+
+# ---- through sten.sparsify
+
+IDS = [torch.randint(32, (4, 10), generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+def block_error(model: nn.Module, dense: nn.Module) -> float:
+    """The mean relative error of the tokens of the last hidden state."""
+    with torch.no_grad():
+        y, z = (torch.cat([m(ids, output_hidden_states=True).hidden_states[-1] for ids in IDS]) for m in (model, dense))
+    return float(((y - z).double().square().sum(-1) / z.double().square().sum(-1)).mean())
+
+
+@every_layout
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_in_a_chain_the_model_comes_nearer_to_the_dense_one(make, layout):
+    dense, models = make(), []
+    for method in (sten.Wanda(), sten.chain(sten.Wanda(), sten.Reconstruct(steps=30, lr=2e-2))):
+        model = copy.deepcopy(dense)
+        models.append(sten.sparsify(model, layout, method, sparsity_of(layout), calibration=IDS))
+    for (name, plain), fitted in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if isinstance(plain, sten.SparseTensor):
+            assert torch.equal(plain.mask(), fitted.mask()), name
+        else:
+            assert torch.equal(plain, fitted), name
+    plain, fitted = (block_error(model, dense) for model in models)
+    assert fitted < 0.9 * plain
+
+
+def test_alone_it_starts_from_wandas_mask():
+    models = [llama(), llama()]
+    for model, method in zip(models, (sten.Wanda(), sten.Reconstruct(steps=1)), strict=True):
+        sten.sparsify(model, sten.NM(2, 4), method, calibration=IDS)
+    name = "model.layers.0.mlp.down_proj.weight"
+    plain, fitted = (model.get_parameter(name) for model in models)
+    assert torch.equal(plain.mask(), fitted.mask()) and not torch.equal(plain.to_dense(), fitted.to_dense())
+
+
+def test_without_calibration_it_is_refused():
+    with pytest.raises(ValueError, match=r"^Expected calibration= for Reconstruct"):
+        sten.sparsify(llama(), sten.NM(2, 4), sten.Reconstruct())
+
+
+def test_a_recipe_names_it_again():
+    recipe = sten.Recipe(sten.NM(2, 4), sten.chain(sten.Wanda(), sten.Reconstruct(steps=4)))
+    assert sten.Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_it_is_the_last_of_a_chain():
+    with pytest.raises(ValueError, match=r"^Expected Reconstruct\(.*, which fits whole blocks, as the last of chain"):
+        sten.chain(sten.Wanda(), sten.Reconstruct(), sten.ADMM())

@@ -29,7 +29,7 @@ from .recipe import DEFAULT, Recipe, note_recipe, recipe_of, set_recipes
 from .record import remember, remember_optimizers
 from .reparametrize import begin, expect_slots_to_follow, move
 from .report import SparsifyPlan, other_parameters, rows_of
-from .select import Target, expect_model, select, sparse_weights
+from .select import Target, expect_model, movable_weights, select
 from .state_dict_hooks import accept_every_form
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -251,7 +251,7 @@ def trainable(model: Model) -> Model:
         >>> [(name, tuple(p.shape)) for name, p in model.named_parameters()]
         [('weight', (4, 4)), ('bias', (4,))]
     """
-    return _train(model, sparse_weights(model), [])
+    return _train(model, movable_weights(model), [])
 
 
 def attach(model: Model, optimizer: Optimizers) -> Model:
@@ -279,7 +279,7 @@ def attach(model: Model, optimizer: Optimizers) -> Model:
         for module, name in (owner for weight in weights for owner in weight.owner_modules()):
             remember_optimizers(module, name, optimizers)
         return model
-    targets = sparse_weights(model)
+    targets = movable_weights(model)
     if not targets:
         raise ValueError("The model has no sparse weights to attach an optimizer to: call sten.sparsify first.")
     _expect_held(optimizers, targets)
@@ -342,7 +342,7 @@ def densify(model: Model) -> Model:
 
 def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:
     """Give every sparse weight, in either form, what `change` makes of it; all are made before one is set."""
-    targets = sparse_weights(model)
+    targets = movable_weights(model)
     with torch.no_grad():
         ready = [(target, _named(change, target)) for target in targets]
     for target in targets:

@@ -169,6 +169,18 @@ def sparse_weights(model: nn.Module) -> list[Target]:
     return once_each(t for t in all_weights(model) if t.weight is not None or isinstance(t.tensor, SparseTensor))
 
 
+def movable_weights(model: nn.Module) -> list[Target]:
+    """The same, for a move between forms; ValueError if a parametrization, such as an adapter, computes one of them."""
+    targets = sparse_weights(model)
+    for target in targets:
+        if target.why:
+            raise ValueError(
+                f"Expected sparse weights without parametrizations, got {target.name} ({target.why}); for adapters, "
+                "call sten.merge_adapters."
+            )
+    return targets
+
+
 def matches(pattern: Pattern, target: Target) -> bool:
     """Whether a pattern names a weight.
 

@@ -29,6 +29,8 @@ class Chain(PatternMethod):
                     f"Expected methods that decide once, at sten.sparsify, for chain(), got {method}; call "
                     "sten.sparsify again for it."
                 )
+            if hasattr(method, "reconstruct") and method is not self.methods[-1]:
+                raise ValueError(f"Expected {method}, which fits whole blocks, as the last of chain(), got it before.")
             if place and not method.refines:
                 raise ValueError(
                     f"Expected methods that start from another one's mask behind the first of chain(), got {method}, "
