@@ -80,6 +80,8 @@ PATTERNS: tuple[tuple[str, float | None], ...] = (
 )  # fmt: skip
 CHAINED = (("NM(2, 4)", None), ("NM(16, 32)", None), ("VectorNM(2, 4, 32)", None), ("BSR((32, 32))", 0.3))
 PERMUTED = (*CHAINED[2:], ("NM(2, 4)", None), ("GroupedNM(2, 4, 8)", None))
+SENSITIVITY = "sensitivity"  # in place of an Allocation: what sten.sensitivity chooses
+CANDIDATES = tuple(round(0.3 + 0.05 * i, 2) for i in range(9))
 STEPS = {"smollm2": (40, 100, 200), "minilm": (100, 300)}
 
 
@@ -102,8 +104,8 @@ def cells(seeds: int) -> Iterator[Cell]:
         yield from recovered
         yield Cell("dsnot", model, "CSR()", "chain(Wanda(), DSnoT())", 0.7)
         yield Cell("dsnot", model, "CSR()", "chain(Magnitude(), DSnoT())", 0.7)
-        for how in ("ERK(0.5)", "Global(0.5)"):
-            yield Cell("allocation", model, "CSR()", "Wanda()", how)
+        for how in ("ERK(0.5)", "Global(0.5)", f"{SENSITIVITY}(0.5)"):
+            yield from (Cell("allocation", model, "CSR()", method, how) for method in ("Wanda()", "SparseGPT()"))
         for domain in ("manuals", "both"):
             yield from (
                 Cell("domains", model, layout, method, at, domain=domain)
@@ -127,10 +129,16 @@ def chosen(seeds: int, patterns: list[str]) -> list[Cell]:
     return [cell for cell in cells(seeds) if not patterns or fits(cell)]
 
 
-def settings(cell: Cell) -> dict:
-    """The arguments of `sten.sparsify`, but for calibration."""
-    sparsity = evaluated(cell.sparsity) if isinstance(cell.sparsity, str) else cell.sparsity
-    return {"layout": evaluated(cell.layout), "sparsifier": evaluated(cell.method), "sparsity": sparsity}
+def settings(cell: Cell, model: torch.nn.Module, calibration: list) -> dict:
+    """The arguments of `sten.sparsify`; `calibration` where something reads it."""
+    layout, method, sparsity = evaluated(cell.layout), evaluated(cell.method), cell.sparsity
+    given = {"calibration": calibration} if method.needs or hasattr(method, "reconstruct") else {}
+    if isinstance(sparsity, str) and sparsity.startswith(SENSITIVITY):
+        table = sten.sensitivity(model, [(layout, at) for at in CANDIDATES], calibration, method)
+        return {"layout": table.choose(sparsity=float(sparsity.removeprefix(SENSITIVITY).strip("()"))), **given}
+    if isinstance(sparsity, str):
+        sparsity = evaluated(sparsity)
+    return {"layout": layout, "sparsifier": method, "sparsity": sparsity, **given}
 
 
 def bytes_of(model: torch.nn.Module) -> tuple[int, int]:

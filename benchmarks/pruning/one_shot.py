@@ -17,12 +17,13 @@ import copy
 import dataclasses
 import json
 import math
+import statistics
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from cells import Cell, bytes_of, chosen, settings
+from cells import Cell, bytes_of, chosen, evaluated, settings
 from models import FOLDER, PAD, Pack, cosine, embeddings, masked, perplexity, rank_correlation
 from torch import Tensor, nn
 
@@ -83,15 +84,18 @@ class Bench:
     def run(self, cell: Cell) -> dict:
         """One cell, from a copy of the dense model: quality, bytes, seconds of each step."""
         torch.manual_seed(cell.seed)
-        dense, given, seconds = self.model(cell.model), settings(cell), {}
+        dense, seconds = self.model(cell.model), {}
         model = copy.deepcopy(dense)
         count, size = (self.arguments.sequences, 2) if cell.model == "smollm2" else (self.arguments.passages, 32)
         clock = Clock(self.device, seconds)
-        if given["sparsifier"].needs or cell.permute:
-            given["calibration"] = self.batches(cell, count, size, cell.seed)
+        batches, report = self.batches(cell, count, size, cell.seed), {}
         if cell.permute:
             with clock("permute"):
-                sten.permute(model, given["layout"], calibration=given["calibration"])
+                done = sten.permute(model, evaluated(cell.layout), cell.sparsity, calibration=batches)
+            report = {"kept": [statistics.mean(getattr(row, f"kept_{when}") for row in done.rows)
+                               for when in ("before", "after")]}  # fmt: skip
+        with clock("choose"):
+            given = settings(cell, model, batches)
         with clock("prune"):
             sten.sparsify(model, **given)
         if cell.steps:
@@ -101,7 +105,7 @@ class Bench:
                 distilled(cell, model, dense, batches)
         quality, (stored, whole) = self.quality(cell.model, model), bytes_of(model)
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
-        return {**quality, "bytes": stored, "dense_bytes": whole, "seconds": seconds, "peak_bytes": peak}
+        return {**quality, **report, "bytes": stored, "dense_bytes": whole, "seconds": seconds, "peak_bytes": peak}
 
 
 def distilled(cell: Cell, model: nn.Module, dense: nn.Module, batches: list[dict]) -> None:
@@ -161,7 +165,7 @@ def says(result: dict, dense: dict) -> str:
         return result["error"]
     numbers = {name: value for name, value in result.items() if name in dense}
     losses = [f"dL {math.log(v / dense[n]):.3f}" for n, v in numbers.items() if n.startswith("perplexity")]
-    took = " + ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
+    took = " + ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items() if value > 0.1)
     shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     return f"{shown}  {'  '.join(losses)}  {result['bytes'] / result['dense_bytes']:.0%} of the bytes  {took}"
 
