@@ -171,15 +171,24 @@ def exchange_costs(weight: Tensor, on: Tensor, effect: Tensor, gram: Tensor, bar
     Rows in which both are kept, or both dropped, contribute nothing.
     """
     off = 1 - on
-    own = torch.einsum("bhtw,twv,bhtv->bht", weight, gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1), weight)
+    if gram.shape[1] == 1:
+        own = weight[..., 0].square() * gram[:, 0, :, 0].diagonal()
+    else:
+        own = torch.einsum("bhtw,twv,bhtv->bht", weight, gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1), weight)
     slope = 2 * (weight * effect).sum(3)
     drop, keep = (own + slope) * on, (own - slope) * off
     if barred is not None:
         keep = keep + NEVER * off * barred
-    single = drop.transpose(1, 2) @ off + keep.transpose(1, 2) @ on
-    kept, left = (weight * on.unsqueeze(3)).flatten(2), (weight * off.unsqueeze(3)).flatten(2)
-    cross = kept.transpose(1, 2) @ left
-    cross = (cross + cross.transpose(1, 2)) * gram.flatten(0, 1).flatten(1)
+    single = outer(drop, off) + outer(keep, on)
+    cross = outer((weight * on.unsqueeze(3)).flatten(2), (weight * off.unsqueeze(3)).flatten(2))
+    cross = cross * gram.flatten(0, 1).flatten(1)
     count, width = gram.shape[:2]
-    cross = cross.view(-1, count, width, count, width).sum((2, 4))
-    return single + single.transpose(1, 2) - 2 * cross
+    if width > 1:
+        cross = cross.view(-1, count, width, count, width).sum((2, 4))
+    change = single.sub_(cross, alpha=2)
+    return change + change.transpose(1, 2)
+
+
+def outer(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over rows of all products of two columns, (bands, columns, columns)."""
+    return a.transpose(1, 2) * b if a.shape[1] == 1 else a.transpose(1, 2) @ b
