@@ -108,13 +108,22 @@ class Chain:
             values |= {key: t.clone() for key, t in values.items() if isinstance(t, Tensor) and t.is_floating_point()}
         return on_device(filled(call.template, kept, outs), self.device)
 
+    def linked(self, k: int) -> bool:
+        """Whether there is a block k that gets outputs of the block before."""
+        return k < len(self.calls) and not self.calls[k].starts
+
     def advance(self, k: int, b: int, output: Any) -> None:
-        """Note the output of block k; what no later block gets is dropped."""
-        if k + 1 < len(self.calls):
-            paths = {source.path for source in self.calls[k + 1].sources(Out)}
-            self.outs[b] = {path: self.shelf.put(at(output, path)) for path in paths}
+        """Note what block k + 1 gets of the output of block k."""
+        paths = {source.path for source in self.calls[k + 1].sources(Out)}
+        self.outs[b] = {path: self.shelf.put(at(output, path)) for path in paths}
+
+    def drop(self, k: int) -> None:
+        """Free what no block after block k gets."""
         later = self._later(k)
-        self.kept[b] = {source: value for source, value in self.kept[b].items() if source in later}
+        for b, kept in enumerate(self.kept):
+            self.kept[b] = {source: value for source, value in kept.items() if source in later}
+            if not self.linked(k + 1):
+                self.outs[b] = {}
 
     def _later(self, k: int) -> set[Kept]:
         return set().union(*(call.sources(Kept) for call in self.calls[k + 1 :]))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..training.uninterrupted import uninterrupted
 from .trees import leaves, mapped
 
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -151,11 +152,12 @@ def inference(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        for module, training in modes:
-            module.training = training
-        for config in cached:
-            config.use_cache = True
+        with uninterrupted():
+            torch.set_float32_matmul_precision(precision)
+            for module, training in modes:
+                module.training = training
+            for config in cached:
+                config.use_cache = True
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import tensor_file
 from ..errors import FormatError
-from ..sparsifiers import Edit
+from ..sparsifiers import Edit, View
 from .data import Calibration, tensors_of
 
 
@@ -32,6 +32,11 @@ def digest(*values: str | Tensor) -> str:
         else:
             total.update(f"{len(value)}:{value}".encode())
     return total.hexdigest()
+
+
+def _digest_of(view: View) -> str:
+    """Of a weight, and what an earlier pruning left of it; of the weight alone where that is all."""
+    return digest(view.weight) if view.allowed is None else digest(view.weight, view.allowed)
 
 
 class Finished:
@@ -57,38 +62,38 @@ class Finished:
     def path(self) -> Path:
         return self.folder / f"stage-{self.number:05d}.safetensors"
 
-    def read(self, weights: dict[str, Tensor]) -> dict[str, Edit] | None:
+    def read(self, views: dict[str, View]) -> dict[str, Edit] | None:
         """The edits of the present stage, if they were made of these dense weights, or these are what they became."""
         if not self.path.is_file():
             return None
-        now = {name: digest(w) for name, w in weights.items()}
+        now = {name: {_digest_of(view), digest(view.weight)} for name, view in views.items()}
         try:
             with tensor_file.open_file(self.path) as file:
                 header = tensor_file.read_header(file)
                 known = json.loads(header.metadata.get("sten_calibration", "{}"))
                 if known.get("key") != self.key or known.get("weights", {}).keys() != now.keys():
                     return None
-                if not all(digest in known["weights"][name] for name, digest in now.items()):
+                if any(found.isdisjoint(known["weights"][name]) for name, found in now.items()):
                     return None
                 tensors = tensor_file.read(file, header)
         except (FormatError, ValueError):  # damaged: it is made anew
             return None
-        home = {name: w.device for name, w in weights.items()}
+        home = {name: view.weight.device for name, view in views.items()}
         return {
             name: Edit(
                 mask=tensors[f"{name}.mask"].to(home[name]),
                 value=tensors[f"{name}.value"].to(home[name]) if f"{name}.value" in tensors else None,
             )
-            for name in weights
+            for name in views
         }
 
-    def write(self, weights: dict[str, Tensor], edits: dict[str, Edit], results: dict[str, Tensor]) -> None:
-        """Keep the edits of the present stage, in one step."""
+    @staticmethod
+    def write(path: Path, key: str, decided: dict[str, tuple[View, Edit, Tensor]]) -> None:
+        """Keep what was decided in a stage, in one step: by name the view, the edit, and the dense weight it makes."""
         tensors: dict[str, Tensor] = {}
-        for name, edit in edits.items():
+        for name, (_, edit, _) in decided.items():
             tensors[f"{name}.mask"] = edit.mask
             if edit.value is not None:
                 tensors[f"{name}.value"] = edit.value
-        both = {name: [digest(w), digest(results[name])] for name, w in weights.items()}
-        metadata = {"sten_calibration": json.dumps({"key": self.key, "weights": both})}
-        tensor_file.write(self.path, tensors, metadata)
+        both = {name: [_digest_of(view), digest(result)] for name, (view, _, result) in decided.items()}
+        tensor_file.write(path, tensors, {"sten_calibration": json.dumps({"key": key, "weights": both})})

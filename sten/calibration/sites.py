@@ -111,8 +111,8 @@ def _before_output(attention: nn.MultiheadAttention, args: tuple, kwargs: dict[s
     layer = copy(attention.out_proj)
     width = layer.in_features
     like = args[0] if args else kwargs["query"]
-    layer._parameters = {"weight": nn.Parameter(torch.eye(width, device=like.device, dtype=like.dtype), False)}
-    layer._parameters["bias"] = None
+    identity, zero = torch.eye(width, device=like.device, dtype=like.dtype), like.new_zeros(width)
+    layer._parameters = {"weight": nn.Parameter(identity, False), "bias": nn.Parameter(zero, False)}
     twin = copy(attention)
     twin._modules = {**attention._modules, "out_proj": layer}
     return type(attention).forward(twin, *args, **kwargs)[0]

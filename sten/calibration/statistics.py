@@ -45,6 +45,8 @@ class Statistics:
             self.finite.append((batch, x.isfinite().all()))
             if self.gram is not None:
                 self.gram.addmm_(x.t(), x)
+            if self.total is not None:  # a variance is a small difference of these
+                x = x.to(self.total.dtype)
             if self.squares is not None:
                 self.squares += x.square().sum(0, dtype=self.squares.dtype)
             if self.total is not None:

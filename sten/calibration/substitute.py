@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from ..training.attribute import finalized, installed
+from ..training.uninterrupted import uninterrupted
 
 Owners = Iterable[tuple[nn.Module, str]]
 
@@ -26,30 +27,30 @@ def substituted(values: Iterable[tuple[Owners, Tensor]]) -> Iterator[None]:
         param = nn.Parameter(value, requires_grad=False)
         for module, name in owners:
             by_module.setdefault(id(module), (module, {}))[1][name] = param
-    with contextlib.ExitStack() as stack:
+    saved: list[tuple[nn.Module, type, dict]] = []
+    try:
         for module, params in by_module.values():
-            stack.enter_context(_replaced(module, params))
+            saved.append((module, type(module), dict(module.__dict__)))
+            _replace(module, params)
         yield
+    finally:
+        with uninterrupted():
+            for module, cls, state in saved:
+                module.__class__ = cls
+                module.__dict__.clear()
+                module.__dict__.update(state)
 
 
-@contextlib.contextmanager
-def _replaced(module: nn.Module, params: dict[str, nn.Parameter]) -> Iterator[None]:
-    cls, state = type(module), dict(module.__dict__)
+def _replace(module: nn.Module, params: dict[str, nn.Parameter]) -> None:
     parametrized = list(module.parametrizations) if is_parametrized(module) else []
     for name in {*installed(module), *finalized(module), *parametrized} - params.keys():
         params[name] = nn.Parameter(getattr(module, name).detach(), requires_grad=False)
     hooks = {key: hook for key, hook in module._forward_pre_hooks.items() if not _prunes(hook, params)}
-    try:
-        module.__class__ = getattr(cls, "plain_class", None) or type_before_parametrizations(module)
-        for name in params:
-            module.__dict__.pop(name, None)
-        module.__dict__["_parameters"] = {**module._parameters, **params}
-        module.__dict__["_forward_pre_hooks"] = type(module._forward_pre_hooks)(hooks)
-        yield
-    finally:
-        module.__class__ = cls
-        module.__dict__.clear()
-        module.__dict__.update(state)
+    module.__class__ = getattr(type(module), "plain_class", None) or type_before_parametrizations(module)
+    for name in params:
+        module.__dict__.pop(name, None)
+    module.__dict__["_parameters"] = {**module._parameters, **params}
+    module.__dict__["_forward_pre_hooks"] = type(module._forward_pre_hooks)(hooks)
 
 
 def _prunes(hook, params: dict[str, nn.Parameter]) -> bool:
@@ -80,6 +81,7 @@ def copied_to(block: nn.Module, device: torch.device | None) -> Iterator[None]:
             module._buffers.update({name: copied(b) for name, b in buffers.items()})
         yield
     finally:
-        for module, params, buffers in saved:
-            module._parameters.update(params)
-            module._buffers.update(buffers)
+        with uninterrupted():
+            for module, params, buffers in saved:
+                module._parameters.update(params)
+                module._buffers.update(buffers)

@@ -85,7 +85,7 @@ class Stage:
     Attributes:
         name: of the block, or of the first weight.
         weights: in the order of their calls.
-        ends_block: whether it is the last stage of a block.
+        ends_block: whether what comes after sees the values: it is the last of a block, or outside of all blocks.
         values: by name, what makes the dense decided weight, as its module has it; the caller sets all of them.
         committed: set by the caller who has written the values into the model.
     """
@@ -94,7 +94,7 @@ class Stage:
     weights: list[Weight]
     groups: list[Group]
     call: int | None = None
-    ends_block: bool = False
+    ends_block: bool = True
     values: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     committed: bool = False
     walk: Walk | None = None
@@ -148,7 +148,9 @@ class Walk:
             first = float("inf") if group.first is None else group.first
             ordered.append((first, Stage(group.weights[0].name, group.weights, [group], walk=self)))
         for k, call in enumerate(calls):
-            parts = [[group] for group in call.groups] if self.calibration.true_sequential else [call.groups]
+            parts = [call.groups]
+            if self.calibration.true_sequential and len(call.groups) > 1:
+                parts = [[group] for group in call.groups]
             for part in parts:
                 weights = [weight for group in part for weight in group.weights]
                 last = part is parts[-1]
@@ -165,9 +167,15 @@ class Walk:
         if missing:
             raise ValueError(f"Expected values of all weights of {stage.name}, got none of {missing}.")
         self.decided.append(stage)
-        if stage.ends_block:
+        if stage.ends_block and k is not None:
+            self._leave(k)
+        self.decided = [old for old in self.decided if not old.committed]
+
+    def _leave(self, k: int) -> None:
+        """Make the inputs of the block after block k, if they come from it."""
+        if self.chain.linked(k + 1):
             self._run_block(k, self.decided, self.chain.advance)
-            self.decided = [old for old in self.decided if not old.committed]
+        self.chain.drop(k)
 
     def _within(self, stage: Stage) -> bool:
         """Whether the block of a stage has had one before."""

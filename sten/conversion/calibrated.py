@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration import Calibration, Stage, Walk, Weight
-from ..calibration.finished import Finished, digest
+from ..calibration import BlockView, Calibration, Stage, Walk, Weight
+from ..calibration.finished import Finished
 from ..sparsifiers import Edit, Sparsifier, View
 from ..sparsifiers.sparsifier import CALIBRATION
+from ..training.distributed import agreed, from_rank_0
 from ..training.reminders import listed
 from .select import Target
 
@@ -65,48 +68,28 @@ class Calibrated:
 
     def _choose(self, targets, sparsifier, view_of, choose, pack, done: list[str]) -> None:
         by_name = {target.name: target for target in targets}
-        rebuild = getattr(sparsifier, "reconstruct", None)
         walk = Walk(self.model, self.weights(targets), self.calibration, sparsifier.needs & CALIBRATION)
         finished = None
         if self.calibration.folder is not None:
             finished = Finished(self.calibration.folder, self.calibration, repr(sparsifier))
-        views: dict[str, View] = {}
-        edits: dict[str, Edit] = {}
-        block: list[Target] = []
-        for stage in walk:
-            mine = [by_name[weight.name] for weight in stage.weights]
-            fresh = {target.name: view_of(target) for target in mine}
-            dense = {name: view.weight for name, view in fresh.items()}
-            known = None
-            if finished is not None:
-                finished.begin(text for view in fresh.values() for text in _settings(view))
-                known = finished.read(dense)
-            if known is None:
-                views |= self._measured(stage, fresh)
-                edits |= {target.name: choose(target, views[target.name]) for target in mine}
-            else:
-                views, edits = views | fresh, edits | known
-            block += mine
-            for target in mine:
-                pack(target, views[target.name], edits[target.name])
-            stage.values = {target.name: _dense_of(target) for target in mine}
-            whole = stage.ends_block or stage.call is None
-            if rebuild is not None and stage.ends_block and known is None:
-                with stage.block(views, edits) as seen:
-                    changed = rebuild(seen)
-                for target in (target for target in block if target.name in changed):
-                    edits[target.name] = changed[target.name]
-                    pack(target, views[target.name], edits[target.name])
-            if finished is not None:
-                results = {target.name: _stored(target) for target in mine}
-                finished.write(dense, {target.name: edits[target.name] for target in mine}, results)
-            if not whole:
-                continue
-            if self.commit is not None:
-                self.commit(block)
-                stage.committed = True
-                done.append(stage.name)
-            views, edits, block = {}, {}, []
+        block = _Block(getattr(sparsifier, "reconstruct", None), pack, finished)
+        with contextlib.closing(iter(walk)) as stages:
+            for stage in stages:
+                mine = [by_name[weight.name] for weight in stage.weights]
+                views = {target.name: view_of(target) for target in mine}
+                edits = block.known(views)
+                if edits is None:
+                    views = self._measured(stage, views)
+                    edits = {target.name: choose(target, views[target.name]) for target in mine}
+                block.add(mine, views, edits)
+                stage.values = {target.name: _dense_of(target) for target in mine}
+                if stage.ends_block:
+                    block.finish(stage)
+                    if self.commit is not None:
+                        self.commit(block.targets)
+                        stage.committed = True
+                        done.append(stage.name)
+                    block.clear()
         if walk.few:
             names = listed([f"{name} ({count})" for name, count in walk.few.items()])
             warnings.warn(
@@ -122,6 +105,71 @@ class Calibrated:
             name: dataclasses.replace(view, weight=view.weight.to(stats[name]["tokens"].device), stats=stats[name])
             for name, view in views.items()
         }
+
+
+class _Block:
+    """What is decided of one block; it has several stages with `true_sequential`.
+
+    Attributes:
+        targets: of its stages so far, packed.
+        all_known: whether all stages so far were found in files. Their decisions are those at the end of the block, so
+            that they hold for all stages or for none.
+    """
+
+    def __init__(
+        self,
+        rebuild: Callable[[BlockView], dict[str, Edit]] | None,
+        pack: Callable[[Target, View, Edit], None],
+        finished: Finished | None,
+    ) -> None:
+        self.rebuild, self.pack, self.finished = rebuild, pack, finished
+        self.clear()
+
+    def clear(self) -> None:
+        self.targets: list[Target] = []
+        self.views: dict[str, View] = {}
+        self.edits: dict[str, Edit] = {}
+        self.files: list[tuple[Path, str, list[str]]] = []
+        self.all_known = True
+
+    def known(self, views: dict[str, View]) -> dict[str, Edit] | None:
+        """The decisions of the next stage, where a file has them."""
+        if self.finished is None:
+            self.all_known = False
+            return None
+        self.finished.begin(text for view in views.values() for text in _settings(view))
+        self.files.append((self.finished.path, self.finished.key, list(views)))
+        edits = self.finished.read(views) if self.all_known else None
+        self.all_known = edits is not None
+        return edits
+
+    def add(self, targets: list[Target], views: dict[str, View], edits: dict[str, Edit]) -> None:
+        self.targets += targets
+        self.views |= views
+        self.edits |= edits
+        for target in targets:
+            self.pack(target, views[target.name], edits[target.name])
+
+    def finish(self, stage: Stage) -> None:
+        """Change the block as a whole, if the method does, and write the files, the first one last."""
+        if self.all_known:
+            return
+        if self.rebuild is not None and stage.call is not None:
+            with stage.block(self.views, self.edits) as block:
+                changed = self.rebuild(block)
+            for target in self.targets:
+                self.edits[target.name] = _agreed(changed.get(target.name, self.edits[target.name]))
+                self.pack(target, self.views[target.name], self.edits[target.name])
+        results = {target.name: _stored(target) for target in self.targets} if self.files else {}
+        for path, key, names in reversed(self.files):
+            self.finished.write(
+                path, key, {name: (self.views[name], self.edits[name], results[name]) for name in names}
+            )
+
+
+def _agreed(edit: Edit) -> Edit:
+    """Of an edit that each rank has fitted to its own batches, rank 0's."""
+    return dataclasses.replace(edit, mask=agreed(edit.mask), value=from_rank_0(edit.value))
 
 
 def _weight(target: Target) -> Weight:
@@ -142,5 +190,4 @@ def _dense_of(target: Target) -> Callable[[], Tensor]:
 
 def _settings(view: View) -> list[str]:
     """What a decision follows from, beside the method, the batches and the weight."""
-    allowed = "" if view.allowed is None else digest(view.allowed)
-    return [view.name, str(view.layout), str(view.sparsity), allowed]
+    return [view.name, str(view.layout), str(view.sparsity)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -65,20 +65,22 @@ def decide(
         views = _choose_all(targets, free, sparsifier, allocation)
     else:  # a second walk would take as long as the first: the sizes are found without one
         counts = _calibrated_counts(targets, free, sparsifier, allocation, calibrated)
-    costly = []
-    if _divides(allocation):
-        costly = [t for t in free.values() if t.stored is None and _costs_more(t.result or _sized(t, counts[t.name]))]
+    costly = {}
+    for target in free.values() if _divides(allocation) else ():
+        w = target.result if calibrated is None else _sized(target, counts[target.name])
+        if target.stored is None and _costs_more(w):
+            costly[target.name] = w.density
     rest = _rest(allocation, free, costly) if costly else None
     if rest is None:
         if calibrated is not None:
             _choose_calibrated(targets, counts, sparsifier, calibrated)
         return Decision(targets, [], views, allocation)
-    for target in costly:
-        layout, density = target.layout, target.result.density
-        target.why = f"{allocation} keeps {density:.0%} of it, for which {layout} needs more bytes than dense"
+    for name, density in costly.items():
+        target = free[name]
+        target.why = f"{allocation} keeps {density:.0%} of it, for which {target.layout} needs more bytes than dense"
         target.result = target.energy = None
     decision = decide([t for t in targets if not t.why], sparsifier, rest, calibrated)
-    return dataclasses.replace(decision, dense=[*costly, *decision.dense])
+    return dataclasses.replace(decision, dense=[*(free[name] for name in costly), *decision.dense])
 
 
 def _divides(allocation: Allocation | None) -> bool:
@@ -93,10 +95,10 @@ def _costs_more(w: SparseTensor) -> bool:
     return w.parts["values"].shape != w.stored_shape or w.density == 1
 
 
-def _rest(allocation: Allocation, free: dict[str, Target], dense: list[Target]) -> Allocation | None:
+def _rest(allocation: Allocation, free: dict[str, Target], dense: Iterable[str]) -> Allocation | None:
     """The same rule for the other weights, with what these leave of the budget; None if that is too little."""
     size = {name: math.prod(target.shape) for name, target in free.items()}
-    taken = sum(size[target.name] for target in dense)
+    taken = sum(size[name] for name in dense)
     others = sum(size.values()) - taken
     left = round((1 - allocation.sparsity) * sum(size.values())) - taken
     if not others or left / others < (1 - allocation.sparsity) / 2:

@@ -48,6 +48,14 @@ def agreed(mask: Tensor) -> Tensor:
     return sent.bool()
 
 
+def from_rank_0(t: Tensor | None) -> Tensor | None:
+    """Rank 0's tensor, which all have in one shape; None stays."""
+    if t is not None and ranks() > 1:
+        t = t.contiguous()
+        dist.broadcast(t, 0)
+    return t
+
+
 def everywhere(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank."""
     if ranks() == 1:

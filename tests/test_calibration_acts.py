@@ -1,0 +1,466 @@
+"""Calibration: what users do with it, what goes wrong, and what the model is afterwards."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from calibration_cases import Noted, statistics
+from hf_models import gpt2, llama
+from small import mlp
+from torch import nn
+from torch.nn.utils import prune
+
+import sten
+from sten.extend import View
+
+LAYOUTS = [
+    sten.Masked(), sten.CSR(), sten.BSR((4, 4)), sten.NM(2, 4), sten.VectorNM(2, 4, 4), sten.GroupedNM(2, 4, 1),
+    sten.FanIn(),
+]  # fmt: skip
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x, mask=None):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(count))
+
+    def forward(self, x, attention_mask=None):
+        for layer in self.layers:
+            x = layer(x, mask=attention_mask)
+        return x
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return Blocks()
+
+
+def vectors(count: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(8, 4, 8, generator=generator) for _ in range(count)]
+
+
+def dense(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.to_dense().detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def as_before(model: nn.Module, before: nn.Module) -> bool:
+    """Whether nothing has changed: state, classes, attributes, hooks, modes."""
+    pairs = list(zip(model.modules(), before.modules(), strict=True))
+    kinds = all(type(a) is type(b) and vars(a).keys() == vars(b).keys() and a.training == b.training for a, b in pairs)
+    hooks = any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    return kinds and not hooks and same(model.state_dict(), before.state_dict())
+
+
+# ---- forms
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("method", [sten.Wanda(), sten.SparseGPT()], ids=["wanda", "sparsegpt"])
+def test_layouts(layout, method):
+    """A calibrated weight is stored as the method decides with the statistics of plain PyTorch."""
+    sparsity = None if layout.rate else 0.5
+    model, x = blocks(), torch.cat(vectors()) * torch.logspace(-1, 1, 8)
+    dense = model.layers[0].up.weight.detach().clone()
+    sten.sparsify(model, layout, method, sparsity, calibration=x.split(8))
+    stats = {k: v if k == "tokens" else v.float() for k, v in statistics(x.flatten(0, 1)).items()}
+    edit = method.update(View("up", dense, layout, sparsity, stats=stats))
+    want = (dense if edit.value is None else edit.value) * edit.mask
+    got = model.layers[0].up.weight
+    assert got.sparse_layout == layout and torch.equal(got.mask(), edit.mask)
+    torch.testing.assert_close(got.to_dense(), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_under_an_optimizer(layout):
+    """The trainable form of the same numbers, and training moves them in the same pattern."""
+    sparsity = None if layout.rate else 0.5
+    model, want = blocks(), blocks()
+    sten.sparsify(want, layout, sten.SparseGPT(), sparsity, calibration=vectors())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sten.sparsify(model, layout, sten.SparseGPT(), sparsity, optimizer=optimizer, calibration=vectors())
+    before = [block.up.weight.mask() for block in model.layers]
+    for block, other in zip(model.layers, want.layers, strict=True):
+        assert torch.equal(block.up.weight.to_dense(), other.up.weight.to_dense())
+    model(vectors()[0]).square().mean().backward()
+    optimizer.step()
+    for block, other, mask in zip(model.layers, want.layers, before, strict=True):
+        assert torch.equal(block.up.weight.mask(), mask)
+        assert not torch.equal(block.up.weight.to_dense(), other.up.weight.to_dense())
+
+
+def pruned_by_torch(model):
+    for block in model.layers:
+        prune.l1_unstructured(block.up, "weight", 0.25)
+    return model
+
+
+def in_training(model):
+    return sten.sparsify(model, sten.CSR(), sparsity=0.25, optimizer=torch.optim.SGD(model.parameters(), 0.1))
+
+
+def by_dense_weight(model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return sten.sparsify(model, sten.NM(2, 4), sten.SRSTE(), optimizer=optimizer)
+
+
+@pytest.mark.parametrize("form", [
+    lambda m: sten.sparsify(m, sten.CSR(), sparsity=0.25), in_training, by_dense_weight, pruned_by_torch,
+], ids=["finalized", "pattern", "dense weight", "torch.nn.utils.prune"])  # fmt: skip
+def test_weights_that_are_sparse_already(form):
+    """Other forms give what a plain dense weight with the same effective numbers gives."""
+    model = form(blocks())
+    plain = blocks()
+    with torch.no_grad():
+        for block, other in zip(plain.layers, model.layers, strict=True):
+            for name in ("up", "down"):
+                getattr(block, name).weight.copy_(getattr(other, name).weight.to_dense())
+    ours, theirs = Noted(), Noted()
+    with torch.no_grad():
+        torch.testing.assert_close(model(vectors()[0]), plain(vectors()[0]))
+    sten.sparsify(model, sten.NM(1, 4), ours, calibration=vectors())
+    sten.sparsify(plain, sten.NM(1, 4), theirs, calibration=vectors())
+    for name, stats in theirs.seen.items():
+        torch.testing.assert_close(ours.seen[name]["x_gram"], stats["x_gram"], rtol=1e-4, atol=1e-5)
+    for block, other in zip(model.layers, plain.layers, strict=True):
+        torch.testing.assert_close(block.up.weight.to_dense(), other.up.weight.to_dense())
+
+
+def test_conv1d_is_transposed_and_tied_weights_see_all_their_inputs():
+    model, method = gpt2(), Noted()
+    sten.sparsify(model, sten.NM(2, 4), method, calibration=[torch.arange(12).view(2, 6)])
+    assert method.seen["transformer.h.0.mlp.c_fc.weight"]["x_norm"].shape == (16,)
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    tied[2].weight = tied[0].weight
+    x, method = torch.cat(vectors()).flatten(0, 1), Noted()
+    with torch.no_grad():
+        want = statistics(torch.cat([x, tied[1](tied[0](x))]))
+    sten.sparsify(tied, sten.NM(2, 4), method, calibration=vectors())
+    torch.testing.assert_close(method.seen["0.weight"]["x_norm"].double(), want["x_norm"], rtol=1e-4, atol=1e-5)
+
+
+def test_recipe_and_plan():
+    recipe = sten.Recipe(sten.NM(2, 4), sten.chain(sten.Wanda(), sten.ADMM(iterations=5)), weights="*.up.weight")
+    assert sten.Recipe.from_json(recipe.to_json()) == recipe
+    model, before = blocks(), blocks()
+    plan = sten.plan(model, recipe, calibration=vectors())
+    assert as_before(model, before)
+    sten.sparsify(model, recipe, calibration=vectors())
+    assert [r for r in plan.rows if not r.why] == [r for r in sten.summary(model).rows if not r.why]
+
+
+def test_energy_is_of_the_weight_as_it_was():
+    model, before = blocks(), blocks()
+    sten.sparsify(model, sten.NM(2, 4), sten.SparseGPT(), calibration=vectors())
+    w, mask = before.layers[0].up.weight.detach().abs(), model.layers[0].up.weight.mask()
+    row = next(row for row in sten.summary(model).rows if row.name == "layers.0.up.weight")
+    assert row.energy == pytest.approx(float(w[mask].sum() / w.sum())) and row.energy < 1
+
+
+@pytest.mark.parametrize("allocation", [sten.ERK(0.7), sten.Global(0.7)], ids=str)
+def test_allocations(allocation):
+    """Counts of the whole model; Global compares scores in the dense model."""
+    model, names = blocks(), {}
+    sten.sparsify(model, sten.Masked(), sten.Wanda(), allocation, calibration=vectors())
+    with torch.no_grad():
+        x, scores = torch.cat(vectors()).flatten(0, 1), {}
+        for i, block in enumerate(blocks().layers):
+            scores[f"layers.{i}.up.weight"] = block.up.weight.abs() * x.square().mean(0).sqrt()
+            h = torch.tanh(block.up(x))
+            scores[f"layers.{i}.down.weight"] = block.down.weight.abs() * h.square().mean(0).sqrt()
+            x = x + block.down(h)
+    names = allocation.assign({name: tuple(s.shape) for name, s in scores.items()}, scores.get)
+    for name, count in names.items():
+        assert int(model.get_parameter(name).mask().sum()) == count, name
+
+
+def test_bfloat16():
+    model = blocks().bfloat16()
+    method = Noted()
+    sten.sparsify(model, sten.NM(2, 4), method, calibration=[x.bfloat16() for x in vectors()])
+    assert model.layers[0].up.weight.dtype == torch.bfloat16
+    want = statistics(torch.cat(vectors()).bfloat16().flatten(0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = Noted()
+        sten.sparsify(blocks(), sten.NM(2, 4), again, calibration=[x.bfloat16().float() for x in vectors()])
+    for seen in (method.seen, again.seen):  # autocast would round the products of a Gram matrix
+        torch.testing.assert_close(seen["layers.0.up.weight"]["x_gram"].double(), want["x_gram"], rtol=1e-5, atol=1e-5)
+
+
+# ---- experts
+
+
+class Experts(nn.Module):
+    """Two of four experts are called, with the tokens that are for them; without padding in mind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        flat, out = x.flatten(0, 1), torch.zeros_like(x.flatten(0, 1))
+        for i in (0, 1):
+            chosen = (flat[:, 0] > 0) == bool(i)
+            out[chosen] = self.experts[i](flat[chosen])
+        return out.view_as(x)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Experts()
+
+    def forward(self, x, mask=None):
+        return x + self.mlp(x)
+
+
+def test_experts():
+    """Padding is no token of an expert; those that saw none are named, and decided by magnitude."""
+    torch.manual_seed(0)
+    model, method = Blocks(), Noted()
+    model.layers = nn.ModuleList(Routed() for _ in range(2))
+    before = copy.deepcopy(model)
+    batches = [{"x": x, "attention_mask": torch.tensor([1, 1, 0, 1]).expand(8, 4)} for x in vectors()]
+    with pytest.warns(UserWarning, match=r"few tokens .* layers\.0\.mlp\.experts\.2\.weight \(0\)"):
+        sten.sparsify(model, sten.NM(2, 4), method, calibration=batches)
+    rows = torch.cat([x[:, [0, 1, 3]] for x in vectors()]).flatten(0, 1)
+    for i in (0, 1):
+        want = statistics(rows[(rows[:, 0] > 0) == bool(i)])
+        for key, value in want.items():
+            got = method.seen[f"layers.0.mlp.experts.{i}.weight"][key]
+            torch.testing.assert_close(got.double(), value.double(), rtol=1e-4, atol=1e-5)
+    weight = before.layers[1].mlp.experts[3].weight.detach()
+    mask = sten.NM(2, 4).mask(weight.abs(), None)
+    assert torch.equal(model.layers[1].mlp.experts[3].weight.to_dense(), weight * mask)
+
+
+# ---- bad input
+
+
+def with_nan(batches: list) -> list:
+    batches[2][1, 2, 3] = float("nan")
+    return batches
+
+
+class Unused(Blocks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(8, 8)
+
+
+class Grouped(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv1d(8, 8, 1, groups=2))
+
+
+NAN = r"finite inputs of layers\.0\.up\.weight, got NaN or inf in batch 2"
+NONE = r"'h\.\*', which is none; it has the lists layers"
+REFUSED = {
+    "no calibration": (blocks, {"calibration": None}, r"Expected calibration= for Wanda\(.*got None"),
+    "no batches": (blocks, {"calibration": []}, "Expected batches for calibration=, got none"),
+    "a used iterator": (blocks, {"calibration": iter(())}, "got none; an iterator can be read only once"),
+    "one tensor": (blocks, {"calibration": torch.ones(2, 8)}, r"got one Tensor; write \[batch\] for one"),
+    "texts": (blocks, {"calibration": ["a", "b"]}, "each batch of calibration= to be a tensor.*tokenize"),
+    "nan": (blocks, {"calibration": with_nan(vectors())}, NAN),
+    "not reached": (Unused, {}, r"reach every chosen weight, got no token for unused\.weight"),
+    "no such blocks": (blocks, {"calibration": sten.Calibration(vectors(), blocks="h.*")}, NONE),
+    "a method that reads none": (blocks, {"sparsifier": sten.Magnitude()}, "reads no activations"),
+    "a grouped convolution": (Grouped, {"weights": "0"}, r"Expected 0\.weight in .* a convolution without groups"),
+    "a wrong batch": (blocks, {"calibration": [torch.ones(2, 7)]}, "shapes cannot be multiplied"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", [sten.sparsify, sten.plan], ids=["sparsify", "plan"])
+@pytest.mark.parametrize("make, given, match", REFUSED.values(), ids=REFUSED)
+def test_refused(call, make, given, match):
+    model = make()
+    before = copy.deepcopy(model)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=match):
+        call(model, **{"layout": sten.NM(2, 4), "sparsifier": sten.Wanda(), "calibration": vectors(), **given})
+    assert as_before(model, before)
+
+
+def test_few_tokens():
+    with pytest.warns(UserWarning, match=r"few tokens of calibration= reached layers\.0\.down\.weight \(8\)"):
+        sten.sparsify(blocks(), sten.NM(2, 4), sten.SparseGPT(), calibration=[vectors()[0][:2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sten.sparsify(blocks(), sten.NM(2, 4), sten.SparseGPT(), calibration=vectors())
+
+
+# ---- errors in the middle, and going on
+
+
+class Interrupted(Noted):
+    """Ctrl-C, or an error, at one weight; what has been decided is counted."""
+
+    def __init__(self, at: str, error: type[BaseException]) -> None:
+        super().__init__()
+        object.__setattr__(self, "at", at)
+        object.__setattr__(self, "error", error)
+
+    def __repr__(self) -> str:
+        return "Interrupted()"
+
+    def update(self, view):
+        if view.name == self.at:
+            raise self.error("stop")
+        return super().update(view)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_leaves_the_model_as_it_was(error):
+    for make in (blocks, llama, lambda: mlp()):
+        model = make()
+        before = copy.deepcopy(model)
+        last = [name for name, p in model.named_parameters() if p.dim() > 1 and "head" not in name][-1]
+        batches = vectors() if isinstance(model, Blocks) else [torch.ones(2, 12)]
+        batches = (
+            batches if hasattr(model, "layers") or not hasattr(model, "config") else [torch.arange(10).view(1, 10)]
+        )
+        with pytest.raises(error, match="stop"):
+            sten.sparsify(model, sten.NM(2, 4), Interrupted(last, error), calibration=batches)
+        assert as_before(model, before)
+
+
+def test_block_by_block():
+    """With commit="block", finished blocks are valid sparse weights and the rest is dense; the note says how many."""
+    model, whole, before = blocks(), blocks(), blocks()
+    sten.sparsify(whole, sten.NM(2, 4), Noted(), calibration=vectors())
+    calibration = sten.Calibration(vectors(), commit="block")
+    with pytest.raises(KeyboardInterrupt) as caught:
+        sten.sparsify(
+            model, sten.NM(2, 4), Interrupted("layers.2.down.weight", KeyboardInterrupt), calibration=calibration
+        )
+    assert "2 blocks are sparse and complete (layers.0, layers.1)" in caught.value.__notes__[0]
+    for i in (0, 1):
+        assert torch.equal(model.layers[i].down.weight.to_dense(), whole.layers[i].down.weight.to_dense())
+    assert torch.equal(model.layers[2].up.weight, before.layers[2].up.weight)
+    assert sten.summary(model).rows[0].layout == "NM(n=2, m=4)" and not hasattr(
+        model.layers[2].up.weight, "sparse_layout"
+    )
+    copy.deepcopy(model).load_state_dict(model.state_dict())
+    done = blocks()
+    sten.sparsify(done, sten.NM(2, 4), Noted(), calibration=sten.Calibration(vectors(), commit="block"))
+    assert same(dense(done), dense(whole))
+
+
+@pytest.mark.parametrize("commit", ["end", "block"])
+def test_going_on(commit, tmp_path):
+    """A second call with the same folder decides only what the first has not; other numbers begin anew."""
+    whole = blocks()
+    sten.sparsify(whole, sten.NM(2, 4), Noted(), calibration=vectors())
+    model, method = blocks(), Interrupted("layers.2.up.weight", KeyboardInterrupt)
+    calibration = sten.Calibration(vectors(), folder=tmp_path, commit=commit)
+    with pytest.raises(KeyboardInterrupt):
+        sten.sparsify(model, sten.NM(2, 4), method, calibration=calibration)
+    again = Interrupted("none", KeyboardInterrupt)
+    sten.sparsify(model, sten.NM(2, 4), again, calibration=calibration)
+    assert list(again.seen) == ["layers.2.up.weight", "layers.2.down.weight"]
+    assert same(dense(model), dense(whole))
+    for changed in ("weights", "batches", "layout", "damaged"):
+        other, seen = blocks(), Interrupted("none", KeyboardInterrupt)
+        batches, layout, expected = vectors(), sten.NM(2, 4), 6
+        if changed == "weights":
+            with torch.no_grad():
+                other.layers[1].up.weight.add_(1)
+            expected = 2
+        elif changed == "batches":
+            batches = batches[:-1]
+        elif changed == "layout":
+            layout = sten.NM(1, 4)
+        else:
+            sten.sparsify(other, layout, seen, calibration=calibration)
+            other, seen = blocks(), Interrupted("none", KeyboardInterrupt)
+            path = sorted(tmp_path.iterdir())[0]
+            path.write_bytes(path.read_bytes()[:-1])
+            expected = 2
+        sten.sparsify(other, layout, seen, calibration=sten.Calibration(batches, folder=tmp_path, commit=commit))
+        assert len(seen.seen) >= expected, changed
+
+
+# ---- where it runs
+
+
+def test_offload(tmp_path):
+    whole = blocks()
+    sten.sparsify(whole, sten.NM(2, 4), Noted(), calibration=vectors())
+    for offload in ("cpu", tmp_path):
+        model = blocks()
+        sten.sparsify(model, sten.NM(2, 4), Noted(), calibration=sten.Calibration(vectors(), offload=offload))
+        assert same(dense(model), dense(whole)) and not list(tmp_path.iterdir())
+
+
+def test_training_mode_and_caches_come_back():
+    model = llama(num_hidden_layers=2, attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    a = sten.sparsify(copy.deepcopy(model), sten.NM(2, 4), sten.Wanda(), calibration=[torch.arange(12).view(2, 6)])
+    b = sten.sparsify(copy.deepcopy(model), sten.NM(2, 4), sten.Wanda(), calibration=[torch.arange(12).view(2, 6)])
+    assert [m.training for m in a.modules()] == modes and a.config.use_cache and same(dense(a), dense(b))
+
+
+def test_progress(capfd):
+    pytest.importorskip("tqdm")
+    sten.sparsify(blocks(), sten.NM(2, 4), sten.Wanda(), calibration=sten.Calibration(vectors(), progress=True))
+    assert "3/3" in capfd.readouterr().err
+    sten.sparsify(blocks(), sten.NM(2, 4), sten.Wanda(), calibration=vectors())
+    assert not capfd.readouterr().err
+
+
+def test_device_map():
+    """Under accelerate's hooks, which move inputs and replace forward."""
+    accelerate = pytest.importorskip("accelerate")
+    whole = sten.sparsify(
+        llama(num_hidden_layers=2), sten.NM(2, 4), sten.Wanda(), calibration=[torch.arange(12).view(2, 6)]
+    )
+    model = accelerate.dispatch_model(llama(num_hidden_layers=2), {"": "cpu"}, force_hooks=True)
+    sten.sparsify(model, sten.NM(2, 4), sten.Wanda(), calibration=[torch.arange(12).view(2, 6)])
+    assert same(dense(model), dense(whole))
+
+
+def _rank(rank: int, file: str, queue) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    model, method = blocks(), Noted()
+    sten.sparsify(model, sten.NM(2, 4), method, calibration=vectors()[: 1 + 2 * rank][-1 - rank :])
+    stats = {name: {k: v.numpy() for k, v in found.items()} for name, found in method.seen.items()}
+    queue.put((rank, stats, {name: w.numpy() for name, w in dense(model).items()}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks(tmp_path):
+    """Statistics are those of all ranks' batches together, and all ranks decide the same."""
+    context = torch.multiprocessing.get_context("spawn")  # two imports of torch: most of this test's time
+    queue = context.Queue()
+    processes = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), queue)) for r in range(2)]
+    for process in processes:
+        process.start()
+    found = {r: (stats, weights) for r, stats, weights in (queue.get(timeout=120) for _ in processes)}
+    for process in processes:
+        process.join()
+    model, method = blocks(), Noted()
+    sten.sparsify(model, sten.NM(2, 4), method, calibration=vectors()[:3])
+    for stats, weights in found.values():
+        for name, want in method.seen.items():
+            for key, value in want.items():
+                torch.testing.assert_close(torch.tensor(stats[name][key]), value, rtol=1e-4, atol=1e-5)
+        assert same({k: torch.tensor(v) for k, v in weights.items()}, dense(model))
