@@ -78,6 +78,19 @@ def test_padding_and_ignored_labels_do_not_count(make):
     torch.testing.assert_close(got.detach(), divergence(ours, theirs, known, 2.0))
 
 
+def test_the_padding_of_an_encoder_is_not_that_of_its_decoder():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    teacher = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, dropout_rate=0.0, **sizes)).double().eval()
+    student, labels = pruned(teacher), IDS.roll(1, 0).masked_fill(IDS < 4, -100)
+    inputs = {"input_ids": IDS, "attention_mask": PADDED.long(), "labels": labels}
+    got = sten.Distillation(student, teacher)(inputs)
+    with torch.no_grad():
+        ours, theirs = (model(**inputs).logits for model in (student, teacher))
+    torch.testing.assert_close(got.detach(), divergence(ours, theirs, labels != -100))
+
+
 def test_the_terms_of_an_encoder():
     """Embedding and features, by their formulas on the hidden states that the model itself returns."""
     from transformers import BertConfig, BertModel
@@ -273,7 +286,7 @@ def test_refused_in_one_sentence_with_nothing_changed(case):
 
 def test_batches_that_end_too_early():
     teacher = mlp()
-    with pytest.raises(ValueError, match=r"Expected batches for 5 steps, got 2 from what can be read only once"):
+    with pytest.raises(ValueError, match=r"^Expected batches for 5 steps, got 2 from what can be read only once"):
         sten.distill(pruned(teacher), teacher, (batch(i) for i in range(2)), steps=5)
 
 

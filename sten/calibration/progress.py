@@ -9,12 +9,12 @@ from importlib.util import find_spec
 class Progress:
     """Counts steps; without tqdm, or where stderr is no terminal, it shows nothing."""
 
-    def __init__(self, total: int, show: bool | None) -> None:
+    def __init__(self, total: int | None, show: bool | None, desc: str = "calibration", unit: str = "block") -> None:
         self.bar = None
         if show or (show is None and sys.stderr.isatty() and find_spec("tqdm") is not None):
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=total, desc="calibration", unit="block", dynamic_ncols=True)
+            self.bar = tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=True)
 
     def begin(self, name: str) -> None:
         if self.bar is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from ..calibration.progress import Progress
 from ..conversion.api import attach
 from ..conversion.reparametrize import move
 from ..conversion.select import Target, sparse_weights
@@ -34,6 +35,7 @@ def distill(
     temperature: float = 1.0,
     max_grad_norm: float = 1.0,
     callback: Callable[[int, float], None] | None = None,
+    progress: bool | None = None,
 ) -> Model:
     """Train a sparse model, in its fixed pattern, towards a dense teacher, in place; the student is returned.
 
@@ -52,6 +54,7 @@ def distill(
         lr: of the default optimizer. 1e-4 to 3e-4 is usual for a few hundred steps.
         max_grad_norm: the norm to which gradients are clipped.
         callback: called after each step with the steps done and the loss before it.
+        progress: whether to show a progress bar (by tqdm); None: where tqdm is installed and stderr is a terminal.
 
     Raises:
         ValueError, TypeError: one sentence that says what was wrong; nothing was changed.
@@ -83,6 +86,7 @@ def distill(
             "sten.sparsify, or call sten.finalize first."
         )
     finalized = [t for t in sparse if t.weight is None and not t.why and t.tensor.requires_grad and not _recurrent(t)]
+    bar = Progress(steps, progress, "distill", "step")
     try:
         if optimizer is None:
             for target in finalized:
@@ -92,8 +96,9 @@ def distill(
             attached = all(w.engine is not None and w.engine.acts_in(optimizer) for w in dynamic)
             if not attached or (finalized and not dynamic):
                 attach(student, optimizer)
-        _train(loss_of, batches, optimizer, steps, max_grad_norm, callback)
+        _train(loss_of, batches, optimizer, steps, max_grad_norm, callback, bar)
     finally:
+        bar.close()
         names = {target.name for target in finalized}
         for target in sparse_weights(student):
             if target.name in names and target.weight is not None:
@@ -108,6 +113,7 @@ def _train(
     steps: int | None,
     max_grad_norm: float,
     callback: Callable[[int, float], None] | None,
+    bar: Progress,
 ) -> None:
     params = [p for p in loss_of.student.parameters() if p.requires_grad]
     for step, batch in enumerate(_repeated(batches, steps), 1):
@@ -122,6 +128,7 @@ def _train(
                 "use a lower lr=, or look for NaN in the batch."
             )
         optimizer.step()
+        bar.done()
         if callback is not None:
             callback(step, float(loss.detach()))
     optimizer.zero_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..calibration.data import MASKS, on_device
 from ..conversion.structure import blocks
 from ..sparsifiers.reconstruct import hidden, relative_errors
 from ..training.distill import kl_divergence
@@ -74,35 +75,34 @@ class Distillation:
             teacher.eval()
         if features:
             self.blocks = _paired_blocks(student, teacher)
-        config = getattr(student, "config", None)
-        generates = getattr(student, "can_generate", lambda: False)
-        self.next_token = bool(generates()) and not getattr(config, "is_encoder_decoder", False)
+        self.decodes = bool(getattr(getattr(student, "config", None), "is_encoder_decoder", False))
+        self.next_token = bool(getattr(student, "can_generate", lambda: False)()) and not self.decodes
 
     def __call__(self, batch: Any) -> Tensor:
         """The loss of a batch, differentiable by the student's parameters."""
         with torch.no_grad():
             theirs, their_features = _run(self.teacher, batch, [block for _, block in self.blocks])
         ours, our_features = _run(self.student, batch, [block for block, _ in self.blocks])
-        tokens = _token_mask(batch)
+        masks = _token_masks(batch)
         terms = []
         if self.features:
             pairs = zip(our_features, their_features, strict=True)
-            errors = [relative_errors(y, z.to(y.device), _on(tokens, y)).mean() for y, z in pairs]
+            errors = [relative_errors(y, z.to(y.device), _on(masks, y)).mean() for y, z in pairs]
             terms.append(self.features * torch.stack([e.to(errors[-1].device) for e in errors]).mean())
         if self.task:
             terms.append(self.task * _loss_of(ours))
         if self.kl or self.embedding:
-            terms += self._of_outputs(ours, theirs, tokens, batch)
+            terms += self._of_outputs(ours, theirs, masks[1:] if self.decodes else masks, batch)
         if not terms:
             raise ValueError("Expected outputs for a term of weight > 0, got none; set kl=, embedding= or features=.")
         return sum(term.to(terms[-1].device) for term in terms)
 
-    def _of_outputs(self, ours: Any, theirs: Any, tokens: Tensor | None, batch: Any) -> list[Tensor]:
+    def _of_outputs(self, ours: Any, theirs: Any, masks: list[Tensor | None], batch: Any) -> list[Tensor]:
         """The term of the logits, or of the last hidden state."""
         student, teacher = _logits(ours), _logits(theirs)
         if student is not None and teacher is not None:
             teacher = _like(teacher, student)
-            known = self._known(student, tokens, batch)
+            known = self._known(student, masks, batch)
             return [self.kl * kl_divergence(student, teacher, known, self.temperature)] if self.kl else []
         student, teacher = _field(ours, "last_hidden_state"), _field(theirs, "last_hidden_state")
         if student is None or teacher is None:
@@ -112,14 +112,14 @@ class Distillation:
                 f"Expected outputs with logits or last_hidden_state, got {type(ours).__name__} of the student and "
                 f"{type(theirs).__name__} of the teacher; return one of these, or use features= alone."
             )
-        teacher, tokens = _like(teacher, student), _on(tokens, student)
+        teacher, tokens = _like(teacher, student), _on(masks, student)
         cosine = F.cosine_similarity(_pooled(student, tokens), _pooled(teacher, tokens), dim=-1)
         error = relative_errors(student, teacher, tokens).mean()
         return [self.embedding * (error + 1 - cosine.mean())] if self.embedding else []
 
-    def _known(self, logits: Tensor, tokens: Tensor | None, batch: Any) -> Tensor | None:
+    def _known(self, logits: Tensor, masks: list[Tensor | None], batch: Any) -> Tensor | None:
         """The positions of logits that count; None: all."""
-        known = _on(tokens, logits)
+        known = _on(masks, logits)
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if labels is not None and labels.shape == logits.shape[:-1]:
             counts = labels.to(logits.device) != -100
@@ -150,18 +150,10 @@ def _run(model: Callable, batch: Any, inside: list[nn.Module]) -> tuple[Any, lis
             handle = block.register_forward_hook(lambda module, args, output: found.append(hidden(output)))
             stack.callback(handle.remove)
         device = next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else None
-        batch = _moved(batch, device)
-        if isinstance(batch, Mapping):
+        batch = on_device(dict(batch) if isinstance(batch, Mapping) else batch, device)
+        if isinstance(batch, dict):
             return model(**batch), found
         return (model(*batch) if isinstance(batch, (tuple, list)) else model(batch)), found
-
-
-def _moved(batch: Any, device: torch.device | None) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _moved(value, device) for name, value in batch.items()}
-    return type(batch)(_moved(value, device) for value in batch) if type(batch) in (tuple, list) else batch
 
 
 def _field(output: Any, name: str) -> Tensor | None:
@@ -188,15 +180,16 @@ def _like(teacher: Tensor, student: Tensor) -> Tensor:
     return teacher.to(student.device)
 
 
-def _token_mask(batch: Any) -> Tensor | None:
-    """The tokens of a batch that are not padding, bool; None: all."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def _token_masks(batch: Any) -> list[Tensor | None]:
+    """Of a batch, which tokens are not padding, bool: of the input, and of the decoder's; None: all."""
+    found = [batch.get(name) if isinstance(batch, Mapping) else None for name in MASKS]
+    return [mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None for mask in found]
 
 
-def _on(tokens: Tensor | None, y: Tensor) -> Tensor | None:
-    """The mask of tokens on the device of an output of theirs; None for an output of another shape (a decoder's)."""
-    return None if tokens is None or tokens.shape != y.shape[:-1] else tokens.to(y.device)
+def _on(masks: list[Tensor | None], y: Tensor) -> Tensor | None:
+    """The mask for the tokens of an output, on its device; None if there is none of its shape."""
+    fitting = (mask.to(y.device) for mask in masks if mask is not None and mask.shape == y.shape[:-1])
+    return next(fitting, None)
 
 
 def _pooled(y: Tensor, tokens: Tensor | None) -> Tensor:
