@@ -9,12 +9,15 @@ from . import extend, testing
 from .calibration import Calibration
 from .conversion import (
     Recipe,
+    Sensitivity,
     attach,
     densify,
     finalize,
     fuse,
     parallelize_module,
+    permute,
     plan,
+    sensitivity,
     sparsify,
     summary,
     trainable,
@@ -69,7 +72,11 @@ from .sparsifiers import (
     scores,
 )
 from .sparsifiers.allocation import ERK, Allocation, Global, Uniform
+<<<<<<< HEAD
 from .sparsifiers.reconstruct import Reconstruct
+=======
+from .sparsifiers.per_weight import PerWeight
+>>>>>>> permute
 from .tensor import SparseTensor, from_dense
 from .training import optim
 from .training.average import follow
@@ -81,14 +88,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ADMM", "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
     "BlockPruneGrow", "Calibration", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "Distillation",
-    "FanIn", "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked", "Random",
-    "Recipe", "Reconstruct", "Rewind", "RigL", "SRigL", "SparseGPT", "SparseMomentum", "SparseSwaps", "SparseTensor",
-    "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM", "Wanda", "adapter_state_dict", "add_adapters",
-    "attach", "chain", "densify", "distill", "distill_loss", "extend", "finalize", "follow", "from_compressed_tensors",
-    "from_dense", "from_scipy", "from_torch", "fuse", "inspect", "kernel", "load", "load_masks", "load_run",
-    "merge_adapters", "optim", "parallelize_module", "plan", "save", "save_masks", "save_run", "schedule", "scores",
-    "sparsify", "strict", "summary", "testing", "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse",
-    "which",
+    "FanIn", "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked",
+    "PerWeight", "Random", "Recipe", "Reconstruct", "Rewind", "RigL", "SRigL", "Sensitivity", "SparseGPT",
+    "SparseMomentum", "SparseSwaps", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM",
+    "Wanda", "adapter_state_dict", "add_adapters", "attach", "chain", "densify", "distill", "distill_loss", "extend",
+    "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect",
+    "kernel", "load", "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "permute", "plan",
+    "save", "save_masks", "save_run", "schedule", "scores", "sensitivity", "sparsify", "strict", "summary", "testing",
+    "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -32,7 +32,7 @@ REFUSED = {
     "sten.sparsify(m, sten.CSR())": (ValueError, r"such as sparsity=0\.9"),
     "sten.sparsify(m, sparsity=90)": (ValueError, r"from 0 to 1, .* got 90; for 90 %, write 0\.9"),
     "sten.sparsify(m, sten.CSR(), 0.9)": (TypeError, r"for sparsifier=, got 0\.9; .*sparsity=0\.9"),
-    "sten.sparsify(m, sparsity={'0.*': 0.9})": (TypeError, r"once for each group of weights="),
+    "sten.sparsify(m, sparsity={'0.*': 0.9})": (TypeError, r"sten\.PerWeight"),
     "sten.sparsify(m, sten.CSR(), sten.RigL, sparsity=0.9)": (TypeError, r"write sten\.RigL\(total_steps\)"),
     "sten.sparsify(m, sten.CSR(), 'rigl', sparsity=0.9)": (TypeError, r"write sten\.RigL\(total_steps\)"),
     "sten.sparsify(m, sparsity=0.9, weights='eight')": (ValueError, r"'\*eight\*' matches names that contain it"),

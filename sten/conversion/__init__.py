@@ -2,18 +2,23 @@
 
 from .api import attach, densify, finalize, plan, sparsify, trainable
 from .fuse import fuse, unfuse
+from .permute import permute
 from .recipe import Recipe
 from .report import summary
+from .sensitivity import Sensitivity, sensitivity
 from .tensor_parallel import parallelize_module
 
 __all__ = [
     "Recipe",
+    "Sensitivity",
     "attach",
     "densify",
     "finalize",
     "fuse",
     "parallelize_module",
+    "permute",
     "plan",
+    "sensitivity",
     "sparsify",
     "summary",
     "trainable",

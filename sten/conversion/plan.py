@@ -15,6 +15,7 @@ from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from ..sparsifiers.allocation import Allocation, Uniform
 from ..sparsifiers.edits import expect_edit
+from ..sparsifiers.per_weight import PerWeight
 from ..tensor import SparseTensor
 from .calibrated import Calibrated
 from .select import Target
@@ -85,7 +86,7 @@ def decide(
 
 def _divides(allocation: Allocation | None) -> bool:
     """Whether the density of one weight is the rule's choice, not the user's."""
-    return allocation is not None and not isinstance(allocation, Uniform)
+    return allocation is not None and not isinstance(allocation, (Uniform, PerWeight))
 
 
 def _costs_more(w: SparseTensor) -> bool:

@@ -152,6 +152,6 @@ def allocation(sparsity: float | Allocation | None) -> Allocation | None:
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)):
         raise TypeError(
             "Expected for sparsity= a number from 0 to 1, or sten.Uniform, sten.ERK or sten.Global of one, "
-            f"got {sparsity!r}; where weights differ, call sten.sparsify once for each group of weights=."
+            f"got {sparsity!r}; where weights differ, pass sten.PerWeight."
         )
     return Uniform(sparsity)

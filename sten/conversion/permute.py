@@ -1,0 +1,290 @@
+"""permute: channels between layers in an order in which a layout keeps more, while the model computes the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch_private import tree_leaves, tree_map
+from ..calibration.data import Calibration, calibration_of, inference, run_batch
+from ..sparsifiers.allocation import Allocation, allocation
+from .arguments import Layouts, Weights, expect_layouts
+from .free_channels import Channels, Member, Space
+from .input_statistics import Inputs, input_statistics
+from .permutation_search import Scored, search
+from .recipe import DEFAULT, Recipe, recipe_of
+from .select import Target, expect_model, select
+
+EXAMPLE_ROWS, EXAMPLE_TOKENS = 2, 16  # of a batch of calibration, as an example
+
+
+@dataclass(frozen=True)
+class PermuteRow:
+    """One weight: the share of its score that its layout keeps, before and after, and why rows or columns stayed.
+
+    The score is w^2, times the mean square of the input where `calibration` was given. The errors are those of the
+    layer's output, |X (W - Wp)^T| / |X W^T|, when the entries with the lowest scores are dropped.
+    """
+
+    name: str
+    layout: str
+    kept_before: float
+    kept_after: float
+    error_before: float | None
+    error_after: float | None
+    rows: str
+    columns: str
+
+
+@dataclass(frozen=True)
+class PermuteReport:
+    """What `permute` did to each weight; print it.
+
+    Attributes:
+        rows: one for each weight that the layouts are meant for.
+    """
+
+    rows: list[PermuteRow]
+
+    def __str__(self) -> str:
+        cells = [["weight", "layout", "score kept", "output error", "rows", "columns"]]
+        for r in self.rows:
+            error = "" if r.error_before is None else f"{r.error_before:.4f} -> {r.error_after:.4f}"
+            cells.append([r.name, r.layout, f"{r.kept_before:.4f} -> {r.kept_after:.4f}", error, r.rows, r.columns])
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def permute(
+    model: nn.Module,
+    layout: Layouts | Recipe | None = None,
+    sparsity: float | Allocation | None = None,
+    weights: Weights = None,
+    calibration: Calibration | Iterable | None = None,
+    example: Any = None,
+) -> PermuteReport:
+    """Reorder channels inside a dense model, in place, so that `sparsify` with these arguments keeps more of it.
+
+    The model computes the same to rounding, and costs the same: hidden channels of an MLP (rows of gate and up, columns
+    of down), value channels within each attention head (rows of v, columns of o), channels between convolutions, with
+    their biases and norms. They are found by running the model once and following each channel to the layers that read
+    it, not by names. Where channels cannot move (the residual stream, queries and keys, tied weights), the report says
+    why. The order is searched for by exchanges; no weight keeps less of its score than before. For layouts that choose
+    entry by entry (CSR, Masked) the order does not matter, and nothing changes.
+
+    Call it on a dense model, before `sparsify`, and before an optimizer has state. All or nothing: after an error the
+    model is as it was.
+
+    Args:
+        model: any nn.Module with dense weights.
+        layout, sparsity, weights: as in `sparsify`; `layout` may be a `sten.Recipe`.
+        calibration: batches, as in `sparsify`: the score is then w_ij^2 * mean(x_j^2) in place of w^2, and the report
+            has output errors.
+        example: one batch to run the model on. Default: from `calibration`, or the model's `dummy_inputs`, or made for
+            its first layer.
+
+    Returns:
+        A `PermuteReport`.
+
+    Raises:
+        ValueError, TypeError: what `sparsify` would raise; no example that the model runs on; weights that are sparse
+            already; a model whose output changed, which is undone.
+
+    Example:
+        >>> import torch, sten
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
+        >>> x = torch.randn(3, 16)
+        >>> before = model(x)
+        >>> report = sten.permute(model, sten.VectorNM(2, 4, v=8), weights="2")
+        >>> report.rows[0].columns, report.rows[0].kept_after > report.rows[0].kept_before
+        ('permuted', True)
+        >>> torch.allclose(model(x), before, atol=1e-6)
+        True
+
+    Source: Pool and Yu, Channel Permutations for N:M Sparsity, NeurIPS 2021 (exchanges between groups).
+    """
+    expect_model(model)
+    recipe = recipe_of(layout, DEFAULT, sparsity, weights)
+    spread = allocation(recipe.sparsity)
+    targets, _ = select(model, expect_layouts(recipe.layout, recipe.sparsifier, spread), recipe.weights)
+    for target in targets:
+        if target.stored is not None or target.mask is not None:
+            raise ValueError(f"Expected a dense model, got {target.name}, which is pruned; call sten.permute before.")
+    given = calibration_of(calibration)
+    done: list[tuple[Space, Tensor]] = []
+    with inference(model):
+        try:
+            return _permute(model, targets, spread, given, example, done)
+        except BaseException:
+            for space, order in reversed(done):
+                _apply(space, torch.argsort(order))
+            raise
+
+
+def _permute(
+    model: nn.Module, targets: list[Target], spread: Allocation | None, given: Calibration | None, example, done: list
+) -> PermuteReport:
+    inputs = {} if given is None else input_statistics(model, targets, given)
+    example = _example(model, given) if example is None else example
+    channels = Channels(model)
+    before = _outputs(channels.run(lambda: _expect_runs(model, example)))
+    sparsities = _sparsities(targets, spread, inputs)
+    by_id = {id(target.tensor): target for target in targets}
+    first = {t.name: _kept(t, sparsities, inputs) for t in targets}
+    remarks: dict[tuple[str, int], str] = {}
+    for space in channels.spaces():
+        members = [(by_id[id(m.tensor)], m) for m in space.members if id(m.tensor) in by_id]
+        device = space.members[0].tensor.device
+        group, order = space.group.to(device), None
+        if members and len(members) == len({t.name for t, _ in members}):
+            problem = [
+                Scored(_score(t, inputs), t.layout, sparsities[t.name], _dim(t, m), m.at.to(device)) for t, m in members
+            ]
+            order = search(problem, group).cpu()
+        moved = order is not None and bool((order != torch.arange(len(order))).any())
+        for target, member in members:
+            remarks[target.name, _dim(target, member)] = "permuted" if moved else "no better order"
+        if moved:
+            done.append((space, order))
+            _apply(space, order)
+            for member in space.members:
+                _move_inputs(inputs, targets, member, order)
+    changed = {t.name for t in targets if "permuted" in (remarks.get((t.name, 0)), remarks.get((t.name, 1)))}
+    after = _outputs(run_batch(model, example, 0)) if done else before
+    _expect_same(model, before, after)
+    rows = []
+    for t in targets:
+        kept, error = _kept(t, sparsities, inputs) if t.name in changed else first[t.name]
+        why = [remarks.get((t.name, d)) or _why_not(channels, t, d) for d in (0, 1)]
+        rows.append(PermuteRow(t.name, str(t.layout), first[t.name][0], kept, first[t.name][1], error, *why))
+    return PermuteReport(rows)
+
+
+def _apply(space: Space, order: Tensor) -> None:
+    """Write: slot s of every member gets channel order[s]."""
+    with torch.no_grad():
+        for m in space.members:
+            m.tensor.copy_(m.tensor.index_select(m.dim, _index(m, order).to(m.tensor.device)))
+
+
+def _index(member: Member, order: Tensor) -> Tensor:
+    index = torch.arange(member.tensor.shape[member.dim])
+    index[member.at] = member.at[order]
+    return index
+
+
+def _dim(target: Target, member: Member) -> int:
+    """Rows (0) or columns (1) in the orientation of the layout."""
+    return 1 - member.dim if target.transposed else member.dim
+
+
+def _move_inputs(inputs: dict[str, Inputs], targets: list[Target], member: Member, order: Tensor) -> None:
+    for target in targets:
+        if target.tensor is member.tensor and _dim(target, member) == 1 and target.name in inputs:
+            index = _index(member, order).to(inputs[target.name].square.device)
+            columns = torch.arange(len(inputs[target.name].square), device=index.device)
+            inputs[target.name].reorder(columns.view(len(index), -1)[index].flatten())
+
+
+def _score(target: Target, inputs: dict[str, Inputs]) -> Tensor:
+    """w^2, times the mean square of the input, in the orientation of the layout."""
+    w = target.tensor.detach()
+    score = (w.t() if target.transposed else w).float().square()
+    if target.name in inputs:
+        score = score * inputs[target.name].square.to(score.device).view(1, *score.shape[1:])
+    return score
+
+
+def _kept(target: Target, sparsities: dict[str, float | None], inputs: dict[str, Inputs]) -> tuple[float, float | None]:
+    """The share of the score that the layout keeps, and the relative error of the layer's output."""
+    score = _score(target, inputs)
+    mask = target.layout.mask(score, sparsities[target.name])
+    total = float(score.sum(dtype=torch.float64))
+    if not math.isfinite(total):
+        raise ValueError(f"Expected finite numbers in {target.name}, got NaN or inf.")
+    kept = float(score.masked_fill(~mask, 0).sum(dtype=torch.float64)) / total if total else 1.0
+    if target.name not in inputs:
+        return kept, None
+    w = target.tensor.detach().float()
+    w, x = (w.t() if target.transposed else w), inputs[target.name].sample.to(w.device)
+    whole, lost = (float((x @ v.flatten(1).T).norm()) for v in (w, w.masked_fill(mask, 0)))
+    return kept, lost / whole if whole else 0.0
+
+
+def _sparsities(targets: list[Target], spread: Allocation | None, inputs) -> dict[str, float | None]:
+    shapes = {t.name: t.shape[::-1] if t.transposed else t.shape for t in targets if t.layout.rate is None}
+    by_name = {t.name: t for t in targets}
+    counts = {} if spread is None else spread.assign(shapes, lambda name: _score(by_name[name], inputs))
+    return {t.name: 1 - counts[t.name] / math.prod(t.shape) if t.name in counts else None for t in targets}
+
+
+def _why_not(channels: Channels, target: Target, dim: int) -> str:
+    why = channels.why_not(target.tensor, 1 - dim if target.transposed else dim)
+    return f"stay: {why or 'no two channels are treated alike'}"
+
+
+# ---- the example
+
+
+def _example(model: nn.Module, given: Calibration | None) -> Any:
+    if given is not None:
+        first = given.batches[0]
+        return tree_map(_smaller, dict(first) if isinstance(first, Mapping) else first)
+    dummy = getattr(model, "dummy_inputs", None)
+    first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)) or _is_conv(m)), None)
+    weight = next(model.parameters())
+    make = {"device": weight.device, "dtype": weight.dtype}
+    random = torch.Generator().manual_seed(0)
+    if _is_conv(first):
+        size = getattr(getattr(model, "config", None), "image_size", None) or 32
+        size = list(size) if isinstance(size, (list, tuple)) else [size] * (first.weight.dim() - 2)
+        return torch.randn(2, first.in_channels, *size, generator=random).to(**make)
+    if isinstance(dummy, dict):
+        return tree_map(lambda t: t.to(weight.device) if isinstance(t, Tensor) else t, dummy)
+    if isinstance(first, nn.Embedding):
+        return torch.randint(first.num_embeddings, (2, 5), generator=random).to(weight.device)
+    if first is not None:
+        return torch.randn(3, first.in_features, generator=random).to(**make)
+    raise ValueError("Expected example=, a batch that the model can be called with, got none.")
+
+
+def _is_conv(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _smaller(value: Any) -> Any:
+    """A few rows and, of numbers of tokens, a few tokens."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value
+    value = value[:EXAMPLE_ROWS]
+    return value if value.is_floating_point() or value.dim() != 2 else value[:, :EXAMPLE_TOKENS]
+
+
+def _expect_runs(model: nn.Module, example: Any) -> Any:
+    try:
+        return run_batch(model, example, 0)
+    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"Expected an example that the model can be called with, got {type(error).__name__}: {error}; pass one as "
+            "example=."
+        ) from error
+
+
+def _outputs(out: Any) -> list[Tensor]:
+    return [t.clone() for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _expect_same(model: nn.Module, before: list[Tensor], after: list[Tensor]) -> None:
+    eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    for a, b in zip(before, after, strict=True):
+        if not torch.allclose(a.float(), b.float(), rtol=0, atol=eps**0.5 * float(a.abs().max()), equal_nan=True):
+            raise ValueError(
+                "Expected the same outputs after the permutation, got others: the model is not deterministic in eval "
+                "mode, or it does what sten.permute does not see; nothing was changed."
+            )

@@ -1,0 +1,195 @@
+"""permute: the same outputs, never less kept, and reasons for what stays."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from cases import SMALL
+from permuted import hugging_face, mlp, resnet, uneven
+from torch import nn
+
+import sten
+from sten._torch_private import tree_leaves
+
+MODELS = {"mlp": mlp, "resnet": resnet}
+LAYOUTS = [sten.VectorNM(2, 4, 8), sten.BSR((4, 4)), sten.GroupedNM(2, 4, 1), sten.NM(2, 4)]
+# what must have moved: at least these, by the end of the name, with rows and columns
+MOVED = {
+    "llama": ("gate_proj rows", "up_proj rows", "down_proj columns", "v_proj rows", "o_proj columns"),
+    "qwen2": ("gate_proj rows", "up_proj rows", "down_proj columns", "v_proj rows", "o_proj columns"),
+    "gpt2": ("mlp.c_fc rows", "mlp.c_proj columns", "attn.c_attn rows", "attn.c_proj columns"),
+    "bert": ("intermediate.dense rows", "output.dense columns", "value rows"),
+    "vit": ("fc1 rows", "fc2 columns", "v_proj rows", "o_proj columns"),
+    "mlp": ("0 rows", "3 columns", "3 rows", "5 columns"),
+    "resnet": ("block.0 rows", "block.6 columns", "stem rows", "last rows", "head columns"),
+}
+
+
+def model_and_example(kind):
+    if kind not in MODELS:
+        pytest.importorskip("transformers")
+        return hugging_face(kind)
+    return MODELS[kind]()
+
+
+def outputs(model, example):
+    with torch.no_grad():
+        out = model(**example) if isinstance(example, dict) else model(example)
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+
+
+def settings(layout, kind):
+    weights = ["stem", "block.0", "block.6", "last", "head"] if kind == "resnet" else None
+    return {"layout": layout, "sparsity": None if layout.rate else 0.5, "weights": weights}
+
+
+class Squares(sten.extend.PatternMethod):
+    def score(self, view):
+        return view.weight.square()
+
+
+def kept(model, layout, **more):
+    """Of each weight, the share of w^2 that sparsify keeps."""
+    sparse = sten.sparsify(copy.deepcopy(model), layout, Squares(), **more).requires_grad_(False)
+    dense = {name: p.detach() for name, p in model.named_parameters()}
+    return {
+        name: float((w.to_dense().double() ** 2).sum() / (dense[name].double() ** 2).sum())
+        for name, w in sparse.named_parameters()
+        if isinstance(w, sten.SparseTensor)
+    }
+
+
+@pytest.mark.filterwarnings("ignore:sten. the masks leave rows empty")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("kind", MOVED)
+def test_the_same_outputs_and_more_kept(kind, layout):
+    model, example = model_and_example(kind)
+    before, dense = outputs(model, example), copy.deepcopy(model.state_dict())
+    old = kept(model, **settings(layout, kind))
+    report = sten.permute(model, example=example, **settings(layout, kind))
+    for a, b in zip(before, outputs(model, example), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+    new = kept(model, **settings(layout, kind))
+    assert all(new[name] >= old[name] - 1e-6 for name in old) and sum(new.values()) > sum(old.values())
+    assert {row.name: round(row.kept_after, 5) for row in report.rows} == {n: round(k, 5) for n, k in new.items()}
+    assert any(not torch.equal(dense[name], p) for name, p in model.state_dict().items())
+    if layout == LAYOUTS[1]:  # blocks: rows and columns alike matter
+        moved = [f"{row.name.removesuffix('.weight')} {d}" for row in report.rows for d in ("rows", "columns")
+                 if getattr(row, d) == "permuted"]  # fmt: skip
+        assert all(any(name.endswith(expected) for name in moved) for expected in MOVED[kind]), moved
+
+
+@pytest.mark.parametrize("layout", SMALL, ids=str)
+def test_every_layout_keeps_no_less(layout):
+    model, x = mlp()
+    y = model(x).detach()
+    report = sten.permute(model, layout, None if layout.rate else 0.5)
+    torch.testing.assert_close(model(x), y)
+    assert all(row.kept_after >= row.kept_before for row in report.rows)
+    if layout.unstructured:
+        assert {row.columns for row in report.rows[1:]} == {"no better order"}
+
+
+def test_exchanges_find_the_best_order():
+    """4 columns in 2 groups of 2, of which each keeps the larger entry: by exhaustion the pairs (0, 2) and (1, 3)."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[9.0, 8, 1, 2], [7, 9, 2, 1]]))
+    report = sten.permute(model, sten.NM(1, 2), weights="2")
+    [row] = report.rows
+    scores = torch.tensor([[81.0, 64, 1, 4], [49, 81, 4, 1]])
+    best = max(scores[:, list(order)].view(2, 2, 2).amax(-1).sum() for order in itertools.permutations(range(4)))
+    assert row.kept_after == pytest.approx(float(best / scores.sum())) and row.kept_after > row.kept_before
+
+
+def test_calibration():
+    """Scores count inputs, and the errors of outputs are those of the layer, by hand."""
+    model, _ = mlp()
+    batches = [torch.randn(40, 12) * torch.linspace(0, 3, 12) for _ in range(3)]
+    before = model[3].weight.detach().clone()
+    report = sten.permute(model, sten.VectorNM(1, 4, 4), calibration=batches, weights="3")
+    [row] = report.rows
+    assert row.error_after < row.error_before and row.kept_after > row.kept_before
+    all_x = mlp()[0][:3](torch.cat(batches)).detach()
+    score = before.square() * all_x.square().mean(0)
+    mask = sten.VectorNM(1, 4, 4).mask(score)
+    assert row.kept_before == pytest.approx(float(score[mask].sum() / score.sum()), rel=1e-4)
+    error = float((all_x @ (before * ~mask).T).norm() / (all_x @ before.T).norm())
+    assert row.error_before == pytest.approx(error, rel=1e-3)
+
+
+def test_reasons():
+    pytest.importorskip("transformers")
+    model, example = hugging_face("llama")
+    rows = {row.name: row for row in sten.permute(model, sten.BSR((4, 4)), 0.5, example=example).rows}
+    layer = "layers.0.self_attn."
+    assert "attention scores" in rows[layer + "q_proj.weight"].rows
+    assert "residual" in rows[layer + "o_proj.weight"].rows and "residual" in rows[layer + "q_proj.weight"].columns
+
+
+class Reversed(nn.Module):
+    """What it reads it reads twice, once in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b((h * h.flip(-1)).cumsum(-1))
+
+
+class Shared(nn.Module):
+    def __init__(self, outside=False):
+        super().__init__()
+        self.a, self.b, self.c, self.outside = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4), outside
+
+    def forward(self, x):
+        h = self.b(self.b(self.a(x)).relu()).relu()
+        return self.c(h) + (self.c.weight.sum(0) * x.sum() * torch.arange(16)).sum() * self.outside
+
+
+@pytest.mark.parametrize("module", [Reversed(), Shared(), Shared(outside=True)], ids=["flip", "shared", "outside"])
+def test_what_is_not_free_stays_exact(module):
+    model, x = uneven(module).eval(), torch.randn(4, 8)
+    y = model(x).detach()
+    sten.permute(model, sten.NM(2, 4), example=x)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5 * float(y.abs().max()))
+
+
+def test_refusals_change_nothing():
+    model, x = mlp()
+    state = copy.deepcopy(model.state_dict())
+    for bad, words in (
+        ({"calibration": []}, "batches"),
+        ({"example": torch.ones(2, 3)}, "example="),
+        ({"calibration": [torch.full((2, 12), float("nan"))]}, "finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sten.permute(model, sten.NM(2, 4), **bad)
+    random = nn.Sequential(*copy.deepcopy(model), Noise())
+    with pytest.raises(ValueError, match="not deterministic"):
+        sten.permute(random, sten.NM(2, 4), example=x)
+    for (name, a), b in zip(state.items(), random.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match="dense model"):
+        sten.permute(sten.sparsify(model, sten.NM(2, 4)), sten.NM(2, 4))
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn(x.shape)
+
+
+def test_modes_dtypes_and_no_weight_left():
+    model, x = mlp()
+    model.train().bfloat16()
+    y = model(x.bfloat16())
+    sten.permute(model, sten.VectorNM(2, 4, 4))
+    assert model.training and all(module.training for module in model.modules())
+    torch.testing.assert_close(model(x.bfloat16()), y, rtol=0.05, atol=0.05 * float(y.abs().max()))
+    assert isinstance(model[0].weight, nn.Parameter) and model[0].weight.requires_grad
