@@ -72,11 +72,8 @@ from .sparsifiers import (
     scores,
 )
 from .sparsifiers.allocation import ERK, Allocation, Global, Uniform
-<<<<<<< HEAD
-from .sparsifiers.reconstruct import Reconstruct
-=======
 from .sparsifiers.per_weight import PerWeight
->>>>>>> permute
+from .sparsifiers.reconstruct import Reconstruct
 from .tensor import SparseTensor, from_dense
 from .training import optim
 from .training.average import follow
