@@ -141,9 +141,19 @@ def settings(cell: Cell, model: torch.nn.Module, calibration: list) -> dict:
     return {"layout": layout, "sparsifier": method, "sparsity": sparsity, **given}
 
 
-def bytes_of(model: torch.nn.Module) -> tuple[int, int]:
-    """(stored, dense) bytes of the sparse weights, as 16-bit numbers with the indices of their layout."""
-    rows = [row for row in sten.summary(model).rows if row.layout != "dense" and not row.tied_to]
-    stored = sum(part.nbytes if part.dtype != torch.float32 else part.nbytes // 2
-                 for row in rows for part in model.get_parameter(row.name).parts.values())  # fmt: skip
-    return stored, sum(2 * torch.Size(row.shape).numel() for row in rows)
+def bytes_of(model: torch.nn.Module, chosen: set[str]) -> tuple[int, int]:
+    """(stored, dense) bytes of the chosen weights, as 16-bit numbers with the indices of their layout."""
+    stored = dense = 0
+    for row in sten.summary(model).rows:
+        if row.name not in chosen or row.tied_to:
+            continue
+        weight = model.get_parameter(row.name)
+        parts = weight.parts.values() if row.layout != "dense" else [weight]
+        stored += sum(p.nbytes if p.dtype != torch.float32 else p.nbytes // 2 for p in parts)
+        dense += 2 * torch.Size(row.shape).numel()
+    return stored, dense
+
+
+def chosen_weights(model: torch.nn.Module) -> set[str]:
+    """The names of the weights that sten.sparsify chooses by default."""
+    return {row.name for row in sten.plan(model, sten.Masked(), sparsity=0.5).rows if row.layout != "dense"}

@@ -23,7 +23,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from cells import Cell, bytes_of, chosen, evaluated, settings
+from cells import Cell, bytes_of, chosen, chosen_weights, evaluated, settings
 from models import FOLDER, PAD, Pack, cosine, embeddings, masked, perplexity, rank_correlation
 from torch import Tensor, nn
 
@@ -103,7 +103,7 @@ class Bench:
             batches = self.batches(cell, cell.steps * size, size, cell.seed + 1000)
             with clock("distill"):
                 distilled(cell, model, dense, batches)
-        quality, (stored, whole) = self.quality(cell.model, model), bytes_of(model)
+        quality, (stored, whole) = self.quality(cell.model, model), bytes_of(model, chosen_weights(dense))
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
         return {**quality, **report, "bytes": stored, "dense_bytes": whole, "seconds": seconds, "peak_bytes": peak}
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+from cells import chosen_weights
 from torch import Tensor, nn
-
-import sten
 
 GROUP, INNER_TILES, FEWEST_ROWS = 64, 4, 32
 
@@ -65,7 +64,6 @@ class Int4(nn.Module):
 
 def quantized(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """The model with the layers that sten.sparsify would choose by default in that form, in place."""
-    rows = sten.plan(model, sten.Masked(), sparsity=0.5).rows
-    for name in [row.name.removesuffix(".weight") for row in rows if row.layout != "dense"]:
+    for name in [weight.removesuffix(".weight") for weight in chosen_weights(model)]:
         model.set_submodule(name, kind(model.get_submodule(name)))
     return model

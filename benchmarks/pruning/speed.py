@@ -5,9 +5,9 @@
 
 Every pattern takes turns with the dense model, and the ratio is the median over rounds of dense / pattern, over 1 where
 the pattern is faster. On a GPU models are in bfloat16 and calls are CUDA graphs; on a CPU float32, eager. Magnitude
-chooses the entries, since speed does not depend on which they are. `fused` is the pattern after `sten.fuse`. The
-references int8 and int4 are measured in the same way, and their quality as in one_shot.py; on a CPU there is dense
-bfloat16, too. The JSON is written after every pattern, and patterns that it has are skipped.
+chooses the entries, since speed does not depend on which they are. With --fused every pattern is measured after
+`sten.fuse`, too. The references int8 and int4 are measured in the same way, and their quality as in one_shot.py; on a
+CPU there is dense bfloat16, too. The JSON is written after every pattern, and patterns that it has are skipped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from cells import bytes_of, cells, evaluated
+from cells import bytes_of, cells, chosen_weights, evaluated
 from models import FOLDER, PAD, Pack
 from one_shot import Bench, save
 from references import Int4, Int8, quantized
@@ -40,20 +40,20 @@ REFERENCES = {"int8": Int8, "int4": Int4}
 FASTER = [("CSR()", 0.8), ("CSR()", 0.9), ("BSR((64, 64))", 0.8), ("VectorNM(1, 4, 64)", None), ("NM(1, 4)", None)]
 
 
-def patterns(device: str) -> dict[str, tuple[str, float | None]]:
+def patterns() -> dict[str, tuple[str, float | None]]:
     """{name: (layout, sparsity)} of the grid, and some that are sparser: how fast they would be."""
     found = {cell.pattern: (cell.layout, cell.sparsity) for cell in cells(1) if not isinstance(cell.sparsity, str)}
     return found | {f"{layout} {at:.0%}" if at else layout: (layout, at) for layout, at in FASTER}
 
 
-def made(name: str, dense: nn.Module, device: str) -> nn.Module:
+def made(name: str, dense: nn.Module) -> nn.Module:
     """A copy of the dense model in a pattern or in the form of a reference."""
     model = copy.deepcopy(dense)
     if name == "dense-bfloat16":
         return model.bfloat16()
     if name in REFERENCES:
         return quantized(model, REFERENCES[name])
-    layout, sparsity = patterns(device)[name.removesuffix(" fused")]
+    layout, sparsity = patterns()[name.removesuffix(" fused")]
     sten.sparsify(model, evaluated(layout), sparsity=sparsity)
     if name.endswith(" fused"):
         sten.fuse(model)
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--cache", type=int, default=1024, help="tokens of the static cache, a quarter of them used")
     parser.add_argument("--windows", type=int, default=0, help="of the references' quality; all if not given")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--fused", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="sten:")
@@ -111,8 +112,8 @@ def main() -> None:
     content = json.loads(out.read_text()) if out.exists() else {"rows": {}}
     content["about"] = {**describe(), "dtype": "bfloat16" if cuda else "float32", "threads": arguments.threads}
     bench = Bench(Tiny() if tiny else Pack(arguments.pack), arguments)
-    names = [*(["dense-bfloat16"] if not cuda else []), *REFERENCES, *patterns(arguments.device)]
-    names += [f"{name} fused" for name in patterns(arguments.device)]
+    names = [*(["dense-bfloat16"] if not cuda else []), *REFERENCES, *patterns()]
+    names += [f"{name} fused" for name in patterns()] if arguments.fused else []
     for kind in arguments.models:
         dense = bench.model(kind).to(torch.bfloat16 if cuda else torch.float32)
         for name in names:
@@ -120,7 +121,7 @@ def main() -> None:
             if key in content["rows"] or not any(fnmatch.fnmatchcase(name, p) for p in arguments.patterns):
                 continue
             try:
-                model = made(name, dense, arguments.device)
+                model = made(name, dense)
                 row = times({"dense": dense, name: model}, kind, arguments)
             except (ValueError, TypeError, RuntimeError) as problem:  # a result, too
                 row = {"error": f"{type(problem).__name__}: {problem}"}
@@ -128,7 +129,7 @@ def main() -> None:
                 if name in REFERENCES or name == "dense-bfloat16":
                     row["quality"] = bench.quality(kind, model)
                 elif not name.endswith(" fused"):
-                    row["bytes"], row["dense_bytes"] = bytes_of(model)
+                    row["bytes"], row["dense_bytes"] = bytes_of(model, chosen_weights(dense))
             content["rows"][key] = row
             out.parent.mkdir(parents=True, exist_ok=True)
             save(out, content)
