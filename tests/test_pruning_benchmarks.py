@@ -120,7 +120,8 @@ def test_grid_speed_and_report(bench, tmp_path, capsys):
 def test_the_page_has_a_place_for_every_table(bench):
     from report import Results, filled, tables
 
-    page = (FOLDER.parent.parent / "docs" / "pruning.md").read_text()
+    docs = FOLDER.parent.parent / "docs"
+    page = (docs / "pruning.md").read_text() + (docs / "training.md").read_text()
     found = tables(Results(Path("/nowhere.json")))
     marked = filled(page, {name: f"[{name}]" for name in found})
     assert all(f"\n[{name}]\n<!-- end -->" in marked for name in found)

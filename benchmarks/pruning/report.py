@@ -1,7 +1,7 @@
-"""The tables of docs/pruning.md, from the JSON of one_shot.py and speed.py; what the targets say.
+"""The tables of docs/pruning.md and docs/training.md, from the JSON of the benchmarks; what the targets say.
 
 python benchmarks/pruning/report.py           # prints all tables
-python benchmarks/pruning/report.py --docs    # writes them between the markers of docs/pruning.md
+python benchmarks/pruning/report.py --docs    # writes them between the markers of the pages
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def pattern(layout: str, at: float | None) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *(row for row in rows if any(row[1:]))]
+    rows = [row for row in rows if any(row[1:])]
+    lines = [header, ["---"] * len(header), *rows] if rows else []
     return "\n".join("| " + " | ".join(row) + " |" for row in lines)
 
 
@@ -144,7 +145,7 @@ def targets(results: Results) -> Iterator[tuple[str, bool | None, str]]:
         for layout, at in (("CSR()", 0.5), ("NM(2, 4)", None)):
             found = [of(layout, method, at, model) for method in reversed(MASKS)]
             known = not any(map(math.isnan, found))
-            numbers = " < ".join(f"{v:.3f}" for v in found)
+            numbers = " < ".join(f"{v:.3f}" for v in found) if known else ""
             yield (
                 f"{model}, {pattern(layout, at)}: SparseGPT < Wanda < Magnitude",
                 found == sorted(found) if known else None,
@@ -194,6 +195,28 @@ def targets(results: Results) -> Iterator[tuple[str, bool | None, str]]:
         )
 
 
+def trained_layouts() -> str:
+    """Of benchmarks/training/gpt.py --compare layouts: the loss by each method, and how fast the layout is."""
+    path = ROOT / "benchmarks" / "training" / "results" / "gpt-layouts.json"
+    runs = json.loads(path.read_text())["results"] if path.exists() else {}
+    methods = {"decaying ": "DecayingMask", "cast, teacher ": "CAST", "prune and grow ": "BlockPruneGrow"}
+    layouts = dict.fromkeys(name.removeprefix(m) for name in runs for m in methods if name.startswith(m))
+
+    def mean(names: list[str], what: str, form: str) -> str:
+        values = [run[what] for name in names for run in runs.get(name, []) if what in run]
+        deviation = f" ± {statistics.stdev(values):.3f}" if what == "loss" and len(values) > 1 else ""
+        return f"{statistics.mean(values):{form}}{deviation}" if values else ""
+
+    def row(title: str, losses: list[str], names: list[str]) -> list[str]:
+        times = [mean(names, f"{what}milliseconds", ".1f") for what in ("", "pattern_", "forward_")]
+        return [title, *(mean([name], "loss", ".3f") for name in losses), *times]
+
+    rows = [row("dense", ["dense", "", ""], ["dense"])] if "dense" in runs else []
+    rows += [row(layout, [m + layout for m in methods], [m + layout for m in methods]) for layout in layouts]
+    times = ["ms a step, as trained", "ms a step in the final pattern", "ms a forward pass"]
+    return table(["", *methods.values(), *times], rows)
+
+
 def verdicts(results: Results) -> str:
     words = {True: "yes", False: "**no**", None: ""}
     return table(
@@ -214,7 +237,10 @@ def head(results: Results) -> str:
 
 def tables(results: Results) -> dict[str, str]:
     """{name of a marker: Markdown}."""
-    found = {"head": head(results), "targets": verdicts(results)}
+    image = "![Perplexity of SmolLM2 against its speed, for every layout and method](images/pruning.svg)"
+    drawn = (ROOT / "docs" / "images" / "pruning.svg").exists()
+    found = {"picture": image if drawn else "", "head": head(results), "targets": verdicts(results)}
+    found["trained layouts"] = trained_layouts()
     for model in ("smollm2", "minilm"):
         found |= {f"{f.__name__} {model}": f(results, model) for f in (grid, chains, permuted, others)}
         found |= {f"speed {device} {model}": speeds(device, model) for device in ("cuda", "cpu")}
@@ -225,7 +251,7 @@ def filled(page: str, found: dict[str, str]) -> str:
     """The page with what stands between <!-- name --> and <!-- end --> replaced."""
 
     def put(match: re.Match) -> str:
-        return f"<!-- {match[1]} -->\n{found[match[1]]}\n<!-- end -->"
+        return "\n".join(filter(None, [f"<!-- {match[1]} -->", found[match[1]], "<!-- end -->"]))
 
     return re.sub(r"<!-- ([a-z0-9 ]+) -->\n.*?<!-- end -->", put, page, flags=re.DOTALL)
 
@@ -233,12 +259,12 @@ def filled(page: str, found: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS / "one_shot.json")
-    parser.add_argument("--docs", action="store_true", help="write docs/pruning.md")
+    parser.add_argument("--docs", action="store_true", help="write the pages")
     arguments = parser.parse_args()
     found = tables(Results(arguments.results))
     if arguments.docs:
-        page = ROOT / "docs" / "pruning.md"
-        page.write_text(filled(page.read_text(), found))
+        for page in (ROOT / "docs" / "pruning.md", ROOT / "docs" / "training.md"):
+            page.write_text(filled(page.read_text(), found))
         return
     for name, text in found.items():
         print(f"\n## {name}\n{text}")
