@@ -82,6 +82,7 @@ CHAINED = (("NM(2, 4)", None), ("NM(16, 32)", None), ("VectorNM(2, 4, 32)", None
 PERMUTED = (*CHAINED[2:], ("NM(2, 4)", None), ("GroupedNM(2, 4, 8)", None))
 SENSITIVITY = "sensitivity"  # in place of an Allocation: what sten.sensitivity chooses
 CANDIDATES = tuple(round(0.3 + 0.05 * i, 2) for i in range(9))
+AGAIN, REPEATED = ("NM(2, 4)", "NM(16, 32)", "VectorNM(2, 4, 32)"), (CHAINS[0], BEST, RECONSTRUCTED)
 STEPS = {"smollm2": (40, 100, 200), "minilm": (100, 300)}
 
 
@@ -112,12 +113,12 @@ def cells(seeds: int) -> Iterator[Cell]:
                 for layout, at in CHAINED[:2]
                 for method in ("Wanda()", "SparseGPT()", BEST)
             )
+        again = [
+            cell for cell in (*dense, *chains) if cell.layout in AGAIN[:2] and cell.method in (*MASKS[1:], *REPEATED)
+        ]
+        again += [cell for cell in recovered if cell.layout in AGAIN]
         for seed in range(1, seeds):  # another draw of the calibration text
-            yield from (
-                replace(cell, seed=seed)
-                for cell in (*dense, *chains, *recovered)
-                if cell.layout in ("NM(2, 4)", "NM(16, 32)", "VectorNM(2, 4, 32)") and cell.method != "Magnitude()"
-            )
+            yield from (replace(cell, seed=seed) for cell in again)
 
 
 def chosen(seeds: int, patterns: list[str]) -> list[Cell]:

@@ -5,6 +5,11 @@
     python benchmarks/pruning/one_shot.py --cells grid --budget 500
     python benchmarks/pruning/one_shot.py --cells 'smollm2 | NM(2, 4) | *' --list
 
+A GPU has room for several at a time; each begins with a copy of what there is:
+
+    for i in 0 1 2 3; do python benchmarks/pruning/one_shot.py --shard $i/4 --out part$i.json & done; wait
+    python benchmarks/pruning/one_shot.py --join part?.json
+
 Everything goes through the public API, in float32 without TF32. A cell is calibrated on one domain of text and
 evaluated on held-out text of both. The JSON is written after every cell, and cells that it has are skipped. --tiny runs
 on small random models and needs no pack.
@@ -184,12 +189,23 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the cells that are missing")
     parser.add_argument("--retry", action="store_true", help="cells that failed, again")
     parser.add_argument("--tiny", action="store_true", help="small random models and random tokens")
+    parser.add_argument(
+        "--shard", default="0/1", help="i/n: every n-th cell only, for n processes with files of their own"
+    )
+    parser.add_argument("--join", nargs="+", type=Path, help="put the cells of these files into --out; measure nothing")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="sten:")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     content = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"dense": {}, "cells": {}}
+    if arguments.join:
+        for path in arguments.join:
+            part = json.loads(path.read_text())
+            content = {**content, **part, **{key: content[key] | part[key] for key in ("dense", "cells")}}
+        save(arguments.out, content)
+        return
+    shard, shards = map(int, arguments.shard.split("/"))
     done = {name for name, row in content["cells"].items() if not (arguments.retry and "error" in row)}
-    wanted = [cell for cell in chosen(arguments.seeds, arguments.cells) if cell.name not in done]
+    wanted = [cell for cell in chosen(arguments.seeds, arguments.cells) if cell.name not in done][shard::shards]
     if arguments.list:
         print(*(cell.name for cell in wanted), f"{len(wanted)} cells", sep="\n")
         return

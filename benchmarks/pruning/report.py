@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cells import BEST, CHAINED, CHAINS, MASKS, PATTERNS, PERMUTED, RECONSTRUCTED, STEPS, Cell
+from cells import BEST, CHAINED, CHAINS, MASKS, PATTERNS, PERMUTED, RECONSTRUCTED, SENSITIVITY, STEPS, Cell
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -103,8 +103,9 @@ def permuted(results: Results, model: str) -> str:
         for method in ("Wanda()", BEST):
             without = Cell("", model, layout, method, at)
             cells = without, replace(without, permute=True)
-            rows.append([f"`{pattern(layout, at)}`, `{method}`", *map(results.shown, cells)])
-    return table(["", "as it is", "permuted"], rows)
+            kept = " → ".join(f"{share:.4f}" for row in results.rows(cells[1])[:1] for share in row["kept"])
+            rows.append([f"`{pattern(layout, at)}`, `{method}`", *map(results.shown, cells), kept])
+    return table(["", "as it is", "permuted", "score kept, mean over the weights"], rows)
 
 
 def others(results: Results, model: str) -> str:
@@ -182,6 +183,16 @@ def targets(results: Results) -> Iterator[tuple[str, bool | None, str]]:
     )
     trained = least([of(vector, BEST, permute=True, steps=steps) for steps in STEPS["smollm2"]])
     yield says("and at most 45 after 200 steps", dense * math.exp(trained), lambda v: v <= 45, ".1f")
+    for model, method in (("smollm2", "Wanda()"), ("smollm2", "SparseGPT()"), ("minilm", "Wanda()")):
+        gain = of("CSR()", method, 0.5, model) - of("CSR()", method, f"{SENSITIVITY}(0.5)", model)
+        yield says(f"{model}: sensitivity beats uniform at 50 %, {method}, by", gain, lambda v: v > 0, ".3f")
+    kept = [row["kept"] for row in results.cells.values() if "kept" in row]
+    yield says(
+        "permutation keeps no less: the least gain",
+        min((b - a for a, b in kept), default=math.nan),
+        lambda v: v >= 0,
+        ".4f",
+    )
     for model in ("smollm2", "minilm"):
         gain = of("CSR()", "Wanda()", 0.7, model) - of("CSR()", "chain(Wanda(), DSnoT())", 0.7, model)
         yield says(f"{model}: DSnoT improves Wanda at 70 %, by", gain, lambda v: v > 0, ".3f")
