@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+FEW = 2**18  # entries
 WITHOUT_FLOAT64 = ("mps",)  # device types
 
 
@@ -52,6 +53,11 @@ def top_of_groups(score: Tensor, n: int) -> Tensor:
     if score.shape[-1] > 8:
         order = torch.sort(score, dim=-1, descending=True, stable=True).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+    if score.device.type != "cpu" and score.numel() <= FEW:  # one slice of columns: launches cost more than memory
+        index = torch.arange(score.shape[-1], device=score.device)
+        other, own = score.unsqueeze(-2), score.unsqueeze(-1)
+        beaten = (other > own) | ((other == own) & (index < index.unsqueeze(-1)))
+        return beaten.sum(-1) < n
     # Small groups: counting how many entries beat each one is seven times faster than a sort of four.
     columns = score.unbind(-1)
     beaten = [torch.zeros(score.shape[:-1], dtype=torch.uint8, device=score.device) for _ in columns]

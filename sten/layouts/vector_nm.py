@@ -92,8 +92,10 @@ class VectorNM(Layout):
         """The n columns of every (vector, group) with the highest sums over the vector's rows."""
         expect_score(self, score, sparsity)
         total = self.unit_totals(score.detach())
-        real = self.vectors(torch.ones_like(score[:1], dtype=torch.bool)).any(1)
-        keep = top_of_groups(total.masked_fill(~real, -torch.inf), self.n).flatten(1)
+        if score.shape[1] % self.m:  # padding comes last
+            real = self.vectors(torch.ones_like(score[:1], dtype=torch.bool)).any(1)
+            total = total.masked_fill(~real, -torch.inf)
+        keep = top_of_groups(total, self.n).flatten(1)
         return reduction_back(self.columns(keep, len(score)) > 0, tuple(score.shape), self.m)
 
     def unit_totals(self, score: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..layouts.base import Layout
 from .calibration import input_gram
 from .sparsifier import Edit, PatternMethod, View
 
 DEAD = 1e-12  # damping of inputs that are always zero
-PIECE = 16  # columns that are updated one by one; those behind follow in one matrix product
+PIECE = 16  # columns whose errors are solved for together
 Spans = list[tuple[int, int]]
-Chooser = Callable[[int, int, Tensor, Callable[[int, int], Tensor]], Tensor]
+Chooser = Callable[[int, int, list[Tensor], Callable[[int, int], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class SparseGPT(PatternMethod):
         factor = inverse_factor(input_gram(view), self.damping, view.name)
         return (view.weight.flatten(1).float() / factor.diagonal()).square().view(view.weight.shape)
 
+    @torch.no_grad()
     def update(self, view: View) -> Edit:
         weight, device = view.weight, view.weight.device
         groups = view.layout.column_groups(tuple(weight.shape))
@@ -79,7 +82,7 @@ class SparseGPT(PatternMethod):
         columns = weight.flatten(1).float().t()[order].contiguous()  # (columns, rows): a column is contiguous
         width = view.layout.tile(tuple(weight.shape))[1]
         spans = blocks_of(groups, self.block, view.layout.rate is None)
-        mask = eliminate(columns, factor, width, spans, chooser(view, order))
+        mask = eliminate(columns, factor, width, spans, chooser(view, order), least_kept(view))
         back = order.argsort()
         mask = mask[back].t().reshape(weight.shape).contiguous()
         value = columns[back].t().reshape(weight.shape).to(weight.dtype).masked_fill(~mask, 0)
@@ -125,27 +128,43 @@ def blocks_of(groups: Tensor, block: int, whole: bool) -> Iterator[Spans]:
             spans, first = [], stop
 
 
-def eliminate(columns: Tensor, factor: Tensor, width: int, blocks: Iterable[Spans], choose: Chooser) -> Tensor:
+def least_kept(view: View) -> float:
+    """The fraction of each row of a group that the layout keeps at least, where it chooses and says so."""
+    layout = view.layout
+    own = layout.independent_units and type(layout).column_groups is not Layout.column_groups
+    return layout.rate if own and layout.rate is not None and view.previous is None else 0.0
+
+
+def eliminate(
+    columns: Tensor, factor: Tensor, width: int, blocks: Iterable[Spans], choose: Chooser, kept: float
+) -> Tensor:
     """Choose, and let later columns make up for what is dropped: `columns` (columns, rows) changes; returns the mask.
 
-    Entries off the mask keep numbers without meaning. `width`: columns of a tile.
+    Entries off the mask keep numbers without meaning. `width`: columns of a tile; `kept`: the fraction of each row of a
+    span that is kept at least.
+
+    The errors e of dropped entries, zero where kept, solve e_j U_jj = w_j - sum of e_i U_ij over i < j: a triangular
+    system of each row, over its own dropped columns. Substitution for all of them at once, repeated as often as a row
+    has dropped columns in a piece, is exact, and takes few and large operations.
     """
-    mask = torch.empty_like(columns, dtype=torch.bool)
-    error = torch.empty_like(columns)  # of dropped entries, w_j / U_jj; zero where kept
-    scale = factor.diagonal().reciprocal().unsqueeze(1)
+    masks: list[Tensor] = []
+    scale, strict = factor.diagonal().reciprocal().unsqueeze(1), factor.triu(1)
     for spans in blocks:
-        first, last = spans[0][0], spans[-1][1]
+        first, last, errors = spans[0][0], spans[-1][1], []
         for start, stop in spans:
-            mask[start:stop] = choose(start, stop, mask, lambda a, b: costs(columns, factor, width, a, b))
-            dropped = scale[start:stop] * ~mask[start:stop]
+            masks.append(choose(start, stop, masks, lambda a, b: costs(columns, factor, width, a, b)))
+            dropped = scale[start:stop] * ~masks[-1]
+            most = stop - start - math.floor(kept * (stop - start) + 1e-6)
             for a in range(start, stop, PIECE):
                 b = min(a + PIECE, stop)
-                for j in range(a, b):
-                    torch.mul(columns[j], dropped[j - start], out=error[j])
-                    columns[j + 1 : b].addr_(factor[j, j + 1 : b], error[j], alpha=-1)
-                columns[b:last].addmm_(factor[a:b, b:last].t(), error[a:b], alpha=-1)
-        columns[last:].addmm_(factor[first:last, last:].t(), error[first:last], alpha=-1)
-    return mask
+                piece, among, inner = columns[a:b], dropped[a - start : b - start], strict[a:b, a:b].t()
+                solved = piece * among
+                for _ in range(min(b - a, most) - 1):
+                    solved = torch.addmm(piece, inner, solved, alpha=-1).mul_(among)
+                columns[a:last].addmm_(strict[a:b, a:last].t(), solved, alpha=-1)
+                errors.append(solved)
+        columns[last:].addmm_(factor[first:last, last:].t(), torch.cat(errors), alpha=-1)
+    return torch.cat(masks)
 
 
 def costs(columns: Tensor, factor: Tensor, width: int, start: int, stop: int) -> Tensor:
@@ -155,11 +174,14 @@ def costs(columns: Tensor, factor: Tensor, width: int, start: int, stop: int) ->
     """
     if width == 1:
         return (columns[start:stop] / factor.diagonal()[start:stop].unsqueeze(1)).square_().t()
-    result = torch.empty_like(columns[start:stop])
-    for a in range(start, stop, width):
-        b = min(a + width, stop)
-        result[a - start : b - start] = torch.linalg.solve_triangular(factor[a:b, a:b].t(), columns[a:b], upper=False)
-    return result.square_().t()
+    whole = stop - (stop - start) % width
+    tiles = columns[start:whole].view(-1, width, columns.shape[1])
+    own = factor[start:whole, start:whole].view(len(tiles), width, len(tiles), width).diagonal(dim1=0, dim2=2)
+    error = torch.linalg.solve_triangular(own.permute(2, 1, 0), tiles, upper=False).flatten(0, 1)
+    if whole < stop:  # a short tile at the end
+        own = factor[whole:stop, whole:stop].t()
+        error = torch.cat([error, torch.linalg.solve_triangular(own, columns[whole:stop], upper=False)])
+    return error.square().t()
 
 
 def chooser(view: View, order: Tensor) -> Chooser:
@@ -171,7 +193,7 @@ def chooser(view: View, order: Tensor) -> Chooser:
     allowed = None if view.allowed is None else view.allowed.flatten(1)[:, order]
     given = None if view.previous is None else view.previous.mask.flatten(1).t()[order]
 
-    def choose(start: int, stop: int, mask: Tensor, cost: Callable[[int, int], Tensor]) -> Tensor:
+    def choose(start: int, stop: int, before: list[Tensor], cost: Callable[[int, int], Tensor]) -> Tensor:
         if given is not None:
             return given[start:stop]
         end = stop if layout.rate is not None else len(order)
@@ -180,7 +202,7 @@ def chooser(view: View, order: Tensor) -> Chooser:
             score = score.masked_fill(~allowed[:, start:end], -torch.inf)
         if layout.rate is not None:
             return layout.mask(score).t()
-        decided = torch.where(mask[:start].t(), torch.inf, -torch.inf)
-        return layout.mask(torch.cat([decided, score], 1), sparsity)[:, start:stop].t()
+        decided = [torch.where(mask.t(), torch.inf, -torch.inf) for mask in before]
+        return layout.mask(torch.cat([*decided, score], 1), sparsity)[:, start:stop].t()
 
     return choose
