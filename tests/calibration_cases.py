@@ -67,7 +67,8 @@ def plain(model: nn.Module, names: list[str], batches: list) -> dict[str, dict[s
         def hook(module, args, kwargs, name=name):
             x = args[0] if args else next(iter(kwargs.values()))
             decoder = "decoder." in name and not re.search(r"(EncDecAttention|encoder_attn)\.[kv]", name)
-            mask = given[0].get("decoder_attention_mask" if decoder and len(given[0]) > 2 else "attention_mask")
+            decoder = decoder and not {"labels", "decoder_input_ids"}.isdisjoint(given[0])
+            mask = given[0].get("decoder_attention_mask" if decoder else "attention_mask")
             inputs[name].append(rows(module, x, None if mask is None else mask.bool()))
 
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
@@ -108,3 +109,49 @@ def check(model: nn.Module, calibration, stage_of, layout=None, weights=None) ->
             for name in names:
                 before.get_parameter(name).copy_(model.get_parameter(name).to_dense())
     return order
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x, mask=None):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(count))
+
+    def forward(self, x, attention_mask=None):
+        for layer in self.layers:
+            x = layer(x, mask=attention_mask)
+        return x
+
+
+def blocks() -> nn.Module:
+    torch.manual_seed(0)
+    return Blocks()
+
+
+def vectors(count: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(8, 4, 8, generator=generator) for _ in range(count)]
+
+
+def dense(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.to_dense().detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def as_before(model: nn.Module, before: nn.Module) -> bool:
+    """Whether nothing has changed: state, classes, attributes, hooks, modes."""
+    pairs = list(zip(model.modules(), before.modules(), strict=True))
+    kinds = all(type(a) is type(b) and vars(a).keys() == vars(b).keys() and a.training == b.training for a, b in pairs)
+    hooks = any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    return kinds and not hooks and same(model.state_dict(), before.state_dict())

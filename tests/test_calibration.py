@@ -73,6 +73,25 @@ def test_left_padding_and_no_mask():
     check(transformer("llama"), ids(), in_block)
 
 
+class Wrapped(nn.Module):
+    """Takes one dictionary, as modules of sentence-transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = transformer("bert")
+
+    def forward(self, features):
+        return self.inner(**features)
+
+
+def test_a_mask_in_an_argument():
+    ours, theirs = Noted(), Noted()
+    sten.sparsify(Wrapped(), sten.NM(2, 4), ours, calibration=[(batch,) for batch in padded()])
+    sten.sparsify(transformer("bert"), sten.NM(2, 4), theirs, calibration=padded())
+    for name, stats in theirs.seen.items():
+        assert all(torch.equal(ours.seen["inner." + name][key], value) for key, value in stats.items())
+
+
 def test_encoder_decoder():
     """Two lists of blocks; padding of each side; a relative position bias that the first block gives to the others."""
     batches = []
@@ -85,6 +104,15 @@ def test_encoder_decoder():
     model = transformer("t5")
     order = check(model, batches, in_block)
     assert len(order) == 2 * 6 + 2 * 10 and order[0].startswith("encoder.") and order[-1].startswith("decoder.")
+
+
+def test_a_decoder_without_padding():
+    """The encoder's mask is not the decoder's, even if it has its shape: then the two cannot be told apart."""
+    short = [{**b, "labels": b["input_ids"][:, :5].contiguous()} for b in padded()]
+    assert len(check(transformer("t5"), short, in_block)) == 32
+    batches = [{**b, "labels": b["input_ids"]} for b in padded()]
+    with pytest.raises(ValueError, match=r"encoder and decoder lengths differ, .* got \(2, 9\) twice"):
+        sten.sparsify(transformer("t5"), sten.NM(2, 4), Noted(), calibration=batches)
 
 
 class Block(nn.Module):

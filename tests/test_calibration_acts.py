@@ -1,72 +1,33 @@
-"""Calibration: what users do with it, what goes wrong, and what the model is afterwards."""
+"""Calibration: what users do with it, in every form of a weight, and where it runs."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-from calibration_cases import Noted, statistics
+from calibration_cases import Blocks, Noted, as_before, blocks, dense, same, statistics, vectors
 from hf_models import gpt2, llama
-from small import mlp
 from torch import nn
 from torch.nn.utils import prune
 
 import sten
-from sten.extend import View
+from sten.extend import Edit, View
 
 LAYOUTS = [
     sten.Masked(), sten.CSR(), sten.BSR((4, 4)), sten.NM(2, 4), sten.VectorNM(2, 4, 4), sten.GroupedNM(2, 4, 1),
     sten.FanIn(),
 ]  # fmt: skip
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x, mask=None):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Blocks(nn.Module):
-    def __init__(self, count: int = 3) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(count))
-
-    def forward(self, x, attention_mask=None):
-        for layer in self.layers:
-            x = layer(x, mask=attention_mask)
-        return x
-
-
-def blocks() -> nn.Module:
-    torch.manual_seed(0)
-    return Blocks()
-
-
-def vectors(count: int = 4) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(8, 4, 8, generator=generator) for _ in range(count)]
-
-
-def dense(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.to_dense().detach().clone() for name, p in model.named_parameters()}
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def as_before(model: nn.Module, before: nn.Module) -> bool:
-    """Whether nothing has changed: state, classes, attributes, hooks, modes."""
-    pairs = list(zip(model.modules(), before.modules(), strict=True))
-    kinds = all(type(a) is type(b) and vars(a).keys() == vars(b).keys() and a.training == b.training for a, b in pairs)
-    hooks = any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
-    return kinds and not hooks and same(model.state_dict(), before.state_dict())
+def tail() -> nn.Module:
+    """With a weight after the blocks."""
+    model = blocks()
+    model.forward = lambda x: model.last(Blocks.forward(model, x))
+    model.last = nn.Linear(8, 8)
+    return model
 
 
 # ---- forms
@@ -251,149 +212,42 @@ def test_experts():
     assert torch.equal(model.layers[1].mlp.experts[3].weight.to_dense(), weight * mask)
 
 
-# ---- bad input
+# ---- whole blocks
 
 
-def with_nan(batches: list) -> list:
-    batches[2][1, 2, 3] = float("nan")
-    return batches
+class Doubled(Noted):
+    """Doubles the remaining weights of each block, after it has compared what it was given."""
+
+    def reconstruct(self, block):
+        dense = blocks().layers[int(block.name[-1])]
+        self.seen.setdefault("inputs", []).append([args[0] for args, _ in block.inputs])
+        for (args, kwargs), target, mask in zip(block.inputs, block.targets, block.token_masks, strict=True):
+            assert torch.equal(dense(*args, **kwargs), target) and mask.tolist() == [[True, True, False, True]] * 8
+        for name, edit in block.edits.items():
+            w = block.module.get_parameter(block.parameters[name])
+            assert torch.equal(w, block.views[name].weight * edit.mask)
+        return {name: Edit(mask=e.mask, value=2 * block.views[name].weight) for name, e in block.edits.items()}
 
 
-class Unused(Blocks):
-    def __init__(self) -> None:
-        super().__init__()
-        self.unused = nn.Linear(8, 8)
-
-
-class Grouped(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(nn.Conv1d(8, 8, 1, groups=2))
-
-
-NAN = r"finite inputs of layers\.0\.up\.weight, got NaN or inf in batch 2"
-NONE = r"'h\.\*', which is none; it has the lists layers"
-REFUSED = {
-    "no calibration": (blocks, {"calibration": None}, r"Expected calibration= for Wanda\(.*got None"),
-    "no batches": (blocks, {"calibration": []}, "Expected batches for calibration=, got none"),
-    "a used iterator": (blocks, {"calibration": iter(())}, "got none; an iterator can be read only once"),
-    "one tensor": (blocks, {"calibration": torch.ones(2, 8)}, r"got one Tensor; write \[batch\] for one"),
-    "texts": (blocks, {"calibration": ["a", "b"]}, "each batch of calibration= to be a tensor.*tokenize"),
-    "nan": (blocks, {"calibration": with_nan(vectors())}, NAN),
-    "not reached": (Unused, {}, r"reach every chosen weight, got no token for unused\.weight"),
-    "no such blocks": (blocks, {"calibration": sten.Calibration(vectors(), blocks="h.*")}, NONE),
-    "a method that reads none": (blocks, {"sparsifier": sten.Magnitude()}, "reads no activations"),
-    "a grouped convolution": (Grouped, {"weights": "0"}, r"Expected 0\.weight in .* a convolution without groups"),
-    "a wrong batch": (blocks, {"calibration": [torch.ones(2, 7)]}, "shapes cannot be multiplied"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("call", [sten.sparsify, sten.plan], ids=["sparsify", "plan"])
-@pytest.mark.parametrize("make, given, match", REFUSED.values(), ids=REFUSED)
-def test_refused(call, make, given, match):
-    model = make()
-    before = copy.deepcopy(model)
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=match):
-        call(model, **{"layout": sten.NM(2, 4), "sparsifier": sten.Wanda(), "calibration": vectors(), **given})
-    assert as_before(model, before)
-
-
-def test_few_tokens():
-    with pytest.warns(UserWarning, match=r"few tokens of calibration= reached layers\.0\.down\.weight \(8\)"):
-        sten.sparsify(blocks(), sten.NM(2, 4), sten.SparseGPT(), calibration=[vectors()[0][:2]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sten.sparsify(blocks(), sten.NM(2, 4), sten.SparseGPT(), calibration=vectors())
-
-
-# ---- errors in the middle, and going on
-
-
-class Interrupted(Noted):
-    """Ctrl-C, or an error, at one weight; what has been decided is counted."""
-
-    def __init__(self, at: str, error: type[BaseException]) -> None:
-        super().__init__()
-        object.__setattr__(self, "at", at)
-        object.__setattr__(self, "error", error)
-
-    def __repr__(self) -> str:
-        return "Interrupted()"
-
-    def update(self, view):
-        if view.name == self.at:
-            raise self.error("stop")
-        return super().update(view)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_error_leaves_the_model_as_it_was(error):
-    for make in (blocks, llama, lambda: mlp()):
-        model = make()
-        before = copy.deepcopy(model)
-        last = [name for name, p in model.named_parameters() if p.dim() > 1 and "head" not in name][-1]
-        batches = vectors() if isinstance(model, Blocks) else [torch.ones(2, 12)]
-        batches = (
-            batches if hasattr(model, "layers") or not hasattr(model, "config") else [torch.arange(10).view(1, 10)]
-        )
-        with pytest.raises(error, match="stop"):
-            sten.sparsify(model, sten.NM(2, 4), Interrupted(last, error), calibration=batches)
-        assert as_before(model, before)
-
-
-def test_block_by_block():
-    """With commit="block", finished blocks are valid sparse weights and the rest is dense; the note says how many."""
-    model, whole, before = blocks(), blocks(), blocks()
-    sten.sparsify(whole, sten.NM(2, 4), Noted(), calibration=vectors())
-    calibration = sten.Calibration(vectors(), commit="block")
-    with pytest.raises(KeyboardInterrupt) as caught:
-        sten.sparsify(
-            model, sten.NM(2, 4), Interrupted("layers.2.down.weight", KeyboardInterrupt), calibration=calibration
-        )
-    assert "2 blocks are sparse and complete (layers.0, layers.1)" in caught.value.__notes__[0]
-    for i in (0, 1):
-        assert torch.equal(model.layers[i].down.weight.to_dense(), whole.layers[i].down.weight.to_dense())
-    assert torch.equal(model.layers[2].up.weight, before.layers[2].up.weight)
-    assert sten.summary(model).rows[0].layout == "NM(n=2, m=4)" and not hasattr(
-        model.layers[2].up.weight, "sparse_layout"
-    )
-    copy.deepcopy(model).load_state_dict(model.state_dict())
-    done = blocks()
-    sten.sparsify(done, sten.NM(2, 4), Noted(), calibration=sten.Calibration(vectors(), commit="block"))
-    assert same(dense(done), dense(whole))
-
-
-@pytest.mark.parametrize("commit", ["end", "block"])
-def test_going_on(commit, tmp_path):
-    """A second call with the same folder decides only what the first has not; other numbers begin anew."""
-    whole = blocks()
-    sten.sparsify(whole, sten.NM(2, 4), Noted(), calibration=vectors())
-    model, method = blocks(), Interrupted("layers.2.up.weight", KeyboardInterrupt)
-    calibration = sten.Calibration(vectors(), folder=tmp_path, commit=commit)
-    with pytest.raises(KeyboardInterrupt):
-        sten.sparsify(model, sten.NM(2, 4), method, calibration=calibration)
-    again = Interrupted("none", KeyboardInterrupt)
-    sten.sparsify(model, sten.NM(2, 4), again, calibration=calibration)
-    assert list(again.seen) == ["layers.2.up.weight", "layers.2.down.weight"]
-    assert same(dense(model), dense(whole))
-    for changed in ("weights", "batches", "layout", "damaged"):
-        other, seen = blocks(), Interrupted("none", KeyboardInterrupt)
-        batches, layout, expected = vectors(), sten.NM(2, 4), 6
-        if changed == "weights":
-            with torch.no_grad():
-                other.layers[1].up.weight.add_(1)
-            expected = 2
-        elif changed == "batches":
-            batches = batches[:-1]
-        elif changed == "layout":
-            layout = sten.NM(1, 4)
-        else:
-            sten.sparsify(other, layout, seen, calibration=calibration)
-            other, seen = blocks(), Interrupted("none", KeyboardInterrupt)
-            path = sorted(tmp_path.iterdir())[0]
-            path.write_bytes(path.read_bytes()[:-1])
-            expected = 2
-        sten.sparsify(other, layout, seen, calibration=sten.Calibration(batches, folder=tmp_path, commit=commit))
-        assert len(seen.seen) >= expected, changed
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_reconstruct(true_sequential, tmp_path):
+    """A method that changes blocks gets them decided, with the outputs of the dense block on the same inputs; the next
+    block gets what the changed one computes."""
+    batches = [{"x": x, "attention_mask": torch.tensor([1, 1, 0, 1]).expand(8, 4)} for x in vectors()]
+    calibration = sten.Calibration(batches, true_sequential=true_sequential, folder=tmp_path)
+    model, method, before = blocks(), Doubled(), blocks()
+    sten.sparsify(model, sten.NM(2, 4), method, calibration=calibration)
+    inputs = [batch["x"] for batch in batches]
+    for block, old, seen in zip(model.layers, before.layers, method.seen["inputs"], strict=True):
+        for x, y in zip(inputs, seen, strict=True):
+            torch.testing.assert_close(x, y)
+        w = block.up.weight
+        torch.testing.assert_close(w.to_dense(), 2 * old.up.weight.detach() * w.mask())
+        with torch.no_grad():
+            inputs = [block(x) for x in inputs]
+    again = Doubled()
+    assert same(dense(sten.sparsify(blocks(), sten.NM(2, 4), again, calibration=calibration)), dense(model))
+    assert not again.seen  # all is in files
 
 
 # ---- where it runs
@@ -415,6 +269,15 @@ def test_training_mode_and_caches_come_back():
     a = sten.sparsify(copy.deepcopy(model), sten.NM(2, 4), sten.Wanda(), calibration=[torch.arange(12).view(2, 6)])
     b = sten.sparsify(copy.deepcopy(model), sten.NM(2, 4), sten.Wanda(), calibration=[torch.arange(12).view(2, 6)])
     assert [m.training for m in a.modules()] == modes and a.config.use_cache and same(dense(a), dense(b))
+
+
+def test_compiled_models():
+    """Compiled graphs would not see the hooks that measure."""
+    whole = dense(sten.sparsify(blocks(), sten.NM(2, 4), sten.Wanda(), calibration=vectors()))
+    model = torch.compile(blocks(), backend="eager")
+    model(vectors()[0])
+    sten.sparsify(model, sten.NM(2, 4), sten.Wanda(), calibration=vectors())
+    assert same(dense(model._orig_mod), whole)
 
 
 def test_progress(capfd):
@@ -464,3 +327,25 @@ def test_ranks(tmp_path):
             for key, value in want.items():
                 torch.testing.assert_close(torch.tensor(stats[name][key]), value, rtol=1e-4, atol=1e-5)
         assert same({k: torch.tensor(v) for k, v in weights.items()}, dense(model))
+
+
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("make", [blocks, lambda: llama(num_hidden_layers=2), tail], ids=["blocks", "llama", "tail"])
+def test_device(make, device):
+    """Each block runs on copies on the device; the model stays where it is."""
+    batches = vectors() if isinstance(make(), Blocks) else [torch.arange(12).view(2, 6)]
+    model, whole, ours, theirs = make(), make(), Noted(), Noted()
+    pointers = [p.data_ptr() for p in model.parameters()]
+    devices = []
+    block = model.layers[1] if isinstance(model, Blocks) else model.model.layers[1]
+    block.register_forward_hook(lambda m, args, output: devices.append(next(m.parameters()).device))
+    sten.plan(model, sten.NM(2, 4), ours, calibration=sten.Calibration(batches, device=device))
+    sten.sparsify(whole, sten.NM(2, 4), theirs, calibration=batches)
+    assert [p.data_ptr() for p in model.parameters()] == pointers and {p.device.type for p in model.parameters()} == {
+        "cpu"
+    }
+    assert {d.type for d in devices} == {torch.device(device).type}
+    for name, stats in theirs.seen.items():
+        for key, value in stats.items():
+            got = ours.seen[name][key].cpu()
+            torch.testing.assert_close(got, value, rtol=1e-3, atol=1e-4 * value.abs().max().item())

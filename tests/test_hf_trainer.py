@@ -59,6 +59,21 @@ def trainer_of(folder, callback, model=None, **more):
     return transformers.Trainer(model=model, args=args, callbacks=[callback], **sets)
 
 
+def test_a_calibrated_method(tmp_path):
+    """A method that reads activations chooses the pattern, which is trained."""
+    batches, want = [{"input_ids": torch.randint(0, 32, (4, 6))} for _ in range(3)], llama()
+    sten.sparsify(want, sten.NM(2, 4), sten.SparseGPT(), calibration=batches)
+    with pytest.raises(ValueError, match="Expected calibration= for SparseGPT"):
+        trainer_of(tmp_path, SparsityCallback(sten.NM(2, 4), sten.SparseGPT()))
+    with pytest.raises(ValueError, match=r"Expected a method for SparsityCallback\(calibration=\.\.\.\)"):
+        SparsityCallback(calibration=batches)
+    trainer = trainer_of(tmp_path, SparsityCallback(sten.NM(2, 4), sten.SparseGPT(), calibration=batches))
+    trainer.train()
+    for name in ("self_attn.q_proj", "mlp.down_proj"):
+        ours, theirs = (m.get_submodule(f"model.layers.0.{name}").weight for m in (trainer.model, want))
+        assert torch.equal(ours.mask(), theirs.mask()) and not torch.equal(ours.to_dense(), theirs.to_dense())
+
+
 def form_of(method):
     return "dense weight" if isinstance(method, sten.extend.DenseWeightMethod) else "trainable"
 

@@ -67,7 +67,7 @@ class Chain:
 
     def __init__(self, model: nn.Module, calls: list[Call], calibration: Calibration, shelf: Shelf) -> None:
         self.model, self.calls, self.calibration, self.shelf = model, calls, calibration, shelf
-        self.device = None if calibration.device is None else torch.device(calibration.device)
+        self.device = calibration.device
         count = len(calibration.batches)
         self.kept: list[dict[Kept, Callable]] = [{} for _ in range(count)]
         self.outs: list[dict[Path, Callable]] = [{} for _ in range(count)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from .trees import leaves, mapped
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Batches for `calibration=` of `sten.sparsify` and `sten.plan`, with options.
 
@@ -50,7 +50,7 @@ class Calibration:
         0.5
     """
 
-    batches: Iterable
+    batches: Iterable = field(repr=False)
     blocks: Any = None
     true_sequential: bool = False
     commit: Literal["end", "block"] = "end"
@@ -76,6 +76,7 @@ class Calibration:
                     f"{_kind(batch)}; tokenize texts first."
                 )
         object.__setattr__(self, "batches", batches)
+        object.__setattr__(self, "device", None if self.device is None else torch.device(self.device))
 
 
 def _kind(value: Any) -> str:
@@ -108,14 +109,29 @@ def run_batch(model: nn.Module, batch: Any, index: int) -> Any:
 
 
 class Tokens:
-    """Which tokens of one batch count: its masks of shape (batch, tokens), and how they lie over an input."""
+    """Which tokens of one batch count: its masks of shape (batch, tokens), and how they lie over an input.
 
-    def __init__(self, batch: Any) -> None:
-        given = batch if isinstance(batch, Mapping) else {}
-        found = [given[name] for name in MASKS if isinstance(given.get(name), Tensor) and given[name].dim() == 2]
-        self.masks = [mask.bool() for mask in found if not bool(mask.bool().all())]
-        self.shapes = {tuple(mask.shape) for mask in found}
-        if len(self.masks) == 2 and len(self.shapes) == 1 and not torch.equal(*self.masks):
+    Attributes:
+        masks: those with padding.
+        shapes: of all masks.
+    """
+
+    def __init__(self, batch: Any, decodes: bool = False) -> None:
+        parts = batch if isinstance(batch, (tuple, list)) else [batch]
+        given = next((part for part in parts if isinstance(part, Mapping)), {})
+        found = {name: t for name in MASKS if isinstance(t := given.get(name), Tensor) and t.dim() == 2}
+        if decodes and "attention_mask" in found and len(found) == 1:  # a decoder without padding
+            decoded = given.get("decoder_input_ids", given.get("labels"))
+            if isinstance(decoded, Tensor):
+                found["decoder_attention_mask"] = torch.ones_like(decoded)
+        self.masks = [mask.bool() for mask in found.values() if not bool(mask.bool().all())]
+        self.shapes = {tuple(mask.shape) for mask in found.values()}
+        if (
+            len(found) == 2
+            and len(self.shapes) == 1
+            and self.masks
+            and not torch.equal(*map(Tensor.bool, found.values()))
+        ):
             raise ValueError(
                 "Expected batches whose encoder and decoder lengths differ, so that their padding can be told apart, "
                 f"got {tuple(self.masks[0].shape)} twice; pad one of them to another length."
@@ -149,7 +165,7 @@ def inference(model: nn.Module) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
         for config in cached:
             config.use_cache = False
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled graphs do not see new hooks
             yield
     finally:
         with uninterrupted():
@@ -158,6 +174,12 @@ def inference(model: nn.Module) -> Iterator[None]:
                 module.training = training
             for config in cached:
                 config.use_cache = True
+
+
+def tokens_of(model: nn.Module, batches: list) -> list[Tokens]:
+    """Those of each batch."""
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+    return [Tokens(batch, decodes) for batch in batches]
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

@@ -96,20 +96,25 @@ def version(t: Tensor) -> int:
 
 
 def trace(
-    model: nn.Module, weights: list[Located], blocks: Blocks, batch: Any, device: torch.device | None
+    model: nn.Module,
+    weights: list[Located],
+    blocks: Blocks,
+    batch: Any,
+    tokens: Tokens,
+    device: torch.device | None,
 ) -> tuple[list[Call], list[Group]]:
     """The blocks in the order of their calls, with their groups, and the groups outside of them.
 
     Where a block is called more than once, as shared layers are, all weights are outside.
     """
-    tracer = _Tracer(model, weights, blocks, Tokens(batch))
+    tracer = _Tracer(model, weights, blocks, tokens)
     with contextlib.ExitStack() as stack:
         tracer.hook_before(stack)
         streamed([block for _, block in blocks], device, stack)
         tracer.hook_after(stack)
         run_batch(model, batch, 0)
     if blocks and any(len(times) > 1 for times in tracer.times.values()):
-        return trace(model, weights, [], batch, None)
+        return trace(model, weights, [], batch, tokens, None)
     return tracer.result()
 
 

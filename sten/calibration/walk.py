@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..sparsifiers import Edit, View
-from .blocks import blocks_of
+from .blocks import Blocks, blocks_of
 from .chain import Chain, Shelf
-from .data import Calibration, Tokens, inference, run_batch
+from .data import Calibration, inference, run_batch, tokens_of
 from .progress import Progress
 from .statistics import Statistics
 from .substitute import copied_to, substituted
@@ -119,8 +119,8 @@ class Walk:
         self, model: nn.Module, weights: list[Weight], calibration: Calibration, needs: frozenset[str]
     ) -> None:
         self.model, self.weights, self.calibration, self.needs = model, weights, calibration, needs
-        self.device = None if calibration.device is None else torch.device(calibration.device)
-        self.tokens = [Tokens(batch) for batch in calibration.batches]
+        self.device = calibration.device
+        self.tokens = tokens_of(model, calibration.batches)
         self.few: dict[str, int] = {}
         self.decided: list[Stage] = []
         self.reached: set[str] = set()  # of the present block
@@ -129,7 +129,7 @@ class Walk:
     def __iter__(self) -> Iterator[Stage]:
         blocks = blocks_of(self.model, self.weights, self.calibration.blocks)
         with inference(self.model):
-            calls, outside = trace(self.model, self.weights, blocks, self.calibration.batches[0], self.device)
+            calls, outside = self._trace(blocks, self.device)
         stages = self._stages(calls, outside)
         progress, shelf = Progress(len(stages), self.calibration.progress), Shelf(self.calibration.offload)
         self.chain = Chain(self.model, calls, self.calibration, shelf)
@@ -141,6 +141,9 @@ class Walk:
         finally:
             progress.close()
             shelf.close()
+
+    def _trace(self, blocks: Blocks, device: torch.device | None) -> tuple[list[Call], list[Group]]:
+        return trace(self.model, self.weights, blocks, self.calibration.batches[0], self.tokens[0], device)
 
     def _stages(self, calls: list[Call], outside: list[Group]) -> list[Stage]:
         ordered: list[tuple[float, Stage]] = []
@@ -276,7 +279,7 @@ class Walk:
     def measure(self) -> dict[str, dict[str, Tensor]]:
         """By name, the statistics of all weights at once, in the model as it is: of one pass over the batches."""
         with inference(self.model):
-            calls, outside = trace(self.model, self.weights, [], self.calibration.batches[0], None)
+            calls, outside = self._trace([], None)
         self.chain = Chain(self.model, calls, self.calibration, Shelf(None))
         return self.collect(Stage("", self.weights, outside, walk=self))
 

@@ -16,7 +16,7 @@ from ..calibration import BlockView, Calibration, Stage, Walk, Weight
 from ..calibration.finished import Finished
 from ..sparsifiers import Edit, Sparsifier, View
 from ..sparsifiers.sparsifier import CALIBRATION
-from ..training.distributed import agreed, from_rank_0
+from ..training.distributed import agreed, everywhere, from_rank_0
 from ..training.reminders import listed
 from .select import Target
 
@@ -101,10 +101,14 @@ class Calibrated:
     def _measured(self, stage: Stage, views: dict[str, View]) -> dict[str, View]:
         """The views with their statistics, on the device where these were made."""
         stats = stage.collect()
-        return {
-            name: dataclasses.replace(view, weight=view.weight.to(stats[name]["tokens"].device), stats=stats[name])
-            for name, view in views.items()
-        }
+        return {name: _on_device_of(view, stats[name]) for name, view in views.items()}
+
+
+def _on_device_of(view: View, stats: dict[str, Tensor]) -> View:
+    """The view with its statistics, on their device."""
+    device = stats["tokens"].device
+    allowed = None if view.allowed is None else view.allowed.to(device)
+    return dataclasses.replace(view, weight=view.weight.to(device), allowed=allowed, stats=stats)
 
 
 class _Block:
@@ -140,8 +144,9 @@ class _Block:
         self.finished.begin(text for view in views.values() for text in _settings(view))
         self.files.append((self.finished.path, self.finished.key, list(views)))
         edits = self.finished.read(views) if self.all_known else None
-        self.all_known = edits is not None
-        return edits
+        device = next(iter(views.values())).weight.device if views else torch.device("cpu")
+        self.all_known = not everywhere(edits is None, device)  # the ranks collect statistics together
+        return edits if self.all_known else None
 
     def add(self, targets: list[Target], views: dict[str, View], edits: dict[str, Edit]) -> None:
         self.targets += targets

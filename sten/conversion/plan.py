@@ -132,8 +132,7 @@ def _calibrated_counts(targets, free, sparsifier, allocation, calibrated: Calibr
     def measured(view: View) -> View:
         if not stats:
             stats.update(calibrated.measure(targets, sparsifier.needs))
-        mine = stats[view.name]
-        return dataclasses.replace(view, weight=view.weight.to(mine["tokens"].device), stats=mine)
+        return dataclasses.replace(view, stats=stats[view.name])
 
     with torch.no_grad():
         return _counts(_Views(targets, sparsifier), free, sparsifier, allocation, measured)

@@ -9,11 +9,13 @@ weights:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
+from ..calibration import Calibration
 from ..conversion import attach, sparsify, summary, trainable
 from ..conversion.arguments import Layouts, Weights
 from ..conversion.recipe import DEFAULT, Recipe, recipe_of, recipes_of
@@ -36,6 +38,8 @@ class SparsityCallback(TrainerCallback):
     checkpoint of the Trainer has all state of the method, and each is a folder for `from_pretrained`. Each log has
     `density`, that of the sparse weights, and `mask_updates`. Call `sten.finalize` when training has ended.
 
+    `calibration` is that of `sten.sparsify`, for a method that reads activations; it is used once.
+
     Without arguments, a model that is sparse already is trained in its pattern, or by the method that it has.
 
     Raises:
@@ -56,9 +60,13 @@ class SparsityCallback(TrainerCallback):
         sparsifier: Sparsifier | None = DEFAULT,
         sparsity: float | Allocation | None = None,
         weights: Weights = None,
+        calibration: Calibration | Iterable | None = None,
     ) -> None:
+        self.calibration = calibration
         given = layout is not None or sparsifier is not DEFAULT or sparsity is not None or weights is not None
         self.recipe = recipe_of(layout, sparsifier, sparsity, weights) if given else None
+        if calibration is not None and not given:
+            raise ValueError("Expected a method for SparsityCallback(calibration=...), got none; pass sparsifier=.")
 
     def on_init_end(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         self._make_sparse(model, optimizer)
@@ -87,7 +95,7 @@ class SparsityCallback(TrainerCallback):
 
     def _make_sparse(self, model: nn.Module, optimizer: Any) -> None:
         if self.recipe is not None and recipes_of(model)[-1:] != [self.recipe.record()]:
-            sparsify(model, self.recipe, optimizer=optimizer)
+            sparsify(model, self.recipe, optimizer=optimizer, calibration=self.calibration)
         elif not sparse_weights(model):
             raise ValueError("Expected a sparse model, or arguments for SparsityCallback, got neither; pass sparsity=.")
         if optimizer is None:
