@@ -155,6 +155,15 @@ def test_copies_and_files_keep_adapters(tmp_path):
     assert torch.equal(other(batch(0).double()), outputs)
 
 
+def test_folders_of_transformers_come_after_the_merge(tmp_path):
+    pytest.importorskip("sten.integrations.transformers")
+    model = moved(adapted(sten.NM(2, 4), llama()))
+    with pytest.raises(ValueError, match=r"^Expected sparse weights without parametrizations.*sten\.merge_adapters\.$"):
+        model.save_pretrained(tmp_path)
+    sten.merge_adapters(model).save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
 def test_distill_trains_adapters_and_what_is_unfrozen():
     teacher = llama(num_hidden_layers=2)
     student = adapted(sten.NM(2, 4), copy.deepcopy(teacher), rank=4)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import SMALL, sparsity_of
 from hf_models import gpt2, llama
 from torch import nn
@@ -132,6 +133,40 @@ def test_nothing_else_changes_and_the_result_is_the_same_again():
 def test_a_fit_that_does_not_help_is_dropped():
     block = block_of(attention_block(), sten.NM(2, 4), [torch.randn(4, 8, 16)])
     assert sten.Reconstruct(steps=2, lr=1e3).reconstruct(block) == block.edits
+
+
+def _block_of_rank(rank: int | None) -> Block:
+    """With the batch of a rank, or for None those of both as one; without their last tokens, as many as the rank."""
+    torch.manual_seed(0)
+    dense, x = attention_block(), torch.randn(2, 4, 8, 16)
+    masks = [torch.arange(8).expand(4, 8) < 8 - r for r in range(2)]
+    batches = [torch.cat([x[0], x[1]])] if rank is None else [x[rank]]
+    return block_of(dense, sten.NM(2, 4), batches, [torch.cat(masks)] if rank is None else [masks[rank]])
+
+
+def _rank(rank: int, file: str, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    fitted = sten.Reconstruct(steps=3).reconstruct(_block_of_rank(rank))
+    queue.put({name: edit.value.numpy() for name, edit in fitted.items()})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_fit_the_batches_of_all(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), queue)) for r in range(2)]
+    for process in processes:
+        process.start()
+    found = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    want = sten.Reconstruct(steps=3).reconstruct(_block_of_rank(None))
+    for values in found:
+        for name, edit in want.items():
+            torch.testing.assert_close(torch.tensor(values[name]), edit.value, rtol=1e-4, atol=1e-5)
+    assert all((found[0][name] == found[1][name]).all() for name in want)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 1.5}, {"lr": 0.0}], ids=str)

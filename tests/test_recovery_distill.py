@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from hf_models import bert, gpt2, llama
 from small import batch, every_layout, mlp, rate
 from torch import nn
@@ -107,6 +108,28 @@ def test_the_terms_of_an_encoder():
     y, z = ((t[-1] * weight).sum(1) / weight.sum(1) for t in (ours, theirs))
     cosine = (F.normalize(y, dim=-1) * F.normalize(z, dim=-1)).sum(-1).mean()
     torch.testing.assert_close(got, 0.5 * (errors[-1] + 1 - cosine) + 0.25 * sum(errors) / 3)
+
+
+def test_a_wrapped_student_has_the_same_loss(tmp_path):
+    teacher = llama(num_hidden_layers=2)
+    student = sten.trainable(pruned(teacher))
+    inputs = {"input_ids": IDS, "labels": IDS.masked_fill(IDS < 9, -100)}
+    want = sten.Distillation(student, teacher, features=1.0)(inputs)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(student)
+        assert torch.equal(sten.Distillation(wrapped, teacher, features=1.0)(inputs), want)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_the_teacher_runs_without_dropout_and_the_student_as_it_is():
+    teacher = nn.Sequential(mlp(), nn.Dropout(0.5)).train()
+    student = pruned(teacher)
+    loss = sten.Distillation(student, teacher)
+    assert not torch.equal(loss(batch(0)), loss(batch(0))) and student.training
+    student.eval()
+    assert torch.equal(loss(batch(0)), loss(batch(0)))
 
 
 def test_task_is_the_loss_of_the_student():
@@ -218,6 +241,50 @@ def test_an_optimizer_that_is_given_goes_on():
         runs.append(dense_numbers(student))
     for name, whole in runs[0].items():
         torch.testing.assert_close(runs[1][name], whole, rtol=1e-6, atol=1e-7)
+
+
+def test_frozen_weights_come_back_finalized_under_an_optimizer_of_ones_own():
+    teacher, student = mlp(), pruned(mlp())
+    student[2].weight.requires_grad_(False)
+    before = dense_numbers(student)
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], 0.1)
+    sten.distill(student, teacher, [batch(0) + 1], optimizer, steps=2)
+    assert all(isinstance(student[i]._parameters["weight"], sten.SparseTensor) for i in (0, 2))
+    assert torch.equal(dense_numbers(student)["2.weight"], before["2.weight"])
+    assert not torch.equal(dense_numbers(student)["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("method", [sten.STE(), sten.SRigL(20, every=2), sten.Gradual(1, 6, every=2)], ids=str)
+def test_with_methods_of_each_kind(method):
+    """Without state, with parameters that change their shape, with a dense weight."""
+    teacher, student, seen = mlp(), mlp(), []
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-2)
+    layout, sparsity = {"STE": (sten.NM(2, 4), None), "SRigL": (sten.FanIn(), 0.5)}.get(
+        type(method).__name__, (sten.CSR(), 0.5)
+    )
+    sten.sparsify(student, layout, method, sparsity, optimizer=optimizer)
+    with torch.no_grad():
+        student[2].bias.normal_()
+    note = lambda step, loss: seen.append(loss)  # noqa: E731
+    sten.distill(student, teacher, [batch(0), batch(1)], optimizer, steps=12, callback=note)
+    assert seen[-1] < seen[0] and "weight_pattern" in student[0]._modules
+
+
+def test_recurrent_layers_train_as_they_are():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0])
+
+    teacher = Tagger()
+    student, x, seen = pruned(teacher, sten.CSR(), sparsity=0.5, weights=["*weight*"]), torch.randn(3, 5, 8), []
+    masks = {name: p.mask() for name, p in student.named_parameters() if isinstance(p, sten.SparseTensor)}
+    sten.distill(student, teacher, [x], steps=10, lr=1e-2, callback=lambda step, loss: seen.append(loss))
+    assert len(masks) == 3 and seen[-1] < 0.9 * seen[0]
+    assert all(torch.equal(student.get_parameter(name).mask(), mask) for name, mask in masks.items())
 
 
 def test_a_loop_of_ones_own_resumes(tmp_path):

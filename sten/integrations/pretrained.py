@@ -24,6 +24,7 @@ from ..checked import layout_of_file
 from ..conversion import densify
 from ..conversion.pretrained import KEY, pretrained_state
 from ..conversion.recipe import recipes_of, set_recipes
+from ..conversion.select import movable_weights
 from ..conversion.state_dict_hooks import accept_every_form, finalized_state
 from ..errors import FormatError
 from ..training.attribute import SUFFIX, read_every_finalized
@@ -97,6 +98,7 @@ class SparseQuantizer(HfQuantizer):
                 f"Expected whole parameters for save_pretrained, got {shard} in shards; save the shards with "
                 "torch.distributed.checkpoint, and load them into a model on one process."
             )
+        movable_weights(model)  # raises for adapters, whose names from_pretrained would not find
         tensors, sparse = pretrained_state(model, finalized_state(model))
         weights = {name: {**io.description(w), "values": list(w.parts["values"].shape)} for name, w in sparse.items()}
         model.config.quantization_config = SparseConfig(recipes=recipes_of(model))

@@ -86,6 +86,7 @@ def distill(
             "sten.sparsify, or call sten.finalize first."
         )
     finalized = [t for t in sparse if t.weight is None and not t.why and t.tensor.requires_grad and not _recurrent(t)]
+    untrained = {target.name for target in sparse if target.weight is None}
     bar = Progress(steps, progress, "distill", "step")
     try:
         if optimizer is None:
@@ -99,9 +100,8 @@ def distill(
         _train(loss_of, batches, optimizer, steps, max_grad_norm, callback, bar)
     finally:
         bar.close()
-        names = {target.name for target in finalized}
         for target in sparse_weights(student):
-            if target.name in names and target.weight is not None:
+            if target.name in untrained and target.weight is not None:
                 move(target, target.stored, [])
     return student
 
@@ -115,12 +115,11 @@ def _train(
     callback: Callable[[int, float], None] | None,
     bar: Progress,
 ) -> None:
-    params = [p for p in loss_of.student.parameters() if p.requires_grad]
     for step, batch in enumerate(_repeated(batches, steps), 1):
         optimizer.zero_grad()
         loss = loss_of(batch)
         loss.backward()
-        norm = clip_grad_norm_(params, max_grad_norm)
+        norm = clip_grad_norm_(loss_of.student.parameters(), max_grad_norm)  # read anew: some methods resize them
         if not bool(norm.isfinite()):
             optimizer.zero_grad()
             raise RuntimeError(

@@ -71,15 +71,16 @@ class Distillation:
         self.kl, self.embedding, self.features, self.task = kl, embedding, features, task
         self.temperature = temperature
         self.blocks: list[tuple[nn.Module, nn.Module]] = []
-        if isinstance(teacher, nn.Module):
-            teacher.eval()
         if features:
             self.blocks = _paired_blocks(student, teacher)
-        self.decodes = bool(getattr(getattr(student, "config", None), "is_encoder_decoder", False))
-        self.next_token = bool(getattr(student, "can_generate", lambda: False)()) and not self.decodes
+        inner = student.module if isinstance(student, nn.parallel.DistributedDataParallel) else student
+        self.decodes = bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
+        self.next_token = bool(getattr(inner, "can_generate", lambda: False)()) and not self.decodes
 
     def __call__(self, batch: Any) -> Tensor:
         """The loss of a batch, differentiable by the student's parameters."""
+        if isinstance(self.teacher, nn.Module):
+            self.teacher.eval()
         with torch.no_grad():
             theirs, their_features = _run(self.teacher, batch, [block for _, block in self.blocks])
         ours, our_features = _run(self.student, batch, [block for block, _ in self.blocks])

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -47,9 +48,11 @@ class Reconstruct(PatternMethod):
     the others', which would dominate a plain mean. (Outputs of four or more dimensions, as of convolutions: of each
     sample.) Adam in float32, for `steps` steps, each over one batch of the calibration in turn, so that a batch of more
     tokens is a better step. Masks do not change; a block whose error over all batches has not fallen keeps the values
-    that it had. Biases and norms stay: calibration writes weights only.
+    that it had. Biases and norms stay: calibration writes weights only. Gradients and errors are those of the batches
+    of all processes.
 
-    Without a method before it, the masks are Wanda's.
+    Without a method before it, the masks are Wanda's. Weights that lie in no block of the calibration stay as they were
+    decided.
 
     Args:
         steps: of Adam, for each block.
@@ -92,10 +95,10 @@ class Reconstruct(PatternMethod):
             for batch in islice(_again_and_again(block), self.steps):
                 with torch.enable_grad():
                     errors = _errors(block, weights, *batch)
-                    mean = errors.sum() / max(errors.numel(), 1)
-                    grads = torch.autograd.grad(mean, [w.values for w in weights])
+                    grads = torch.autograd.grad(errors.sum(), [w.values for w in weights])
+                count = _over_ranks(errors.new_tensor(errors.numel())).clamp(min=1)
                 for weight, grad in zip(weights, grads, strict=True):
-                    weight.values.grad = grad
+                    weight.values.grad = _over_ranks(grad) / count
                 optimizer.step()
                 decay.step()
             if not _mean_error(block, weights) < before:
@@ -146,8 +149,19 @@ def _errors(block: Block, weights: list[_Weight], inputs: tuple, target: Any, ma
 
 @torch.no_grad()
 def _mean_error(block: Block, weights: list[_Weight]) -> float:
-    sums = [(e.sum(dtype=torch.float64), e.numel()) for e in (_errors(block, weights, *b) for b in _batches(block))]
-    return float(sum(total for total, _ in sums)) / max(sum(count for _, count in sums), 1)
+    total = weights[0].values.new_zeros(2, dtype=torch.float64)  # the sum, and how many
+    for batch in _batches(block):
+        errors = _errors(block, weights, *batch).double()
+        total += torch.stack([errors.sum(), errors.new_tensor(errors.numel())])
+    total = _over_ranks(total)
+    return float(total[0] / total[1].clamp(min=1))
+
+
+def _over_ranks(t: Tensor) -> Tensor:
+    """The sum over all processes, each of which has its own batches; of one, itself."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(t)
+    return t
 
 
 def hidden(output: Any) -> Tensor:
