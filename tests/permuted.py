@@ -9,8 +9,8 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "
 IDS = torch.arange(14).view(2, 7)
 
 
-def hugging_face(kind: str) -> tuple[nn.Module, dict]:
-    """A small model with random weights, biases included, and an example."""
+def hugging_face(kind: str, **more) -> tuple[nn.Module, dict]:
+    """A small model with random weights, biases included, and an example; `more` is for its configuration."""
     from transformers import AutoConfig, AutoModel
 
     sizes = {**SIZES, "num_key_value_heads": 2}
@@ -19,7 +19,7 @@ def hugging_face(kind: str) -> tuple[nn.Module, dict]:
     if kind == "vit":
         sizes = {**SIZES, "image_size": 16, "patch_size": 4}
     torch.manual_seed(0)
-    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **{**sizes, **more})).eval()
     uneven(model)
     return model, {"pixel_values": torch.randn(2, 3, 16, 16)} if kind == "vit" else {"input_ids": IDS}
 

@@ -188,8 +188,93 @@ class Noise(nn.Module):
 def test_modes_dtypes_and_no_weight_left():
     model, x = mlp()
     model.train().bfloat16()
-    y = model(x.bfloat16())
+    y = model(x.bfloat16()).detach()
     sten.permute(model, sten.VectorNM(2, 4, 4))
     assert model.training and all(module.training for module in model.modules())
     torch.testing.assert_close(model(x.bfloat16()), y, rtol=0.05, atol=0.05 * float(y.abs().max()))
     assert isinstance(model[0].weight, nn.Parameter) and model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_an_example_is_found(kind):
+    pytest.importorskip("transformers")
+    model, example = hugging_face(kind)
+    before = outputs(model, example)
+    report = sten.permute(model, sten.NM(2, 4))
+    for a, b in zip(before, outputs(model, example), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+    assert "permuted" in str(report) and len(str(report).splitlines()) == len(report.rows) + 1
+
+
+def test_gradients_move_along():
+    model, x = mlp()
+    model(x).square().mean().backward()
+    sten.permute(model, sten.NM(2, 4))
+    moved = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().mean().backward()
+    for p, grad in zip(model.parameters(), moved, strict=True):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_adapters_move_along():
+    """LoRA's B has rows of the layer that it is beside, its A columns; neither is pruned."""
+    peft = pytest.importorskip("peft")
+    model, example = hugging_face("llama")
+    config = peft.LoraConfig(target_modules=["v_proj", "o_proj", "up_proj", "down_proj"], init_lora_weights=False, r=2)
+    model = peft.get_peft_model(model, config).eval()
+    before, old = outputs(model, example), copy.deepcopy(model.state_dict())
+    sten.permute(model, sten.VectorNM(2, 4, 8), example=example)
+    for a, b in zip(before, outputs(model, example), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
+    moved = [name for name, p in model.state_dict().items() if not torch.equal(p, old[name])]
+    assert any("up_proj.lora_B" in name for name in moved) and any("down_proj.lora_A" in name for name in moved)
+
+
+def test_torch_transformer():
+    """The MLP of nn.TransformerEncoderLayer, which in inference may run in one operator."""
+    torch.manual_seed(0)
+    model = uneven(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()
+    x = torch.randn(2, 5, 16)
+    y = model(x).detach()
+    report = sten.permute(model, sten.BSR((4, 4)), 0.5, ["linear1", "linear2"], example=x)
+    assert report.rows[0].rows == "permuted" == report.rows[1].columns
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
+
+
+OTHERS = {  # fused layers, other implementations of attention, an encoder and a decoder, experts
+    "llama": {"attn_implementation": "eager"},
+    "phi3": {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1},
+    "gpt_neox": {},
+    "t5": {"d_model": 32, "d_ff": 48, "num_layers": 1, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0},
+    "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families(kind):
+    pytest.importorskip("transformers")
+    model, example = hugging_face(kind, **OTHERS[kind])
+    if kind == "t5":
+        example["decoder_input_ids"] = example["input_ids"]
+    before = outputs(model, example)
+    report = sten.permute(model, sten.BSR((4, 4)), 0.5, example=example)
+    for a, b in zip(before, outputs(model, example), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+    moved = {row.name for row in report.rows if "permuted" in (row.rows, row.columns)}
+    attention = ("v_proj", "qkv_proj", "query_key_value", ".v.weight")
+    assert any(part in name for name in moved for part in attention)
+    assert kind == "mixtral" or any(part in name for name in moved for part in ("mlp", "DenseReluDense"))
+
+
+def test_arguments_of_sparsify():
+    """A Recipe, layouts by name, an allocation: the rows are those of the plan."""
+    recipe = sten.Recipe({"0": sten.BSR((4, 4)), "3": sten.NM(2, 4), "5": None}, sparsity=sten.ERK(0.5))
+    rows = sten.permute(mlp()[0], recipe).rows
+    assert [(row.name, row.layout) for row in rows] == [("0.weight", "BSR(block=(4, 4))"), ("3.weight", "NM(n=2, m=4)")]
+    model, _ = mlp()
+    sten.permute(model, sten.BSR((2, 2)), sten.PerWeight({"0.weight": 0.9, "3.weight": 0.1}), ["0", "3"])
+    with pytest.raises(ValueError, match=r"3\.weight in sten\.PerWeight"):
+        sten.permute(model, sten.BSR((2, 2)), sten.PerWeight({"0.weight": 0.9}), ["0", "3"])
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        sten.permute("model", sten.NM(2, 4))

@@ -22,7 +22,7 @@ numbers = st.one_of(st.integers(0, 9).map(float), st.floats(0, 10))
 items = st.lists(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=4), min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(items, st.floats(0, 40))
 def test_knapsack_is_exact(problem, budget):
     costs, errors = ([[pair[part] for pair in item] for item in problem] for part in (0, 1))
@@ -237,3 +237,18 @@ def test_budgets_that_cannot_be_met():
             table.choose(**budget)
     with pytest.raises(ValueError, match="dense model"):
         sten.sensitivity(sten.sparsify(mlp()[0], sten.NM(2, 4)), [sten.NM(2, 4)], batches())
+
+
+def test_padding_does_not_count():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    padded = {"input_ids": torch.cat([IDS, IDS[:, :2]], 1), "attention_mask": torch.tensor([[1] * 7 + [0] * 2] * 2)}
+    tables = [sten.sensitivity(model, [sten.NM(2, 4)], [batch]) for batch in (IDS, padded)]
+    finer = sten.sensitivity(model, [sten.NM(2, 4)], sten.Calibration([IDS], true_sequential=True))
+    for a, b, c in zip(*(table.rows for table in (*tables, finer)), strict=True):
+        assert (a.error, a.effect) == pytest.approx((b.error, b.effect), rel=1e-3)
+        assert a.error == pytest.approx(c.error, rel=1e-4) and c.effect > 0

@@ -100,12 +100,12 @@ def _price(items: list[tuple[np.ndarray, np.ndarray]], budget: float) -> tuple[f
     chosen, cost, bound = at(0.0)
     if cost <= budget:
         return 0.0, bound, chosen
-    low, high, best = 0.0, 1.0, bound
+    chosen = [int(np.lexsort((e, c))[0]) for c, e in items]  # the cheapest of each, which fits
     spread = max(float(np.ptp(e)) for _, e in items) or 1.0
     unit = min((float(d) for c, _ in items for d in np.diff(np.unique(c)) if d > 0), default=1.0)
-    high = 2 * spread / unit  # at this price the cheapest candidate of each item is the best
-    chosen = at(high)[0]
-    price = high
+    # at this price the cheapest candidate of each item is the best, up to differences that are nearly none
+    low, high = 0.0, 2 * spread / max(unit, 1e-9 * max(float(c.max()) for c, _ in items))
+    price, best = 0.0, bound
     for _ in range(100):
         middle = (low + high) / 2
         found, cost, bound = at(middle)

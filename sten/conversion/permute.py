@@ -14,7 +14,8 @@ from .._torch_private import tree_leaves, tree_map
 from ..calibration.data import Calibration, calibration_of, inference, run_batch
 from ..sparsifiers.allocation import Allocation, allocation
 from .arguments import Layouts, Weights, expect_layouts
-from .free_channels import Channels, Member, Space
+from .channel_trace import follow
+from .channels import Channels, Member, Space
 from .input_statistics import Inputs, input_statistics
 from .permutation_search import Scored, search
 from .recipe import DEFAULT, Recipe, recipe_of
@@ -132,8 +133,8 @@ def _permute(
 ) -> PermuteReport:
     inputs = {} if given is None else input_statistics(model, targets, given)
     example = _example(model, given) if example is None else example
-    channels = Channels(model)
-    before = _outputs(channels.run(lambda: _expect_runs(model, example)))
+    channels, out = follow(model, lambda: _expect_runs(model, example))
+    before = _outputs(out)
     sparsities = _sparsities(targets, spread, inputs)
     by_id = {id(target.tensor): target for target in targets}
     first = {t.name: _kept(t, sparsities, inputs) for t in targets}
@@ -144,7 +145,8 @@ def _permute(
         group, order = space.group.to(device), None
         if members and len(members) == len({t.name for t, _ in members}):
             problem = [
-                Scored(_score(t, inputs), t.layout, sparsities[t.name], _dim(t, m), m.at.to(device)) for t, m in members
+                Scored(_score(t, inputs).to(device), t.layout, sparsities[t.name], _dim(t, m), m.at.to(device))
+                for t, m in members
             ]
             order = search(problem, group).cpu()
         moved = order is not None and bool((order != torch.arange(len(order))).any())
@@ -170,7 +172,9 @@ def _apply(space: Space, order: Tensor) -> None:
     """Write: slot s of every member gets channel order[s]."""
     with torch.no_grad():
         for m in space.members:
-            m.tensor.copy_(m.tensor.index_select(m.dim, _index(m, order).to(m.tensor.device)))
+            for t in (m.tensor, m.tensor.grad):
+                if t is not None:
+                    t.copy_(t.index_select(m.dim, _index(m, order).to(t.device)))
 
 
 def _index(member: Member, order: Tensor) -> Tensor:

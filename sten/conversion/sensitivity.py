@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils import benchmark
 
 from .._torch_private import tree_leaves
 from ..calibration import Calibration, Walk
-from ..calibration.data import calibration_of, inference, run_batch
+from ..calibration.data import Tokens, calibration_of, inference, run_batch
 from ..calibration.substitute import substituted
 from ..layouts import Masked
 from ..layouts.base import Layout
@@ -69,6 +68,13 @@ class Sensitivity:
         rows: one for each weight and candidate.
         sizes: entries of each dense weight.
         sparsifier: that the errors were measured with.
+
+    Example:
+        >>> import torch, sten
+        >>> layer = torch.nn.Linear(16, 8)
+        >>> table = sten.sensitivity(layer, [sten.NM(2, 4), None], [torch.randn(64, 16)])
+        >>> table.choose(sparsity=0.5).layout, table.choose(bytes=512).layout
+        ({'weight': NM(n=2, m=4)}, {'weight': None})
     """
 
     rows: list[Measured]
@@ -142,7 +148,8 @@ def sensitivity(
         model: any nn.Module with dense weights.
         candidates: layouts with a rate, (layout, sparsity) pairs for those without, and None for dense. One that a
             weight's shape does not allow is left out for that weight.
-        calibration: batches, as in `sparsify`.
+        calibration: batches, as in `sparsify`. With `sten.Calibration(batches, true_sequential=True)` the weights on
+            one input take the place of a block: finer, and slower.
         sparsifier: any method that acts once. Default: `sten.Wanda()`.
         weights: as in `sparsify`.
         effect: (outputs of the dense model, outputs) -> how far they are apart. Default: the mean Kullback-Leibler
@@ -190,7 +197,8 @@ def sensitivity(
             found.append(measured)
             pruned.append((target.owners, reference.to(target.tensor.device)))
         with inference(model), substituted(pruned):
-            apart = float((effect or _apart)(dense, run_batch(model, given.batches[0], 0)))
+            out = run_batch(model, given.batches[0], 0)
+            apart = _apart(dense, out, Tokens(given.batches[0])) if effect is None else float(effect(dense, out))
         if not math.isfinite(apart):
             raise ValueError(f"Expected a finite effect of pruning {stage.name}, got {apart}.")
         total = sum(measured[len(measured) // 2].error for measured in found)
@@ -274,6 +282,8 @@ def _seconds(w: Tensor, tokens: int, name: str) -> float:
     """The median time of x @ W.T."""
     if w.dim() != 2:
         raise ValueError(f"Expected linear weights for tokens=, got {name} of shape {tuple(w.shape)}; leave it out.")
+    from torch.utils import benchmark  # takes long to import
+
     x = torch.randn(tokens, w.shape[1], device=w.device, dtype=w.dtype)
     timer = benchmark.Timer("F.linear(x, w)", globals={"F": F, "x": x, "w": w}, num_threads=torch.get_num_threads())
     timer.timeit(3)  # kernels are tuned
@@ -283,11 +293,12 @@ def _seconds(w: Tensor, tokens: int, name: str) -> float:
 # ---- how far outputs are apart
 
 
-def _apart(dense: Any, pruned: Any) -> float:
+def _apart(dense: Any, pruned: Any, tokens: Tokens) -> float:
     if isinstance(getattr(dense, "logits", None), Tensor):
-        return _divergence(dense.logits, pruned.logits)
+        return _divergence(_real(dense.logits, tokens), _real(pruned.logits, tokens))
     error, whole = 0.0, 0.0
     for a, b in zip(_floating(dense), _floating(pruned), strict=True):
+        a, b = _real(a, tokens), _real(b, tokens)
         error += float((a.float() - b.float()).square().sum(dtype=torch.float64))
         whole += float(a.float().square().sum(dtype=torch.float64))
     return error / whole if whole else 0.0
@@ -295,12 +306,18 @@ def _apart(dense: Any, pruned: Any) -> float:
 
 def _divergence(dense: Tensor, pruned: Tensor) -> float:
     """The mean of KL(softmax(dense) || softmax(pruned)) over all but the last dimension."""
-    total, count = 0.0, dense[..., 0].numel()
-    pairs: Iterator = zip(dense.flatten(0, -2).split(CHUNK), pruned.flatten(0, -2).split(CHUNK), strict=True)
+    total, rows = 0.0, [logits.reshape(-1, logits.shape[-1]) for logits in (dense, pruned)]
+    pairs: Iterator = zip(*(part.split(CHUNK) for part in rows), strict=True)
     for a, b in pairs:
         p, q = a.float().log_softmax(-1), b.float().log_softmax(-1)
         total += float(F.kl_div(q, p, reduction="sum", log_target=True))
-    return total / count
+    return total / len(rows[0])
+
+
+def _real(x: Tensor, tokens: Tokens) -> Tensor:
+    """An output without padding, where it has rows for tokens."""
+    mask = tokens.of(tuple(x.shape)) if x.dim() > 2 else None
+    return x if mask is None else x.flatten(0, 1)[mask.to(x.device)]
 
 
 def _floating(out: Any) -> list[Tensor]:
