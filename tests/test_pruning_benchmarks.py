@@ -120,8 +120,8 @@ def test_grid_speed_and_report(bench, tmp_path, capsys):
 def test_the_page_has_a_place_for_every_table(bench):
     from report import Results, filled, tables
 
-    docs = FOLDER.parent.parent / "docs"
-    page = (docs / "pruning.md").read_text() + (docs / "training.md").read_text()
+    root = FOLDER.parent.parent
+    page = "".join((root / name).read_text() for name in ("README.md", "docs/pruning.md", "docs/training.md"))
     found = tables(Results(Path("/nowhere.json")))
     marked = filled(page, {name: f"[{name}]" for name in found})
     assert all(f"\n[{name}]\n<!-- end -->" in marked for name in found)

@@ -1,4 +1,4 @@
-"""The tables of docs/pruning.md and docs/training.md, from the JSON of the benchmarks; what the targets say.
+"""The tables of docs/pruning.md and docs/training.md and the picture of README.md, from the JSON of the benchmarks; what the targets say.
 
 python benchmarks/pruning/report.py           # prints all tables
 python benchmarks/pruning/report.py --docs    # writes them between the markers of the pages
@@ -248,9 +248,13 @@ def head(results: Results) -> str:
 
 def tables(results: Results) -> dict[str, str]:
     """{name of a marker: Markdown}."""
-    image = "![Perplexity of SmolLM2 against its speed, for every layout and method](images/pruning.svg)"
+    image = "![Perplexity of SmolLM2 against its speed, for every layout and method]"
     drawn = (ROOT / "docs" / "images" / "pruning.svg").exists()
-    found = {"picture": image if drawn else "", "head": head(results), "targets": verdicts(results)}
+    found = {"picture": f"{image}(images/pruning.svg)", "picture readme": f"{image}(docs/images/pruning.svg)"}
+    found = {name: text if drawn else "" for name, text in found.items()} | {
+        "head": head(results),
+        "targets": verdicts(results),
+    }
     found["trained layouts"] = trained_layouts()
     for model in ("smollm2", "minilm"):
         found |= {f"{f.__name__} {model}": f(results, model) for f in (grid, chains, permuted, others)}
@@ -274,7 +278,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = tables(Results(arguments.results))
     if arguments.docs:
-        for page in (ROOT / "docs" / "pruning.md", ROOT / "docs" / "training.md"):
+        for page in (ROOT / "README.md", ROOT / "docs" / "pruning.md", ROOT / "docs" / "training.md"):
             page.write_text(filled(page.read_text(), found))
         return
     for name, text in found.items():
