@@ -1,4 +1,4 @@
-"""The tables of docs/pruning.md and docs/training.md and the picture of README.md, from the JSON of the benchmarks; what the targets say.
+"""The tables of the pages on pruning and training, from the JSON of the benchmarks; what the targets say.
 
 python benchmarks/pruning/report.py           # prints all tables
 python benchmarks/pruning/report.py --docs    # writes them between the markers of the pages
