@@ -36,7 +36,6 @@ import sten
 
 RESULTS = Path(__file__).parents[1] / "results" / "one_shot.json"
 DOMAINS = ("python", "manuals")
-LR = 3e-4  # of distillation
 
 
 class Bench:
@@ -107,20 +106,21 @@ class Bench:
             size = 2 if cell.model == "smollm2" else 32
             batches = self.batches(cell, cell.steps * size, size, cell.seed + 1000)
             with clock("distill"):
-                distilled(cell, model, dense, batches)
+                distilled(cell, model, dense, batches, self.arguments.lr)
+            report["lr"] = self.arguments.lr
         quality, (stored, whole) = self.quality(cell.model, model), bytes_of(model, chosen_weights(dense))
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
         return {**quality, **report, "bytes": stored, "dense_bytes": whole, "seconds": seconds, "peak_bytes": peak}
 
 
-def distilled(cell: Cell, model: nn.Module, dense: nn.Module, batches: list[dict]) -> None:
+def distilled(cell: Cell, model: nn.Module, dense: nn.Module, batches: list[dict], lr: float) -> None:
     """Train the sparse weights, biases and norms towards the dense model; embeddings stay as they are."""
     model.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
     features = 1.0 if cell.model == "minilm" else 0.0
-    sten.distill(model, dense, batches, steps=cell.steps, lr=LR, features=features)
+    sten.distill(model, dense, batches, steps=cell.steps, lr=lr, features=features)
 
 
 class Clock:
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=16, help="of 1024 tokens, for calibration of SmolLM2")
     parser.add_argument("--passages", type=int, default=512, help="for calibration of MiniLM")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of distillation")
     parser.add_argument("--windows", type=int, default=0, help="evaluate on the first so many only")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no cell starts")
     parser.add_argument("--out", type=Path, default=RESULTS)
