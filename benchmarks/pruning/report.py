@@ -1,7 +1,9 @@
 """The tables of the pages on pruning and training, from the JSON of the benchmarks; what the targets say.
 
-python benchmarks/pruning/report.py           # prints all tables
-python benchmarks/pruning/report.py --docs    # writes them between the markers of the pages
+    python benchmarks/pruning/report.py           # prints all tables
+    python benchmarks/pruning/report.py --docs    # writes them between the markers of the pages
+
+What was not measured is left out.
 """
 
 from __future__ import annotations
