@@ -113,6 +113,7 @@ def cells(seeds: int) -> Iterator[Cell]:
                 for layout, at in CHAINED[:2]
                 for method in ("Wanda()", "SparseGPT()", BEST)
             )
+        yield from (replace(cell, domain="both") for cell in recovered if cell.layout in ("NM(2, 4)", "CSR()"))
         again = [
             cell for cell in (*dense, *chains) if cell.layout in AGAIN[:2] and cell.method in (*MASKS[1:], *REPEATED)
         ]

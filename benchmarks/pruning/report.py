@@ -96,6 +96,8 @@ def chains(results: Results, model: str) -> str:
     for steps in STEPS[model]:
         cells = [Cell("distill", model, layout, BEST, at, layout[0] in "VB", steps) for layout, at in columns]
         rows.append([f"`{BEST}`, then {steps} steps of `distill`", *map(results.shown, cells)])
+        both = [replace(cell, domain="both") for cell in cells]
+        rows.append([f"the same, distilled on both domains, {steps} steps", *map(results.shown, both)])
     return table(["method", *(f"`{pattern(layout, at)}`" for layout, at in columns)], rows)
 
 
@@ -199,7 +201,8 @@ def targets(results: Results) -> Iterator[tuple[str, bool | None, str]]:
         gain = of("CSR()", "Wanda()", 0.7, model) - of("CSR()", "chain(Wanda(), DSnoT())", 0.7, model)
         yield says(f"{model}: DSnoT improves Wanda at 70 %, by", gain, lambda v: v > 0, ".3f")
     for layout, at, wanted in (("CSR()", 0.5, 0.985), ("NM(2, 4)", None, 0.97)):
-        error = least([of(layout, BEST, at, "minilm", steps=steps) for steps in STEPS["minilm"]])
+        texts = [{"steps": steps, "domain": domain} for steps in STEPS["minilm"] for domain in ("python", "both")]
+        error = least([of(layout, BEST, at, "minilm", **text) for text in texts])
         yield says(
             f"minilm, {pattern(layout, at)}: cosine {wanted} after at most 300 steps",
             1 - error,
