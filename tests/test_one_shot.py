@@ -267,6 +267,16 @@ def test_values_come_back_in_the_dtype_of_the_weight(dtype):
         assert edit.value.dtype == dtype and error(view, edit).sum() < 1.1 * error(view_of(NM(2, 4)), full).sum()
 
 
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_autocast_rounds_nothing(method):
+    for layout in (CSR(), NM(2, 4)):
+        edit = method.update(view_of(layout))
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = method.update(view_of(layout))
+        assert torch.equal(rounded.mask, edit.mask)
+        assert edit.value is None or torch.equal(rounded.value, edit.value)
+
+
 @pytest.mark.parametrize("method", METHODS[1:], ids=str)
 @pytest.mark.parametrize("layout", [CSR(), NM(2, 4), BSR((4, 4)), VectorNM(2, 4, 4), FanIn()], ids=str)
 def test_what_an_earlier_pruning_left_out_stays_out(layout, method):

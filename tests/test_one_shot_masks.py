@@ -243,7 +243,9 @@ def test_a_layout_that_does_not_name_its_groups_is_refused():
         column_groups = sten.Layout.column_groups
 
     for method in (sten.SparseSwaps(), sten.DSnoT(), sten.chain(sten.Wanda(), sten.SparseSwaps())):
-        with pytest.raises(ValueError, match=r"Expected a layout that defines column_groups for \w+\(.*got .*Own\(n=2"):
+        with pytest.raises(
+            ValueError, match=r"Expected a layout that defines column_groups and tile for \w+\(.*got .*Own\(n=2"
+        ):
             method.check(Own(2, 4))
     view = view_of(Own(2, 4))  # SparseGPT then chooses the whole mask at once
     expect_edit(sten.SparseGPT().update(view), view, sten.SparseGPT(), exact=True)

@@ -148,18 +148,19 @@ class Layout(metaclass=Constructor):
         """The group of each column of `weight.flatten(1)`, int64 on the CPU, for methods that go column by column.
 
         `mask` of a slice of whole groups, in the order of their numbers, chooses as `mask` of the whole weight does,
-        but for the count where the layout has no rate. By default all columns are one group, which is always true.
+        but for the count where the layout has no rate. If units are independent, each row keeps at least the rate of
+        each group. By default all columns are one group, which is always true.
         """
         return torch.zeros(math.prod(shape[1:]), dtype=torch.int64)
 
-    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int] | None:
         """The rows and columns, in the order of `column_groups`, of a tile: of entries whose mask moves together.
 
         Two tiles of the same rows may exchange their masks: within a group of columns, or anywhere if there is no rate.
-        By default a tile is a unit, which needs no definition of your own.
+        By default a tile is a unit, where the layout defines units or is unstructured; else None: nothing is exchanged.
         """
         if type(self).unit_totals is Layout.unit_totals:
-            return 1, 1
+            return (1, 1) if self.unstructured else None
         first = torch.zeros_like(self.unit_totals(torch.ones(shape)), dtype=torch.bool)
         first.view(-1)[0] = True
         entries = self.unit_entries(first, shape).flatten(1)

@@ -50,6 +50,9 @@ class FanIn(Layout):
     def column_groups(self, shape: tuple[int, ...]) -> Tensor:
         return torch.arange(math.prod(shape[1:]))
 
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return 1, 1
+
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         matrix = mask.reshape(len(mask), -1)

@@ -93,6 +93,9 @@ class NM(Layout):
     def column_groups(self, shape: tuple[int, ...]) -> Tensor:
         return reduction_groups(shape, self.m)
 
+    def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return 1, 1
+
     def mask(self, score: Tensor, sparsity: float | None = None) -> Tensor:
         """The n highest scores of every group; all columns of a last group that has no more than n."""
         expect_score(self, score, sparsity)

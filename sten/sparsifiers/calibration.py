@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..layouts.base import Layout
 from ..layouts.checks import count_to_keep
 from ..layouts.topk import top, top_of_groups
-from .sparsifier import View
+from .sparsifier import Edit, View
+
+
+def in_float32(update: Callable[..., Edit]) -> Callable[..., Edit]:
+    """The method's `update` without autocast, which would round products to half precision, and without gradients."""
+
+    @functools.wraps(update)
+    def run(self, view: View) -> Edit:
+        with torch.no_grad(), torch.autocast(view.weight.device.type, enabled=False):
+            return update(self, view)
+
+    return run
 
 
 def statistic(view: View, name: str, square: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..layouts.base import Layout
-from .calibration import starting_mask, statistic, wanda_score
+from .calibration import in_float32, starting_mask, statistic, wanda_score
 from .granularity import expect_independent_units
 from .sparse_swaps import Tiling, expect_groups
 from .sparsifier import Edit, PatternMethod, View
@@ -55,6 +55,7 @@ class DSnoT(PatternMethod):
         expect_independent_units(layout)
         expect_groups(layout, self)
 
+    @in_float32
     def update(self, view: View) -> Edit:
         weight, tiles = view.weight.float(), Tiling(view.layout, tuple(view.weight.shape), view.weight.device)
         var = statistic(view, "x_var").clamp(min=torch.finfo(torch.float32).tiny)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.base import Layout
-from .calibration import input_gram
+from .calibration import in_float32, input_gram
 from .sparsifier import Edit, PatternMethod, View
 
 DEAD = 1e-12  # damping of inputs that are always zero
@@ -73,14 +73,14 @@ class SparseGPT(PatternMethod):
         factor = inverse_factor(input_gram(view), self.damping, view.name)
         return (view.weight.flatten(1).float() / factor.diagonal()).square().view(view.weight.shape)
 
-    @torch.no_grad()
+    @in_float32
     def update(self, view: View) -> Edit:
         weight, device = view.weight, view.weight.device
         groups = view.layout.column_groups(tuple(weight.shape))
         order = groups.argsort(stable=True).to(device)
         factor = inverse_factor(input_gram(view)[order][:, order], self.damping, view.name)
         columns = weight.flatten(1).float().t()[order].contiguous()  # (columns, rows): a column is contiguous
-        width = view.layout.tile(tuple(weight.shape))[1]
+        width = (view.layout.tile(tuple(weight.shape)) or (1, 1))[1]
         spans = blocks_of(groups, self.block, view.layout.rate is None)
         mask = eliminate(columns, factor, width, spans, chooser(view, order), least_kept(view))
         back = order.argsort()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layouts.base import Layout
-from .calibration import input_gram, starting_mask
+from .calibration import in_float32, input_gram, starting_mask
 from .sparsifier import Edit, PatternMethod, Sparsifier, View
 
 WINDOW = 32  # tiles that are compared with each other where a layout has no groups
@@ -57,6 +57,7 @@ class SparseSwaps(PatternMethod):
         super().check(layout)
         expect_groups(layout, self)
 
+    @in_float32
     def update(self, view: View) -> Edit:
         mask, layout, shape = starting_mask(view), view.layout, tuple(view.weight.shape)
         tiles = Tiling(layout, shape, view.weight.device)
@@ -79,10 +80,11 @@ class SparseSwaps(PatternMethod):
 
 
 def expect_groups(layout: Layout, method: Sparsifier) -> None:
-    """Raise ValueError for a layout with a rate that does not say which columns are chosen together."""
-    if layout.rate is not None and type(layout).column_groups is Layout.column_groups:
+    """Raise ValueError for a layout that does not say which entries may be exchanged."""
+    unknown = layout.rate is not None and type(layout).column_groups is Layout.column_groups
+    if unknown or layout.tile((1, 1)) is None:
         raise ValueError(
-            f"Expected a layout that defines column_groups for {method}, which exchanges entries in them, got "
+            f"Expected a layout that defines column_groups and tile for {method}, which exchanges entries, got "
             f"{layout}; use sten.Wanda() or sten.SparseGPT()."
         )
 

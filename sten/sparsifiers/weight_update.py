@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .calibration import input_gram, starting_mask
+from .calibration import in_float32, input_gram, starting_mask
 from .sparsifier import Edit, PatternMethod, View
 
 
@@ -33,6 +33,7 @@ class WeightUpdate(PatternMethod):
         if not self.damping > 0:
             raise ValueError(f"Expected damping > 0 for {kind}, got {self.damping!r}.")
 
+    @in_float32
     def update(self, view: View) -> Edit:
         mask, gram = starting_mask(view), input_gram(view)
         mean = gram.diagonal().mean()

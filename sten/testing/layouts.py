@@ -266,19 +266,19 @@ def check_traits(layout: Layout, case: Case, w: Tensor, mask: Tensor, parts: Par
 
 
 def check_columns(layout: Layout, case: Case, w: Tensor, mask: Tensor, where: str) -> None:
-    """What methods that go column by column rely on."""
-    groups, (height, width) = layout.column_groups(case.shape), layout.tile(case.shape)
+    groups, (height, width) = layout.column_groups(case.shape), layout.tile(case.shape) or (1, math.inf)
     order, score, mask = groups.argsort(stable=True), case.score(w).flatten(1), mask.flatten(1).clone()
-    claim(len(order) == mask.shape[1], f"{where}: column_groups has {len(order)} columns, the weight {mask.shape[1]}")
     if layout.rate is not None:
         joined = torch.zeros_like(mask)
         for group in groups.unique():
-            joined[:, groups == group] = layout.mask(score[:, groups == group])
+            part = joined[:, groups == group] = layout.mask(score[:, groups == group])
+            enough = part.sum(1).min() >= int(layout.rate * part.shape[1] + 1e-6) or not groups.any()
+            claim(enough or not layout.independent_units, f"{where}: a row keeps too little of a group of columns")
         stored = layout.support(layout.pack(w, joined.view(case.shape)), case.shape)
         claim(torch.equal(stored.flatten(1), joined), f"{where}: masks of groups of columns, joined, are not held")
     last = int((groups == groups[order[0]]).sum()) if layout.rate is not None else len(order)
-    first, second = order[:width], order[(last // width - 1) * width :][:width]  # the first and last whole tiles
     if last >= width:
+        first, second = order[:width], order[(last // width - 1) * width :][:width]  # the first and last whole tiles
         mask[:height, first], mask[:height, second] = mask[:height, second], mask[:height, first]
         stored = layout.support(layout.pack(w, mask.view(case.shape)), case.shape)
         claim(torch.equal(stored.flatten(1), mask), f"{where}: a mask with two tiles exchanged is not held")
