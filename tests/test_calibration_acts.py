@@ -165,6 +165,29 @@ def test_bfloat16():
         torch.testing.assert_close(seen["layers.0.up.weight"]["x_gram"].double(), want["x_gram"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def fast_products():
+    """Products of float32 in bfloat16 on the CPU, and in TF32 on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_float32_under_faster_switches(device, fast_products):
+    """Statistics are exact (few CPUs have faster products, GPUs do), and the switches are as they were."""
+    model, method = nn.Linear(256, 8).to(device), Noted()
+    x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
+    switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [switch.fp32_precision for switch in switches]
+    sten.sparsify(model, sten.NM(2, 4), method, calibration=[x])
+    gram = method.seen["weight"]["x_gram"].double().cpu()
+    torch.testing.assert_close(gram, statistics(x)["x_gram"], rtol=1e-5, atol=1e-5)
+    assert [switch.fp32_precision for switch in switches] == before == ["tf32", "bf16"]
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
 # ---- experts
 
 

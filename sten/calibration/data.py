@@ -155,21 +155,18 @@ class Tokens:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Forward passes without gradients, dropout, caches of generation or TF32; all as it was at the end."""
+    """Forward passes without gradients, dropout or caches of generation; all as it was at the end."""
     modes = [(module, module.training) for module in model.modules()]
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    precision = torch.get_float32_matmul_precision()
     model.eval()
     try:
-        torch.set_float32_matmul_precision("highest")
         for config in cached:
             config.use_cache = False
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled graphs do not see new hooks
             yield
     finally:
         with uninterrupted():
-            torch.set_float32_matmul_precision(precision)
             for module, training in modes:
                 module.training = training
             for config in cached:

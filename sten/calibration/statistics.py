@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..training.distributed import ranks
+from .precision import in_float32
 
 
 class Statistics:
@@ -32,7 +33,7 @@ class Statistics:
 
         Nothing here waits for the device.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        with in_float32(self.tokens.device):
             x = x.detach().to(self.tokens.device).float()
             if mask is not None:
                 mask = mask.to(x.device)
