@@ -88,6 +88,8 @@ class Bench:
     def run(self, cell: Cell) -> dict:
         """One cell, from a copy of the dense model: quality, bytes, seconds of each step."""
         torch.manual_seed(cell.seed)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         dense, seconds = self.model(cell.model), {}
         model = copy.deepcopy(dense)
         count, size = (self.arguments.sequences, 2) if cell.model == "smollm2" else (self.arguments.passages, 32)
@@ -154,6 +156,7 @@ def about(arguments, pack) -> dict:
         "sequences": arguments.sequences,
         "passages": arguments.passages,
         "windows": arguments.windows or "all",
+        "processes": int(arguments.shard.partition("/")[2]),  # at the same time, so seconds are not of one alone
         "text": pack.about,
     }
 
