@@ -41,6 +41,17 @@ def test_quickstart(tmp_path):
     assert (tmp_path / "quickstart_model.safetensors").stat().st_size > 1_000
 
 
+@pytest.mark.parametrize("script", ["prune_decoder.py", "prune_encoder.py"])
+def test_prune(script, tmp_path, monkeypatch, capsys):
+    """The whole example on a small random model; its folder is read again."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "argv", [script, "--tiny", "--out", str(tmp_path / "model")])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "of distillation" in out and "sparse: " in out
+    assert (tmp_path / "model" / "config.json").exists()
+
+
 def test_new_layout():
     path = EXAMPLES / "new_layout.py"
     assert len(path.read_text().splitlines()) < 40

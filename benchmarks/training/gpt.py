@@ -4,9 +4,14 @@
 
 The files are split into training and validation by a hash of their names. Every method gets the same number of steps,
 which the dense model's speed and --seconds decide (or --steps). The linear layers of the blocks are sparse; embeddings
-and head stay dense. Results are written after every run, so a run that is cut short leaves what it has. Raises
+and head stay dense. Results are written after every run, and with --resume runs that the file has are skipped. Raises
 if a finalized model does not have the requested density. --workers trains several models at the same time, spread over
-all GPUs: the losses are the same, the times of a step are then meaningless.
+all GPUs: the losses are the same, the times of a step are then meaningless. --compare layouts trains the layouts that
+are fast on a GPU by a few methods, and times what comes of it as well: a step in the fixed pattern, and the forward
+pass:
+
+    python benchmarks/training/gpt.py --device cuda --compare layouts --size 25m --steps 1000 --batch 32 --seeds 1 \\
+        --resume --budget 500 --out benchmarks/training/results/gpt-layouts.json
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import statistics
 import sysconfig
 import time
@@ -27,7 +33,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from recipes import Recipe, Run, picture, recipes
+from recipes import Recipe, Run, layout_recipes, picture, recipes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -144,7 +150,40 @@ def train(recipe: Recipe, seed: int, steps: int, args, data: tuple[Tensor, Tenso
         raise RuntimeError(f"Expected a finalized model of density {requested:.3f}, got {density:.3f}.")
     loss = validate(model.eval(), data[1], args, context)
     numbers = {"loss": loss, "perplexity": math.exp(loss), "train_loss": last, "density": density}
+    if args.compare == "layouts":
+        numbers |= in_pattern(model, args, data[0])
     return {**numbers, "milliseconds": 1000 * took / steps, "peak_bytes": peak, "steps": steps, "seed": seed}
+
+
+def in_pattern(model: nn.Module, args, data: Tensor, steps: int = 20) -> dict[str, float]:
+    """Milliseconds of a training step with the pattern that the run ended with, and of a forward pass."""
+    cuda = args.device == "cuda"
+    x, y = draw(data, args.batch, SIZES[args.size][3], torch.Generator().manual_seed(0), args.device)
+
+    def forward() -> Tensor:
+        with torch.autocast(args.device, torch.bfloat16, enabled=cuda):
+            return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    def milliseconds(call) -> float:
+        for number in range(5 + steps):
+            if number == 5:
+                float(forward())  # waits for the device
+                began = time.perf_counter()
+            call()
+        float(forward())
+        return 1000 * (time.perf_counter() - began) / steps
+
+    with torch.no_grad():
+        result = {"forward_milliseconds": milliseconds(forward)}
+    sten.trainable(model.train())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=cuda)
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {**result, "pattern_milliseconds": milliseconds(step)}
 
 
 def speed(args, data) -> int:
@@ -162,10 +201,11 @@ def one(name: str, seed: int, steps: int, args) -> tuple[str, dict]:
     return name, train(table(args)[name], seed, steps, args, corpus())
 
 
-def trained(args, steps: int, stop: float) -> Iterator[tuple[str, dict]]:
-    """Every wanted run, seed by seed in the table's order; none starts after `stop`."""
-    wanted = tuple(args.only.split(",")) if args.only else ("",)
+def trained(args, steps: int, stop: float, done: set[tuple[str, int]]) -> Iterator[tuple[str, dict]]:
+    """Every wanted run that is not done, seed by seed in the table's order; none starts after `stop`."""
+    wanted = tuple(re.split(",(?! )", args.only)) if args.only else ("",)
     runs = [(name, seed) for seed in range(args.seeds) for name in table(args) if name.startswith(wanted)]
+    runs = [run for run in runs if run not in done]
     if args.workers == 1:
         data = corpus()
         for name, seed in runs:
@@ -183,6 +223,8 @@ def trained(args, steps: int, stop: float) -> Iterator[tuple[str, dict]]:
 
 
 def table(args) -> dict[str, Recipe]:
+    if args.compare == "layouts":
+        return layout_recipes(args.cast_decay)
     free = sten.Masked() if args.free == "masked" else sten.CSR()
     table = recipes(free, args.block, args.cast_decay, args.decay)
     # BLaST leaves attention dense.
@@ -204,6 +246,8 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--cast-decay", type=float, default=3e-4)
     parser.add_argument("--decay", type=float, default=2e-4, help="of SR-STE")
+    parser.add_argument("--compare", choices=["methods", "layouts"], default="methods")
+    parser.add_argument("--resume", action="store_true", help="go on with what --out has, of the same steps")
     parser.add_argument("--only", default="", help="comma-separated beginnings of recipe names")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no new run starts")
     parser.add_argument("--workers", type=int, default=1, help="models trained side by side")
@@ -232,8 +276,11 @@ def main() -> None:
     }
     print(metadata, flush=True)
     results: dict[str, list[dict]] = {}
+    if args.resume and args.out.exists():
+        results = json.loads(args.out.read_text())["results"]
+    done = {(name, run["seed"]) for name, runs in results.items() for run in runs if run["steps"] == steps}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for name, result in trained(args, steps, began + args.budget):
+    for name, result in trained(args, steps, began + args.budget, done):
         results.setdefault(name, []).append(result)
         args.out.write_text(json.dumps({"about": metadata, "results": results}, indent=1))
         memory = f"{result['peak_bytes'] / 2**20:7.0f} MiB" if result["peak_bytes"] else ""

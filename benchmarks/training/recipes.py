@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import sten
+from sten.training.pattern_weight import PatternWeight
 
 Choose = Callable[[str, nn.Module, str], bool]
 
@@ -82,12 +83,40 @@ def recipes(
     return table
 
 
+def layout_recipes(cast_decay: float = 1e-2, fade: float = 8.0) -> dict[str, Recipe]:
+    """One quality for each layout that is fast: the same methods on VectorNM and BSR, and on NM at the same rates."""
+
+    def gradually(n: int) -> sten.Sparsifier:
+        return sten.BlockPruneGrow(n // 10, 3 * n // 4, interval(n))
+
+    table = {"dense": Recipe()}
+    blocks = [(sten.BSR((b, b)), sten.Uniform(s)) for b in (64, 128) for s in (0.8, 0.9)]
+    layouts: list[tuple[sten.Layout, sten.Allocation | None]] = [(sten.NM(2, 4), None)]
+    for m in (2, 4, 8):
+        layouts += [(layout, None) for layout in (sten.NM(1, m), *(sten.VectorNM(1, m, v) for v in (32, 64, 128)))]
+    for layout, sparsity in [*layouts, *blocks]:
+        at = layout_name(layout, sparsity)
+        decaying = Recipe(lambda n: sten.DecayingMask(n, rate=fade / n), layout, sparsity)
+        cast = Recipe(lambda n: sten.CAST(n, decay=cast_decay), layout, sparsity, 0.5, adams=True, distill=True)
+        table |= {f"decaying {at}": decaying, f"cast, teacher {at}": cast}
+        if sparsity is not None:
+            table[f"prune and grow {at}"] = Recipe(gradually, layout, sparsity)
+    return table
+
+
+def layout_name(layout: sten.Layout, sparsity: sten.Allocation | None) -> str:
+    if sparsity is not None:
+        return f"BSR {layout.block[0]} {sparsity.sparsity:.0%}"
+    vector = f" v={layout.v}" if isinstance(layout, sten.VectorNM) else ""
+    return f"{type(layout).__name__} {layout.n}:{layout.m}{vector}"
+
+
 @torch.no_grad()
 def widen(model: nn.Module) -> None:
     """Divide the first weights of compressed layers by sqrt(density): their fan-in is smaller than init assumed."""
     for module in model.modules():
-        if isinstance(module, sten.training.SparseWeight):
-            module.values.div_(module.tensor().density ** 0.5)
+        if isinstance(getattr(module, "weight_pattern", None), PatternWeight):
+            module.weight.mul_(module.weight.density**-0.5)
 
 
 class Run:
