@@ -70,9 +70,7 @@ def times(models: dict[str, nn.Module], kind: str, arguments) -> dict[str, dict]
     def measure(what: str, calls: dict, repeats: int, before=None) -> None:
         ways = dict.fromkeys(calls, "eager")
         for name, call in calls.items() if cuda else ():
-            with contextlib.suppress(
-                RuntimeError
-            ):  # a call that waits for the device cannot be captured: it stays eager
+            with contextlib.suppress(RuntimeError):  # what waits for the device cannot be captured, and stays eager
                 calls[name], ways[name] = captured(call, before), "graph"
         rows = in_turns(calls, clock, arguments.rounds, repeats, before)
         dense = rows.pop("dense")
