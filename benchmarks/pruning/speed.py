@@ -13,6 +13,7 @@ CPU there is dense bfloat16, too. The JSON is written after every pattern, and p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import fnmatch
 import functools
@@ -67,11 +68,14 @@ def times(models: dict[str, nn.Module], kind: str, arguments) -> dict[str, dict]
     clock, repeats = Clock(device), 20 if cuda else arguments.repeats
 
     def measure(what: str, calls: dict, repeats: int, before=None) -> None:
-        if cuda:
-            calls = {name: captured(call, before) for name, call in calls.items()}
+        ways = dict.fromkeys(calls, "eager")
+        for name, call in calls.items() if cuda else ():
+            with contextlib.suppress(RuntimeError):  # what waits for the device cannot be captured, and stays eager
+                calls[name], ways[name] = captured(call, before), "graph"
         rows = in_turns(calls, clock, arguments.rounds, repeats, before)
         dense = rows.pop("dense")
-        result[what] = {**next(iter(rows.values())), "dense_us": dense["us"]}
+        name, row = next(iter(rows.items()))
+        result[what] = {**row, "dense_us": dense["us"], "way": ways[name]}
 
     dense = models["dense"]
     for batch, tokens in arguments.shapes[kind]:
