@@ -152,6 +152,21 @@ def test_allocations(allocation):
         assert int(model.get_parameter(name).mask().sum()) == count, name
 
 
+METHODS = (sten.SparseGPT(), sten.SparseSwaps(), sten.ADMM(), sten.LeastSquares(), sten.DSnoT(), sten.Reconstruct())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_global_with_every_method(method):
+    """Scores of all weights are compared by the norms of inputs: Gram matrices of all would not fit together."""
+    expected, model = blocks(), blocks()
+    sten.sparsify(expected, sten.CSR(), sten.Wanda(), sten.Global(0.6), calibration=vectors())
+    sten.sparsify(model, sten.CSR(), method, sten.Global(0.6), calibration=vectors())
+    for name, w in model.named_parameters():
+        if name.endswith("weight"):
+            count = expected.get_parameter(name).parts["values"].numel()
+            assert w.parts["values"].numel() == pytest.approx(count, abs=9), name
+
+
 def test_bfloat16():
     model = blocks().bfloat16()
     method = Noted()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..layouts.base import Layout
 from ..layouts.checks import count_to_keep
 from ..layouts.topk import top, top_of_groups
-from .sparsifier import Edit, View
+from .sparsifier import Edit, PatternMethod, View
 
 
 def in_float32(update: Callable[..., Edit]) -> Callable[..., Edit]:
@@ -84,3 +85,12 @@ def starting_mask(view: View) -> Tensor:
     if view.layout.unstructured:
         return mask_by_row(view.layout, score, view.sparsity)
     return view.layout.mask(score, view.sparsity)
+
+
+class Refinement(PatternMethod):
+    """A method that starts from a mask: that of the method before in a chain, else Wanda's, whose scores it has."""
+
+    refines: ClassVar[bool] = True
+
+    def score(self, view: View) -> Tensor:
+        return wanda_score(view)

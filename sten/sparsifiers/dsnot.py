@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 
 from ..layouts.base import Layout
-from .calibration import in_float32, starting_mask, statistic, wanda_score
+from .calibration import Refinement, in_float32, starting_mask, statistic, wanda_score
 from .granularity import expect_independent_units
 from .sparse_swaps import Tiling, expect_groups
-from .sparsifier import Edit, PatternMethod, View
+from .sparsifier import Edit, View
 
 
 @dataclass(frozen=True)
-class DSnoT(PatternMethod):
+class DSnoT(Refinement):
     """Dynamic sparse no training: in every row, grow and drop one entry a cycle, while the expected error falls.
 
     With D_ij = w_ij * mean(x_j), the expected error of row i is e_i, the sum of D over its dropped entries. What grows
@@ -43,7 +43,6 @@ class DSnoT(PatternMethod):
     cycles: int = 50
 
     needs: ClassVar[frozenset[str]] = frozenset({"x_norm", "x_mean_var"})
-    refines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

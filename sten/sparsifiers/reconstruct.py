@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .calibration import starting_mask, wanda_score
-from .sparsifier import Edit, PatternMethod, View
+from .calibration import Refinement, starting_mask
+from .sparsifier import Edit, View
 
 
 class Block(Protocol):
@@ -40,7 +40,7 @@ class Block(Protocol):
 
 
 @dataclass(frozen=True)
-class Reconstruct(PatternMethod):
+class Reconstruct(Refinement):
     """Fit the remaining weights of each block to the dense block's outputs; the last method of a `sten.chain`.
 
     The loss is the relative error of each token, `|y - z|^2 / |z|^2` of the block's output y and the dense block's z,
@@ -69,15 +69,11 @@ class Reconstruct(PatternMethod):
     lr: float = 5e-3
 
     needs: ClassVar[frozenset[str]] = frozenset({"x_norm"})
-    refines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (isinstance(self.steps, int) and self.steps > 0 and self.lr > 0):
             raise ValueError(f"Expected positive steps and lr, got steps={self.steps} and lr={self.lr}.")
-
-    def score(self, view: View) -> Tensor:
-        return wanda_score(view)
 
     def update(self, view: View) -> Edit:
         """What the method before has decided; the block is fitted when all its weights have been."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.base import Layout
-from .calibration import in_float32, input_gram
+from .calibration import in_float32, input_gram, input_norms
 from .sparsifier import Edit, PatternMethod, View
 
 DEAD = 1e-12  # damping of inputs that are always zero
@@ -69,7 +69,12 @@ class SparseGPT(PatternMethod):
             raise ValueError(f"Expected damping > 0 for SparseGPT, got {self.damping!r}.")
 
     def score(self, view: View) -> Tensor:
-        """(w_ij / U_jj)^2 of the weights as they are."""
+        """(w_ij / U_jj)^2 of the weights as they are. Where an allocation compares all weights, whose Gram matrices
+        would not fit in memory together, H is its diagonal, and 1 / U_jj^2 is H_jj."""
+        if "x_gram" not in view.stats:
+            diagonal = input_norms(view).square()
+            costs = diagonal + self.damping * diagonal.mean()
+            return (view.weight.flatten(1).float().square() * costs).view(view.weight.shape)
         factor = inverse_factor(input_gram(view), self.damping, view.name)
         return (view.weight.flatten(1).float() / factor.diagonal()).square().view(view.weight.shape)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layouts.base import Layout
-from .calibration import in_float32, input_gram, starting_mask
-from .sparsifier import Edit, PatternMethod, Sparsifier, View
+from .calibration import Refinement, in_float32, input_gram, starting_mask
+from .sparsifier import Edit, Sparsifier, View
 
 WINDOW = 32  # tiles that are compared with each other where a layout has no groups
 BLOCK = 128  # tiles, about, after which the effect of exchanges reaches all columns
@@ -21,7 +21,7 @@ NEVER = 1e30  # the cost of keeping what an earlier pruning left out; finite, as
 
 
 @dataclass(frozen=True)
-class SparseSwaps(PatternMethod):
+class SparseSwaps(Refinement):
     """Exchange kept and dropped entries of a mask, while that lowers the error d G d^T of a row.
 
     G is the mean of x x^T and d the weights that are dropped. With c = G d, dropping p and keeping u instead changes
@@ -46,7 +46,6 @@ class SparseSwaps(PatternMethod):
     sweeps: int = 4
 
     needs: ClassVar[frozenset[str]] = frozenset({"x_gram"})
-    refines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

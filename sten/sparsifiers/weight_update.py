@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .calibration import in_float32, input_gram, starting_mask
-from .sparsifier import Edit, PatternMethod, View
+from .calibration import Refinement, in_float32, input_gram, starting_mask
+from .sparsifier import Edit, View
 
 
 @dataclass(frozen=True)
-class WeightUpdate(PatternMethod):
+class WeightUpdate(Refinement):
     """Values v on a mask that lower (w - v) H (w - v)^T of every row, H = mean of x x^T + damping * mean(diag H) * I.
 
     w is the dense weight. The mask is that of the method before in a chain, else Wanda's.
@@ -23,7 +23,6 @@ class WeightUpdate(PatternMethod):
     damping: float = 0.01
 
     needs: ClassVar[frozenset[str]] = frozenset({"x_gram"})
-    refines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
