@@ -214,9 +214,14 @@ def targets(results: Results) -> Iterator[tuple[str, bool | None, str]]:
 def trained_layouts() -> str:
     """Of benchmarks/training/gpt.py --compare layouts: the loss by each method, and how fast the layout is."""
     path = ROOT / "benchmarks" / "training" / "results" / "gpt-layouts.json"
-    runs = json.loads(path.read_text())["results"] if path.exists() else {}
+    content = json.loads(path.read_text()) if path.exists() else {"about": {}, "results": {}}
+    runs = content["results"]
     methods = {"decaying ": "DecayingMask", "cast, teacher ": "CAST", "prune and grow ": "BlockPruneGrow"}
     layouts = dict.fromkeys(name.removeprefix(m) for name in runs for m in methods if name.startswith(m))
+
+    times = {"": "ms a step, as trained", "pattern_": "ms a step in the final pattern", "forward_": "ms a forward pass"}
+    if content["about"].get("workers", 1) > 1:  # several on one device: no time is of one alone
+        times = {}
 
     def mean(names: list[str], what: str, form: str) -> str:
         values = [run[what] for name in names for run in runs.get(name, []) if what in run]
@@ -224,13 +229,12 @@ def trained_layouts() -> str:
         return f"{statistics.mean(values):{form}}{deviation}" if values else ""
 
     def row(title: str, losses: list[str], names: list[str]) -> list[str]:
-        times = [mean(names, f"{what}milliseconds", ".1f") for what in ("", "pattern_", "forward_")]
-        return [title, *(mean([name], "loss", ".3f") for name in losses), *times]
+        numbers = [mean(names, f"{what}milliseconds", ".1f") for what in times]
+        return [title, *(mean([name], "loss", ".3f") for name in losses), *numbers]
 
     rows = [row("dense", ["dense", "", ""], ["dense"])] if "dense" in runs else []
     rows += [row(layout, [m + layout for m in methods], [m + layout for m in methods]) for layout in layouts]
-    times = ["ms a step, as trained", "ms a step in the final pattern", "ms a forward pass"]
-    return table(["", *methods.values(), *times], rows)
+    return table(["", *methods.values(), *times.values()], rows)
 
 
 def verdicts(results: Results) -> str:
@@ -246,8 +250,9 @@ def head(results: Results) -> str:
         return "Not measured yet."
     dense = ", ".join(f"{name} {value:.2f}" for name, value in results.dense.get("smollm2", {}).items())
     return (
-        f"{about['device']}, torch {about['torch']}, sten {about['sten']}; calibration with {about['sequences']} x "
-        f"1024 tokens (SmolLM2) and {about['passages']} passages (MiniLM); SmolLM2 dense: {dense}."
+        f"{about['device']}, torch {about['torch']}, sten {about['sten']}; calibration with {about['sequences']} x 1024 "
+        f"tokens (SmolLM2) and {about['passages']} passages (MiniLM); SmolLM2 dense: {dense or 'not measured yet'}. Cells "
+        "without a number were not run."
     )
 
 
