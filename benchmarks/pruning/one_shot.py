@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--join", nargs="+", type=Path, help="put the cells of these files into --out; measure nothing")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="sten:")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     content = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"dense": {}, "cells": {}}
     if arguments.join:
         for path in arguments.join:

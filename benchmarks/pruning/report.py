@@ -250,9 +250,9 @@ def head(results: Results) -> str:
         return "Not measured yet."
     dense = ", ".join(f"{name} {value:.2f}" for name, value in results.dense.get("smollm2", {}).items())
     return (
-        f"{about['device']}, torch {about['torch']}, sten {about['sten']}; calibration with {about['sequences']} x 1024 "
-        f"tokens (SmolLM2) and {about['passages']} passages (MiniLM); SmolLM2 dense: {dense or 'not measured yet'}. Cells "
-        "without a number were not run."
+        f"{about['device']}, torch {about['torch']}, sten {about['sten']}; calibration with {about['sequences']} sequences "
+        f"of 1024 tokens (SmolLM2) and {about['passages']} passages (MiniLM); SmolLM2 dense: "
+        f"{dense or 'not measured yet'}. Cells without a number were not run."
     )
 
 
