@@ -249,10 +249,10 @@ def head(results: Results) -> str:
     if not about:
         return "Not measured yet."
     dense = ", ".join(f"{name} {value:.2f}" for name, value in results.dense.get("smollm2", {}).items())
+    versions = f"{about['device']}, torch {about['torch']}, sten {about['sten']}"
     return (
-        f"{about['device']}, torch {about['torch']}, sten {about['sten']}; calibration with {about['sequences']} windows "
-        f"of 1024 tokens (SmolLM2) and {about['passages']} passages (MiniLM); SmolLM2 dense: "
-        f"{dense or 'not measured yet'}. Cells without a number were not run."
+        f"{versions}; calibration with {about['sequences']} windows of 1024 tokens (SmolLM2) and {about['passages']} "
+        f"passages (MiniLM); SmolLM2 dense: {dense or 'not measured yet'}. Cells without a number were not run."
     )
 
 
