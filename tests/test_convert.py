@@ -324,3 +324,21 @@ def test_plan_raises_what_sparsify_raises():
         with pytest.raises(ValueError) as done:
             sten.sparsify(mlp(), **kwargs)
         assert str(planned.value) == str(done.value)
+
+
+# autocast
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("act", [lambda model: sten.sparsify(model, NM(2, 4)), lambda model: sten.finalize(model)])
+def test_conversions_inside_autocast(act, grad):
+    """Autocast's cache refers to the weights that a call has cast: they may become other objects all the same."""
+    model = mlp()
+    x = torch.randn(4, model[0].in_features)
+    if act.__code__.co_names[-1] == "finalize":
+        sten.trainable(sten.sparsify(model, NM(2, 4)))
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
+        model(x)
+        act(model)
+    assert isinstance(model[0].weight, sten.SparseTensor)
+    torch.testing.assert_close(model(x), sten.densify(copy.deepcopy(model))(x))

@@ -127,6 +127,7 @@ def _become(old: Tensor, new: nn.Parameter, optimizers: list[Optimizer]) -> Tens
     """
     for key in vars(old).keys() - vars(old.detach()).keys() - {"_is_param"}:  # what the user noted on the Parameter
         setattr(new, key, vars(old)[key])
+    torch.clear_autocast_cache()  # it has weak references to weights, with which swap_tensors would break the object
     try:
         torch.utils.swap_tensors(old, new)
         return old
