@@ -92,6 +92,31 @@ def test_a_mask_in_an_argument():
         assert all(torch.equal(ours.seen["inner." + name][key], value) for key, value in stats.items())
 
 
+def test_masks_by_position_and_of_torch():
+    """Padding is left out whatever way forward gets its mask."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = transformer("bert")
+
+        def forward(self, tokens, src_key_padding_mask):
+            return self.inner(tokens, ~src_key_padding_mask)
+
+    given, prefix = [tuple(batch.values()) for batch in padded()], "inner."
+    ways = [(transformer("bert"), given, ""), (Masked(), [(x, mask == 0) for x, mask in given], prefix)]
+    theirs = Noted()
+    sten.sparsify(transformer("bert"), sten.NM(2, 4), theirs, calibration=padded())
+    for model, batches, prefix in ways:
+        ours = Noted()
+        sten.sparsify(model, sten.NM(2, 4), ours, calibration=batches)
+        for name, stats in theirs.seen.items():
+            assert all(torch.equal(ours.seen[prefix + name][key], value) for key, value in stats.items()), name
+    whole = {"input_ids": given[0][0], "attention_mask": torch.ones(2, 1, 9, 9)}
+    with pytest.raises(ValueError, match=r"Expected attention_mask of shape \(batch, tokens\) in calibration="):
+        sten.sparsify(transformer("bert"), sten.NM(2, 4), Noted(), calibration=[whole])
+
+
 def test_encoder_decoder():
     """Two lists of blocks; padding of each side; a relative position bias that the first block gives to the others."""
     batches = []

@@ -184,9 +184,23 @@ def test_what_a_method_leaves_out_stays():
     mask = sten.Magnitude().update(view).mask
     edit = sten.chain(sten.Magnitude(), Doubled(), Nothing(), Doubled()).update(view)
     assert torch.equal(edit.mask, mask) and torch.equal(edit.value, 4 * view.weight)
-    gpt = sten.SparseGPT().update(view)
-    swapped = sten.chain(sten.SparseGPT(), sten.SparseSwaps()).update(view)  # a new mask has the weight's own values
-    assert swapped.value is None and not torch.equal(swapped.mask, gpt.mask)
+
+
+def test_a_weight_update_that_would_be_lost_is_refused():
+    """A mask that moves on has the weight's own values, so an update of weights comes after it."""
+    view = view_of(CSR())
+    for mover in (sten.SparseSwaps(), sten.DSnoT()):
+        for updated in (sten.SparseGPT(), sten.chain(sten.Wanda(), sten.ADMM())):
+            with pytest.raises(ValueError, match=r"Expected a weight update behind .* put sten\.ADMM"):
+                sten.chain(updated, mover).update(view)
+            edit = sten.chain(updated, mover, sten.LeastSquares()).update(view)
+            assert edit.value is not None
+            assert sten.chain(updated, mover, sten.Reconstruct()).update(view).value is None  # which makes its own
+
+
+def test_chains_in_a_chain_are_their_methods():
+    one = sten.chain(sten.chain(sten.Wanda(), sten.SparseSwaps()), sten.ADMM())
+    assert one == sten.chain(sten.Wanda(), sten.SparseSwaps(), sten.ADMM())
 
 
 def test_a_chain_is_written_and_made_again():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from ..training.uninterrupted import uninterrupted
 from .trees import leaves, mapped
 
-MASKS = ("attention_mask", "decoder_attention_mask")
+MASKS = ("attention_mask", "decoder_attention_mask")  # 0 at padding
+PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")  # True at padding: torch.nn's
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +25,8 @@ class Calibration:
 
     Args:
         batches: an iterable, read once. Each is a tensor, a tuple (`model(*batch)`) or a dictionary as tokenizers make
-            it (`model(**batch)`). Where a batch has an `attention_mask` of shape (batch, tokens), tokens with 0 are in
-            no statistic.
+            it (`model(**batch)`). Where forward gets an `attention_mask` of shape (batch, tokens), tokens with 0 are in
+            no statistic, nor those with True of a `src_key_padding_mask`.
         blocks: the modules that are pruned one after another, in the order of their calls: a glob over names of
             modules ("model.layers.*"), a ModuleList, or a list of names and modules. Default: the members, of one
             class, of the outermost ModuleLists and Sequentials that contain chosen weights.
@@ -119,7 +121,15 @@ class Tokens:
     def __init__(self, batch: Any, decodes: bool = False) -> None:
         parts = batch if isinstance(batch, (tuple, list)) else [batch]
         given = next((part for part in parts if isinstance(part, Mapping)), {})
-        found = {name: t for name in MASKS if isinstance(t := given.get(name), Tensor) and t.dim() == 2}
+        found = {name: t for name in MASKS if isinstance(t := given.get(name), Tensor)}
+        torch_nn = {name: given.get(name) for name in PADDING}
+        found |= {name: ~t for name, t in torch_nn.items() if isinstance(t, Tensor) and t.dtype == torch.bool}
+        for name, t in found.items():
+            if t.dim() != 2:
+                raise ValueError(
+                    f"Expected {name} of shape (batch, tokens) in calibration=, which says what is padding, got shape "
+                    f"{tuple(t.shape)}."
+                )
         if decodes and "attention_mask" in found and len(found) == 1:  # a decoder without padding
             decoded = given.get("decoder_input_ids", given.get("labels"))
             if isinstance(decoded, Tensor):
@@ -176,7 +186,18 @@ def inference(model: nn.Module) -> Iterator[None]:
 def tokens_of(model: nn.Module, batches: list) -> list[Tokens]:
     """Those of each batch."""
     decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
-    return [Tokens(batch, decodes) for batch in batches]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+    return [Tokens(_named(batch, names), decodes) for batch in batches]
+
+
+def _named(batch: Any, names: list[str]) -> Mapping:
+    """The arguments of a batch by the names that forward has for them, and those of a dictionary among them."""
+    if isinstance(batch, Mapping):
+        return batch
+    parts = batch if isinstance(batch, (tuple, list)) else [batch]
+    inner = next((part for part in parts if isinstance(part, Mapping)), {})
+    return {**dict(zip(names, parts, strict=False)), **inner}
 
 
 def tensors_of(batch: Any) -> list[Tensor]:

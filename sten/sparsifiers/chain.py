@@ -24,7 +24,7 @@ class Chain(PatternMethod):
         for place, method in enumerate(self.methods):
             if not isinstance(method, Sparsifier):
                 raise TypeError(f"Expected methods for chain(), such as sten.Wanda(), got {method!r}.")
-            if not method.acts_once or isinstance(method, Chain):
+            if not method.acts_once:
                 raise ValueError(
                     f"Expected methods that decide once, at sten.sparsify, for chain(), got {method}; call "
                     "sten.sparsify again for it."
@@ -61,7 +61,7 @@ class Chain(PatternMethod):
         return self.methods[0].score(view)
 
     def update(self, view: View) -> Edit:
-        done = Edit()
+        done, lost = Edit(), None
         for place, method in enumerate(self.methods):
             seen = dataclasses.replace(view, previous=done if place else None)
             if not place:
@@ -69,7 +69,14 @@ class Chain(PatternMethod):
             edit = method.update(seen)
             if edit.mask is None:  # the pattern stays
                 edit = Edit(mask=done.mask, value=done.value if edit.value is None else edit.value)
+            if done.value is not None and edit.value is None:
+                lost = self.methods[place - 1], method
             done = edit
+        if lost is not None and done.value is None and self.reconstruct is None:
+            raise ValueError(
+                f"Expected a weight update behind {lost[1]}, which moves the mask, so that the weights that {lost[0]} "
+                f"made for the mask before are lost, got {self}; put sten.ADMM() last."
+            )
         return done
 
 
@@ -77,7 +84,8 @@ def chain(*methods: Sparsifier) -> Chain:
     """Methods that decide once, as one: the first chooses a mask, each further one starts from what came before.
 
     What is calibrated is the union of what they need. A method that returns a mask without values puts the weight's
-    own values there, so updates of weights (`sten.ADMM`) come after changes of masks (`sten.SparseSwaps`).
+    own values there, so updates of weights (`sten.ADMM`) come after changes of masks (`sten.SparseSwaps`): a chain
+    whose last change of a mask would lose an update is refused. A chain among the methods stands for its own.
 
     Raises:
         ValueError, TypeError: a method that acts during training, or one behind the first that chooses anew.
@@ -88,4 +96,4 @@ def chain(*methods: Sparsifier) -> Chain:
         >>> method, sorted(method.needs)
         (chain(Wanda(per='row'), SparseGPT(block=128, damping=0.01)), ['x_gram', 'x_norm'])
     """
-    return Chain(methods)
+    return Chain(tuple(each for m in methods for each in (m.methods if isinstance(m, Chain) else (m,))))
