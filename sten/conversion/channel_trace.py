@@ -48,23 +48,12 @@ SCORES = "it is summed over, as queries and keys are in attention scores"
 
 
 def follow(model: nn.Module, call: Callable[[], Any]) -> tuple[Channels, Any]:
-    """The channels of a model, and the outputs of `call`, which runs it."""
+    """The channels of a model, and the outputs of `call`, which runs it in `inference`."""
     trace = _Trace(model)
-    with torch.no_grad(), trace.hooks(), _without_fast_path(), trace:
+    with torch.no_grad(), trace.hooks(), trace:
         out = call()
     trace.finish(out)
     return trace.channels, out
-
-
-@contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """nn.TransformerEncoderLayer calls its layers one by one, not all in one operator."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Trace(TorchDispatchMode):

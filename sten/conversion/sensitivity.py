@@ -172,7 +172,7 @@ def sensitivity(
     """
     expect_model(model)
     method = Wanda() if sparsifier is None else sparsifier
-    if not isinstance(method, Sparsifier) or not method.acts_once or hasattr(method, "reconstruct"):
+    if not isinstance(method, Sparsifier) or not method.acts_once or getattr(method, "reconstruct", None):
         raise ValueError(f"Expected a method that decides once, weight by weight, such as sten.Wanda(), got {method}.")
     options = _candidates(candidates)
     targets, _ = select(model, Masked(), weights)
