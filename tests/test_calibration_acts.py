@@ -30,6 +30,22 @@ def tail() -> nn.Module:
     return model
 
 
+def test_padding_of_torchs_encoder():
+    """As without the padding, which its fast path would remove by nested tensors."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True)
+    dense = nn.TransformerEncoder(layer, 2)
+    x, mask = torch.randn(6, 5, 16), torch.arange(5).expand(6, 5) < 3
+    padded, short = copy.deepcopy(dense), copy.deepcopy(dense)
+    forward = padded.forward
+    padded.forward = lambda x, attention_mask: forward(x, src_key_padding_mask=~attention_mask)
+    sten.sparsify(padded, sten.NM(2, 4), sten.SparseGPT(), calibration=[{"x": x, "attention_mask": mask}])
+    sten.sparsify(short, sten.NM(2, 4), sten.SparseGPT(), calibration=[x[:, :3]])
+    assert torch.backends.mha.get_fastpath_enabled()
+    for a, b in zip(padded.parameters(), short.parameters(), strict=True):
+        torch.testing.assert_close(a.to_dense(), b.to_dense(), rtol=1e-4, atol=1e-5)
+
+
 # ---- forms
 
 

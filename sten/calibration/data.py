@@ -34,7 +34,7 @@ class Calibration:
             it is decided, which frees its dense weights; after an error the blocks that are done stay sparse.
         device: where each block runs, is measured and decided, while the model stays where it is; None: in its place.
         offload: where the inputs of the next block wait: None, where they arise; "cpu"; or a folder, on the disk.
-        folder: keeps the decisions of each block in files, from which a second call with the same weights, methods and
+        folder: keeps the decisions of each block in files, from which a second call with the same model, methods and
             batches goes on. None: nothing is kept.
         progress: whether to show a progress bar (by tqdm); None: where tqdm is installed and stderr is a terminal.
 
