@@ -270,12 +270,3 @@ def test_chains_and_autocast():
         assert table.rows[0].error == pytest.approx(error, rel=1e-5)
     with pytest.raises(ValueError, match="decides once"):
         sten.sensitivity(layer, [sten.NM(2, 4)], [x], sten.chain(sten.Wanda(), sten.Reconstruct()))
-
-
-def test_an_error_leaves_no_files(tmp_path):
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(3)))
-    answers = iter([1.0, 1.0, float("nan")])
-    calibration = sten.Calibration(batches(), offload=tmp_path)
-    with pytest.raises(ValueError, match="finite effect") as raised:
-        sten.sensitivity(model, [sten.NM(2, 4)], calibration, effect=lambda a, b: next(answers))
-    assert not list(tmp_path.iterdir()), raised

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -191,25 +190,24 @@ def sensitivity(
     walk = Walk(model, Calibrated(model, given).weights(targets), given, needs)
     with inference(model):
         dense = run_batch(model, given.batches[0], 0)
-    with contextlib.closing(iter(walk)) as stages:
-        for stage in stages:
-            stats = stage.collect()
-            mine = [by_name[weight.name] for weight in stage.weights]
-            pruned, found = [], []
-            for target in mine:
-                measured, reference = _measure(target, options, method, stats[target.name], tokens)
-                found.append(measured)
-                pruned.append((target.owners, reference.to(target.tensor.device)))
-            with inference(model), substituted(pruned):
-                out = run_batch(model, given.batches[0], 0)
-                apart = _apart(dense, out, walk.tokens[0]) if effect is None else float(effect(dense, out))
-            if not math.isfinite(apart):
-                raise ValueError(f"Expected a finite effect of pruning {stage.name}, got {apart}.")
-            total = sum(measured[len(measured) // 2].error for measured in found)
-            scale = max(apart, 0.0) / total if total else 0.0
-            for measured in found:
-                rows[measured[0].name] = [replace(row, effect=row.error * scale) for row in measured]
-            stage.values = {target.name: (lambda t=target: t.tensor.detach()) for target in mine}
+    for stage in walk:
+        stats = stage.collect()
+        mine = [by_name[weight.name] for weight in stage.weights]
+        pruned, found = [], []
+        for target in mine:
+            measured, reference = _measure(target, options, method, stats[target.name], tokens)
+            found.append(measured)
+            pruned.append((target.owners, reference.to(target.tensor.device)))
+        with inference(model), substituted(pruned):
+            out = run_batch(model, given.batches[0], 0)
+            apart = _apart(dense, out, walk.tokens[0]) if effect is None else float(effect(dense, out))
+        if not math.isfinite(apart):
+            raise ValueError(f"Expected a finite effect of pruning {stage.name}, got {apart}.")
+        total = sum(measured[len(measured) // 2].error for measured in found)
+        scale = max(apart, 0.0) / total if total else 0.0
+        for measured in found:
+            rows[measured[0].name] = [replace(row, effect=row.error * scale) for row in measured]
+        stage.values = {target.name: (lambda t=target: t.tensor.detach()) for target in mine}
     ordered = _of_rank_0([row for target in targets for row in rows[target.name]], targets[0].tensor.device)
     return Sensitivity(ordered, {t.name: math.prod(t.shape) for t in targets}, method)
 
