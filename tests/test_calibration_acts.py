@@ -357,7 +357,11 @@ def _rank(rank: int, file: str, queue) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     model, method = blocks(), Noted()
-    sten.sparsify(model, sten.NM(2, 4), method, calibration=vectors()[: 1 + 2 * rank][-1 - rank :])
+    calibration = sten.Calibration(vectors()[: 1 + 2 * rank][-1 - rank :], folder=f"{file}-decided")
+    sten.sparsify(model, sten.NM(2, 4), method, calibration=calibration)
+    again = Noted()
+    assert same(dense(sten.sparsify(blocks(), sten.NM(2, 4), again, calibration=calibration)), dense(model))
+    assert not again.seen  # all is in files, of each rank
     stats = {name: {k: v.numpy() for k, v in found.items()} for name, found in method.seen.items()}
     queue.put((rank, stats, {name: w.numpy() for name, w in dense(model).items()}))
     dist.barrier()

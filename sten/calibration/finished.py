@@ -13,11 +13,13 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import tensor_file
 from ..errors import FormatError
 from ..sparsifiers import Edit, View
+from ..training.distributed import ranks
 from .data import Calibration, tensors_of
 from .sites import Located
 
@@ -75,7 +77,8 @@ class Finished:
 
     @property
     def path(self) -> Path:
-        return self.folder / f"stage-{self.number:05d}.safetensors"
+        rank = f"-rank-{dist.get_rank()}" if ranks() > 1 else ""  # each has its own batches
+        return self.folder / f"stage-{self.number:05d}{rank}.safetensors"
 
     def read(self, views: dict[str, View]) -> dict[str, Edit] | None:
         """The edits of the present stage, if they were made of these dense weights, or these are what they became."""
