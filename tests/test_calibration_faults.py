@@ -169,3 +169,15 @@ def test_decisions_for_another_rest_of_the_model_are_made_anew(tmp_path):
         sten.sparsify(model, calibration=sten.Calibration(vectors(), folder=tmp_path), **arguments)
     sten.sparsify(plain, calibration=vectors(), **arguments)
     assert same(dense(second), dense(plain)) and not same(dense(first), dense(plain))
+
+
+@pytest.mark.filterwarnings("ignore:sten. few tokens")
+@pytest.mark.parametrize("method", [sten.SparseGPT(), sten.LeastSquares()], ids=["sparsegpt", "leastsquares"])
+def test_inputs_whose_gram_matrix_overflows(method):
+    """Finite in every entry, but not in their sum: refused, where the values would be NaN."""
+    model = nn.Linear(64, 8)
+    before = copy.deepcopy(model)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).sign() * 4.5e18
+    with pytest.raises(ValueError, match="Expected finite values of"):
+        sten.sparsify(model, sten.NM(2, 4), method, calibration=[x])
+    assert as_before(model, before)
