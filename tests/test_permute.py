@@ -254,6 +254,34 @@ OTHERS = {  # fused layers, other implementations of attention, an encoder and a
 }
 
 
+class PartlyActivated(nn.Module):
+    """The first 16 hidden channels are computed with in another way than the others."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.inplace = nn.Linear(16, 32), nn.Linear(32, 16), inplace
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.inplace:
+            x[..., :16].mul_(2)
+        else:
+            x = torch.cat([x[..., :16].relu(), x[..., 16:]], -1)
+        return self.down(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_channels_that_are_computed_with_differently(inplace):
+    """They exchange places among each other only."""
+    torch.manual_seed(0)
+    model, x = uneven(PartlyActivated(inplace)).eval(), torch.randn(5, 16)
+    before, w = model(x).detach(), model.up.weight.detach().clone()
+    assert sten.permute(model, sten.VectorNM(2, 4, 4), example=x).rows[1].columns == "permuted"
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    same = (model.up.weight[:, None] == w).all(2)
+    assert same[:16, :16].sum() == same[16:, 16:].sum() == 16
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_families(kind):
     pytest.importorskip("transformers")

@@ -5,7 +5,7 @@ second one of its shape, the *labels*: the number of the channel that each eleme
 
 - view, transpose, expand, cat, ...: the same operator is applied to the labels.
 - Element by element: numbers that meet become one channel, such as a gate and what it multiplies. A tensor without
-  labels tells channels apart along the dimensions that it varies in.
+  labels tells channels apart along the dimensions that it varies in, and an operator on some channels those from others.
 - A product with a matrix without labels, or attention's values: the labels stay, if the sum runs within a channel;
   channels of different heads are told apart.
 - Pooling, and norms: the labels stay.
@@ -195,6 +195,7 @@ class _Trace(TorchDispatchMode):
     def _pointwise(self, tensors: list[Tensor], out: Tensor) -> None:
         labels = [x.expand(out.shape) for t in tensors if (x := self._labels(t)) is not None]
         met = self.channels.meet(labels)
+        self.channels.mark(met)
         for t in tensors:
             if self._labels(t) is None and t.dim():
                 shape = [1] * (out.dim() - t.dim()) + list(t.shape)
@@ -206,6 +207,7 @@ class _Trace(TorchDispatchMode):
         if bool((labels != kept).any()):
             self.channels.freeze(labels, "it is summed over")
         else:
+            self.channels.mark(labels)
             self._set(out, after)
 
     def _product(self, args: tuple, out: Tensor) -> None:
