@@ -5,7 +5,7 @@ second one of its shape, the *labels*: the number of the channel that each eleme
 
 - view, transpose, expand, cat, ...: the same operator is applied to the labels.
 - Element by element: numbers that meet become one channel, such as a gate and what it multiplies. A tensor without
-  labels tells channels apart along the dimensions that it varies in, and an operator on some channels those from others.
+  labels tells channels apart along the dimensions that it varies in; an operator on some channels, these from others.
 - A product with a matrix without labels, or attention's values: the labels stay, if the sum runs within a channel;
   channels of different heads are told apart.
 - Pooling, and norms: the labels stay.
