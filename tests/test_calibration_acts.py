@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from calibration_cases import Blocks, Noted, as_before, blocks, dense, same, statistics, vectors
+from calibration_cases import Blocks, Noted, as_before, blocks, check, dense, same, statistics, vectors
 from hf_models import gpt2, llama
 from torch import nn
 from torch.nn.utils import prune
@@ -44,6 +44,33 @@ def test_padding_of_torchs_encoder():
     assert torch.backends.mha.get_fastpath_enabled()
     for a, b in zip(padded.parameters(), short.parameters(), strict=True):
         torch.testing.assert_close(a.to_dense(), b.to_dense(), rtol=1e-4, atol=1e-5)
+
+
+class Lengths(nn.ModuleList):
+    def __init__(self) -> None:
+        super().__init__(Scaled() for _ in range(3))
+
+    def forward(self, x):
+        for i, block in enumerate(self):
+            x = block(x, x.shape[1] * (i + 1))
+        return x
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x, count):
+        return x + self.up(x) / count
+
+
+def test_numbers_that_follow_from_the_batch():
+    """Each block gets those of every batch, not the first one's."""
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 1, 8), torch.randn(4, 30, 8)]
+    order = check(nn.Sequential(Lengths()), batches, lambda name: name.split(".")[1])
+    assert order == [f"0.{i}.up.weight" for i in range(3)]
 
 
 # ---- forms
