@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from calibration_cases import Blocks, Noted, as_before, blocks, dense, same, statistics, vectors
+from calibration_cases import Blocks, Noted, as_before, blocks, check, dense, same, statistics, vectors
 from hf_models import gpt2, llama
 from torch import nn
 from torch.nn.utils import prune
@@ -28,6 +28,49 @@ def tail() -> nn.Module:
     model.forward = lambda x: model.last(Blocks.forward(model, x))
     model.last = nn.Linear(8, 8)
     return model
+
+
+def test_padding_of_torchs_encoder():
+    """As without the padding, which its fast path would remove by nested tensors."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True)
+    dense = nn.TransformerEncoder(layer, 2)
+    x, mask = torch.randn(6, 5, 16), torch.arange(5).expand(6, 5) < 3
+    padded, short = copy.deepcopy(dense), copy.deepcopy(dense)
+    forward = padded.forward
+    padded.forward = lambda x, attention_mask: forward(x, src_key_padding_mask=~attention_mask)
+    sten.sparsify(padded, sten.NM(2, 4), sten.SparseGPT(), calibration=[{"x": x, "attention_mask": mask}])
+    sten.sparsify(short, sten.NM(2, 4), sten.SparseGPT(), calibration=[x[:, :3]])
+    assert torch.backends.mha.get_fastpath_enabled()
+    for a, b in zip(padded.parameters(), short.parameters(), strict=True):
+        torch.testing.assert_close(a.to_dense(), b.to_dense(), rtol=1e-4, atol=1e-5)
+
+
+class Lengths(nn.ModuleList):
+    def __init__(self) -> None:
+        super().__init__(Scaled() for _ in range(3))
+
+    def forward(self, x):
+        for i, block in enumerate(self):
+            x = block(x, x.shape[1] * (i + 1))
+        return x
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x, count):
+        return x + self.up(x) / count
+
+
+def test_numbers_that_follow_from_the_batch():
+    """Each block gets those of every batch, not the first one's."""
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 1, 8), torch.randn(4, 30, 8)]
+    order = check(nn.Sequential(Lengths()), batches, lambda name: name.split(".")[1])
+    assert order == [f"0.{i}.up.weight" for i in range(3)]
 
 
 # ---- forms
@@ -341,7 +384,11 @@ def _rank(rank: int, file: str, queue) -> None:
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     model, method = blocks(), Noted()
-    sten.sparsify(model, sten.NM(2, 4), method, calibration=vectors()[: 1 + 2 * rank][-1 - rank :])
+    calibration = sten.Calibration(vectors()[: 1 + 2 * rank][-1 - rank :], folder=f"{file}-decided")
+    sten.sparsify(model, sten.NM(2, 4), method, calibration=calibration)
+    again = Noted()
+    assert same(dense(sten.sparsify(blocks(), sten.NM(2, 4), again, calibration=calibration)), dense(model))
+    assert not again.seen  # all is in files, of each rank
     stats = {name: {k: v.numpy() for k, v in found.items()} for name, found in method.seen.items()}
     queue.put((rank, stats, {name: w.numpy() for name, w in dense(model).items()}))
     dist.barrier()

@@ -43,6 +43,7 @@ REFUSED = {
     "not reached": (Unused, {}, r"reach every chosen weight, got no token for unused\.weight"),
     "no such blocks": (blocks, {"calibration": sten.Calibration(vectors(), blocks="h.*")}, NONE),
     "a method that reads none": (blocks, {"sparsifier": sten.Magnitude()}, "reads no activations"),
+    "a chain of such": (blocks, {"sparsifier": sten.chain(sten.Magnitude())}, "reads no activations"),
     "a grouped convolution": (Grouped, {"weights": "0"}, r"Expected 0\.weight in .* a convolution without groups"),
     "a wrong batch": (blocks, {"calibration": [torch.ones(2, 7)]}, "shapes cannot be multiplied"),
 }  # fmt: skip
@@ -155,3 +156,28 @@ def test_going_on(commit, tmp_path):
             expected = 2
         sten.sparsify(other, layout, seen, calibration=sten.Calibration(batches, folder=tmp_path, commit=commit))
         assert len(seen.seen) >= expected, changed
+
+
+def test_decisions_for_another_rest_of_the_model_are_made_anew(tmp_path):
+    """Only the second block is chosen; what it gets follows from the first."""
+    first, second = blocks(), blocks()
+    with torch.no_grad():
+        second.layers[0].up.weight.mul_(torch.linspace(0, 5, 16)[:, None])
+    plain = copy.deepcopy(second)
+    arguments = {"layout": sten.NM(2, 4), "sparsifier": sten.SparseGPT(), "weights": "layers.1"}
+    for model in (first, second):
+        sten.sparsify(model, calibration=sten.Calibration(vectors(), folder=tmp_path), **arguments)
+    sten.sparsify(plain, calibration=vectors(), **arguments)
+    assert same(dense(second), dense(plain)) and not same(dense(first), dense(plain))
+
+
+@pytest.mark.filterwarnings("ignore:sten. few tokens")
+@pytest.mark.parametrize("method", [sten.SparseGPT(), sten.LeastSquares()], ids=["sparsegpt", "leastsquares"])
+def test_inputs_whose_gram_matrix_overflows(method):
+    """Finite in every entry, but not in their sum: refused, where the values would be NaN."""
+    model = nn.Linear(64, 8)
+    before = copy.deepcopy(model)
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).sign() * 4.5e18
+    with pytest.raises(ValueError, match="Expected finite values of"):
+        sten.sparsify(model, sten.NM(2, 4), method, calibration=[x])
+    assert as_before(model, before)

@@ -220,6 +220,14 @@ def test_few_tokens_raise_the_damping_with_a_warning():
     assert edit.value.isfinite().all() and edit.value.abs().max() < 1e3
 
 
+def test_what_is_no_gram_matrix_is_refused():
+    """No damping makes it positive definite."""
+    view = view_of(NM(2, 4), (8, 16))
+    view.stats["x_gram"] = -torch.eye(16)
+    with pytest.raises(ValueError, match="Expected the Gram matrix of w to have a Cholesky factorization"):
+        sten.SparseGPT().update(view)
+
+
 # ---- weights of a fixed mask
 
 
@@ -305,9 +313,11 @@ def test_statistics_that_are_missing_or_not_finite_are_refused(method):
     [
         (lambda: sten.Wanda("column"), "Expected per='row' or 'layer' for Wanda, got 'column'"),
         (lambda: sten.SparseGPT(0), "Expected block to be a whole number of columns for SparseGPT, got 0"),
-        (lambda: sten.SparseGPT(damping=0.0), "Expected damping > 0 for SparseGPT, got 0.0"),
+        (lambda: sten.SparseGPT(damping=0.0), "Expected a finite damping > 0 for SparseGPT, got 0.0"),
+        (lambda: sten.SparseGPT(damping=math.inf), "Expected a finite damping > 0 for SparseGPT, got inf"),
+        (lambda: sten.ADMM(damping=math.inf), "Expected a finite damping > 0 for ADMM, got inf"),
         (lambda: sten.ADMM(iterations=0), "Expected at least one of iterations for ADMM, got 0"),
-        (lambda: sten.LeastSquares(damping=-1), "Expected damping > 0 for LeastSquares, got -1"),
+        (lambda: sten.LeastSquares(damping=-1), "Expected a finite damping > 0 for LeastSquares, got -1"),
         (lambda: sten.SparseSwaps(sweeps=0), "Expected at least one of sweeps for SparseSwaps, got 0"),
         (lambda: sten.DSnoT(cycles=0), "Expected at least one of cycles for DSnoT, got 0"),
     ],

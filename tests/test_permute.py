@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 from cases import SMALL
 from permuted import hugging_face, mlp, resnet, uneven
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sten
 from sten._torch_private import tree_leaves
@@ -251,6 +254,34 @@ OTHERS = {  # fused layers, other implementations of attention, an encoder and a
 }
 
 
+class PartlyActivated(nn.Module):
+    """The first 16 hidden channels are computed with in another way than the others."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.inplace = nn.Linear(16, 32), nn.Linear(32, 16), inplace
+
+    def forward(self, x):
+        x = self.up(x)
+        if self.inplace:
+            x[..., :16].mul_(2)
+        else:
+            x = torch.cat([x[..., :16].relu(), x[..., 16:]], -1)
+        return self.down(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_channels_that_are_computed_with_differently(inplace):
+    """They exchange places among each other only."""
+    torch.manual_seed(0)
+    model, x = uneven(PartlyActivated(inplace)).eval(), torch.randn(5, 16)
+    before, w = model(x).detach(), model.up.weight.detach().clone()
+    assert sten.permute(model, sten.VectorNM(2, 4, 4), example=x).rows[1].columns == "permuted"
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    same = (model.up.weight[:, None] == w).all(2)
+    assert same[:16, :16].sum() == same[16:, 16:].sum() == 16
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_families(kind):
     pytest.importorskip("transformers")
@@ -278,3 +309,87 @@ def test_arguments_of_sparsify():
         sten.permute(model, sten.BSR((2, 2)), sten.PerWeight({"0.weight": 0.9}), ["0", "3"])
     with pytest.raises(TypeError, match=r"nn\.Module"):
         sten.permute("model", sten.NM(2, 4))
+
+
+class At(TorchDispatchMode):
+    """Does something at the n-th call of an operator; None: counts."""
+
+    def __init__(self, operator, number: int | None, act=None) -> None:
+        super().__init__()
+        self.operator, self.number, self.act, self.count = operator, number, act, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is self.operator:
+            self.count += 1
+            if self.count == self.number:
+                self.act()
+        return out
+
+
+def fail() -> None:
+    raise RuntimeError("out of memory")
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("operator", "act", "error"),
+    [(torch.ops.aten.index_select, fail, RuntimeError), (torch.ops.aten.copy_, interrupt, KeyboardInterrupt)],
+    ids=["error", "ctrl-c"],
+)
+def test_stopped_in_the_middle(operator, act, error):
+    """An error or Ctrl-C between any two operators: all weights are as they were."""
+    before, _ = mlp()
+    arguments = {"layout": sten.VectorNM(2, 4, 8), "example": torch.randn(5, 12)}
+    with At(operator, None) as counted:
+        sten.permute(copy.deepcopy(before), **arguments)
+    assert counted.count > 6
+    for number in range(max(1, counted.count - 30), counted.count + 1):
+        model = copy.deepcopy(before)
+        with pytest.raises(error), At(operator, number, act):
+            sten.permute(model, **arguments)
+        for a, b in zip(model.parameters(), before.parameters(), strict=True):
+            assert torch.equal(a, b), number
+
+
+def test_calibration_under_autocast():
+    """The layers' output errors are computed in float32."""
+    model, x = mlp()
+    reports = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            reports.append(sten.permute(copy.deepcopy(model), sten.NM(2, 4), weights="0", calibration=[x]))
+    assert [r.error_before for r in reports[0].rows] == [r.error_before for r in reports[1].rows]
+
+
+def _rank(rank: int, file: str, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model, _ = mlp()
+    batch = torch.randn(2, 64, 12, generator=torch.Generator().manual_seed(0))[rank] * torch.linspace(0, 3, 12) ** rank
+    table = sten.sensitivity(model, [sten.NM(2, 4), None], [batch], tokens=4)
+    sten.permute(model, sten.VectorNM(2, 4, 8), calibration=[batch])
+    queue.put(([p.detach().numpy() for p in model.parameters()], [(row.effect, row.seconds) for row in table.rows]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_ranks_permute_and_choose_alike(tmp_path):
+    """Each has a batch of its own: the permutation is that of both in one process."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), queue)) for r in range(2)]
+    for process in processes:
+        process.start()
+    found = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    model, _ = mlp()
+    x = torch.randn(2, 64, 12, generator=torch.Generator().manual_seed(0))
+    sten.permute(model, sten.VectorNM(2, 4, 8), calibration=[x[0], x[1] * torch.linspace(0, 3, 12)])
+    for params, table in found:
+        assert table == found[0][1]
+        assert all((p.detach().numpy() == q).all() for p, q in zip(model.parameters(), params, strict=True))

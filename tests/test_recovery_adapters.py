@@ -10,6 +10,7 @@ from hf_models import gpt2, llama
 from small import batch, every_layout, mlp, rate
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from weights import one_sentence
 
 import sten
@@ -209,3 +210,23 @@ def test_a_recurrent_layer_is_refused_and_nothing_frozen():
     with pytest.raises(TypeError, match="of a fused recurrent layer; leave it out with weights="):
         sten.add_adapters(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+class SecondFails(TorchDispatchMode):
+    """The second adapter finds no memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.uniform_
+        if self.count == 2:
+            raise RuntimeError("out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_or_nothing():
+    model = sten.sparsify(mlp(), sten.NM(2, 4))
+    before = [(name, id(p), p.requires_grad) for name, p in model.named_parameters()]
+    with pytest.raises(RuntimeError, match="out of memory"), SecondFails():
+        sten.add_adapters(model, rank=2)
+    assert [(name, id(p), p.requires_grad) for name, p in model.named_parameters()] == before

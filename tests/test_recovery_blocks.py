@@ -121,6 +121,44 @@ def test_convolutions():
     assert error_with(block, fitted) < 0.8 * error_with(block, block.edits)
 
 
+class Experts(nn.Module):
+    """One of two layers, by the sign of the batch's sum, or none where it is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.bias = nn.Linear(8, 8, bias=False), nn.Parameter(torch.randn(8), requires_grad=False)
+        self.experts = nn.ModuleList([nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)])
+
+    def forward(self, x):
+        if not x.any():
+            return x + self.bias
+        return x + self.experts[int(x.sum() > 0)](torch.tanh(self.shared(x)))
+
+
+def test_experts_that_a_batch_does_not_reach():
+    """As Adam in plain PyTorch, whose gradients are zero there."""
+    dense, batches = Experts(), [torch.rand(3, 5, 8), -torch.rand(3, 5, 8), torch.zeros(3, 5, 8)]
+    block = block_of(dense, sten.NM(2, 4), batches)
+    module = copy.deepcopy(block.module).double()
+    layers = [(module.get_parameter(block.parameters[name]), edit.mask) for name, edit in block.edits.items()]
+    rates = [1e-2 * float(p.detach()[mask].square().mean().sqrt()) for p, mask in layers]
+    optimizer = torch.optim.Adam([{"params": [p]} for p, _ in layers])
+    for step in range(5):
+        x, z = batches[step % 3].double(), block.targets[step % 3].double()
+        optimizer.zero_grad()
+        loss = ((module(x) - z).square().sum(-1) / z.square().sum(-1)).mean()
+        if loss.requires_grad:
+            loss.backward()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - step / 5)
+        for p, mask in layers:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad * mask
+        optimizer.step()
+    got = sten.Reconstruct(steps=5, lr=1e-2).reconstruct(block)
+    for edit, (p, _) in zip(got.values(), layers, strict=True):
+        torch.testing.assert_close(edit.value, p.float(), rtol=1e-4, atol=1e-6)
+
+
 def test_nothing_else_changes_and_the_result_is_the_same_again():
     block = block_of(attention_block(), sten.NM(2, 4), list(torch.randn(3, 4, 8, 16)))
     before = copy.deepcopy(block.module.state_dict())

@@ -361,3 +361,17 @@ def test_a_teacher_that_is_a_function():
     teacher, student = mlp(), pruned(mlp())
     runs = [sten.distill(copy.deepcopy(student), how, [batch(0)], steps=3) for how in (teacher, lambda x: teacher(x))]
     assert all(torch.equal(a, b) for a, b in zip(*(dense_numbers(m).values() for m in runs), strict=True))
+
+
+def test_a_teacher_that_the_student_would_train_is_refused():
+    """A shallow copy shares every parameter that stays dense; frozen ones may be shared."""
+    teacher = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    student = sten.sparsify(
+        nn.Sequential(copy.deepcopy(teacher[0]), teacher[1], teacher[2]), sten.NM(2, 4), weights="0"
+    )
+    with pytest.raises(ValueError, match=r"parameters of its own, got 2\.weight, which the student trains"):
+        sten.distill(student, teacher, [torch.randn(16, 8)])
+    teacher[2].requires_grad_(False)
+    before = teacher[2].weight.clone()
+    sten.distill(student, teacher, [torch.randn(16, 8)], steps=3, lr=1e-2)
+    assert torch.equal(teacher[2].weight, before)

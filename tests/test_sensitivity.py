@@ -252,3 +252,21 @@ def test_padding_does_not_count():
     for a, b, c in zip(*(table.rows for table in (*tables, finer)), strict=True):
         assert (a.error, a.effect) == pytest.approx((b.error, b.effect), rel=1e-3)
         assert a.error == pytest.approx(c.error, rel=1e-4) and c.effect > 0
+
+
+def test_chains_and_autocast():
+    """Errors are those of exact least squares on the mask, in float64, also under autocast."""
+    layer, x = nn.Linear(12, 6), torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    w, wide = layer.weight.detach().double(), x.double()
+    mask = sten.NM(2, 4).mask(w.abs() * wide.square().mean(0).sqrt())
+    error, whole = 0.0, (wide @ w.T).square().sum()
+    for row, kept in zip(w, mask, strict=True):
+        values = torch.linalg.lstsq(wide[:, kept], wide @ row).solution
+        error += float((wide[:, kept] @ values - wide @ row).square().sum() / whole)
+    method = sten.chain(sten.Wanda(), sten.LeastSquares(30, damping=1e-7))
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            table = sten.sensitivity(layer, [sten.NM(2, 4)], [x], method)
+        assert table.rows[0].error == pytest.approx(error, rel=1e-5)
+    with pytest.raises(ValueError, match="decides once"):
+        sten.sensitivity(layer, [sten.NM(2, 4)], [x], sten.chain(sten.Wanda(), sten.Reconstruct()))

@@ -36,7 +36,7 @@ class Calibration:
             it is decided, which frees its dense weights; after an error the blocks that are done stay sparse.
         device: where each block runs, is measured and decided, while the model stays where it is; None: in its place.
         offload: where the inputs of the next block wait: None, where they arise; "cpu"; or a folder, on the disk.
-        folder: keeps the decisions of each block in files, from which a second call with the same weights, methods and
+        folder: keeps the decisions of each block in files, from which a second call with the same model, methods and
             batches goes on. None: nothing is kept.
         progress: whether to show a progress bar (by tqdm); None: where tqdm is installed and stderr is a terminal.
 
@@ -165,18 +165,24 @@ class Tokens:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Forward passes without gradients, dropout or caches of generation; all as it was at the end."""
+    """Forward passes without gradients, dropout or caches of generation; all as it was at the end.
+
+    nn.TransformerEncoder calls its layers one by one, on plain tensors, not its fast path on nested ones.
+    """
     modes = [(module, module.training) for module in model.modules()]
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    model.eval()
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         for config in cached:
             config.use_cache = False
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled graphs do not see new hooks
             yield
     finally:
         with uninterrupted():
+            torch.backends.mha.set_fastpath_enabled(fast)
             for module, training in modes:
                 module.training = training
             for config in cached:

@@ -1,24 +1,27 @@
 """Decisions that are kept in a folder, so that a call that was interrupted goes on where it stopped.
 
 One file for each stage, in the format of `tensor_file`: of each weight "<name>.mask" and "<name>.value", if it has one.
-The metadata has a digest of all that the decision follows from, the digests of the dense weights, and those of what
-they became. A file that does not fit is ignored, and written anew.
+The metadata has a digest of all that the decision follows from (the method, the batches, the rest of the model), the
+digests of the dense weights, and those of what they became. A file that does not fit is ignored, and written anew.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from .. import tensor_file
 from ..errors import FormatError
 from ..sparsifiers import Edit, View
+from ..training.distributed import ranks
 from .data import Calibration, tensors_of
+from .sites import Located
 
 
 def digest(*values: str | Tensor) -> str:
@@ -39,18 +42,32 @@ def _digest_of(view: View) -> str:
     return digest(view.weight) if view.allowed is None else digest(view.weight, view.allowed)
 
 
+def rest_of(model: nn.Module, weights: Iterable[Located]) -> Iterator[str | Tensor]:
+    """Names and values of all parameters and buffers but the weights, in whichever form: the inputs follow from them.
+
+    What a weight becomes lies under its name (`weight`, `weight_pattern`, `weight_orig`, `parametrizations.weight`).
+    """
+    paths = {id(module): f"{path}." if path else "" for path, module in model.named_modules()}
+    owners = [(paths[id(module)], attribute) for weight in weights for module, attribute in weight.owners]
+    own = tuple(f"{path}{kind}{attribute}" for path, attribute in owners for kind in ("", "parametrizations."))
+    for name, t in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not name.startswith(own) and not t.is_meta:  # offloaded
+            yield name
+            yield t.detach().to_dense()
+
+
 class Finished:
     """The files of one call.
 
     Attributes:
-        key: digest of the batches, the method, and of each stage so far.
+        key: digest of the batches, the method, the rest of the model, and of each stage so far.
     """
 
-    def __init__(self, folder: str | os.PathLike, calibration: Calibration, *settings: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, model: nn.Module, weights: list[Located], calibration: Calibration, method: str) -> None:
+        self.folder = Path(calibration.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         data = [t for batch in calibration.batches for t in tensors_of(batch)]
-        self.key = digest(*settings, str(calibration.true_sequential), *data)
+        self.key = digest(method, str(calibration.true_sequential), *data, *rest_of(model, weights))
         self.number = 0
 
     def begin(self, settings: Iterable[str]) -> None:
@@ -60,7 +77,8 @@ class Finished:
 
     @property
     def path(self) -> Path:
-        return self.folder / f"stage-{self.number:05d}.safetensors"
+        rank = f"-rank-{dist.get_rank()}" if ranks() > 1 else ""  # each has its own batches
+        return self.folder / f"stage-{self.number:05d}{rank}.safetensors"
 
     def read(self, views: dict[str, View]) -> dict[str, Edit] | None:
         """The edits of the present stage, if they were made of these dense weights, or these are what they became."""

@@ -7,7 +7,8 @@ The arguments of each block become a template, whose leaves say where they come 
     anything else     a constant
 
 A block that gets any other tensor starts a new chain: its calls are captured, in forward passes of the whole model. So
-does a block with a chosen weight called between it and the block before.
+does a block with a chosen weight called between it and the block before, and, where the shapes of the batches differ,
+one that gets a number which may follow from them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Blocks
-from .data import Tokens, on_device, run_batch
+from .data import Tokens, on_device, run_batch, tensors_of
 from .sites import Located, Site, output_layers, sites_of
 from .substitute import copied_to
 from .trees import Path, at, leaves, mapped, placed
@@ -99,7 +100,7 @@ def trace(
     model: nn.Module,
     weights: list[Located],
     blocks: Blocks,
-    batch: Any,
+    batches: list,
     tokens: Tokens,
     device: torch.device | None,
 ) -> tuple[list[Call], list[Group]]:
@@ -107,22 +108,23 @@ def trace(
 
     Where a block is called more than once, as shared layers are, all weights are outside.
     """
-    tracer = _Tracer(model, weights, blocks, tokens)
+    alike = len({tuple(t.shape for t in tensors_of(batch)) for batch in batches}) == 1
+    tracer = _Tracer(model, weights, blocks, tokens, alike)
     with contextlib.ExitStack() as stack:
         tracer.hook_before(stack)
         streamed([block for _, block in blocks], device, stack)
         tracer.hook_after(stack)
-        run_batch(model, batch, 0)
+        run_batch(model, batches[0], 0)
     if blocks and any(len(times) > 1 for times in tracer.times.values()):
-        return trace(model, weights, [], batch, tokens, None)
+        return trace(model, weights, [], batches, tokens, None)
     return tracer.result()
 
 
 class _Tracer:
     """What hooks note during the pass; tensors whose identity is compared later are held."""
 
-    def __init__(self, model: nn.Module, weights: list[Located], blocks: Blocks, tokens: Tokens) -> None:
-        self.blocks, self.tokens = blocks, tokens
+    def __init__(self, model: nn.Module, weights: list[Located], blocks: Blocks, tokens: Tokens, alike: bool) -> None:
+        self.blocks, self.tokens, self.alike = blocks, tokens, alike
         self.weights = {weight.name: weight for weight in weights}
         attentions = output_layers(model)
         self.sites = {weight.name: sites_of(weight, attentions) for weight in weights}
@@ -193,7 +195,9 @@ class _Tracer:
                 )
         tensors = [leaf for _, leaf in leaves(call) if isinstance(leaf, Tensor)]
         if self.start is not None and all(self._known(t) for t in tensors):
-            return placed(self._source, call)
+            template = placed(self._source, call)
+            if self.alike or not any(type(leaf) in (int, float) for _, leaf in leaves(template)):
+                return template
         self.starts.add(i)
         self.start = (i, call)
         self.seen |= {id(t): (t, version(t), Kept(i, path)) for path, t in leaves(call) if isinstance(t, Tensor)}

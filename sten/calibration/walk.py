@@ -143,7 +143,7 @@ class Walk:
             shelf.close()
 
     def _trace(self, blocks: Blocks, device: torch.device | None) -> tuple[list[Call], list[Group]]:
-        return trace(self.model, self.weights, blocks, self.calibration.batches[0], self.tokens[0], device)
+        return trace(self.model, self.weights, blocks, self.calibration.batches, self.tokens[0], device)
 
     def _stages(self, calls: list[Call], outside: list[Group]) -> list[Stage]:
         ordered: list[tuple[float, Stage]] = []

@@ -186,7 +186,8 @@ def _calibrated(model, sparsifier: Sparsifier | None, calibration, write) -> Cal
         if getattr(sparsifier, "reconstruct", None) is not None:
             raise ValueError(f"Expected calibration= for {sparsifier}, which runs each block, got None; pass batches.")
         return None
-    if not getattr(sparsifier, "needs", frozenset()) & CALIBRATION and not hasattr(sparsifier, "reconstruct"):
+    needs, rebuild = getattr(sparsifier, "needs", frozenset()), getattr(sparsifier, "reconstruct", None)
+    if not needs & CALIBRATION and rebuild is None:
         raise ValueError(f"{sparsifier} reads no activations: leave calibration= out.")
     if not sparsifier.acts_once:
         raise ValueError(

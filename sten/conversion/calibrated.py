@@ -68,10 +68,10 @@ class Calibrated:
 
     def _choose(self, targets, sparsifier, view_of, choose, pack, done: list[str]) -> None:
         by_name = {target.name: target for target in targets}
-        walk = Walk(self.model, self.weights(targets), self.calibration, sparsifier.needs & CALIBRATION)
-        finished = None
+        weights, finished = self.weights(targets), None
+        walk = Walk(self.model, weights, self.calibration, sparsifier.needs & CALIBRATION)
         if self.calibration.folder is not None:
-            finished = Finished(self.calibration.folder, self.calibration, repr(sparsifier))
+            finished = Finished(self.model, weights, self.calibration, repr(sparsifier))
         block = _Block(getattr(sparsifier, "reconstruct", None), pack, finished)
         with contextlib.closing(iter(walk)) as stages:
             for stage in stages:

@@ -5,7 +5,7 @@ second one of its shape, the *labels*: the number of the channel that each eleme
 
 - view, transpose, expand, cat, ...: the same operator is applied to the labels.
 - Element by element: numbers that meet become one channel, such as a gate and what it multiplies. A tensor without
-  labels tells channels apart along the dimensions that it varies in.
+  labels tells channels apart along the dimensions that it varies in; an operator on some channels, these from others.
 - A product with a matrix without labels, or attention's values: the labels stay, if the sum runs within a channel;
   channels of different heads are told apart.
 - Pooling, and norms: the labels stay.
@@ -48,23 +48,12 @@ SCORES = "it is summed over, as queries and keys are in attention scores"
 
 
 def follow(model: nn.Module, call: Callable[[], Any]) -> tuple[Channels, Any]:
-    """The channels of a model, and the outputs of `call`, which runs it."""
+    """The channels of a model, and the outputs of `call`, which runs it in `inference`."""
     trace = _Trace(model)
-    with torch.no_grad(), trace.hooks(), _without_fast_path(), trace:
+    with torch.no_grad(), trace.hooks(), trace:
         out = call()
     trace.finish(out)
     return trace.channels, out
-
-
-@contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """nn.TransformerEncoderLayer calls its layers one by one, not all in one operator."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Trace(TorchDispatchMode):
@@ -206,6 +195,7 @@ class _Trace(TorchDispatchMode):
     def _pointwise(self, tensors: list[Tensor], out: Tensor) -> None:
         labels = [x.expand(out.shape) for t in tensors if (x := self._labels(t)) is not None]
         met = self.channels.meet(labels)
+        self.channels.mark(met)
         for t in tensors:
             if self._labels(t) is None and t.dim():
                 shape = [1] * (out.dim() - t.dim()) + list(t.shape)
@@ -217,6 +207,7 @@ class _Trace(TorchDispatchMode):
         if bool((labels != kept).any()):
             self.channels.freeze(labels, "it is summed over")
         else:
+            self.channels.mark(labels)
             self._set(out, after)
 
     def _product(self, args: tuple, out: Tensor) -> None:

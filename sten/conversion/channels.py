@@ -127,6 +127,11 @@ class Channels:
         if len(self.key[numbers].unique()) == len(numbers) > 1:
             self.freeze(numbers, MIXED)
 
+    def mark(self, labels: Tensor) -> None:
+        """Channels that an operator computes with differ from those that it leaves out."""
+        self.salt += 1
+        self.key[labels[labels >= 0].unique()] += _hash(torch.tensor(self.salt << 40))
+
     def spaces(self) -> list[Space]:
         """The channels that can change places."""
         count, uses = len(self.root), list(self.uses.values())

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from .._torch_private import tree_leaves, tree_map
 from ..calibration.data import Calibration, calibration_of, inference, run_batch
+from ..calibration.precision import in_float32
 from ..sparsifiers.allocation import Allocation, allocation
+from ..training.uninterrupted import uninterrupted
 from .arguments import Layouts, Weights, expect_layouts
 from .channel_trace import follow
 from .channels import Channels, Member, Space
@@ -123,8 +125,9 @@ def permute(
         try:
             return _permute(model, targets, spread, given, example, done)
         except BaseException:
-            for space, order in reversed(done):
-                _apply(space, torch.argsort(order))
+            with uninterrupted():
+                for space, order in reversed(done):
+                    _apply(space, torch.argsort(order))
             raise
 
 
@@ -148,13 +151,15 @@ def _permute(
                 Scored(_score(t, inputs).to(device), t.layout, sparsities[t.name], _dim(t, m), m.at.to(device))
                 for t, m in members
             ]
-            order = search(problem, group).cpu()
+            with in_float32(device):
+                order = search(problem, group).cpu()
         moved = order is not None and bool((order != torch.arange(len(order))).any())
         for target, member in members:
             remarks[target.name, _dim(target, member)] = "permuted" if moved else "no better order"
         if moved:
-            done.append((space, order))
-            _apply(space, order)
+            with uninterrupted():
+                _apply(space, order)
+                done.append((space, order))
             for member in space.members:
                 _move_inputs(inputs, targets, member, order)
     changed = {t.name for t in targets if "permuted" in (remarks.get((t.name, 0)), remarks.get((t.name, 1)))}
@@ -169,12 +174,16 @@ def _permute(
 
 
 def _apply(space: Space, order: Tensor) -> None:
-    """Write: slot s of every member gets channel order[s]."""
+    """Slot s of every member gets channel order[s]; all is computed before the first write."""
+    new: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for m in space.members:
             for t in (m.tensor, m.tensor.grad):
                 if t is not None:
-                    t.copy_(t.index_select(m.dim, _index(m, order).to(t.device)))
+                    _, moved = new.get(id(t), (t, t))  # channels may be rows and columns of one weight
+                    new[id(t)] = t, moved.index_select(m.dim, _index(m, order).to(t.device))
+        for t, moved in new.values():
+            t.copy_(moved)
 
 
 def _index(member: Member, order: Tensor) -> Tensor:
@@ -217,7 +226,8 @@ def _kept(target: Target, sparsities: dict[str, float | None], inputs: dict[str,
         return kept, None
     w = target.tensor.detach().float()
     w, x = (w.t() if target.transposed else w), inputs[target.name].sample.to(w.device)
-    whole, lost = (float((x @ v.flatten(1).T).norm()) for v in (w, w.masked_fill(mask, 0)))
+    with in_float32(w.device):
+        whole, lost = (float((x @ v.flatten(1).T).norm()) for v in (w, w.masked_fill(mask, 0)))
     return kept, lost / whole if whole else 0.0
 
 

@@ -161,6 +161,11 @@ def _choose_calibrated(
         value = view.weight if edit.value is None else edit.value
         with _named(target):
             expect_edit(edit, view, sparsifier, exact=True)
+            if edit.value is not None and not bool(value.masked_fill(~edit.mask, 0).isfinite().all()):
+                raise ValueError(
+                    f"Expected finite values of {sparsifier}, got NaN or inf; its inputs are too large for float32, or "
+                    f"the values for {value.dtype}."
+                )
             _pack(target, value.to(home), edit.mask.to(home), view.weight.to(home))
 
     with torch.no_grad():

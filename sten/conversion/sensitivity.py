@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .._torch_private import tree_leaves
 from ..calibration import Calibration, Walk
 from ..calibration.data import Tokens, calibration_of, inference, run_batch
+from ..calibration.precision import in_float32
 from ..calibration.substitute import substituted
 from ..layouts import Masked
 from ..layouts.base import Layout
@@ -22,6 +23,7 @@ from ..sparsifiers.allocation import Uniform
 from ..sparsifiers.per_weight import PerWeight
 from ..sparsifiers.sparsifier import CALIBRATION
 from ..tensor import SparseTensor
+from ..training.distributed import from_rank_0, ranks
 from .arguments import Weights
 from .calibrated import Calibrated
 from .knapsack import knapsack
@@ -172,7 +174,7 @@ def sensitivity(
     """
     expect_model(model)
     method = Wanda() if sparsifier is None else sparsifier
-    if not isinstance(method, Sparsifier) or not method.acts_once or hasattr(method, "reconstruct"):
+    if not isinstance(method, Sparsifier) or not method.acts_once or getattr(method, "reconstruct", None):
         raise ValueError(f"Expected a method that decides once, weight by weight, such as sten.Wanda(), got {method}.")
     options = _candidates(candidates)
     targets, _ = select(model, Masked(), weights)
@@ -198,15 +200,15 @@ def sensitivity(
             pruned.append((target.owners, reference.to(target.tensor.device)))
         with inference(model), substituted(pruned):
             out = run_batch(model, given.batches[0], 0)
-            apart = _apart(dense, out, Tokens(given.batches[0])) if effect is None else float(effect(dense, out))
+            apart = _apart(dense, out, walk.tokens[0]) if effect is None else float(effect(dense, out))
         if not math.isfinite(apart):
             raise ValueError(f"Expected a finite effect of pruning {stage.name}, got {apart}.")
         total = sum(measured[len(measured) // 2].error for measured in found)
         scale = max(apart, 0.0) / total if total else 0.0
         for measured in found:
-            rows[measured[0].name] = [_scaled(row, scale) for row in measured]
+            rows[measured[0].name] = [replace(row, effect=row.error * scale) for row in measured]
         stage.values = {target.name: (lambda t=target: t.tensor.detach()) for target in mine}
-    ordered = [row for target in targets for row in rows[target.name]]
+    ordered = _of_rank_0([row for target in targets for row in rows[target.name]], targets[0].tensor.device)
     return Sensitivity(ordered, {t.name: math.prod(t.shape) for t in targets}, method)
 
 
@@ -251,7 +253,8 @@ def _measure(
             continue  # this weight cannot be stored so: one candidate less
         exact = None if sparsity is None else 1 - round((1 - sparsity) * size) / size
         random = torch.Generator().manual_seed(method.seed)
-        edit = method.update(View(target.name, w, layout, sparsity=exact, stats=stats, generator=random))
+        with in_float32(w.device):
+            edit = method.update(View(target.name, w, layout, sparsity=exact, stats=stats, generator=random))
         value = (w if edit.value is None else edit.value.to(w.dtype)).masked_fill(~edit.mask, 0)
         sparse = SparseTensor(layout, layout.pack(value, edit.mask), w.shape)
         error = _energy(value.float() - w.float(), gram) / whole if whole else 0.0
@@ -268,13 +271,21 @@ def _measure(
 def _energy(d: Tensor, gram: Tensor) -> float:
     """The mean over tokens of |x D^T|^2, from the mean of x x^T."""
     d = d.flatten(1)
-    return float((d @ gram).mul_(d).sum(dtype=torch.float64).clamp(min=0))
+    with in_float32(d.device):
+        return float((d @ gram).mul_(d).sum(dtype=torch.float64).clamp(min=0))
 
 
-def _scaled(row: Measured, scale: float) -> Measured:
-    return Measured(
-        row.name, row.layout, row.sparsity, row.entries, row.bytes, row.error, row.error * scale, row.seconds
-    )
+def _of_rank_0(rows: list[Measured], device: torch.device) -> list[Measured]:
+    """With the effects and times that rank 0 has measured, on its own batch, so that all ranks choose alike."""
+    if ranks() == 1:
+        return rows
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    measured = torch.tensor([(row.effect, row.seconds or 0.0) for row in rows], dtype=exact, device=device)
+    pairs = from_rank_0(measured).tolist()
+    return [
+        replace(row, effect=effect, seconds=None if row.seconds is None else seconds)
+        for row, (effect, seconds) in zip(rows, pairs, strict=True)
+    ]
 
 
 @torch.no_grad()

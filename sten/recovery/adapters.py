@@ -85,11 +85,10 @@ def add_adapters(model: Model, rank: int = 16, scale: float = 2.0, weights: Weig
     """
     if not isinstance(rank, int) or rank < 1 or not scale > 0:
         raise ValueError(f"Expected a positive rank and scale, got rank={rank!r} and scale={scale!r}.")
-    targets = _chosen(model, weights)
+    adapters = [(target, SPP(target.tensor, rank, scale)) for target in _chosen(model, weights)]
     for p in model.parameters():
         p.requires_grad_(False)
-    for target in targets:
-        adapter = SPP(target.tensor, rank, scale)
+    for target, adapter in adapters:
         w = nn.Parameter(target.tensor.detach(), requires_grad=False)  # parametrize swaps it, and no graph must hold it
         for module, name in target.owners:
             module._parameters[name] = w

@@ -62,6 +62,14 @@ class Distillation:
             raise ValueError(
                 "Expected a teacher beside the student, got one model twice; copy.deepcopy it before sten.sparsify."
             )
+        if isinstance(teacher, nn.Module):
+            theirs = {id(p) for p in teacher.parameters()}
+            shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in theirs]
+            if shared:
+                raise ValueError(
+                    f"Expected a teacher with parameters of its own, got {shared[0]}, which the student trains; "
+                    "copy.deepcopy the model before sten.sparsify."
+                )
         if min(kl, embedding, features, task) < 0 or not temperature > 0 or max(kl, embedding, features, task) == 0:
             raise ValueError(
                 "Expected weights of terms >= 0, not all 0, and a positive temperature, got "

@@ -29,7 +29,7 @@ class Chain(PatternMethod):
                     f"Expected methods that decide once, at sten.sparsify, for chain(), got {method}; call "
                     "sten.sparsify again for it."
                 )
-            if hasattr(method, "reconstruct") and method is not self.methods[-1]:
+            if getattr(method, "reconstruct", None) is not None and method is not self.methods[-1]:
                 raise ValueError(f"Expected {method}, which fits whole blocks, as the last of chain(), got it before.")
             if place and not method.refines:
                 raise ValueError(

@@ -91,7 +91,7 @@ class Reconstruct(Refinement):
             for batch in islice(_again_and_again(block), self.steps):
                 with torch.enable_grad():
                     errors = _errors(block, weights, *batch)
-                    grads = torch.autograd.grad(errors.sum(), [w.values for w in weights])
+                    grads = _gradients(errors.sum(), [w.values for w in weights])
                 count = _over_ranks(errors.new_tensor(errors.numel())).clamp(min=1)
                 for weight, grad in zip(weights, grads, strict=True):
                     weight.values.grad = _over_ranks(grad) / count
@@ -141,6 +141,13 @@ def _errors(block: Block, weights: list[_Weight], inputs: tuple, target: Any, ma
     args, kwargs = inputs
     output = functional_call(block.module, {w.parameter: w.effective() for w in weights}, args, kwargs)
     return relative_errors(hidden(output), hidden(target), mask)
+
+
+def _gradients(loss: Tensor, values: list[Tensor]) -> Iterable[Tensor]:
+    """Zero for a weight that the batch has not reached, as an expert."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(v) for v in values]
+    return torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True)
 
 
 @torch.no_grad()

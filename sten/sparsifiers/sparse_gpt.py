@@ -17,6 +17,7 @@ from .calibration import in_float32, input_gram, input_norms
 from .sparsifier import Edit, PatternMethod, View
 
 DEAD = 1e-12  # damping of inputs that are always zero
+ENOUGH = 1e3  # damping, with which any mean of x x^T is far from singular
 PIECE = 16  # columns whose errors are solved for together
 Spans = list[tuple[int, int]]
 Chooser = Callable[[int, int, list[Tensor], Callable[[int, int], Tensor]], Tensor]
@@ -65,8 +66,8 @@ class SparseGPT(PatternMethod):
         super().__post_init__()
         if not isinstance(self.block, int) or self.block < 1:
             raise ValueError(f"Expected block to be a whole number of columns for SparseGPT, got {self.block!r}.")
-        if not self.damping > 0:
-            raise ValueError(f"Expected damping > 0 for SparseGPT, got {self.damping!r}.")
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"Expected a finite damping > 0 for SparseGPT, got {self.damping!r}.")
 
     def score(self, view: View) -> Tensor:
         """(w_ij / U_jj)^2 of the weights as they are. Where an allocation compares all weights, whose Gram matrices
@@ -110,6 +111,11 @@ def inverse_factor(gram: Tensor, damping: float, name: str) -> Tensor:
         if not int(failed):
             break
         used *= 10
+        if used > ENOUGH * max(damping, 1):
+            raise ValueError(
+                f"Expected the Gram matrix of {name} to have a Cholesky factorization, got none even with damping "
+                f"{used:g}; its inputs are too large for float32, or it is not positive semidefinite."
+            )
     if used > damping:
         warnings.warn(
             f"sten: the Gram matrix of {name} is close to singular; damping was raised from {damping:g} to {used:g}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,8 +30,8 @@ class WeightUpdate(Refinement):
         kind = type(self).__name__
         if not isinstance(self.iterations, int) or self.iterations < 1:
             raise ValueError(f"Expected at least one of iterations for {kind}, got {self.iterations!r}.")
-        if not self.damping > 0:
-            raise ValueError(f"Expected damping > 0 for {kind}, got {self.damping!r}.")
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"Expected a finite damping > 0 for {kind}, got {self.damping!r}.")
 
     @in_float32
     def update(self, view: View) -> Edit:
