@@ -349,8 +349,14 @@ def test_stopped_in_the_middle(operator, act, error):
     assert counted.count > 6
     for number in range(max(1, counted.count - 30), counted.count + 1):
         model = copy.deepcopy(before)
-        with pytest.raises(error), At(operator, number, act):
-            sten.permute(model, **arguments)
+        with At(operator, number, act) as stopped:
+            try:
+                sten.permute(model, **arguments)
+            except error:
+                pass
+            else:  # torch itself may copy once less in a later call
+                assert number > stopped.count
+                continue
         for a, b in zip(model.parameters(), before.parameters(), strict=True):
             assert torch.equal(a, b), number
 
