@@ -16,6 +16,10 @@ constexpr int kRegisters = 16;
 
 STEN_INLINE vec zero() { return _mm256_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+STEN_INLINE vec load_first(const float* p, int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane));
+}
 STEN_INLINE void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
 STEN_INLINE vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -54,6 +58,11 @@ STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, flo
   }
 }
 
+STEN_INLINE void sum_four(const vec* a, float* out) {
+  const vec all = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
 STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
   vec a = zero(), b = zero();
   int64_t i = 0;
@@ -77,6 +86,10 @@ STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* 
     store(out + i, _mm256_i32gather_ps(x, _mm256_cvtepi16_epi32(c), 4));
   }
   for (; i < n; ++i) out[i] = x[index[i]];
+}
+
+STEN_INLINE void gather(const float* x, const int32_t* index, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[index[i]];
 }
 
 STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_t* spread, int64_t count, float* acc) {

@@ -19,6 +19,7 @@ STEN_INLINE __mmask16 first(int64_t n) {
 }
 STEN_INLINE vec zero() { return _mm512_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+STEN_INLINE vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 STEN_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
 STEN_INLINE vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -64,6 +65,16 @@ STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, flo
     if (i < cols) _mm512_mask_storeu_ps(dst + i * ld, mr, b[i]);
 }
 
+// out[i] = the sum of a[i], for four vectors
+STEN_INLINE void sum_four(const vec* a, float* out) {
+  const vec ab = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+  const vec cd = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+  const __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
+  const vec all = add(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
 // sum of v[i] * x[col[i]]
 STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
   vec a = zero(), b = zero();
@@ -85,6 +96,14 @@ STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* 
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 k = first(n - i);
     const __m512i c = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(k, index + i));
+    _mm512_mask_storeu_ps(out + i, k, _mm512_mask_i32gather_ps(zero(), k, c, x, 4));
+  }
+}
+
+STEN_INLINE void gather(const float* x, const int32_t* index, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 k = first(n - i);
+    const __m512i c = _mm512_maskz_loadu_epi32(k, index + i);
     _mm512_mask_storeu_ps(out + i, k, _mm512_mask_i32gather_ps(zero(), k, c, x, 4));
   }
 }

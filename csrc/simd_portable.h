@@ -19,6 +19,11 @@ STEN_INLINE vec load(const float* p) {
   std::memcpy(&a, p, sizeof a);
   return a;
 }
+STEN_INLINE vec load_first(const float* p, int64_t n) {
+  vec a = zero();
+  std::memcpy(&a, p, static_cast<size_t>(n) * sizeof(float));
+  return a;
+}
 STEN_INLINE void store(float* p, vec a) { std::memcpy(p, &a, sizeof a); }
 STEN_INLINE vec broadcast(const float* p) { return vec{*p, *p, *p, *p}; }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
@@ -30,6 +35,10 @@ STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, flo
     for (int r = 0; r < (fill ? kWidth : rows); ++r) dst[c * ld + r] = r < rows ? src[r * ls + c] : 0.0f;
 }
 
+STEN_INLINE void sum_four(const vec* a, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = (a[i][0] + a[i][1]) + (a[i][2] + a[i][3]);
+}
+
 STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
   float a[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   int64_t i = 0;
@@ -39,7 +48,8 @@ STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_
   return (a[0] + a[1]) + (a[2] + a[3]);
 }
 
-STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* out) {
+template <typename Index>
+STEN_INLINE void gather(const float* x, const Index* index, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[index[i]];
 }
 
