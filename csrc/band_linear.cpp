@@ -79,8 +79,8 @@ void load_columns(const Kernels& k, const float* x, int64_t in, int64_t tokens, 
 
 void one_token(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
   Scratch<float> x(Role::small, w.columns);
-  std::memcpy(x.get(), p.x, p.in * sizeof(float));
-  std::memset(x.get() + p.in, 0, (w.columns - p.in) * sizeof(float));
+  std::copy(p.x, p.x + p.in, x.get());
+  std::fill(x.get() + p.in, x.get() + w.columns, 0.0f);
   const int64_t units = ceil_div(p.out, kUnit), tasks = std::min<int64_t>(pool.threads, units);
   pool.each(tasks, [&](int64_t begin, int64_t end) {
     const int64_t r0 = part(units, tasks, begin).begin * kUnit, r1 = part(units, tasks, end - 1).end * kUnit;
