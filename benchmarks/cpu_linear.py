@@ -241,5 +241,5 @@ def report(run, arguments):
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode a weight has no version, and its pattern would be checked at every call
         main()

@@ -12,6 +12,8 @@ namespace {
 constexpr int64_t kBlockBytes = 32 << 10;     // panel of a block: a first-level cache
 constexpr int64_t kWholeBytes = 256 << 10;    // a panel of this size is not cut: it fits a second-level cache
 constexpr int64_t kLeastColumns = 128;
+constexpr int64_t kTransposeTokens = 128;     // from which on sorting single entries by columns pays
+constexpr int64_t kSkew = 256;                // floats between panels, or all would fall into the same cache sets
 constexpr int64_t kUnit = 8;                  // rows that are not divided between tasks
 constexpr int64_t kLongPanels = 4;            // panels whose tokens are summed in registers for the values' gradient
 
@@ -78,9 +80,9 @@ void load_columns(const Kernels& k, const float* x, int64_t in, int64_t tokens, 
 }
 
 void one_token(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
-  Scratch<float> x(Role::small, w.columns);
+  Scratch<float> x(Role::small, w.columns + kTokenPadding);
   std::copy(p.x, p.x + p.in, x.get());
-  std::fill(x.get() + p.in, x.get() + w.columns, 0.0f);
+  std::fill(x.get() + p.in, x.get() + w.columns + kTokenPadding, 0.0f);
   const int64_t units = ceil_div(p.out, kUnit), tasks = std::min<int64_t>(pool.threads, units);
   pool.each(tasks, [&](int64_t begin, int64_t end) {
     const int64_t r0 = part(units, tasks, begin).begin * kUnit, r1 = part(units, tasks, end - 1).end * kUnit;
@@ -142,8 +144,34 @@ void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool)
   many_tokens(p, w, k, pool);
 }
 
+namespace {
+
+// Single entries in single rows, sorted by columns, as a CSR weight of the transposed product.
+void transposed_linear(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
+  const int64_t all = w.crow ? w.crow[w.rows] : w.rows * w.count;
+  Scratch<float> values(Role::values, all);
+  Scratch<int32_t> index(Role::index, w.columns + 1 + all);
+  int32_t *crow = index.get(), *row = crow + w.columns + 1;
+  std::fill(crow, crow + w.columns + 1, 0);
+  for (int64_t i = 0; i < all; ++i) ++crow[w.col[i]];
+  for (int64_t c = 1; c <= w.columns; ++c) crow[c] += crow[c - 1];
+  for (int64_t r = w.rows; r-- > 0;) {    // backwards, so that each offset ends up as the first one of its column
+    const int64_t begin = w.crow ? w.crow[r] : r * w.count, end = w.crow ? w.crow[r + 1] : begin + w.count;
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t to = --crow[w.col[i]];
+      values.get()[to] = w.values[i];
+      row[to] = static_cast<int32_t>(r);
+    }
+  }
+  csr_linear(p, {values.get(), crow, row}, k, pool);
+}
+
+}  // namespace
+
 void bands_grad_input(const Problem& p, const Bands& w, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
+  if (w.height == 1 && w.width == 1 && p.tokens >= kTransposeTokens && entries(w) < INT32_MAX)
+    return transposed_linear(p, w, k, pool);
   pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
   const int64_t row_floats = panel_floats(k, p.tokens);
   const Cuts cuts(w, block_columns(w, kBlockBytes, row_floats), pool);
@@ -179,8 +207,9 @@ void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_
   pool.each(pieces, [&](int64_t begin, int64_t end) {
     const Range rows{piece_rows(w.rows, pieces, begin).begin, piece_rows(w.rows, pieces, end - 1).end};
     const int64_t count = rows.end - rows.begin;
-    Scratch<float> xs(Role::panel, together * w.columns * row_floats), gs(Role::sums, together * count * row_floats);
-    const LongPanel x_panel{xs.get(), w.columns * row_floats}, grad_panel{gs.get(), count * row_floats};
+    const int64_t x_step = w.columns * row_floats + kSkew, grad_step = count * row_floats + kSkew;
+    Scratch<float> xs(Role::panel, together * x_step), gs(Role::sums, together * grad_step);
+    const LongPanel x_panel{xs.get(), x_step}, grad_panel{gs.get(), grad_step};
     for (int64_t panel = 0; panel < panels; panel += together) {
       const int64_t now = std::min(together, panels - panel);
       for (int64_t i = 0; i < now; ++i) {

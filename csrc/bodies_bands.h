@@ -68,12 +68,41 @@ STEN_FN void bands_block_rows(int64_t rows, const Bands& w, const BandRange& b, 
   for (int r = 0; r < R; ++r) end_row<V>(row - b.r0 + r, acc, a[r]);
 }
 
+// One row alone has too few sums to hide the latency of an addition: L partial ones.
+template <int V>
+STEN_FN void bands_block_row(const Bands& w, const BandRange& b, const BandRows& q, const float* start,
+                             const float* panel, float* acc) {
+  constexpr int S = V * kWidth, L = V == 1 ? 8 : V == 2 ? 4 : 2;
+  vec a[L][V];
+  begin_row<V>(start, q.lo - b.r0, acc, a[0]);
+#pragma GCC unroll 8
+  for (int l = 1; l < L; ++l)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[l][v] = zero();
+  const int32_t* col = columns_of(w, q.band);
+  const float* value = w.values + (w.crow ? 0 : q.band * w.count);
+  int64_t e = q.begin;
+  for (; e + L <= q.end; e += L)
+#pragma GCC unroll 8
+    for (int l = 0; l < L; ++l) add_scaled<V>(panel + (col[e + l] - b.k0) * S, broadcast(value + e + l), a[l]);
+  for (; e < q.end; ++e) add_scaled<V>(panel + (col[e] - b.k0) * S, broadcast(value + e), a[0]);
+#pragma GCC unroll 8
+  for (int l = 1; l < L; ++l)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[0][v] = add(a[0][v], a[l][v]);
+  end_row<V>(q.lo - b.r0, acc, a[0]);
+}
+
 template <int V>
 STEN_FN void bands_block_v(const Bands& w, const BandRange& b, const float* start, const float* panel, float* acc) {
   constexpr int kMost = most_rows(V);
   for (int64_t band = b.r0 / w.height; band * w.height < b.r1; ++band) {
     const BandRows q = rows_of(w, b, band);
     if (q.begin == q.end && !start) continue;
+    if (w.height == 1 && w.width == 1) {
+      bands_block_row<V>(w, b, q, start, panel, acc);
+      continue;
+    }
     for (int64_t row = q.lo, n; row < q.hi; row += n) {
       n = next_rows(q.hi - row, kMost);
       bands_block_rows<kMost, V>(n, w, b, q, row, start, panel, acc);
@@ -83,55 +112,72 @@ STEN_FN void bands_block_v(const Bands& w, const BandRange& b, const float* star
 
 // ---- one token: y, vectors along the columns
 
-template <int R>
-STEN_INLINE void add_products(const float* value, int64_t step, const float* x, int64_t count, vec* a) {
+// R rows with L partial sums each. Few rows at a time, so that memory is read nearly in its order.
+template <int R, int L>
+STEN_INLINE void add_products(const float* value, int64_t step, const float* x, int64_t count, vec (*a)[R]) {
   int64_t j = 0;
-  for (; j + kWidth <= count; j += kWidth) {
-    const vec xs = keep(load(x + j));
+  for (; j + L * kWidth <= count; j += L * kWidth) {
+#pragma GCC unroll 4
+    for (int l = 0; l < L; ++l) {
+      const vec xs = keep(load(x + j + l * kWidth));
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(value + r * step + j + 8 * kWidth);
-      a[r] = madd(load(value + r * step + j), xs, a[r]);
+      for (int r = 0; r < R; ++r) a[l][r] = madd(load(value + r * step + j + l * kWidth), xs, a[l][r]);
     }
   }
-  if (j < count) {
-    const vec xs = load_first(x + j, count - j);
+  for (; j < count; j += kWidth) {
+    const int64_t left = count - j < kWidth ? count - j : kWidth;
+    const vec xs = load_first(x + j, left);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) a[r] = madd(load_first(value + r * step + j, count - j), xs, a[r]);
+    for (int r = 0; r < R; ++r) a[0][r] = madd(load_first(value + r * step + j, left), xs, a[0][r]);
   }
 }
 
-template <int R>
+template <int R, int L>
 STEN_FN void bands_token_rows(int64_t rows, const Bands& w, const BandRows& q, int64_t row, const float* x, float* y) {
   if constexpr (R > 1)
-    if (rows < R) return bands_token_rows<R - 1>(rows, w, q, row, x, y);
-  vec a[(R + 3) / 4 * 4];
+    if (rows < R) return bands_token_rows<R - 1, L>(rows, w, q, row, x, y);
+  constexpr int kSums = (R + 3) / 4 * 4;
+  vec a[L][R], all[kSums];
+#pragma GCC unroll 4
+  for (int l = 0; l < L; ++l)
 #pragma GCC unroll 16
-  for (int r = 0; r < (R + 3) / 4 * 4; ++r) a[r] = zero();
+    for (int r = 0; r < R; ++r) a[l][r] = zero();
   const float* value = w.values + value_at(w, q.band, row, q.begin);
   if (w.crow) {
     for (int64_t e = q.begin; e < q.end; ++e, value += w.height * w.width)
-      add_products<R>(value, w.width, x + w.col[e] * w.width, w.width, a);
+      add_products<R, L>(value, w.width, x + w.col[e] * w.width, w.width, a);
   } else {
-    add_products<R>(value, w.count, x, w.count, a);
+    add_products<R, L>(value, w.count, x, w.count, a);
   }
-  float sums[(R + 3) / 4 * 4];
+#pragma GCC unroll 16
+  for (int r = 0; r < kSums; ++r) {
+    all[r] = r < R ? a[0][r] : zero();
 #pragma GCC unroll 4
-  for (int r = 0; r < R; r += 4) sum_four(a + r, sums + r);
+    for (int l = 1; l < L; ++l)
+      if (r < R) all[r] = add(all[r], a[l][r]);
+  }
+  float sums[kSums];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r += 4) sum_four(all + r, sums + r);
   for (int r = 0; r < R; ++r) y[r] = sums[r];
 }
 
 STEN_FN void bands_token(const Bands& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* gathered,
                          float* y) {
-  constexpr int kMost = kRegisters / 2;
+  constexpr int kBlockRows = kRegisters / 2, kListRows = 4;
   for (int64_t band = r0 / w.height; band * w.height < r1; ++band) {
     const int64_t lo = band * w.height, hi = lo + w.height;
     const BandRows q{band, lo > r0 ? lo : r0, hi < r1 ? hi : r1, w.crow ? w.crow[band] : 0,
                      w.crow ? w.crow[band + 1] : w.count};
+    if (!w.crow && w.height == 1) {
+      y[band] = dot(x, w.values + band * w.count, w.col + band * w.count, w.count);
+      continue;
+    }
     if (!w.crow) gather(x, w.col + band * w.count, w.count, gathered);
     for (int64_t row = q.lo, n; row < q.hi; row += n) {
-      n = next_rows(q.hi - row, kMost);
-      bands_token_rows<kMost>(n, w, q, row, w.crow ? x : gathered, y + row);
+      n = next_rows(q.hi - row, w.crow ? kBlockRows : kListRows);
+      if (w.crow) bands_token_rows<kBlockRows, 1>(n, w, q, row, x, y + row);
+      else bands_token_rows<kListRows, 2>(n, w, q, row, gathered, y + row);
     }
   }
   if (bias)
@@ -229,15 +275,16 @@ STEN_FN void bands_values_rows(int64_t rows, const Bands& w, const BandRange& b,
   if constexpr (R > 1)
     if (rows < R) return bands_values_rows<R - 1>(rows, w, b, q, row, grad, x, pieces, S, out);
   const int32_t* col = columns_of(w, q.band);
-  const int64_t step = row_step(w), width = w.crow ? w.width : 1, count = (q.end - q.begin) * width;
+  const bool list = !w.crow || (w.width == 1 && w.height == 1);
+  const int64_t step = row_step(w), width = list ? 1 : w.width, count = (q.end - q.begin) * width;
   grad.data += (row - b.r0) * S;
   for (int64_t i = 0, n; i < count; i += n) {
-    const int64_t e = q.begin + i / width, c = i % width, left = w.crow ? width - c : count - i;
+    const int64_t e = q.begin + i / width, c = i % width, left = list ? count - i : width - c;
     float* to = out + value_at(w, q.band, row, e) + c;
     const float* from[4];
     n = left < 4 ? 1 : 4;
     for (int64_t j = 0; j < n; ++j)
-      from[j] = x.data + (w.crow ? col[e] * width + c + j : static_cast<int64_t>(col[e + j])) * S;
+      from[j] = x.data + (list ? static_cast<int64_t>(col[e + j]) : col[e] * width + c + j) * S;
     if (n == 4) add_dots<R, 4>(grad, from, x.step, pieces, S, to, step);
     else add_dots<R, 1>(grad, from, x.step, pieces, S, to, step);
   }

@@ -106,7 +106,8 @@ struct Kernels {
   // acc[r - r0, :] += sum of value * panel[column - k0, :]; `start`, per row of acc, as in csr_block
   void (*bands_block)(const Bands& w, const BandRange& range, const float* start, const float* panel, int v,
                       float* acc);
-  // one token, all entries: y[r] for rows r0 to r1 - 1; x has `columns` floats, and so has `gathered`
+  // one token, all entries: y[r] for rows r0 to r1 - 1; x has `columns` floats and kTokenPadding
+  // more, `gathered` has `columns`
   void (*bands_token)(const Bands& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* gathered,
                       float* y);
   // acc[column - k0, :] += sum of value * grad[r - r0, :]

@@ -26,7 +26,7 @@ struct Pool {
 
 // Uninitialized memory, aligned to a cache line. A thread caches what it freed last, one piece per role, for its next
 // call: a new megabyte costs a page fault every 4 KB, which was a fifth of a whole call.
-enum class Role { panel, sums, repacked, cuts, small, count };
+enum class Role { panel, sums, repacked, cuts, small, values, index, count };
 
 void* take_scratch(Role role, size_t bytes, size_t* capacity);
 void give_scratch(Role role, void* memory, size_t capacity) noexcept;

@@ -1,4 +1,5 @@
-// The operators of rows that share their columns: VectorNM and FanIn (lists, without crow), BSR (blocks, with crow).
+// The operators of rows that share their columns: VectorNM and FanIn (lists, without crow), BSR (blocks, with crow) and
+// the gradients of CSR (single entries, with crow; their values have one dimension).
 //
 //   band_linear       y = x W^T + bias
 //   band_grad_input   y = grad W
@@ -28,9 +29,10 @@ Bands make_bands(const char* op, const float* values, at::IntArrayRef size, cons
     check(col, op, "col", 1, at::kInt);
     TORCH_CHECK(crow->size(0) == bands + 1, op, ": Expected crow of ", text(bands + 1), " entries, got ",
                 text(crow->size(0)));
-    TORCH_CHECK(size.size() == 3 && size[0] == col.size(0) && size[1] == height && size[2] >= 1, op,
+    const bool single = size.size() == 1 && height == 1;
+    TORCH_CHECK(size[0] == col.size(0) && (single || (size.size() == 3 && size[1] == height && size[2] >= 1)), op,
                 ": Expected values (", text(col.size(0)), ", ", text(height), ", width), got ", text(size));
-    w.width = size[2];
+    w.width = single ? 1 : size[2];
     TORCH_CHECK(columns % w.width == 0, op, ": Expected columns, with their padding, in blocks of ", text(w.width),
                 ", got ", text(columns));
     w.crow = crow->const_data_ptr<int32_t>();
@@ -51,7 +53,7 @@ Bands make_bands(const char* op, const float* values, at::IntArrayRef size, cons
 
 Bands make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                   int64_t height, int64_t columns, int64_t rows, bool trusted) {
-  check(values, op, "values", crow ? 3 : 2, at::kFloat);
+  check(values, op, "values", !crow ? 2 : values.dim() == 1 ? 1 : 3, at::kFloat);
   return make_bands(op, values.const_data_ptr<float>(), values.sizes(), crow, col, height, columns, rows, trusted);
 }
 
@@ -91,8 +93,10 @@ Tensor band_grad_values_op(const Tensor& grad, const Tensor& x, const std::optio
               ": Expected grad and x with the same leading dimensions, got ", text(grad.sizes()), " and ",
               text(x.sizes()));
   const int64_t rows = grad.size(-1);
-  std::vector<int64_t> size{crow ? col.size(0) : rows, crow ? height : col.size(-1)};
-  if (crow) size.push_back(width);
+  TORCH_CHECK(width >= 0 && col.dim() >= 1, op, ": Expected a width of at least 0 and a list of columns");
+  std::vector<int64_t> size{crow ? col.size(0) : rows};
+  if (!crow) size.push_back(col.size(-1));
+  else if (width > 0) size.insert(size.end(), {height, width});
   const Bands w = make_bands(op, nullptr, size, crow, col, height, columns, rows, trusted);
   const Tensor g = grad.contiguous(), inputs = x.contiguous(), out = at::zeros(size, x.options());
   int64_t tokens = 1;

@@ -63,20 +63,24 @@ STEN_INLINE void sum_four(const vec* a, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 
+STEN_INLINE __m128 four(const float* x, const int32_t* col) {
+  const __m128 a = _mm_insert_ps(_mm_load_ss(x + col[0]), _mm_load_ss(x + col[1]), 0x10);
+  return _mm_insert_ps(_mm_insert_ps(a, _mm_load_ss(x + col[2]), 0x20), _mm_load_ss(x + col[3]), 0x30);
+}
+
+// sum of v[i] * x[col[i]]. Four numbers are loaded into a vector one by one: a gather instruction takes longer.
 STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
-  vec a = zero(), b = zero();
+  __m128 a[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col + i));
-    const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col + i + 8));
-    a = madd(load(v + i), _mm256_i32gather_ps(x, c, 4), a);
-    b = madd(load(v + i + 8), _mm256_i32gather_ps(x, d, 4), b);
-  }
-  float lanes[8], tail = 0.0f;
-  for (; i < n; ++i) tail += v[i] * x[col[i]];
-  store(lanes, add(a, b));
-  for (int l = 0; l < 8; ++l) tail += lanes[l];
-  return tail;
+  for (; i + 16 <= n; i += 16)
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) a[l] = _mm_fmadd_ps(_mm_loadu_ps(v + i + 4 * l), four(x, col + i + 4 * l), a[l]);
+  for (; i + 4 <= n; i += 4) a[0] = _mm_fmadd_ps(_mm_loadu_ps(v + i), four(x, col + i), a[0]);
+  const __m128 all = _mm_add_ps(_mm_add_ps(a[0], a[1]), _mm_add_ps(a[2], a[3]));
+  const __m128 two = _mm_add_ps(all, _mm_movehl_ps(all, all));
+  float sum = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  for (; i < n; ++i) sum = __builtin_fmaf(v[i], x[col[i]], sum);
+  return sum;
 }
 
 STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* out) {

@@ -1,4 +1,4 @@
-"""The CPU kernels of rows that share their columns (VectorNM, BSR, FanIn) against float64 products."""
+"""The CPU kernels of rows that share their columns (VectorNM, BSR, FanIn; CSR's gradients) against float64 products."""
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ LAYOUTS = [
     sten.BSR((4, 3)),
     sten.BSR((9, 40)),
     sten.FanIn(),
+    sten.CSR(),
 ]
 
 
@@ -83,18 +84,18 @@ def test_which_names_the_kernel(layout):
     weight = random_weight(layout, (32, 64))
     for operator, features in (("linear", 64), ("matmul", 32), ("linear_grad_weight", 32)):
         plan = sten.which(operator, (5, features), weight)
-        assert plan.kernel.startswith("band_") and plan.variant == "float32", plan
+        assert plan.kernel.startswith(("band_", "csr_")) and plan.variant == "float32", plan
     assert sten.which("linear", (5, 64), weight.to(torch.float64)).kernel == "reference"
 
 
-@pytest.mark.parametrize("layout", [sten.VectorNM(2, 4, 8), sten.BSR((8, 8)), sten.FanIn()], ids=str)
+@pytest.mark.parametrize("layout", [sten.VectorNM(2, 4, 8), sten.BSR((8, 8)), sten.FanIn(), sten.CSR()], ids=str)
 def test_on_two_threads(layout, poisoned):
     """Several blocks of columns, several pieces of rows, a last panel that is not full."""
     torch.manual_seed(0)
     weight, before = random_weight(layout, (1500, 700)), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for tokens in (1, 16, 700):
+        for tokens in (1, 16, 300):
             check_products(weight, tokens)
     finally:
         torch.set_num_threads(before)
@@ -135,6 +136,7 @@ def test_infinity_stays_where_it_is_multiplied(layout, tokens):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_second_derivatives_and_compile(layout):
     torch.manual_seed(0)
+    torch.compiler.reset()  # each layout compiles the same code object
     weight = random_weight(layout, (12, 20))
     x = torch.randn(5, 20)
     compiled = torch.compile(lambda x, w: F.linear(x, w) + 1, backend="aot_eager", fullgraph=True)

@@ -70,8 +70,10 @@ def _fake(x, *arguments, trusted=False):
 
 
 def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
-    """Return empty values: (out_features, entries) or, with crow, (blocks, height, width)."""
-    return x.new_empty((grad.shape[-1], col.shape[1]) if crow is None else (len(col), height, width))
+    """Return empty values: (out_features, entries) or, with crow, (entries, height, width), (entries,) for width 0."""
+    if crow is None:
+        return x.new_empty((grad.shape[-1], col.shape[1]))
+    return x.new_empty((len(col), height, width) if width else (len(col),))
 
 
 def _load():

@@ -24,18 +24,19 @@ LAST = (torch.channels_last, torch.channels_last_3d)
 
 
 def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
-    """`call(pattern, *arguments)`, which calls the operator; it checks the bounds of a pattern once, not again while
-    its parts and their versions are those of the last call.
+    """`call(pattern, *arguments)`, which calls the operator; the pattern is a tuple of tensors, the first not None.
+
+    The operator checks the bounds of a pattern once, not again while its parts and versions are those of the last call.
 
     Tensors made in inference mode have no version, and intercepted calls no memory: these are checked at every call.
     """
     last = None
 
-    def call(pattern: tuple[Tensor, ...], *arguments) -> Tensor:
+    def call(pattern: tuple[Tensor | None, ...], *arguments) -> Tensor:
         nonlocal last
         now = None
         if not intercepted and not pattern[0].is_inference():
-            now = [(part.data_ptr(), part._version) for part in pattern]
+            now = [(part.data_ptr(), part._version) for part in pattern if part is not None]
         y = operator(*arguments, trusted=now is not None and now == last)
         last = now  # only now: what failed its check is checked again
         return y
@@ -75,7 +76,8 @@ class Band:
 
     Attributes:
         pattern: `pattern(parts)`: crow, which is None for a list of single columns, and col.
-        sizes: `sizes(layout, shape)`: the rows that share columns, the width of an entry, the columns with padding.
+        sizes: `sizes(layout, shape)`: the rows that share columns, the width of an entry (0: values have one
+            dimension), the columns with padding.
     """
 
     pattern: Callable[[Parts], tuple[Tensor | None, Tensor]]
@@ -91,6 +93,7 @@ BANDS = {
         lambda parts: (None, parts["index"]), lambda layout, shape: (layout.v, 1, reduction_width(shape, layout.m))
     ),
     BSR: Band(lambda parts: (parts["crow"], parts["col"]), block_sizes),
+    CSR: Band(lambda parts: (parts["crow"], parts["col"]), lambda layout, shape: (1, 0, math.prod(shape[1:]))),
     FanIn: Band(lambda parts: (None, parts["index"]), lambda layout, shape: (1, 1, math.prod(shape[1:]))),
 }
 
@@ -108,10 +111,9 @@ def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Ru
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
-        pattern = (col,) if crow is None else (col, crow)
         if row is None:
-            return linear(pattern, x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
-        some = linear(pattern, x, weight["values"].contiguous(), crow, col, None, height, columns, len(row))
+            return linear((col, crow), x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
+        some = linear((col, crow), x, weight["values"].contiguous(), crow, col, None, height, columns, len(row))
         y = x.new_zeros(*x.shape[:-1], outputs).index_copy_(-1, row, some)
         return y if bias is None else y.add_(bias)
 
@@ -125,9 +127,8 @@ def band_grad_input(layout: Layout, shape: tuple[int, ...], intercepted: bool) -
 
     def run(grad: Tensor, weight: Parts) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
-        pattern = (col,) if crow is None else (col, crow)
         grad = grad if row is None else grad.index_select(-1, row)
-        return product(pattern, grad, weight["values"].contiguous(), crow, col, height, columns, inputs)
+        return product((col, crow), grad, weight["values"].contiguous(), crow, col, height, columns, inputs)
 
     return run
 
@@ -139,9 +140,8 @@ def band_grad_weight(layout: Layout, shape: tuple[int, ...], intercepted: bool) 
 
     def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
-        pattern = (col,) if crow is None else (col, crow)
         grad = grad if row is None else grad.index_select(-1, row)
-        return product(pattern, grad, x, crow, col, *sizes)
+        return product((col, crow), grad, x, crow, col, *sizes)
 
     return run
 
@@ -189,11 +189,11 @@ def pointwise(linear: Run, x: Tensor, weight, bias, *, stride, padding, dilation
 
 
 if cpp.available():
-    for _layout, _run_of in {
-        CSR: csr_linear,
-        GroupedNM: grouped_nm_linear,
-        **dict.fromkeys(BANDS, band_linear),
-    }.items():
+    for _layout, _run_of in (
+        (CSR, csr_linear),
+        (GroupedNM, grouped_nm_linear),
+        *((layout, band_linear) for layout in (VectorNM, BSR, FanIn)),
+    ):
         _linear = kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
         kernel("conv2d", weight=_layout, device="cpu", prepare=True)(conv_by(_linear))
     for _layout in BANDS:
