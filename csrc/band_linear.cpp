@@ -14,6 +14,8 @@ constexpr int64_t kWholeBytes = 256 << 10;    // a panel of this size is not cut
 constexpr int64_t kLeastColumns = 128;
 constexpr int64_t kTransposeTokens = 128;     // from which on sorting single entries by columns pays
 constexpr int64_t kSkew = 256;                // floats between panels, or all would fall into the same cache sets
+constexpr int64_t kFewTokens = 64;
+constexpr int64_t kSharedRows = 4;            // from which on gathering activations for a band pays
 constexpr int64_t kUnit = 8;                  // rows that are not divided between tasks
 constexpr int64_t kLongPanels = 4;            // panels whose tokens are summed in registers for the values' gradient
 
@@ -195,10 +197,26 @@ void bands_grad_input(const Problem& p, const Bands& w, const Kernels& k, Pool p
   });
 }
 
-void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w, float* out,
-                       const Kernels& k, Pool pool) {
-  if (tokens == 0 || w.rows == 0 || w.columns == 0) return;
-  pool.threads = useful_threads(pool.threads, entries(w) * tokens);
+// A dot product over few tokens would spend its time on the sum at its end.
+static void few_tokens_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w,
+                                   float* out, const Kernels& k, const Pool& pool) {
+  const int64_t ld = w.columns + kTokenPadding, units = ceil_div(w.rows, kUnit);
+  const int64_t pieces = std::min<int64_t>(pool.threads, units);
+  Scratch<float> xs(Role::small, tokens * ld);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = xs.get() + t * ld;
+    std::copy(x + t * in, x + (t + 1) * in, row);
+    std::fill(row + in, row + ld, 0.0f);
+  }
+  pool.each(pieces, [&](int64_t begin, int64_t end) {
+    const Range rows{piece_rows(w.rows, pieces, begin).begin, piece_rows(w.rows, pieces, end - 1).end};
+    Scratch<float> scratch(Role::sums, tokens * (w.count + kTokenPadding));
+    k.bands_values_few(w, rows.begin, rows.end, grad, xs.get(), ld, tokens, scratch.get(), out);
+  });
+}
+
+static void many_tokens_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w,
+                                    float* out, const Kernels& k, const Pool& pool) {
   const int64_t row_floats = panel_floats(k, tokens), panels = ceil_div(tokens, row_floats);
   const int v = static_cast<int>(row_floats / k.width);
   const int64_t together = std::min(kLongPanels, panels), units = ceil_div(w.rows, kUnit);
@@ -221,6 +239,15 @@ void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_
         k.bands_values(w, cuts.range(b, rows.begin, rows.end), grad_panel, x_panel, now, v, out);
     }
   });
+}
+
+void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w, float* out,
+                       const Kernels& k, Pool pool) {
+  if (tokens == 0 || w.rows == 0 || w.columns == 0) return;
+  pool.threads = useful_threads(pool.threads, entries(w) * tokens);
+  const bool few = w.height >= kSharedRows && tokens <= (w.crow ? kFewTokens : kFewTokens / 2);
+  auto run = few ? few_tokens_grad_values : many_tokens_grad_values;
+  run(grad, x, tokens, in, w, out, k, pool);
   if (in < w.columns) clear_padding(w, in, out);
 }
 

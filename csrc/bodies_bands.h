@@ -301,6 +301,61 @@ STEN_FN void bands_values(const Bands& w, const BandRange& b, LongPanel grad, Lo
   }
 }
 
+// ---- few tokens: the gradient of the values, vectors along the columns
+
+constexpr int64_t kGradRow = 8;    // rows of a band at a time, and floats in a row of `grads`
+
+template <int R>
+STEN_INLINE void add_outer(const float* grads, const float* x, int64_t ld, int64_t tokens, int64_t count, float* out,
+                           int64_t step) {
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const int64_t left = count - j < kWidth ? count - j : kWidth;
+    vec a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) a[r] = load_first(out + r * step + j, left);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const vec xs = load_first(x + t * ld + j, left);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) a[r] = madd(broadcast(grads + t * kGradRow + r), xs, a[r]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store_first(out + r * step + j, a[r], left);
+  }
+}
+
+template <int R>
+STEN_FN void bands_values_few_rows(int64_t rows, const Bands& w, const BandRows& q, int64_t row, const float* grads,
+                                   const float* x, int64_t ld, int64_t tokens, float* out) {
+  if constexpr (R > 1)
+    if (rows < R) return bands_values_few_rows<R - 1>(rows, w, q, row, grads, x, ld, tokens, out);
+  if (w.crow) {
+    for (int64_t e = q.begin; e < q.end; ++e)
+      add_outer<R>(grads, x + w.col[e] * w.width, ld, tokens, w.width, out + value_at(w, q.band, row, e), w.width);
+  } else {
+    add_outer<R>(grads, x, ld, tokens, w.count, out + value_at(w, q.band, row, 0), w.count);
+  }
+}
+
+STEN_FN void bands_values_few(const Bands& w, int64_t r0, int64_t r1, const float* grad, const float* x, int64_t ld,
+                              int64_t tokens, float* scratch, float* out) {
+  const int64_t gathered_ld = w.count + kTokenPadding - kGradRow;
+  float* grads = scratch + tokens * gathered_ld;
+  for (int64_t band = r0 / w.height; band * w.height < r1; ++band) {
+    const int64_t lo = band * w.height, hi = lo + w.height;
+    const BandRows q{band, lo > r0 ? lo : r0, hi < r1 ? hi : r1, w.crow ? w.crow[band] : 0,
+                     w.crow ? w.crow[band + 1] : w.count};
+    if (q.begin == q.end) continue;
+    if (!w.crow)
+      for (int64_t t = 0; t < tokens; ++t) gather(x + t * ld, w.col + band * w.count, w.count, scratch + t * gathered_ld);
+    for (int64_t row = q.lo, n; row < q.hi; row += n) {
+      n = next_rows(q.hi - row, kGradRow);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < n; ++r) grads[t * kGradRow + r] = grad[t * w.rows + row + r];
+      bands_values_few_rows<kGradRow>(n, w, q, row, grads, w.crow ? x : scratch, w.crow ? ld : gathered_ld, tokens, out);
+    }
+  }
+}
+
 // ---- the choice of V
 
 STEN_FN void bands_block(const Bands& w, const BandRange& b, const float* start, const float* panel, int v,

@@ -115,6 +115,10 @@ struct Kernels {
   // out[r, entry] += sum over `pieces` of v vectors of tokens of grad[r - r0, :] * x[column, :]; out is shaped as values
   void (*bands_values)(const Bands& w, const BandRange& range, LongPanel grad, LongPanel x, int64_t pieces, int v,
                        float* out);
+  // the same for few tokens and rows that share columns: out += grad^T x, both row-major, x as in bands_token with `ld`
+  // floats a row; `scratch` has tokens * (count + kTokenPadding) floats
+  void (*bands_values_few)(const Bands& w, int64_t r0, int64_t r1, const float* grad, const float* x, int64_t ld,
+                           int64_t tokens, float* scratch, float* out);
 };
 
 const Kernels* kernels_avx512();     // null if this build has none

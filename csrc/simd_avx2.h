@@ -21,6 +21,10 @@ STEN_INLINE vec load_first(const float* p, int64_t n) {
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane));
 }
 STEN_INLINE void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
+STEN_INLINE void store_first(float* p, vec a, int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane), a);
+}
 STEN_INLINE vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 // Keeps a value in a register: the compiler would rather load it again for each use, and loads are scarcer.

@@ -21,6 +21,7 @@ STEN_INLINE vec zero() { return _mm512_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
 STEN_INLINE vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 STEN_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+STEN_INLINE void store_first(float* p, vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a); }
 STEN_INLINE vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Keeps a value in a register: the compiler would rather load it again for each use, and loads are scarcer.

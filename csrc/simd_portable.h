@@ -25,6 +25,9 @@ STEN_INLINE vec load_first(const float* p, int64_t n) {
   return a;
 }
 STEN_INLINE void store(float* p, vec a) { std::memcpy(p, &a, sizeof a); }
+STEN_INLINE void store_first(float* p, vec a, int64_t n) {
+  std::memcpy(p, &a, static_cast<size_t>(n) * sizeof(float));
+}
 STEN_INLINE vec broadcast(const float* p) { return vec{*p, *p, *p, *p}; }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
 STEN_INLINE vec keep(vec a) { return a; }
