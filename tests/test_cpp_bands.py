@@ -85,7 +85,25 @@ def test_which_names_the_kernel(layout):
     for operator, features in (("linear", 64), ("matmul", 32), ("linear_grad_weight", 32)):
         plan = sten.which(operator, (5, features), weight)
         assert plan.kernel.startswith(("band_", "csr_")) and plan.variant == "float32", plan
+    assert sten.which("linear", (5, 64), weight.to(torch.bfloat16)).variant == "converted"
     assert sten.which("linear", (5, 64), weight.to(torch.float64)).kernel == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_other_dtypes_are_rounded_once(layout, dtype):
+    torch.manual_seed(0)
+    weight = random_weight(layout, (50, 70)).to(dtype).requires_grad_()
+    x, bias = torch.randn(9, 70).to(dtype).requires_grad_(), torch.randn(50).to(dtype)
+    grad, dense = torch.randn(9, 50).to(dtype), weight.detach().to_dense().double()
+    y = F.linear(x, weight, bias)
+    y.backward(grad)
+    exact = {"y": F.linear(x.detach().double(), dense, bias.double()), "x": grad.double() @ dense}
+    exact["weight"] = torch.where(dense != 0, grad.double().t() @ x.detach().double(), 0)
+    got = {"y": y.detach(), "x": x.grad, "weight": torch.where(dense != 0, weight.grad.to_dense(), 0)}
+    for name, want in exact.items():
+        assert got[name].dtype == dtype
+        torch.testing.assert_close(got[name].double(), want, rtol=torch.finfo(dtype).eps, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("layout", [sten.VectorNM(2, 4, 8), sten.BSR((8, 8)), sten.FanIn(), sten.CSR()], ids=str)

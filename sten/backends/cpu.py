@@ -1,4 +1,4 @@
-"""The C++ kernels of the CPU, for float32, if they are built."""
+"""The C++ kernels of the CPU, which compute in float32, if they are built."""
 
 from __future__ import annotations
 
@@ -146,15 +146,29 @@ def band_grad_weight(layout: Layout, shape: tuple[int, ...], intercepted: bool) 
     return run
 
 
+def converted(run: Run, dtype: torch.dtype) -> Run:
+    """`run` on float32 copies of its dense tensors and of the values; the result is rounded once, to the dtype."""
+
+    def single(operand):
+        if isinstance(operand, Tensor):
+            return operand.float()
+        return operand and {**operand, "values": operand["values"].float()}
+
+    return lambda *operands: run(*map(single, operands)).to(dtype)
+
+
 def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
-    """The `prepare` of an operator by a C++ kernel, for float32."""
+    """The `prepare` of an operator by a C++ kernel, which computes in float32."""
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        if dtype is not torch.float32:
-            why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
-            return Plan.of("reference", why, None)
+        name = str(dtype).removeprefix("torch.")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
         run = run_of(layout, shape, flags.tokens is None)
-        return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
+        if dtype is torch.float32:
+            return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
+        why = f"C++ kernel: multiplies only the stored entries, in float32: {name} is converted at every call"
+        return Plan.of("converted", why, converted(run, dtype))
 
     prepare.__name__ = run_of.__name__
     return prepare
