@@ -24,19 +24,19 @@ LAST = (torch.channels_last, torch.channels_last_3d)
 
 
 def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
-    """`call(pattern, *arguments)`, which calls the operator; the pattern is a tuple of tensors, the first not None.
+    """`call(crow, col, *arguments)`, which calls the operator; crow is None for a pattern that is one tensor.
 
     The operator checks the bounds of a pattern once, not again while its parts and versions are those of the last call.
-
     Tensors made in inference mode have no version, and intercepted calls no memory: these are checked at every call.
     """
     last = None
 
-    def call(pattern: tuple[Tensor | None, ...], *arguments) -> Tensor:
+    def call(crow: Tensor | None, col: Tensor, *arguments) -> Tensor:
         nonlocal last
         now = None
-        if not intercepted and not pattern[0].is_inference():
-            now = [(part.data_ptr(), part._version) for part in pattern if part is not None]
+        if not intercepted and not col.is_inference():
+            rows = None if crow is None else (crow.data_ptr(), crow._version)
+            now = rows, col.data_ptr(), col._version
         y = operator(*arguments, trusted=now is not None and now == last)
         last = now  # only now: what failed its check is checked again
         return y
@@ -50,7 +50,7 @@ def csr_linear(layout: CSR, shape: tuple[int, ...], intercepted: bool) -> Run:
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         crow, col = weight["crow"], weight["col"]
-        return linear((col, crow), x, weight["values"], crow, col, bias, outputs)
+        return linear(crow, col, x, weight["values"], crow, col, bias, outputs)
 
     return run
 
@@ -62,7 +62,7 @@ def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bo
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         index = weight["index"]
-        return linear((index,), x, weight["values"], index, bias, n, m, g, outputs)
+        return linear(None, index, x, weight["values"], index, bias, n, m, g, outputs)
 
     return run
 
@@ -112,8 +112,8 @@ def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Ru
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         if row is None:
-            return linear((col, crow), x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
-        some = linear((col, crow), x, weight["values"].contiguous(), crow, col, None, height, columns, len(row))
+            return linear(crow, col, x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
+        some = linear(crow, col, x, weight["values"].contiguous(), crow, col, None, height, columns, len(row))
         y = x.new_zeros(*x.shape[:-1], outputs).index_copy_(-1, row, some)
         return y if bias is None else y.add_(bias)
 
@@ -128,7 +128,7 @@ def band_grad_input(layout: Layout, shape: tuple[int, ...], intercepted: bool) -
     def run(grad: Tensor, weight: Parts) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         grad = grad if row is None else grad.index_select(-1, row)
-        return product((col, crow), grad, weight["values"].contiguous(), crow, col, height, columns, inputs)
+        return product(crow, col, grad, weight["values"].contiguous(), crow, col, height, columns, inputs)
 
     return run
 
@@ -141,7 +141,7 @@ def band_grad_weight(layout: Layout, shape: tuple[int, ...], intercepted: bool) 
     def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         grad = grad if row is None else grad.index_select(-1, row)
-        return product((col, crow), grad, x, crow, col, *sizes)
+        return product(crow, col, grad, x, crow, col, *sizes)
 
     return run
 
