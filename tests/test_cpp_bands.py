@@ -215,3 +215,15 @@ def test_wrong_calls_raise(case):
     with pytest.raises((RuntimeError, ValueError)) as caught:
         torch.ops.sten.band_linear(*arguments)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_pointwise_convolution(layout):
+    torch.manual_seed(0)
+    weight = random_weight(layout, (18, 13)).to_dense().view(18, 13, 1, 1)
+    weight = sten.from_dense(weight, layout, weight != 0)
+    x, bias = torch.randn(2, 13, 7, 6).to(memory_format=torch.channels_last), torch.randn(18)
+    assert sten.which("conv2d", x, weight, bias).kernel.endswith("_conv")
+    for geometry in ({}, {"stride": 2, "padding": 1}):
+        exact = F.conv2d(x.double(), weight.to_dense().double(), bias.double(), **geometry)
+        torch.testing.assert_close(F.conv2d(x, weight, bias, **geometry).double(), exact, rtol=1e-5, atol=1e-5)
