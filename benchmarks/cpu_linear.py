@@ -1,7 +1,7 @@
-"""Time the compiled CPU kernels against dense `F.linear`, layout by layout, after checking their results.
+"""Time the CPU kernels as a user calls them against dense products, layout by layout, after checking their results.
 
-    python benchmarks/cpu_linear.py                                   # everything, about four minutes
-    python benchmarks/cpu_linear.py --tokens 1024 --layouts csr90 1:10:8
+    python benchmarks/cpu_linear.py                                   # every layout, forward, about ten minutes
+    python benchmarks/cpu_linear.py --tokens 1024 --layouts csr90 1:10:8 v8:1:4 bsr90 --products linear grad_weight
     python benchmarks/cpu_linear.py --json results.json
     python benchmarks/cpu_linear.py --against ../before               # another checkout, in turn with this one
 
@@ -16,6 +16,7 @@ measures processor time of one thread instead of elapsed time; the JSON has the 
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -33,42 +34,57 @@ from sten.backends import cpp
 
 SHAPES = [(3072, 768), (768, 3072)]  # (out, in)
 LAYOUTS = ["csr75", "csr90", "csr95", "1:10:8", "1:4:16", "2:4:8"]
+LAYOUTS += ["v8:2:4", "v8:1:4", "v8:1:8", "v8:1:16", "bsr80", "bsr90", "bsr95", "fanin90"]
+PRODUCTS = ["linear", "grad_input", "grad_weight"]
 
 
 def make_layout(name):
     """Return the layout and the sparsity (None where the layout has its own) that a name such as csr90 means."""
-    if name.startswith("csr"):
-        return sten.CSR(), int(name[3:]) / 100
-    return sten.GroupedNM(*map(int, name.split(":"))), None
+    for prefix, layout in (("csr", sten.CSR()), ("bsr", sten.BSR(block=(16, 16))), ("fanin", sten.FanIn())):
+        if name.startswith(prefix):
+            return layout, int(name.removeprefix(prefix)) / 100
+    numbers = [int(number) for number in name.removeprefix("v").split(":")]
+    return (sten.VectorNM(*numbers[1:], v=numbers[0]) if name[0] == "v" else sten.GroupedNM(*numbers)), None
 
 
 def make_weight(name, shape):
-    """Return (dense weight with the pruned entries zero, its parts) for a random weight of `shape`."""
+    """Return (dense weight with the pruned entries zero, the sparse one) for a random weight of `shape`."""
     layout, sparsity = make_layout(name)
     dense = torch.randn(shape) / math.sqrt(shape[1])
-    mask = torch.rand(shape) >= sparsity if sparsity is not None else None
-    weight = sten.from_dense(dense, layout, mask)
-    return weight.to_dense(), dict(weight.parts)
-
-
-def operator(name, out):
-    """Return f(x, parts, bias), a call of the compiled operator."""
     if name.startswith("csr"):
-        linear = torch.ops.sten.csr_linear
-        return lambda x, parts, bias: linear(x, parts["values"], parts["crow"], parts["col"], bias, out)
-    n, m, g = map(int, name.split(":"))
-    linear = torch.ops.sten.grouped_nm_linear
-    return lambda x, parts, bias: linear(x, parts["values"], parts["index"], bias, n, m, g, out)
+        mask = torch.rand(shape) >= sparsity
+    else:
+        mask = layout.mask(dense, sparsity) if sparsity is not None or name[0] == "v" else None
+    weight = sten.from_dense(dense, layout, mask)
+    return weight.to_dense(), weight
 
 
-def check(name, run, x, weights, bias):
+# A product -> (the dense one, the sparse one), each a function of x, grad, a weight and the bias.
+CALLS = {
+    "linear": (lambda x, grad, w, bias: F.linear(x, w, bias),) * 2,
+    "grad_input": (lambda x, grad, w, bias: grad @ w,) * 2,
+    "grad_weight": (lambda x, grad, w, bias: grad.t() @ x, lambda x, grad, w, bias: compute_grad_weight(grad, x, w)),
+}
+
+
+def compute_grad_weight(grad, x, weight):
+    """The gradient of the stored entries, by the Plan that a backward pass runs."""
+    plan = sten.which("linear_grad_weight", grad, weight)
+    return plan.run(grad, x, weight.parts)
+
+
+def check(name, product, x, grad, weights, bias):
     """Stop unless every weight's result agrees with a float64 product."""
-    for dense, parts in weights:
-        expected = F.linear(x.double(), dense.double(), bias.double())
-        scale = F.linear(x.double().abs(), dense.double().abs(), bias.double().abs())
-        error = ((run(x, parts, bias).double() - expected).abs() / scale).max().item()
+    dense_call, sparse_call = CALLS[product]
+    for dense, sparse in weights:
+        expected = dense_call(x.double(), grad.double(), dense.double(), bias.double())
+        scale = dense_call(x.double().abs(), grad.double().abs(), dense.double().abs(), bias.double().abs())
+        if product == "grad_weight":
+            expected, scale = (sparse.sparse_layout.pack_like(a, sparse.parts) for a in (expected, scale))
+        got = sparse_call(x, grad, sparse, bias).double()
+        error = ((got - expected).abs() / scale.clamp_min(1e-30)).max().item()
         if not error < 2e-6:
-            sys.exit(f"{name} is wrong by {error:.3g} of the sum of magnitudes; it is not timed")
+            sys.exit(f"{name}, {product} is wrong by {error:.3g} of the sum of magnitudes; it is not timed")
 
 
 def interleaved(calls, seconds, clock):
@@ -96,21 +112,24 @@ def in_turn(function, items):
     return call
 
 
-def measure(name, shape, tokens, arguments):
+def measure(name, shape, tokens, product, arguments):
     """Check one layout, shape and number of tokens, and return its timings."""
     torch.manual_seed(0)
     out, inp = shape
     weights = [make_weight(name, shape) for _ in range(min(arguments.rotate, 3))]
     # more weights than three are copies: they only need other addresses
     while len(weights) < arguments.rotate:
-        dense, parts = weights[len(weights) % 3]
-        weights.append((dense.clone(), {k: v.clone() for k, v in parts.items()}))
-    x, bias, run = torch.randn(tokens, inp), torch.randn(out), operator(name, out)
-    check(name, run, x, weights[:3], bias)
-    result = {"layout": name, "in": inp, "out": out, "tokens": tokens}
+        weights.append(tuple(weight.clone() for weight in weights[len(weights) % 3]))
+    x, grad, bias = torch.randn(tokens, inp), torch.randn(tokens, out), torch.randn(out)
+    check(name, product, x, grad, weights[:3], bias)
+    dense_call, sparse_call = CALLS[product]
+    result = {"layout": name, "product": product, "in": inp, "out": out, "tokens": tokens}
     for mode, used in (("hot", weights[:1]), ("rotating", weights)):
         both = interleaved(
-            [in_turn(lambda w: F.linear(x, w[0], bias), used), in_turn(lambda w: run(x, w[1], bias), used)],
+            [
+                in_turn(lambda w: dense_call(x, grad, w[0], bias), used),
+                in_turn(lambda w: sparse_call(x, grad, w[1], bias), used),
+            ],
             arguments.seconds,
             time.thread_time if arguments.cpu_time else time.perf_counter,
         )
@@ -160,7 +179,14 @@ def setting(arguments):
 def main():
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="LAYOUT", help="csr<percent> or n:m:g")
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        default=LAYOUTS,
+        metavar="LAYOUT",
+        help="csr90, 1:10:8 (n:m:g), v8:1:4, bsr90 or fanin90",
+    )
+    parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=PRODUCTS[:1], metavar="PRODUCT")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 1024])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rotate", type=int, default=12, help="weights called in turn when rotating")
@@ -191,28 +217,30 @@ def main():
 
 
 def report(run, arguments):
-    """Print one row for every layout and number of tokens; return their timings."""
-    results = []
+    """Print one row for every layout, product and number of tokens; return their timings."""
+    results, on = [], setting(arguments)
+    print(f"{on['device']}, {on['instruction_set']}, {on['threads']} thread(s), {on['clock']}, torch {on['torch']}")
     print(
-        f"{'layout':8}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}   (hot / rotating)"
+        f"{'layout':8} {'product':11}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}"
+        "   (hot / rotating)"
     )
-    for tokens in arguments.tokens:
-        for name in arguments.layouts:
-            both = [run(name, shape, tokens) for shape in SHAPES]
-            for r in both:
-                hot, turn = r["hot"], r["rotating"]
-                print(
-                    f"{name:8}{tokens:7}  {r['in']:>4} -> {r['out']:<5}{hot['dense_us']:11.0f} /{turn['dense_us']:9.0f}"
-                    f"{hot['sparse_us']:10.0f} /{turn['sparse_us']:8.0f}{hot['ratio']:8.2f} /{turn['ratio']:5.2f}"
-                    + (f"   x {hot['time_ratio']} / {turn['time_ratio']} of the other's" if arguments.against else ""),
-                    flush=True,
-                )
-            mean = {mode: round(math.prod(r[mode]["ratio"] for r in both) ** 0.5, 2) for mode in ("hot", "rotating")}
-            print(f"{name:8}{tokens:7}  {'geometric mean':>54}{mean['hot']:8.2f} /{mean['rotating']:5.2f}", flush=True)
-            results += both
+    for product, tokens, name in itertools.product(arguments.products, arguments.tokens, arguments.layouts):
+        both = [run(name, shape, tokens, product) for shape in SHAPES]
+        label = f"{name:8} {product:11}{tokens:7}"
+        for r in both:
+            hot, turn = r["hot"], r["rotating"]
+            print(
+                f"{label}  {r['in']:>4} -> {r['out']:<5}{hot['dense_us']:11.0f} /{turn['dense_us']:9.0f}"
+                f"{hot['sparse_us']:10.0f} /{turn['sparse_us']:8.0f}{hot['ratio']:8.2f} /{turn['ratio']:5.2f}"
+                + (f"   x {hot['time_ratio']} / {turn['time_ratio']} of the other's" if arguments.against else ""),
+                flush=True,
+            )
+        mean = {mode: round(math.prod(r[mode]["ratio"] for r in both) ** 0.5, 2) for mode in ("hot", "rotating")}
+        print(f"{label}  {'geometric mean':>54}{mean['hot']:8.2f} /{mean['rotating']:5.2f}", flush=True)
+        results += both
     return results
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
+    with torch.no_grad():  # in inference mode a weight has no version, and its pattern would be checked at every call
         main()

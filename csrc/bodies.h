@@ -390,9 +390,12 @@ STEN_FN void grouped_block(const Grouped& w, const GroupedBlock& b, const float*
   return grouped_block_v<4>(w, b, start, panel, acc);
 }
 
+#include "bodies_bands.h"
+
 constexpr Kernels make(const char* name) {
   return {name,     kWidth,    kRows,     load_panel,    store_panel,
-          csr_rows, csr_block, csr_token, grouped_block, grouped_token};
+          csr_rows, csr_block, csr_token, grouped_block, grouped_token,
+          bands_block, bands_token, bands_input, bands_values, bands_values_few};
 }
 
 }  // namespace sten::STEN_ISA

@@ -30,6 +30,23 @@ bool csr_in_bounds(const Csr& w, int64_t rows, int64_t slots, int64_t in, const 
   return good;
 }
 
+bool bands_in_bounds(const Bands& w, int64_t entries, const Pool& pool) {
+  const int64_t bands = w.bands(), limit = w.columns / w.width;
+  if (w.crow) return csr_in_bounds({nullptr, w.crow, w.col}, bands, entries, limit, pool);
+  std::atomic<bool> good{true};
+  if (bands == 0 || w.count == 0) return true;
+  const int64_t tasks = std::min<int64_t>(useful_threads(pool.threads, static_cast<double>(bands) * w.count), bands);
+  pool.each(tasks, [&](int64_t first, int64_t last) {
+    for (int64_t band = part(bands, tasks, first).begin; band < part(bands, tasks, last - 1).end; ++band) {
+      const int32_t* col = w.col + band * w.count;
+      bool falls = col[0] < 0 || col[w.count - 1] >= limit;
+      for (int64_t i = 1; i < w.count; ++i) falls |= col[i] <= col[i - 1];
+      if (falls) good = false;
+    }
+  });
+  return good;
+}
+
 bool grouped_in_bounds(const Grouped& w, const Pool& pool) {
   const int64_t slots = w.chunks * w.strips * w.columns();
   const uint32_t columns = static_cast<uint32_t>(w.columns());

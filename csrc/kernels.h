@@ -51,6 +51,30 @@ struct CsrBlock {
   const float* value;      // (sum count, rows_at_once)
 };
 
+// Rows in bands of `height`, the rows of a band with the same columns (VectorNM, FanIn with height 1, BSR). An entry of
+// a band is one column of all its rows (lists) or a block of `width` consecutive ones (blocks).
+struct Bands {
+  const float* values;     // lists: (rows, count); blocks: (entries, height, width)
+  const int32_t* crow;     // blocks: (bands + 1,); null for lists, `count` entries a band
+  const int32_t* col;      // lists: (bands, count), ascending in a band; blocks: (entries,), in units of width
+  int64_t rows, columns;   // columns: a multiple of width, and as many as col may name, padding included
+  int64_t height, width, count;
+  int64_t bands() const { return (rows + height - 1) / height; }
+};
+
+// Rows r0 to r1 - 1, and of every band the entries from `begin` to `end`: positions in its list, or in col for blocks.
+// Panels begin at column k0.
+struct BandRange {
+  int64_t r0, r1, k0;
+  const int32_t *begin, *end;   // (bands,)
+};
+
+// A panel of any number of tokens: pieces of a panel row's floats, `step` floats apart.
+struct LongPanel {
+  const float* data;
+  int64_t step;
+};
+
 // One instruction set. `v` is the number of vectors in a panel row, 1 to kMaxVectors.
 struct Kernels {
   const char* name;
@@ -78,6 +102,23 @@ struct Kernels {
   // spread[phase, lane] = (phase + lane) / n for phase < n
   void (*grouped_token)(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, const float* x,
                         const int32_t* spread, float* gathered, float* acc);
+
+  // acc[r - r0, :] += sum of value * panel[column - k0, :]; `start`, per row of acc, as in csr_block
+  void (*bands_block)(const Bands& w, const BandRange& range, const float* start, const float* panel, int v,
+                      float* acc);
+  // one token, all entries: y[r] for rows r0 to r1 - 1; x has `columns` floats and kTokenPadding
+  // more, `gathered` has `columns`
+  void (*bands_token)(const Bands& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* gathered,
+                      float* y);
+  // acc[column - k0, :] += sum of value * grad[r - r0, :]
+  void (*bands_input)(const Bands& w, const BandRange& range, const float* grad, int v, float* acc);
+  // out[r, entry] += sum over `pieces` of v vectors of tokens of grad[r - r0, :] * x[column, :]; out is shaped as values
+  void (*bands_values)(const Bands& w, const BandRange& range, LongPanel grad, LongPanel x, int64_t pieces, int v,
+                       float* out);
+  // the same for few tokens and rows that share columns: out += grad^T x, both row-major, x as in bands_token with `ld`
+  // floats a row; `scratch` has tokens * (count + kTokenPadding) floats
+  void (*bands_values_few)(const Bands& w, int64_t r0, int64_t r1, const float* grad, const float* x, int64_t ld,
+                           int64_t tokens, float* scratch, float* out);
 };
 
 const Kernels* kernels_avx512();     // null if this build has none

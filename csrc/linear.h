@@ -26,7 +26,7 @@ struct Pool {
 
 // Uninitialized memory, aligned to a cache line. A thread caches what it freed last, one piece per role, for its next
 // call: a new megabyte costs a page fault every 4 KB, which was a fifth of a whole call.
-enum class Role { panel, sums, repacked, cuts, small, count };
+enum class Role { panel, sums, repacked, cuts, small, values, index, count };
 
 void* take_scratch(Role role, size_t bytes, size_t* capacity);
 void give_scratch(Role role, void* memory, size_t capacity) noexcept;
@@ -80,8 +80,18 @@ void fill_start(const Problem& p, int64_t r0, int64_t rows, float* start);
 bool csr_in_bounds(const Csr& w, int64_t rows, int64_t slots, int64_t in, const Pool& pool);
 bool grouped_in_bounds(const Grouped& w, const Pool& pool);
 
+bool bands_in_bounds(const Bands& w, int64_t entries, const Pool& pool);
+
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
+
+// VectorNM, FanIn and BSR; x may have fewer columns than the weight, whose last ones are padding.
+void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool);
+// y = x W: p.x is the gradient of the output (tokens, w.rows), p.y that of the input
+void bands_grad_input(const Problem& p, const Bands& w, const Kernels& k, Pool pool);
+// out, shaped as w.values and zero before: grad^T x at the stored entries; w.values is not read
+void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w, float* out,
+                       const Kernels& k, Pool pool);
 
 // All n-subsets of range(m) in revolving-door order; made once for each (n, m).
 struct Patterns {

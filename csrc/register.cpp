@@ -1,20 +1,13 @@
-// The operators' schemas and argument checks: the only file that uses torch. Dtypes and sizes are checked at every call,
+// The operators' schemas and argument checks; only register*.cpp use torch. Dtypes and sizes are checked at every call,
 // the contents of crow, col and index unless the caller says that it has had this version of them checked (`trusted`).
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <string>
-
-#include "linear.h"
+#include "register.h"
 
 namespace sten {
-namespace {
 
-using at::Tensor;
-
-// Numbers as text: a std::ostream in this library crashed with torch 2.11's own C++ runtime.
 std::string text(int64_t number) { return std::to_string(number); }
 
 std::string text(at::IntArrayRef sizes) {
@@ -23,7 +16,7 @@ std::string text(at::IntArrayRef sizes) {
   return all + ")";
 }
 
-void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
+static void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
@@ -44,7 +37,6 @@ void check_input(const Tensor& x, const char* op, int64_t out) {
   TORCH_CHECK(out >= 0, op, ": Expected out_features >= 0, got ", text(out));
 }
 
-// Checks x and bias, allocates y and fills in the problem; `owner` holds a contiguous x; y is not written.
 Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out, Tensor& owner,
                      Tensor& y) {
   if (bias) {
@@ -61,6 +53,8 @@ Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor
   return {owner.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
           y.mutable_data_ptr<float>(), tokens, in, out};
 }
+
+namespace {
 
 Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
                      const std::optional<Tensor>& bias, int64_t out, bool trusted) {

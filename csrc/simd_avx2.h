@@ -16,7 +16,15 @@ constexpr int kRegisters = 16;
 
 STEN_INLINE vec zero() { return _mm256_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+STEN_INLINE vec load_first(const float* p, int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane));
+}
 STEN_INLINE void store(float* p, vec a) { _mm256_storeu_ps(p, a); }
+STEN_INLINE void store_first(float* p, vec a, int64_t n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane), a);
+}
 STEN_INLINE vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 // Keeps a value in a register: the compiler would rather load it again for each use, and loads are scarcer.
@@ -54,20 +62,29 @@ STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, flo
   }
 }
 
+STEN_INLINE void sum_four(const vec* a, float* out) {
+  const vec all = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
+STEN_INLINE __m128 four(const float* x, const int32_t* col) {
+  const __m128 a = _mm_insert_ps(_mm_load_ss(x + col[0]), _mm_load_ss(x + col[1]), 0x10);
+  return _mm_insert_ps(_mm_insert_ps(a, _mm_load_ss(x + col[2]), 0x20), _mm_load_ss(x + col[3]), 0x30);
+}
+
+// sum of v[i] * x[col[i]]. Four numbers are loaded into a vector one by one: a gather instruction takes longer.
 STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
-  vec a = zero(), b = zero();
+  __m128 a[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col + i));
-    const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(col + i + 8));
-    a = madd(load(v + i), _mm256_i32gather_ps(x, c, 4), a);
-    b = madd(load(v + i + 8), _mm256_i32gather_ps(x, d, 4), b);
-  }
-  float lanes[8], tail = 0.0f;
-  for (; i < n; ++i) tail += v[i] * x[col[i]];
-  store(lanes, add(a, b));
-  for (int l = 0; l < 8; ++l) tail += lanes[l];
-  return tail;
+  for (; i + 16 <= n; i += 16)
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) a[l] = _mm_fmadd_ps(_mm_loadu_ps(v + i + 4 * l), four(x, col + i + 4 * l), a[l]);
+  for (; i + 4 <= n; i += 4) a[0] = _mm_fmadd_ps(_mm_loadu_ps(v + i), four(x, col + i), a[0]);
+  const __m128 all = _mm_add_ps(_mm_add_ps(a[0], a[1]), _mm_add_ps(a[2], a[3]));
+  const __m128 two = _mm_add_ps(all, _mm_movehl_ps(all, all));
+  float sum = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  for (; i < n; ++i) sum = __builtin_fmaf(v[i], x[col[i]], sum);
+  return sum;
 }
 
 STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* out) {
@@ -77,6 +94,10 @@ STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* 
     store(out + i, _mm256_i32gather_ps(x, _mm256_cvtepi16_epi32(c), 4));
   }
   for (; i < n; ++i) out[i] = x[index[i]];
+}
+
+STEN_INLINE void gather(const float* x, const int32_t* index, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[index[i]];
 }
 
 STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_t* spread, int64_t count, float* acc) {

@@ -19,7 +19,9 @@ STEN_INLINE __mmask16 first(int64_t n) {
 }
 STEN_INLINE vec zero() { return _mm512_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+STEN_INLINE vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 STEN_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
+STEN_INLINE void store_first(float* p, vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a); }
 STEN_INLINE vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Keeps a value in a register: the compiler would rather load it again for each use, and loads are scarcer.
@@ -64,20 +66,34 @@ STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, flo
     if (i < cols) _mm512_mask_storeu_ps(dst + i * ld, mr, b[i]);
 }
 
-// sum of v[i] * x[col[i]]
+// out[i] = the sum of a[i], for four vectors
+STEN_INLINE void sum_four(const vec* a, float* out) {
+  const vec ab = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+  const vec cd = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+  const __m512d p = _mm512_castps_pd(ab), q = _mm512_castps_pd(cd);
+  const vec all = add(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
+STEN_INLINE __m128 four(const float* x, const int32_t* col) {
+  const __m128 a = _mm_insert_ps(_mm_load_ss(x + col[0]), _mm_load_ss(x + col[1]), 0x10);
+  return _mm_insert_ps(_mm_insert_ps(a, _mm_load_ss(x + col[2]), 0x20), _mm_load_ss(x + col[3]), 0x30);
+}
+
+// sum of v[i] * x[col[i]]. Four numbers are loaded into a vector one by one: a gather instruction takes longer.
 STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
-  vec a = zero(), b = zero();
+  __m128 a[4] = {_mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps(), _mm_setzero_ps()};
   int64_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    a = madd(load(v + i), _mm512_i32gather_ps(_mm512_loadu_si512(col + i), x, 4), a);
-    b = madd(load(v + i + 16), _mm512_i32gather_ps(_mm512_loadu_si512(col + i + 16), x, 4), b);
-  }
-  for (; i < n; i += 16) {
-    const __mmask16 k = first(n - i);
-    const __m512i c = _mm512_maskz_loadu_epi32(k, col + i);
-    a = _mm512_mask3_fmadd_ps(_mm512_maskz_loadu_ps(k, v + i), _mm512_mask_i32gather_ps(zero(), k, c, x, 4), a, k);
-  }
-  return _mm512_reduce_add_ps(add(a, b));
+  for (; i + 16 <= n; i += 16)
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; ++l) a[l] = _mm_fmadd_ps(_mm_loadu_ps(v + i + 4 * l), four(x, col + i + 4 * l), a[l]);
+  for (; i + 4 <= n; i += 4) a[0] = _mm_fmadd_ps(_mm_loadu_ps(v + i), four(x, col + i), a[0]);
+  const __m128 all = _mm_add_ps(_mm_add_ps(a[0], a[1]), _mm_add_ps(a[2], a[3]));
+  const __m128 two = _mm_add_ps(all, _mm_movehl_ps(all, all));
+  float sum = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  for (; i < n; ++i) sum = __builtin_fmaf(v[i], x[col[i]], sum);
+  return sum;
 }
 
 // out[i] = x[index[i]]
@@ -87,6 +103,35 @@ STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* 
     const __m512i c = _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(k, index + i));
     _mm512_mask_storeu_ps(out + i, k, _mm512_mask_i32gather_ps(zero(), k, c, x, 4));
   }
+}
+
+// The same for ascending indices; x may be read 128 floats beyond the last of them. Sixteen that lie close together are
+// selected from registers: a gather takes longer than four permutations, and than sixteen scalar loads.
+STEN_INLINE void gather(const float* x, const int32_t* index, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const int32_t base = index[i], span = index[i + 15] - base;
+    const float* from = x + base;
+    if (span < 128) {
+      const __m512i c = _mm512_sub_epi32(_mm512_loadu_si512(index + i), _mm512_set1_epi32(base));
+      vec a = _mm512_permutex2var_ps(load(from), c, load(from + 16));
+      if (span >= 32) {
+        const vec b = _mm512_permutex2var_ps(load(from + 32), c, load(from + 48));
+        a = _mm512_mask_mov_ps(a, _mm512_test_epi32_mask(c, _mm512_set1_epi32(32)), b);
+      }
+      if (span >= 64) {
+        const vec b = _mm512_permutex2var_ps(load(from + 64), c, load(from + 80));
+        const vec d = _mm512_permutex2var_ps(load(from + 96), c, load(from + 112));
+        const vec e = _mm512_mask_mov_ps(b, _mm512_test_epi32_mask(c, _mm512_set1_epi32(32)), d);
+        a = _mm512_mask_mov_ps(a, _mm512_test_epi32_mask(c, _mm512_set1_epi32(64)), e);
+      }
+      store(out + i, a);
+    } else {
+#pragma GCC unroll 16
+      for (int l = 0; l < 16; ++l) out[i + l] = x[index[i + l]];
+    }
+  }
+  for (; i < n; ++i) out[i] = x[index[i]];
 }
 
 // acc[f] += v[f] * x[f / n] for f < count; spread is described in kernels.h

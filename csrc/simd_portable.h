@@ -19,7 +19,15 @@ STEN_INLINE vec load(const float* p) {
   std::memcpy(&a, p, sizeof a);
   return a;
 }
+STEN_INLINE vec load_first(const float* p, int64_t n) {
+  vec a = zero();
+  std::memcpy(&a, p, static_cast<size_t>(n) * sizeof(float));
+  return a;
+}
 STEN_INLINE void store(float* p, vec a) { std::memcpy(p, &a, sizeof a); }
+STEN_INLINE void store_first(float* p, vec a, int64_t n) {
+  std::memcpy(p, &a, static_cast<size_t>(n) * sizeof(float));
+}
 STEN_INLINE vec broadcast(const float* p) { return vec{*p, *p, *p, *p}; }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
 STEN_INLINE vec keep(vec a) { return a; }
@@ -28,6 +36,10 @@ STEN_INLINE vec add(vec a, vec b) { return a + b; }
 STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
   for (int c = 0; c < cols; ++c)
     for (int r = 0; r < (fill ? kWidth : rows); ++r) dst[c * ld + r] = r < rows ? src[r * ls + c] : 0.0f;
+}
+
+STEN_INLINE void sum_four(const vec* a, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = (a[i][0] + a[i][1]) + (a[i][2] + a[i][3]);
 }
 
 STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_t n) {
@@ -39,7 +51,8 @@ STEN_INLINE float dot(const float* x, const float* v, const int32_t* col, int64_
   return (a[0] + a[1]) + (a[2] + a[3]);
 }
 
-STEN_INLINE void gather(const float* x, const int16_t* index, int64_t n, float* out) {
+template <typename Index>
+STEN_INLINE void gather(const float* x, const Index* index, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = x[index[i]];
 }
 

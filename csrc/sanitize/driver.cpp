@@ -104,6 +104,64 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
   compare("grouped", data.problem, dense);
 }
 
+// Lists (width 0) or blocks: y, and the gradients as the products that they are.
+void try_bands(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_t height, int64_t width, double density,
+               bool biased, int threads) {
+  const bool blocks = width > 0;
+  const int64_t unit = std::max<int64_t>(width, 1), slots = ceil_div(in, unit) + (in % 3 == 1 && !blocks);
+  const int64_t bands = ceil_div(out, height), count = static_cast<int64_t>(static_cast<double>(slots) * density);
+  std::bernoulli_distribution keep(density);
+  std::vector<int32_t> crow{0}, col;
+  for (int64_t band = 0; band < bands; ++band) {
+    std::vector<int32_t> all(slots);
+    for (int64_t i = 0; i < slots; ++i) all[i] = static_cast<int32_t>(i);
+    if (!blocks) {
+      std::shuffle(all.begin(), all.end(), generator);
+      all.resize(count);
+      std::sort(all.begin(), all.end());
+    }
+    for (const int32_t c : all)
+      if (!blocks || (band % 7 != 3 && keep(generator))) col.push_back(c);
+    crow.push_back(static_cast<int32_t>(col.size()));
+  }
+  col.shrink_to_fit();
+  std::vector<float> values = random_floats(blocks ? static_cast<int64_t>(col.size()) * height * width : out * count);
+  const Bands w{values.data(), blocks ? crow.data() : nullptr, col.data(), out, slots * unit, height, unit, count};
+  std::vector<double> dense(out * in), transposed(out * in);
+  std::vector<int64_t> at(out * in, -1);    // where an entry is stored
+  for (int64_t band = 0; band < bands; ++band)
+    for (int64_t e = crow[band]; e < crow[band + 1]; ++e)
+      for (int64_t r = band * height; r < std::min((band + 1) * height, out); ++r)
+        for (int64_t c = 0; c < unit; ++c) {
+          const int64_t i = blocks ? (e * height + r % height) * width + c : r * count + e - band * count;
+          const int64_t column = col[e] * unit + c;
+          if (column >= in) values[i] = 0.0f;
+          else at[r * in + column] = i, dense[r * in + column] = transposed[column * out + r] = values[i];
+        }
+  if (!bands_in_bounds(w, static_cast<int64_t>(col.size()), {threads, run_tasks})) ++failures;
+  Data data(tokens, in, out, biased);
+  bands_linear(data.problem, w, k, {threads, run_tasks});
+  compare("bands", data.problem, dense);
+  Data back(tokens, out, in, false);
+  bands_grad_input(back.problem, w, k, {threads, run_tasks});
+  compare("bands, gradient of the input", back.problem, transposed);
+  std::vector<float> gradient(values.size());
+  bands_grad_values(back.x.data(), data.x.data(), tokens, in, w, gradient.data(), k, {threads, run_tasks});
+  for (int64_t i = 0; i < out * in; ++i) {
+    if (at[i] < 0) continue;
+    double sum = 0.0, scale = 0.0;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const double product = static_cast<double>(back.x[t * out + i / in]) * data.x[t * in + i % in];
+      sum += product;
+      scale += std::abs(product);
+    }
+    if (std::abs(gradient[at[i]] - sum) <= 2e-6 * scale) continue;
+    std::printf("bands, gradient of the values: %g instead of %g\n", gradient[at[i]], sum);
+    ++failures;
+    return;
+  }
+}
+
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
 int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
@@ -130,6 +188,17 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
       csr_linear(data.problem, w, k, {3, run_tasks});
       ++passed;
     }
+    std::vector<int32_t> list(7 * 9);    // bands of 3 rows, 9 columns each
+    for (size_t i = 0; i < list.size(); ++i) list[i] = static_cast<int32_t>(i % 9 * 3);
+    list[generator() % list.size()] = number();
+    std::vector<float> entries = random_floats(out * 9), gradient(entries.size());
+    const Bands u{entries.data(), nullptr, list.data(), out, in, 3, 1, 9};
+    if (bands_in_bounds(u, static_cast<int64_t>(list.size()), {3, run_tasks})) {
+      bands_linear(data.problem, u, k, {3, run_tasks});
+      bands_grad_values(data.y.data(), data.x.data(), tokens, in, u, gradient.data(), k, {3, run_tasks});
+      bands_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, u, k, {3, run_tasks});
+      ++passed;
+    }
     const Patterns& order = patterns(2, 4);
     const int64_t count = 6, g = 2, width = count * g, chunks = ceil_div(in, width), strips = ceil_div(out, 4);
     std::vector<float> more = random_floats(chunks * strips * width * 2);
@@ -150,6 +219,7 @@ void try_all(const Kernels& k) {
   const int64_t sizes[][2] = {{1, 1}, {17, 3}, {3, 63}, {100, 37}, {63, 130}, {300, 65}, {0, 5}, {5, 0}};
   const int groups[][3] = {{1, 10, 8}, {1, 4, 16}, {1, 3, 5}, {2, 4, 8}, {2, 4, 3}, {2, 5, 1},
                            {3, 5, 2},  {4, 8, 4},  {5, 6, 2}, {7, 9, 1}, {4, 4, 3}};
+  const int bands[][2] = {{1, 0}, {3, 0}, {8, 0}, {9, 0}, {500, 0}, {1, 1}, {4, 3}, {16, 16}, {9, 40}};
   for (const int64_t tokens : {1, 2, 15, 16, 17, 40, 64, 65, 200})
     for (const auto& size : sizes)
       for (const int threads : {1, 3}) {
@@ -157,6 +227,8 @@ void try_all(const Kernels& k) {
           try_csr(k, tokens, size[0], size[1], density, threads == 1, threads);
         for (const auto& nmg : groups)
           try_grouped(k, tokens, size[0], size[1], nmg[0], nmg[1], nmg[2], threads == 1, threads);
+        for (const auto& band : bands)
+          try_bands(k, tokens, size[0], size[1], band[0], band[1], 0.4, threads == 1, threads);
       }
   try_csr(k, 130, 140, 2000, 0.1, true, 3);    // several pieces of rows
   try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);
@@ -187,7 +259,7 @@ int main() {
     try_all(kernels());
     int passed = 0;
     for (const int64_t tokens : {1, 5, 64, 200}) passed += try_hostile(kernels(), tokens, 500);
-    std::printf("%s: done; %d of 4000 hostile patterns are in bounds\n", name, passed);
+    std::printf("%s: done; %d of 6000 hostile patterns are in bounds\n", name, passed);
   }
   std::printf("%d wrong results\n", failures);
   return failures != 0;

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, when they are built: `torch.ops.sten.csr_linear` and `torch.ops.sten.grouped_nm_linear`.
+"""The compiled CPU kernels, when they are built: `csr_linear`, `grouped_nm_linear` and `band_*` of `torch.ops.sten`.
 
 Importing this module loads the library `sten._C` if it exists and registers the fake kernels of its operators; without
 the library the import still succeeds.
@@ -69,6 +69,13 @@ def _fake(x, *arguments, trusted=False):
     return x.new_empty((*x.shape[:-1], arguments[-1]))
 
 
+def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
+    """Return empty values: (out_features, entries) or, with crow, (entries, height, width), (entries,) for width 0."""
+    if crow is None:
+        return x.new_empty((grad.shape[-1], col.shape[1]))
+    return x.new_empty((len(col), height, width) if width else (len(col),))
+
+
 def _load():
     """Load the library; the error of an unusable one (built for another torch, say) is stored, not raised."""
     global _library, _load_error
@@ -79,8 +86,9 @@ def _load():
     except ImportError as error:
         _load_error = error
         return
-    for name in ("csr_linear", "grouped_nm_linear"):
+    for name in ("csr_linear", "grouped_nm_linear", "band_linear", "band_grad_input"):
         torch.library.register_fake(f"sten::{name}", _fake)
+    torch.library.register_fake("sten::band_grad_values", _fake_values)
 
 
 _load()

@@ -1,10 +1,12 @@
-"""The C++ kernels of the CPU, for float32, if they are built."""
+"""The C++ kernels of the CPU, which compute in float32, if they are built."""
 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +14,42 @@ from torch import Tensor
 
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
-from ..layouts import CSR, GroupedNM
+from ..layouts import BSR, CSR, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
+from ..layouts.padding import reduction_width
 from . import cpp
 
-Linear = Callable[[Tensor, Parts, Tensor | None], Tensor]
+Run = Callable[..., Tensor]
 LAST = (torch.channels_last, torch.channels_last_3d)
 
 
-# A kernel checks the bounds of a pattern once: not again while its parts and their versions are those of the last call.
-# Tensors made in inference mode have no version, and intercepted calls no memory: these are checked at every call.
+def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
+    """`call(crow, col, *arguments)`, which calls the operator; crow is None for a pattern that is one tensor.
+
+    The operator checks the bounds of a pattern once, not again while its parts and versions are those of the last call.
+    Tensors made in inference mode have no version, and intercepted calls no memory: these are checked at every call.
+    """
+    last = None
+
+    def call(crow: Tensor | None, col: Tensor, *arguments) -> Tensor:
+        nonlocal last
+        now = None
+        if not intercepted and not col.is_inference():
+            rows = None if crow is None else (crow.data_ptr(), crow._version)
+            now = rows, col.data_ptr(), col._version
+        y = operator(*arguments, trusted=now is not None and now == last)
+        last = now  # only now: what failed its check is checked again
+        return y
+
+    return call
 
 
-def csr_run(layout: CSR, outputs: int, intercepted: bool) -> Linear:
+# The two below write that out, because a Python function less is seen in the time of a small product.
+
+
+def csr_linear(layout: CSR, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear with CSR: row by row, gathering activations from a panel."""
-    linear, last = torch.ops.sten.csr_linear.default, None
+    linear, outputs, last = torch.ops.sten.csr_linear.default, shape[0], None
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         nonlocal last
@@ -34,15 +57,16 @@ def csr_run(layout: CSR, outputs: int, intercepted: bool) -> Linear:
         if not intercepted and not col.is_inference():
             now = crow.data_ptr(), crow._version, col.data_ptr(), col._version
         y = linear(x, weight["values"], crow, col, bias, outputs, trusted=now is not None and now == last)
-        last = now  # only now: what failed its check is checked again
+        last = now
         return y
 
     return run
 
 
-def grouped_nm_run(layout: GroupedNM, outputs: int, intercepted: bool) -> Linear:
+def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
     linear, n, m, g, last = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g, None
+    outputs = shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         nonlocal last
@@ -56,17 +80,110 @@ def grouped_nm_run(layout: GroupedNM, outputs: int, intercepted: bool) -> Linear
     return run
 
 
-def linear_by(run_of: Callable[[Layout, int, bool], Linear]) -> Callable[..., Plan]:
-    """The `prepare` of linear by a C++ kernel, for float32."""
+# The operators of rows that share their columns take (crow or None, col) and the numbers (height, columns).
+
+
+@dataclass(frozen=True)
+class Band:
+    """How a layout's pattern is given to these operators.
+
+    Attributes:
+        pattern: `pattern(parts)`: crow, which is None for a list of single columns, and col.
+        sizes: `sizes(layout, shape)`: the rows that share columns, the width of an entry (0: values have one
+            dimension), the columns with padding.
+    """
+
+    pattern: Callable[[Parts], tuple[Tensor | None, Tensor]]
+    sizes: Callable[[Layout, tuple[int, ...]], tuple[int, int, int]]
+
+
+def block_sizes(layout: BSR, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    return *layout.block, layout.grid(shape)[1] * layout.block[1]
+
+
+BANDS = {
+    VectorNM: Band(
+        lambda parts: (None, parts["index"]), lambda layout, shape: (layout.v, 1, reduction_width(shape, layout.m))
+    ),
+    BSR: Band(lambda parts: (parts["crow"], parts["col"]), block_sizes),
+    CSR: Band(lambda parts: (parts["crow"], parts["col"]), lambda layout, shape: (1, 0, math.prod(shape[1:]))),
+    FanIn: Band(lambda parts: (None, parts["index"]), lambda layout, shape: (1, 1, math.prod(shape[1:]))),
+}
+
+
+def stored_rows(parts: Parts, outputs: int) -> Tensor | None:
+    """Which outputs the rows of the parts are, for a layout that leaves out empty ones; None if they are all."""
+    row = parts.get("row")
+    return None if row is None or len(row) == outputs else row.long()
+
+
+def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """`run` of linear: one row of a panel of activations for all outputs that share the column."""
+    linear, band = once_checked(torch.ops.sten.band_linear.default, intercepted), BANDS[type(layout)]
+    (height, _, columns), outputs = band.sizes(layout, shape), shape[0]
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+        (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
+        if row is None:
+            return linear(crow, col, x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
+        some = linear(crow, col, x, weight["values"].contiguous(), crow, col, None, height, columns, len(row))
+        y = x.new_zeros(*x.shape[:-1], outputs).index_copy_(-1, row, some)
+        return y if bias is None else y.add_(bias)
+
+    return run
+
+
+def band_grad_input(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """`run` of linear_grad_input: the gradients of a band's outputs stay in registers from column to column."""
+    product, band = once_checked(torch.ops.sten.band_grad_input.default, intercepted), BANDS[type(layout)]
+    (height, _, columns), outputs, inputs = band.sizes(layout, shape), shape[0], math.prod(shape[1:])
+
+    def run(grad: Tensor, weight: Parts) -> Tensor:
+        (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
+        grad = grad if row is None else grad.index_select(-1, row)
+        return product(crow, col, grad, weight["values"].contiguous(), crow, col, height, columns, inputs)
+
+    return run
+
+
+def band_grad_weight(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """`run` of linear_grad_weight: a dot product over the tokens for every stored entry."""
+    product, band = once_checked(torch.ops.sten.band_grad_values.default, intercepted), BANDS[type(layout)]
+    sizes, outputs = band.sizes(layout, shape), shape[0]
+
+    def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
+        (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
+        grad = grad if row is None else grad.index_select(-1, row)
+        return product(crow, col, grad, x, crow, col, *sizes)
+
+    return run
+
+
+def converted(run: Run, dtype: torch.dtype) -> Run:
+    """`run` on float32 copies of its dense tensors and of the values; the result is rounded once, to the dtype."""
+
+    def single(operand):
+        if isinstance(operand, Tensor):
+            return operand.float()
+        return operand and {**operand, "values": operand["values"].float()}
+
+    return lambda *operands: run(*map(single, operands)).to(dtype)
+
+
+def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
+    """The `prepare` of an operator by a C++ kernel, which computes in float32."""
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        if dtype is not torch.float32:
-            why = f"expands to dense: the C++ kernel is for float32, not {str(dtype).removeprefix('torch.')}"
-            return Plan.of("reference", why, None)
-        run = run_of(layout, shape[0], flags.tokens is None)
-        return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
+        name = str(dtype).removeprefix("torch.")
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
+        run = run_of(layout, shape, flags.tokens is None)
+        if dtype is torch.float32:
+            return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
+        why = f"C++ kernel: multiplies only the stored entries, in float32: {name} is converted at every call"
+        return Plan.of("converted", why, converted(run, dtype))
 
-    prepare.__name__ = run_of.__name__.replace("run", "linear")
+    prepare.__name__ = run_of.__name__
     return prepare
 
 
@@ -90,7 +207,7 @@ def conv_by(prepare_linear: Callable[..., Plan]) -> Callable[..., Plan]:
     return prepare
 
 
-def pointwise(linear: Linear, x: Tensor, weight, bias, *, stride, padding, dilation, groups) -> Tensor:
+def pointwise(linear: Run, x: Tensor, weight, bias, *, stride, padding, dilation, groups) -> Tensor:
     """The convolution with kernel_size=1, by a product with the channels of each pixel."""
     if any(padding):
         x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
@@ -99,9 +216,16 @@ def pointwise(linear: Linear, x: Tensor, weight, bias, *, stride, padding, dilat
 
 
 if cpp.available():
-    for _layout, _run_of in ((CSR, csr_run), (GroupedNM, grouped_nm_run)):
-        _linear = kernel("linear", weight=_layout, device="cpu", prepare=True)(linear_by(_run_of))
+    for _layout, _run_of in (
+        (CSR, csr_linear),
+        (GroupedNM, grouped_nm_linear),
+        *((layout, band_linear) for layout in (VectorNM, BSR, FanIn)),
+    ):
+        _linear = kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
         kernel("conv2d", weight=_layout, device="cpu", prepare=True)(conv_by(_linear))
+    for _layout in BANDS:
+        kernel("linear_grad_input", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_input))
+        kernel("linear_grad_weight", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_weight))
 else:
     _why = f"they do not load here ({cpp.load_error()})" if cpp.load_error() else "they are not built"
     warnings.warn(

@@ -1,0 +1,254 @@
+// Rows that share their columns (VectorNM, FanIn, BSR): y = x W^T + bias and its two gradients.
+//
+// All three read the stored format. Columns are cut into blocks whose panel rows fit a cache; `Cuts` says where each
+// band crosses from one block to the next. One token multiplies along the columns, without a panel.
+#include <cstring>
+
+#include "linear.h"
+
+namespace sten {
+namespace {
+
+constexpr int64_t kBlockBytes = 32 << 10;     // panel of a block: a first-level cache
+constexpr int64_t kWholeBytes = 256 << 10;    // a panel of this size is not cut: it fits a second-level cache
+constexpr int64_t kLeastColumns = 128;
+constexpr int64_t kTransposeTokens = 128;     // from which on sorting single entries by columns pays
+constexpr int64_t kSkew = 256;                // floats between panels, or all would fall into the same cache sets
+constexpr int64_t kFewTokens = 64;
+constexpr int64_t kSharedRows = 4;            // from which on gathering activations for a band pays
+constexpr int64_t kUnit = 8;                  // rows that are not divided between tasks
+constexpr int64_t kLongPanels = 4;            // panels whose tokens are summed in registers for the values' gradient
+
+int64_t panel_floats(const Kernels& k, int64_t tokens) {
+  return std::min<int64_t>(kMaxVectors, ceil_div(tokens, k.width)) * k.width;
+}
+
+double entries(const Bands& w) {
+  return w.crow ? static_cast<double>(w.crow[w.bands()]) * w.height * w.width : static_cast<double>(w.rows) * w.count;
+}
+
+// How many columns a block has, a multiple of the width of an entry.
+int64_t block_columns(const Bands& w, int64_t bytes, int64_t row_floats) {
+  const int64_t fit = std::max(kLeastColumns, bytes / (row_floats * static_cast<int64_t>(sizeof(float))));
+  return std::max<int64_t>(w.width, fit / w.width * w.width);
+}
+
+// Where each band crosses into each block of columns: positions as in BandRange.
+class Cuts {
+ public:
+  Cuts(const Bands& w, int64_t columns, const Pool& pool)
+      : columns_(columns),
+        bands_(w.bands()),
+        blocks_(std::max<int64_t>(1, ceil_div(w.columns, columns))),
+        at_(Role::cuts, (blocks_ + 1) * bands_) {
+    const int64_t tasks = std::max<int64_t>(1, std::min<int64_t>(bands_, pool.threads * 4));
+    pool.each(tasks, [&](int64_t begin, int64_t end) {
+      for (int64_t band = part(bands_, tasks, begin).begin; band < part(bands_, tasks, end - 1).end; ++band)
+        find(w, band);
+    });
+  }
+
+  int64_t blocks() const { return blocks_; }
+  int64_t columns() const { return columns_; }
+  BandRange range(int64_t block, int64_t r0, int64_t r1) const {
+    const int32_t* begin = at_.get() + block * bands_;
+    return {r0, r1, block * columns_, begin, begin + bands_};
+  }
+
+ private:
+  void find(const Bands& w, int64_t band) {
+    const int32_t* col = w.crow ? w.col : w.col + band * w.count;
+    int32_t i = w.crow ? w.crow[band] : 0;
+    const int32_t stop = w.crow ? w.crow[band + 1] : static_cast<int32_t>(w.count);
+    for (int64_t b = 0; b < blocks_; ++b) {
+      at_.get()[b * bands_ + band] = i;
+      const int64_t limit = (b + 1) * columns_ / w.width;
+      if (b + 1 == blocks_) i = stop;
+      while (i < stop && col[i] < limit) ++i;
+    }
+    at_.get()[blocks_ * bands_ + band] = stop;
+  }
+
+  int64_t columns_, bands_, blocks_;
+  Scratch<int32_t> at_;
+};
+
+// panel[k - k0, :] for columns k0 to k1 - 1 of x; those beyond `in` become zero
+void load_columns(const Kernels& k, const float* x, int64_t in, int64_t tokens, int64_t k0, int64_t k1, int v,
+                  float* panel) {
+  const int64_t real = std::max<int64_t>(0, std::min(k1, in) - k0), row_floats = static_cast<int64_t>(v) * k.width;
+  if (real) k.load_panel(x + k0, in, tokens, real, v, panel);
+  std::memset(panel + real * row_floats, 0, (k1 - k0 - real) * row_floats * sizeof(float));
+}
+
+void one_token(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
+  Scratch<float> x(Role::small, w.columns + kTokenPadding);
+  std::copy(p.x, p.x + p.in, x.get());
+  std::fill(x.get() + p.in, x.get() + w.columns + kTokenPadding, 0.0f);
+  const int64_t units = ceil_div(p.out, kUnit), tasks = std::min<int64_t>(pool.threads, units);
+  pool.each(tasks, [&](int64_t begin, int64_t end) {
+    const int64_t r0 = part(units, tasks, begin).begin * kUnit, r1 = part(units, tasks, end - 1).end * kUnit;
+    Scratch<float> gathered(Role::panel, w.columns);
+    k.bands_token(w, p.bias, r0, std::min(r1, p.out), x.get(), gathered.get(), p.y);
+  });
+}
+
+// The rows of piece `i`: multiples of kUnit.
+Range piece_rows(int64_t out, int64_t pieces, int64_t i) {
+  const Range units = part(ceil_div(out, kUnit), pieces, i);
+  return {units.begin * kUnit, std::min(units.end * kUnit, out)};
+}
+
+void many_tokens(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
+  const int64_t units = ceil_div(p.out, kUnit), row_floats = panel_floats(k, p.tokens);
+  const Grid grid = make_grid(p, k, pool.threads, std::min(pieces_for_cache(p, k), units), units);
+  const bool whole = w.columns * row_floats * static_cast<int64_t>(sizeof(float)) <= kWholeBytes;
+  const Cuts cuts(w, block_columns(w, whole ? kWholeBytes : kBlockBytes, row_floats), pool);
+  const int64_t most = ceil_div(units, grid.pieces) * kUnit, columns = std::min(cuts.columns(), w.columns);
+  pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
+    Scratch<float> panel(Role::panel, columns * row_floats), acc(Role::sums, most * (row_floats + 1));
+    float* start = acc.get() + most * row_floats;
+    // Piece after piece, so that its weights stay in the second-level cache from panel to panel.
+    for (int64_t task = begin; task < end; ++task) {
+      const Range rows = piece_rows(p.out, grid.pieces, task / grid.panels);
+      const int64_t t0 = task % grid.panels * grid.panel_tokens, count = std::min(grid.panel_tokens, p.tokens - t0);
+      const int v = static_cast<int>(ceil_div(count, k.width));
+      fill_start(p, rows.begin, rows.end - rows.begin, start);
+      for (int64_t b = 0; b < cuts.blocks(); ++b) {
+        const int64_t k0 = b * cuts.columns(), k1 = std::min(k0 + cuts.columns(), w.columns);
+        load_columns(k, p.x + t0 * p.in, p.in, count, k0, k1, v, panel.get());
+        k.bands_block(w, cuts.range(b, rows.begin, rows.end), b == 0 ? start : nullptr, panel.get(), v, acc.get());
+      }
+      k.store_panel(acc.get(), rows.end - rows.begin, count, v, p.y + t0 * p.out + rows.begin, p.out);
+    }
+  });
+}
+
+// The entries of padding columns are zero, also if the gradient of the output is infinite.
+void clear_padding(const Bands& w, int64_t in, float* out) {
+  for (int64_t band = 0; band < w.bands(); ++band) {
+    const int32_t* col = w.crow ? w.col : w.col + band * w.count;
+    const int64_t begin = w.crow ? w.crow[band] : 0, end = w.crow ? w.crow[band + 1] : w.count;
+    for (int64_t e = end; e > begin && (col[e - 1] + 1) * w.width > in; --e)
+      for (int64_t r = band * w.height; r < std::min((band + 1) * w.height, w.rows); ++r) {
+        float* row = w.crow ? out + ((e - 1) * w.height + r % w.height) * w.width : out + r * w.count + e - 1;
+        std::fill(row + std::max<int64_t>(0, in - col[e - 1] * w.width), row + w.width, 0.0f);
+      }
+  }
+}
+
+}  // namespace
+
+void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool) {
+  if (p.tokens == 0 || p.out == 0) return;
+  pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
+  if (p.tokens == 1) return one_token(p, w, k, pool);
+  many_tokens(p, w, k, pool);
+}
+
+namespace {
+
+// Single entries in single rows, sorted by columns, as a CSR weight of the transposed product.
+void transposed_linear(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
+  const int64_t all = w.crow ? w.crow[w.rows] : w.rows * w.count;
+  Scratch<float> values(Role::values, all);
+  Scratch<int32_t> index(Role::index, w.columns + 1 + all);
+  int32_t *crow = index.get(), *row = crow + w.columns + 1;
+  std::fill(crow, crow + w.columns + 1, 0);
+  for (int64_t i = 0; i < all; ++i) ++crow[w.col[i]];
+  for (int64_t c = 1; c <= w.columns; ++c) crow[c] += crow[c - 1];
+  for (int64_t r = w.rows; r-- > 0;) {    // backwards, so that each offset ends up as the first one of its column
+    const int64_t begin = w.crow ? w.crow[r] : r * w.count, end = w.crow ? w.crow[r + 1] : begin + w.count;
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t to = --crow[w.col[i]];
+      values.get()[to] = w.values[i];
+      row[to] = static_cast<int32_t>(r);
+    }
+  }
+  csr_linear(p, {values.get(), crow, row}, k, pool);
+}
+
+}  // namespace
+
+void bands_grad_input(const Problem& p, const Bands& w, const Kernels& k, Pool pool) {
+  if (p.tokens == 0 || p.out == 0) return;
+  if (w.height == 1 && w.width == 1 && p.tokens >= kTransposeTokens && entries(w) < INT32_MAX)
+    return transposed_linear(p, w, k, pool);
+  pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
+  const int64_t row_floats = panel_floats(k, p.tokens);
+  const Cuts cuts(w, block_columns(w, kBlockBytes, row_floats), pool);
+  const Grid grid = make_grid(p, k, pool.threads, 1, cuts.blocks());
+  pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
+    Scratch<float> panel(Role::panel, w.rows * row_floats), acc(Role::sums, cuts.columns() * row_floats);
+    int64_t loaded = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t t0 = task / grid.pieces * grid.panel_tokens, count = std::min(grid.panel_tokens, p.tokens - t0);
+      const int v = static_cast<int>(ceil_div(count, k.width));
+      if (loaded != t0) k.load_panel(p.x + t0 * p.in, p.in, count, w.rows, v, panel.get());
+      loaded = t0;
+      const Range blocks = part(cuts.blocks(), grid.pieces, task % grid.pieces);
+      for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+        const int64_t k0 = b * cuts.columns(), real = std::min(cuts.columns(), p.out - k0);
+        std::memset(acc.get(), 0, cuts.columns() * v * k.width * sizeof(float));
+        k.bands_input(w, cuts.range(b, 0, w.rows), panel.get(), v, acc.get());
+        if (real > 0) k.store_panel(acc.get(), real, count, v, p.y + t0 * p.out + k0, p.out);
+      }
+    }
+  });
+}
+
+// A dot product over few tokens would spend its time on the sum at its end.
+static void few_tokens_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w,
+                                   float* out, const Kernels& k, const Pool& pool) {
+  const int64_t ld = w.columns + kTokenPadding, units = ceil_div(w.rows, kUnit);
+  const int64_t pieces = std::min<int64_t>(pool.threads, units);
+  Scratch<float> xs(Role::small, tokens * ld);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* row = xs.get() + t * ld;
+    std::copy(x + t * in, x + (t + 1) * in, row);
+    std::fill(row + in, row + ld, 0.0f);
+  }
+  pool.each(pieces, [&](int64_t begin, int64_t end) {
+    const Range rows{piece_rows(w.rows, pieces, begin).begin, piece_rows(w.rows, pieces, end - 1).end};
+    Scratch<float> scratch(Role::sums, tokens * (w.count + kTokenPadding));
+    k.bands_values_few(w, rows.begin, rows.end, grad, xs.get(), ld, tokens, scratch.get(), out);
+  });
+}
+
+static void many_tokens_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w,
+                                    float* out, const Kernels& k, const Pool& pool) {
+  const int64_t row_floats = panel_floats(k, tokens), panels = ceil_div(tokens, row_floats);
+  const int v = static_cast<int>(row_floats / k.width);
+  const int64_t together = std::min(kLongPanels, panels), units = ceil_div(w.rows, kUnit);
+  const Cuts cuts(w, block_columns(w, kBlockBytes, row_floats), pool);
+  const int64_t pieces = std::min<int64_t>(pool.threads, units);
+  pool.each(pieces, [&](int64_t begin, int64_t end) {
+    const Range rows{piece_rows(w.rows, pieces, begin).begin, piece_rows(w.rows, pieces, end - 1).end};
+    const int64_t count = rows.end - rows.begin;
+    const int64_t x_step = w.columns * row_floats + kSkew, grad_step = count * row_floats + kSkew;
+    Scratch<float> xs(Role::panel, together * x_step), gs(Role::sums, together * grad_step);
+    const LongPanel x_panel{xs.get(), x_step}, grad_panel{gs.get(), grad_step};
+    for (int64_t panel = 0; panel < panels; panel += together) {
+      const int64_t now = std::min(together, panels - panel);
+      for (int64_t i = 0; i < now; ++i) {
+        const int64_t t0 = (panel + i) * row_floats, some = std::min(row_floats, tokens - t0);
+        load_columns(k, x + t0 * in, in, some, 0, w.columns, v, xs.get() + i * x_panel.step);
+        k.load_panel(grad + t0 * w.rows + rows.begin, w.rows, some, count, v, gs.get() + i * grad_panel.step);
+      }
+      for (int64_t b = 0; b < cuts.blocks(); ++b)
+        k.bands_values(w, cuts.range(b, rows.begin, rows.end), grad_panel, x_panel, now, v, out);
+    }
+  });
+}
+
+void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w, float* out,
+                       const Kernels& k, Pool pool) {
+  if (tokens == 0 || w.rows == 0 || w.columns == 0) return;
+  pool.threads = useful_threads(pool.threads, entries(w) * tokens);
+  const bool few = w.height >= kSharedRows && tokens <= (w.crow ? kFewTokens : kFewTokens / 2);
+  auto run = few ? few_tokens_grad_values : many_tokens_grad_values;
+  run(grad, x, tokens, in, w, out, k, pool);
+  if (in < w.columns) clear_padding(w, in, out);
+}
+
+}  // namespace sten

@@ -1,0 +1,374 @@
+// The kernels of rows that share their columns (Bands), a part of bodies.h.
+//
+// Letters: R rows of a band at a time, V vectors of tokens in a panel row, C columns at a time. R is a constant inside
+// a kernel; each kernel passes fewer rows on to itself with a smaller R.
+
+constexpr int most_rows(int v) { return kRegisters == 32 ? (v < 4 ? 8 : 4) : v == 1 ? 8 : v < 4 ? 4 : 2; }
+
+struct BandRows {
+  int64_t band, lo, hi;    // of a band, the rows of a range
+  int64_t begin, end;      // its entries
+};
+
+STEN_INLINE BandRows rows_of(const Bands& w, const BandRange& b, int64_t band) {
+  const int64_t lo = band * w.height, hi = lo + w.height;
+  return {band, lo > b.r0 ? lo : b.r0, hi < b.r1 ? hi : b.r1, b.begin[band], b.end[band]};
+}
+
+// How many of the `rows` left come next, so that pieces are about equal.
+STEN_INLINE int64_t next_rows(int64_t rows, int most) {
+  const int64_t pieces = (rows + most - 1) / most;
+  return (rows + pieces - 1) / pieces;
+}
+
+// The values of row r, entry e of a band, and the distance from one row's to the next.
+STEN_INLINE int64_t value_at(const Bands& w, int64_t band, int64_t r, int64_t e) {
+  return w.crow ? (e * w.height + r - band * w.height) * w.width : r * w.count + e;
+}
+STEN_INLINE int64_t row_step(const Bands& w) { return w.crow ? w.width : w.count; }
+STEN_INLINE const int32_t* columns_of(const Bands& w, int64_t band) { return w.crow ? w.col : w.col + band * w.count; }
+
+// ---- panels: y
+
+// a[r] += value[r] * x for one column
+template <int R, int V>
+STEN_INLINE void add_column(const float* value, int64_t step, const float* x, vec (*a)[V]) {
+  vec xs[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) xs[v] = keep(load(x + v * kWidth));
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const vec s = broadcast(value + r * step);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[r][v] = madd(s, xs[v], a[r][v]);
+  }
+}
+
+template <int R, int V>
+STEN_FN void bands_block_rows(int64_t rows, const Bands& w, const BandRange& b, const BandRows& q, int64_t row,
+                              const float* start, const float* panel, float* acc) {
+  if constexpr (R > 1)
+    if (rows < R) return bands_block_rows<R - 1, V>(rows, w, b, q, row, start, panel, acc);
+  constexpr int S = V * kWidth;
+  vec a[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) begin_row<V>(start, row - b.r0 + r, acc, a[r]);
+  const int32_t* col = columns_of(w, q.band);
+  const int64_t step = row_step(w);
+  const float* value = w.values + value_at(w, q.band, row, q.begin);
+  if (w.crow) {
+    for (int64_t e = q.begin; e < q.end; ++e, value += w.height * w.width) {
+      const float* x = panel + (col[e] * w.width - b.k0) * S;
+      for (int64_t c = 0; c < w.width; ++c, x += S) add_column<R, V>(value + c, step, x, a);
+    }
+  } else {
+    for (int64_t e = q.begin; e < q.end; ++e, ++value) add_column<R, V>(value, step, panel + (col[e] - b.k0) * S, a);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) end_row<V>(row - b.r0 + r, acc, a[r]);
+}
+
+// One row alone has too few sums to hide the latency of an addition: L partial ones.
+template <int V>
+STEN_FN void bands_block_row(const Bands& w, const BandRange& b, const BandRows& q, const float* start,
+                             const float* panel, float* acc) {
+  constexpr int S = V * kWidth, L = V == 1 ? 8 : V == 2 ? 4 : 2;
+  vec a[L][V];
+  begin_row<V>(start, q.lo - b.r0, acc, a[0]);
+#pragma GCC unroll 8
+  for (int l = 1; l < L; ++l)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[l][v] = zero();
+  const int32_t* col = columns_of(w, q.band);
+  const float* value = w.values + (w.crow ? 0 : q.band * w.count);
+  int64_t e = q.begin;
+  for (; e + L <= q.end; e += L)
+#pragma GCC unroll 8
+    for (int l = 0; l < L; ++l) add_scaled<V>(panel + (col[e + l] - b.k0) * S, broadcast(value + e + l), a[l]);
+  for (; e < q.end; ++e) add_scaled<V>(panel + (col[e] - b.k0) * S, broadcast(value + e), a[0]);
+#pragma GCC unroll 8
+  for (int l = 1; l < L; ++l)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[0][v] = add(a[0][v], a[l][v]);
+  end_row<V>(q.lo - b.r0, acc, a[0]);
+}
+
+template <int V>
+STEN_FN void bands_block_v(const Bands& w, const BandRange& b, const float* start, const float* panel, float* acc) {
+  constexpr int kMost = most_rows(V);
+  for (int64_t band = b.r0 / w.height; band * w.height < b.r1; ++band) {
+    const BandRows q = rows_of(w, b, band);
+    if (q.begin == q.end && !start) continue;
+    if (w.height == 1 && w.width == 1) {
+      bands_block_row<V>(w, b, q, start, panel, acc);
+      continue;
+    }
+    for (int64_t row = q.lo, n; row < q.hi; row += n) {
+      n = next_rows(q.hi - row, kMost);
+      bands_block_rows<kMost, V>(n, w, b, q, row, start, panel, acc);
+    }
+  }
+}
+
+// ---- one token: y, vectors along the columns
+
+// R rows with L partial sums each. Few rows at a time, so that memory is read nearly in its order.
+template <int R, int L>
+STEN_INLINE void add_products(const float* value, int64_t step, const float* x, int64_t count, vec (*a)[R]) {
+  int64_t j = 0;
+  for (; j + L * kWidth <= count; j += L * kWidth) {
+#pragma GCC unroll 4
+    for (int l = 0; l < L; ++l) {
+      const vec xs = keep(load(x + j + l * kWidth));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) a[l][r] = madd(load(value + r * step + j + l * kWidth), xs, a[l][r]);
+    }
+  }
+  for (; j < count; j += kWidth) {
+    const int64_t left = count - j < kWidth ? count - j : kWidth;
+    const vec xs = load_first(x + j, left);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) a[0][r] = madd(load_first(value + r * step + j, left), xs, a[0][r]);
+  }
+}
+
+template <int R, int L>
+STEN_FN void bands_token_rows(int64_t rows, const Bands& w, const BandRows& q, int64_t row, const float* x, float* y) {
+  if constexpr (R > 1)
+    if (rows < R) return bands_token_rows<R - 1, L>(rows, w, q, row, x, y);
+  constexpr int kSums = (R + 3) / 4 * 4;
+  vec a[L][R], all[kSums];
+#pragma GCC unroll 4
+  for (int l = 0; l < L; ++l)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) a[l][r] = zero();
+  const float* value = w.values + value_at(w, q.band, row, q.begin);
+  if (w.crow) {
+    for (int64_t e = q.begin; e < q.end; ++e, value += w.height * w.width)
+      add_products<R, L>(value, w.width, x + w.col[e] * w.width, w.width, a);
+  } else {
+    add_products<R, L>(value, w.count, x, w.count, a);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kSums; ++r) {
+    all[r] = r < R ? a[0][r] : zero();
+#pragma GCC unroll 4
+    for (int l = 1; l < L; ++l)
+      if (r < R) all[r] = add(all[r], a[l][r]);
+  }
+  float sums[kSums];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r += 4) sum_four(all + r, sums + r);
+  for (int r = 0; r < R; ++r) y[r] = sums[r];
+}
+
+STEN_FN void bands_token(const Bands& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* gathered,
+                         float* y) {
+  constexpr int kBlockRows = kRegisters / 2, kListRows = 4;
+  for (int64_t band = r0 / w.height; band * w.height < r1; ++band) {
+    const int64_t lo = band * w.height, hi = lo + w.height;
+    const BandRows q{band, lo > r0 ? lo : r0, hi < r1 ? hi : r1, w.crow ? w.crow[band] : 0,
+                     w.crow ? w.crow[band + 1] : w.count};
+    if (!w.crow && w.height == 1) {
+      y[band] = dot(x, w.values + band * w.count, w.col + band * w.count, w.count);
+      continue;
+    }
+    if (!w.crow) gather(x, w.col + band * w.count, w.count, gathered);
+    for (int64_t row = q.lo, n; row < q.hi; row += n) {
+      n = next_rows(q.hi - row, w.crow ? kBlockRows : kListRows);
+      if (w.crow) bands_token_rows<kBlockRows, 1>(n, w, q, row, x, y + row);
+      else bands_token_rows<kListRows, 2>(n, w, q, row, gathered, y + row);
+    }
+  }
+  if (bias)
+    for (int64_t r = r0; r < r1; ++r) y[r] += bias[r];
+}
+
+// ---- panels: the gradient of x
+
+template <int R, int V>
+STEN_INLINE void spread_column(const float* value, int64_t step, const vec (*g)[V], float* acc) {
+  vec a[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) a[v] = load(acc + v * kWidth);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const vec s = broadcast(value + r * step);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) a[v] = madd(s, g[r][v], a[v]);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) store(acc + v * kWidth, a[v]);
+}
+
+template <int R, int V>
+STEN_FN void bands_input_rows(int64_t rows, const Bands& w, const BandRange& b, const BandRows& q, int64_t row,
+                              const float* grad, float* acc) {
+  if constexpr (R > 1)
+    if (rows < R) return bands_input_rows<R - 1, V>(rows, w, b, q, row, grad, acc);
+  constexpr int S = V * kWidth;
+  vec g[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) g[r][v] = keep(load(grad + (row - b.r0 + r) * S + v * kWidth));
+  const int32_t* col = columns_of(w, q.band);
+  const int64_t step = row_step(w);
+  const float* value = w.values + value_at(w, q.band, row, q.begin);
+  if (w.crow) {
+    for (int64_t e = q.begin; e < q.end; ++e, value += w.height * w.width) {
+      float* to = acc + (col[e] * w.width - b.k0) * S;
+      for (int64_t c = 0; c < w.width; ++c, to += S) spread_column<R, V>(value + c, step, g, to);
+    }
+  } else {
+    for (int64_t e = q.begin; e < q.end; ++e, ++value) spread_column<R, V>(value, step, g, acc + (col[e] - b.k0) * S);
+  }
+}
+
+template <int V>
+STEN_FN void bands_input_v(const Bands& w, const BandRange& b, const float* grad, float* acc) {
+  constexpr int kMost = most_rows(V);
+  for (int64_t band = b.r0 / w.height; band * w.height < b.r1; ++band) {
+    const BandRows q = rows_of(w, b, band);
+    if (q.begin == q.end) continue;
+    for (int64_t row = q.lo, n; row < q.hi; row += n) {
+      n = next_rows(q.hi - row, kMost);
+      bands_input_rows<kMost, V>(n, w, b, q, row, grad, acc);
+    }
+  }
+}
+
+// ---- long panels: the gradient of the values
+
+constexpr int kGradientRows = kRegisters == 32 ? 4 : 2;
+
+// out[r, c] += dot(grad[r], x[c]) for R rows and C columns; S floats are a row of either panel
+template <int R, int C>
+STEN_INLINE void add_dots(LongPanel grad, const float* const* x, int64_t x_step, int64_t pieces, int64_t S, float* out,
+                          int64_t step) {
+  constexpr int kSums = (R * C + 3) / 4 * 4;
+  vec a[kSums];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSums; ++i) a[i] = zero();
+  for (int64_t piece = 0; piece < pieces; ++piece)
+    for (int64_t t = 0; t < S; t += kWidth) {
+      vec xs[C];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) xs[c] = keep(load(x[c] + piece * x_step + t));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const vec g = keep(load(grad.data + r * S + piece * grad.step + t));
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) a[r * C + c] = madd(g, xs[c], a[r * C + c]);
+      }
+    }
+  float sums[kSums];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSums; i += 4) sum_four(a + i, sums + i);
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[r * step + c] += sums[r * C + c];
+}
+
+template <int R>
+STEN_FN void bands_values_rows(int64_t rows, const Bands& w, const BandRange& b, const BandRows& q, int64_t row,
+                               LongPanel grad, LongPanel x, int64_t pieces, int64_t S, float* out) {
+  if constexpr (R > 1)
+    if (rows < R) return bands_values_rows<R - 1>(rows, w, b, q, row, grad, x, pieces, S, out);
+  const int32_t* col = columns_of(w, q.band);
+  const bool list = !w.crow || (w.width == 1 && w.height == 1);
+  const int64_t step = row_step(w), width = list ? 1 : w.width, count = (q.end - q.begin) * width;
+  grad.data += (row - b.r0) * S;
+  for (int64_t i = 0, n; i < count; i += n) {
+    const int64_t e = q.begin + i / width, c = i % width, left = list ? count - i : width - c;
+    float* to = out + value_at(w, q.band, row, e) + c;
+    const float* from[4];
+    n = left < 4 ? 1 : 4;
+    for (int64_t j = 0; j < n; ++j)
+      from[j] = x.data + (list ? static_cast<int64_t>(col[e + j]) : col[e] * width + c + j) * S;
+    if (n == 4) add_dots<R, 4>(grad, from, x.step, pieces, S, to, step);
+    else add_dots<R, 1>(grad, from, x.step, pieces, S, to, step);
+  }
+}
+
+STEN_FN void bands_values(const Bands& w, const BandRange& b, LongPanel grad, LongPanel x, int64_t pieces, int v,
+                          float* out) {
+  for (int64_t band = b.r0 / w.height; band * w.height < b.r1; ++band) {
+    const BandRows q = rows_of(w, b, band);
+    for (int64_t row = q.lo, n; row < q.hi; row += n) {
+      n = next_rows(q.hi - row, kGradientRows);
+      bands_values_rows<kGradientRows>(n, w, b, q, row, grad, x, pieces, static_cast<int64_t>(v) * kWidth, out);
+    }
+  }
+}
+
+// ---- few tokens: the gradient of the values, vectors along the columns
+
+constexpr int64_t kGradRow = 8;    // rows of a band at a time, and floats in a row of `grads`
+
+template <int R>
+STEN_INLINE void add_outer(const float* grads, const float* x, int64_t ld, int64_t tokens, int64_t count, float* out,
+                           int64_t step) {
+  for (int64_t j = 0; j < count; j += kWidth) {
+    const int64_t left = count - j < kWidth ? count - j : kWidth;
+    vec a[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) a[r] = load_first(out + r * step + j, left);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const vec xs = load_first(x + t * ld + j, left);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) a[r] = madd(broadcast(grads + t * kGradRow + r), xs, a[r]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) store_first(out + r * step + j, a[r], left);
+  }
+}
+
+template <int R>
+STEN_FN void bands_values_few_rows(int64_t rows, const Bands& w, const BandRows& q, int64_t row, const float* grads,
+                                   const float* x, int64_t ld, int64_t tokens, float* out) {
+  if constexpr (R > 1)
+    if (rows < R) return bands_values_few_rows<R - 1>(rows, w, q, row, grads, x, ld, tokens, out);
+  if (w.crow) {
+    for (int64_t e = q.begin; e < q.end; ++e)
+      add_outer<R>(grads, x + w.col[e] * w.width, ld, tokens, w.width, out + value_at(w, q.band, row, e), w.width);
+  } else {
+    add_outer<R>(grads, x, ld, tokens, w.count, out + value_at(w, q.band, row, 0), w.count);
+  }
+}
+
+STEN_FN void bands_values_few(const Bands& w, int64_t r0, int64_t r1, const float* grad, const float* x, int64_t ld,
+                              int64_t tokens, float* scratch, float* out) {
+  const int64_t gathered_ld = w.count + kTokenPadding - kGradRow;
+  float* grads = scratch + tokens * gathered_ld;
+  for (int64_t band = r0 / w.height; band * w.height < r1; ++band) {
+    const int64_t lo = band * w.height, hi = lo + w.height;
+    const BandRows q{band, lo > r0 ? lo : r0, hi < r1 ? hi : r1, w.crow ? w.crow[band] : 0,
+                     w.crow ? w.crow[band + 1] : w.count};
+    if (q.begin == q.end) continue;
+    if (!w.crow)
+      for (int64_t t = 0; t < tokens; ++t) gather(x + t * ld, w.col + band * w.count, w.count, scratch + t * gathered_ld);
+    for (int64_t row = q.lo, n; row < q.hi; row += n) {
+      n = next_rows(q.hi - row, kGradRow);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < n; ++r) grads[t * kGradRow + r] = grad[t * w.rows + row + r];
+      bands_values_few_rows<kGradRow>(n, w, q, row, grads, w.crow ? x : scratch, w.crow ? ld : gathered_ld, tokens, out);
+    }
+  }
+}
+
+// ---- the choice of V
+
+STEN_FN void bands_block(const Bands& w, const BandRange& b, const float* start, const float* panel, int v,
+                         float* acc) {
+  if (v == 1) return bands_block_v<1>(w, b, start, panel, acc);
+  if (v == 2) return bands_block_v<2>(w, b, start, panel, acc);
+  if (v == 3) return bands_block_v<3>(w, b, start, panel, acc);
+  return bands_block_v<4>(w, b, start, panel, acc);
+}
+
+STEN_FN void bands_input(const Bands& w, const BandRange& b, const float* grad, int v, float* acc) {
+  if (v == 1) return bands_input_v<1>(w, b, grad, acc);
+  if (v == 2) return bands_input_v<2>(w, b, grad, acc);
+  if (v == 3) return bands_input_v<3>(w, b, grad, acc);
+  return bands_input_v<4>(w, b, grad, acc);
+}
