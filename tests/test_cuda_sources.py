@@ -1,0 +1,119 @@
+"""The CUDA C++ kernels without a GPU: NVRTC compiles them, and a CPU runs what they do."""
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton_cases import nm_parts, random
+
+from sten.kernels import nm_bitmap, nvrtc
+
+HERE, HALF = Path(__file__).parent, [torch.float16, torch.bfloat16]
+F = torch.nn.functional
+ACTIVATIONS = [lambda y: y, torch.relu, F.gelu, lambda y: F.gelu(y, approximate="tanh"), F.silu]
+# what stands for the driver: it takes the arguments as cuLaunchKernel does, and runs the kernel on the CPU
+DRIVER = """
+struct Arguments { u16* x; char *values, *index; u16 *bias, *gate, *y; int T, O, I; };
+extern "C" int start(void*, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
+                     void*, void**, void** extra) {
+  Arguments a;
+  size_t size = *(size_t*)extra[3];
+  if (size != offsetof(Arguments, I) + 4 || threads != WARPS * 32 || shared != WARPS * WARP || y * z != 1) return 1;
+  std::memcpy(&a, extra[1], size);
+  launch(bitmap_few, x, threads, a.x, a.values, a.index, a.bias, a.gate, a.y, a.T, a.O, a.I);
+  return 0;
+}
+"""
+CASES = [  # n, m, tokens, warps, stages, dtype, activation, bias and gate
+    (16, 32, 1, 2, 3, torch.bfloat16, 0, False),
+    (6, 16, 3, 2, 2, torch.float16, 4, True),
+    (2, 8, 2, 1, 3, torch.bfloat16, 3, True),
+]
+needs_nvrtc = pytest.mark.skipif(
+    not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings.nvrtc"),
+    reason="needs cuda-bindings and nvidia-cuda-nvrtc",
+)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bitmap_few_on_a_cpu(case, tmp_path):
+    """40 rows: the second CTA has 24 too many; five blocks of 128 columns, which the warps share unequally."""
+    n, m, tokens, warps, stages, dtype, activation, more = case
+    count, width = n * 32 // m, 1 << (tokens - 1).bit_length()
+    macros = {"N": count, "TOKENS": width, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
+    defines = [f"-D{name}={value}" for name, value in (macros | {"WARPS": warps, "STAGES": stages}).items()]
+    program, library = tmp_path / "run.cpp", tmp_path / "run.so"
+    kernel = nvrtc.SOURCES / "bitmap_few.cu"
+    program.write_text(f'#include "{HERE}/cuda_emulated.h"\n#include "{kernel}"\n{DRIVER}')
+    build = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        *defines,
+        str(program),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(build, check=True)
+    outputs, inputs = 40, 640
+    values, index, dense = (t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3])
+    x, bias, gate = (random(*size, dtype=dtype).cpu() for size in ((tokens, inputs), (outputs,), (tokens, outputs)))
+    y = torch.full((tokens, outputs), torch.nan, dtype=dtype)
+    given = x, values, index, *((bias, gate) if more else (None, None)), y, tokens, outputs, inputs
+    shared, driver = nm_bitmap.shared_bytes(count, width, warps, stages), ctypes.CDLL(str(library)).start
+    nvrtc.starter("bitmap_few", driver, 0, 32 * warps, shared, given)(2, 1, 1, 0, *given)
+    want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
+    want = want * gate.double() if more else want
+    torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("count", "tokens", "dtype"), [(16, 1, 1), (16, 4, 0), (6, 2, 1), (24, 4, 1)])
+def test_bitmap_few_compiles(architecture, count, tokens, dtype, tmp_path, monkeypatch):
+    """Without a stack: no register spills, and no array of registers is indexed by an unknown number."""
+    monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
+    macros = {"N": count, "TOKENS": tokens, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2}
+    (tmp_path / "code").write_bytes(nvrtc.compiled("bitmap_few", tuple(macros.items()), architecture))
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(tmp_path / "code")]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"STACK:0 ", usage) and int(re.search(r"REG:(\d+)", usage)[1]) <= 128, usage
+
+
+@needs_nvrtc
+def test_code_is_cached_and_a_damaged_file_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
+    first = nvrtc.compiled("probe", (), "sm_80")
+    (file,) = (tmp_path / "cuda").iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert nvrtc.compiled("probe", (), "sm_80") == first and file.read_bytes().endswith(first)
+    for architecture, driver in (("sm_90a", 0), ("sm_80", 13000)):
+        nvrtc.compiled("probe", (), architecture, driver)
+    assert len([*(tmp_path / "cuda").iterdir()]) == 3
+    monkeypatch.setenv("STEN_CACHE_DIR", str(file))  # where no folder can be made
+    assert nvrtc.compiled("probe", (), "sm_80") == first
+
+
+@needs_nvrtc
+def test_an_error_names_the_kernel_and_shows_the_log():
+    with pytest.raises(RuntimeError, match=r"(?s)'bitmap_few' to compile with .*sm_80.*bitmap_few.cu.*N.*undefined"):
+        nvrtc.compiled("bitmap_few", (("STAGES", 2),), "sm_80")
+
+
+def test_what_fits():
+    half, single = torch.bfloat16, torch.float32
+    assert nm_bitmap.fits(1, 4096, half, 16, 32) and nm_bitmap.fits(4, 128, torch.float16, 2, 8)
+    assert not any(nm_bitmap.fits(tokens, 4096, half, 16, 32) for tokens in (0, 5))
+    for inputs, dtype, n, m in ((4160, half, 16, 32), (4096, single, 16, 32), (4096, half, 15, 32), (4096, half, 2, 4)):
+        assert not nm_bitmap.fits(1, inputs, dtype, n, m)
