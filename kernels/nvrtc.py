@@ -33,6 +33,7 @@ OLDEST = (8, 0)  # which has cp.async
 DIGEST = 32  # bytes of a SHA-256, before the code in a file
 BUFFER, BUFFER_SIZE, END = 1, 2, 0  # CU_LAUNCH_PARAM_*
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
+INVALID_CONTEXT = 201  # CUDA_ERROR_*
 
 
 def available() -> bool:
@@ -182,8 +183,10 @@ def starter(kernel: str, launch, handle: int, threads: int, shared: int, argumen
         packed = memory.from_buffer_copy(pack(*addresses))
         extra = options(BUFFER, address(packed), BUFFER_SIZE, address(size), END)
         status = launch(handle, x, y, z, threads, 1, 1, shared, stream, None, extra)
-        if status != 0:
-            _expect_success(kernel, "cuLaunchKernel", status)
+        if status == INVALID_CONTEXT:  # of a thread that has not used the GPU yet
+            backend.initialize()
+            status = launch(handle, x, y, z, threads, 1, 1, shared, stream, None, extra)
+        _expect_success(kernel, "cuLaunchKernel", status)
 
     return start
 

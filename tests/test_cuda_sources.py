@@ -5,14 +5,15 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import triton
-from triton_cases import nm_parts, random
+from triton_cases import DEVICE, close, nm_parts, random
 
-from sten.kernels import nm_bitmap, nvrtc
+from sten.kernels import nm, nm_bitmap, nvrtc
 
 HERE, HALF = Path(__file__).parent, [torch.float16, torch.bfloat16]
 F = torch.nn.functional
@@ -117,3 +118,53 @@ def test_what_fits():
     assert not any(nm_bitmap.fits(tokens, 4096, half, 16, 32) for tokens in (0, 5))
     for inputs, dtype, n, m in ((4160, half, 16, 32), (4096, single, 16, 32), (4096, half, 15, 32), (4096, half, 2, 4)):
         assert not nm_bitmap.fits(1, inputs, dtype, n, m)
+
+
+# on a GPU
+
+on_gpu = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() < nvrtc.OLDEST, reason="needs a GPU of 8.0 or later"
+)
+
+
+def call(x, parts, *bias, **more):
+    values, index, _, n, m = parts
+    return nm.linear(x, values, index, *bias, n=n, m=m, out_features=len(values), **more)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("n, m", [(2, 8), (7, 16), (6, 32), (16, 32), (32, 32)])
+def test_bitmap_few(n, m, dtype):
+    parts, bias = nm_parts(130, 1152, n, m, dtype), random(130, dtype=dtype)
+    dense = parts[2].double()
+    for tokens in (1, 2, 3, 4):
+        assert nm.choose(tokens, 130, 1152, dtype, n=n, m=m)[0] == "bitmap"
+        x = random(tokens, 1152, dtype=dtype)
+        close(call(x, parts, bias), x.double() @ dense.T + bias.double(), dtype)
+        gate = random(tokens, 130, dtype=dtype, seed=3)
+        close(call(x, parts, gate=gate, activation="silu"), F.silu(x.double() @ dense.T) * gate.double(), dtype)
+
+
+@on_gpu
+def test_bitmap_few_of_operands_that_are_not_aligned():
+    parts, x = nm_parts(64, 256, 16, 32, HALF[1]), random(4, 259, dtype=HALF[1])
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
+    for row in (x[:, :256], x[1:2, 3:]):
+        close(call(row, (*shifted, *parts[2:])), row.double() @ parts[2].double().T, HALF[1])
+
+
+@on_gpu
+def test_bitmap_few_in_a_graph_and_in_another_thread():
+    parts, x = nm_parts(64, 256, 16, 32, HALF[1]), random(1, 256, dtype=HALF[1])
+    want = x.double() @ parts[2].double().T
+    with ThreadPoolExecutor(1) as thread:
+        close(thread.submit(call, x, parts).result(), want, HALF[1])
+    call(x, parts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(x, parts)
+    x.mul_(2)
+    y.zero_()
+    graph.replay()
+    close(y, 2 * want, HALF[1])
