@@ -1,11 +1,14 @@
-"""Bitmaps: which entries of each group are stored, one bit each; bit c % 8 of byte c // 8 is column c."""
+"""Bitmaps: which entries of each group are stored, one bit each; bit c % 8 of byte c // 8 is column c.
+
+No size depends on numbers, so that compiled forward passes can trace this code.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-
-from sten._torch_private import exports_to_onnx
 
 
 def bytes_of(keep: Tensor) -> Tensor:
@@ -15,26 +18,34 @@ def bytes_of(keep: Tensor) -> Tensor:
 
 
 def bits_of(index: Tensor) -> Tensor:
-    """The bool mask (..., m) of the bytes (..., m / 8)."""
-    if exports_to_onnx():  # whose files shift no uint8
-        return torch.stack([index.int() // 2**bit % 2 == 1 for bit in range(8)], -1).flatten(-2)
-    shift = torch.arange(8, dtype=torch.uint8, device=index.device)
-    return ((index.unsqueeze(-1) >> shift) & 1).flatten(-2).bool()
+    """The bits of the bytes (..., m / 8), int64 (..., m)."""
+    table = torch.arange(256, device=index.device).unsqueeze(1) // 2 ** torch.arange(8, device=index.device) % 2
+    return table.index_select(0, index.flatten().int()).view(_spread_shape(index))
 
 
-def positions_of(index: Tensor, n: int) -> Tensor:
-    """The positions (..., n) int64 of the n bits of each group; its bytes are (..., m / 8).
+def spread(index: Tensor, values: Tensor) -> Tensor:
+    """The values in their columns, (..., m), and zero in the others; as many values as there are bits."""
+    padded = torch.cat([values.new_zeros(1), values.flatten()])
+    return padded.index_select(0, _slots(index)).view(_spread_shape(index))
 
-    By arithmetic, without a size that depends on numbers, so that compiled forward passes can trace it.
-    """
-    keep = bits_of(index)
-    slot = keep.cumsum(-1, dtype=torch.int64) - 1
-    slot = slot.masked_fill(~keep, n).clamp(max=n)  # behind the last one: what is not kept, or too much in garbage
-    column = torch.arange(keep.shape[-1], device=index.device).expand_as(slot)
-    return column.new_zeros((*slot.shape[:-1], n + 1)).scatter(-1, slot, column)[..., :n]
+
+def collect(index: Tensor, dense: Tensor, n: int) -> Tensor:
+    """The entries (..., n) of `dense` (..., m) in the columns of the n bits of each group."""
+    out = dense.new_zeros(1 + math.prod(index.shape[:-1]) * n)
+    out = out.scatter(0, _slots(index), dense.flatten())[1:]
+    return out.view(*index.shape[:-1], n).clone()  # which begins aligned
+
+
+def _spread_shape(index: Tensor) -> tuple[int, ...]:
+    return *index.shape[:-1], index.shape[-1] * 8
+
+
+def _slots(index: Tensor) -> Tensor:
+    """The number of the slot of each column of all groups, from 1 on; 0 of the columns that are not stored."""
+    bits = bits_of(index).flatten()
+    return bits.cumsum(0) * bits
 
 
 def count_bits(index: Tensor) -> Tensor:
     """The number of bits of each group, int64; its bytes are the last dimension."""
-    ones = bits_of(torch.arange(256, dtype=torch.uint8, device=index.device).unsqueeze(-1)).sum(-1)
-    return ones[index.int()].sum(-1)
+    return bits_of(index).sum(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sten._torch_private import exports_to_onnx
 from sten.layouts.base import Layout, Parts
-from sten.layouts.bitmap import bytes_of, count_bits, positions_of
+from sten.layouts.bitmap import bytes_of, collect, count_bits, spread
 from sten.layouts.checks import (
     chunks,
     expect_dense,
@@ -90,7 +90,9 @@ class NM(Layout):
 
     def positions(self, index: Tensor, groups: int) -> Tensor:
         """The index as int64 positions (R, G, n)."""
-        return positions_of(index, self.n) if self.has_bitmap else self.unpacked(index, groups).long()
+        if not self.has_bitmap:
+            return self.unpacked(index, groups).long()
+        return collect(index, torch.arange(self.m, device=index.device).expand(*index.shape[:-1], self.m), self.n)
 
     def unpacked(self, index: Tensor, groups: int) -> Tensor:
         """Packed positions as uint8 (R, G, n)."""
@@ -145,13 +147,18 @@ class NM(Layout):
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         groups, values = self.sizes(shape)[0], parts["values"]
-        position = self.positions(parts["index"], groups)
-        out = values.new_zeros(len(values), groups, self.m)
-        out = out.scatter(-1, position, values.view(position.shape))
+        if self.has_bitmap:
+            out = spread(parts["index"], values)
+        else:
+            position = self.positions(parts["index"], groups)
+            out = values.new_zeros(len(values), groups, self.m)
+            out = out.scatter(-1, position, values.view(position.shape))
         return reduction_back(out, (len(values), *shape[1:]), self.m)
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
         grouped = self.groups(dense)
+        if self.has_bitmap:
+            return collect(parts["index"], grouped, self.n).flatten(1)
         return grouped.gather(-1, self.positions(parts["index"], grouped.shape[1])).flatten(1)
 
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
