@@ -133,7 +133,7 @@ def few_tokens_24(
 
 @triton.jit
 def _count(v):
-    """The number of bits of int32 v, which is not negative: a pattern of arithmetic that LLVM turns into popc."""
+    """The number of bits of uint32 v, by the arithmetic that LLVM turns into one instruction."""
     v = v - ((v >> 1) & 0x55555555)
     v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
     v = (v + (v >> 4)) & 0x0F0F0F0F
@@ -144,15 +144,15 @@ def _count(v):
 def bitmap_slots(index_ptr, rows, c, K, N: tl.constexpr, M: tl.constexpr):
     """(the slot of each column c in its row, whether it has one). A group is one word of M bits."""
     if M == 32:
-        words = index_ptr.to(tl.pointer_type(tl.int32))
+        words = index_ptr.to(tl.pointer_type(tl.uint32))
     elif M == 16:
         words = index_ptr.to(tl.pointer_type(tl.uint16))
     else:
         words = index_ptr
     group, place = c // M, c % M
     word = tl.load(words + rows[:, None] * (K // N) + group[None, :], mask=(group < K // N)[None, :], other=0)
-    word = word.to(tl.int32)
-    before = _count(word & (0x7FFFFFFF >> (31 - place))[None, :])
+    word, place = word.to(tl.uint32), place.to(tl.uint32)
+    before = _count(word & ((1 << place) - 1)[None, :]).to(tl.int32)
     return (group * N)[None, :] + before, (((word >> place[None, :]) & 1) != 0) & (before < N)
 
 
