@@ -5,6 +5,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 import triton
 from triton_cases import DEVICE, close, nm_parts, random
 
-from sten.kernels import nm, nm_bitmap, nvrtc
+from sten.kernels import launch, nm, nm_bitmap, nvrtc
 
 HERE, HALF = Path(__file__).parent, [torch.float16, torch.bfloat16]
 F = torch.nn.functional
@@ -42,41 +43,59 @@ needs_nvrtc = pytest.mark.skipif(
 )
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+
+def on_cpu(folder, count, width, dtype, activation, warps, stages):
+    """``cuLaunchKernel`` of the kernel with these macros."""
+    macros = {"N": count, "TOKENS": width, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
+    defines = [f"-D{name}={value}" for name, value in (macros | {"WARPS": warps, "STAGES": stages}).items()]
+    program, library = folder / "run.cpp", folder / "run.so"
+    program.write_text(f'#include "{HERE}/cuda_emulated.h"\n#include "{nvrtc.SOURCES}/bitmap_few.cu"\n{DRIVER}')
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *defines]
+    subprocess.run(["g++", *flags, str(program), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library)).start
+
+
+@needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bitmap_few_on_a_cpu(case, tmp_path):
     """40 rows: the second CTA has 24 too many; five blocks of 128 columns, which the warps share unequally."""
     n, m, tokens, warps, stages, dtype, activation, more = case
     count, width = n * 32 // m, 1 << (tokens - 1).bit_length()
-    macros = {"N": count, "TOKENS": width, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
-    defines = [f"-D{name}={value}" for name, value in (macros | {"WARPS": warps, "STAGES": stages}).items()]
-    program, library = tmp_path / "run.cpp", tmp_path / "run.so"
-    kernel = nvrtc.SOURCES / "bitmap_few.cu"
-    program.write_text(f'#include "{HERE}/cuda_emulated.h"\n#include "{kernel}"\n{DRIVER}')
-    build = [
-        "g++",
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-shared",
-        "-fPIC",
-        "-pthread",
-        *defines,
-        str(program),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(build, check=True)
     outputs, inputs = 40, 640
     values, index, dense = (t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3])
     x, bias, gate = (random(*size, dtype=dtype).cpu() for size in ((tokens, inputs), (outputs,), (tokens, outputs)))
     y = torch.full((tokens, outputs), torch.nan, dtype=dtype)
     given = x, values, index, *((bias, gate) if more else (None, None)), y, tokens, outputs, inputs
-    shared, driver = nm_bitmap.shared_bytes(count, width, warps, stages), ctypes.CDLL(str(library)).start
+    driver = on_cpu(tmp_path, count, width, dtype, activation, warps, stages)
+    shared = nm_bitmap.shared_bytes(count, width, warps, stages)
     nvrtc.starter("bitmap_few", driver, 0, 32 * warps, shared, given)(2, 1, 1, 0, *given)
     want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
     want = want * gate.double() if more else want
     torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.skipif(DEVICE != "cpu", reason="takes the place of the driver")
+def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
+    """From x of any strides and parts of any alignment to y, with the grid, memory and macros of the first choice."""
+    (warps, stages), dtype = nm_bitmap.WARPS_AND_STAGES[0], torch.bfloat16
+    driver = types.SimpleNamespace(cuLaunchKernel=on_cpu(tmp_path, 16, 4, dtype, 4, warps, stages))
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "function", lambda kernel, macros, shared, device: 0)
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    monkeypatch.setattr(type(nvrtc.backend), "shared_memory", lambda self, device: 227 << 10)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(nvrtc.backend, name, lambda *device: 0)
+    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
+    parts, bias = nm_parts(70, 256, 8, 16, dtype), random(70, dtype=dtype)
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
+    x, gate = random(3, 2, 259, dtype=dtype)[:, 1, 1:257], random(3, 70, dtype=dtype, seed=3)
+    want = F.silu(x.double() @ parts[2].double().T + bias.double()) * gate.double()
+    for stored in (parts[:2], shifted):
+        for _ in range(2):  # the first call prepares the launch, the second one uses it again
+            close(call(x, (*stored, *parts[2:]), bias, gate=gate, activation="silu"), want, dtype)
 
 
 @needs_nvrtc
