@@ -65,7 +65,8 @@ class NMLinear(Linear):
             return "word", "one token of 2:4: 0.5625 of the dense bytes are read, a position is a shift"
         if nm_bitmap.fits(tokens, inputs, dtype, n, m) and nvrtc.available():
             read = f"{n / m + 1 / 16:.4g} of the dense bytes are read"
-            return "bitmap", f"{tokens} tokens of {n}:{m}: {read}, and each value finds its input by a bit"
+            how = "each value finds its input by a bit" if tokens <= nm_bitmap.FEW else "tensor cores multiply"
+            return "bitmap", f"{tokens} tokens of {n}:{m}: {read}, {how}"
         if tokens <= FEW and not exactly:
             if words:
                 return "few", f"{tokens} tokens of 2:4: 0.5625 of the dense bytes are read and expanded in registers"

@@ -1,6 +1,7 @@
 """CUDA C++ that is compiled at run time, by NVRTC through cuda-bindings, which torch's wheels for CUDA require.
 
-A kernel is the function of a file ``cuda/<name>.cu`` that has the file's name; integer macros specialize it.
+A kernel is the function of a file ``cuda/<name>.cu`` that has the file's name; integer macros specialize it. What
+several share is in ``cuda/common.cuh``.
 
 | step | makes | kept |
 |---|---|---|
@@ -98,21 +99,23 @@ def function(kernel: str, macros: tuple[tuple[str, int], ...], shared: int, devi
 def compiled(kernel: str, macros: tuple[tuple[str, int], ...], architecture: str, driver: int = 0) -> bytes:
     """The machine code of a kernel, from the disk or by NVRTC."""
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-    source, options = (SOURCES / f"{kernel}.cu").read_bytes(), [f"--gpu-architecture={architecture}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in macros]
+    sources = {path.name.encode(): path.read_bytes() for path in (SOURCES / f"{kernel}.cu", SOURCES / "common.cuh")}
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
     _, *version = nvrtc.nvrtcVersion()
-    key = hashlib.sha256(source + repr((options, version, driver)).encode()).hexdigest()
+    key = hashlib.sha256(repr((sources, options, version, driver)).encode()).hexdigest()
     folder = cache_folder()
     path = None if folder is None else folder / "cuda" / f"{kernel}-{key}.cubin"
     code = _read(path)
     if code is None:
-        code = _compile(nvrtc, kernel, source, options)
+        code = _compile(nvrtc, kernel, sources, options)
         _write(path, code)
     return code
 
 
-def _compile(nvrtc, kernel: str, source: bytes, options: list[str]) -> bytes:
-    _, program = nvrtc.nvrtcCreateProgram(source, f"{kernel}.cu".encode(), 0, [], [])
+def _compile(nvrtc, kernel: str, sources: dict[bytes, bytes], options: list[str]) -> bytes:
+    (name, source), *headers = sources.items()
+    names, contents = [name for name, _ in headers], [content for _, content in headers]
+    _, program = nvrtc.nvrtcCreateProgram(source, name, len(headers), contents, names)
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if int(status) != 0:
         log = bytes(nvrtc.nvrtcGetProgramLogSize(program)[1])

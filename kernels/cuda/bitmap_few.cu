@@ -6,50 +6,15 @@
 // bank conflict. x of the block stands beside, as 32-bit words: the 32 columns of a segment lie in 32 banks, and lanes that
 // gather from one segment have no conflict either. The highest bit of a mask belongs to the last value of its segment.
 //
-// Macros: N (even), TOKENS (1, 2, 4), WARPS, STAGES, BF16 (else fp16), ACTIVATION (0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu).
-typedef unsigned int u32;
-typedef unsigned short u16;
-
-struct alignas(16) Piece { u32 word[4]; };
-struct alignas(8) Pair { u32 word[2]; };
-
-#ifndef EMULATED  // by a test, on a CPU
-__device__ __forceinline__ u32 highest_bit(u32 bits) { u32 at; asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(bits)); return at; }
-__device__ __forceinline__ void copy_async(char* to, const char* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory"); }
-#if BF16
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ u16 rounded(float f) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
-#else
-__device__ __forceinline__ float low(u32 pair) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((u16)pair)); return f; }
-__device__ __forceinline__ float high(u32 pair) { return low(pair >> 16); }
-__device__ __forceinline__ u16 rounded(float f) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
-#endif
-#endif
+// Macros: N (even), TOKENS (1, 2, 4), WARPS, STAGES, BF16 (else fp16), ACTIVATION (see common.cuh).
+#include "common.cuh"
 
 constexpr int PIECES = N / 2;                       // of the values of a row in a block, 16 bytes each
 constexpr int PITCH = PIECES | 1;                   // of a row in shared memory, in pieces
 constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;  // bytes: values, then masks
 constexpr int WORDS = TOKENS == 4 ? 2 : 1;          // of x for each column: fp32, or pairs of tokens
 constexpr int WARP = STAGES * STAGE + WORDS * 512;  // bytes of a warp
-
-__device__ __forceinline__ float activated(float y) {
-#if ACTIVATION == 1
-  return y < 0 ? 0 : y;  // a maximum would turn NaN into 0
-#elif ACTIVATION == 2
-  return 0.5f * y * (1 + erff(y * 0.7071067811865476f));
-#elif ACTIVATION == 3
-  return y / (1 + expf(-2 * 0.7978845608028654f * (y + 0.044715f * y * y * y)));
-#elif ACTIVATION == 4
-  return y / (1 + expf(-y));
-#else
-  return y;
-#endif
-}
+constexpr int MEMORY = WARPS * WARP;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 bitmap_few(const u16* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, int T, int O, int I) {
@@ -140,10 +105,6 @@ bitmap_few(const u16* x, const char* values, const char* index, const u16* bias,
     if (t >= T || row >= O) continue;
     float sum = 0;
     for (int w = 0; w < WARPS; w++) sum += sums[(w * TOKENS + t) * 32 + i % 32];
-    const size_t at = (size_t)t * O + row;
-    if (bias) sum += low(bias[row]);
-    sum = activated(sum);
-    if (gate) sum *= low(gate[at]);
-    y[at] = rounded(sum);
+    finish(sum, t, row, O, bias, gate, y);
   }
 }
