@@ -137,6 +137,17 @@ def test_an_error_names_the_kernel_and_shows_the_log():
         nvrtc.compiled("bitmap_few", (("STAGES", 2),), "sm_80")
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs a machine without a driver")
+def test_one_warning_where_kernels_cannot_run(monkeypatch):
+    monkeypatch.setattr(nvrtc.backend, "initialize", lambda: None)
+    monkeypatch.setattr(nvrtc.backend, "capability", lambda device: (9, 0))
+    nvrtc._works.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be compiled and run on GPU 0; slower ones are used") as warned:
+        assert not nvrtc._works(0) and not nvrtc._works(0)
+    nvrtc._works.cache_clear()
+    assert len(warned) == 1 and not nvrtc.available()
+
+
 def test_what_fits():
     half, single = torch.bfloat16, torch.float32
     assert nm_bitmap.fits(1, 4096, half, 16, 32) and nm_bitmap.fits(4, 128, torch.float16, 2, 8)
