@@ -10,7 +10,7 @@ BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
 GPU_TESTS := tests/test_triton_compile.py $(filter-out %_compile.py,$(wildcard tests/test_triton_*.py))  # the longest first
-GPU_TESTS += tests/test_cuda.py tests/test_cuda_plans.py tests/test_distributed.py
+GPU_TESTS += tests/test_cuda.py tests/test_cuda_plans.py tests/test_cuda_sources.py tests/test_distributed.py
 
 .PHONY: quickstart test gpu-test conformance compatibility lint install build coverage bench structure sanitize fuzz clean
 

@@ -128,24 +128,24 @@ class BSR(Ordinary):
 
 
 class NM(Ordinary):
-    def __init__(self):
-        self.name, self.label, self.density, self.layout = "NM", "2:4", 0.5, sten.NM(2, 4)
+    def __init__(self, n, m):
+        self.n, self.m, self.name, self.label, self.density = n, m, "NM", f"{n}:{m}", n / m
+        self.layout = sten.NM(n, m)
 
     def make(self, out, inputs, seed):
-        order = torch.rand(out, inputs // 4, 4, generator=_generator(seed), device=DEVICE).argsort(-1)[..., :2]
-        position = order.sort(-1).values.reshape(out, -1, 4)
-        index = (position << (2 * torch.arange(4, device=DEVICE))).sum(-1).to(torch.uint8)
-        return _values(out, inputs // 2, seed=seed), index
+        dense = _values(out, inputs, seed=seed)
+        parts = self.layout.pack(dense, self.layout.mask(dense.abs()))
+        return parts["values"], parts["index"]
 
     def dense(self, weight, out, inputs):
-        position = (weight[1][..., None] >> (2 * torch.arange(4, device=DEVICE))) & 3
-        column = position.reshape(out, -1, 2).long() + torch.arange(inputs // 4, device=DEVICE)[:, None] * 4
-        return torch.zeros(out, inputs, device=DEVICE, dtype=DTYPE).scatter_(1, column.view(out, -1), weight[0])
+        return self.layout.unpack({"values": weight[0], "index": weight[1]}, (out, inputs))
 
     def call(self, x, weight, out):
-        return nm.linear(x, *weight, n=2, m=4, out_features=out)
+        return nm.linear(x, *weight, n=self.n, m=self.m, out_features=out)
 
     def peers(self, x, dense):
+        if self.m != 4:
+            return {}
         weights = [torch._cslt_compress(w) for w in dense[:2]]
         padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16))
         return {"torch cuSPARSELt": (lambda w: torch._cslt_sparse_mm(w, padded.T, transpose_result=True), weights)}
@@ -208,7 +208,7 @@ def cases():
     for block in (128, 64):
         for density in (0.2, 0.1, 0.05):
             yield BSR(block, density)
-    yield NM()
+    yield from (NM(2, 4), NM(16, 32), NM(8, 16), NM(12, 32), NM(10, 32), NM(6, 32))
     for density in (0.25, 0.1, 0.05):
         yield CSR(density)
     yield from (GroupedNM(2, 4, 8), GroupedNM(1, 4, 16), GroupedNM(1, 10, 8))

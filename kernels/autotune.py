@@ -192,10 +192,15 @@ def _typical(times):
     return statistics.mean(sorted(times)[: (len(times) + 1) // 2])
 
 
-def _path() -> pathlib.Path | None:
-    """The file; None where there is no home."""
+def cache_folder() -> pathlib.Path | None:
+    """The folder of what is kept from process to process; None where there is no home."""
     root = os.path.expanduser(os.environ.get("STEN_CACHE_DIR") or os.path.join("~", ".cache", "sten"))
-    return None if root.startswith("~") else pathlib.Path(root) / "triton.json"
+    return None if root.startswith("~") else pathlib.Path(root)
+
+
+def _path() -> pathlib.Path | None:
+    folder = cache_folder()
+    return None if folder is None else folder / "triton.json"
 
 
 def _read(path) -> dict[str, dict]:

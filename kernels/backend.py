@@ -49,6 +49,11 @@ class Backend:
         """The number of multiprocessors; the interpreter gets a small number so that work is still split."""
         return self._multiprocessors(x.device) if x.is_cuda else 4
 
+    @functools.cache  # noqa: B019
+    def shared_memory(self, device: torch.device) -> int:
+        """The bytes of shared memory that a CTA may have."""
+        return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
     def capturing(self, x: torch.Tensor) -> bool:
         """Whether the current stream captures a CUDA graph: nothing may be timed, synchronized or stored then."""
         return x.is_cuda and _torch_private.stream_is_capturing()

@@ -1,7 +1,7 @@
-"""NM(n, m): n of every m inputs of a row are stored, positions packed in 2, 4 or 8 bits.
+"""NM(n, m): n of every m inputs of a row are stored, with packed positions of 2, 4 or 8 bits, or a bitmap.
 
-Letters: T tokens, I inputs, O outputs, G groups a row, K = G * n slots; BITS a position, BYTES of index a row.
-BM output rows, BT tokens, BK columns a tile; S splits of the reduction.
+Letters: T tokens, I inputs, O outputs, G groups a row, K = G * n slots; BITS a position (1: a bitmap), BYTES of
+positions a row. BM output rows, BT tokens, BK columns a tile; S splits of the reduction.
 """
 
 import math
@@ -9,12 +9,12 @@ import math
 import torch
 import triton
 
-from . import autotune, cusparselt, epilogue
+from . import autotune, cusparselt, epilogue, nm_bitmap, nvrtc
 from .backend import INTERPRET, backend
 from .launch import triton_launch
 from .linear import Linear
 from .nm_few import few_tokens, few_tokens_24, one_token_24
-from .nm_gradient import begin_at_words, bits, has_words
+from .nm_gradient import begin_at_words, bits, has_words, index_shape
 from .nm_gradient import collect as collect
 from .nm_gradient import expand as expand
 from .operators import CollectedProduct, ExpandedProduct
@@ -56,12 +56,17 @@ class NMLinear(Linear):
     options = 'str activation="none", bool save_memory=False'
 
     def choose(self, tokens, outputs, inputs, dtype, *, n, m, save_memory=False):
-        """``empty``, ``word`` and ``few`` (2:4 by words), ``tiles``, ``cusparselt`` or ``expand`` (then cuBLAS)."""
+        """``empty``, ``word`` and ``few`` (2:4 by words), ``bitmap`` (CUDA C++), ``tiles``, ``cusparselt`` or
+        ``expand`` (then cuBLAS)."""
         if tokens == 0 or outputs == 0:
             return "empty", "nothing to compute"
         words, exactly = has_words(n, m, dtype, inputs), exact(dtype)
         if tokens == 1 and words:
             return "word", "one token of 2:4: 0.5625 of the dense bytes are read, a position is a shift"
+        if nm_bitmap.fits(tokens, inputs, dtype, n, m) and nvrtc.available():
+            read = f"{n / m + 1 / 16:.4g} of the dense bytes are read"
+            how = "each value finds its input by a bit" if tokens <= nm_bitmap.FEW else "tensor cores multiply"
+            return "bitmap", f"{tokens} tokens of {n}:{m}: {read}, {how}"
         if tokens <= FEW and not exactly:
             if words:
                 return "few", f"{tokens} tokens of 2:4: 0.5625 of the dense bytes are read and expanded in registers"
@@ -76,21 +81,24 @@ class NMLinear(Linear):
 
     def check(self, x, weight, outputs, inputs, n, m, save_memory):
         values, index = weight
-        slots = -(-inputs // m) * n
+        groups = -(-inputs // m)
         if index.dtype != torch.uint8:
             raise TypeError(f"Expected an index of uint8, got {index.dtype}.")
-        shapes = (outputs, slots), (outputs, -(-slots * bits(m) // 8))
+        shapes = (outputs, groups * n), index_shape(outputs, groups, n, m)
         if (values.shape, index.shape) != shapes:
             got = f"{tuple(values.shape)} and {tuple(index.shape)}"
             expected = f"values {shapes[0]} and index {shapes[1]} for {n}:{m} of {inputs} inputs"
             raise ValueError(f"Expected {expected}, got {got}.")
 
     def arrange(self, x, variant, **numbers):
-        return matrix_of(x, aligned=True)
+        return matrix_of(x, aligned=True, packed=variant == "bitmap")
 
     def launch(self, variant, x, values, index, bias, gate, y, activation, n, m, save_memory):
+        if variant == "bitmap":
+            return nm_bitmap.launch(x, values, index, bias, gate, y, activation, n, m)
         few = self._described(variant, x, values, index, n, m)
         copied = None if variant == "tiles" else begin_at_words(values)
+        copied_index = begin_at_words(index, m // 8) if bits(n, m) == 1 else None
 
         def prepare(config):
             grid, width = few.grid(config), config.get("BT", 1)
@@ -102,6 +110,8 @@ class NMLinear(Linear):
 
             def call(x, values, index, bias, gate, y):
                 partial = workspace.take(y, tiles, shares, size)
+                if copied_index is not None:
+                    index = copied_index(index)
                 launch(x, values if copied is None else copied(values), index, bias, gate, y, *partial, *few.integers)
 
             return call
@@ -117,7 +127,7 @@ class NMLinear(Linear):
             kernel, integers = few_tokens_24, (tokens, outputs, words, x.stride(0))
         else:
             kernel, integers = few_tokens, (tokens, inputs, outputs, slots, index.shape[1], x.stride(0))
-            constants |= {"N": n, "M": m, "BITS": bits(m), "PRECISION": precision(x.dtype)}
+            constants |= {"N": n, "M": m, "BITS": bits(n, m), "PRECISION": precision(x.dtype)}
         return FewTokens(
             kernel,
             "nm",

@@ -1,6 +1,6 @@
 """NM for a few tokens: the weight is read compressed, and its dense tiles exist only in registers.
 
-Letters as in ``nm``: T tokens, I inputs, O outputs, K slots a row, BYTES of index; BM rows, BT tokens, BK columns;
+Letters as in ``nm``: T tokens, I inputs, O outputs, K slots a row, BYTES of positions; BM rows, BT tokens, BK columns;
 S splits. A word is two groups of 2:4 in 16-bit types: 4 values in 64 bits, whose positions share one byte.
 """
 
@@ -132,11 +132,39 @@ def few_tokens_24(
 
 
 @triton.jit
+def _count(v):
+    """The number of bits of uint32 v, by the arithmetic that LLVM turns into one instruction."""
+    v = v - ((v >> 1) & 0x55555555)
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    return (v * 0x01010101) >> 24
+
+
+@triton.jit
+def bitmap_slots(index_ptr, rows, c, K, N: tl.constexpr, M: tl.constexpr):
+    """(the slot of each column c in its row, whether it has one). A group is one word of M bits."""
+    if M == 32:
+        words = index_ptr.to(tl.pointer_type(tl.uint32))
+    elif M == 16:
+        words = index_ptr.to(tl.pointer_type(tl.uint16))
+    else:
+        words = index_ptr
+    group, place = c // M, c % M
+    word = tl.load(words + rows[:, None] * (K // N) + group[None, :], mask=(group < K // N)[None, :], other=0)
+    word, place = word.to(tl.uint32), place.to(tl.uint32)
+    before = _count(word & ((1 << place) - 1)[None, :]).to(tl.int32)
+    return (group * N)[None, :] + before, (((word >> place[None, :]) & 1) != 0) & (before < N)
+
+
+@triton.jit
 def dense_tile(
     w_ptr, index_ptr, w_rows, c, K, BYTES, N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Columns c of the dense weight: each looks at the N slots of its own group."""
+    """Columns c of the dense weight: each looks at the N slots of its own group, or at its bit (BITS of 1)."""
+    if BITS == 1:
+        slot, mine = bitmap_slots(index_ptr, w_rows, c, K, N, M)
+        return tl.load(w_ptr + w_rows[:, None] * K + slot, mask=mine, other=0.0)
     dense = tl.zeros((BM, BK), w_ptr.dtype.element_ty)
     for s in tl.static_range(N):
         slot = c // M * N + s

@@ -1,5 +1,5 @@
 #!/bin/bash
-# compute-sanitizer over the tests of the Triton kernels, on a machine with a GPU: memcheck (reads and writes out of
+# compute-sanitizer over the tests of the kernels, on a machine with a GPU: memcheck (reads and writes out of
 # bounds) and racecheck (shared memory). Memory is not pooled, so that every tensor has bounds of its own; one
 # configuration a kernel, so that it ends. Each test function runs by itself, JOBS at a time. PYTHON names the
 # interpreter; the logs go to the folder $1 of the repository.
@@ -16,7 +16,7 @@ check() {  # logs, tool, file::function
 }
 export -f check
 for tool in racecheck memcheck; do  # the slower one first
-    for file in tests/test_triton_{nm,vector_nm,bsr,csr_grouped}.py; do
+    for file in tests/test_triton_{nm,vector_nm,bsr,csr_grouped}.py tests/test_cuda_sources.py; do
         grep -o "^def test_[a-z0-9_]*" "$file" | sed "s|^def |$tool $file::|"
     done
 done | xargs -P "${JOBS:-8}" -L 1 bash -c 'check "$0" "$1" "$2"' "$logs"

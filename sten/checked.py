@@ -6,6 +6,7 @@ shape                                  before anything is made
 names, kind, contiguity of the parts   before a number is read: a part has the bytes that its shape promises, so
                                        that no check asks for more memory than the file has
 overlap of parts in memory             the same; a write to the values would rewrite the index
+form of the parts                      `Layout.upgrade`, from that of an earlier version to the present one
 shapes, dtypes, devices                `Layout.validate`, also of parts on the meta device
 numbers                                `Layout.validate`, in chunks; not on meta, which has none
 """
@@ -31,6 +32,8 @@ def checked(name: str, fields: dict, parts: Parts, shape: Any, transposed: Any =
     try:
         layout = layout_of_file(name, fields)
         shape = _shape(layout, shape, transposed)
+        _expect_plain(layout, parts)
+        parts = layout.upgrade(parts, shape)
         expect_parts_of(layout, parts, shape)
     except FormatError:
         raise
@@ -71,6 +74,21 @@ def _shape(layout: Layout, shape: Any, transposed: Any) -> tuple[int, ...]:
 
 def expect_parts_of(layout: Layout, parts: Parts, shape: tuple[int, ...]) -> None:
     """Raise FormatError unless these parts store a weight of this shape in this layout."""
+    _expect_plain(layout, parts)
+    try:
+        layout.validate(parts, shape)
+    except (ValueError, TypeError) as error:
+        raise FormatError(str(error)) from error
+    except Exception as error:  # of a layout from elsewhere, which met what its author did not expect
+        if isinstance(error, RuntimeError) and all(part.is_meta for part in parts.values()):
+            return  # it has checked names and shapes, and went on to numbers, which parts on meta do not have
+        raise FormatError(
+            f"Expected parts that {layout} can check, got {type(error).__name__} from its validate: {error}."
+        ) from error
+
+
+def _expect_plain(layout: Layout, parts: Parts) -> None:
+    """Raise FormatError unless the parts are the layout's, by their names, and plain tensors that share no memory."""
     if not isinstance(parts, dict):
         raise FormatError(f"Expected a dictionary of tensors as the parts of {layout}, got {type(parts).__name__}.")
     if set(parts) != {"values", *layout.pattern}:
@@ -86,16 +104,6 @@ def expect_parts_of(layout: Layout, parts: Parts, shape: tuple[int, ...]) -> Non
                 ".contiguous() on it."
             )
     _expect_disjoint(layout, parts)
-    try:
-        layout.validate(parts, shape)
-    except (ValueError, TypeError) as error:
-        raise FormatError(str(error)) from error
-    except Exception as error:  # of a layout from elsewhere, which met what its author did not expect
-        if isinstance(error, RuntimeError) and all(part.is_meta for part in parts.values()):
-            return  # it has checked names and shapes, and went on to numbers, which parts on meta do not have
-        raise FormatError(
-            f"Expected parts that {layout} can check, got {type(error).__name__} from its validate: {error}."
-        ) from error
 
 
 def _expect_disjoint(layout: Layout, parts: Parts) -> None:

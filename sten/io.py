@@ -32,7 +32,7 @@ from .tensor import SparseTensor
 from .training import engine
 
 Model = TypeVar("Model", bound=nn.Module)
-VERSION = 2
+VERSION = 3
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
@@ -206,11 +206,12 @@ def checksum_of_version_1(tensors: dict[str, Tensor]) -> int:
 
 
 def _same_header(header: dict[str, Any]) -> dict[str, Any]:
-    """From version 1 to 2: the checksums moved from this header to that of the file."""
+    """From version 1 to 2 the checksums moved to the file's own metadata; to 3, NM got bitmaps (`Layout.upgrade`)."""
     return header
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _same_header}  # version -> to the next one
+# version -> to the next one
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _same_header, 2: _same_header}
 
 
 def _header(raw: tensor_file.Header, path: str | os.PathLike) -> dict[str, Any]:

@@ -34,6 +34,7 @@ LAYOUTS: list[Layout] = [
     NM(2, 4),
     NM(3, 7),
     NM(2, 8),
+    NM(16, 32),
     VectorNM(1, 4, 8),
     VectorNM(2, 4, 64),
     GroupedNM(2, 4, 8),

@@ -15,7 +15,8 @@ from sten.layouts import DualMask
 LAYOUTS = [layout for layout in ALL if not isinstance(layout, DualMask)]  # its gradient is another one
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPES = [(1, 1), (17, 33), (63, 100), (128, 256)]
-LARGE = [sten.NM(2, 4), sten.VectorNM(1, 4, 128), sten.BSR((128, 128)), sten.CSR(), sten.GroupedNM(1, 4, 16)]
+LARGE = [sten.NM(2, 4), sten.NM(16, 32), sten.VectorNM(1, 4, 128), sten.BSR((128, 128)), sten.CSR()]
+LARGE += [sten.GroupedNM(1, 4, 16)]
 PRODUCTS = ("linear", "linear_grad_input", "linear_grad_weight")
 
 

@@ -309,7 +309,7 @@ def test_the_compiled_checksum_is_zlibs(size):
         assert cpp.crc32()(piece, 0) == zlib.crc32(piece)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_every_version_loads(version):
     """tests/files/model-<version>.safetensors is what each version of the format wrote."""
     path = Path(__file__).parent / "files" / f"model-{version}.safetensors"

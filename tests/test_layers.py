@@ -44,7 +44,18 @@ LAYERS = [
     ("L4", "extend", "__main__"),
 ]
 # the files of sten/layouts that are no layout
-SHARED = {"__init__", "base", "checks", "compressed_rows", "construct", "padding", "patterns", "registry", "topk"}
+SHARED = {
+    "__init__",
+    "base",
+    "bitmap",
+    "checks",
+    "compressed_rows",
+    "construct",
+    "padding",
+    "patterns",
+    "registry",
+    "topk",
+}
 UPWARDS_AT_WORK: set[str] = set()
 
 # registries, what is loaded once for the process, and the tuner's choices

@@ -180,7 +180,7 @@ def test_nm_runs_along_the_input_channels_of_a_convolution():
     assert torch.equal(mask[0, :, 0, 1], grid("x.x.xx")[0])
 
 
-@pytest.mark.parametrize(("layout", "bits"), [(NM(2, 4), 2), (NM(2, 8), 4), (NM(3, 16), 4), (NM(2, 17), 8)], ids=str)
+@pytest.mark.parametrize(("layout", "bits"), [(NM(2, 4), 2), (NM(1, 8), 4), (NM(3, 16), 4), (NM(2, 17), 8)], ids=str)
 def test_nm_index_is_packed_from_the_low_bits(layout, bits):
     _, mask, parts = random_sparse_case(layout, (3, 4 * layout.m))
     where = mask.view(3, 4, layout.m).nonzero()[:, 2].view(3, -1).tolist()

@@ -46,6 +46,7 @@ def test_the_wheel_has_every_module(wheel):
     names = {name.split(".data/purelib/")[-1] for name in zipfile.ZipFile(wheel).namelist()}
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "sten").rglob("*.py")}
     expected |= {"sten/kernels/" + p.name for p in (ROOT / "kernels").glob("*.py")} | {"sten/py.typed"}
+    expected |= {"sten/kernels/cuda/" + p.name for p in (ROOT / "kernels" / "cuda").iterdir()}
     assert not {n for n in expected if n not in names}
     assert not [n for n in names if n.startswith(("tests", "kernels/", "benchmarks"))]
 

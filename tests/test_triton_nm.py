@@ -7,6 +7,7 @@ from triton_cases import ACTIVATIONS, DEVICE, close, nm_parts, poisoned_outputs,
 from sten.kernels import nm
 
 SHAPES = [(20, 64, 2, 4), (33, 46, 2, 4), (17, 40, 1, 8), (16, 35, 3, 5), (18, 40, 2, 20)]
+SHAPES += [(33, 46, 2, 8), (17, 40, 5, 16), (20, 70, 16, 32), (18, 64, 31, 32)]  # bitmaps
 HALF = [torch.float16, torch.bfloat16]
 
 

@@ -15,7 +15,7 @@ from sten.kernels import bsr, nm, several, vector_nm, vector_nm_mlp
 
 O, I = 40, 96
 WEIGHTS = {
-    "NM": (nm, sten.NM(2, 4), None), "NM of 16": (nm, sten.NM(5, 16), None),
+    "NM": (nm, sten.NM(2, 4), None), "NM of 16": (nm, sten.NM(2, 16), None),
     "VectorNM": (vector_nm, sten.VectorNM(1, 4, 8), None), "VectorNM of 32": (vector_nm, sten.VectorNM(2, 4, 32), None),
     "BSR": (bsr, sten.BSR((16, 16)), 0.6), "odd BSR": (bsr, sten.BSR((12, 5)), 0.5),
 }  # fmt: skip

@@ -65,7 +65,7 @@ def vector_nm_parts(outputs, inputs, n, m, v, dtype=torch.float32, seed=0):
 
 
 def nm_parts(outputs, inputs, n, m, dtype=torch.float32, seed=0):
-    """Random (values, index, dense, n, m) of one NM weight, positions packed low bits first."""
+    """Random (values, index, dense, n, m) of one NM weight, positions or a bitmap packed low bits first."""
     g = torch.Generator().manual_seed(seed)
     groups, bits = -(-inputs // m), 2 if m <= 4 else 4 if m <= 16 else 8
     position = torch.rand(outputs, groups, m, generator=g).argsort(-1)[..., :n].sort(-1).values
@@ -73,6 +73,10 @@ def nm_parts(outputs, inputs, n, m, dtype=torch.float32, seed=0):
     values = torch.randn(outputs, groups * n, generator=g).to(dtype)
     values[column >= inputs] = 0
     dense = torch.zeros(outputs, groups * m, dtype=dtype).scatter_(1, column, values)[:, :inputs].contiguous()
+    if m in (8, 16, 32) and n * bits >= m:
+        one = torch.zeros(outputs, groups, m, dtype=torch.uint8).scatter_(-1, position, 1).unflatten(-1, (-1, 8))
+        index = (one << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+        return values.to(DEVICE), index.to(DEVICE), dense.to(DEVICE), n, m
     each = 8 // bits
     packed = torch.nn.functional.pad(position.reshape(outputs, -1), (0, -groups * n % each)).unflatten(1, (-1, each))
     index = (packed << torch.arange(each) * bits).sum(-1).to(torch.uint8)

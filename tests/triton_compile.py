@@ -106,6 +106,9 @@ def prepare(tokens, v, block, dtype=HALF):
     for n in (1, 2):
         fine = torch.empty(O, n * I // 4, dtype=HALF), torch.zeros(O, n * I // 16, dtype=torch.uint8)
         nm.linear.prepare(x, *fine, None, None, n=n, m=4, **fixed)
+    if tokens == 16:
+        bitmap = torch.empty(O, I // 2, dtype=HALF), torch.zeros(O, I // 32, 4, dtype=torch.uint8)
+        nm.linear.prepare(x, *bitmap, None, None, n=16, m=32, **fixed)
     entries = (torch.empty(40 * O, dtype=HALF), torch.arange(O + 1, dtype=torch.int32) * 40)
     col = torch.zeros(40 * O, dtype=torch.int32)
     csr.linear.prepare(x, *entries, col, None, None, out_features=O, activation="none")

@@ -25,7 +25,7 @@ from sten.tensor import SparseTensor
 
 I, H, O = 256, 512, 128
 LAYOUTS = {
-    "NM": (sten.NM(2, 4), None), "NM of 16": (sten.NM(8, 16), None), "VectorNM": (sten.VectorNM(1, 4, 32), None),
+    "NM": (sten.NM(2, 4), None), "NM of 16": (sten.NM(2, 16), None), "VectorNM": (sten.VectorNM(1, 4, 32), None),
     "BSR": (sten.BSR((64, 64)), 0.5), "CSR": (sten.CSR(), 0.8), "GroupedNM": (sten.GroupedNM(1, 4, 8), None),
 }  # fmt: skip
 TOKENS = {"1": (1,), "9": (9,), "512": (512,), "dynamic": (5, 9)}

@@ -87,7 +87,7 @@ def _weight(parts: dict[str, Tensor]) -> SparseTensor:
             f"Expected two of four inputs of shape {(rows, columns)}, got others, or a wrong 'compressed'."
         )
     position = mask.reshape(rows, groups, 4).nonzero()[:, 2].view(rows, groups, 2)
-    own = {"values": values.contiguous().clone(), "index": NM(2, 4).encode(position)}
+    own = {"values": values.contiguous().clone(), "index": NM(2, 4).packed(position)}
     return SparseTensor(*checked("NM", {"n": 2, "m": 4}, own, (rows, columns)))
 
 

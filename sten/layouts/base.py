@@ -185,6 +185,14 @@ class Layout(metaclass=Constructor):
         del shape
         return chosen
 
+    def upgrade(self, parts: Parts, shape: tuple[int, ...]) -> Parts:
+        """The parts as this version stores them, of parts from outside that an earlier version may have stored.
+
+        ValueError if they are recognized and wrong. Others are returned as they are, for `validate` to check.
+        """
+        del shape
+        return parts
+
     @abstractmethod
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         """Raise ValueError unless parts from a file or a state dict have the right names, shapes, dtypes and indices.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sten._torch_private import exports_to_onnx
 from sten.layouts.base import Layout, Parts
+from sten.layouts.bitmap import bytes_of, collect, count_bits, spread
 from sten.layouts.checks import (
     chunks,
     expect_dense,
@@ -33,8 +34,11 @@ class NM(Layout):
     group lies along the input channels of a convolution, too; a last, short group has up to n entries. With G = C / m
     groups a row:
 
-    Parts: `values` (R, G * n); `index` (R, ceil(G * n * bits / 8)) uint8, the positions in the group, ascending,
-    `bits` wide (2 for m <= 4, 4 for m <= 16, else 8), the first slot in the lowest bits; spare bits are zero.
+    Parts: `values` (R, G * n), the entries of a row in ascending order; `index`, uint8, in the smaller of two forms:
+
+    - (R, ceil(G * n * bits / 8)): the position of each entry in its group, `bits` wide (2 for m <= 4, 4 for m <= 16,
+      else 8), the first slot in the lowest bits; spare bits are zero;
+    - (R, G, m / 8), where m is 8, 16 or 32 and n * bits >= m: a bitmap. Bit c % 8 of byte c // 8 is entry c of a group.
 
     Example:
         >>> import torch, sten
@@ -42,6 +46,9 @@ class NM(Layout):
         >>> parts = sten.NM(2, 4).pack(w, sten.NM(2, 4).mask(w))
         >>> parts["values"].tolist(), parts["index"].tolist()  # positions 0 and 2: 0b1000
         ([[4.0, 3.0]], [[8]])
+        >>> parts = sten.NM(2, 8).pack(torch.cat([w, w], 1), torch.tensor([[True, *[False] * 6, True]]))
+        >>> parts["values"].tolist(), parts["index"].tolist()  # bits 0 and 7
+        ([[4.0, 2.0]], [[[129]]])
 
     Source: Mishra et al., Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2104.08378.
     """
@@ -67,8 +74,13 @@ class NM(Layout):
         """The width of a stored position."""
         return 2 if self.m <= 4 else 4 if self.m <= 16 else 8
 
+    @property
+    def has_bitmap(self) -> bool:
+        """Whether the index is a bitmap: of a machine word a group, where positions are not smaller."""
+        return self.m in (8, 16, 32) and self.n * self.bits >= self.m
+
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Groups and index bytes of a row."""
+        """Groups and bytes of packed positions of a row."""
         groups = reduction_width(shape, self.m) // self.m
         return groups, -(-groups * self.n * self.bits // 8)
 
@@ -77,11 +89,13 @@ class NM(Layout):
         return reduction_last(weight, self.m).view(len(weight), -1, self.m)
 
     def positions(self, index: Tensor, groups: int) -> Tensor:
-        """The packed index as int64 positions (R, G, n)."""
-        return self.compact(index, groups).long()
+        """The index as int64 positions (R, G, n)."""
+        if not self.has_bitmap:
+            return self.unpacked(index, groups).long()
+        return collect(index, torch.arange(self.m, device=index.device).expand(*index.shape[:-1], self.m), self.n)
 
-    def compact(self, index: Tensor, groups: int) -> Tensor:
-        """The packed index as uint8 positions (R, G, n)."""
+    def unpacked(self, index: Tensor, groups: int) -> Tensor:
+        """Packed positions as uint8 (R, G, n)."""
         if self.bits < 8 and exports_to_onnx():  # whose files shift no uint8
             digits = [index.int() // 2**shift % 2**self.bits for shift in range(0, 8, self.bits)]
             index = torch.stack(digits, -1)
@@ -118,12 +132,14 @@ class NM(Layout):
                 f"Expected a mask with at most {self.n} of {self.m} inputs for {self}, got {int(count[row, group])} in "
                 f"the group of output {row} that starts at {start}; use {self}.mask(score)."
             )
-        position = complete_groups(grouped, self.n).flatten().nonzero().view(*count.shape, self.n) % self.m
-        values = self.groups(dense.masked_fill(~mask, 0)).gather(-1, position)
-        return {"values": values.flatten(1), "index": self.encode(position)}
+        keep = complete_groups(grouped, self.n)
+        values = self.groups(dense.masked_fill(~mask, 0))[keep].view(len(keep), -1)
+        if self.has_bitmap:
+            return {"values": values, "index": bytes_of(keep)}
+        return {"values": values, "index": self.packed(keep.flatten().nonzero().view(*count.shape, self.n) % self.m)}
 
-    def encode(self, position: Tensor) -> Tensor:
-        """Positions (R, G, n) as the packed index."""
+    def packed(self, position: Tensor) -> Tensor:
+        """Positions (R, G, n), packed."""
         flat, each = position.flatten(1).to(torch.uint8), 8 // self.bits
         flat = torch.nn.functional.pad(flat, (0, -flat.shape[1] % each)).view(len(flat), -1, each)
         shift = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=flat.device)
@@ -131,49 +147,85 @@ class NM(Layout):
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         groups, values = self.sizes(shape)[0], parts["values"]
-        position = self.positions(parts["index"], groups)
-        out = values.new_zeros(len(values), groups, self.m)
-        out = out.scatter(-1, position, values.view(position.shape))
+        if self.has_bitmap:
+            out = spread(parts["index"], values)
+        else:
+            position = self.positions(parts["index"], groups)
+            out = values.new_zeros(len(values), groups, self.m)
+            out = out.scatter(-1, position, values.view(position.shape))
         return reduction_back(out, (len(values), *shape[1:]), self.m)
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
         grouped = self.groups(dense)
+        if self.has_bitmap:
+            return collect(parts["index"], grouped, self.n).flatten(1)
         return grouped.gather(-1, self.positions(parts["index"], grouped.shape[1])).flatten(1)
 
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
         return self.unpack({name: part[rows] for name, part in parts.items()}, shape)
 
+    def upgrade(self, parts: Parts, shape: tuple[int, ...]) -> Parts:
+        """Until version 2 of the files there were no bitmaps: positions become one, if they are in order."""
+        index, (groups, width) = parts["index"], self.sizes(shape)
+        if not self.has_bitmap or index.shape != (shape[0], width) or index.dtype != torch.uint8:
+            return parts
+        if index.is_meta:
+            return {**parts, "index": index.new_empty(shape[0], groups, self.m // 8)}
+        self._expect_packed(index, groups)
+        made = []
+        for (some,) in chunks(index):
+            keep = torch.zeros(len(some), groups, self.m, dtype=torch.bool, device=index.device)
+            made.append(bytes_of(keep.scatter_(-1, self.unpacked(some, groups).long(), True)))
+        return {**parts, "index": torch.cat(made)}
+
     def validate(self, parts: Parts, shape: tuple[int, ...]) -> None:
         self.check(shape)
         groups, width = self.sizes(shape)
-        index = ((shape[0], width), torch.uint8)
-        if not expect_parts(self, parts, {"values": ((shape[0], groups * self.n), None), "index": index}):
+        size = (shape[0], groups, self.m // 8) if self.has_bitmap else (shape[0], width)
+        if not expect_parts(self, parts, {"values": ((shape[0], groups * self.n), None), "index": (size, torch.uint8)}):
             return
         each = groups // math.prod(shape[2:])  # groups of the inputs of one kernel position; the last is padded
         last = shape[1] - (each - 1) * self.m
-        if 8 % (self.n * self.bits) == 0:  # a byte holds whole groups: each value of a byte is checked once
-            seen = torch.zeros(256, dtype=torch.int64, device=parts["index"].device)
+        if self.has_bitmap:
             for (index,) in chunks(parts["index"]):
-                seen += index[:, :-1].flatten().bincount(minlength=256)
-            self._expect_positions(seen.nonzero().to(torch.uint8), None)
-            self._expect_positions(parts["index"][:, -1:], groups - (width - 1) * 8 // (self.n * self.bits))
+                self._expect_bits(index)
         else:
-            for (index,) in chunks(parts["index"]):
-                self._expect_positions(index, groups)
-        bits = groups * self.n * self.bits % 8
-        if bits and bool((parts["index"][:, -1] >> bits).any()):
-            raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
+            self._expect_packed(parts["index"], groups)
         if last < self.m:
             for values, index in chunks(parts["values"], parts["index"]):
                 beyond = self.positions(index, groups)[:, each - 1 :: each] >= last
                 expect_zero(self, values.reshape(len(values), groups, self.n)[:, each - 1 :: each][beyond])
 
-    def _expect_positions(self, index: Tensor, groups: int | None) -> None:
-        """Raise ValueError unless packed positions (R, bytes) ascend within their groups; None: as many as fit."""
+    def _expect_bits(self, index: Tensor) -> None:
+        """Raise ValueError unless each group of a bitmap (R, G, m / 8) has n bits."""
+        count = count_bits(index)
+        if bool((count != self.n).any()):
+            row, group = (count != self.n).nonzero()[0].tolist()
+            raise ValueError(
+                f"Expected {self.n} bits for each {self.m} columns in part 'index' of {self}, got "
+                f"{int(count[row, group])} for columns {group * self.m} to {group * self.m + self.m - 1} of a row."
+            )
+
+    def _expect_packed(self, index: Tensor, groups: int) -> None:
+        """Raise ValueError unless packed positions (R, bytes) ascend within their groups, and spare bits are zero."""
+        width, size = index.shape[1], self.n * self.bits
+        if 8 % size == 0:  # a byte holds whole groups: each value of a byte is checked once
+            seen = torch.zeros(256, dtype=torch.int64, device=index.device)
+            for (part,) in chunks(index):
+                seen += part[:, :-1].flatten().bincount(minlength=256)
+            self._expect_positions(seen.nonzero().to(torch.uint8), 8 // size)
+            self._expect_positions(index[:, -1:], groups - (width - 1) * 8 // size)
+        else:
+            for (part,) in chunks(index):
+                self._expect_positions(part, groups)
+        bits = groups * size % 8
+        if bits and bool((index[:, -1] >> bits).any()):
+            raise ValueError(f"Expected zeros in the spare bits of part 'index' of {self}, got others.")
+
+    def _expect_positions(self, index: Tensor, groups: int) -> None:
         if not index.numel():
             return
-        groups = index.shape[1] * 8 // (self.n * self.bits) if groups is None else groups
-        position = self.compact(index, groups)
+        position = self.unpacked(index, groups)
         expect_range(self, "index", position, 0, self.m)
         if bool((position[..., 1:] <= position[..., :-1]).any()):
             raise ValueError(

@@ -1,0 +1,82 @@
+// What a kernel of kernels/cuda needs in order to run on a CPU: a thread for each of CUDA's, one CTA after the other.
+// Copies are done at once, so that waits are not tested, but every address and every number is.
+#include <algorithm>
+#include <barrier>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define EMULATED
+#define __device__
+#define __global__
+#define __shared__
+#define __align__(bytes)
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+using std::min;
+
+struct Index { unsigned x; };
+static thread_local Index threadIdx;
+static Index blockIdx;
+alignas(16) char memory[1 << 18];
+static std::vector<std::unique_ptr<std::barrier<>>> warps;
+static std::unique_ptr<std::barrier<>> cta;
+static void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
+static void __syncthreads() { cta->arrive_and_wait(); }
+
+static unsigned count_bits(unsigned bits) { return std::popcount(bits); }
+static unsigned shifted(unsigned low, unsigned high, unsigned bits) { return ((unsigned long)high << 32 | low) >> (bits & 31); }
+static unsigned permuted(unsigned low, unsigned high, unsigned bytes) {
+  unsigned long both = (unsigned long)high << 32 | low;
+  unsigned out = 0;
+  for (int i = 0; i < 4; i++) out |= (both >> 8 * (bytes >> 4 * i & 7) & 255) << 8 * i;
+  return out;
+}
+static void copy_word_async(char* to, const char* from) { std::memcpy(to, from, 4); }
+static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
+static void copy_async(char* to, const char* from) { std::memcpy(to, from, 16); }
+static void commit() {}
+static void wait_for_oldest() {}
+#if BF16
+static float low(unsigned pair) { return std::bit_cast<float>(pair << 16); }
+static unsigned short rounded(float f) { return (std::bit_cast<unsigned>(f) + 0x7fff + (std::bit_cast<unsigned>(f) >> 16 & 1)) >> 16; }
+#else
+static float low(unsigned pair) { return (float)std::bit_cast<_Float16>((unsigned short)pair); }
+static unsigned short rounded(float f) { return std::bit_cast<unsigned short>((_Float16)f); }
+#endif
+static float high(unsigned pair) { return low(pair >> 16); }
+
+// The fragments as the PTX ISA has them: a[0] is (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8).
+static unsigned fragments[32][32][6];
+static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  auto& all = fragments[warp];
+  for (int i = 0; i < 4; i++) all[lane][i] = a[i];
+  all[lane][4] = b0, all[lane][5] = b1;
+  __syncwarp();
+  auto half = [](unsigned pair, int k) { return k % 2 ? high(pair) : low(pair); };
+  for (int e = 0; e < 4; e++)
+    for (int k = 0; k < 16; k++) {
+      const int row = g + e / 2 * 8, column = 2 * t + e % 2, owner = k % 8 / 2;
+      const float left = half(all[row % 8 * 4 + owner][row / 8 + k / 8 * 2], k);
+      c[e] += left * half(all[column * 4 + owner][4 + k / 8], k);
+    }
+  __syncwarp();
+}
+
+// Runs `kernel(arguments...)` on `ctas` CTAs of `threads` threads.
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, int ctas, int threads, Arguments... arguments) {
+  for (int b = 0; b < ctas; b++) {
+    blockIdx.x = b;
+    cta = std::make_unique<std::barrier<>>(threads);
+    warps.clear();
+    for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));
+    std::memset(memory, 0xff, sizeof memory);  // NaN
+    std::vector<std::jthread> running;
+    for (int t = 0; t < threads; t++) running.emplace_back([=] { threadIdx.x = t; kernel(arguments...); });
+  }
+}

@@ -1,0 +1,206 @@
+"""The CUDA C++ kernels without a GPU: NVRTC compiles them, and a CPU runs what they do."""
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton_cases import DEVICE, close, nm_parts, random
+
+from sten.kernels import launch, nm, nm_bitmap, nvrtc
+
+HERE, HALF = Path(__file__).parent, [torch.float16, torch.bfloat16]
+F = torch.nn.functional
+ACTIVATIONS = [lambda y: y, torch.relu, F.gelu, lambda y: F.gelu(y, approximate="tanh"), F.silu]
+# what stands for the driver: it takes the arguments as cuLaunchKernel does, and runs the kernel on the CPU
+DRIVER = """
+struct Arguments { u16* x; char *values, *index; u16 *bias, *gate, *y; int T, O, I; };
+extern "C" int start(void*, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
+                     void*, void**, void** extra) {
+  Arguments a;
+  size_t size = *(size_t*)extra[3];
+  if (size != offsetof(Arguments, I) + 4 || threads != WARPS * 32 || shared != MEMORY || y * z != 1) return 1;
+  std::memcpy(&a, extra[1], size);
+  launch(KERNEL, x, threads, a.x, a.values, a.index, a.bias, a.gate, a.y, a.T, a.O, a.I);
+  return 0;
+}
+"""
+CASES = [  # n, m, tokens, warps, stages, dtype, activation, bias and gate
+    (16, 32, 1, 2, 3, torch.bfloat16, 0, False),
+    (6, 16, 3, 2, 2, torch.float16, 4, True),
+    (2, 8, 2, 1, 3, torch.bfloat16, 3, True),
+    (16, 32, 13, 2, 2, torch.bfloat16, 0, False),
+    (6, 16, 40, 2, 2, torch.float16, 4, True),
+    (2, 8, 5, 1, 3, torch.bfloat16, 3, True),
+]
+needs_nvrtc = pytest.mark.skipif(
+    not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings.nvrtc"),
+    reason="needs cuda-bindings and nvidia-cuda-nvrtc",
+)
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+
+
+def on_cpu(folder, count, tokens, dtype, activation, warps, stages):
+    """``cuLaunchKernel`` of the kernel with these macros."""
+    kernel, macros = nm_bitmap.kernel_for(tokens)
+    macros |= {"N": count, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation, "WARPS": warps}
+    defines = [f"-D{name}={value}" for name, value in (macros | {"STAGES": stages, "KERNEL": kernel}).items()]
+    program, library = folder / "run.cpp", folder / "run.so"
+    program.write_text(f'#include "{HERE}/cuda_emulated.h"\n#include "{nvrtc.SOURCES}/{kernel}.cu"\n{DRIVER}')
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *defines]
+    subprocess.run(["g++", *flags, str(program), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library)).start
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bitmaps_on_a_cpu(case, tmp_path):
+    """40 rows: the second CTA has 24 too many; five blocks of 128 columns, which the warps share unequally."""
+    n, m, tokens, warps, stages, dtype, activation, more = case
+    count, outputs, inputs = n * 32 // m, 40, 640
+    values, index, dense = (t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3])
+    x, bias, gate = (random(*size, dtype=dtype).cpu() for size in ((tokens, inputs), (outputs,), (tokens, outputs)))
+    y = torch.full((tokens, outputs), torch.nan, dtype=dtype)
+    given = x, values, index, *((bias, gate) if more else (None, None)), y, tokens, outputs, inputs
+    driver = on_cpu(tmp_path, count, tokens, dtype, activation, warps, stages)
+    shared = nm_bitmap.shared_bytes(count, tokens, warps, stages)
+    nvrtc.starter("bitmap", driver, 0, 32 * warps, shared, given)(2, 1, 1, 0, *given)
+    want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
+    want = want * gate.double() if more else want
+    torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+
+
+@needs_compiler
+@pytest.mark.skipif(DEVICE != "cpu", reason="takes the place of the driver")
+def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
+    """From x of any strides and parts of any alignment to y, with the grid, memory and macros of the first choice."""
+    (warps, stages), dtype = nm_bitmap.WARPS_AND_STAGES[0], torch.bfloat16
+    driver = types.SimpleNamespace(cuLaunchKernel=on_cpu(tmp_path, 16, 3, dtype, 4, warps, stages))
+    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
+    monkeypatch.setattr(nvrtc, "function", lambda kernel, macros, shared, device: 0)
+    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    monkeypatch.setattr(type(nvrtc.backend), "shared_memory", lambda self, device: 227 << 10)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(nvrtc.backend, name, lambda *device: 0)
+    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
+    parts, bias = nm_parts(70, 256, 8, 16, dtype), random(70, dtype=dtype)
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
+    x, gate = random(3, 2, 259, dtype=dtype)[:, 1, 1:257], random(3, 70, dtype=dtype, seed=3)
+    want = F.silu(x.double() @ parts[2].double().T + bias.double()) * gate.double()
+    for stored in (parts[:2], shifted):
+        for _ in range(2):  # the first call prepares the launch, the second one uses it again
+            close(call(x, (*stored, *parts[2:]), bias, gate=gate, activation="silu"), want, dtype)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("count", "tokens", "dtype"), [(16, 1, 1), (24, 4, 0), (16, 16, 1), (12, 64, 0), (24, 32, 1)])
+def test_bitmaps_compile(architecture, count, tokens, dtype, tmp_path, monkeypatch):
+    """Without a stack: no register spills, and no array of registers is indexed by an unknown number."""
+    monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
+    kernel, macros = nm_bitmap.kernel_for(tokens)
+    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2}
+    (tmp_path / "code").write_bytes(nvrtc.compiled(kernel, tuple(macros.items()), architecture))
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(tmp_path / "code")]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"STACK:0 ", usage) and int(re.search(r"REG:(\d+)", usage)[1]) <= (128 if tokens < 64 else 200), (
+        usage
+    )
+
+
+@needs_nvrtc
+def test_code_is_cached_and_a_damaged_file_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
+    first = nvrtc.compiled("probe", (), "sm_80")
+    (file,) = (tmp_path / "cuda").iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert nvrtc.compiled("probe", (), "sm_80") == first and file.read_bytes().endswith(first)
+    for architecture, driver in (("sm_90a", 0), ("sm_80", 13000)):
+        nvrtc.compiled("probe", (), architecture, driver)
+    assert len([*(tmp_path / "cuda").iterdir()]) == 3
+    monkeypatch.setenv("STEN_CACHE_DIR", str(file))  # where no folder can be made
+    assert nvrtc.compiled("probe", (), "sm_80") == first
+
+
+@needs_nvrtc
+def test_an_error_names_the_kernel_and_shows_the_log():
+    with pytest.raises(RuntimeError, match=r"(?s)'bitmap_few' to compile with .*sm_80.*bitmap_few.cu.*N.*undefined"):
+        nvrtc.compiled("bitmap_few", (("STAGES", 2),), "sm_80")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="needs a machine without a driver")
+def test_one_warning_where_kernels_cannot_run(monkeypatch):
+    monkeypatch.setattr(nvrtc.backend, "initialize", lambda: None)
+    monkeypatch.setattr(nvrtc.backend, "capability", lambda device: (9, 0))
+    nvrtc._works.cache_clear()
+    with pytest.warns(UserWarning, match="cannot be compiled and run on GPU 0; slower ones are used") as warned:
+        assert not nvrtc._works(0) and not nvrtc._works(0)
+    nvrtc._works.cache_clear()
+    assert len(warned) == 1 and not nvrtc.available()
+
+
+def test_what_fits():
+    half, single = torch.bfloat16, torch.float32
+    assert nm_bitmap.fits(1, 4096, half, 16, 32) and nm_bitmap.fits(4, 128, torch.float16, 2, 8)
+    assert not any(nm_bitmap.fits(tokens, 4096, half, 16, 32) for tokens in (0, 65))
+    for inputs, dtype, n, m in ((4160, half, 16, 32), (4096, single, 16, 32), (4096, half, 15, 32), (4096, half, 2, 4)):
+        assert not nm_bitmap.fits(1, inputs, dtype, n, m)
+
+
+# on a GPU
+
+on_gpu = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability() < nvrtc.OLDEST, reason="needs a GPU of 8.0 or later"
+)
+
+
+def call(x, parts, *bias, **more):
+    values, index, _, n, m = parts
+    return nm.linear(x, values, index, *bias, n=n, m=m, out_features=len(values), **more)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("n, m", [(2, 8), (7, 16), (6, 32), (16, 32), (32, 32)])
+def test_bitmaps(n, m, dtype):
+    parts, bias = nm_parts(130, 1152, n, m, dtype), random(130, dtype=dtype)
+    dense = parts[2].double()
+    for tokens in (1, 2, 3, 4, 5, 16, 33, 64):
+        assert nm.choose(tokens, 130, 1152, dtype, n=n, m=m)[0] == "bitmap"
+        x = random(tokens, 1152, dtype=dtype)
+        close(call(x, parts, bias), x.double() @ dense.T + bias.double(), dtype)
+        gate = random(tokens, 130, dtype=dtype, seed=3)
+        close(call(x, parts, gate=gate, activation="silu"), F.silu(x.double() @ dense.T) * gate.double(), dtype)
+
+
+@on_gpu
+def test_bitmaps_of_operands_that_are_not_aligned():
+    parts, x = nm_parts(64, 256, 16, 32, HALF[1]), random(9, 259, dtype=HALF[1])
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
+    for row in (x[:, :256], x[1:2, 3:]):
+        close(call(row, (*shifted, *parts[2:])), row.double() @ parts[2].double().T, HALF[1])
+
+
+@on_gpu
+def test_bitmaps_in_a_graph_and_in_another_thread():
+    parts, x = nm_parts(64, 256, 16, 32, HALF[1]), random(1, 256, dtype=HALF[1])
+    want = x.double() @ parts[2].double().T
+    with ThreadPoolExecutor(1) as thread:
+        close(thread.submit(call, x, parts).result(), want, HALF[1])
+    call(x, parts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call(x, parts)
+    x.mul_(2)
+    y.zero_()
+    graph.replay()
+    close(y, 2 * want, HALF[1])
