@@ -97,9 +97,9 @@ class Linear(Operator):
         name = epilogue.activation_name(activation)
         return super().__call__(x, *gate, None, *up, activation=name, **options)
 
-    def _make(self, x, *parts, out_features, activation, variant=None, **numbers):
-        count = self.count
-        tokens, inputs, shape, flat_shape = self.sizes(x, out_features, numbers)
+    def _checked(self, x, parts, out_features, numbers):
+        """(stored tensors, bias, gate, stored tensors of a second weight, its bias); raises unless the sizes fit."""
+        count, (_, inputs, shape, _) = self.count, self.sizes(x, out_features, numbers)
         stored, bias, gate = parts[:count], parts[count], parts[count + 1]
         up, up_bias = (parts[count + 2 : -1], parts[-1]) if self.dual and parts[-2] is not None else (None, None)
         for weight in (stored, up):
@@ -109,6 +109,11 @@ class Linear(Operator):
                 raise TypeError(f"Expected x and values of one dtype, got {x.dtype} and {weight[0].dtype}.")
             self.check(x, weight, out_features, inputs, **numbers)
         epilogue.check(out_features, shape, (bias, up_bias), gate)
+        return stored, bias, gate, up, up_bias
+
+    def _make(self, x, *parts, out_features, activation, variant=None, **numbers):
+        tokens, inputs, shape, flat_shape = self.sizes(x, out_features, numbers)
+        stored, _, _, up, _ = self._checked(x, parts, out_features, numbers)
         facts = self.facts(stored, up, numbers)
         if variant is None:
             variant, _ = self.choose(tokens, out_features, inputs, x.dtype, **facts)
@@ -125,13 +130,11 @@ class Linear(Operator):
         return into_new(launch, x, shape, arrange=arrange)
 
     def traced(self, x, *parts, out_features, activation, **numbers):
-        count = self.count
-        stored, bias, gate = parts[:count], parts[count], parts[count + 1]
-        up, up_bias = (parts[count + 2 : -1], parts[-1]) if self.dual and parts[-2] is not None else (None, None)
         tokens, inputs, shape, _ = self.sizes(x, out_features, numbers)
-        variant, _ = self.choose(tokens, out_features, inputs, x.dtype, **self.facts(stored, up, numbers))
-        if tokens == 0 or tokens > FEW or x.dtype != stored[0].dtype:
+        if tokens == 0 or tokens > FEW or x.dtype != parts[0].dtype:
             return None
+        stored, bias, gate, up, up_bias = self._checked(x, parts, out_features, numbers)
+        variant, _ = self.choose(tokens, out_features, inputs, x.dtype, **self.facts(stored, up, numbers))
         halves = self.shares(variant, shares.matrix_of(x), stored, up, out_features, **numbers)
         if halves is None:
             return None

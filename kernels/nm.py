@@ -139,7 +139,7 @@ class NMLinear(Linear):
         )
 
     def shares(self, variant, x, stored, up, outputs, n, m, save_memory):
-        if variant not in ("word", "few", "tiles") or len(x) > FEW or not begins_aligned(stored[0]):
+        if variant not in ("word", "few", "tiles") or not begins_aligned(stored[0]):
             return None
         few = self._described(variant, x, *stored, n, m)
         return few.shares((x, *stored, None, None), 1, len(x), outputs)

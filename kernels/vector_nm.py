@@ -227,7 +227,7 @@ class FeatureMajor(VectorNMLinear):
     prefix = "gpu_vector_nm_linear_feature_major"
     layout_numbers = f"SymInt tokens, bool row_major, {VectorNMLinear.layout_numbers}"
 
-    def shares(self, *_, **__):
+    def traced(self, *_, **__):
         return None  # part of a chain for many tokens
 
     def sizes(self, x, outputs, numbers):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 from calibration_cases import Blocks, Noted, as_before, blocks, check, dense, same, statistics, vectors
 from hf_models import gpt2, llama
 from torch import nn
@@ -380,34 +380,23 @@ def test_device_map():
     assert same(dense(model), dense(whole))
 
 
-def _rank(rank: int, file: str, queue) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int, folder: str):
     model, method = blocks(), Noted()
-    calibration = sten.Calibration(vectors()[: 1 + 2 * rank][-1 - rank :], folder=f"{file}-decided")
+    calibration = sten.Calibration(vectors()[: 1 + 2 * rank][-1 - rank :], folder=folder)
     sten.sparsify(model, sten.NM(2, 4), method, calibration=calibration)
     again = Noted()
     assert same(dense(sten.sparsify(blocks(), sten.NM(2, 4), again, calibration=calibration)), dense(model))
     assert not again.seen  # all is in files, of each rank
     stats = {name: {k: v.numpy() for k, v in found.items()} for name, found in method.seen.items()}
-    queue.put((rank, stats, {name: w.numpy() for name, w in dense(model).items()}))
-    dist.barrier()
-    dist.destroy_process_group()
+    return stats, {name: w.numpy() for name, w in dense(model).items()}
 
 
 def test_ranks(tmp_path):
     """Statistics are those of all ranks' batches together, and all ranks decide the same."""
-    context = torch.multiprocessing.get_context("spawn")  # two imports of torch: most of this test's time
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), queue)) for r in range(2)]
-    for process in processes:
-        process.start()
-    found = {r: (stats, weights) for r, stats, weights in (queue.get(timeout=120) for _ in processes)}
-    for process in processes:
-        process.join()
+    found = ranks.results(_rank, tmp_path, str(tmp_path / "decided"))
     model, method = blocks(), Noted()
     sten.sparsify(model, sten.NM(2, 4), method, calibration=vectors()[:3])
-    for stats, weights in found.values():
+    for stats, weights in found:
         for name, want in method.seen.items():
             for key, value in want.items():
                 torch.testing.assert_close(torch.tensor(stats[name][key]), value, rtol=1e-4, atol=1e-5)

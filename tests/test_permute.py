@@ -7,8 +7,8 @@ import itertools
 import signal
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 from cases import SMALL
 from permuted import hugging_face, mlp, resnet, uneven
 from torch import nn
@@ -371,28 +371,17 @@ def test_calibration_under_autocast():
     assert [r.error_before for r in reports[0].rows] == [r.error_before for r in reports[1].rows]
 
 
-def _rank(rank: int, file: str, queue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _rank(rank: int):
     model, _ = mlp()
     batch = torch.randn(2, 64, 12, generator=torch.Generator().manual_seed(0))[rank] * torch.linspace(0, 3, 12) ** rank
     table = sten.sensitivity(model, [sten.NM(2, 4), None], [batch], tokens=4)
     sten.permute(model, sten.VectorNM(2, 4, 8), calibration=[batch])
-    queue.put(([p.detach().numpy() for p in model.parameters()], [(row.effect, row.seconds) for row in table.rows]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [p.detach().numpy() for p in model.parameters()], [(row.effect, row.seconds) for row in table.rows]
 
 
 def test_ranks_permute_and_choose_alike(tmp_path):
     """Each has a batch of its own: the permutation is that of both in one process."""
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), queue)) for r in range(2)]
-    for process in processes:
-        process.start()
-    found = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
+    found = ranks.results(_rank, tmp_path)
     model, _ = mlp()
     x = torch.randn(2, 64, 12, generator=torch.Generator().manual_seed(0))
     sten.permute(model, sten.VectorNM(2, 4, 8), calibration=[x[0], x[1] * torch.linspace(0, 3, 12)])

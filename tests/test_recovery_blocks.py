@@ -6,8 +6,8 @@ import copy
 from dataclasses import dataclass
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 from cases import SMALL, sparsity_of
 from hf_models import gpt2, llama
 from torch import nn
@@ -182,24 +182,13 @@ def _block_of_rank(rank: int | None) -> Block:
     return block_of(dense, sten.NM(2, 4), batches, [torch.cat(masks)] if rank is None else [masks[rank]])
 
 
-def _rank(rank: int, file: str, queue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _rank(rank: int):
     fitted = sten.Reconstruct(steps=3).reconstruct(_block_of_rank(rank))
-    queue.put({name: edit.value.numpy() for name, edit in fitted.items()})
-    dist.barrier()
-    dist.destroy_process_group()
+    return {name: edit.value.numpy() for name, edit in fitted.items()}
 
 
 def test_ranks_fit_the_batches_of_all(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), queue)) for r in range(2)]
-    for process in processes:
-        process.start()
-    found = [queue.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
+    found = ranks.results(_rank, tmp_path)
     want = sten.Reconstruct(steps=3).reconstruct(_block_of_rank(None))
     for values in found:
         for name, edit in want.items():

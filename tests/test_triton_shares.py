@@ -88,6 +88,19 @@ def test_several_and_an_mlp():
     torch.testing.assert_close(y.double(), inner @ w3.T, rtol=1e-4, atol=1e-4)
 
 
+def test_sizes_are_checked():
+    """The kernels trust them."""
+    parts, _ = stored(sten.VectorNM(1, 4, 8), None, torch.float32)
+    known, absent = {"activation": "none", "n": 1, "m": 4, "v": 8}, (None,) * 4
+    for x, bias, outputs in (
+        (random(2, I), random(O - 1), O),
+        (random(2, I + 4), None, O),
+        (random(2, I), None, O + 8),
+    ):
+        with pytest.raises(ValueError, match="Expected"):
+            vector_nm.linear.traced(x, *parts, bias, *absent, out_features=outputs, **known)
+
+
 def test_operators_stay_whole_where_they_must():
     """Many tokens, no tokens, other dtypes."""
     parts, _ = stored(sten.VectorNM(1, 4, 8), None, torch.bfloat16)

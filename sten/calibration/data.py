@@ -118,9 +118,7 @@ class Tokens:
         shapes: of all masks.
     """
 
-    def __init__(self, batch: Any, decodes: bool = False) -> None:
-        parts = batch if isinstance(batch, (tuple, list)) else [batch]
-        given = next((part for part in parts if isinstance(part, Mapping)), {})
+    def __init__(self, given: Mapping, decodes: bool = False) -> None:
         found = {name: t for name in MASKS if isinstance(t := given.get(name), Tensor)}
         torch_nn = {name: given.get(name) for name in PADDING}
         found |= {name: ~t for name, t in torch_nn.items() if isinstance(t, Tensor) and t.dtype == torch.bool}

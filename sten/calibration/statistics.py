@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..sparsifiers.precision import in_float32
 from ..training.distributed import ranks
-from .precision import in_float32
 
 
 class Statistics:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .._torch_private import tree_leaves, tree_map
 from ..calibration.data import Calibration, calibration_of, inference, run_batch
-from ..calibration.precision import in_float32
 from ..sparsifiers.allocation import Allocation, allocation
+from ..sparsifiers.precision import in_float32
 from ..training.uninterrupted import uninterrupted
 from .arguments import Layouts, Weights, expect_layouts
 from .channel_trace import follow

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ..calibration.precision import in_float32
 from ..layouts.checks import check_sparsity, expect_held, starting_mask
 from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
 from ..sparsifiers.allocation import Allocation, Uniform
 from ..sparsifiers.edits import expect_edit
 from ..sparsifiers.per_weight import PerWeight
+from ..sparsifiers.precision import in_float32
 from ..tensor import SparseTensor
 from .calibrated import Calibrated
 from .select import Target

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from .._torch_private import tree_leaves
 from ..calibration import Calibration, Walk
 from ..calibration.data import Tokens, calibration_of, inference, run_batch
-from ..calibration.precision import in_float32
 from ..calibration.substitute import substituted
 from ..layouts import Masked
 from ..layouts.base import Layout
 from ..sparsifiers import Sparsifier, View, Wanda
 from ..sparsifiers.allocation import Uniform
 from ..sparsifiers.per_weight import PerWeight
+from ..sparsifiers.precision import in_float32
 from ..sparsifiers.sparsifier import CALIBRATION
 from ..tensor import SparseTensor
 from ..training.distributed import from_rank_0, ranks

@@ -12,15 +12,16 @@ from torch import Tensor
 from ..layouts.base import Layout
 from ..layouts.checks import count_to_keep
 from ..layouts.topk import top, top_of_groups
+from .precision import in_float32
 from .sparsifier import Edit, PatternMethod, View
 
 
-def in_float32(update: Callable[..., Edit]) -> Callable[..., Edit]:
-    """The method's `update` without autocast, which would round products to half precision, and without gradients."""
+def float32_update(update: Callable[..., Edit]) -> Callable[..., Edit]:
+    """The method's `update` with products in float32, and without gradients."""
 
     @functools.wraps(update)
     def run(self, view: View) -> Edit:
-        with torch.no_grad(), torch.autocast(view.weight.device.type, enabled=False):
+        with torch.no_grad(), in_float32(view.weight.device):
             return update(self, view)
 
     return run

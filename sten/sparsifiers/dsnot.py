@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..layouts.base import Layout
-from .calibration import Refinement, in_float32, starting_mask, statistic, wanda_score
+from .calibration import Refinement, float32_update, starting_mask, statistic, wanda_score
 from .granularity import expect_independent_units
 from .sparse_swaps import Tiling, expect_groups
 from .sparsifier import Edit, View
@@ -54,7 +54,7 @@ class DSnoT(Refinement):
         expect_independent_units(layout)
         expect_groups(layout, self)
 
-    @in_float32
+    @float32_update
     def update(self, view: View) -> Edit:
         weight, tiles = view.weight.float(), Tiling(view.layout, tuple(view.weight.shape), view.weight.device)
         var = statistic(view, "x_var").clamp(min=torch.finfo(torch.float32).tiny)

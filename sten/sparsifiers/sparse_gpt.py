@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.base import Layout
-from .calibration import in_float32, input_gram, input_norms
+from .calibration import float32_update, input_gram, input_norms
 from .sparsifier import Edit, PatternMethod, View
 
 DEAD = 1e-12  # damping of inputs that are always zero
@@ -79,7 +79,7 @@ class SparseGPT(PatternMethod):
         factor = inverse_factor(input_gram(view), self.damping, view.name)
         return (view.weight.flatten(1).float() / factor.diagonal()).square().view(view.weight.shape)
 
-    @in_float32
+    @float32_update
     def update(self, view: View) -> Edit:
         weight, device = view.weight, view.weight.device
         groups = view.layout.column_groups(tuple(weight.shape))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layouts.base import Layout
-from .calibration import Refinement, in_float32, input_gram, starting_mask
+from .calibration import Refinement, float32_update, input_gram, starting_mask
 from .sparsifier import Edit, Sparsifier, View
 
 WINDOW = 32  # tiles that are compared with each other where a layout has no groups
@@ -56,7 +56,7 @@ class SparseSwaps(Refinement):
         super().check(layout)
         expect_groups(layout, self)
 
-    @in_float32
+    @float32_update
     def update(self, view: View) -> Edit:
         mask, layout, shape = starting_mask(view), view.layout, tuple(view.weight.shape)
         tiles = Tiling(layout, shape, view.weight.device)

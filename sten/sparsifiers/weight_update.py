@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .calibration import Refinement, in_float32, input_gram, starting_mask
+from .calibration import Refinement, float32_update, input_gram, starting_mask
 from .sparsifier import Edit, View
 
 
@@ -33,7 +33,7 @@ class WeightUpdate(Refinement):
         if not 0 < self.damping < math.inf:
             raise ValueError(f"Expected a finite damping > 0 for {kind}, got {self.damping!r}.")
 
-    @in_float32
+    @float32_update
     def update(self, view: View) -> Edit:
         mask, gram = starting_mask(view), input_gram(view)
         mean = gram.diagonal().mean()
