@@ -100,7 +100,8 @@ def compiled(kernel: str, macros: tuple[tuple[str, int], ...], architecture: str
     """The machine code of a kernel, from the disk or by NVRTC."""
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     sources = {path.name.encode(): path.read_bytes() for path in (SOURCES / f"{kernel}.cu", SOURCES / "common.cuh")}
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space"]
+    options += [f"-D{name}={value}" for name, value in macros]
     _, *version = nvrtc.nvrtcVersion()
     key = hashlib.sha256(repr((sources, options, version, driver)).encode()).hexdigest()
     folder = cache_folder()

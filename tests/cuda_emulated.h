@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #define EMULATED
@@ -38,6 +39,8 @@ static unsigned permuted(unsigned low, unsigned high, unsigned bytes) {
 static void copy_word_async(char* to, const char* from) { std::memcpy(to, from, 4); }
 static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
 static void copy_async(char* to, const char* from) { std::memcpy(to, from, 16); }
+static void copy_some_async(char* to, const char* from, int bytes) { std::memset(to, 0, 16), std::memcpy(to, from, bytes); }
+static unsigned add_byte(unsigned word, int byte, unsigned factor, unsigned to) { return to + (word >> 8 * byte & 255) * factor; }
 static void commit() {}
 static void wait_for_oldest() {}
 #if BF16

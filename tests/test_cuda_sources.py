@@ -1,37 +1,25 @@
 """The CUDA C++ kernels without a GPU: NVRTC compiles them, and a CPU runs what they do."""
 
-import ctypes
-import importlib.util
-import re
-import shutil
-import subprocess
-import types
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-import triton
+from cuda_cases import (
+    ACTIVATIONS,
+    HALF,
+    F,
+    emulated,
+    expect_registers,
+    in_place_of_the_driver,
+    needs_compiler,
+    needs_nvrtc,
+    on_cpu,
+    on_gpu,
+)
 from triton_cases import DEVICE, close, nm_parts, random
 
-from sten.kernels import launch, nm, nm_bitmap, nvrtc
+from sten.kernels import nm, nm_bitmap, nvrtc
 
-HERE, HALF = Path(__file__).parent, [torch.float16, torch.bfloat16]
-F = torch.nn.functional
-ACTIVATIONS = [lambda y: y, torch.relu, F.gelu, lambda y: F.gelu(y, approximate="tanh"), F.silu]
-# what stands for the driver: it takes the arguments as cuLaunchKernel does, and runs the kernel on the CPU
-DRIVER = """
-struct Arguments { u16* x; char *values, *index; u16 *bias, *gate, *y; int T, O, I; };
-extern "C" int start(void*, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
-                     void*, void**, void** extra) {
-  Arguments a;
-  size_t size = *(size_t*)extra[3];
-  if (size != offsetof(Arguments, I) + 4 || threads != WARPS * 32 || shared != MEMORY || y * z != 1) return 1;
-  std::memcpy(&a, extra[1], size);
-  launch(KERNEL, x, threads, a.x, a.values, a.index, a.bias, a.gate, a.y, a.T, a.O, a.I);
-  return 0;
-}
-"""
 CASES = [  # n, m, tokens, warps, stages, dtype, activation, bias and gate
     (16, 32, 1, 2, 3, torch.bfloat16, 0, False),
     (6, 16, 3, 2, 2, torch.float16, 4, True),
@@ -40,25 +28,12 @@ CASES = [  # n, m, tokens, warps, stages, dtype, activation, bias and gate
     (6, 16, 40, 2, 2, torch.float16, 4, True),
     (2, 8, 5, 1, 3, torch.bfloat16, 3, True),
 ]
-needs_nvrtc = pytest.mark.skipif(
-    not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.bindings.nvrtc"),
-    reason="needs cuda-bindings and nvidia-cuda-nvrtc",
-)
 
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-
-
-def on_cpu(folder, count, tokens, dtype, activation, warps, stages):
-    """``cuLaunchKernel`` of the kernel with these macros."""
+def bitmap(folder, count, tokens, dtype, activation, warps, stages):
+    """The emulated kernel for so many values of each 32."""
     kernel, macros = nm_bitmap.kernel_for(tokens)
-    macros |= {"N": count, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation, "WARPS": warps}
-    defines = [f"-D{name}={value}" for name, value in (macros | {"STAGES": stages, "KERNEL": kernel}).items()]
-    program, library = folder / "run.cpp", folder / "run.so"
-    program.write_text(f'#include "{HERE}/cuda_emulated.h"\n#include "{nvrtc.SOURCES}/{kernel}.cu"\n{DRIVER}')
-    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *defines]
-    subprocess.run(["g++", *flags, str(program), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).start
+    known = {"N": count, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
+    return emulated(folder, kernel, **macros, **known, WARPS=warps, STAGES=stages)
 
 
 @needs_compiler
@@ -71,7 +46,7 @@ def test_bitmaps_on_a_cpu(case, tmp_path):
     x, bias, gate = (random(*size, dtype=dtype).cpu() for size in ((tokens, inputs), (outputs,), (tokens, outputs)))
     y = torch.full((tokens, outputs), torch.nan, dtype=dtype)
     given = x, values, index, *((bias, gate) if more else (None, None)), y, tokens, outputs, inputs
-    driver = on_cpu(tmp_path, count, tokens, dtype, activation, warps, stages)
+    driver = bitmap(tmp_path, count, tokens, dtype, activation, warps, stages)
     shared = nm_bitmap.shared_bytes(count, tokens, warps, stages)
     nvrtc.starter("bitmap", driver, 0, 32 * warps, shared, given)(2, 1, 1, 0, *given)
     want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
@@ -80,18 +55,11 @@ def test_bitmaps_on_a_cpu(case, tmp_path):
 
 
 @needs_compiler
-@pytest.mark.skipif(DEVICE != "cpu", reason="takes the place of the driver")
+@on_cpu
 def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
     """From x of any strides and parts of any alignment to y, with the grid, memory and macros of the first choice."""
     (warps, stages), dtype = nm_bitmap.WARPS_AND_STAGES[0], torch.bfloat16
-    driver = types.SimpleNamespace(cuLaunchKernel=on_cpu(tmp_path, 16, 3, dtype, 4, warps, stages))
-    monkeypatch.setattr(nvrtc, "_driver", lambda: driver)
-    monkeypatch.setattr(nvrtc, "function", lambda kernel, macros, shared, device: 0)
-    monkeypatch.setattr(nvrtc, "available", lambda: True)
-    monkeypatch.setattr(type(nvrtc.backend), "shared_memory", lambda self, device: 227 << 10)
-    for name in ("device", "stream"):
-        monkeypatch.setattr(nvrtc.backend, name, lambda *device: 0)
-    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
+    in_place_of_the_driver(monkeypatch, bitmap(tmp_path, 16, 3, dtype, 4, warps, stages))
     parts, bias = nm_parts(70, 256, 8, 16, dtype), random(70, dtype=dtype)
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
     x, gate = random(3, 2, 259, dtype=dtype)[:, 1, 1:257], random(3, 70, dtype=dtype, seed=3)
@@ -109,12 +77,7 @@ def test_bitmaps_compile(architecture, count, tokens, dtype, tmp_path, monkeypat
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
     kernel, macros = nm_bitmap.kernel_for(tokens)
     macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2}
-    (tmp_path / "code").write_bytes(nvrtc.compiled(kernel, tuple(macros.items()), architecture))
-    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(tmp_path / "code")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"STACK:0 ", usage) and int(re.search(r"REG:(\d+)", usage)[1]) <= (128 if tokens < 64 else 200), (
-        usage
-    )
+    expect_registers(tmp_path, 128 if tokens < 64 else 200, kernel, architecture, **macros)
 
 
 @needs_nvrtc
@@ -157,11 +120,6 @@ def test_what_fits():
 
 
 # on a GPU
-
-on_gpu = pytest.mark.skipif(
-    DEVICE == "cpu" or torch.cuda.get_device_capability() < nvrtc.OLDEST, reason="needs a GPU of 8.0 or later"
-)
-
 
 def call(x, parts, *bias, **more):
     values, index, _, n, m = parts

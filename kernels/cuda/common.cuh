@@ -14,10 +14,16 @@ __device__ __forceinline__ void copy_async(char* to, const char* from) {
 __device__ __forceinline__ void copy_word_async(char* to, const char* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
+// The bytes behind the first ``bytes`` become 0.
+__device__ __forceinline__ void copy_some_async(char* to, const char* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory"); }
 __device__ __forceinline__ u32 count_bits(u32 bits) { return __popc(bits); }
 __device__ __forceinline__ u32 shifted(u32 low, u32 high, u32 bits) { return __funnelshift_r(low, high, bits); }
+// A byte of a word, times a factor below 256, plus ``to``.
+__device__ __forceinline__ u32 add_byte(u32 word, int byte, u32 factor, u32 to) { return __dp4a(word, factor << 8 * byte, to); }
 __device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) { return __byte_perm(low, high, bytes); }
 #if BF16
 #define MMA_TYPE "bf16"
