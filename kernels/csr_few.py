@@ -1,8 +1,8 @@
-"""CSR for one to four tokens, in CUDA C++ (``cuda/csr_few.cu``): columns as steps of 4 to 8 bits, derived from a pattern.
+"""CSR for one to four tokens, in CUDA C++ (``cuda/csr_few.cu``): columns as steps of 4 to 8 bits.
 
-A table replaces the 32 bits of each column by the step from the entry before. Values stay where CSR has them: there is
-no copy that could become outdated. Its size depends on the sizes of a weight alone, so that a mask update
-writes it in place, and it may be made in a capture.
+A table, derived from a pattern, replaces the 32 bits of each column by the step from the entry before. Values stay where
+CSR has them: there is no copy that could become outdated. The size of the table depends on the sizes of a weight alone,
+so that a mask update writes it in place, and it may be made in a capture.
 
 Letters: O outputs, I inputs. A slice is 32 rows of like length, a block 32 values of each of its rows. A row's blocks
 begin at a piece of 16 bytes, so that up to 7 values of the first belong to other rows.

@@ -20,7 +20,8 @@ F = torch.nn.functional
 ACTIVATIONS = [lambda y: y, torch.relu, F.gelu, lambda y: F.gelu(y, approximate="tanh"), F.silu]
 # it takes the arguments as cuLaunchKernel does, and runs the kernel on the CPU
 DRIVER = """
-template <class... Types> int start(void (*kernel)(Types...), unsigned x, unsigned threads, unsigned shared, void** extra) {
+template <class... Types>
+int start(void (*kernel)(Types...), unsigned x, unsigned threads, unsigned shared, void** extra) {
   size_t at = 0;
   auto take = [&]<class Type>(Type* to) {
     at = (at + sizeof(Type) - 1) / sizeof(Type) * sizeof(Type);
@@ -61,10 +62,15 @@ def emulated(folder, kernel, **macros):
     return ctypes.CDLL(str(library)).start
 
 
-def in_place_of_the_driver(monkeypatch, driver):
-    """Launches run ``driver``, an emulated kernel, whichever they name."""
-    monkeypatch.setattr(nvrtc, "_driver", lambda: types.SimpleNamespace(cuLaunchKernel=driver))
-    monkeypatch.setattr(nvrtc, "function", lambda kernel, macros, shared, device: 0)
+def in_place_of_the_driver(monkeypatch, **kernels):
+    """Launches run these emulated kernels."""
+    numbers = {kernel: number for number, kernel in enumerate(kernels)}
+
+    def start(number, *arguments):
+        return [*kernels.values()][number](number, *arguments)
+
+    monkeypatch.setattr(nvrtc, "_driver", lambda: types.SimpleNamespace(cuLaunchKernel=start))
+    monkeypatch.setattr(nvrtc, "function", lambda kernel, macros, shared, device: numbers[kernel])
     monkeypatch.setattr(nvrtc, "available", lambda: True)
     monkeypatch.setattr(type(nvrtc.backend), "shared_memory", lambda self, device: 227 << 10)
     for name in ("device", "stream"):

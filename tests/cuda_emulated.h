@@ -70,6 +70,34 @@ static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
   __syncwarp();
 }
 
+// Positions of 2:4 are two bits each, of four groups of a row in 16 bits; SELECTOR says whose are used, threads 0, 1 or 2, 3.
+static unsigned sparse_fragments[32][32][9];
+template <int SELECTOR> static void mma_sparse(float* c, const unsigned* a, const unsigned* b, unsigned positions) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  auto& all = sparse_fragments[warp];
+  for (int i = 0; i < 4; i++) all[lane][i] = a[i], all[lane][4 + i] = b[i];
+  all[lane][8] = positions;
+  __syncwarp();
+  auto half = [](unsigned pair, int k) { return k % 2 ? high(pair) : low(pair); };
+  for (int e = 0; e < 4; e++)
+    for (int slot = 0; slot < 16; slot++) {
+      const int row = g + e / 2 * 8, column = 2 * t + e % 2, group = slot / 2, quad = row % 8 * 4;
+      const unsigned four = all[quad + 2 * SELECTOR + group / 4][8] >> row / 8 * 16 + group % 4 * 4;
+      const int k = 4 * group + (four >> slot % 2 * 2 & 3);
+      const float left = half(all[quad + group % 4][row / 8 + group / 4 * 2], slot);
+      c[e] += left * half(all[column * 4 + k % 8 / 2][4 + k / 8], k);
+    }
+  __syncwarp();
+}
+static const char* addresses[32][32];
+static void load_matrices(unsigned* a, const char* at) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  addresses[warp][lane] = at;
+  __syncwarp();
+  for (int i = 0; i < 4; i++) std::memcpy(a + i, addresses[warp][8 * i + lane / 4] + lane % 4 * 4, 4);
+  __syncwarp();
+}
+
 // Runs `kernel(arguments...)` on `ctas` CTAs of `threads` threads.
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, int ctas, int threads, Arguments... arguments) {

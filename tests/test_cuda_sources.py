@@ -18,7 +18,7 @@ from cuda_cases import (
 )
 from triton_cases import DEVICE, close, nm_parts, random
 
-from sten.kernels import nm, nm_bitmap, nvrtc
+from sten.kernels import fragments, nm, nm24, nm_bitmap, nvrtc
 
 CASES = [  # n, m, tokens, warps, stages, dtype, activation, bias and gate
     (16, 32, 1, 2, 3, torch.bfloat16, 0, False),
@@ -28,6 +28,12 @@ CASES = [  # n, m, tokens, warps, stages, dtype, activation, bias and gate
     (6, 16, 40, 2, 2, torch.float16, 4, True),
     (2, 8, 5, 1, 3, torch.bfloat16, 3, True),
 ]
+CASES_24 = [  # tokens, warps, stages, dtype, activation, bias and gate
+    (2, 2, 3, torch.bfloat16, 0, False),
+    (13, 2, 2, torch.float16, 4, True),
+    (40, 1, 2, torch.bfloat16, 3, True),
+]
+
 
 def bitmap(folder, count, tokens, dtype, activation, warps, stages):
     """The emulated kernel for so many values of each 32."""
@@ -36,22 +42,71 @@ def bitmap(folder, count, tokens, dtype, activation, warps, stages):
     return emulated(folder, kernel, **macros, **known, WARPS=warps, STAGES=stages)
 
 
+def in_order(x, segments):
+    """x (T, I) as order.cu has it, I / 128 blocks of four steps."""
+    tiles, blocks = fragments.tiles(len(x)), x.shape[1] // 128
+    x = F.pad(x, (0, 0, 0, 8 * tiles - len(x)))
+    if segments:
+        return x.view(tiles, 8, blocks, 4, 4, 8).permute(2, 4, 0, 1, 3, 5).contiguous()  # tile g block t step 8
+    return x.view(tiles, 8, blocks, 4, 4, 4, 2).permute(2, 3, 0, 1, 5, 4, 6).contiguous()  # tile g block step i t 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens, segments", [(5, 0), (13, 1), (64, 0)])
+def test_activations_in_the_order_of_fragments_on_a_cpu(tokens, segments, tmp_path):
+    x = random(tokens, 384, dtype=torch.bfloat16).cpu()
+    want = in_order(x, segments)
+    got = torch.full_like(want, torch.nan)
+    given, tiles = (x, got, tokens, 384), fragments.tiles(tokens)
+    driver = emulated(tmp_path, "order", TILES=tiles, SEGMENTS=segments, WARPS=8, ACTIVATION=0, BF16=1)
+    nvrtc.starter("order", driver, 0, 256, 0, given)(-(-got.numel() // 2048), 1, 1, 0, *given)
+    assert torch.equal(got, want)
+
+
+def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype):
+    """y is written, and is the dense product."""
+    values, index, dense = parts
+    outputs, tokens = len(values), len(x)
+    bias, gate = (random(*size, dtype=dtype).cpu() for size in ((outputs,), (tokens, outputs)))
+    y, ordered = torch.full((tokens, outputs), torch.nan, dtype=dtype), x
+    if kernel.endswith("many"):
+        ordered = in_order(x, kernel.startswith("bitmap"))
+    given = ordered, values, index, *((bias, gate) if more else (None, None)), y, tokens, *dense.shape
+    nvrtc.starter(kernel, driver, 0, 32 * warps, shared, given)(-(-outputs // 32), 1, 1, 0, *given)
+    want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
+    want = want * gate.double() if more else want
+    torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+
+
 @needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bitmaps_on_a_cpu(case, tmp_path):
     """40 rows: the second CTA has 24 too many; five blocks of 128 columns, which the warps share unequally."""
     n, m, tokens, warps, stages, dtype, activation, more = case
     count, outputs, inputs = n * 32 // m, 40, 640
-    values, index, dense = (t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3])
-    x, bias, gate = (random(*size, dtype=dtype).cpu() for size in ((tokens, inputs), (outputs,), (tokens, outputs)))
-    y = torch.full((tokens, outputs), torch.nan, dtype=dtype)
-    given = x, values, index, *((bias, gate) if more else (None, None)), y, tokens, outputs, inputs
+    parts = [t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3]]
     driver = bitmap(tmp_path, count, tokens, dtype, activation, warps, stages)
-    shared = nm_bitmap.shared_bytes(count, tokens, warps, stages)
-    nvrtc.starter("bitmap", driver, 0, 32 * warps, shared, given)(2, 1, 1, 0, *given)
-    want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
-    want = want * gate.double() if more else want
-    torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+    shared, x = nm_bitmap.shared_bytes(count, tokens, warps, stages), random(tokens, inputs, dtype=dtype).cpu()
+    kernel, _ = nm_bitmap.kernel_for(tokens)
+    run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype)
+
+
+def sparse_mma(folder, tokens, dtype, activation, warps, stages):
+    """The emulated kernel of 2:4."""
+    known = {"TILES": fragments.tiles(tokens), "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
+    return emulated(folder, "nm24_many", **known, WARPS=warps, STAGES=stages)
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", CASES_24, ids=str)
+def test_24_on_a_cpu(case, tmp_path):
+    tokens, warps, stages, dtype, activation, more = case
+    parts, x = [t.cpu() for t in nm_parts(40, 640, 2, 4, dtype)[:3]], random(tokens, 640, dtype=dtype).cpu()
+    driver, shared = (
+        sparse_mma(tmp_path, tokens, dtype, activation, warps, stages),
+        nm24.shared_bytes(tokens, warps, stages),
+    )
+    run_on_a_cpu(driver, "nm24_many", parts, x, warps, shared, activation, more, dtype)
 
 
 @needs_compiler
@@ -59,7 +114,7 @@ def test_bitmaps_on_a_cpu(case, tmp_path):
 def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
     """From x of any strides and parts of any alignment to y, with the grid, memory and macros of the first choice."""
     (warps, stages), dtype = nm_bitmap.WARPS_AND_STAGES[0], torch.bfloat16
-    in_place_of_the_driver(monkeypatch, bitmap(tmp_path, 16, 3, dtype, 4, warps, stages))
+    in_place_of_the_driver(monkeypatch, bitmap_few=bitmap(tmp_path, 16, 3, dtype, 4, warps, stages))
     parts, bias = nm_parts(70, 256, 8, 16, dtype), random(70, dtype=dtype)
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
     x, gate = random(3, 2, 259, dtype=dtype)[:, 1, 1:257], random(3, 70, dtype=dtype, seed=3)
@@ -67,6 +122,27 @@ def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
     for stored in (parts[:2], shifted):
         for _ in range(2):  # the first call prepares the launch, the second one uses it again
             close(call(x, (*stored, *parts[2:]), bias, gate=gate, activation="silu"), want, dtype)
+
+
+@needs_compiler
+@on_cpu
+@pytest.mark.parametrize("n, m", [(2, 4), (8, 16)])
+def test_the_product_of_a_weight_orders_its_activations(n, m, tmp_path, monkeypatch):
+    """The same for two kernels, of which the first is compiled once for all."""
+    (warps, stages), dtype = fragments.WARPS_AND_STAGES[0], torch.bfloat16
+    order = emulated(tmp_path, "order", TILES=2, SEGMENTS=int(m > 4), WARPS=8, ACTIVATION=0, BF16=1)
+    (tmp_path / "many").mkdir()
+    if m == 4:
+        kernels = {"nm24_many": sparse_mma(tmp_path / "many", 9, dtype, 4, warps, stages)}
+    else:
+        kernels = {"bitmap_many": bitmap(tmp_path / "many", 16, 9, dtype, 4, warps, stages)}
+    in_place_of_the_driver(monkeypatch, order=order, **kernels)
+    parts, bias = nm_parts(70, 256, n, m, dtype), random(70, dtype=dtype)
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
+    x, gate = random(9, 2, 259, dtype=dtype)[:, 1, 1:257], random(9, 70, dtype=dtype, seed=3)
+    want = F.silu(x.double() @ parts[2].double().T + bias.double()) * gate.double()
+    for stored in (parts[:2], shifted):
+        close(call(x, (*stored, *parts[2:]), bias, gate=gate, activation="silu"), want, dtype)
 
 
 @needs_nvrtc
@@ -78,6 +154,16 @@ def test_bitmaps_compile(architecture, count, tokens, dtype, tmp_path, monkeypat
     kernel, macros = nm_bitmap.kernel_for(tokens)
     macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2}
     expect_registers(tmp_path, 128 if tokens < 64 else 200, kernel, architecture, **macros)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("tokens, dtype", [(2, 1), (64, 0)])
+def test_24_compiles(architecture, tokens, dtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
+    macros = {"TILES": fragments.tiles(tokens), "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2}
+    expect_registers(tmp_path, 64 if tokens < 64 else 168, "nm24_many", architecture, **macros)
+    expect_registers(tmp_path, 64, "order", architecture, TILES=fragments.tiles(tokens), SEGMENTS=dtype)
 
 
 @needs_nvrtc
@@ -118,8 +204,19 @@ def test_what_fits():
     for inputs, dtype, n, m in ((4160, half, 16, 32), (4096, single, 16, 32), (4096, half, 15, 32), (4096, half, 2, 4)):
         assert not nm_bitmap.fits(1, inputs, dtype, n, m)
 
+    assert nm24.fits(2, 4096, half, 2, 4) and nm24.fits(64, 128, torch.float16, 2, 4)
+    for tokens, inputs, dtype, n in (
+        (1, 128, half, 2),
+        (65, 128, half, 2),
+        (2, 192, half, 2),
+        (2, 128, single, 2),
+        (2, 128, half, 1),
+    ):
+        assert not nm24.fits(tokens, inputs, dtype, n, 4)
+
 
 # on a GPU
+
 
 def call(x, parts, *bias, **more):
     values, index, _, n, m = parts
@@ -141,8 +238,22 @@ def test_bitmaps(n, m, dtype):
 
 
 @on_gpu
-def test_bitmaps_of_operands_that_are_not_aligned():
-    parts, x = nm_parts(64, 256, 16, 32, HALF[1]), random(9, 259, dtype=HALF[1])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_24(dtype):
+    parts, bias = nm_parts(130, 1152, 2, 4, dtype), random(130, dtype=dtype)
+    dense = parts[2].double()
+    for tokens in (2, 5, 8, 16, 33, 64):
+        assert nm.choose(tokens, 130, 1152, dtype, n=2, m=4)[0] == "sparse_mma"
+        x = random(tokens, 1152, dtype=dtype)
+        close(call(x, parts, bias), x.double() @ dense.T + bias.double(), dtype)
+        gate = random(tokens, 130, dtype=dtype, seed=3)
+        close(call(x, parts, gate=gate, activation="silu"), F.silu(x.double() @ dense.T) * gate.double(), dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("n, m", [(2, 4), (16, 32)])
+def test_operands_that_are_not_aligned(n, m):
+    parts, x = nm_parts(64, 256, n, m, HALF[1]), random(9, 259, dtype=HALF[1])
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
     for row in (x[:, :256], x[1:2, 3:]):
         close(call(row, (*shifted, *parts[2:])), row.double() @ parts[2].double().T, HALF[1])
