@@ -1,6 +1,6 @@
 """CSR for one to four tokens, in CUDA C++ (``cuda/csr_few.cu``): columns as steps of 4 to 8 bits.
 
-A table, derived from a pattern, replaces the 32 bits of each column by the step from the entry before. Values stay where
+A table, derived from a pattern, replaces the 32 bits of each column by the step from the one before. Values stay where
 CSR has them: there is no copy that could become outdated. The size of the table depends on the sizes of a weight alone,
 so that a mask update writes it in place, and it may be made in a capture.
 
