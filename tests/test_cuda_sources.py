@@ -1,5 +1,7 @@
 """The CUDA C++ kernels without a GPU: NVRTC compiles them, and a CPU runs what they do."""
 
+import ctypes
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -178,6 +180,29 @@ def test_code_is_cached_and_a_damaged_file_is_not_used(tmp_path, monkeypatch):
     assert len([*(tmp_path / "cuda").iterdir()]) == 3
     monkeypatch.setenv("STEN_CACHE_DIR", str(file))  # where no folder can be made
     assert nvrtc.compiled("probe", (), "sm_80") == first
+
+
+@needs_nvrtc
+def test_a_launch_that_overlaps_is_what_the_driver_takes():
+    """The bytes of the structs of cuda-bindings; the attribute is compared while it exists."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    attribute, config, compared = driver.CUlaunchAttribute(), driver.CUlaunchConfig(), []
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = 2, 3, 4
+    config.blockDimX, config.blockDimY, config.blockDimZ, config.sharedMemBytes, config.hStream = 256, 1, 1, 77, 9
+    config.attrs, config.numAttrs = [attribute], 1
+    want = ctypes.string_at(config.getPtr(), 56)
+
+    def launch(got, handle, parameters, extra):
+        address = int.from_bytes(got[40:48], "little")
+        compared.append(got[:40] + got[48:] == want[:40] + want[48:])
+        compared.append(ctypes.string_at(address, 72) == ctypes.string_at(int.from_bytes(want[40:48], "little"), 72))
+        return 0
+
+    x = torch.zeros(1)
+    nvrtc.starter("probe", launch, 0, 256, 77, (x, 5), overlaps=True)(2, 3, 4, 9, x, 5)
+    assert compared == [True, True]
 
 
 @needs_nvrtc

@@ -63,6 +63,9 @@ bitmap_many(const Piece* x, const char* values, const char* index, const u16* bi
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) fetch(warp + s * WARPS, s);
   fetch_masks(warp);
+  // weights may be read before: order.cu let this kernel start, when all that is before it had ended
+  wait_for_kernel_before();
+  if (TILES <= 2) let_next_kernel_start();  // with more, kernels that share a multiprocessor take longer than one by one
   fetch_x(warp, 0);
   int stage = 0;
   for (int block = warp; block < blocks; block += WARPS) {

@@ -7,6 +7,17 @@ struct alignas(16) Piece { u32 word[4]; };
 struct alignas(8) Pair { u32 word[2]; };
 
 #ifndef EMULATED  // by a test, on a CPU
+// The kernel may have been started while the one before it in the stream still ran (PDL): wait for its end and its writes.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {  // which waits for this one to end
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ u32 highest_bit(u32 bits) { u32 at; asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(bits)); return at; }
 __device__ __forceinline__ void copy_async(char* to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");

@@ -26,6 +26,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 csr_few(const u16* x, const char* values, const char* table, const int* col, const u16* bias, const u16* gate, u16* y,
         int T, int O, int I, int blocks) {
   extern __shared__ __align__(16) char memory[];
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = (O + 31) / 32;
   const Row* rows = (const Row*)table + blockIdx.x * 32;
   const int* firsts = (const int*)((const Row*)table + slices * 32);

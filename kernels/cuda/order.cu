@@ -7,6 +7,8 @@
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) order(const u16* x, Piece* ordered, int T, int I) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const int at = blockIdx.x * 256 + threadIdx.x, lane = at % 32, t = lane % 4;
   const int token = at / 32 % TILES * 8 + lane / 4, step = at / (32 * TILES) % 4, block = at / (128 * TILES);
   if (block >= I / 128) return;
