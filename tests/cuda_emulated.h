@@ -30,6 +30,15 @@ static void __syncthreads() { cta->arrive_and_wait(); }
 
 static void wait_for_kernel_before() {}
 static void let_next_kernel_start() {}
+static unsigned place_of(const char* shared) { return shared - memory; }
+static unsigned short half_at(unsigned place) { unsigned short r; return std::memcpy(&r, memory + place, 2), r; }
+static unsigned word_at(unsigned place) { unsigned r; return std::memcpy(&r, memory + place, 4), r; }
+struct Words {
+  unsigned place;
+  template <class Pair> operator Pair() const { Pair r; return std::memcpy(&r, memory + place, sizeof r), r; }
+};
+static Words pair_at(unsigned place) { return {place}; }
+static void add_product_if(unsigned condition, float& sum, float a, float b) { sum = condition ? std::fma(a, b, sum) : sum; }
 static unsigned count_bits(unsigned bits) { return std::popcount(bits); }
 static unsigned shifted(unsigned low, unsigned high, unsigned bits) { return ((unsigned long)high << 32 | low) >> (bits & 31); }
 static unsigned permuted(unsigned low, unsigned high, unsigned bytes) {

@@ -33,6 +33,19 @@ __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"
 #ifdef STAGES
 __device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory"); }
 #endif
+// Shared memory by its own 32-bit addresses, to which constants are added for nothing.
+__device__ __forceinline__ u32 place_of(const char* shared) { return (u32)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ u16 half_at(u32 place) { u16 r; asm("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(place)); return r; }
+__device__ __forceinline__ u32 word_at(u32 place) { u32 r; asm("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(place)); return r; }
+__device__ __forceinline__ Pair pair_at(u32 place) {
+  Pair r;
+  asm("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r.word[0]), "=r"(r.word[1]) : "r"(place));
+  return r;
+}
+// sum += a * b if the condition is not 0, by a predicate: a branch would be taken for each value.
+__device__ __forceinline__ void add_product_if(u32 condition, float& sum, float a, float b) {
+  asm("{.reg .pred p; setp.ne.u32 p, %1, 0; @p fma.rn.f32 %0, %2, %3, %0;}" : "+f"(sum) : "r"(condition), "f"(a), "f"(b));
+}
 __device__ __forceinline__ u32 count_bits(u32 bits) { return __popc(bits); }
 __device__ __forceinline__ u32 shifted(u32 low, u32 high, u32 bits) { return __funnelshift_r(low, high, bits); }
 // A byte of a word, times a factor below 256, plus ``to``.

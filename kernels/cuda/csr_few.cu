@@ -35,6 +35,7 @@ csr_few(const u16* x, const char* values, const char* table, const int* col, con
   const char* records = (const char*)(sizes + blocks);
   const int first = firsts[blockIdx.x], count = firsts[blockIdx.x + 1] - first;
   char* xs = memory;
+  const u32 columns = place_of(xs);
   char* own = memory + ((I + GUARD + BEHIND) * COLUMN + 15) / 16 * 16 + warp * WARP;
 
   const Row mine = rows[lane];
@@ -107,21 +108,22 @@ csr_few(const u16* x, const char* values, const char* table, const int* col, con
     Piece v[4];
 #pragma unroll
     for (int j = 0; j < 4; j++) v[j] = ((const Piece*)(own + stage * STAGE))[lane * PITCH + j];
-    auto multiply = [&](int k, const char* at) {  // k is known here: entry k of the block; ``at``: its activations
+    auto multiply = [&](int k, u32 at) {  // k is known here: entry k of the block; ``at``: the place of its activations
       const u32 pair = v[k / 8].word[k / 2 % 4];
       const float value = k % 2 ? high(pair) : low(pair);
       if (TOKENS == 1) {
-        const float given = low(*(const u16*)at);
-        if (valid & 1u << k) acc[k % 4] = fmaf(value, given, acc[k % 4]);
+        add_product_if(valid & 1u << k, acc[k % 4], value, low(half_at(at)));
       } else {
-        const Pair two = TOKENS == 4 ? *(const Pair*)at : Pair{*(const u32*)at, 0};
-        if (valid & 1u << k)
+        Pair two = {0, 0};
+        if (TOKENS == 4) two = pair_at(at);
+        else two.word[0] = word_at(at);
 #pragma unroll
-          for (int t = 0; t < TOKENS; t++) acc[t] = fmaf(value, t % 2 ? high(two.word[t / 2]) : low(two.word[t / 2]), acc[t]);
+        for (int t = 0; t < TOKENS; t++)
+          add_product_if(valid & 1u << k, acc[t], value, t % 2 ? high(two.word[t / 2]) : low(two.word[t / 2]));
       }
     };
     auto by_steps = [&](auto planes) {  // of two bits, above the lowest four
-      u32 at = ((const u16*)record)[lane] * COLUMN;
+      u32 at = columns + ((const u16*)record)[lane] * COLUMN;
       const Piece lows = ((const Piece*)(record + LOW))[lane];
       const Pair middle = planes.value > 0 ? ((const Pair*)(record + MIDDLE))[lane] : Pair{0, 0};
       const Pair top = planes.value > 1 ? ((const Pair*)(record + HIGH))[lane] : Pair{0, 0};
@@ -135,7 +137,7 @@ csr_few(const u16* x, const char* values, const char* table, const int* col, con
           if (planes.value > 1) more |= (shift ? top.word[k / 16] >> (shift ? shift - 2 : 0) : top.word[k / 16] << 2) & 0x0c0c0c0c;
           at = add_byte(more, k % 16 / 4, 16 * COLUMN, at);
         }
-        multiply(k, xs + at + k * COLUMN);
+        multiply(k, at + k * COLUMN);
       }
     };
     if (pieces == MIDDLE / 16) {
@@ -146,7 +148,7 @@ csr_few(const u16* x, const char* values, const char* table, const int* col, con
       by_steps(Number<2>());
     } else {
 #pragma unroll
-      for (int k = 0; k < 32; k++) multiply(k, xs + ((valid & 1u << k ? col[base + k] : 0) + GUARD) * COLUMN);
+      for (int k = 0; k < 32; k++) multiply(k, columns + ((valid & 1u << k ? col[base + k] : 0) + GUARD) * COLUMN);
     }
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     __syncwarp();  // the next copies overwrite this stage
