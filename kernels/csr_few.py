@@ -57,7 +57,8 @@ def table(crow: Tensor, col: Tensor, inputs: int) -> Tensor:
     blocks = torch.where(end > begin, (end - begin // 8 * 8 + BLOCK - 1) // BLOCK, 0)
     blocks, order = blocks.sort(descending=True, stable=True)
     rows = torch.stack([order.int(), begin[order], end[order], torch.zeros_like(begin)], 1)
-    rows = torch.cat([rows, rows.new_tensor([outputs, 0, 0, 0]).expand(slices * ROWS - outputs, 4)])
+    rows = pad(rows, (0, 0, 0, slices * ROWS - outputs))
+    rows[outputs:, 0] = outputs  # rows that do not exist
     firsts = pad(blocks[::ROWS].cumsum(0, dtype=torch.int32), (1, 0))
     place = torch.empty_like(order).scatter_(0, order, torch.arange(outputs, device=device))
 
