@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ from sten.kernels import launch, nvrtc
 HERE, HALF = Path(__file__).parent, [torch.float16, torch.bfloat16]
 F = torch.nn.functional
 ACTIVATIONS = [lambda y: y, torch.relu, F.gelu, lambda y: F.gelu(y, approximate="tanh"), F.silu]
-# it takes the arguments as cuLaunchKernel does, and runs the kernel on the CPU
+# DRIVER takes the arguments as cuLaunchKernel does, and runs the kernel on the CPU
+FLAGS = os.environ.get("STEN_EMULATOR_FLAGS", "").split()  # such as -fsanitize=thread, with LD_PRELOAD=libtsan.so
 DRIVER = """
 template <class... Types>
 int start(void (*kernel)(Types...), unsigned x, unsigned threads, unsigned shared, void** extra) {
@@ -53,13 +55,16 @@ on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="takes the place of the driv
 
 
 def emulated(folder, kernel, **macros):
-    """``cuLaunchKernel`` of the kernel with these macros."""
+    """``cuLaunchKernel`` of the kernel with these macros; its ``late`` says when asynchronous copies are done."""
     defines = [f"-D{name}={value}" for name, value in (macros | {"KERNEL": kernel}).items()]
     program, library = folder / "run.cpp", folder / "run.so"
     program.write_text(f'#include "{HERE}/cuda_emulated.h"\n#include "{nvrtc.SOURCES}/{kernel}.cu"\n{DRIVER}')
-    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *defines]
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *FLAGS, *defines]
     subprocess.run(["g++", *flags, str(program), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).start
+    loaded = ctypes.CDLL(str(library))
+    start = loaded.start
+    start.late = ctypes.c_int.in_dll(loaded, "late")
+    return start
 
 
 def in_place_of_the_driver(monkeypatch, **kernels):

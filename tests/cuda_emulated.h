@@ -1,5 +1,5 @@
 // What a kernel of kernels/cuda needs in order to run on a CPU: a thread for each of CUDA's, one CTA after the other.
-// Copies are done at once, so that waits are not tested, but every address and every number is.
+// Asynchronous copies are done at once or, if ``late``, when they are waited for: a kernel is right with both.
 #include <algorithm>
 #include <barrier>
 #include <bit>
@@ -47,13 +47,22 @@ static unsigned permuted(unsigned low, unsigned high, unsigned bytes) {
   for (int i = 0; i < 4; i++) out |= (both >> 8 * (bytes >> 4 * i & 7) & 255) << 8 * i;
   return out;
 }
-static void copy_word_async(char* to, const char* from) { std::memcpy(to, from, 4); }
+struct Copy { char* to; const char* from; int bytes, zeros; };
+extern "C" { int late = 0; }
+static thread_local std::vector<std::vector<Copy>> groups(1);  // the last one is open
+static void done(const Copy& c) { std::memset(c.to, 0, c.zeros), std::memcpy(c.to, c.from, c.bytes); }
+static void copied(Copy c) { late ? groups.back().push_back(c) : done(c); }
+static void copy_word_async(char* to, const char* from) { copied({to, from, 4, 4}); }
 static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
-static void copy_async(char* to, const char* from) { std::memcpy(to, from, 16); }
-static void copy_some_async(char* to, const char* from, int bytes) { std::memset(to, 0, 16), std::memcpy(to, from, bytes); }
+static void copy_async(char* to, const char* from) { copied({to, from, 16, 16}); }
+static void copy_some_async(char* to, const char* from, int bytes) { copied({to, from, bytes, 16}); }
 static unsigned add_byte(unsigned word, int byte, unsigned factor, unsigned to) { return to + (word >> 8 * byte & 255) * factor; }
-static void commit() {}
-static void wait_for_oldest() {}
+static void commit() { groups.emplace_back(); }
+#ifdef STAGES
+static void wait_for_oldest() {  // of the closed groups all but STAGES - 1
+  for (; groups.size() > STAGES; groups.erase(groups.begin())) std::for_each(groups[0].begin(), groups[0].end(), done);
+}
+#endif
 #if BF16
 static float low(unsigned pair) { return std::bit_cast<float>(pair << 16); }
 static unsigned short rounded(float f) { return (std::bit_cast<unsigned>(f) + 0x7fff + (std::bit_cast<unsigned>(f) >> 16 & 1)) >> 16; }

@@ -35,11 +35,11 @@ __device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_
 #endif
 // Shared memory by its own 32-bit addresses, to which constants are added for nothing.
 __device__ __forceinline__ u32 place_of(const char* shared) { return (u32)__cvta_generic_to_shared(shared); }
-__device__ __forceinline__ u16 half_at(u32 place) { u16 r; asm("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(place)); return r; }
-__device__ __forceinline__ u32 word_at(u32 place) { u32 r; asm("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(place)); return r; }
+__device__ __forceinline__ u16 half_at(u32 place) { u16 r; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(place)); return r; }
+__device__ __forceinline__ u32 word_at(u32 place) { u32 r; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(place)); return r; }
 __device__ __forceinline__ Pair pair_at(u32 place) {
   Pair r;
-  asm("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r.word[0]), "=r"(r.word[1]) : "r"(place));
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r.word[0]), "=r"(r.word[1]) : "r"(place));
   return r;
 }
 // sum += a * b if the condition is not 0, by a predicate: a branch would be taken for each value.
