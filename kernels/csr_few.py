@@ -19,7 +19,7 @@ from .nm_gradient import begin_at_words
 from .pattern_cache import Derived
 from .tiles import power_of_two
 
-FEW = 4  # tokens
+FEW, LEAST_ROWS = 4, 2048  # tokens; outputs, below which a program for each row keeps more of a GPU busy
 ROWS, BLOCK, PIECE = 32, 32, 16  # rows of a slice; values of a row in a block; bytes of a copy
 GUARD, BEHIND = 8, 32  # columns beside the activations in shared memory, as in the source
 RECORD, STAGE = 1088, ROWS * 5 * PIECE + 1088 + 16  # bytes of a block in the table, and in shared memory
@@ -27,10 +27,12 @@ MOST_INPUTS = (1 << 16) - GUARD - BEHIND  # a start has 16 bits
 WARPS_AND_STAGES = ((8, 2), (16, 2), (4, 2), (8, 3))
 
 
-def fits(tokens: int, inputs: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes such a product: 16-bit values, and activations that its memory holds."""
+def fits(tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes such a product: 16-bit values, slices for at least half of a large GPU's
+    multiprocessors, and activations that its memory holds."""
     half = dtype in (torch.float16, torch.bfloat16)
-    return 1 <= tokens <= FEW and half and inputs <= MOST_INPUTS // power_of_two(tokens, 1, FEW)
+    few = 1 <= tokens <= FEW and outputs >= LEAST_ROWS
+    return few and half and inputs <= MOST_INPUTS // power_of_two(tokens, 1, FEW)
 
 
 def shared_bytes(inputs: int, tokens: int, warps: int, stages: int) -> int:

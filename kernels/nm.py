@@ -144,8 +144,6 @@ class NMLinear(Linear):
         )
 
     def shares(self, variant, x, stored, up, outputs, n, m, save_memory):
-        if variant == "sparse_mma" and len(x) <= 16:
-            variant = "few"  # as fast where the compiler adds up its shares in what comes next, and for the host
         if variant not in ("word", "few", "tiles") or not begins_aligned(stored[0]):
             return None
         few = self._described(variant, x, *stored, n, m)

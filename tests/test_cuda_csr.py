@@ -136,7 +136,7 @@ def test_steps_on_a_cpu(case, tmp_path):
 
 @needs_compiler
 @on_cpu
-def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
+def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch, steps):
     """From x of any strides and parts of any alignment to y; after a mask update by the new pattern."""
     (warps, stages), dtype = csr_few.WARPS_AND_STAGES[0], torch.bfloat16
     macros = {"TOKENS": 4, "BF16": 1, "ACTIVATION": 4, "WARPS": warps, "STAGES": stages}
@@ -169,9 +169,18 @@ def test_steps_compile(architecture, tokens, dtype, tmp_path, monkeypatch):
 
 def test_what_fits():
     half = torch.bfloat16
-    assert csr_few.fits(1, 65000, half) and csr_few.fits(4, 16000, torch.float16)
-    assert not csr_few.fits(0, 64, half) and not csr_few.fits(5, 64, half) and not csr_few.fits(1, 64, torch.float32)
-    assert not csr_few.fits(1, 70000, half) and not csr_few.fits(3, 20000, half)
+    assert csr_few.fits(1, 2048, 65000, half) and csr_few.fits(4, 4096, 16000, torch.float16)
+    for tokens, outputs, inputs, dtype in (
+        (0, 4096, 64, half), (5, 4096, 64, half), (1, 2047, 64, half), (1, 4096, 64, torch.float32),
+        (1, 4096, 70000, half), (3, 4096, 20000, half),
+    ):  # fmt: skip
+        assert not csr_few.fits(tokens, outputs, inputs, dtype)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Also small weights are read by steps."""
+    monkeypatch.setattr(csr.linear, "choose", lambda *sizes, **facts: ("steps", "the test says so"))
 
 
 # on a GPU
@@ -180,11 +189,11 @@ def test_what_fits():
 @on_gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("outputs, inputs", [(130, 1152), (70, 1001), (33, 14336), (1, 8), (4100, 130)])
-def test_steps(outputs, inputs, dtype):
+def test_steps(outputs, inputs, dtype, steps):
     dense = rows_of_all_kinds(outputs, inputs, dtype) if outputs > 30 else random(outputs, inputs, dtype=dtype)
     parts, bias = parts_of(dense, 7), random(outputs, dtype=dtype)
     for tokens in (1, 2, 3, 4):
-        assert csr.choose(tokens, outputs, inputs, dtype, entries=len(parts[0]))[0] == "steps"
+        assert outputs < 2048 or csr.choose(tokens, outputs, inputs, dtype, entries=len(parts[0]))[0] == "steps"
         x = random(tokens, inputs, dtype=dtype)
         got = csr.linear(x, *parts, bias, out_features=outputs)
         close(got, x.double() @ dense.double().T + bias.double(), dtype)
@@ -195,7 +204,7 @@ def test_steps(outputs, inputs, dtype):
 
 
 @on_gpu
-def test_steps_in_a_graph_with_a_mask_update():
+def test_steps_in_a_graph_with_a_mask_update(steps):
     """A recorded graph reads values as they are, and the table at its address, which an update writes."""
     dense, x = rows_of_all_kinds(64, 256, HALF[1]), random(1, 256, dtype=HALF[1])
     values, crow, col = parts_of(dense)
@@ -213,7 +222,7 @@ def test_steps_in_a_graph_with_a_mask_update():
 
 
 @on_gpu
-def test_steps_first_called_in_a_graph():
+def test_steps_first_called_in_a_graph(steps):
     dense, x = rows_of_all_kinds(96, 520, HALF[1]), random(2, 520, dtype=HALF[1])
     parts, others = parts_of(dense), parts_of(dense.clone())
     csr.linear(x, *others, out_features=96)  # compiles
