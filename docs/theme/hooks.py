@@ -9,7 +9,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent.parent
 OUTSIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}  # file of the repository -> page
-SHOWN = {path.relative_to(ROOT).as_posix(): None for path in (ROOT / "examples").rglob("*.py")}
+SHOWN = {path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.py") if path.name != "setup.py"}
 OUTSIDE |= {name: name.removesuffix(".py") + ".md" for name in SHOWN}
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 
@@ -40,7 +40,7 @@ def on_page_markdown(markdown, page, config, files):
         except ValueError:
             return match[0]
         if path.startswith("docs/") and origin.startswith("docs/"):
-            return match[0]
+            return match[0].replace(".ipynb", ".md")
         path = OUTSIDE.get(path, path.removeprefix("docs/"))
         return f"]({'../' * name.count('/')}{path}{anchor})"
 
@@ -67,5 +67,5 @@ def notebook(content):
                 parts.append(f'<img alt="" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">')
             else:
                 text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
-                parts.append(f'```{{.text .output}}\n{text}\n```')
+                parts.append(f"```{{.text .output}}\n{text}\n```" if text else "")
     return "\n\n".join(parts) + "\n"
