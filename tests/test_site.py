@@ -126,6 +126,21 @@ def test_notebooks(page, monkeypatch, one_thread):
             assert masked(out.getvalue()).startswith(masked(stored)), out.getvalue()
 
 
+def test_commands(capsys, monkeypatch):
+    """Options of `python -m sten` that the pages use exist."""
+    from sten.__main__ import main
+
+    text = "\n".join(page.read_text() for page in DOCS.rglob("*.md"))
+    commands = set(re.findall(r"python -m sten (\w+)((?: [-\w./]+)*)", text))
+    assert len(commands) > 3
+    for command, rest in commands:
+        monkeypatch.setattr(sys, "argv", ["sten", command, "--help"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        shown = capsys.readouterr().out
+        assert not end.value.code and all(option in shown for option in re.findall(r"--\w+", rest)), command + rest
+
+
 def test_the_pictures_are_drawn_from_the_results(tmp_path):
     script = [sys.executable, str(ROOT / "benchmarks" / "headline.py"), "--out", str(tmp_path)]
     subprocess.run(script, check=True, timeout=60)
@@ -173,7 +188,9 @@ def test_the_site(tmp_path):
     pages = {}
     for path in tmp_path.rglob("*.html"):
         pages[path] = Links()
-        pages[path].feed(path.read_text())
+        text = path.read_text()
+        assert not re.search(r"<p>[^<]*\n[-*|] ", text), f"{path.name}: a list or table needs an empty line before it"
+        pages[path].feed(text)
     assert len(pages) > 50
     for path, page in pages.items():
         for address in page.loaded:
