@@ -32,7 +32,8 @@ NEEDS = {
     "notebooks/training.ipynb": ["matplotlib", "sklearn"],
 }
 TOGETHER = ("tasks/write-layout.md", "tasks/write-kernel.md")  # the second imports the file of the first
-ELSEWHERE = {"architecture.md", "concepts.md", "extending.md", "formats.md", "training.md", "huggingface.md"}
+ELSEWHERE = {"training.md", "huggingface.md"}  # test_table.py, test_hf_trainer.py, and the list of test_docs.py
+ELSEWHERE |= set(re.findall(r'"docs/([\w/-]+\.md)"', (ROOT / "tests" / "test_docs.py").read_text()))
 PAGES = [
     path
     for path in sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
