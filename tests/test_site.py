@@ -183,7 +183,7 @@ def test_the_site(tmp_path):
     """It builds in strict mode; no link is broken, and no page loads anything from outside."""
     for name in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(name)
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {}
