@@ -100,7 +100,8 @@ def on_device(tree: Any, device: torch.device | None) -> Any:
 def run_batch(model: nn.Module, batch: Any, index: int) -> Any:
     """The model's output of a batch."""
     first = next(model.parameters(), None)
-    batch = on_device(dict(batch) if isinstance(batch, Mapping) else batch, None if first is None else first.device)
+    batch = mapped(_ordinary, dict(batch) if isinstance(batch, Mapping) else batch)
+    batch = on_device(batch, None if first is None else first.device)
     try:
         if isinstance(batch, dict):
             return model(**batch)
@@ -108,6 +109,11 @@ def run_batch(model: nn.Module, batch: Any, index: int) -> Any:
     except Exception as error:
         error.add_note(f"sten: in batch {index} of calibration=; a batch has what the model's forward takes.")
         raise
+
+
+def _ordinary(leaf: Any) -> Any:
+    """A tensor of inference mode as one that autograd may save."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 class Tokens:

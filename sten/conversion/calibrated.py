@@ -107,8 +107,8 @@ class Calibrated:
 def _on_device_of(view: View, stats: dict[str, Tensor]) -> View:
     """The view with its statistics, on their device."""
     device = stats["tokens"].device
-    allowed = None if view.allowed is None else view.allowed.to(device)
-    return dataclasses.replace(view, weight=view.weight.to(device), allowed=allowed, stats=stats)
+    allowed, left = (None if mask is None else mask.to(device) for mask in (view.allowed, view.left))
+    return dataclasses.replace(view, weight=view.weight.to(device), allowed=allowed, left=left, stats=stats)
 
 
 class _Block:

@@ -14,6 +14,7 @@ from .._torch_private import tree_leaves, tree_map
 from ..calibration.data import Calibration, calibration_of, inference, run_batch
 from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.precision import in_float32
+from ..training.inference_mode import ordinary_tensors
 from ..training.uninterrupted import uninterrupted
 from .arguments import Layouts, Weights, expect_layouts
 from .channel_trace import follow
@@ -63,6 +64,7 @@ class PermuteReport:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
+@ordinary_tensors
 def permute(
     model: nn.Module,
     layout: Layouts | Recipe | None = None,

@@ -14,12 +14,14 @@ from ..calibration.progress import Progress
 from ..conversion.api import attach
 from ..conversion.reparametrize import move
 from ..conversion.select import Target, sparse_weights
+from ..training.inference_mode import ordinary_tensors
 from ..training.weights import dynamic_weights
 from .distillation import Distillation
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@ordinary_tensors
 def distill(
     student: Model,
     teacher: Callable[..., Any],

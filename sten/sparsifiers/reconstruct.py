@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .calibration import Refinement, starting_mask
+from .calibration import Refinement, filled, starting_mask
 from .sparsifier import Edit, View
 
 
@@ -119,7 +119,7 @@ class _Weight:
         view, self.name, self.before = block.views[name], name, block.edits[name]
         self.parameter, self.transposed = block.parameters[name], name in block.transposed
         p = block.module.get_parameter(self.parameter)
-        self.mask, self.dtype = self.before.mask.to(p.device), p.dtype
+        self.mask, self.dtype = filled(view, self.before.mask).to(p.device), p.dtype
         start = view.weight if self.before.value is None else self.before.value
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         start = start.detach().to(p.device, wide).masked_fill(~self.mask, 0)
