@@ -251,6 +251,8 @@ def test_per_weight():
         ({"candidates": ["nm"]}, "layouts"),
         ({"calibration": None}, "batches"),
         ({"calibration": []}, "batches"),
+        ({"tokens": True}, "number of rows"),
+        ({"tokens": 0}, "number of rows"),
         ({"sparsifier": sten.SRSTE()}, "decides once"),
         ({"effect": lambda a, b: float("nan")}, "finite effect"),
     ],
@@ -263,10 +265,20 @@ def test_refusals(bad, words):
 
 def test_budgets_that_cannot_be_met():
     table = sten.sensitivity(mlp()[0], [sten.NM(2, 4), None], batches())
-    for budget, words in (({}, "one of"), ({"sparsity": 0.5, "bytes": 3}, "one of"), ({"sparsity": 0.6}, "budget"),
-                         ({"seconds": 1.0}, "tokens=")):  # fmt: skip
+    for budget, words in (
+        ({}, "one of"),
+        ({"sparsity": 0.5, "bytes": 3}, "one of"),
+        ({"sparsity": 0.6}, "sparsity= of at most 0.5, that of the sparsest candidates, got 0.6"),
+        ({"sparsity": float("nan")}, "0 to 1"),
+        ({"bytes": 10}, r"bytes= of at least \d+, what the smallest candidates have together, got 10"),
+        ({"bytes": -1}, "bytes= of at least"),
+        ({"seconds": 1.0}, "tokens="),
+    ):
         with pytest.raises(ValueError, match=words):
             table.choose(**budget)
+    for bad in ({"bytes": True}, {"bytes": "1G"}, {"sparsity": True}):
+        with pytest.raises(TypeError, match="Expected a number for"):
+            table.choose(**bad)
     with pytest.raises(ValueError, match="dense model"):
         sten.sensitivity(sten.sparsify(mlp()[0], sten.NM(2, 4)), [sten.NM(2, 4)], batches())
 

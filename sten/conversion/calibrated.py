@@ -59,11 +59,14 @@ class Calibrated:
         try:
             self._choose(targets, sparsifier, view_of, choose, pack, done)
         except BaseException as error:
+            folder = self.calibration.folder
             if done:
                 error.add_note(
                     f"sten: {len(done)} blocks are sparse and complete ({listed(done)}); all other weights are dense, "
                     "as they were. Call sten.sparsify again for those, with weights= or Calibration(folder=...)."
                 )
+            if folder is not None and any(Path(folder).glob("stage-*")):
+                error.add_note(f"sten: what was decided is in {str(folder)!r}; the same call again goes on from there.")
             raise
 
     def _choose(self, targets, sparsifier, view_of, choose, pack, done: list[str]) -> None:
@@ -91,7 +94,8 @@ class Calibrated:
                         done.append(stage.name)
                     block.clear()
         if walk.few:
-            names = listed([f"{name} ({count})" for name, count in walk.few.items()])
+            fewest = sorted(walk.few.items(), key=lambda pair: pair[1])
+            names = listed([f"{name} ({count})" for name, count in fewest])
             warnings.warn(
                 f"sten: few tokens of calibration= reached {names}; what is decided for them may be poor: give more "
                 "batches.",

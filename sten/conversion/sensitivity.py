@@ -113,17 +113,30 @@ class Sensitivity:
         if len(given) != 1:
             raise ValueError(f"Expected one of sparsity=, bytes= and seconds=, got {sorted(given) or 'none'}.")
         [(kind, budget)] = given.items()
+        if not isinstance(budget, (int, float)) or isinstance(budget, bool):
+            raise TypeError(f"Expected a number for {kind}=, got {budget!r}.")
         if kind == "sparsity":
             kind, budget = "entries", math.floor((1 - Uniform(sparsity).sparsity) * sum(self.sizes.values()) + 1e-6)
         if kind == "seconds" and any(row.seconds is None for row in self.rows):
             raise ValueError("Expected a table with times for seconds=, got none; call sten.sensitivity with tokens=.")
         groups = list(self._by_name().values())
         costs = [[getattr(row, kind) for row in rows] for rows in groups]
+        if not (least := sum(map(min, costs))) <= budget:
+            raise ValueError(self._too_little(kind, least, next(iter(given.values()))))
         chosen = knapsack(costs, [[row.effect for row in rows] for rows in groups], budget).chosen
         rows = [rows[k] for rows, k in zip(groups, chosen, strict=True)]
         sparsities = {row.name: row.sparsity for row in rows if row.sparsity is not None}
         layouts = {row.name: row.layout for row in rows}
         return Recipe(layouts, self.sparsifier, PerWeight(sparsities) if sparsities else None)
+
+    def _too_little(self, kind: str, least: float, given: float) -> str:
+        """The sentence for a budget that no choice meets."""
+        if kind == "entries":
+            most = math.floor((1 - least / sum(self.sizes.values())) * 1e4) / 1e4
+            return f"Expected sparsity= of at most {most:g}, that of the sparsest candidates, got {given:g}; add more."
+        shown = f"{least:.3g}" if kind == "seconds" else f"{least}"
+        best = "fastest candidates take" if kind == "seconds" else "smallest candidates have"
+        return f"Expected {kind}= of at least {shown}, what the {best} together, got {given:g}; add more."
 
     def _by_name(self) -> dict[str, list[Measured]]:
         found: dict[str, list[Measured]] = {}
@@ -180,6 +193,8 @@ def sensitivity(
     method = Wanda() if sparsifier is None else sparsifier
     if not isinstance(method, Sparsifier) or not method.acts_once or getattr(method, "reconstruct", None):
         raise ValueError(f"Expected a method that decides once, weight by weight, such as sten.Wanda(), got {method}.")
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
+        raise ValueError(f"Expected tokens= to be a number of rows of the timed inputs, at least 1, got {tokens!r}.")
     options = _candidates(candidates)
     targets, _ = select(model, Masked(), weights)
     for target in targets:

@@ -85,7 +85,7 @@ def add_adapters(model: Model, rank: int = 16, scale: float = 2.0, weights: Weig
         >>> sten.merge_adapters(model).weight.sparse_layout
         NM(n=2, m=4)
     """
-    if not isinstance(rank, int) or rank < 1 or not scale > 0:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not scale > 0:
         raise ValueError(f"Expected a positive rank and scale, got rank={rank!r} and scale={scale!r}.")
     adapters = [(target, SPP(target.tensor, rank, scale)) for target in _chosen(model, weights)]
     for p in model.parameters():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..layouts.checks import expect_whole
 from .calibration import Refinement, filled, starting_mask
 from .sparsifier import Edit, View
 
@@ -72,8 +73,9 @@ class Reconstruct(Refinement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.steps, int) and self.steps > 0 and self.lr > 0):
-            raise ValueError(f"Expected positive steps and lr, got steps={self.steps} and lr={self.lr}.")
+        expect_whole(self, "steps", 1)
+        if not self.lr > 0:
+            raise ValueError(f"Expected a positive lr for Reconstruct, got {self.lr}.")
 
     def update(self, view: View) -> Edit:
         """What the method before has decided; the block is fitted when all its weights have been."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.base import Layout
+from ..layouts.checks import expect_whole
 from .calibration import filled, float32_update, input_gram, input_norms
 from .sparsifier import Edit, PatternMethod, View
 
@@ -64,8 +65,7 @@ class SparseGPT(PatternMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"Expected block to be a whole number of columns for SparseGPT, got {self.block!r}.")
+        expect_whole(self, "block", 1)
         if not 0 < self.damping < math.inf:
             raise ValueError(f"Expected a finite damping > 0 for SparseGPT, got {self.damping!r}.")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layouts.base import Layout
+from ..layouts.checks import expect_whole
 from .calibration import Refinement, float32_update, input_gram, starting_mask
 from .sparsifier import Edit, Sparsifier, View
 
@@ -49,8 +50,7 @@ class SparseSwaps(Refinement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sweeps, int) or self.sweeps < 1:
-            raise ValueError(f"Expected at least one of sweeps for SparseSwaps, got {self.sweeps!r}.")
+        expect_whole(self, "sweeps", 1)
 
     def check(self, layout: Layout) -> None:
         super().check(layout)

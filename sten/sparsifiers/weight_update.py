@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..layouts.checks import expect_whole
 from .calibration import Refinement, filled, float32_update, input_gram, starting_mask
 from .sparsifier import Edit, View
 
@@ -27,9 +28,8 @@ class WeightUpdate(Refinement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect_whole(self, "iterations", 1)
         kind = type(self).__name__
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"Expected at least one of iterations for {kind}, got {self.iterations!r}.")
         if not 0 < self.damping < math.inf:
             raise ValueError(f"Expected a finite damping > 0 for {kind}, got {self.damping!r}.")
 
