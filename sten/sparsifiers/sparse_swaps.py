@@ -66,8 +66,7 @@ class SparseSwaps(Refinement):
         for sweep in range(self.sweeps):
             before = kept
             effect = ((weight * ~before.unsqueeze(3)).flatten(2) @ gram.flatten(0, 1).flatten(1)).view(weight.shape)
-            for block, sizes in tiles.blocks(apart=sweep % 2 == 1):
-                at = block.to(weight.device)
+            for at, sizes in tiles.blocks(apart=sweep % 2 == 1):
                 local = gram[at][:, :, at]
                 barred_here = None if barred is None else barred[:, :, at]
                 now, delta = exchange(weight[:, :, at], kept[:, :, at], effect[:, :, at], local, barred_here, sizes)
@@ -125,18 +124,18 @@ class Tiling:
 
     def blocks(self, apart: bool) -> Iterator[tuple[Tensor, list[int]]]:
         """Tiles whose groups are visited together, and the sizes of these groups; without groups, windows: neighbours,
-        or tiles that lie far apart."""
+        or tiles that lie far apart. Made on the device: a copy to it would wait for all exchanges so far."""
+        every = torch.arange(self.count, device=self.order.device)
         if self.sizes is None:
             count = -(-self.count // WINDOW)
-            each = [torch.arange(start, self.count, count) for start in range(count)]
-            for window in each if apart else torch.arange(self.count).split(WINDOW):
+            for window in [every[start::count] for start in range(count)] if apart else every.split(WINDOW):
                 yield window, [len(window)]
             return
         start, sizes = 0, []
         for i, size in enumerate(self.sizes):
             sizes.append(size)
             if sum(sizes) >= BLOCK or i == len(self.sizes) - 1:
-                yield torch.arange(start, start + sum(sizes)), sizes
+                yield every[start : start + sum(sizes)], sizes
                 start, sizes = start + sum(sizes), []
 
 
