@@ -181,7 +181,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for module, _ in modes:
-            module.__dict__[RUNNING] = True
+            module.__dict__[RUNNING] = id(module)  # a copy that is made meanwhile is free
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         for config in cached:

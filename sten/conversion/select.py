@@ -88,7 +88,7 @@ def all_weights(model: nn.Module, wrapped: bool = False) -> list[Target]:
         TypeError: no module, or one that DDP or FSDP holds references into, unless `wrapped` allows that.
     """
     expect_model(model)
-    if RUNNING in model.__dict__:
+    if model.__dict__.get(RUNNING) == id(model):
         raise RuntimeError(
             f"Expected no conversion of {type(model).__name__} while sten runs it for calibration=, got one in its "
             "forward pass, by a hook or forward itself; call it before or afterwards."
