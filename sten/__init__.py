@@ -25,6 +25,7 @@ from .conversion import (
 )
 from .dispatch import DensifyError, kernel, strict
 from .errors import FormatError
+from .explanation import compare, explain
 from .interchange import (
     from_compressed_tensors,
     from_scipy,
@@ -88,11 +89,11 @@ __all__ = [
     "FanIn", "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked",
     "PerWeight", "Random", "Recipe", "Reconstruct", "Rewind", "RigL", "SRigL", "Sensitivity", "SparseGPT",
     "SparseMomentum", "SparseSwaps", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM",
-    "Wanda", "adapter_state_dict", "add_adapters", "attach", "chain", "densify", "distill", "distill_loss", "extend",
-    "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect",
-    "kernel", "load", "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "permute", "plan",
-    "save", "save_masks", "save_run", "schedule", "scores", "sensitivity", "sparsify", "strict", "summary", "testing",
-    "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
+    "Wanda", "adapter_state_dict", "add_adapters", "attach", "chain", "compare", "densify", "distill", "distill_loss",
+    "explain", "extend", "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy", "from_torch",
+    "fuse", "inspect", "kernel", "load", "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module",
+    "permute", "plan", "save", "save_masks", "save_run", "schedule", "scores", "sensitivity", "sparsify", "strict",
+    "summary", "testing", "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 
 # Python makes every imported submodule an attribute; the private ones are taken off again, so that what is reachable as

@@ -20,6 +20,7 @@ import torch
 
 from .caller import user_stacklevel
 from .layouts.base import Layout
+from .markup import facts
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Layouts = Layout | tuple[Layout | None, ...]  # of one operand that may be sparse, or of each (None: it is dense)
@@ -94,6 +95,11 @@ class Plan:
     def __str__(self) -> str:
         variant = f" [{self.variant}]" if self.variant else ""
         return f"{self.operator}({', '.join(self.layouts)}) on {self.device}: {self.kernel}{variant}: {self.reason}"
+
+    def _repr_html_(self) -> str:
+        named = ("kernel", "variant", "reason")
+        what = f"{self.operator}({', '.join(self.layouts)}) on {self.device}"
+        return facts(what, {name: value for name in named if (value := getattr(self, name))})
 
 
 @dataclass(frozen=True)
