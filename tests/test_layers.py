@@ -41,7 +41,8 @@ LAYERS = [
     ("L4", "conversion"),
     ("L4", "explanation", "io", "interchange", "recovery", "testing"),
     ("L4", "integrations"),
-    ("L4", "extend", "__main__"),
+    ("L4", "extend", "command"),
+    ("L4", "__main__"),
 ]
 # the files of sten/layouts that are no layout
 SHARED = {

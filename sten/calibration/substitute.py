@@ -51,8 +51,6 @@ def _replace(module: nn.Module, params: dict[str, nn.Parameter]) -> None:
         module.__dict__.pop(name, None)
     module.__dict__["_parameters"] = {**module._parameters, **params}
     module.__dict__["_forward_pre_hooks"] = type(module._forward_pre_hooks)(hooks)
-    if isinstance(module, nn.RNNBase):  # which computes with a list of its own
-        module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in module._flat_weights_names]
 
 
 def _prunes(hook, params: dict[str, nn.Parameter]) -> bool:

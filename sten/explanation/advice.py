@@ -21,6 +21,8 @@ def advise(layer: Layer, of: Measurement, model: float, sizes: tuple[int, int]) 
     best = _best(of)
     if of.speedup is None:
         return ("layout", _other(best, "its present entries")) if best is not None else ("keep", DENSE)
+    if any(isinstance(target.weight, DenseWeight) for target in layer.targets):
+        return "keep", "in training: its method computes the weight at each use; call sten.finalize for other times"
     stored, dense = sizes
     ratio = f"{stored / dense:.2f} of its bytes" if dense else "no bytes"
     if of.speedup.low > 1:
@@ -32,14 +34,13 @@ def advise(layer: Layer, of: Measurement, model: float, sizes: tuple[int, int]) 
         same = f"no clear difference from dense ({of.speedup.low:.2f}-{of.speedup.high:.2f} times as fast), in {ratio}"
         return ("keep" if stored < dense else "dense"), same
     slower = f"takes {1 / of.speedup.median:.2f} times as long as dense"
-    trained = any(isinstance(target.weight, DenseWeight) for target in layer.targets)
-    why = "its method computes the weight at each use" if trained else "it runs on a dense copy of the weight"
-    why = next((plan.reason for plan in layer.plans), why)
+    why = next((plan.reason for plan in layer.plans), "it runs on a dense copy of the weight")
     if best is not None:
         return "layout", f"{slower}; {_other(best, 'its entries')}"
     lost = of.seconds.median - (of.dense or of.seconds).median
     if stored < dense and lost < SMALL * model:
-        return "keep", f"{slower}, which is {lost / model:.1%} of the model's time, in {ratio}"
+        share = f"{max(lost / model, 0.001):.1%}"
+        return "keep", f"{slower}, but that is at most {share} of the model's time, and it takes {ratio}"
     return "dense", f"{slower}: {why}"
 
 

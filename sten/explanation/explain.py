@@ -201,7 +201,7 @@ def _row(layer: Layer, of: Measurement, model: float) -> LayerRow:
         kernel=", ".join(kernels),
         reason="; ".join(dict.fromkeys(plan.reason for plan in plans)),
         calls=layer.calls.total(),
-        rows=layer.rows,
+        input=layer.input,
         seconds=of.seconds,
         dense_seconds=of.dense,
         speedup=of.speedup,

@@ -8,7 +8,6 @@ it is the module in which they all lie.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -50,9 +49,10 @@ class Layer:
         return [target for target in self.targets if is_sparse(target)]
 
     @property
-    def rows(self) -> int | None:
-        """Of the input, the number of rows (tokens, pixels) in the most frequent call; None if it has no such input."""
-        return None if not self.calls else max(self.calls, key=lambda key: self.calls[key])[0]
+    def input(self) -> tuple[int, ...]:
+        """The shape of the first tensor that it gets, in its most frequent calls."""
+        (first, _), *_ = max(self.calls, key=lambda key: self.calls[key]) or (((), None),)
+        return first
 
 
 def is_sparse(target: Target) -> bool:
@@ -150,8 +150,6 @@ def before_calls(modules: Any, function: Callable[[nn.Module, tuple, dict], None
 
 
 def signature(args: tuple, kwargs: dict) -> Signature:
-    """(rows of the first tensor, shapes and dtypes of all): calls with one signature take one time."""
+    """Shapes and dtypes of all tensors: calls with one signature take one time."""
     tensors = [leaf for _, leaf in leaves([list(args), kwargs]) if isinstance(leaf, Tensor)]
-    first = next(iter(tensors), None)
-    rows = None if first is None else math.prod(first.shape[:-1] if first.is_floating_point() else first.shape)
-    return (rows, *((tuple(t.shape), t.dtype) for t in tensors))
+    return tuple((tuple(t.shape), t.dtype) for t in tensors)

@@ -84,6 +84,6 @@ def _reason(row: LayerRow) -> str:
         for one in row.alternatives
     ]
     inside = "<br>".join(html.escape(line) for line in lines if line)
-    calls = f", {row.calls} calls of {row.rows} rows" if row.calls else ""
+    calls = f", called {row.calls} times on {'x'.join(map(str, row.input))}" if row.calls else ""
     title = html.escape(f"{row.name or '(model)'}: {row.layout}{calls}")
     return f"<details><summary>{title}</summary><p>{inside}</p></details>"

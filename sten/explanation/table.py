@@ -27,7 +27,7 @@ class LayerRow:
         density, energy: entries stored, and the share of sum |w| that the last `sten.sparsify` kept (None: not known).
         stored_bytes, dense_bytes: of the weights.
         kernel, reason: what ran, and why.
-        calls, rows: calls of the layer, and rows of its input: tokens, pixels.
+        calls, input: how often it is called, and the shape of its first input.
         seconds, dense_seconds: as it is, and with dense weights. None: it was not called, or is dense.
         speedup: dense_seconds / seconds, round by round.
         verdict: "keep", "dense" or "layout"; empty if it was not called.
@@ -46,7 +46,7 @@ class LayerRow:
     kernel: str = ""
     reason: str = ""
     calls: int = 0
-    rows: int | None = None
+    input: tuple[int, ...] = ()
     seconds: Spread | None = None
     dense_seconds: Spread | None = None
     speedup: Spread | None = None
@@ -104,14 +104,14 @@ class Explanation(markup.Tabular):
         return found
 
     def in_short(self) -> str:
-        """How many sparse layers pay, in one sentence."""
+        """How many sparse layers are worth keeping, in one sentence."""
         sparse = [row for row in self.rows if row.speedup is not None]
         counts = {verdict: sum(row.verdict == verdict for row in sparse) for verdict in ("keep", "dense", "layout")}
         if not sparse:
             return "No layer that was called is sparse."
-        text = f"Of {len(sparse)} sparse layers, {counts['keep']} pay"
-        text += f", {counts['layout']} would gain by another layout" if counts["layout"] else ""
-        return text + (f", {counts['dense']} would gain by going dense." if counts["dense"] else ".")
+        gains = {"layout": "another layout", "dense": "going dense"}
+        parts = [f"{counts[verdict]} would gain by {what}" for verdict, what in gains.items() if counts[verdict]]
+        return f"Worth keeping: {counts['keep']} of {len(sparse)} sparse layers{''.join(f'; {p}' for p in parts)}."
 
     def dim(self) -> list[bool]:
         return [row.speedup is None for row in self.rows]
@@ -148,7 +148,11 @@ def _cells(row: LayerRow) -> list[str]:
 
 def _record(row: LayerRow) -> dict[str, Any]:
     flat = {name: value for name, value in vars(row).items() if not isinstance(value, (Spread, tuple))}
-    flat |= {"weights": ", ".join(row.weights), "shape": "x".join(map(str, row.shape))}
+    flat |= {
+        "weights": ", ".join(row.weights),
+        "shape": "x".join(map(str, row.shape)),
+        "input": "x".join(map(str, row.input)),
+    }
     for name in ("seconds", "dense_seconds", "speedup"):
         spread = getattr(row, name)
         flat[name] = None if spread is None else spread.median
