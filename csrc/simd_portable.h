@@ -4,12 +4,30 @@
 #include <cstdint>
 #include <cstring>
 
-#define STEN_FN
+// MSVC has neither vector types nor GCC's built-in functions; clang has both, on Windows, too.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define STEN_NO_VECTOR_TYPES
+#define STEN_INLINE __forceinline
+#define __builtin_prefetch(p) ((void)(p))
+#define __builtin_memcpy std::memcpy
+#else
 #define STEN_INLINE __attribute__((always_inline)) inline
+#endif
+#define STEN_FN
 
 namespace sten::portable {
 
+#ifdef STEN_NO_VECTOR_TYPES  // may be defined for any compiler, which tests it
+struct vec {
+  float lane[4];
+  STEN_INLINE float& operator[](int i) { return lane[i]; }
+  STEN_INLINE float operator[](int i) const { return lane[i]; }
+};
+STEN_INLINE vec operator+(vec a, vec b) { return vec{a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]}; }
+STEN_INLINE vec operator*(vec a, vec b) { return vec{a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]}; }
+#else
 typedef float vec __attribute__((vector_size(16)));
+#endif
 constexpr int kWidth = 4;
 constexpr int kRegisters = 16;
 
