@@ -87,7 +87,7 @@ class Tabular:
 
     def _repr_html_(self) -> str:
         aligned = [CELL.format("right" if i in self.numeric else "left") for i in range(len(self.header()))]
-        aligned[-1] = aligned[-1].replace("nowrap", "normal")  # it is a sentence
+        aligned[-1] = aligned[-1].replace("nowrap", "normal;min-width:16em")  # it is a sentence
         head = "".join(
             f'<th style="{css}">{html.escape(c)}</th>' for c, css in zip(self.header(), aligned, strict=True)
         )
@@ -191,13 +191,13 @@ def pattern_figure(mask: Tensor) -> str:
 
 def bars(rows: Sequence[tuple[str, Sequence[float], str]], series: Sequence[str], colors: Sequence[str]) -> str:
     """An SVG of horizontal bars: of each row a label, one length for each of `series`, and a text at its end."""
-    label, width, bar, gap = 260, 640, 9, 8
+    label, width, bar, gap = 300, 600, 9, 8
     most = max((value for _, values, _ in rows for value in values), default=0.0) or 1.0
     step = bar * len(series) + gap
     height = step * len(rows) + 26
     lines = [
         f'<svg viewBox="0 0 {label + width + 160} {height}" role="img" xmlns="http://www.w3.org/2000/svg" '
-        'style="width:100%;max-width:1060px;font:12px system-ui,sans-serif" fill="currentColor">'
+        'style="width:100%;min-width:760px;max-width:1060px;font:12px system-ui,sans-serif" fill="currentColor">'
     ]
     for i, (title, color) in enumerate(zip(series, colors, strict=True)):
         lines.append(f'<rect x="{label + i * 140}" y="2" width="12" height="12" fill="{color}"/>')

@@ -21,7 +21,8 @@ WITHOUT_EXAMPLE = {"Allocation", "DensifyError", "Edit", "Layout", "Sparsifier",
 
 PROMISED = """
     Masked CSR BSR NM GroupedNM VectorNM from_dense sparsify attach plan trainable finalize densify summary which
-    save load explain compare Layout kernel Sparsifier strict Magnitude Random Uniform ERK Global Gradual STE SRSTE DecayingMask
+    save load explain compare Layout kernel Sparsifier strict Magnitude Random Uniform ERK Global Gradual STE SRSTE
+    DecayingMask
     Static SET RigL SRigL SparseMomentum CAST
 """
 

@@ -120,7 +120,8 @@ def compare(dense: nn.Module, sparse: nn.Module, *inputs: Any, seconds: float = 
         times = take_turns([(contextlib.nullcontext, run) for run in runs], device, seconds)
     speedup = Spread.of([a / b for a, b in zip(*times, strict=True)])
     sizes, densities = (_bytes(dense), _bytes(sparse)), (_density(dense), _density(sparse))
-    return Comparison(outputs, *map(Spread.of, times), speedup, sizes, densities, place_of(device))
+    slow, fast = map(Spread.of, times)
+    return Comparison(outputs, slow, fast, speedup, sizes, densities, place_of(device))
 
 
 def _distances(dense: Any, sparse: Any) -> list[Distance]:

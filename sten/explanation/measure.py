@@ -18,7 +18,7 @@ from ..tensor import SparseTensor
 from .layers import Layer, is_sparse
 from .timing import Spread, take_turns
 
-AT_ONCE = 4096  # rows of a weight whose entries are summed at a time
+AT_ONCE = 2**24  # entries that are summed at a time
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _energy(now: list[tuple[Target, Tensor]], new: list[tuple[Target, Tensor]]) 
 
 
 def _total(w: Tensor) -> float:
-    return sum(float(part.abs().sum(dtype=torch.float32)) for part in w.detach().split(AT_ONCE))
+    return sum(float(part.abs().sum(dtype=torch.float32)) for part in w.detach().flatten().split(AT_ONCE))
 
 
 def _bytes(new: list[tuple[Target, Tensor]]) -> int:

@@ -41,10 +41,10 @@ def page(of: Explanation) -> str:
     parts = [
         f"<h1>sten.explain</h1><p>{'<br>'.join(map(html.escape, facts))}</p>",
         f"<h2>Time by layer{rest}</h2>",
-        markup.bars([_times(row) for row in shown], ("as it is", "dense"), (SPARSE, DENSE)),
+        _wide(markup.bars([_times(row) for row in shown], ("as it is", "dense"), (SPARSE, DENSE))),
         f"<h2>Density by layer{rest}</h2>",
-        markup.bars([_density(row) for row in shown], ("density", "energy kept"), (SPARSE, KEPT)),
-        f'<h2>Layers</h2><div class="wide">{of._repr_html_()}</div>',
+        _wide(markup.bars([_density(row) for row in shown], ("density", "energy kept"), (SPARSE, KEPT))),
+        f"<h2>Layers</h2>{_wide(of._repr_html_())}",
         _patterns(of),
         f"<h2>What ran, and why</h2>{''.join(map(_reason, of.rows))}",
         "<p>Times are medians of rounds in which both sides take turns, with quartiles in parentheses; those of a "
@@ -55,6 +55,11 @@ def page(of: Explanation) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><title>sten.explain</title>{head}</head>\n<body>{body}</body></html>\n'
     )
+
+
+def _wide(inside: str) -> str:
+    """What scrolls by itself where the window is narrow."""
+    return f'<div class="wide">{inside}</div>'
 
 
 def _times(row: LayerRow) -> tuple[str, tuple[float, float], str]:
