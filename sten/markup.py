@@ -87,7 +87,7 @@ class Tabular:
 
     def _repr_html_(self) -> str:
         aligned = [CELL.format("right" if i in self.numeric else "left") for i in range(len(self.header()))]
-        aligned[-1] = aligned[-1].replace("nowrap", "normal;min-width:16em")  # it is a sentence
+        aligned[-1] = aligned[-1].replace("nowrap", "normal;min-width:24em")  # it is a sentence
         head = "".join(
             f'<th style="{css}">{html.escape(c)}</th>' for c, css in zip(self.header(), aligned, strict=True)
         )

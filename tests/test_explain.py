@@ -99,6 +99,16 @@ def test_layers_that_are_tied_not_called_called_twice_or_inside_of_others():
     assert found.sizes == (sum(p.stored_bytes for p in one), sum(p.numel() * 4 for p in one))  # a tie counts once
 
 
+def test_under_autocast_and_compiled():
+    model = sten.sparsify(mlp(), CSR(), sparsity=0.5).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        kernels = [row.kernel for row in sten.explain(model, batch(0), **FAST).rows]
+    w = model[0].weight.to(torch.bfloat16)
+    assert all(kernel.startswith(sten.which("linear", (6, 12), w).kernel) for kernel in kernels)
+    found = sten.explain(torch.compile(model), batch(0), **FAST)
+    assert [row.name for row in found.rows] == ["_orig_mod.0", "_orig_mod.2"] and found.dense_model > 0
+
+
 def test_a_recurrent_layer_is_timed_with_dense_weights():
     model = sten.sparsify(nn.LSTM(8, 8), {"weight_ih_l0": CSR()}, sparsity=0.5)
     seen = []

@@ -43,4 +43,5 @@ def place_of(device: torch.device) -> str:
     """The device by its name, and the threads of a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of the CPU" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of the CPU" if device.type == "cpu" else str(device)

@@ -81,7 +81,8 @@ def layers_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Layer], li
         run()
     used: dict[int, list[Plan]] = {}
     for *_, parts, _, plan in seen:
-        used.setdefault(parts["values"].data_ptr(), []).append(plan)
+        for part in parts.values():
+            used.setdefault(part.data_ptr(), []).append(plan)
     found: dict[int, Layer] = {}
     idle = []
     for target in targets:
@@ -122,7 +123,8 @@ def _plans(target: Target, used: dict[int, list[Plan]]) -> list[Plan]:
     """What ran on a weight; of a method that trains a dense weight, nothing sparse does."""
     if isinstance(target.weight, DenseWeight) or (stored := target.stored) is None:
         return []
-    return used.get(stored.parts["values"].data_ptr(), [])
+    own = [stored.parts["values"], *(stored.parts[name] for name in stored.sparse_layout.pattern)]
+    return next((used[part.data_ptr()] for part in own if part.data_ptr() in used), [])  # autocast copies the values
 
 
 def _called(

@@ -79,9 +79,13 @@ class Explanation(markup.Tabular):
 
     @property
     def dense_model(self) -> float:
-        """Seconds that the model would take with dense weights: its own, and the differences of the layers."""
-        pairs = [(row.dense_seconds, row.seconds) for row in self.rows]
-        return self.model.median + sum(a.median - b.median for a, b in pairs if a is not None and b is not None)
+        """Seconds that the model would take with dense weights: these layers dense, and what it does besides."""
+        dense = sum((row.dense_seconds or row.seconds).median for row in self.rows if row.seconds is not None)
+        return max(self.model.median - self._inside(), 0.0) + dense
+
+    def _inside(self) -> float:
+        """Seconds in these layers, as they are; more than the model's if other load came in between."""
+        return sum(row.seconds.median for row in self.rows if row.seconds is not None)
 
     def header(self) -> list[str]:
         return ["layer", "layout", "density", "energy", "bytes", "kernel", "time", "dense", "speed-up", "advice"]
@@ -97,7 +101,7 @@ class Explanation(markup.Tabular):
         return ["model", "", "", "", markup.count_of_bytes(stored), "", *times, speedup, ratio]
 
     def notes(self) -> list[str]:
-        inside = sum(row.seconds.median for row in self.rows if row.seconds is not None) / self.model.median
+        inside = min(self._inside() / self.model.median, 1.0)
         found = [f"On {self.where}; these layers take {inside:.0%} of the model's time. {self.in_short()}"]
         if self.densified:
             found.append(f"made dense: {', '.join(self.densified)}")
