@@ -15,6 +15,7 @@ from small import batch, every_layout, mlp, rate
 from torch import nn
 
 import sten
+from sten.conversion.select import all_weights
 from sten.explanation.advice import advise
 from sten.explanation.layers import layers_of
 from sten.explanation.measure import Alternative, Measurement
@@ -138,7 +139,7 @@ def test_models_of_transformers():
     assert by_keyword == [row.name for row in sten.explain(model, ids, **FAST).rows] and len(by_keyword) == 16
     assert model.config.use_cache
     sten.fuse(model)
-    layers, idle = layers_of(model, lambda: model(**ids))
+    layers, idle = layers_of(all_weights(model), lambda: model(**ids))
     names = [layer.name for layer in layers]
     assert not idle and "model.layers.1.mlp" in names and "model.layers.0.self_attn" in names
     assert "model.layers.0.self_attn.q_proj" not in names and "model.layers.0.self_attn.o_proj" in names

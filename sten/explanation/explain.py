@@ -18,7 +18,7 @@ from .. import markup
 from ..calibration.data import inference
 from ..conversion.record import record_of
 from ..conversion.reparametrize import expect_slots_to_follow, move
-from ..conversion.select import Target, movable_weights, sparse_weights
+from ..conversion.select import Target, all_weights, movable_weights, sparse_weights
 from ..conversion.sensitivity import Candidate, candidates_of
 from ..conversion.state_dict_hooks import accept_every_form
 from ..layouts.base import Layout
@@ -81,8 +81,9 @@ def explain(
     options = None if candidates is None else (candidates_of(candidates) if len(candidates) else [])
     if keep_faster:
         _expect_finalized(model)
+    everything = all_weights(model, wrapped=True)
     with inference(model):
-        layers, idle = layers_of(model, run)
+        layers, idle = layers_of(everything, run)
         measured = _measured(layers, run, seconds, options)
         whole = Spread.of(take_turns([(contextlib.nullcontext, run)], device, seconds)[0])
         patterns = _patterns(layers)

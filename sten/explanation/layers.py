@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..calibration.trees import leaves
 from ..conversion.fused_forward import FusedForward, SharedForward
-from ..conversion.select import Target, all_weights
+from ..conversion.select import Target
 from ..dispatch import observe
 from ..kernel_table import Plan
 from ..tensor import SparseTensor
@@ -60,12 +60,12 @@ def is_sparse(target: Target) -> bool:
     return target.weight is not None or isinstance(target.tensor, SparseTensor)
 
 
-def layers_of(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Layer], list[Target]]:
-    """(the layers that `run` calls, in the order of the model, and the weights that it does not use).
+def layers_of(targets: list[Target], run: Callable[[], Any]) -> tuple[list[Layer], list[Target]]:
+    """(the layers that `run`, which calls the model, uses; the weights that it does not), both in the order of targets.
 
-    `run` calls the model, once.
+    Args:
+        targets: `all_weights` of the model.
     """
-    targets = all_weights(model, wrapped=True)
     homes = _homes(targets)
     hooked: dict[int, nn.Module] = {}
     for target in targets:

@@ -12,6 +12,7 @@ from . import page
 from .measure import Alternative
 from .timing import Spread
 
+NOISY = 1.5  # the ratio of the quartiles of a speed-up
 VERDICTS = {"keep": "", "dense": "go dense: ", "layout": "another layout: ", "": ""}
 
 
@@ -103,6 +104,9 @@ class Explanation(markup.Tabular):
     def notes(self) -> list[str]:
         inside = min(self._inside() / self.model.median, 1.0)
         found = [f"On {self.where}; these layers take {inside:.0%} of the model's time. {self.in_short()}"]
+        spreads = sorted(row.speedup.high / row.speedup.low for row in self.rows if row.speedup is not None)
+        if spreads and spreads[len(spreads) // 2] > NOISY:
+            found.append("The rounds differ much: the machine has other load. Measure again on a quiet one.")
         if self.densified:
             found.append(f"made dense: {', '.join(self.densified)}")
         return found
