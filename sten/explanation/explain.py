@@ -23,6 +23,7 @@ from ..conversion.sensitivity import Candidate, candidates_of
 from ..conversion.state_dict_hooks import accept_every_form
 from ..layouts.base import Layout
 from ..training.dense_weight import DenseWeight
+from ..training.inference_mode import ordinary_tensors
 from .advice import DENSE, advise
 from .inputs import call_of, device_of, place_of
 from .layers import Layer, Signature, before_calls, is_sparse, layers_of, signature
@@ -235,6 +236,7 @@ def _expect_finalized(model: nn.Module) -> None:
             )
 
 
+@ordinary_tensors
 def _densify(model: nn.Module, layers: list[Layer], rows: list[LayerRow]) -> list[str]:
     """Make dense, in place, the weights of the layers that do not pay; one of several layers if they lose together."""
     by_name, lost, slow = {row.name: row for row in rows}, Counter(), set()
