@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import html.parser
+import re
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -243,7 +244,8 @@ def test_spread_and_turns():
 
     a, b = take_turns([(Around, first), (Around, second)], torch.device("cpu"), 0.001)
     assert len(a) == len(b) == 5 and min(a) >= 0.001 and min(b) >= 0.002
-    assert "".join(calls) == "(aaa)(bbb)" + "(a)(b)" * 5
+    assert re.fullmatch(r"\(aaa\)\(bbb\)(\(a+\)\(b+\)){5}", "".join(calls))
+    assert calls.count("a") > calls.count("b")  # samples of one length
 
 
 class Reader(html.parser.HTMLParser):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-SAMPLE = 5e-4  # seconds that one sample takes at least, so that the clock's resolution does not matter
+SAMPLE = 5e-4  # seconds of a sample at least, so that the clock's resolution does not matter
 LEAST, MOST = 5, 51  # rounds
 
 Run = tuple[Callable[[], contextlib.AbstractContextManager], Callable[[], Any]]  # what surrounds the calls; a call
@@ -56,18 +56,20 @@ def wait(device: torch.device) -> None:
 def take_turns(runs: Sequence[Run], device: torch.device, seconds: float) -> list[list[float]]:
     """Seconds of one call of each run, in at least five rounds, for about so many seconds in all.
 
-    A sample is the mean over calls one after another, which take half a millisecond or more; the device is waited for
-    at its two ends. So launches overlap with what runs, as they do in a model.
+    A sample is the mean over calls one after another; the device is waited for at its two ends. So launches overlap
+    with what runs, as they do in a model. All samples of a round take about as long, because other load interrupts a
+    longer one more often.
     """
-    loops, whole = [], 0.0
+    once = []
     for around, call in runs:
         with around():
             call()  # kernels are tuned, plans prepared
             call()
-            once = _sample(call, 1, device)
-        loops.append(max(1, math.ceil(SAMPLE / max(once, 1e-7))))
-        whole += loops[-1] * once
-    rounds = min(max(round(seconds / max(whole, 1e-9)), LEAST), MOST)
+            once.append(max(_sample(call, 1, device), 1e-7))
+    longest = max(SAMPLE, *once)
+    loops = [math.ceil(longest / each) for each in once]
+    whole = sum(count * each for count, each in zip(loops, once, strict=True))
+    rounds = min(max(round(seconds / whole), LEAST), MOST)
     found: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for (around, call), count, own in zip(runs, loops, found, strict=True):
