@@ -32,12 +32,12 @@ class Store(Rule):
 
 
 def stored(x: Tensor, mask: Tensor, layout: Layout | None, full_gradient: bool) -> Tensor:
-    """x, which is zero off the mask, in a layout; dense without one, and where a compiler or torch.func traces.
+    """x, which is zero off the mask, in a layout; dense if it is empty, and where a compiler or torch.func traces.
 
     ValueError if the layout cannot hold the shape or the mask. With `full_gradient` the operators that read it compute
     the gradient of all entries.
     """
-    if layout is None or is_compiling() or transforms_active() or traced(x):
+    if layout is None or not x.numel() or is_compiling() or transforms_active() or traced(x):
         return x
     layout.check(tuple(x.shape))
     return Store.run(x, mask, layout, full_gradient)

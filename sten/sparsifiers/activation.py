@@ -58,10 +58,10 @@ class ActivationMethod(metaclass=Constructor):
 
     def __repr__(self) -> str:
         """The dataclass's repr without defaults."""
-        given = [
-            (f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
-        ]
-        return f"{type(self).__qualname__}({', '.join(f'{name}={value!r}' for name, value in given)})"
+        if not dataclasses.is_dataclass(self):
+            return object.__repr__(self)
+        shown = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def full_gradient(self) -> bool:
