@@ -31,7 +31,7 @@ from .reparametrize import begin, expect_slots_to_follow, move
 from .report import SparsifyPlan, other_parameters, rows_of
 from .select import Target, expect_model, movable_weights, select
 from .site_selection import Modules, sparsify_site
-from .sites import remove_sites, restore_weight_hooks
+from .sites import expect_no_gradient_site, remove_sites
 from .state_dict_hooks import accept_every_form
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -127,7 +127,6 @@ def sparsify(
         remember(target, why=target.why)
     note_recipe(model, recipe)
     accept_every_form(model)
-    restore_weight_hooks(model)
     if foreign := [f"{t.name} ({t.why})" for t in skipped if stored_by_others(t.tensor)]:
         warnings.warn(f"sten: left as they are: {listed(foreign)}; prune before quantizing.", stacklevel=2)
     if begun and optimizers is not None:
@@ -184,6 +183,7 @@ def _prepare(
     dynamic = sparsifier is not None and not sparsifier.acts_once
     kind = type(sparsifier).__name__ if dynamic else ""
     targets, skipped = select(model, expect_layouts(recipe.layout, sparsifier, spread), recipe.weights, kind)
+    expect_no_gradient_site(targets)
     _expect_held(optimizers, targets)
     if optimizers is not None or dynamic:
         _expect_trainable(targets)
@@ -368,7 +368,6 @@ def _convert(model: Model, change: Callable[[SparseTensor], Tensor]) -> Model:
     for target, after in ready:
         move(target, after, [])
     accept_every_form(model)
-    restore_weight_hooks(model)
     return model
 
 

@@ -15,6 +15,7 @@ module. Each site of a module is a `Site`; they stand in `module._sten_sites`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +125,7 @@ class Site:
     def restore_tokens(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Give the output the leading dimensions that the input had before it became a matrix."""
         leading = next((a.leading for a in args if isinstance(a, SparseTensor) and hasattr(a, "leading")), None)
-        return output if leading is None else output.unflatten(0, leading)
+        return output if leading is None else output.reshape(*leading, output.shape[-1])
 
     def follow_weight(self, module: nn.Module, args: tuple = ()) -> None:
         """Hook the Parameter that `weight` is now, if it is another one."""
@@ -212,12 +213,15 @@ def change_output(output: Any, change, where: str) -> Any:
     raise TypeError(f"{where}: Expected a floating-point tensor, or a tuple with one, as the output, got {kind}.")
 
 
-def restore_weight_hooks(model: nn.Module) -> None:
-    """Hook Parameters again that a move to another form has given another tensor, which has no hooks."""
-    for site in sites_of(model):
-        if site.kind == "grad_weight" and not isinstance(site.param, SparseTensor):
-            site.handle.remove()
-            site.handle = site.param.register_hook(site.gradient)
+def expect_no_gradient_site(targets: Iterable[Any]) -> None:
+    """Raise ValueError if the gradient of a weight that is to become sparse, a `Target`, has a site."""
+    for target in targets:
+        for module, _ in target.owners:
+            if (site := vars(module).get(ATTRIBUTE, {}).get("grad_weight")) is not None:
+                raise ValueError(
+                    f"{target.name}: Expected a weight without a site at its gradient, got {site.method}; take it off "
+                    'by sten.sparsify(model, site="grad_weight", sparsifier=None).'
+                )
 
 
 def remove_sites(model: nn.Module) -> None:
@@ -235,7 +239,8 @@ def checked_on_sample(site: Site, state: dict[str, Tensor], features: int | None
     site.expect(features)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         x = torch.randn(3, features)
-        own = {name: tensor.detach().clone() for name, tensor in state.items()}
-        y, mask = site.method.apply(x, own, True)
-        if site.layout is not None:
-            site.store(y, mask, x, False)
+        for rows in (x, x[:1].expand(3, features)):  # equal tokens keep equal columns
+            own = {name: tensor.detach().clone() for name, tensor in state.items()}
+            y, mask = site.method.apply(rows, own, True)
+            if site.layout is not None:
+                site.store(y, mask, rows, False)

@@ -119,10 +119,10 @@ def _factor(func: Callable) -> Callable:
 @function(F.dropout)
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Dropout of the stored entries; the others are zero already."""
-    if not isinstance(input, SparseTensor) or inplace or input.cache.full_gradient:
-        return on_dense_copies(F.dropout, (input, p, training, inplace), {}, "dropout")
     if not training or p == 0:
         return input
+    if not isinstance(input, SparseTensor) or inplace or input.cache.full_gradient:
+        return on_dense_copies(F.dropout, (input, p, training, inplace), {}, "dropout")
     factor = F.dropout(torch.ones_like(input.parts["values"], requires_grad=False), p)
     return input * input.detach().with_values(factor)
 
