@@ -72,9 +72,9 @@ class Site:
         self.state = tuple(state)
         for name, tensor in state.items():
             if isinstance(tensor, nn.Parameter):
-                module.register_parameter(self._full(name), tensor)
+                module.register_parameter(self.full(name), tensor)
             else:
-                module.register_buffer(self._full(name), tensor)
+                module.register_buffer(self.full(name), tensor)
 
     def install(self, module: nn.Module, state: dict[str, Tensor]) -> None:
         """Hook a module, and give it the method's tensors."""
@@ -102,10 +102,11 @@ class Site:
         if self.param is not None:
             self.handle.remove()
         for name in self.state:
-            delattr(module, self._full(name))
+            delattr(module, self.full(name))
         del vars(module)[ATTRIBUTE][self.kind]
 
-    def _full(self, name: str) -> str:
+    def full(self, name: str) -> str:
+        """The name that a tensor of the method has in the module."""
         return f"sparse_{self.kind}_{name}"
 
     # what the hooks do
@@ -141,7 +142,7 @@ class Site:
         x = x.to_dense() if isinstance(x, SparseTensor) else x
         matrix = x.reshape(-1, x.shape[-1])
         self.expect(matrix.shape[1])
-        state = {name: getattr(module, self._full(name)) for name in self.state}
+        state = {name: getattr(module, self.full(name)) for name in self.state}
         if not stores(x, self.layout):
             return self.method.apply(matrix, state, module.training)[0].view(x.shape)
         columns = self.method.columns(matrix.detach())
