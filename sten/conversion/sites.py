@@ -47,7 +47,7 @@ class Site:
         linear: whether the module acts on the last dimension only, so that it may get a matrix of all tokens.
         state: names of the method's tensors.
         handles: what removes the hooks.
-        param: of grad_weight, the Parameter that is hooked.
+        param, hook: of grad_weight, the Parameter that is hooked, and what removes that; None while it is frozen.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Site:
     state: tuple[str, ...] = ()
     handles: list[Any] = field(default_factory=list, repr=False)
     param: nn.Parameter | None = field(default=None, repr=False)
+    hook: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.method}, {'dense with zeros' if self.layout is None else self.layout}"
@@ -99,8 +100,8 @@ class Site:
         """Take everything off again."""
         for handle in self.handles:
             handle.remove()
-        if self.param is not None:
-            self.handle.remove()
+        if self.hook is not None:
+            self.hook.remove()
         for name in self.state:
             delattr(module, self.full(name))
         del vars(module)[ATTRIBUTE][self.kind]
@@ -130,9 +131,14 @@ class Site:
 
     def follow_weight(self, module: nn.Module, args: tuple = ()) -> None:
         """Hook the Parameter that `weight` is now, if it is another one."""
-        if self.param is not module._parameters["weight"]:
+        if self.param is not module._parameters["weight"] or (self.hook is None and self.param.requires_grad):
+            if self.hook is not None:
+                self.hook.remove()
             self.param = module._parameters["weight"]
-            self.handle = self.param.register_hook(self.gradient)
+            self._hook_weight()
+
+    def _hook_weight(self) -> None:
+        self.hook = self.param.register_hook(self.gradient) if self.param.requires_grad else None
 
     def with_gradient(self, x: Tensor) -> Tensor:
         return with_gradient(x, self.gradient)
@@ -182,12 +188,12 @@ class Site:
     # copies: a Parameter's own hooks are not copied with it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "handle"}
+        return {**vars(self), "hook": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.param is not None:
-            self.handle = self.param.register_hook(self.gradient)
+            self._hook_weight()
 
 
 def change_first(args: tuple, kwargs: dict, change, where: str) -> tuple[tuple, dict]:
