@@ -47,7 +47,8 @@ class Site:
         linear: whether the module acts on the last dimension only, so that it may get a matrix of all tokens.
         state: names of the method's tensors.
         handles: what removes the hooks.
-        param, hook: of grad_weight, the Parameter that is hooked, and what removes that; None while it is frozen.
+        param, hook, frozen: of grad_weight, the Parameter that is hooked, what removes that, and whether it is not, since
+            it does not train (a flag that compilers can read).
     """
 
     name: str
@@ -59,6 +60,7 @@ class Site:
     handles: list[Any] = field(default_factory=list, repr=False)
     param: nn.Parameter | None = field(default=None, repr=False)
     hook: Any = field(default=None, repr=False)
+    frozen: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.method}, {'dense with zeros' if self.layout is None else self.layout}"
@@ -131,14 +133,15 @@ class Site:
 
     def follow_weight(self, module: nn.Module, args: tuple = ()) -> None:
         """Hook the Parameter that `weight` is now, if it is another one."""
-        if self.param is not module._parameters["weight"] or (self.hook is None and self.param.requires_grad):
+        if self.param is not module._parameters["weight"] or (self.frozen and self.param.requires_grad):
             if self.hook is not None:
                 self.hook.remove()
             self.param = module._parameters["weight"]
             self._hook_weight()
 
     def _hook_weight(self) -> None:
-        self.hook = self.param.register_hook(self.gradient) if self.param.requires_grad else None
+        self.frozen = not self.param.requires_grad
+        self.hook = None if self.frozen else self.param.register_hook(self.gradient)
 
     def with_gradient(self, x: Tensor) -> Tensor:
         return with_gradient(x, self.gradient)
