@@ -47,8 +47,8 @@ class Site:
         linear: whether the module acts on the last dimension only, so that it may get a matrix of all tokens.
         state: names of the method's tensors.
         handles: what removes the hooks.
-        param, hook, frozen: of grad_weight, the hooked Parameter, what removes the hook, and whether there is none, since
-            it does not train (a flag that compilers can read).
+        param, hook: of grad_weight, the Parameter that is hooked, and what removes that.
+        frozen: whether it is not hooked, since it does not train; compilers read this, not the hook.
     """
 
     name: str
