@@ -1,0 +1,202 @@
+"""Sparse activations ("codes") times a dense matrix, whose rows belong to their columns: only the rows in use are read.
+
+    linear        y = S W + bias
+    grad_values   grad W^T at the entries of S
+    grad_weight   S^T grad: the rows of grad, added up by columns of S, in the order of the tokens
+
+``weight`` is input-major, (columns, O). S has a token a row: lists (values and index (T, K)) or, with crow, compressed
+rows (values and index (entries,)). Each row is added up by one program: results are the same in each run.
+
+Letters: T tokens, K entries a token, O outputs; BK entries and BO outputs a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import autotune
+from .backend import INTERPRET
+from .launch import into_new, triton_launch
+from .operators import operator
+from .pdl import begin, overlap
+from .tiles import power_of_two, wide
+
+
+@triton.jit
+def _entries(crow_ptr, token, K):
+    """The first entry of a token, and the one after its last."""
+    if crow_ptr is None:
+        return token.to(tl.int64) * K, (token.to(tl.int64) + 1) * K
+    else:
+        return tl.load(crow_ptr + token).to(tl.int64), tl.load(crow_ptr + token + 1).to(tl.int64)
+
+
+@triton.jit
+def _sum_rows(
+    values_ptr, crow_ptr, index_ptr, w_ptr, bias_ptr, y_ptr, K, O,
+    BK: tl.constexpr, BO: tl.constexpr, PIPE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token and BO outputs per program; the entries of the next step are loaded while the rows of this one come."""
+    begin(PDL)
+    pieces = tl.cdiv(O, BO)
+    token, o = tl.program_id(0) // pieces, (tl.program_id(0) % pieces) * BO + tl.arange(0, BO)
+    start, stop = _entries(crow_ptr, token, K)
+    e = start + tl.arange(0, BK)
+    row = tl.load(index_ptr + e, mask=e < stop, other=0)
+    value = tl.load(values_ptr + e, mask=e < stop, other=0.0)
+    acc = tl.zeros((BK, BO), tl.float32)
+    for at in tl.range(start, stop, BK, num_stages=PIPE):
+        used = at + tl.arange(0, BK) < stop
+        now, scale = row, value.to(tl.float32)
+        e = at + BK + tl.arange(0, BK)
+        row = tl.load(index_ptr + e, mask=e < stop, other=0)
+        value = tl.load(values_ptr + e, mask=e < stop, other=0.0)
+        if WIDE:
+            now = now.to(tl.int64)
+        w = tl.load(w_ptr + now[:, None] * O + o[None, :], mask=used[:, None] & (o < O)[None, :], other=0.0)
+        acc += scale[:, None] * w.to(tl.float32)
+    y = tl.sum(acc, 0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token.to(tl.int64) * O + o, y.to(y_ptr.dtype.element_ty), mask=o < O)
+
+
+@triton.jit
+def _dot_rows(
+    grad_ptr, crow_ptr, index_ptr, w_ptr, out_ptr, K, O,
+    BK: tl.constexpr, BO: tl.constexpr, SHARES: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BK entries of a token at a time, every SHARES-th of these groups per program."""
+    begin(PDL)
+    token = tl.program_id(0)
+    start, stop = _entries(crow_ptr, token, K)
+    for at in range(start + tl.program_id(1) * BK, stop, SHARES * BK):
+        e = at + tl.arange(0, BK)
+        used = e < stop
+        row = tl.load(index_ptr + e, mask=used, other=0)
+        if WIDE:
+            row = row.to(tl.int64)
+        acc = tl.zeros((BK, BO), tl.float32)
+        for o0 in range(0, O, BO):
+            o = o0 + tl.arange(0, BO)
+            w = tl.load(w_ptr + row[:, None] * O + o[None, :], mask=used[:, None] & (o < O)[None, :], other=0.0)
+            g = tl.load(grad_ptr + token.to(tl.int64) * O + o, mask=o < O, other=0.0)
+            acc += w.to(tl.float32) * g.to(tl.float32)[None, :]
+        tl.store(out_ptr + e, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=used)
+
+
+def _rows_configs(tokens: int, outputs: int) -> list[dict]:
+    if INTERPRET:
+        return [{"BK": 8, "BO": 16, "PIPE": 1}]
+    if tokens < 64:  # the outputs are all that can be divided among the multiprocessors
+        tiles = [(64, 32, 4, 3), (64, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 1), (32, 64, 4, 3), (128, 64, 8, 1)]
+    else:
+        tiles = [(8, 256, 4, 1), (4, 256, 2, 3), (8, 128, 2, 1), (16, 256, 4, 1), (16, 128, 4, 3), (4, 1024, 8, 1)]
+    return [{"BK": bk, "BO": bo, "PIPE": pipe, "num_warps": warps} for bk, bo, warps, pipe in tiles]
+
+
+def _sums(values, crow, index, weight, bias, tokens: int):
+    """The prepared launch of linear, and of grad_weight as the product with S^T."""
+    outputs = weight.shape[1]
+    count = index.shape[-1] if crow is None else 0
+    constants = {"WIDE": wide(weight), **overlap(weight)}
+
+    def prepare(config):
+        grid = (tokens * triton.cdiv(outputs, config["BO"]),)
+        launch = triton_launch(_sum_rows, grid, **constants, **config)
+        return lambda *tensors: launch(*tensors, count, outputs)
+
+    y = weight.new_empty(tokens, outputs)
+    if y.numel() == 0:
+        return lambda *tensors: None
+    each = index.numel() // max(1, tokens)
+    key = (weight.dtype, power_of_two(tokens, 1, 4096), power_of_two(each, 1, 1 << 16), outputs, crow is None)
+    tensors = (values, crow, index, weight, bias, y)
+    return autotune.pick("codes_linear", key, _rows_configs(tokens, outputs), prepare, tensors)
+
+
+def _check(values, crow, index, weight, tokens: int):
+    if values.shape != index.shape or index.dim() != (2 if crow is None else 1):
+        got = f"got values {tuple(values.shape)} and index {tuple(index.shape)}"
+        raise ValueError(f"Expected values and index of one shape, (tokens, K) or, with crow, (entries,), {got}.")
+    rows = len(index) if crow is None else len(crow) - 1
+    if rows != tokens:
+        raise ValueError(f"Expected entries of {tokens} tokens, got {rows}.")
+
+
+@operator(
+    "gpu_codes_linear(Tensor values, Tensor? crow, Tensor index, Tensor weight, Tensor? bias, int tokens) -> Tensor",
+    lambda values, crow, index, weight, bias, tokens: (tokens, weight.shape[1]),
+    strided=(),
+)
+def linear(values, crow, index, weight, bias, tokens):
+    """values, crow or None, index, weight (columns, O), bias -> (tokens, O)."""
+    _check(values, crow, index, weight, tokens)
+    launch = _sums(values, crow, index, weight, bias, tokens)
+    return into_new(launch, values, (tokens, weight.shape[1]))
+
+
+@operator(
+    "gpu_codes_grad_values(Tensor grad, Tensor? crow, Tensor index, Tensor weight) -> Tensor",
+    lambda grad, crow, index, weight: index.shape,
+    strided=(),
+)
+def grad_values(grad, crow, index, weight):
+    """grad (tokens, O), crow or None, index, weight (columns, O) -> values; of slots that are free: zero."""
+    tokens, outputs = grad.shape
+    count = index.shape[-1] if crow is None else 0
+    shares = 1 if tokens >= 256 else min(64, triton.cdiv(index.numel(), 32 * max(1, tokens)))
+    constants = {"SHARES": max(1, shares), "WIDE": wide(weight), **overlap(weight)}
+    configs = [{"BK": 8, "BO": 16}]
+    if not INTERPRET:
+        tiles = [(32, 64, 4), (8, 256, 4), (16, 128, 4), (4, 256, 2), (32, 128, 8), (8, 128, 2)]
+        configs = [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
+
+    def prepare(config):
+        launch = triton_launch(_dot_rows, (tokens, constants["SHARES"]), **constants, **config)
+        return lambda *tensors: launch(*tensors, count, outputs)
+
+    if index.numel() == 0 or tokens == 0:
+        return lambda grad, crow, index, weight: grad.new_zeros(index.shape)
+    out = grad.new_zeros(index.shape)
+    key = (grad.dtype, power_of_two(tokens, 1, 4096), power_of_two(index.numel() // tokens, 1, 1 << 16), outputs)
+    launch = autotune.pick("codes_grad_values", key, configs, prepare, (grad, crow, index, weight, out))
+
+    def call(grad, crow, index, weight):
+        # a program writes the stored entries only
+        out = torch.empty_like(index, dtype=grad.dtype) if crow is None else grad.new_zeros(index.shape)
+        launch(grad, crow, index, weight, out)
+        return out
+
+    return call
+
+
+def by_columns(values, crow, index, columns: int):
+    """(values, crow, token) of the compressed rows of S^T; in a row, tokens ascend."""
+    index = index.contiguous()
+    if crow is None:
+        token = None
+    else:
+        slots = torch.arange(index.numel(), device=index.device, dtype=crow.dtype)
+        token = torch.searchsorted(crow, slots, right=True, out_int32=True) - 1
+        index = index.masked_fill(slots >= crow[-1], columns)  # free slots come last
+    column, order = torch.sort(index.flatten(), stable=True)
+    edges = torch.arange(columns + 1, device=index.device, dtype=index.dtype)
+    token = order.div(index.shape[-1], rounding_mode="floor").int() if token is None else token[order]
+    return values.flatten()[order], torch.searchsorted(column, edges, out_int32=True), token
+
+
+@operator(
+    "gpu_codes_grad_weight(Tensor values, Tensor? crow, Tensor index, Tensor grad, int columns) -> Tensor",
+    lambda values, crow, index, grad, columns: (columns, grad.shape[1]),
+    strided=(),
+)
+def grad_weight(values, crow, index, grad, columns):
+    """values, crow or None, index, grad (tokens, O) -> (columns, O)."""
+    _check(values, crow, index, grad, len(grad))
+    if index.numel() == 0:
+        return lambda values, crow, index, grad: grad.new_zeros(columns, grad.shape[1])
+    sums = into_new(
+        _sums(*by_columns(values, crow, index, columns), grad, None, columns), values, (columns, grad.shape[1])
+    )
+    return lambda values, crow, index, grad: sums(*by_columns(values, crow, index, columns), grad, None)
