@@ -224,7 +224,7 @@ class ToDense(Rule):
 
     @staticmethod
     def backward(ctx, grad):
-        return project(grad, ctx.saved_tensors[0])
+        return grad if (w := ctx.saved_tensors[0]).cache.full_gradient else project(grad, w)
 
     @staticmethod
     def vmap(info, in_dims, w):
