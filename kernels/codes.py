@@ -23,24 +23,17 @@ from .tiles import power_of_two, wide
 
 
 @triton.jit
-def _entries(crow_ptr, token, K):
-    """The first entry of a token, and the one after its last."""
-    if crow_ptr is None:
-        return token.to(tl.int64) * K, (token.to(tl.int64) + 1) * K
-    else:
-        return tl.load(crow_ptr + token).to(tl.int64), tl.load(crow_ptr + token + 1).to(tl.int64)
-
-
-@triton.jit
 def _sum_rows(
     values_ptr, crow_ptr, index_ptr, w_ptr, bias_ptr, y_ptr, K, O,
     BK: tl.constexpr, BO: tl.constexpr, PIPE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token and BO outputs per program; the entries of the next step are loaded while the rows of this one come."""
+    """One token and BO outputs per program; the entries of a step are loaded during the one before."""
     begin(PDL)
-    pieces = tl.cdiv(O, BO)
-    token, o = tl.program_id(0) // pieces, (tl.program_id(0) % pieces) * BO + tl.arange(0, BO)
-    start, stop = _entries(crow_ptr, token, K)
+    token, o = tl.program_id(0), tl.program_id(1) * BO + tl.arange(0, BO)
+    if crow_ptr is None:
+        start, stop = token * K, token * K + K
+    else:
+        start, stop = tl.load(crow_ptr + token), tl.load(crow_ptr + token + 1)
     e = start + tl.arange(0, BK)
     row = tl.load(index_ptr + e, mask=e < stop, other=0)
     value = tl.load(values_ptr + e, mask=e < stop, other=0.0)
@@ -69,7 +62,10 @@ def _dot_rows(
     """BK entries of a token at a time, every SHARES-th of these groups per program."""
     begin(PDL)
     token = tl.program_id(0)
-    start, stop = _entries(crow_ptr, token, K)
+    if crow_ptr is None:
+        start, stop = token * K, token * K + K
+    else:
+        start, stop = tl.load(crow_ptr + token), tl.load(crow_ptr + token + 1)
     for at in range(start + tl.program_id(1) * BK, stop, SHARES * BK):
         e = at + tl.arange(0, BK)
         used = e < stop
@@ -102,7 +98,7 @@ def _sums(values, crow, index, weight, bias, tokens: int):
     constants = {"WIDE": wide(weight), **overlap(weight)}
 
     def prepare(config):
-        grid = (tokens * triton.cdiv(outputs, config["BO"]),)
+        grid = (tokens, triton.cdiv(outputs, config["BO"]))
         launch = triton_launch(_sum_rows, grid, **constants, **config)
         return lambda *tensors: launch(*tensors, count, outputs)
 
@@ -120,8 +116,8 @@ def _check(values, crow, index, weight, tokens: int):
         got = f"got values {tuple(values.shape)} and index {tuple(index.shape)}"
         raise ValueError(f"Expected values and index of one shape, (tokens, K) or, with crow, (entries,), {got}.")
     rows = len(index) if crow is None else len(crow) - 1
-    if rows != tokens:
-        raise ValueError(f"Expected entries of {tokens} tokens, got {rows}.")
+    if rows != tokens or index.numel() >= 2**31:
+        raise ValueError(f"Expected fewer than 2**31 entries of {tokens} tokens, got {index.numel()} of {rows}.")
 
 
 @operator(
