@@ -110,7 +110,7 @@ def why_dense(name: str, layout: Layout, shape: tuple, dtype: torch.dtype, flags
         return "expands the input to dense: the kernels are for single entries, and on the CPU for blocks of width 1"
     if name != "linear_grad_weight" and not flags.geometry["input_major"]:
         return f"expands the input to dense: {OUTPUT_MAJOR}"
-    density = flags.entries / max(1, tokens * columns)
+    density = flags.entries / max(1, -(-tokens // height) * height * columns)  # a last block may not be full
     limits = SHARED if height > 1 and tokens > 1 else OWN[device]
     limit = next(limit for most, limit in limits.items() if most is None or tokens <= most)
     if density <= limit:
