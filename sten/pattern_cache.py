@@ -25,7 +25,7 @@ class PatternCache:
             that compute a weight's gradient then compute it dense, once, pass it to the function in the orientation of
             the layout, and return its entries at the pattern.
         activation: whether it is the pattern of an activation or a gradient, which is new at each call.
-        full_gradient: whether the gradient of these tensors is computed dense, as that of a straight-through activation:
+        full_gradient: whether the gradient of these tensors is computed dense, as of a straight-through activation:
             entries off the pattern get one, too.
         used_slots: (versions of the parts, mask of the slots that are not padding): `sten.ops.padding.used_slots`.
 

@@ -232,8 +232,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear with a sparse weight, a sparse input, or both."""
     if isinstance(input, SparseTensor):
         return _of_sparse_input(input, weight, bias)
-    if not isinstance(weight, SparseTensor):  # the bias is sparse
-        return F.linear(input, weight, None if bias is None else bias.to_dense())
+    if not isinstance(weight, SparseTensor) or weight.cache.activation:  # or the bias is sparse
+        return on_dense_copies(F.linear, (input, weight, bias), {}, "linear")
     if autocast_somewhere():
         input, weight, bias = autocast(input, weight, bias)
     if bias is not None and (bias.dim() != 1 or bias.numel() == 1 or not bias.is_contiguous()):
@@ -277,6 +277,10 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     """torch.matmul with a sparse matrix on the left or the right."""
     if input.dim() < 1 or other.dim() < 1:
         raise RuntimeError(f"Expected operands with at least one dimension, got {input.dim()} and {other.dim()}.")
+    if isinstance(other, SparseTensor) and other.cache.activation:  # it is read by rows, as the left operand only
+        other = other.to_dense()
+        if not isinstance(input, SparseTensor):
+            return torch.matmul(input, other)
     left, right = (isinstance(a, SparseTensor) and a.dim() == 2 for a in (input, other))
     if left and right:
         return _both(input, other)
@@ -284,10 +288,10 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
         return times(input, other)
     if not left:  # a batch of sparse matrices, or of addmm only the input is sparse
         return on_dense_copies(torch.matmul, (input, other), {}, "matmul", warn=True)
+    if input.cache.activation:
+        return _of_sparse_input(input, other.t(), None) if other.dim() == 2 else input.to_dense() @ other
     if other.dim() == 1:
         return linear(other, input)
-    if other.dim() == 2 and input.cache.activation:
-        return _of_sparse_input(input, other.t(), None)
     return linear(other.transpose(-2, -1), input).transpose(-2, -1)
 
 

@@ -4,7 +4,7 @@
     linear_grad_weight          (grad, input, weight) -> grad.T @ x, dense, in the shape of the weight
     linear_grad_sparse_input    (grad, weight, input) -> the entries of grad @ W at the pattern of x: its values
 
-Kernels are registered with `input=`. They get `layout` and `shape` as tuples, (layout of x, None) and (shape of x, shape
+Kernels are registered with `input=`. They get `layout` and `shape` as tuples, (layout of x, None) and (its shape, shape
 of W), and the weight as it lies in memory: of x @ M the weight is M.t(), whose `t()` is contiguous.
 """
 

@@ -1,0 +1,92 @@
+"""sparse_op: an operator whose output, and whose output's gradient, are made sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layouts.base import Layout
+from ..sparsifiers.activation import ActivationMethod
+from .sites import Site, change_output
+
+How = ActivationMethod | tuple[ActivationMethod, Layout | None] | None
+
+
+class SparseOp(nn.Module):
+    """What `sparse_op` returns: a module, so that a layer that has it as an attribute has its state, too."""
+
+    def __init__(self, operator: Callable[..., Any], out: How, grad: How, features: int | None) -> None:
+        super().__init__()
+        self.operator = operator
+        self.out, self.grad = _site("output", operator, out), _site("grad_output", operator, grad)
+        for site in (self.grad, self.out):
+            if site is not None:
+                state = site.method.init(features) if site is self.out else {}
+                if features is not None:
+                    site.expect(features)
+                site.keep(self, state)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = self.operator(*args, **kwargs)
+        if self.grad is not None:
+            y = change_output(y, self.grad.with_gradient, self.grad.where)
+        if self.out is not None:
+            y = change_output(y, self._sparsified, self.out.where)
+        return y
+
+    def _sparsified(self, y: Tensor) -> Tensor:
+        return self.out.sparsified(self, y)
+
+    def extra_repr(self) -> str:
+        return "\n".join(str(site) for site in (self.out, self.grad) if site is not None)
+
+
+def _site(kind: str, operator: Callable, how: How) -> Site | None:
+    name = "out" if kind == "output" else "grad"
+    method, layout = how if isinstance(how, tuple) and len(how) == 2 else (how, None)
+    if method is None and layout is None:
+        return None
+    if not isinstance(method, ActivationMethod) or not (layout is None or isinstance(layout, Layout)):
+        raise TypeError(
+            f"Expected {name}=(method, layout), such as (sten.TopK(8), sten.FanIn()), or a method alone, got {how!r}."
+        )
+    if kind == "grad_output" and not method.takes_gradients:
+        raise ValueError(f"Expected a method without state for grad=, got {method}; use sten.TopK.")
+    return Site(getattr(operator, "__name__", type(operator).__name__), kind, method, layout, False)
+
+
+def sparse_op(operator: Callable[..., Any], out: How = None, grad: How = None, features: int | None = None) -> SparseOp:
+    """An operator whose output is sparsified, and whose output's gradient is on its way back.
+
+    For layers of your own; `sten.sparsify(model, site=...)` does so to those of a model.
+
+    Args:
+        operator: any function of tensors, or a module.
+        out: (method, layout) of the output, which is then a SparseTensor of two dimensions; a method alone, or None as
+            the layout, leaves it dense, with zeros.
+        grad: the same for the gradient of the output, before the operator's own backward reads it.
+        features: the width of the output, for a method that learns something of each feature (`sten.JumpReLU`).
+
+    Returns:
+        A module that is called as the operator; what its methods learn is in its `state_dict`.
+
+    Raises:
+        TypeError, ValueError: a method for weights, or one with state for `grad`; at the call, an output that the
+            layout cannot hold.
+
+    Example:
+        >>> import torch, sten
+        >>> add = sten.sparse_op(torch.add, out=(sten.Threshold(1.0), sten.CSR()), grad=(sten.TopK(1), None))
+        >>> a = torch.tensor([[0.5, 1.0], [1.0, 0.0]], requires_grad=True)
+        >>> y = add(a, torch.tensor([[0.25, 0.5], [0.5, 0.0]]))
+        >>> y.to_dense()
+        tensor([[0.0000, 1.5000],
+                [1.5000, 0.0000]], grad_fn=<ToDenseBackward>)
+        >>> torch.nn.functional.linear(y, torch.tensor([[1.0, 2.0]])).sum().backward()
+        >>> a.grad
+        tensor([[0., 2.],
+                [1., 0.]])
+    """
+    return SparseOp(operator, out, grad, features)
