@@ -23,31 +23,42 @@ from .tiles import power_of_two, wide
 
 
 @triton.jit
+def _load_entries(values_ptr, index_ptr, at, stop, BK: tl.constexpr, WIDE: tl.constexpr):
+    """BK entries: their values, their rows, and which of them are there."""
+    e = at + tl.arange(0, BK)
+    row = tl.load(index_ptr + e, mask=e < stop, other=0)
+    if WIDE:
+        row = row.to(tl.int64)
+    return tl.load(values_ptr + e, mask=e < stop, other=0.0).to(tl.float32), row, e < stop
+
+
+@triton.jit
+def _load_rows(w_ptr, row, used, o, O, EVEN: tl.constexpr):
+    mask = used[:, None] if EVEN else used[:, None] & (o < O)[None, :]
+    return tl.load(w_ptr + row[:, None] * O + o[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _sum_rows(
     values_ptr, crow_ptr, index_ptr, w_ptr, bias_ptr, y_ptr, K, O,
-    BK: tl.constexpr, BO: tl.constexpr, PIPE: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr, BO: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token and BO outputs per program; the entries of a step are loaded during the one before."""
+    """One token and BO outputs per program. While rows are added, the next ones and the entries after those come."""
     begin(PDL)
     token, o = tl.program_id(0), tl.program_id(1) * BO + tl.arange(0, BO)
     if crow_ptr is None:
         start, stop = token * K, token * K + K
     else:
         start, stop = tl.load(crow_ptr + token), tl.load(crow_ptr + token + 1)
-    e = start + tl.arange(0, BK)
-    row = tl.load(index_ptr + e, mask=e < stop, other=0)
-    value = tl.load(values_ptr + e, mask=e < stop, other=0.0)
+    value, row, used = _load_entries(values_ptr, index_ptr, start, stop, BK, WIDE)
+    w = _load_rows(w_ptr, row, used, o, O, EVEN)
+    next_value, row, used = _load_entries(values_ptr, index_ptr, start + BK, stop, BK, WIDE)
     acc = tl.zeros((BK, BO), tl.float32)
-    for at in tl.range(start, stop, BK, num_stages=PIPE):
-        used = at + tl.arange(0, BK) < stop
-        now, scale = row, value.to(tl.float32)
-        e = at + BK + tl.arange(0, BK)
-        row = tl.load(index_ptr + e, mask=e < stop, other=0)
-        value = tl.load(values_ptr + e, mask=e < stop, other=0.0)
-        if WIDE:
-            now = now.to(tl.int64)
-        w = tl.load(w_ptr + now[:, None] * O + o[None, :], mask=used[:, None] & (o < O)[None, :], other=0.0)
-        acc += scale[:, None] * w.to(tl.float32)
+    for at in range(start, stop, BK):
+        next_w = _load_rows(w_ptr, row, used, o, O, EVEN)
+        last_value, row, used = _load_entries(values_ptr, index_ptr, at + 2 * BK, stop, BK, WIDE)
+        acc += value[:, None] * w.to(tl.float32)
+        value, next_value, w = next_value, last_value, next_w
     y = tl.sum(acc, 0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
@@ -83,12 +94,12 @@ def _dot_rows(
 
 def _rows_configs(tokens: int, outputs: int) -> list[dict]:
     if INTERPRET:
-        return [{"BK": 8, "BO": 16, "PIPE": 1}]
+        return [{"BK": 8, "BO": 16}]
     if tokens < 64:  # the outputs are all that can be divided among the multiprocessors
-        tiles = [(64, 32, 4, 3), (64, 64, 8, 3), (128, 32, 8, 3), (64, 32, 8, 1), (32, 64, 4, 3), (128, 64, 8, 1)]
+        tiles = [(64, 32, 4), (64, 64, 8), (128, 32, 8), (64, 32, 8), (32, 64, 4), (128, 64, 8)]
     else:
-        tiles = [(8, 256, 4, 1), (4, 256, 2, 3), (8, 128, 2, 1), (16, 256, 4, 1), (16, 128, 4, 3), (4, 1024, 8, 1)]
-    return [{"BK": bk, "BO": bo, "PIPE": pipe, "num_warps": warps} for bk, bo, warps, pipe in tiles]
+        tiles = [(8, 256, 4), (4, 256, 2), (8, 128, 2), (16, 256, 4), (16, 128, 4), (4, 1024, 8)]
+    return [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
 
 
 def _sums(values, crow, index, weight, bias, tokens: int):
@@ -99,7 +110,7 @@ def _sums(values, crow, index, weight, bias, tokens: int):
 
     def prepare(config):
         grid = (tokens, triton.cdiv(outputs, config["BO"]))
-        launch = triton_launch(_sum_rows, grid, **constants, **config)
+        launch = triton_launch(_sum_rows, grid, EVEN=outputs % config["BO"] == 0, **constants, **config)
         return lambda *tensors: launch(*tensors, count, outputs)
 
     y = weight.new_empty(tokens, outputs)
