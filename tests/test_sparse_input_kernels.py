@@ -53,7 +53,7 @@ def run(name, x, weight, *operands):
 
 
 def assert_product(got, left, right, bias=0.0, where=slice(None)):
-    """Check `got` against left @ right + bias in float64, within rounding of the sum of magnitudes and of the result."""
+    """Check `got` against left @ right + bias in float64, within rounding of the sum of magnitudes and the result."""
     left, right = left.double(), right.double()
     exact = left @ right + bias
     bound = 2e-6 * (left.abs() @ right.abs() + abs(bias)) + (EPS[got.dtype] - 2e-6) * exact.abs() + 1e-30

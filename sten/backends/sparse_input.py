@@ -106,8 +106,8 @@ def why_dense(name: str, layout: Layout, shape: tuple, dtype: torch.dtype, flags
     (tokens, columns), height, device = shape[0], height_of(layout), flags.device.type
     if dtype not in DTYPES[device]:
         return f"expands the input to dense: the kernels are not for {str(dtype).removeprefix('torch.')}"
-    if height_of(layout) > 1 and device == "cuda" or isinstance(layout, BSR) and layout.block[1] > 1:
-        return "expands the input to dense: the kernels are for single entries, and on the CPU for blocks of width 1"
+    if isinstance(layout, BSR) and layout.block[1] > 1:
+        return "expands the input to dense: the kernels are for blocks of width 1"
     if name != "linear_grad_weight" and not flags.geometry["input_major"]:
         return f"expands the input to dense: {OUTPUT_MAJOR}"
     density = flags.entries / max(1, -(-tokens // height) * height * columns)  # a last block may not be full
@@ -135,13 +135,13 @@ def prepare_by(name: str, operator: Callable) -> Callable[..., Plan]:
     return prepare
 
 
-def register(device: str, operators: tuple[Callable, Callable, Callable]) -> None:
+def register(device: str, layouts: tuple[type[Layout], ...], operators: tuple[Callable, Callable, Callable]) -> None:
     for name, operator in zip(PRODUCTS, operators, strict=True):
-        for layout in (FanIn, CSR, BSR):
+        for layout in layouts:
             kernel(name, input=layout, device=device, prepare=True)(prepare_by(name, operator))
 
 
 if cpp.available():
-    register("cpu", cpu_operators())
+    register("cpu", (FanIn, CSR, BSR), cpu_operators())
 if kernels.available():
-    register("cuda", cuda_operators())
+    register("cuda", (FanIn, CSR), cuda_operators())
