@@ -42,11 +42,6 @@ def stored_tokens(parts: Parts, tokens: int) -> Tensor | None:
     return None if row is None or len(row) == tokens else row.long()
 
 
-def height_of(layout: Layout) -> int:
-    """The tokens that share their entries."""
-    return layout.block[0] if isinstance(layout, BSR) else 1
-
-
 # The operators of a device: (values, crow, index, ...), as those of csrc/register_codes.cpp
 
 
@@ -103,10 +98,10 @@ PRODUCTS = {"linear": linear, "linear_grad_sparse_input": grad_values, "linear_g
 
 def why_dense(name: str, layout: Layout, shape: tuple, dtype: torch.dtype, flags: Flags) -> str | None:
     """Why a dense product runs; None: the kernel does."""
-    (tokens, columns), height, device = shape[0], height_of(layout), flags.device.type
+    (tokens, columns), (height, width), device = shape[0], layout.tile(shape[0]), flags.device.type
     if dtype not in DTYPES[device]:
         return f"expands the input to dense: the kernels are not for {str(dtype).removeprefix('torch.')}"
-    if isinstance(layout, BSR) and layout.block[1] > 1:
+    if width > 1:
         return "expands the input to dense: the kernels are for blocks of width 1"
     if name != "linear_grad_weight" and not flags.geometry["input_major"]:
         return f"expands the input to dense: {OUTPUT_MAJOR}"
@@ -127,7 +122,7 @@ def prepare_by(name: str, operator: Callable) -> Callable[..., Plan]:
         why = why_dense(name, layout[0], shape, dtype, flags)
         if why is not None:
             return Plan.of("dense", why, functools.partial(reference, layout=layout, shape=shape))
-        height = height_of(layout[0])
+        height = layout[0].tile(shape[0])[0]  # the tokens that share their entries
         reason = f"reads only the rows of the input-major weight that {flags.entries // height} entries name"
         return Plan.of("codes", reason, make(operator, height, *shape[0]))
 
