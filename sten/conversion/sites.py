@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts.base import Layout
-from ..ops.sparsified import stored, with_gradient
+from ..ops.sparsified import stored, stores, with_gradient
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
 
@@ -142,12 +142,12 @@ class Site:
         matrix = x.reshape(-1, x.shape[-1])
         self.expect(matrix.shape[1])
         state = {name: getattr(module, self._full(name)) for name in self.state}
-        y, mask = self.method.apply(matrix, state, module.training)
-        if self.layout is None:
-            return y.view(x.shape)
-        flattens = self.kind == "input" and self.linear
-        y = self.store(y, mask, x, flattens)
-        if isinstance(y, SparseTensor) and x.dim() != 2:
+        if not stores(x, self.layout):
+            return self.method.apply(matrix, state, module.training)[0].view(x.shape)
+        columns = self.method.columns(matrix.detach())
+        y, where = (matrix, columns) if columns is not None else self.method.apply(matrix, state, module.training)
+        y = self.store(y, where, x.shape, self.kind == "input" and self.linear)
+        if x.dim() != 2:
             y.leading = x.shape[:-1]
         return y
 
@@ -157,7 +157,7 @@ class Site:
         matrix = dense.flatten(1) if self.kind == "grad_weight" else dense.reshape(-1, dense.shape[-1])
         self.expect(matrix.shape[1])
         y, mask = self.method.apply(matrix, {}, True)
-        return y.view(dense.shape) if self.layout is None else self.store(y, mask, dense, False)
+        return self.store(y, mask, dense.shape) if stores(dense, self.layout) else y.view(dense.shape)
 
     def expect(self, features: int) -> None:
         """Raise ValueError if the method cannot take rows of this width."""
@@ -166,18 +166,17 @@ class Site:
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
 
-    def store(self, y: Tensor, mask: Tensor, x: Tensor, flattens: bool) -> Tensor:
-        """In the layout; as the tensor x has its dimensions, unless the module may get a matrix."""
-        if x.dim() != 2 and not flattens:
+    def store(self, y: Tensor, where: Tensor, shape: torch.Size, as_matrix: bool = False) -> Tensor:
+        """In the layout; `shape` is that of the tensor, which has two dimensions unless the module takes a matrix."""
+        if len(shape) != 2 and not as_matrix:
             raise ValueError(
-                f"{self.where}: Expected a matrix (tokens, features) for {self.layout}, got shape {tuple(x.shape)}; "
+                f"{self.where}: Expected a matrix (tokens, features) for {self.layout}, got shape {tuple(shape)}; "
                 "flatten the tokens first, or leave layout= out, which gives the same numbers."
             )
         try:
-            stores = stored(y, mask, self.layout, self.method.full_gradient)
+            return stored(y, where, self.layout, self.method.full_gradient)
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
-        return stores if isinstance(stores, SparseTensor) else stores.view(x.shape)
 
     # copies: a Parameter's own hooks are not copied with it
 
@@ -243,4 +242,4 @@ def checked_on_sample(site: Site, state: dict[str, Tensor], features: int | None
             own = {name: tensor.detach().clone() for name, tensor in state.items()}
             y, mask = site.method.apply(rows, own, True)
             if site.layout is not None:
-                site.store(y, mask, rows, False)
+                site.store(y, mask, rows.shape)

@@ -107,6 +107,11 @@ class Layout(metaclass=Constructor):
         A layout with a fixed number of slots fills the ones that the mask leaves free with explicit zeros.
         """
 
+    def pack_columns(self, dense: Tensor, index: Tensor) -> Parts:
+        """Store the entries at the columns `index`, (rows, k), distinct and ascending, of each row of a matrix."""
+        mask = torch.zeros(dense.shape, dtype=torch.bool, device=dense.device)
+        return self.pack(dense, mask.scatter_(1, index, True))
+
     @abstractmethod
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         """The dense tensor of this shape, in the dtype of `parts["values"]` (any dtype, integers included)."""

@@ -63,6 +63,10 @@ class FanIn(Layout):
         parts = {"index": index, "row": row.int()}
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), parts), **parts}
 
+    def pack_columns(self, dense: Tensor, index: Tensor) -> Parts:
+        row = torch.arange(len(dense), dtype=torch.int32, device=dense.device)
+        return {"values": dense.gather(1, index), "index": index.int(), "row": row}
+
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, row = parts["values"], parts["row"].long()
         rows = values.new_zeros(len(row), math.prod(shape[1:])).scatter(1, parts["index"].long(), values)

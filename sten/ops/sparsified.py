@@ -14,11 +14,12 @@ from ..tensor import SparseTensor, traced, without_view
 
 
 class Store(Rule):
-    """A dense matrix, zero off the mask, in a layout; the gradient is its own, made dense."""
+    """A matrix at a mask, or at columns of each row, in a layout; the gradient is its own, made dense."""
 
     @staticmethod
-    def forward(x, mask, layout, full_gradient):
-        w = SparseTensor(layout, layout.pack(x.detach(), mask), tuple(x.shape))
+    def forward(x, where, layout, full_gradient):
+        pack = layout.pack if where.dtype == torch.bool else layout.pack_columns
+        w = SparseTensor(layout, pack(x.detach(), where), tuple(x.shape))
         w.cache.activation, w.cache.full_gradient = True, full_gradient
         return w
 
@@ -31,16 +32,18 @@ class Store(Rule):
         return (grad.to_dense() if isinstance(grad, SparseTensor) else grad), None, None, None
 
 
-def stored(x: Tensor, mask: Tensor, layout: Layout | None, full_gradient: bool) -> Tensor:
-    """x, which is zero off the mask, in a layout; dense if it is empty, and where a compiler or torch.func traces.
+def stores(x: Tensor, layout: Layout | None) -> bool:
+    """Whether a layout stores x: not if it is empty, nor where a compiler or torch.func traces, which see it dense."""
+    return layout is not None and x.numel() > 0 and not (is_compiling() or transforms_active() or traced(x))
 
-    ValueError if the layout cannot hold the shape or the mask. With `full_gradient` the operators that read it compute
-    the gradient of all entries.
+
+def stored(x: Tensor, where: Tensor, layout: Layout, full_gradient: bool) -> Tensor:
+    """x in a layout, at the entries of a mask or at the columns (rows, k); ValueError if the layout cannot hold it.
+
+    With `full_gradient` the operators that read it compute the gradient of all entries.
     """
-    if layout is None or not x.numel() or is_compiling() or transforms_active() or traced(x):
-        return x
     layout.check(tuple(x.shape))
-    return Store.run(x, mask, layout, full_gradient)
+    return Store.run(x, where, layout, full_gradient)
 
 
 class SparsifiedGradient(torch.autograd.Function):

@@ -86,6 +86,13 @@ class ActivationMethod(metaclass=Constructor):
     def mask(self, x: Tensor, state: State, training: bool) -> Tensor:
         """The entries to keep: bool, in the shape of x, (tokens, features)."""
 
+    def columns(self, x: Tensor) -> Tensor | None:
+        """Of a method that keeps k entries of each row as they are: their columns, (tokens, k), ascending; else None.
+
+        A layout then stores them without a mask of the whole matrix; `apply` gives the same numbers.
+        """
+        del x
+
     def apply(self, x: Tensor, state: State, training: bool) -> tuple[Tensor, Tensor]:
         """(the tensor with zeros for what was dropped, differentiable; the mask of the entries that are stored)."""
         mask = self.mask(x.detach(), state, training)

@@ -112,6 +112,23 @@ class TopK(ActivationMethod):
             return top_of_groups(blocks, count_of(self.k, self.block)).flatten(-2)
         return top_of_rows(x.abs(), count_of(self.k, x.shape[-1]))
 
+    def columns(self, x: Tensor) -> Tensor | None:
+        if self.block is None:
+            return top_columns(x.abs(), count_of(self.k, x.shape[-1]))
+        return None
+
+
+def top_columns(score: Tensor, k: int) -> Tensor:
+    """The columns of the k highest of each row, ascending; ties go to the lower index, NaN counts as the lowest."""
+    score = torch.nan_to_num(score, nan=-torch.inf, posinf=torch.inf)
+    values, index = score.topk(min(k + 1, score.shape[1]))
+    index = index[:, :k]
+    if k < score.shape[1]:
+        tied = (values[:, -1] == values[:, -2]).nonzero()[:, 0]  # topk breaks ties as it likes
+        if len(tied):
+            index[tied] = score[tied].sort(descending=True, stable=True).indices[:, :k]
+    return index.sort().values
+
 
 def top_of_rows(score: Tensor, k: int) -> Tensor:
     """Bool mask of the k highest of each row; ties go to the lower index. One selection, not a sort."""
