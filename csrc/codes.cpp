@@ -4,6 +4,7 @@
 //   codes_grad_values  grad W^T at the entries of S
 //   codes_grad_weight  S^T grad: the rows of grad, added up by columns of S; in the order of the tokens, so that the
 //                      result is the same in each run
+//   codes_topk         the columns of the largest magnitudes of each row of a dense matrix
 //
 // S (tokens, columns) has a token a row: `Bands` of width 1, whose rows in a band share their columns.
 #include <cstring>
@@ -149,6 +150,62 @@ void codes_grad_weight(const Bands& s, Table<E> grad, E* out, const Kernels& k, 
   codes_linear({values.get(), crow, token, s.columns, s.rows, 1, 1, 0}, grad, nullptr, out, k, pool);
 }
 
+namespace {
+
+constexpr int kBins = 2048, kShift = 20;    // of keys below 2^31: the exponent and three more bits
+
+// Ascending with the magnitude; a NaN is below zero.
+uint32_t key_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7fffffff;
+  return bits > 0x7f800000 ? 0 : bits + 1;
+}
+uint32_t key_of(Bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x & 0x7fff) << 16;
+  return bits > 0x7f800000 ? 0 : bits + 1;
+}
+
+// The columns of the `count` highest keys, ascending; of equal keys the first ones.
+void top_columns(const uint32_t* key, int64_t n, int64_t count, uint32_t* candidates, int32_t* out) {
+  int32_t bins[kBins] = {};
+  for (int64_t i = 0; i < n; ++i) ++bins[key[i] >> kShift];
+  int64_t left = count;
+  uint32_t bin = kBins;
+  while (bins[--bin] < left) left -= bins[bin];
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    candidates[found] = key[i];
+    found += key[i] >> kShift == bin;
+  }
+  std::nth_element(candidates, candidates + found - left, candidates + found);
+  const uint32_t edge = candidates[found - left];
+  for (int64_t i = found - left; i < found; ++i) left -= candidates[i] > edge;    // what remains: equal to the edge
+  for (int64_t i = 0; i < n && count > 0; ++i) {
+    const bool tie = key[i] == edge && left > 0;
+    if (key[i] <= edge && !tie) continue;
+    left -= tie;
+    --count;
+    *out++ = static_cast<int32_t>(i);
+  }
+}
+
+}  // namespace
+
+template <typename E>
+void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_t* out, Pool pool) {
+  pool.threads = useful_threads(pool.threads, 8.0 * static_cast<double>(rows) * columns);
+  pool.each(rows, [&](int64_t begin, int64_t end) {
+    Scratch<uint32_t> keys(Role::index, 2 * columns + 1);    // one more is written to, without a use
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t i = 0; i < columns; ++i) keys.get()[i] = key_of(x[r * columns + i]);
+      top_columns(keys.get(), columns, count, keys.get() + columns, out + r * count);
+    }
+  });
+}
+
+template void codes_topk(const float*, int64_t, int64_t, int64_t, int32_t*, Pool);
+template void codes_topk(const Bfloat16*, int64_t, int64_t, int64_t, int32_t*, Pool);
 template void codes_linear(const Bands&, Table<float>, const float*, float*, const Kernels&, Pool);
 template void codes_linear(const Bands&, Table<Bfloat16>, const float*, Bfloat16*, const Kernels&, Pool);
 template void codes_grad_values(const Bands&, Table<float>, const float*, float*, const Kernels&, Pool);

@@ -102,6 +102,9 @@ void codes_grad_values(const Bands& s, Table<E> table, const E* grad, float* out
 // out (s.columns, grad.ld)
 template <typename E>
 void codes_grad_weight(const Bands& s, Table<E> grad, E* out, const Kernels& k, Pool pool);
+// out (rows, count), ascending in a row: the columns of the largest |x|, where ties go to the lower column; NaN is lowest
+template <typename E>
+void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_t* out, Pool pool);
 
 // All n-subsets of range(m) in revolving-door order; made once for each (n, m).
 struct Patterns {

@@ -94,6 +94,18 @@ Tensor codes_grad_weight_op(const Tensor& values, const std::optional<Tensor>& c
   return out;
 }
 
+Tensor codes_topk_op(const Tensor& x, int64_t count) {
+  static constexpr const char* op = "sten::codes_topk";
+  check_matrix(op, "x", x);
+  TORCH_CHECK(1 <= count && count <= x.size(1) && x.size(1) <= INT32_MAX, op, ": Expected a count from 1 to the ",
+              text(x.size(1)), " columns of x, got ", text(count));
+  const Tensor out = at::empty({x.size(0), count}, x.options().dtype(at::kInt));
+  by_dtype(x, [&](auto table, auto) {
+    codes_topk(table.data, x.size(0), x.size(1), count, out.mutable_data_ptr<int32_t>(), make_pool());
+  });
+  return out;
+}
+
 }  // namespace
 }  // namespace sten
 
@@ -105,10 +117,12 @@ TORCH_LIBRARY_FRAGMENT(sten, m) {
       "codes_grad_values(Tensor grad, Tensor? crow, Tensor index, Tensor weight, int height, bool blocks) -> Tensor");
   m.def(
       "codes_grad_weight(Tensor values, Tensor? crow, Tensor index, Tensor grad, int height, int columns) -> Tensor");
+  m.def("codes_topk(Tensor x, int count) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sten, CPU, m) {
   m.impl("codes_linear", &sten::codes_linear_op);
   m.impl("codes_grad_values", &sten::codes_grad_values_op);
   m.impl("codes_grad_weight", &sten::codes_grad_weight_op);
+  m.impl("codes_topk", &sten::codes_topk_op);
 }

@@ -188,6 +188,23 @@ def test_opcheck():
         torch.library.opcheck(ops.codes_linear, (parts["values"], *pattern, weight, bias, height, tokens))
         torch.library.opcheck(ops.codes_grad_values, (grad[:tokens], *pattern, weight, height, blocks))
         torch.library.opcheck(ops.codes_grad_weight, (parts["values"], *pattern, grad[:tokens], height, 30))
+    torch.library.opcheck(ops.codes_topk, (grad, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_topk(dtype):
+    """As the mask of sten.TopK says: ties to the lower column, NaN last."""
+    for rows, columns, k in ((3, 5, 5), (4, 100, 1), (50, 1000, 32), (20, 300, 299), (0, 4, 2)):
+        x = torch.randn(rows, columns).to(dtype)
+        if rows > 2:
+            x[0, :3], x[1, 1], x[2] = torch.nan, -torch.inf, x[2].relu()
+        kept = torch.ops.sten.codes_topk(x, k)
+        assert kept.dtype == torch.int32 and (kept.diff() > 0).all()
+        mask = torch.zeros_like(x, dtype=torch.bool).scatter(1, kept.long(), True)
+        assert torch.equal(mask, sten.TopK(k).mask(x, {}, True))
+    for k in (0, 5):
+        with pytest.raises(RuntimeError, match="Expected a count from 1 to the 4 columns"):
+            torch.ops.sten.codes_topk(torch.randn(2, 4), k)
 
 
 def wrong_calls():

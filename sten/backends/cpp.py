@@ -104,6 +104,7 @@ def _load():
     for name in ("codes_linear", "codes_grad_weight"):
         torch.library.register_fake(f"sten::{name}", _fake_codes)
     torch.library.register_fake("sten::codes_grad_values", _fake_codes_values)
+    torch.library.register_fake("sten::codes_topk", lambda x, count: x.new_empty((len(x), count), dtype=torch.int32))
 
 
 _load()
