@@ -242,6 +242,11 @@ MOST_COLUMNS = 1 << 16  # of a row that fits into the registers of a program
 BITS = {torch.float32: (31, 0x7F800000), torch.bfloat16: (15, 0x7F80), torch.float16: (15, 0x7C00)}
 
 
+def selects(x: torch.Tensor) -> bool:
+    """Whether ``topk`` takes a matrix of this dtype and width."""
+    return x.dtype in BITS and x.shape[1] <= MOST_COLUMNS
+
+
 @operator(
     "gpu_codes_topk(Tensor x, int count) -> Tensor",
     lambda x, count: (x.shape[0], count),

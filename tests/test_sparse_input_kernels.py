@@ -202,6 +202,7 @@ def test_topk(dtype):
         assert kept.dtype == torch.int32 and (kept.diff() > 0).all()
         mask = torch.zeros_like(x, dtype=torch.bool).scatter(1, kept.long(), True)
         assert torch.equal(mask, sten.TopK(k).mask(x, {}, True))
+        assert torch.equal(sten.TopK(k).columns(x), kept.long())
     for k in (0, 5):
         with pytest.raises(RuntimeError, match="Expected a count from 1 to the 4 columns"):
             torch.ops.sten.codes_topk(torch.randn(2, 4), k)
