@@ -17,9 +17,9 @@ STEN_INLINE float number(Bfloat16 x) {
 // The rows are known in advance, and lie anywhere: the next ones are fetched while these are added.
 template <int R, typename E>
 STEN_INLINE void fetch(Table<E> table, const int32_t* row, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(E), kFirst = 1024 / sizeof(E);
+  constexpr int64_t kLine = 64 / sizeof(E), kFirst = 2048 / sizeof(E);
   for (int r = 0; r < R; ++r)
-    for (int64_t i = 0; i < n && i < kFirst; i += kLine) __builtin_prefetch(table.data + row[r] * table.ld + i);
+    for (int64_t i = 0; i < n && i < kFirst; i += kLine) __builtin_prefetch(table.data + row[r] * table.ld + i, 0, 2);
 }
 
 template <int R, typename E>
