@@ -196,7 +196,7 @@ template <typename E>
 void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_t* out, Pool pool) {
   pool.threads = useful_threads(pool.threads, 8.0 * static_cast<double>(rows) * columns);
   pool.each(rows, [&](int64_t begin, int64_t end) {
-    Scratch<uint32_t> keys(Role::index, 2 * columns + 1);    // one more is written to, without a use
+    Scratch<uint32_t> keys(Role::index, 2 * columns);
     for (int64_t r = begin; r < end; ++r) {
       for (int64_t i = 0; i < columns; ++i) keys.get()[i] = key_of(x[r * columns + i]);
       top_columns(keys.get(), columns, count, keys.get() + columns, out + r * count);

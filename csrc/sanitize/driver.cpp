@@ -255,6 +255,32 @@ void try_codes(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_
                     [&](int64_t o, int64_t) { return static_cast<double>(to_float(weight[i % in * out + o])); }, 0.0);
 }
 
+// The columns of the largest magnitudes against a stable sort; with ties, and NaN, which is lowest.
+template <typename E>
+void try_topk(int64_t rows, int64_t columns, int threads) {
+  std::vector<E> x = random_numbers<E>(rows * columns);
+  for (size_t i = 0; i < x.size(); ++i)
+    if (generator() % 4 == 0) x[i] = x[generator() % x.size()];
+  if constexpr (std::is_same_v<E, float>)
+    for (size_t i = 0; i < x.size(); i += 7) x[i] = i % 3 ? NAN : i % 2 ? 0.0f : -INFINITY;
+  for (const int64_t count : {int64_t{1}, columns / 3 + 1, columns}) {
+    std::vector<int32_t> got(rows * count);
+    codes_topk(x.data(), rows, columns, count, got.data(), {threads, run_tasks});
+    for (int64_t r = 0; r < rows; ++r) {
+      std::vector<int32_t> order(columns);
+      for (int64_t i = 0; i < columns; ++i) order[i] = static_cast<int32_t>(i);
+      const auto size = [&](int32_t i) {
+        const float value = std::abs(to_float(x[r * columns + i]));
+        return std::isnan(value) ? -1.0f : value;
+      };
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return size(a) > size(b); });
+      order.resize(count);
+      std::sort(order.begin(), order.end());
+      failures += !std::equal(order.begin(), order.end(), got.begin() + r * count);
+    }
+  }
+}
+
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
 int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
@@ -357,6 +383,10 @@ void try_crc32() {
 
 int main() {
   try_crc32();
+  for (const int64_t columns : {1, 2, 63, 5000}) {
+    try_topk<float>(5, columns, 3);
+    try_topk<Bfloat16>(5, columns, 1);
+  }
   for (const char* name : {"avx512", "avx2", "portable"}) {
     if (!has_instruction_set(name)) continue;
     set_instruction_set(name);
