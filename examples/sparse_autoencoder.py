@@ -66,7 +66,9 @@ def main():
     width, latents, k, steps = (16, 64, 4, 150) if args.tiny else (64, 1024, 8, 2000)
     directions = F.normalize(torch.randn(latents // 2, width), dim=1)
     model = SparseAutoencoder(width, latents, *METHODS[args.method](k), k)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    slow = [p for name, p in model.named_parameters() if "threshold" not in name]
+    fast = [p for name, p in model.named_parameters() if "threshold" in name]
+    optimizer = torch.optim.Adam([{"params": slow}, {"params": fast, "lr": 0.03}], lr=3e-3)
 
     def batch(size=256):
         codes = torch.rand(size, latents // 2) * (torch.rand(size, latents // 2) < 2 * k / latents)

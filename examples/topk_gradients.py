@@ -74,4 +74,4 @@ if __name__ == "__main__":
     parser.add_argument("--tiny", action="store_true")
     steps = 60 if parser.parse_args().tiny else 500
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(train, (2, f"{folder}/store", steps), nprocs=2)
+        torch.multiprocessing.start_processes(train, (2, f"{folder}/store", steps), nprocs=2, start_method="fork")

@@ -8,6 +8,7 @@ import torch
 import sten
 from sten.layouts import NM
 from sten.sparsifiers.activation import ActivationMethod
+from sten.sparsifiers.activations import columns_by_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = [
@@ -86,6 +87,14 @@ def test_top_k_breaks_ties_by_index_and_counts_nan_lowest():
     mask = applied(sten.TopK(2), x)[1]
     assert mask.tolist() == [[False, True, True, False, False], [False, True, True, False, False]]
     assert applied(sten.TopK(5), x)[1].all() and applied(sten.TopK(0.1), x)[1].sum() == 2
+    torch.manual_seed(0)
+    many = torch.randint(-3, 4, (50, 33)).float()
+    for k in (1, 7, 33):
+        mask = applied(sten.TopK(k), many)[1]
+        columns = mask.nonzero()[:, 1].view(50, k)
+        assert torch.equal(sten.TopK(k).columns(many), columns)
+        assert torch.equal(columns_by_key(many.abs(), k), columns)
+    assert columns_by_key(torch.tensor([[1.0, -torch.inf, 1, 0]]), 3).tolist() == [[0, 2, 3]]
 
 
 def test_batch_top_k():

@@ -204,6 +204,33 @@ def test_a_gradient_site_follows_the_parameter():
     assert int((model[0].weight.grad != 0).sum(-1).max()) == 2
 
 
+def test_a_gradient_site_of_a_frozen_weight():
+    """It acts when the weight trains again; copies in between are none the worse."""
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    sten.sparsify(model, site="grad_weight", sparsifier=sten.TopK(2))
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        run(each, torch.randn(5, 16))
+        each[0].weight.requires_grad_(True)
+        run(each, torch.randn(5, 16))
+        assert int((each[0].weight.grad != 0).sum(-1).max()) == 2
+        sten.densify(each)
+
+
+def test_modules_that_share_or_are_not_called():
+    model = mlp()
+    model.append(nn.Linear(8, 32)), model.append(nn.Linear(16, 32))
+    model[4].weight = model[0].weight
+    with pytest.raises(ValueError, match="of one module, got one that several share"):
+        sten.sparsify(model, site="grad_weight", sparsifier=TOP)
+    attention = nn.TransformerEncoderLayer(16, 2, 32)
+    sten.sparsify(attention, site="input", sparsifier=TOP)
+    assert [site.name for site in sten.summary(attention).sites] == ["linear1", "linear2"]
+    with pytest.raises(ValueError, match="whose forward is called"):
+        sten.sparsify(attention, site="output", sparsifier=TOP, modules="*.out_proj")
+
+
 def test_learned_thresholds_are_saved(tmp_path):
     def model():
         return sten.sparsify(mlp(), site="output", sparsifier=sten.JumpReLU(0.3, 0.5))

@@ -7,6 +7,7 @@ import fnmatch
 import inspect
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,8 +46,15 @@ def sparsify_site(
         _remove(chosen, site)
         return
     ready = []
+    unused, weights = uncalled(model), Counter(id(m._parameters.get("weight")) for _, m in model.named_modules())
     for name, module in chosen:
         _expect_site(name, module, site)
+        if id(module) in unused:
+            raise ValueError(
+                f"{name}: Expected a module whose forward is called, got one that MultiheadAttention reads."
+            )
+        if site == "grad_weight" and weights[id(module.weight)] > 1:
+            raise ValueError(f"grad_weight of {name}: Expected a weight of one module, got one that several share.")
         linear = is_linear(module, "weight")
         one, features = Site(name, site, method, layout, linear), features_of(module, site)
         state = method.init(features) if site in ACTIVATIONS else {}

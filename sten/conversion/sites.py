@@ -47,7 +47,8 @@ class Site:
         linear: whether the module acts on the last dimension only, so that it may get a matrix of all tokens.
         state: names of the method's tensors.
         handles: what removes the hooks.
-        param: of grad_weight, the Parameter that is hooked.
+        param, hook: of grad_weight, the Parameter that is hooked, and what removes that.
+        frozen: whether it is not hooked, since it does not train; compilers read this, not the hook.
     """
 
     name: str
@@ -58,6 +59,8 @@ class Site:
     state: tuple[str, ...] = ()
     handles: list[Any] = field(default_factory=list, repr=False)
     param: nn.Parameter | None = field(default=None, repr=False)
+    hook: Any = field(default=None, repr=False)
+    frozen: bool = False
 
     def __str__(self) -> str:
         return f"{self.where}: {self.method}, {'dense with zeros' if self.layout is None else self.layout}"
@@ -72,9 +75,9 @@ class Site:
         self.state = tuple(state)
         for name, tensor in state.items():
             if isinstance(tensor, nn.Parameter):
-                module.register_parameter(self._full(name), tensor)
+                module.register_parameter(self.full(name), tensor)
             else:
-                module.register_buffer(self._full(name), tensor)
+                module.register_buffer(self.full(name), tensor)
 
     def install(self, module: nn.Module, state: dict[str, Tensor]) -> None:
         """Hook a module, and give it the method's tensors."""
@@ -99,13 +102,14 @@ class Site:
         """Take everything off again."""
         for handle in self.handles:
             handle.remove()
-        if self.param is not None:
-            self.handle.remove()
+        if self.hook is not None:
+            self.hook.remove()
         for name in self.state:
-            delattr(module, self._full(name))
+            delattr(module, self.full(name))
         del vars(module)[ATTRIBUTE][self.kind]
 
-    def _full(self, name: str) -> str:
+    def full(self, name: str) -> str:
+        """The name that a tensor of the method has in the module."""
         return f"sparse_{self.kind}_{name}"
 
     # what the hooks do
@@ -129,9 +133,15 @@ class Site:
 
     def follow_weight(self, module: nn.Module, args: tuple = ()) -> None:
         """Hook the Parameter that `weight` is now, if it is another one."""
-        if self.param is not module._parameters["weight"]:
+        if self.param is not module._parameters["weight"] or (self.frozen and self.param.requires_grad):
+            if self.hook is not None:
+                self.hook.remove()
             self.param = module._parameters["weight"]
-            self.handle = self.param.register_hook(self.gradient)
+            self._hook_weight()
+
+    def _hook_weight(self) -> None:
+        self.frozen = not self.param.requires_grad
+        self.hook = None if self.frozen else self.param.register_hook(self.gradient)
 
     def with_gradient(self, x: Tensor) -> Tensor:
         return with_gradient(x, self.gradient)
@@ -141,7 +151,7 @@ class Site:
         x = x.to_dense() if isinstance(x, SparseTensor) else x
         matrix = x.reshape(-1, x.shape[-1])
         self.expect(matrix.shape[1])
-        state = {name: getattr(module, self._full(name)) for name in self.state}
+        state = {name: getattr(module, self.full(name)) for name in self.state}
         if not stores(x, self.layout):
             return self.method.apply(matrix, state, module.training)[0].view(x.shape)
         columns = self.method.columns(matrix.detach())
@@ -181,12 +191,12 @@ class Site:
     # copies: a Parameter's own hooks are not copied with it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "handle"}
+        return {**vars(self), "hook": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.param is not None:
-            self.handle = self.param.register_hook(self.gradient)
+            self._hook_weight()
 
 
 def change_first(args: tuple, kwargs: dict, change, where: str) -> tuple[tuple, dict]:

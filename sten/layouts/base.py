@@ -149,6 +149,12 @@ class Layout(metaclass=Constructor):
         del rows
         return False
 
+    def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
+        """The parts of matrices of so many rows, one below the other, as of one; by default if the layout `stacks`."""
+        if len(each) > 1 and not self.stacks(rows):
+            raise ValueError(f"Expected a layout whose rows can be joined, such as FanIn() or CSR(), got {self}.")
+        return {name: torch.cat([parts[name] for parts in each]) for name in each[0]}
+
     def column_groups(self, shape: tuple[int, ...]) -> Tensor:
         """The group of each column of `weight.flatten(1)`, int64 on the CPU, for methods that go column by column.
 

@@ -123,6 +123,8 @@ class TopK(ActivationMethod):
 def top_columns(score: Tensor, k: int) -> Tensor:
     """The columns of the k highest of each row, ascending; ties go to the lower index, NaN counts as the lowest."""
     score = torch.nan_to_num(score, nan=-torch.inf, posinf=torch.inf)
+    if score.device.type != "cpu" and score.dtype != torch.float64:
+        return columns_by_key(score, k)
     values, index = score.topk(min(k + 1, score.shape[1]))
     index = index[:, :k]
     if k < score.shape[1]:
@@ -130,6 +132,17 @@ def top_columns(score: Tensor, k: int) -> Tensor:
         if len(tied):
             index[tied] = score[tied].sort(descending=True, stable=True).indices[:, :k]
     return index.sort().values
+
+
+def columns_by_key(score: Tensor, k: int) -> Tensor:
+    """The same for magnitudes, and -inf, without a look at the numbers, which would wait for the device.
+
+    The bits of such numbers are in their order, and the column below them breaks ties.
+    """
+    last = score.shape[1] - 1
+    column = torch.arange(last, -1, -1, device=score.device)
+    key = (score.float().view(torch.int32).long() << 32) | column
+    return (last - (key.topk(k, sorted=False).values & 0xFFFFFFFF)).sort().values
 
 
 def top_of_rows(score: Tensor, k: int) -> Tensor:
