@@ -6,9 +6,10 @@
     topk          the columns of the largest magnitudes of each row of a dense matrix
 
 ``weight`` is input-major, (columns, O). S has a token a row: lists (values and index (T, K)) or, with crow, compressed
-rows (values and index (entries,)). Each row is added up by one program: results are the same in each run.
+rows (values and index (entries,)); of ``linear`` also blocks of H tokens that share their columns, with values
+(entries, H, 1). Each row is added up by one program: results are the same in each run.
 
-Letters: T tokens, K entries a token, O outputs; BK entries and BO outputs a tile.
+Letters: T tokens, K entries a token, O outputs; BK entries, BO outputs and BT tokens a tile.
 """
 
 import torch
@@ -20,6 +21,7 @@ from .backend import INTERPRET
 from .launch import into_new, triton_launch
 from .operators import operator
 from .pdl import begin, overlap
+from .precision import precision
 from .tiles import power_of_two, wide
 
 
@@ -64,6 +66,35 @@ def _sum_rows(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
     tl.store(y_ptr + token.to(tl.int64) * O + o, y.to(y_ptr.dtype.element_ty), mask=o < O)
+
+
+@triton.jit
+def _sum_shared(
+    values_ptr, crow_ptr, index_ptr, w_ptr, bias_ptr, y_ptr, T, H, O,
+    BK: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BT tokens of a block and BO outputs per program: each row in use is read once for all of them."""
+    begin(PDL)
+    pieces = tl.cdiv(H, BT)
+    block, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * BT
+    t, o = first + tl.arange(0, BT), tl.program_id(1) * BO + tl.arange(0, BO)
+    start, stop = tl.load(crow_ptr + block), tl.load(crow_ptr + block + 1)
+    acc = tl.zeros((BT, BO), tl.float32)
+    for at in range(start, stop, BK):
+        e = at + tl.arange(0, BK)
+        used = e < stop
+        row = tl.load(index_ptr + e, mask=used, other=0)
+        if WIDE:
+            row = row.to(tl.int64)
+        w = _load_rows(w_ptr, row, used, o, O, EVEN)
+        x = tl.load(values_ptr + e[None, :] * H + t[:, None], mask=used[None, :] & (t < H)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    token = (block * H + t).to(tl.int64)
+    mask = ((t < H) & (token < T))[:, None] & (o < O)[None, :]
+    tl.store(y_ptr + token[:, None] * O + o[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -151,7 +182,35 @@ def _sums(values, crow, index, weight, bias, tokens: int):
     return autotune.pick("codes_linear", key, _rows_configs(tokens, each), prepare, tensors)
 
 
+def _shared_sums(values, crow, index, weight, bias, tokens: int):
+    """The prepared launch of linear for blocks of tokens."""
+    height, outputs = values.shape[1], weight.shape[1]
+    bt = power_of_two(height, 16, 64)
+    rows = (len(crow) - 1) * triton.cdiv(height, bt)
+    constants = {"BT": bt, "WIDE": wide(weight), "PRECISION": precision(weight.dtype), **overlap(weight)}
+    configs = [{"BK": 16, "BO": 16}]
+    if not INTERPRET:
+        tiles = [(64, 64, 4), (64, 32, 4), (128, 32, 4), (64, 128, 8), (32, 64, 4)]
+        configs = [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
+
+    def prepare(config):
+        grid = (rows, triton.cdiv(outputs, config["BO"]))
+        launch = triton_launch(_sum_shared, grid, EVEN=outputs % config["BO"] == 0, **constants, **config)
+        return lambda *tensors: launch(*tensors, tokens, height, outputs)
+
+    y = weight.new_empty(tokens, outputs)
+    if y.numel() == 0:
+        return lambda *tensors: None
+    key = (weight.dtype, rows, bt, power_of_two(len(index) // max(1, len(crow) - 1), 1, 1 << 16), outputs)
+    return autotune.pick("codes_shared", key, configs, prepare, (values, crow, index, weight, bias, y))
+
+
 def _check(values, crow, index, weight, tokens: int):
+    blocks = crow is not None and values.dim() == 3 and values.shape[2] == 1 and len(values) == len(index)
+    if blocks and index.dim() == 1 and len(crow) - 1 == triton.cdiv(tokens, values.shape[1]):
+        if values.numel() >= 2**31:
+            raise ValueError(f"Expected fewer than 2**31 entries, got {values.numel()}.")
+        return
     if values.shape != index.shape or index.dim() != (2 if crow is None else 1):
         got = f"got values {tuple(values.shape)} and index {tuple(index.shape)}"
         raise ValueError(f"Expected values and index of one shape, (tokens, K) or, with crow, (entries,), {got}.")
@@ -166,9 +225,10 @@ def _check(values, crow, index, weight, tokens: int):
     strided=(),
 )
 def linear(values, crow, index, weight, bias, tokens):
-    """values, crow or None, index, weight (columns, O), bias -> (tokens, O)."""
+    """values, crow or None, index, weight (columns, O), bias -> (tokens, O). A last block may have fewer tokens."""
     _check(values, crow, index, weight, tokens)
-    launch = _sums(values, crow, index, weight, bias, tokens)
+    sums = _shared_sums if values.dim() == 3 else _sums
+    launch = sums(values, crow, index, weight, bias, tokens)
     return into_new(launch, values, (tokens, weight.shape[1]))
 
 

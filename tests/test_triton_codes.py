@@ -48,6 +48,18 @@ def test_products(make, dtype):
         assert (got.flatten()[stored:] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_that_share_their_columns(dtype):
+    for tokens, columns, height, outputs in ((4, 40, 4, 33), (7, 50, 3, 16), (1, 20, 5, 8), (40, 30, 20, 20)):
+        dense = random(tokens, columns, dtype=dtype)
+        for number, block in enumerate(dense.split(height)):
+            block[:, torch.rand(columns, generator=torch.Generator().manual_seed(number)) > 0.3] = 0
+        parts = sten.from_dense(dense, sten.BSR((height, 1))).parts
+        weight, bias = random(columns, outputs, dtype=dtype), random(outputs, dtype=dtype)
+        got = codes.linear(parts["values"], parts["crow"], parts["col"], weight, bias, tokens=tokens)
+        close(got, dense.double() @ weight.double() + bias.double(), dtype)
+
+
 def test_what_is_not_used_is_not_read():
     values, _, index, dense = lists(4, 30, 3, torch.float32)
     weight = random(30, 12)
@@ -107,13 +119,13 @@ def test_wrong_calls_raise():
         codes.linear(values, None, index, random(8, 20).t(), None, tokens=4)
 
 
-@pytest.mark.parametrize("layout", [sten.FanIn(), sten.CSR()], ids=str)
+@pytest.mark.parametrize("layout", [sten.FanIn(), sten.CSR(), sten.BSR((1, 1))], ids=str)
 def test_plans_of_cuda(layout, monkeypatch):
     """The Plan that is registered for CUDA runs these kernels, also where the layout leaves out empty tokens."""
     monkeypatch.setattr(sparse_input, "why_dense", lambda *arguments: None)
     x = random(6, 40) * (random(6, 40) > 1.5)
     x[2] = 0
-    x = sten.from_dense(x, layout, x != 0) if layout == sten.CSR() else sten.from_dense(x, layout)
+    x = sten.from_dense(x, layout)
     weight, bias, grad, dense = random(40, 16).t(), random(16), random(6, 16), x.to_dense().double()
     operators = dict(zip(sparse_input.PRODUCTS, sparse_input.cuda_operators(), strict=True))
     flags = Flags(6, x.parts["values"].numel(), torch.device("cuda"), geometry={"input_major": True})

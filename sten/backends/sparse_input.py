@@ -26,7 +26,7 @@ OWN = {
     "cpu": {1: 0.9, 4: 0.4, 16: 0.2, None: 0.1},
     "cuda": {1: 0.9, 4: 0.2, 64: 0.05, None: 0.005},
 }
-SHARED = {16: 0.5, None: 0.25}  # on the CPU, where the tokens of a block read a row while it is in the cache
+SHARED = {"cpu": {16: 0.5, None: 0.25}, "cuda": {64: 0.5, None: 0.05}}  # the tokens of a block read a row together
 OUTPUT_MAJOR = "the weight is output-major; `layer.weight.data = layer.weight.data.t().contiguous().t()` changes that"
 
 
@@ -50,12 +50,21 @@ def cpu_operators() -> tuple[Callable, Callable, Callable]:
     return sten.codes_linear.default, sten.codes_grad_values.default, sten.codes_grad_weight.default
 
 
+def singles(values: Tensor) -> Tensor:
+    """The values of blocks of one entry without the dimensions of the block."""
+    return values.flatten() if values.dim() == 3 else values
+
+
+def singles_back(values: Tensor, blocks: bool) -> Tensor:
+    return values[:, None, None] if blocks else values
+
+
 def cuda_operators() -> tuple[Callable, Callable, Callable]:
     codes = kernels.codes
     return (
         lambda *tensors_height, tokens: codes.linear(*tensors_height[:-1], tokens=tokens),
-        lambda *tensors, height, blocks: codes.grad_values(*tensors),
-        lambda *tensors, height, columns: codes.grad_weight(*tensors, columns=columns),
+        lambda grad, *pattern, height, blocks: singles_back(codes.grad_values(grad, *pattern), blocks),
+        lambda values, *rest, height, columns: codes.grad_weight(singles(values), *rest, columns=columns),
     )
 
 
@@ -103,10 +112,12 @@ def why_dense(name: str, layout: Layout, shape: tuple, dtype: torch.dtype, flags
         return f"expands the input to dense: the kernels are not for {str(dtype).removeprefix('torch.')}"
     if width > 1:
         return "expands the input to dense: the kernels are for blocks of width 1"
+    if height > 1 and device == "cuda" and name != "linear":
+        return "expands the input to dense: on CUDA the gradients have no kernel for tokens that share their entries"
     if name != "linear_grad_weight" and not flags.geometry["input_major"]:
         return f"expands the input to dense: {OUTPUT_MAJOR}"
     density = flags.entries / max(1, -(-tokens // height) * height * columns)  # a last block may not be full
-    limits = SHARED if height > 1 and tokens > 1 else OWN[device]
+    limits = (SHARED if height > 1 and tokens > 1 else OWN)[device]
     limit = next(limit for most, limit in limits.items() if most is None or tokens <= most)
     if density <= limit:
         return None
@@ -130,13 +141,13 @@ def prepare_by(name: str, operator: Callable) -> Callable[..., Plan]:
     return prepare
 
 
-def register(device: str, layouts: tuple[type[Layout], ...], operators: tuple[Callable, Callable, Callable]) -> None:
+def register(device: str, operators: tuple[Callable, Callable, Callable]) -> None:
     for name, operator in zip(PRODUCTS, operators, strict=True):
-        for layout in layouts:
+        for layout in (FanIn, CSR, BSR):
             kernel(name, input=layout, device=device, prepare=True)(prepare_by(name, operator))
 
 
 if cpp.available():
-    register("cpu", (FanIn, CSR, BSR), cpu_operators())
+    register("cpu", cpu_operators())
 if kernels.available():
-    register("cuda", (FanIn, CSR), cuda_operators())
+    register("cuda", cuda_operators())
