@@ -298,7 +298,7 @@ def grad_weight(values, crow, index, grad, columns):
     return lambda values, crow, index, grad: sums(*by_columns(values, crow, index, columns), grad, None)
 
 
-MOST_COLUMNS = 1 << 16  # of a row that fits into the registers of a program
+MOST_COLUMNS = 1 << 15  # of a row that fits into the registers of a program
 BITS = {torch.float32: (31, 0x7F800000), torch.bfloat16: (15, 0x7F80), torch.float16: (15, 0x7C00)}
 
 
