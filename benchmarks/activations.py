@@ -80,7 +80,7 @@ def linear(args) -> list[dict]:
     results = []
     for dtype in (torch.bfloat16,) if args.device == "cuda" else (torch.float32, torch.bfloat16):
         for outputs, inputs in SHAPES[args.device]:
-            count = max(2, int(200e6 / (outputs * inputs * dtype.itemsize)))  # more than a cache holds
+            count = 1 if args.hot else max(2, int(200e6 / (outputs * inputs * dtype.itemsize)))  # beyond any cache
             own = [torch.randn(outputs, inputs, device=args.device, dtype=dtype) for _ in range(min(count, 8))]
             pairs = [(w, w.t().contiguous().t()) for w in own]
             for sparsity, target in zip(SPARSITIES, TARGETS[args.device, outputs], strict=True):
@@ -243,6 +243,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each comparison on the CPU")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, not elapsed time")
+    parser.add_argument("--hot", action="store_true", help="`linear` with one weight, again and again")
     parser.add_argument("--tokens", type=int, help=f"of `autoencoder`, instead of {TOKENS}")
     parser.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--latents", type=int, default=3072, help="of `minilm`")
