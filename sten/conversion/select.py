@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..calibration.data import RUNNING
 from ..layouts.base import Layout
 from ..tensor import SparseTensor
 from ..training.attribute import trained_of
@@ -80,6 +81,15 @@ def expect_model(model: nn.Module) -> None:
         )
 
 
+def expect_idle(model: nn.Module) -> None:
+    """Raise RuntimeError if a calibration runs the model now."""
+    if model.__dict__.get(RUNNING) == id(model):
+        raise RuntimeError(
+            f"Expected no conversion of {type(model).__name__} while sten runs it for calibration=, got one in its "
+            "forward pass, by a hook or forward itself; call it before or afterwards."
+        )
+
+
 def expect_unwrapped(model: nn.Module) -> None:
     """Raise TypeError if DDP or FSDP holds references into the model."""
     for cls in (cls for module in model.modules() for cls in type(module).__mro__):
@@ -97,6 +107,7 @@ def all_weights(model: nn.Module, wrapped: bool = False) -> list[Target]:
         TypeError: no module, or one that DDP or FSDP holds references into, unless `wrapped` allows that.
     """
     expect_model(model)
+    expect_idle(model)
     if not wrapped:
         expect_unwrapped(model)
     found: list[Target] = []

@@ -24,7 +24,7 @@ from ..training.reminders import listed
 from ..training.uninterrupted import uninterrupted
 from .arguments import Pattern, is_pattern
 from .defaults import is_linear, kept_dense
-from .select import expect_model, expect_unwrapped, shown
+from .select import expect_idle, expect_model, expect_unwrapped, shown
 from .sites import ATTRIBUTE, KINDS, Site, change_first, change_output, checked_on_sample
 
 Modules = Pattern | Iterable[Pattern] | Callable[[str, nn.Module], bool] | None
@@ -38,6 +38,7 @@ def sparsify_site(
     """Put a site on the chosen modules, or take it off (`method` None); all or nothing."""
     expect_model(model)
     _expect_arguments(site, method, layout, others)
+    expect_idle(model)
     expect_unwrapped(model)
     if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
         raise TypeError("Expected a model before torch.compile, got a compiled one: hooks come first.")
