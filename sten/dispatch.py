@@ -123,7 +123,7 @@ def planned_input(name: str, x: SparseTensor, weight: Any, tokens: int | None) -
     It is prepared at each call: an activation has a new pattern each time, and so nothing to store a Plan with.
     """
     values, layouts = x.parts["values"], (x.sparse_layout, None)
-    flags = Flags(tokens, values.numel(), values.device)
+    flags = Flags(tokens, values.numel(), values.device, geometry={"input_major": weight.t().is_contiguous()})
     plan = prepare(name, layouts, (x.stored_shape, tuple(weight.shape)), values.dtype, flags)
     _record(name, x, layouts)
     return plan

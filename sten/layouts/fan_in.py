@@ -80,6 +80,8 @@ class FanIn(Layout):
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, row = parts["values"], parts["row"].long()
         rows = values.new_zeros(len(row), math.prod(shape[1:])).scatter(1, parts["index"].long(), values)
+        if len(row) == shape[0]:  # all of them, in order
+            return rows.view(shape)
         return values.new_zeros(shape[0], rows.shape[1]).index_copy(0, row, rows).view(shape)
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layouts.topk import edge_by_topk, top, top_of_groups
+from ..layouts.topk import edge_by_topk, largest_columns, top, top_of_groups
 from .activation import ActivationMethod, State, count_of, expect_count, expect_fraction
 
 SAMPLE = 2**22  # entries whose quantile is taken
@@ -113,9 +113,11 @@ class TopK(ActivationMethod):
         return top_of_rows(x.abs(), count_of(self.k, x.shape[-1]))
 
     def columns(self, x: Tensor) -> Tensor | None:
-        if self.block is None:
-            return top_columns(x.abs(), count_of(self.k, x.shape[-1]))
-        return None
+        if self.block is not None:
+            return None
+        k = count_of(self.k, x.shape[-1])
+        columns = largest_columns(x, k)
+        return top_columns(x.abs(), k) if columns is None else columns
 
 
 def top_columns(score: Tensor, k: int) -> Tensor:
