@@ -55,6 +55,7 @@ def test_example_runs(name):
 
 PAGES = [
     "README.md",
+    "docs/activations.md",
     "docs/architecture.md",
     "docs/concepts.md",
     "docs/explain.md",

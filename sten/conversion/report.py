@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..tensor import SparseTensor
 from ..training.trained_weight import TrainedWeight
 from .record import record_of
 from .select import all_weights
+from .sites import Site, sites_of
 
 NUMERIC = ("density", "bytes", "time", "dense")  # columns of numbers
 
@@ -47,11 +48,13 @@ class Table(Tabular):
     Attributes:
         rows: one for each weight of two or more dimensions.
         others: how many parameters the model has besides (biases, norms).
+        sites: other sites than weights, with their methods (`sten.sparsify(site=...)`).
     """
 
     energy: ClassVar[str] = "energy kept"
     rows: list[Row]
     others: int = 0
+    sites: list[Site] = field(default_factory=list)
 
     def chosen(self) -> str:
         """How many of the model's weights and parameters are in a sparse layout, in one line."""
@@ -82,7 +85,7 @@ class Table(Tabular):
         return ["total", "", "", density, size, "", *("" for _ in self._measured()), ratio]
 
     def notes(self) -> list[str]:
-        return [self.chosen()]
+        return [self.chosen(), *map(str, self.sites)]
 
     def dim(self) -> list[bool]:
         return [bool(row.why) for row in self.rows]
@@ -162,7 +165,7 @@ def summary(model: nn.Module) -> Summary:
         record = record_of(module, name)
         remark = record.energy if isinstance(w, SparseTensor) else record.why
         rows.append(_row(target.name, w, remark, first if first != target.name else ""))
-    return Summary(rows, other_parameters(model))
+    return Summary(rows, other_parameters(model), sites_of(model))
 
 
 def other_parameters(model: nn.Module) -> int:

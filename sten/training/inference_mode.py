@@ -10,10 +10,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-Function = TypeVar("Function", bound=Callable[..., Any])  # not a ParamSpec, which loses a generic function's own types
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def ordinary_tensors(function: Function) -> Function:
+def ordinary_tensors(function: F) -> F:
     """The function of a model, its first argument, run outside of the caller's inference mode.
 
     Tensors that are made in inference mode can never train, nor be written outside of it, so one call of `sparsify`
@@ -27,7 +27,7 @@ def ordinary_tensors(function: Function) -> Function:
         with torch.inference_mode(False):
             return function(*args, **kwargs)
 
-    return cast(Function, run)
+    return cast(F, run)
 
 
 def _made_inside(model: object) -> bool:
