@@ -108,15 +108,17 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.encoder = nn.Linear(width, latents)
         self.decoder = nn.Parameter(torch.randn(latents, width) / width**0.5)
-        self.top = sten.sparse_op(nn.ReLU(inplace=True), out=(sten.TopK(K), sten.FanIn())) if sparse else self.dense
+        how = {"out": (sten.TopK(K), sten.FanIn()), "activation": "relu", "inline": True}
+        self.encode = sten.sparse_op(F.linear, **how) if sparse else self.dense
 
     @staticmethod
-    def dense(encoded):
-        top = F.relu(encoded, inplace=True).topk(K, sorted=False)
+    def dense(x, weight, bias):
+        encoded = F.relu(F.linear(x, weight, bias), inplace=True)
+        top = encoded.topk(K, sorted=False)
         return torch.zeros_like(encoded).scatter(1, top.indices, top.values)
 
     def forward(self, x):
-        return self.top(self.encoder(x)) @ self.decoder
+        return self.encode(x, self.encoder.weight, self.encoder.bias) @ self.decoder
 
 
 def autoencoder(args) -> list[dict]:
