@@ -23,10 +23,6 @@ int64_t panel_floats(const Kernels& k, int64_t tokens) {
   return std::min<int64_t>(kMaxVectors, ceil_div(tokens, k.width)) * k.width;
 }
 
-double entries(const Bands& w) {
-  return w.crow ? static_cast<double>(w.crow[w.bands()]) * w.height * w.width : static_cast<double>(w.rows) * w.count;
-}
-
 // How many columns a block has, a multiple of the width of an entry.
 int64_t block_columns(const Bands& w, int64_t bytes, int64_t row_floats) {
   const int64_t fit = std::max(kLeastColumns, bytes / (row_floats * static_cast<int64_t>(sizeof(float))));
@@ -81,18 +77,6 @@ void load_columns(const Kernels& k, const float* x, int64_t in, int64_t tokens, 
   std::memset(panel + real * row_floats, 0, (k1 - k0 - real) * row_floats * sizeof(float));
 }
 
-void one_token(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
-  Scratch<float> x(Role::small, w.columns + kTokenPadding);
-  std::copy(p.x, p.x + p.in, x.get());
-  std::fill(x.get() + p.in, x.get() + w.columns + kTokenPadding, 0.0f);
-  const int64_t units = ceil_div(p.out, kUnit), tasks = std::min<int64_t>(pool.threads, units);
-  pool.each(tasks, [&](int64_t begin, int64_t end) {
-    const int64_t r0 = part(units, tasks, begin).begin * kUnit, r1 = part(units, tasks, end - 1).end * kUnit;
-    Scratch<float> gathered(Role::panel, w.columns);
-    k.bands_token(w, p.bias, r0, std::min(r1, p.out), x.get(), gathered.get(), p.y);
-  });
-}
-
 // The rows of piece `i`: multiples of kUnit.
 Range piece_rows(int64_t out, int64_t pieces, int64_t i) {
   const Range units = part(ceil_div(out, kUnit), pieces, i);
@@ -141,8 +125,8 @@ void clear_padding(const Bands& w, int64_t in, float* out) {
 
 void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
+  if (p.tokens <= most_dots<float>(w.height, w.crow ? w.width : 0)) return dots_linear(p, w, k.dots, pool);
   pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
-  if (p.tokens == 1) return one_token(p, w, k, pool);
   many_tokens(p, w, k, pool);
 }
 
