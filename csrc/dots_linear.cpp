@@ -29,7 +29,7 @@ struct Cut {
 template <typename E>
 void copy_tokens(const ProblemOf<E>& p, Range tokens, int64_t ld, E* out) {
   for (int64_t t = tokens.begin; t < tokens.end; ++t, out += ld) {
-    std::memcpy(out, p.x + t * p.in, p.in * sizeof(E));
+    std::copy(p.x + t * p.in, p.x + (t + 1) * p.in, out);
     std::memset(out + p.in, 0, (ld - p.in) * sizeof(E));
   }
 }

@@ -10,7 +10,7 @@ from sten.backends import cpp
 if not cpp.available():
     pytest.skip("the extension sten._C is not built", allow_module_level=True)
 
-TOKENS = (0, 1, 2, 3, 7, 48, 49)
+TOKENS = (0, 1, 2, 3, 7, 49, 130)
 SHAPES = [(3, 17), (100, 63), (70, 520)]
 NMS = [sten.NM(16, 32), sten.NM(5, 16), sten.NM(2, 8), sten.NM(2, 4), sten.NM(1, 4), sten.NM(3, 7), sten.NM(9, 64)]
 BANDS = [
@@ -192,7 +192,7 @@ def wrong_calls():
         ((x, values, index, None, 5, 4, 48, 4), "n <= m"),
         ((x, values[:, :4].contiguous(), index, None, 2, 4, 48, 4), "Expected values"),
         ((x, values, index, None, 2, 4, 48, 5), "5 rows"),
-        ((x[:, :9], values, index, None, 2, 4, 48, 4), "Expected index"),
+        ((x[:, :9], values, index, None, 2, 4, 48, 4), "Expected values"),
         ((x, values, index, torch.randn(3), 2, 4, 48, 4), "bias"),
     ]
 

@@ -207,7 +207,7 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
 # NM reads its stored format for a few tokens; a processor's vector units do not skip zeros, so that more of them are
 # multiplied, like gradients, by a dense copy, which takes a small part of the time.
 
-FEW_TOKENS = 48
+FEW_TOKENS = 128
 NM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
