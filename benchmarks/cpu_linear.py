@@ -223,9 +223,8 @@ def main():
 def report(run, arguments):
     """Print one row for every layout, product and number of tokens; return their timings."""
     results, on = [], setting(arguments)
-    print(
-        f"{on['device']}, {on['instruction_set']}, {on['dtype']}, {on['threads']} thread(s), {on['clock']}, torch {on['torch']}"
-    )
+    threads = f"{on['threads']} thread(s), {on['clock']}, torch {on['torch']}"
+    print(f"{on['device']}, {on['instruction_set']}, {on['dtype']}, {threads}")
     print(
         f"{'layout':8} {'product':11}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}"
         "   (hot / rotating)"

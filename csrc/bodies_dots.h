@@ -183,11 +183,11 @@ STEN_FN const uint8_t* make_bits(const BitmapOf<elem>& w, int64_t row, uint8_t* 
   const uint8_t* index = w.index + row * w.row_bytes;
   const int64_t bytes = w.units() * 4;
   const bool pairs = w.m == 4 && w.n == 2;
+  if (pairs) translate(index, w.row_bytes, kPairs, out);
   for (int64_t i = w.bits == 1 || pairs ? w.row_bytes : 0; i < bytes; ++i) out[i] = 0;
   if (w.bits == 1) {
     for (int64_t i = 0; i < w.row_bytes; ++i) out[i] = index[i];
   } else if (pairs) {
-    translate(index, w.row_bytes, kPairs, out);
     if (w.groups % 2) out[w.row_bytes - 1] &= 15;    // the spare bits of the last byte
   } else {
     for (int64_t slot = 0, bit = 0, group = 0; slot < w.slots(); ++slot, bit += w.bits) {

@@ -169,7 +169,8 @@ STEN_INLINE void collect_unit(uint32_t mask, const float* from, float* to) {
   store(to + __builtin_popcount(low), _mm512_maskz_compress_ps(static_cast<__mmask16>(high), load(from + 16)));
 }
 
-// out[i]: of each half of a byte its image in the table, (16,)
+// out[i]: of each half of a byte its image in the table, (16,). Up to 63 more are written: the words of a masked store
+// could not be read before it has reached the cache.
 STEN_INLINE void translate(const uint8_t* bytes, int64_t n, const uint8_t* table, uint8_t* out) {
   const __m512i images = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   const __m512i half = _mm512_set1_epi8(15);
@@ -178,7 +179,7 @@ STEN_INLINE void translate(const uint8_t* bytes, int64_t n, const uint8_t* table
     const __m512i b = _mm512_maskz_loadu_epi8(k, bytes + i);
     const __m512i low = _mm512_shuffle_epi8(images, _mm512_and_si512(b, half));
     const __m512i high = _mm512_shuffle_epi8(images, _mm512_and_si512(_mm512_srli_epi16(b, 4), half));
-    _mm512_mask_storeu_epi8(out + i, k, _mm512_or_si512(low, _mm512_slli_epi16(high, 4)));
+    _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi16(high, 4)));
   }
 }
 
