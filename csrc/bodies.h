@@ -391,6 +391,7 @@ STEN_FN void grouped_block(const Grouped& w, const GroupedBlock& b, const float*
 }
 
 #include "bodies_bands.h"
+#include "bodies_codes.h"
 
 // ---- the names of bodies_dots.h for float
 
@@ -415,7 +416,8 @@ namespace sten::STEN_ISA {
 constexpr Kernels make(const char* name) {
   return {name,     kWidth,    kRows,     load_panel,    store_panel,
           csr_rows, csr_block, csr_token, grouped_block, grouped_token,
-          bands_block, bands_input, bands_values, bands_values_few, make_dots()};
+          bands_block, bands_input, bands_values, bands_values_few,
+          add_rows<float>, add_rows<Bfloat16>, dot_rows<float>, dot_rows<Bfloat16>, widen, narrow, make_dots()};
 }
 
 }  // namespace sten::STEN_ISA

@@ -65,7 +65,7 @@ struct TileRows {
 
 // sums[t, r] of R rows and T tokens
 template <int R, int T>
-STEN_FN void add_rows(const TileRows& w, const elem* x, int64_t ld, float* sums) {
+STEN_FN void sum_rows(const TileRows& w, const elem* x, int64_t ld, float* sums) {
   constexpr int L = partial_sums(R * T), kSums = (R + 3) / 4 * 4;
   vec a[L][R][T];
 #pragma GCC unroll 4
@@ -99,10 +99,10 @@ STEN_FN void add_rows(const TileRows& w, const elem* x, int64_t ld, float* sums)
 }
 
 template <int R, int T>
-STEN_FN void add_rows_or_fewer(int64_t rows, const TileRows& w, const elem* x, int64_t ld, float* sums) {
+STEN_FN void sum_rows_or_fewer(int64_t rows, const TileRows& w, const elem* x, int64_t ld, float* sums) {
   if constexpr (R > 1)
-    if (rows < R) return add_rows_or_fewer<R - 1, T>(rows, w, x, ld, sums);
-  add_rows<R, T>(w, x, ld, sums);
+    if (rows < R) return sum_rows_or_fewer<R - 1, T>(rows, w, x, ld, sums);
+  sum_rows<R, T>(w, x, ld, sums);
 }
 
 // At most kTileRows rows, `tokens` at most T.
@@ -110,7 +110,7 @@ template <int T>
 STEN_FN void add_tokens(int64_t rows, const TileRows& w, const elem* x, int64_t ld, int64_t tokens, float* sums) {
   if constexpr (T > 1)
     if (tokens < T) return add_tokens<T - 1>(rows, w, x, ld, tokens, sums);
-  add_rows_or_fewer<kTileRows, T>(rows, w, x, ld, sums);
+  sum_rows_or_fewer<kTileRows, T>(rows, w, x, ld, sums);
 }
 
 STEN_INLINE int64_t equal_pieces(int64_t all, int64_t most) {
@@ -163,7 +163,7 @@ STEN_FN void bands_dots(const BandsOf<elem>& w, const elem* bias, int64_t r0, in
           const int64_t first_row = row + r - band * w.height;
           const TileRows tile{w.values + (begin * w.height + first_row) * w.width, w.width,    w.col + begin,
                               w.col + w.crow[band + 1],                            w.width, w.height * w.width};
-          if (alone) add_rows_or_fewer<kBlockRows, 1>(some, tile, x, ld, to);
+          if (alone) sum_rows_or_fewer<kBlockRows, 1>(some, tile, x, ld, to);
           else add_all_tokens(some, tile, x, ld, tokens, to);
         } else {
           const TileRows tile{w.values + (row + r) * w.count, w.count, nullptr, nullptr, w.count, 0};

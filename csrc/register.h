@@ -22,6 +22,10 @@ Pool make_pool();
 void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype);
 void check_input(const Tensor& x, const char* op, int64_t out, at::ScalarType dtype = at::kFloat);
 
+// The pattern of rows in bands (register_bands.cpp), checked; `values` may be null, `size` is theirs.
+Bands make_bands(const char* op, const float* values, at::IntArrayRef size, const std::optional<Tensor>& crow,
+                 const Tensor& col, int64_t height, int64_t columns, int64_t rows, bool trusted);
+
 // The dtype of the elements of a kernel.
 template <typename E>
 constexpr at::ScalarType dtype_of = at::kFloat;

@@ -12,18 +12,15 @@
 #include "register.h"
 
 namespace sten {
-namespace {
 
-constexpr int64_t kMostColumns = 2147483647;
-
-// The pattern, checked, for values of this size, which are null.
-Bands make_pattern(const char* op, at::IntArrayRef size, const std::optional<Tensor>& crow,
+Bands make_bands(const char* op, const float* values, at::IntArrayRef size, const std::optional<Tensor>& crow,
                  const Tensor& col, int64_t height, int64_t columns, int64_t rows, bool trusted) {
+  constexpr int64_t kMostColumns = 2147483647;
   TORCH_CHECK(height >= 1 && rows >= 0 && columns >= 0 && columns <= kMostColumns, op,
               ": Expected a height of at least 1 and sizes of 0 to ", text(kMostColumns),
               ", got height, rows, columns = ", text({height, rows, columns}));
   const int64_t bands = ceil_div(rows, height);
-  Bands w{nullptr, nullptr, nullptr, rows, columns, height, 1, 0};
+  Bands w{values, nullptr, nullptr, rows, columns, height, 1, 0};
   if (crow) {
     check(*crow, op, "crow", 1, at::kInt);
     check(col, op, "col", 1, at::kInt);
@@ -51,11 +48,13 @@ Bands make_pattern(const char* op, at::IntArrayRef size, const std::optional<Ten
   return w;
 }
 
+namespace {
+
 template <typename E = float>
 BandsOf<E> make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                   int64_t height, int64_t columns, int64_t rows, bool trusted) {
   check(values, op, "values", !crow ? 2 : values.dim() == 1 ? 1 : 3, dtype_of<E>);
-  const Bands w = make_pattern(op, values.sizes(), crow, col, height, columns, rows, trusted);
+  const Bands w = make_bands(op, nullptr, values.sizes(), crow, col, height, columns, rows, trusted);
   return {data_of<E>(values), w.crow, w.col, w.rows, w.columns, w.height, w.width, w.count};
 }
 
@@ -114,7 +113,7 @@ Tensor band_grad_values_op(const Tensor& grad, const Tensor& x, const std::optio
   std::vector<int64_t> size{crow ? col.size(0) : rows};
   if (!crow) size.push_back(col.size(-1));
   else if (width > 0) size.insert(size.end(), {height, width});
-  const Bands w = make_pattern(op, size, crow, col, height, columns, rows, trusted);
+  const Bands w = make_bands(op, nullptr, size, crow, col, height, columns, rows, trusted);
   const Tensor g = grad.contiguous(), inputs = x.contiguous(), out = at::zeros(size, x.options());
   int64_t tokens = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);

@@ -164,138 +164,125 @@ void try_bands(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_
   }
 }
 
-float to_float(float a) { return a; }
-float to_float(bf16 a) {
-  const uint32_t bits = static_cast<uint32_t>(a) << 16;
+uint16_t to_bfloat(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float to_float(float value) { return value; }
+float to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
   float out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
 }
-
-// Numbers that both types have.
 template <typename E>
-std::vector<E> random_elements(int64_t n) {
-  std::vector<E> out(n);
-  for (E& e : out) {
-    const float f = static_cast<float>(generator() % 255) / 64.0f - 2.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &f, sizeof bits);
-    if constexpr (std::is_same_v<E, bf16>) e = static_cast<bf16>(bits >> 16);
-    else e = to_float(static_cast<bf16>(bits >> 16));
+std::vector<E> random_numbers(int64_t n) {
+  std::vector<E> out;
+  out.reserve(n);
+  for (const float v : random_floats(n)) {
+    if constexpr (std::is_same_v<E, float>) out.push_back(v);
+    else out.push_back(to_bfloat(v));
   }
   return out;
 }
 
-// y against x W^T + bias, dense (out, in); rounded to 8 bits if E is bf16.
-template <typename E>
-void compare_dots(const char* what, const ProblemOf<E>& p, const std::vector<float>& dense) {
-  for (int64_t t = 0; t < p.tokens; ++t)
-    for (int64_t r = 0; r < p.out; ++r) {
-      double sum = p.bias ? to_float(p.bias[r]) : 0.0, scale = std::abs(sum);
-      for (int64_t k = 0; k < p.in; ++k) {
-        const double product = static_cast<double>(dense[r * p.in + k]) * to_float(p.x[t * p.in + k]);
+// Whether all of `got` (rows, columns) is left (rows, n) times right (n, columns), where `stored` is not zero.
+template <typename G>
+void compare_codes(const char* what, const G* got, int64_t rows, int64_t columns, int64_t n, auto left, auto right,
+                   double rounding) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      double sum = 0.0, scale = 0.0;
+      for (int64_t k = 0; k < n; ++k) {
+        const double product = left(i, k) * right(k, j);
         sum += product;
         scale += std::abs(product);
       }
-      const double error = std::abs(to_float(p.y[t * p.out + r]) - sum);
-      if (error <= 2e-6 * scale + (std::is_same_v<E, bf16> ? std::abs(sum) / 256 : 0.0)) continue;
-      std::printf("%s: %ld tokens, %ld -> %ld: error %g of %g\n", what, static_cast<long>(p.tokens),
-                  static_cast<long>(p.in), static_cast<long>(p.out), error, scale);
+      if (std::abs(to_float(got[i * columns + j]) - sum) <= 2e-6 * scale + rounding * std::abs(sum)) continue;
+      std::printf("%s: (%ld, %ld) of (%ld, %ld): %g instead of %g\n", what, static_cast<long>(i), static_cast<long>(j),
+                  static_cast<long>(rows), static_cast<long>(columns), to_float(got[i * columns + j]), sum);
       ++failures;
       return;
     }
 }
 
+// Sparse activations as lists (height 0) or blocks of `height` tokens, times a matrix of E: y and the two gradients.
 template <typename E>
-struct Elements {
-  std::vector<E> x, bias, y;
-  ProblemOf<E> problem;
-  Elements(int64_t tokens, int64_t in, int64_t out, bool biased)
-      : x(random_elements<E>(tokens * in)),
-        bias(random_elements<E>(out)),
-        y(tokens * out),
-        problem{x.data(), biased ? bias.data() : nullptr, y.data(), tokens, in, out} {}
-};
-
-// NM: a bitmap, or positions of `bits` bits; with `hostile`, of random bytes, where no result is compared.
-template <typename E>
-void try_bitmap(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, int n, int m, int bits, bool hostile,
-                int threads) {
-  const int64_t groups = ceil_div(in, m), slots = groups * n;
-  const int64_t bytes = bits == 1 ? groups * m / 8 : ceil_div(slots * bits, 8);
-  std::vector<uint8_t> index(out * bytes);
-  std::vector<E> values = random_elements<E>(out * slots), collected(values.size()), expanded(out * in);
-  std::vector<float> dense(out * in);
-  for (int64_t r = 0; r < out; ++r)
-    for (int64_t group = 0; group < groups; ++group) {
-      std::vector<int> all(m);
-      for (int i = 0; i < m; ++i) all[i] = i;
-      std::shuffle(all.begin(), all.end(), generator);
-      std::sort(all.begin(), all.begin() + n);
-      for (int i = 0; i < n; ++i) {
-        const int64_t slot = group * n + i, column = group * m + all[i], bit = bits == 1 ? column : slot * bits;
-        uint8_t& byte = index[r * bytes + bit / 8];
-        byte = static_cast<uint8_t>(byte | (bits == 1 ? 1 : all[i]) << bit % 8);
-        if (column >= in) values[r * slots + slot] = E{};
-        else dense[r * in + column] = to_float(values[r * slots + slot]);
-      }
-    }
-  if (hostile)
-    for (uint8_t& byte : index) byte = static_cast<uint8_t>(generator());
-  const BitmapOf<E> w{values.data(), index.data(), out, groups, bytes, n, m, bits};
-  Elements<E> data(tokens, in, out, threads == 1);
-  const Pool pool{threads, run_tasks};
-  bitmap_linear(data.problem, w, dots, pool);
-  bitmap_expand(w, in, dots, expanded.data(), pool);
-  bitmap_collect(w, in, expanded.data(), dots, collected.data(), pool);
-  if (hostile) return;
-  compare_dots("bitmap", data.problem, dense);
-  for (int64_t i = 0; i < out * in; ++i) failures += to_float(expanded[i]) != dense[i];
-  for (size_t i = 0; i < values.size(); ++i) failures += to_float(collected[i]) != to_float(values[i]);
-}
-
-// Lists (width 0) or blocks in bfloat16.
-void try_bf16_bands(const Dots<bf16>& dots, int64_t tokens, int64_t in, int64_t out, int64_t height, int64_t width,
-                    int threads) {
-  const int64_t unit = std::max<int64_t>(width, 1), slots = ceil_div(in, unit), bands = ceil_div(out, height);
-  const int64_t count = (slots + 1) / 3;
+void try_codes(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_t height, double density, int threads) {
+  const bool blocks = height > 0;
+  const int64_t band = std::max<int64_t>(height, 1), bands = ceil_div(tokens, band);
+  const int64_t count = static_cast<int64_t>(static_cast<double>(in) * density);
+  std::bernoulli_distribution keep(density);
   std::vector<int32_t> crow{0}, col;
-  for (int64_t band = 0; band < bands; ++band) {
-    std::vector<int32_t> all(slots);
-    for (int64_t i = 0; i < slots; ++i) all[i] = static_cast<int32_t>(i);
+  for (int64_t b = 0; b < bands; ++b) {
+    std::vector<int32_t> all(in);
+    for (int64_t i = 0; i < in; ++i) all[i] = static_cast<int32_t>(i);
     std::shuffle(all.begin(), all.end(), generator);
-    std::sort(all.begin(), all.begin() + count);
-    col.insert(col.end(), all.begin(), all.begin() + count);
+    if (!blocks) all.resize(count);
+    std::sort(all.begin(), all.end());
+    for (const int32_t c : all)
+      if (!blocks || (b % 7 != 3 && keep(generator))) col.push_back(c);
     crow.push_back(static_cast<int32_t>(col.size()));
   }
   col.shrink_to_fit();
-  std::vector<bf16> values = random_elements<bf16>(width ? static_cast<int64_t>(col.size()) * height * width : out * count);
-  std::vector<float> dense(out * in);
-  for (int64_t r = 0; r < out; ++r)
-    for (int64_t e = crow[r / height]; e < crow[r / height + 1]; ++e)
-      for (int64_t c = 0; c < unit; ++c) {
-        bf16& value = values[width ? (e * height + r % height) * width + c : r * count + e - r / height * count];
-        if (col[e] * unit + c < in) dense[r * in + col[e] * unit + c] = to_float(value);
-        else value = bf16{};
-      }
-  Elements<bf16> data(tokens, in, out, threads == 1);
-  const BandsOf<bf16> w{values.data(), width ? crow.data() : nullptr, col.data(), out, slots * unit, height, unit, count};
-  dots_linear(data.problem, w, dots, {threads, run_tasks});
-  compare_dots("bands of bfloat16", data.problem, dense);
+  const std::vector<float> values = random_floats(static_cast<int64_t>(col.size()) * band);
+  const Bands s{values.data(), blocks ? crow.data() : nullptr, col.data(), tokens, in, band, 1, count};
+  const Pool pool{threads, run_tasks};
+  if (!bands_in_bounds(s, static_cast<int64_t>(col.size()), pool)) ++failures;
+  std::vector<double> dense(tokens * in);
+  std::vector<int64_t> at(tokens * in, -1);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t e = crow[t / band]; e < crow[t / band + 1]; ++e) {
+      const int64_t i = blocks ? e * band + t % band : e;
+      at[t * in + col[e]] = i, dense[t * in + col[e]] = values[i];
+    }
+  const std::vector<E> weight = random_numbers<E>(in * out), grad = random_numbers<E>(tokens * out);
+  const double rounding = std::is_same_v<E, float> ? 0.0 : 1.0 / 256;
+  std::vector<E> y(tokens * out), dw(in * out);
+  std::vector<float> dv(values.size(), 0.0f);
+  codes_linear(s, Table<E>{weight.data(), out}, nullptr, y.data(), k, pool);
+  codes_grad_values(s, Table<E>{weight.data(), out}, grad.data(), dv.data(), k, pool);
+  codes_grad_weight(s, Table<E>{grad.data(), out}, dw.data(), k, pool);
+  compare_codes("codes", y.data(), tokens, out, in, [&](int64_t t, int64_t c) { return dense[t * in + c]; },
+                [&](int64_t c, int64_t o) { return static_cast<double>(to_float(weight[c * out + o])); }, rounding);
+  compare_codes("codes, gradient of the weight", dw.data(), in, out, tokens,
+                [&](int64_t c, int64_t t) { return dense[t * in + c]; },
+                [&](int64_t t, int64_t o) { return static_cast<double>(to_float(grad[t * out + o])); }, rounding);
+  for (int64_t i = 0; i < tokens * in; ++i)
+    if (at[i] >= 0)
+      compare_codes("codes, gradient of the values", dv.data() + at[i], 1, 1, out,
+                    [&](int64_t, int64_t o) { return static_cast<double>(to_float(grad[i / in * out + o])); },
+                    [&](int64_t o, int64_t) { return static_cast<double>(to_float(weight[i % in * out + o])); }, 0.0);
 }
 
+// The columns of the largest magnitudes against a stable sort; with ties, and NaN, which is lowest.
 template <typename E>
-void try_bitmaps(const Dots<E>& dots) {
-  const int layouts[][3] = {{16, 32, 1}, {5, 16, 1}, {2, 8, 1}, {32, 32, 1}, {2, 4, 2}, {1, 4, 2}, {1, 1, 2},
-                            {3, 7, 4},   {1, 16, 4}, {3, 32, 8}, {9, 64, 8}};
-  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}};
-  for (const int64_t tokens : {1, 2, 3, 6, 49})
-    for (const auto& size : sizes)
-      for (const int threads : {1, 3})
-        for (const auto& nm : layouts)
-          for (const bool hostile : {false, true})
-            try_bitmap<E>(dots, tokens, size[0], size[1], nm[0], nm[1], nm[2], hostile, threads);
+void try_topk(int64_t rows, int64_t columns, int threads) {
+  std::vector<E> x = random_numbers<E>(rows * columns);
+  for (size_t i = 0; i < x.size(); ++i)
+    if (generator() % 4 == 0) x[i] = x[generator() % x.size()];
+  if constexpr (std::is_same_v<E, float>)
+    for (size_t i = 0; i < x.size(); i += 7) x[i] = i % 3 ? NAN : i % 2 ? 0.0f : -INFINITY;
+  for (const int64_t count : {int64_t{1}, columns / 3 + 1, columns}) {
+    std::vector<int32_t> got(rows * count);
+    codes_topk(x.data(), rows, columns, count, got.data(), {threads, run_tasks});
+    for (int64_t r = 0; r < rows; ++r) {
+      std::vector<int32_t> order(columns);
+      for (int64_t i = 0; i < columns; ++i) order[i] = static_cast<int32_t>(i);
+      const auto size = [&](int32_t i) {
+        const float value = std::abs(to_float(x[r * columns + i]));
+        return std::isnan(value) ? -1.0f : value;
+      };
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return size(a) > size(b); });
+      order.resize(count);
+      std::sort(order.begin(), order.end());
+      failures += !std::equal(order.begin(), order.end(), got.begin() + r * count);
+    }
+  }
 }
+
+#include "dots.h"
 
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
@@ -332,6 +319,11 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
       bands_linear(data.problem, u, k, {3, run_tasks});
       bands_grad_values(data.y.data(), data.x.data(), tokens, in, u, gradient.data(), k, {3, run_tasks});
       bands_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, u, k, {3, run_tasks});
+      const std::vector<float> matrix = random_floats(in * tokens), grad = random_floats(out * tokens);
+      std::vector<float> product(out * tokens), weight(in * tokens);
+      codes_linear(u, Table<float>{matrix.data(), tokens}, nullptr, product.data(), k, {3, run_tasks});
+      codes_grad_values(u, Table<float>{matrix.data(), tokens}, grad.data(), gradient.data(), k, {3, run_tasks});
+      codes_grad_weight(u, Table<float>{grad.data(), tokens}, weight.data(), k, {3, run_tasks});
       ++passed;
     }
     const Patterns& order = patterns(2, 4);
@@ -364,7 +356,13 @@ void try_all(const Kernels& k) {
           try_grouped(k, tokens, size[0], size[1], nmg[0], nmg[1], nmg[2], threads == 1, threads);
         for (const auto& band : bands)
           try_bands(k, tokens, size[0], size[1], band[0], band[1], 0.4, threads == 1, threads);
+        for (const int64_t height : {0, 1, 4, 200}) {
+          try_codes<float>(k, tokens, size[0], size[1], height, 0.4, threads);
+          try_codes<Bfloat16>(k, tokens, size[0], size[1], height, 0.4, threads);
+        }
       }
+  try_codes<float>(k, 2, 40, 2500, 0, 0.5, 3);    // several pieces of a row
+  try_codes<Bfloat16>(k, 40, 40, 2500, 40, 0.5, 3);
   try_bitmaps<float>(k.dots);
   if (const Dots<bf16>* dots = bf16_dots()) {
     try_bitmaps<bf16>(*dots);
@@ -397,6 +395,10 @@ void try_crc32() {
 
 int main() {
   try_crc32();
+  for (const int64_t columns : {1, 2, 63, 5000}) {
+    try_topk<float>(5, columns, 3);
+    try_topk<Bfloat16>(5, columns, 1);
+  }
   for (const char* name : {"avx512", "avx2", "portable"}) {
     if (!has_instruction_set(name)) continue;
     set_instruction_set(name);

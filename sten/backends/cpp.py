@@ -1,4 +1,6 @@
-"""The compiled CPU kernels, if they are built: `csr_linear`, `grouped_nm_linear`, `band_*`, `nm_*` of `torch.ops.sten`.
+"""The compiled CPU kernels, if they are built: `csr_linear`, `grouped_nm_linear`, `band_*`, `nm_*` and `codes_*`.
+
+They are operators of `torch.ops.sten`.
 
 Importing this module loads the library `sten._C` if it exists and registers the fake kernels of its operators; without
 the library the import still succeeds.
@@ -93,6 +95,16 @@ def _fake_collect(dense, index, n, m):
     return dense.new_empty((len(dense), -(-dense.shape[1] // m) * n))
 
 
+def _fake_codes(values, crow, index, matrix, *numbers):
+    """Return an empty (rows, out_features) tensor; the number of rows is the last argument."""
+    return matrix.new_empty((numbers[-1], matrix.shape[1]))
+
+
+def _fake_codes_values(grad, crow, index, weight, height, blocks):
+    """Return empty values: shaped as index, or (entries, height, 1) for blocks."""
+    return grad.new_empty((len(index), height, 1) if blocks else index.shape)
+
+
 def _load():
     """Load the library; the error of an unusable one (built for another torch, say) is stored, not raised."""
     global _library, _load_error
@@ -108,6 +120,10 @@ def _load():
     torch.library.register_fake("sten::band_grad_values", _fake_values)
     torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
     torch.library.register_fake("sten::nm_collect", _fake_collect)
+    for name in ("codes_linear", "codes_grad_weight"):
+        torch.library.register_fake(f"sten::{name}", _fake_codes)
+    torch.library.register_fake("sten::codes_grad_values", _fake_codes_values)
+    torch.library.register_fake("sten::codes_topk", lambda x, count: x.new_empty((len(x), count), dtype=torch.int32))
 
 
 _load()
