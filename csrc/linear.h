@@ -10,6 +10,11 @@
 
 namespace sten {
 
+template <typename E>
+double entries(const BandsOf<E>& w) {
+  return w.crow ? static_cast<double>(w.crow[w.bands()]) * w.height * w.width : static_cast<double>(w.rows) * w.count;
+}
+
 // How tasks are spread over threads; `run` calls body(context, begin, end) for ranges that cover 0 to tasks - 1.
 struct Pool {
   int threads;
@@ -26,7 +31,7 @@ struct Pool {
 
 // Uninitialized memory, aligned to a cache line. A thread caches what it freed last, one piece per role, for its next
 // call: a new megabyte costs a page fault every 4 KB, which was a fifth of a whole call.
-enum class Role { panel, sums, repacked, cuts, small, values, index, count };
+enum class Role { panel, sums, repacked, cuts, small, values, index, bits, count };
 
 void* take_scratch(Role role, size_t bytes, size_t* capacity);
 void give_scratch(Role role, void* memory, size_t capacity) noexcept;
@@ -84,6 +89,19 @@ bool bands_in_bounds(const Bands& w, int64_t entries, const Pool& pool);
 
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
+
+// Dot products along the columns, and the number of tokens up to which they are the fastest way: lists if width is 0.
+template <typename E>
+int64_t most_dots(int64_t height, int64_t width);
+template <typename E>
+void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, Pool pool);
+template <typename E>
+void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, Pool pool);
+// a bitmap as a dense matrix (rows, columns), and the values of a dense matrix
+template <typename E>
+void bitmap_expand(const BitmapOf<E>& w, int64_t columns, const Dots<E>& dots, E* dense, Pool pool);
+template <typename E>
+void bitmap_collect(const BitmapOf<E>& w, int64_t columns, const E* dense, const Dots<E>& dots, E* values, Pool pool);
 
 // VectorNM, FanIn and BSR; x may have fewer columns than the weight, whose last ones are padding.
 void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool);

@@ -85,4 +85,30 @@ STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_
     for (int i = 0; i < n; ++i) acc[f + i] += v[f + i] * x[j];
 }
 
+// Values of a unit in their columns.
+STEN_INLINE void expand_unit(uint32_t mask, const float* values, vec* out) {
+  for (int i = 0; i < 8; ++i) {
+    float lanes[kWidth];
+    for (float& lane : lanes) {
+      lane = mask & 1 ? *values : 0.0f;
+      values += mask & 1;
+      mask >>= 1;
+    }
+    out[i] = load(lanes);
+  }
+}
+
+// The elements of a unit whose bits are 1, followed by others.
+STEN_INLINE void collect_unit(uint32_t mask, const float* from, float* to) {
+  for (int i = 0; i < 32; ++i) {
+    *to = from[i];
+    to += mask >> i & 1;
+  }
+}
+
+// out[i]: of each half of a byte its image in the table, (16,)
+STEN_INLINE void translate(const uint8_t* bytes, int64_t n, const uint8_t* table, uint8_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint8_t>(table[bytes[i] & 15] | table[bytes[i] >> 4] << 4);
+}
+
 }  // namespace sten::portable

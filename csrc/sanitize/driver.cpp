@@ -5,6 +5,7 @@
 #include <cstring>
 #include <random>
 #include <thread>
+#include <type_traits>
 
 #include "../crc32.h"
 #include "../linear.h"
@@ -281,6 +282,8 @@ void try_topk(int64_t rows, int64_t columns, int threads) {
   }
 }
 
+#include "dots.h"
+
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
 int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
@@ -344,7 +347,7 @@ void try_all(const Kernels& k) {
   const int groups[][3] = {{1, 10, 8}, {1, 4, 16}, {1, 3, 5}, {2, 4, 8}, {2, 4, 3}, {2, 5, 1},
                            {3, 5, 2},  {4, 8, 4},  {5, 6, 2}, {7, 9, 1}, {4, 4, 3}};
   const int bands[][2] = {{1, 0}, {3, 0}, {8, 0}, {9, 0}, {500, 0}, {1, 1}, {4, 3}, {16, 16}, {9, 40}};
-  for (const int64_t tokens : {1, 2, 15, 16, 17, 40, 64, 65, 200})
+  for (const int64_t tokens : {1, 2, 4, 12, 16, 17, 40, 65, 200})
     for (const auto& size : sizes)
       for (const int threads : {1, 3}) {
         for (const double density : {0.0, 0.1, 0.7, 1.0})
@@ -360,6 +363,15 @@ void try_all(const Kernels& k) {
       }
   try_codes<float>(k, 2, 40, 2500, 0, 0.5, 3);    // several pieces of a row
   try_codes<Bfloat16>(k, 40, 40, 2500, 40, 0.5, 3);
+  try_bitmaps<float>(k.dots);
+  if (const Dots<bf16>* dots = bf16_dots()) {
+    try_bitmaps<bf16>(*dots);
+    for (const int64_t tokens : {1, 2, 7, 50})
+      for (const auto& size : sizes)
+        for (const int threads : {1, 3})
+          for (const auto& band : bands)
+            try_bf16_bands(*dots, tokens, size[0], size[1], band[0], band[1], threads);
+  }
   try_csr(k, 130, 140, 2000, 0.1, true, 3);    // several pieces of rows
   try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);
 }

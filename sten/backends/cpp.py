@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, when they are built: `csr_linear`, `grouped_nm_linear`, `band_*` and `codes_*`.
+"""The compiled CPU kernels, if they are built: `csr_linear`, `grouped_nm_linear`, `band_*`, `nm_*` and `codes_*`.
 
 They are operators of `torch.ops.sten`.
 
@@ -36,15 +36,17 @@ def features():
     """Describe the compiled kernels.
 
     Returns:
-        A dict: `available` (bool), `instruction_sets` (list of str, what this processor can run, fastest first) and
-        `instruction_set` (str, the one in use, or None). `STEN_CPU=avx512|avx2|portable` in the environment chooses it.
+        A dict: `available` (bool), `instruction_sets` (list of str, what this processor can run, fastest first),
+        `instruction_set` (str, the one in use, or None; `STEN_CPU=avx512|avx2|portable` in the environment chooses it)
+        and `bfloat16` (bool, whether it multiplies bfloat16).
     """
     if not available():
-        return {"available": False, "instruction_sets": [], "instruction_set": None}
+        return {"available": False, "instruction_sets": [], "instruction_set": None, "bfloat16": False}
     return {
         "available": True,
         "instruction_sets": _library.cpu_features(),
         "instruction_set": _library.instruction_set(),
+        "bfloat16": _library.bfloat16_tokens() > 0,
     }
 
 
@@ -58,6 +60,16 @@ def set_instruction_set(name):
     if not available():
         raise RuntimeError("Expected compiled kernels, got none; build them: `python setup.py build_ext --inplace`.")
     _library.set_instruction_set(name)
+
+
+def bfloat16_tokens(height, width):
+    """Return up to how many tokens `band_linear` multiplies bfloat16 as it is, instead of converting it to float32.
+
+    Args:
+        height: the rows that share columns.
+        width: the columns of a block; 0 for lists of columns.
+    """
+    return _library.bfloat16_tokens(height, width)
 
 
 def crc32():
@@ -76,6 +88,11 @@ def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
     if crow is None:
         return x.new_empty((grad.shape[-1], col.shape[1]))
     return x.new_empty((len(col), height, width) if width else (len(col),))
+
+
+def _fake_collect(dense, index, n, m):
+    """Return empty values, (out_features, slots)."""
+    return dense.new_empty((len(dense), -(-dense.shape[1] // m) * n))
 
 
 def _fake_codes(values, crow, index, matrix, *numbers):
@@ -98,9 +115,11 @@ def _load():
     except ImportError as error:
         _load_error = error
         return
-    for name in ("csr_linear", "grouped_nm_linear", "band_linear", "band_grad_input"):
+    for name in ("csr_linear", "grouped_nm_linear", "band_linear", "band_grad_input", "nm_linear"):
         torch.library.register_fake(f"sten::{name}", _fake)
     torch.library.register_fake("sten::band_grad_values", _fake_values)
+    torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
+    torch.library.register_fake("sten::nm_collect", _fake_collect)
     for name in ("codes_linear", "codes_grad_weight"):
         torch.library.register_fake(f"sten::{name}", _fake_codes)
     torch.library.register_fake("sten::codes_grad_values", _fake_codes_values)

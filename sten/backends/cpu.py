@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
-from ..layouts import BSR, CSR, FanIn, GroupedNM, VectorNM
+from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from ..layouts.padding import reduction_width
+from ..ops.linear import dense_grad_weight
 from . import cpp
 
 Run = Callable[..., Tensor]
@@ -91,10 +92,12 @@ class Band:
         pattern: `pattern(parts)`: crow, which is None for a list of single columns, and col.
         sizes: `sizes(layout, shape)`: the rows that share columns, the width of an entry (0: values have one
             dimension), the columns with padding.
+        lists: whether crow is None.
     """
 
     pattern: Callable[[Parts], tuple[Tensor | None, Tensor]]
     sizes: Callable[[Layout, tuple[int, ...]], tuple[int, int, int]]
+    lists: bool = False
 
 
 def block_sizes(layout: BSR, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -103,11 +106,13 @@ def block_sizes(layout: BSR, shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 BANDS = {
     VectorNM: Band(
-        lambda parts: (None, parts["index"]), lambda layout, shape: (layout.v, 1, reduction_width(shape, layout.m))
+        lambda parts: (None, parts["index"]),
+        lambda layout, shape: (layout.v, 1, reduction_width(shape, layout.m)),
+        True,
     ),
     BSR: Band(lambda parts: (parts["crow"], parts["col"]), block_sizes),
     CSR: Band(lambda parts: (parts["crow"], parts["col"]), lambda layout, shape: (1, 0, math.prod(shape[1:]))),
-    FanIn: Band(lambda parts: (None, parts["index"]), lambda layout, shape: (1, 1, math.prod(shape[1:]))),
+    FanIn: Band(lambda parts: (None, parts["index"]), lambda layout, shape: (1, 1, math.prod(shape[1:])), True),
 }
 
 
@@ -170,6 +175,15 @@ def converted(run: Run, dtype: torch.dtype) -> Run:
     return lambda *operands: run(*map(single, operands)).to(dtype)
 
 
+def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout, shape: tuple[int, ...], tokens: int | None) -> bool:
+    """Whether linear multiplies bfloat16 as it is; float32's kernels are faster for many tokens of few rows."""
+    if run_of not in (band_linear, csr_linear) or tokens is None:
+        return False
+    band = BANDS[type(layout)]
+    height, width, _ = band.sizes(layout, shape)
+    return tokens <= cpp.bfloat16_tokens(height, 0 if band.lists else max(width, 1))
+
+
 def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
     """The `prepare` of an operator by a C++ kernel, which computes in float32."""
 
@@ -177,14 +191,76 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
         name = str(dtype).removeprefix("torch.")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
+        if dtype is torch.bfloat16 and multiplies_bfloat16(run_of, layout, shape, flags.tokens):
+            run = band_linear(layout, shape, flags.tokens is None)
+            return Plan.of(name, "C++ kernel: multiplies only the stored entries, sums in float32", run)
         run = run_of(layout, shape, flags.tokens is None)
         if dtype is torch.float32:
-            return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
+            return Plan.of(name, "C++ kernel: multiplies only the stored entries", run)
         why = f"C++ kernel: multiplies only the stored entries, in float32: {name} is converted at every call"
         return Plan.of("converted", why, converted(run, dtype))
 
     prepare.__name__ = run_of.__name__
     return prepare
+
+
+# NM reads its stored format for a few tokens; a processor's vector units do not skip zeros, so that more of them are
+# multiplied, like gradients, by a dense copy, which takes a small part of the time.
+
+FEW_TOKENS = 128
+NM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def nm_plan(layout: NM, dtype: torch.dtype, tokens: int | None, run: Run, few: str, dense: str) -> Plan:
+    """A Plan of NM, with the reason for few tokens or for a dense copy."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in NM_DTYPES:
+        return Plan.of(
+            "reference", f"expands to dense: the C++ kernel is for float32 and 16-bit types, not {name}", None
+        )
+    if tokens is None:
+        return Plan.of(
+            "operator", f"C++ operator: reads the stored weight up to {FEW_TOKENS} tokens, else expands it", run
+        )
+    if tokens > FEW_TOKENS:
+        return Plan.of("expand", dense, run)
+    if dtype is torch.float32 or (dtype is torch.bfloat16 and cpp.features()["bfloat16"]):
+        return Plan.of("bitmap", few, run)
+    return Plan.of("converted", f"{few}, in float32: {name} is converted at every call", run)
+
+
+def nm_linear(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+    """linear with NM: values are expanded in registers, or all of them once for many tokens."""
+    linear, n, m, outputs = torch.ops.sten.nm_linear.default, layout.n, layout.m, shape[0]
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+        return linear(x, weight["values"].contiguous(), weight["index"], bias, n, m, FEW_TOKENS, outputs)
+
+    few = "C++ kernel: reads only the stored entries, and expands them in registers"
+    dense = f"expands to dense by a C++ kernel: with more than {FEW_TOKENS} tokens a dense product is as fast"
+    return nm_plan(layout, dtype, flags.tokens, run, few, dense)
+
+
+def nm_grad_input(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+    """linear_grad_input with NM."""
+    expand, n, m, inputs = torch.ops.sten.nm_expand.default, layout.n, layout.m, math.prod(shape[1:])
+
+    def run(grad: Tensor, weight: Parts) -> Tensor:
+        return grad @ expand(weight["values"].contiguous(), weight["index"], n, m, inputs)
+
+    dense = "expands to dense by a C++ kernel: the transpose of the pattern is not n of m"
+    return nm_plan(layout, dtype, math.inf, run, dense, dense)
+
+
+def nm_grad_weight(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+    """linear_grad_weight with NM."""
+    collect, n, m = torch.ops.sten.nm_collect.default, layout.n, layout.m
+
+    def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
+        return collect(dense_grad_weight(grad, x, shape), weight["index"], n, m)
+
+    dense = "computes the dense gradient and collects it at the pattern by a C++ kernel"
+    return nm_plan(layout, dtype, math.inf, run, dense, dense)
 
 
 def conv_by(prepare_linear: Callable[..., Plan]) -> Callable[..., Plan]:
@@ -223,6 +299,13 @@ if cpp.available():
     ):
         _linear = kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
         kernel("conv2d", weight=_layout, device="cpu", prepare=True)(conv_by(_linear))
+    for _name, _prepare in (
+        ("linear", nm_linear),
+        ("linear_grad_input", nm_grad_input),
+        ("linear_grad_weight", nm_grad_weight),
+    ):
+        kernel(_name, weight=NM, device="cpu", prepare=True)(_prepare)
+    kernel("conv2d", weight=NM, device="cpu", prepare=True)(conv_by(nm_linear))
     for _layout in BANDS:
         kernel("linear_grad_input", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_input))
         kernel("linear_grad_weight", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_weight))
