@@ -16,7 +16,6 @@ constexpr int64_t kTransposeTokens = 128;     // from which on sorting single en
 constexpr int64_t kSkew = 256;                // floats between panels, or all would fall into the same cache sets
 constexpr int64_t kFewTokens = 64;
 constexpr int64_t kSharedRows = 4;            // from which on gathering activations for a band pays
-constexpr int64_t kUnit = 8;                  // rows that are not divided between tasks
 constexpr int64_t kLongPanels = 4;            // panels whose tokens are summed in registers for the values' gradient
 
 int64_t panel_floats(const Kernels& k, int64_t tokens) {
@@ -91,12 +90,6 @@ void one_token(const Problem& p, const Bands& w, const Kernels& k, const Pool& p
     Scratch<float> gathered(Role::panel, w.columns);
     k.bands_token(w, p.bias, r0, std::min(r1, p.out), x.get(), gathered.get(), p.y);
   });
-}
-
-// The rows of piece `i`: multiples of kUnit.
-Range piece_rows(int64_t out, int64_t pieces, int64_t i) {
-  const Range units = part(ceil_div(out, kUnit), pieces, i);
-  return {units.begin * kUnit, std::min(units.end * kUnit, out)};
 }
 
 void many_tokens(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {

@@ -391,11 +391,13 @@ STEN_FN void grouped_block(const Grouped& w, const GroupedBlock& b, const float*
 }
 
 #include "bodies_bands.h"
+#include "bodies_conv.h"
 
 constexpr Kernels make(const char* name) {
   return {name,     kWidth,    kRows,     load_panel,    store_panel,
           csr_rows, csr_block, csr_token, grouped_block, grouped_token,
-          bands_block, bands_token, bands_input, bands_values, bands_values_few};
+          bands_block, bands_token, bands_input, bands_values, bands_values_few,
+          conv_load, conv_block, conv_store};
 }
 
 }  // namespace sten::STEN_ISA

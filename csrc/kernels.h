@@ -11,6 +11,7 @@ namespace sten {
 
 constexpr int kMaxVectors = 4;      // vectors of tokens in a panel
 constexpr int kTokenPadding = 128;  // floats that may be read beyond one token's activations
+constexpr int kConvVectors = 8;     // vectors of pixels in a tile of a convolution
 
 struct Problem {
   const float* x;      // (tokens, in)
@@ -75,6 +76,33 @@ struct LongPanel {
   int64_t step;
 };
 
+// The images of one group of a convolution. A stride divides the rows and columns of the input into phases, those with
+// the same remainder, and a panel holds (channels, row phases, column phases, rows, pitch).
+struct ConvShape {
+  int64_t channels, h, w, out, out_h, out_w;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t row_phases, column_phases;
+};
+
+// What a panel holds: `rows` rows of each phase, from this row and column of the input on, which may be padding.
+struct ConvWindow {
+  int64_t row, column, rows, pitch;
+};
+
+// Rows (outputs) r0 to r1 - 1 by columns k0 to k1 - 1 of the weight, for `vectors` vectors of pixels: what an entry
+// multiplies is panel[x_at[vector] + offset[column - k0]], and the sum belongs to out[(row - r0) * ld + y_at[vector]].
+struct ConvBlock {
+  int64_t r0, r1, k0, k1;
+  const float* panel;
+  const int32_t* offset;
+  int64_t vectors;
+  const int64_t *x_at, *y_at;
+  const float* start;    // (r1 - r0,) the sums begin with these, or null: with what `out` holds
+  float* out;
+  int64_t ld;
+  int32_t* next;         // for each band of r0 to r1, its first entry in this block; becomes that of the next block
+};
+
 // One instruction set. `v` is the number of vectors in a panel row, 1 to kMaxVectors.
 struct Kernels {
   const char* name;
@@ -119,6 +147,14 @@ struct Kernels {
   // floats a row; `scratch` has tokens * (count + kTokenPadding) floats
   void (*bands_values_few)(const Bands& w, int64_t r0, int64_t r1, const float* grad, const float* x, int64_t ld,
                            int64_t tokens, float* scratch, float* out);
+
+  // fills a panel with `channels` channels; may write a vector beyond it
+  void (*conv_load)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, float* panel);
+  // BSR has no such kernel
+  void (*conv_block)(const Bands& w, const ConvBlock& block);
+  // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
+  void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
+                     float* y, int64_t ld);
 };
 
 const Kernels* kernels_avx512();     // null if this build has none

@@ -25,4 +25,8 @@ void check_input(const Tensor& x, const char* op, int64_t out);
 Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out, Tensor& owner,
                      Tensor& y);
 
+// A weight as the operators of register_bands.cpp take it, checked.
+Bands make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
+                  int64_t height, int64_t columns, int64_t rows, bool trusted);
+
 }  // namespace sten

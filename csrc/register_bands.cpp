@@ -51,11 +51,15 @@ Bands make_bands(const char* op, const float* values, at::IntArrayRef size, cons
   return w;
 }
 
+}  // namespace
+
 Bands make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                   int64_t height, int64_t columns, int64_t rows, bool trusted) {
   check(values, op, "values", !crow ? 2 : values.dim() == 1 ? 1 : 3, at::kFloat);
   return make_bands(op, values.const_data_ptr<float>(), values.sizes(), crow, col, height, columns, rows, trusted);
 }
+
+namespace {
 
 void check_columns(const char* op, int64_t in, int64_t columns) {
   TORCH_CHECK(in <= columns, op, ": Expected at most ", text(columns), " input features, got ", text(in));
