@@ -15,18 +15,19 @@
 namespace sten {
 namespace {
 
-constexpr int64_t kPanelBytes = 24 << 10;
+constexpr int64_t kPanelBytes = 32 << 10;
 constexpr int64_t kTileColumns = 2;      // vectors: the taller a tile, the fewer rows are copied twice
+constexpr int64_t kLeastTiles = 2;       // from which on deriving the offsets pays
 constexpr int64_t kLeastEntries = 16;    // of a row in a block, or reading and writing the sums would take longer
 
 struct Tiling {
-  bool flat;
+  bool flat, derived;    // derived: the offset of every entry is computed once, and not looked up for every tile
   int64_t columns, windows;    // of a window, and how many there are; the last one may overlap
   int64_t rows, tiles;         // of the highest tile
   int64_t pitch, panel_rows, plane;    // floats of a row, rows of a phase and floats of a channel in a panel
   int64_t channels, blocks;    // of a block
 
-  Tiling(const ConvShape& s, const Bands& w, bool inputs_last, int64_t width) {
+  Tiling(const ConvShape& s, int64_t images, const Bands& w, bool inputs_last, int64_t width) {
     const int64_t halo[] = {(s.kernel[0] - 1) * s.dilation[0] / s.stride[0],
                             (s.kernel[1] - 1) * s.dilation[1] / s.stride[1]};
     flat = s.out_w < width;
@@ -40,7 +41,8 @@ struct Tiling {
     plane = s.row_phases * s.column_phases * panel_rows * pitch;
     const int64_t bytes = s.channels * plane * static_cast<int64_t>(sizeof(float));
     const int64_t each = (w.crow ? w.crow[w.rows] : w.rows * w.count) / std::max<int64_t>(1, w.rows);
-    blocks = inputs_last ? 1 : std::min(ceil_div(bytes, kPanelBytes), each / kLeastEntries);
+    derived = images * tiles * windows >= kLeastTiles;
+    blocks = inputs_last || !derived ? 1 : std::min(ceil_div(bytes, kPanelBytes), each / kLeastEntries);
     blocks = std::max<int64_t>(1, std::min(blocks, s.channels));
     channels = ceil_div(s.channels, blocks);
     blocks = std::max<int64_t>(1, ceil_div(s.channels, channels));
@@ -79,6 +81,27 @@ int64_t place_vectors(const ConvShape& s, const Tiling& t, int64_t rows, int64_t
   return n;
 }
 
+// The offset of every entry, and where each band crosses from one block of columns to the next: begin[block][band].
+void derive(const Bands& w, int64_t columns, int64_t blocks, const int32_t* table, int32_t* index, int32_t* begin,
+            const Pool& pool) {
+  const int64_t bands = w.bands(), tasks = std::max<int64_t>(1, std::min<int64_t>(pool.threads, bands));
+  pool.each(tasks, [&](int64_t first, int64_t last) {
+    for (int64_t band = part(bands, tasks, first).begin; band < part(bands, tasks, last - 1).end; ++band) {
+      const int64_t skip = w.crow ? 0 : band * w.count;
+      const int32_t* col = w.col + skip;
+      int64_t e = w.crow ? w.crow[band] : 0;
+      const int64_t end = w.crow ? w.crow[band + 1] : w.count;
+      for (int64_t b = 0; b < blocks; ++b) {
+        begin[b * bands + band] = static_cast<int32_t>(e);
+        if (!index) break;
+        const int64_t k0 = b * columns, k1 = b + 1 == blocks ? w.columns : k0 + columns;
+        for (; e < end && col[e] < k1; ++e) index[skip + e] = table[col[e] - k0];
+      }
+      begin[blocks * bands + band] = static_cast<int32_t>(end);
+    }
+  });
+}
+
 }  // namespace
 
 void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const Bands& w,
@@ -89,12 +112,15 @@ void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, con
     s.w *= std::exchange(s.h, 1);    // one long row
     s.out_w *= std::exchange(s.out_h, 1);
   }
-  const Tiling t(s, w, inputs_last, k.width);
+  const Tiling t(s, images, w, inputs_last, k.width);
   const double entries = w.crow ? w.crow[w.rows] : static_cast<double>(w.rows) * w.count;
   pool.threads = useful_threads(pool.threads, entries * images * s.out_h * s.out_w);
   const int64_t slack = kConvVectors * k.width, zeros = inputs_last ? t.plane : 0;
   Scratch<int32_t> offsets(Role::index, inputs_last ? w.columns : t.channels * positions);
   fill_offsets(s, t, w, inputs_last, offsets.get());
+  const int64_t bands = w.bands(), all = w.crow ? w.crow[bands] : bands * w.count;
+  Scratch<int32_t> index(Role::repacked, t.derived ? all : 0), cuts(Role::cuts, (t.blocks + 1) * bands);
+  derive(w, t.channels * positions, t.blocks, offsets.get(), t.derived ? index.get() : nullptr, cuts.get(), pool);
 
   const int64_t image_tiles = images * groups * t.tiles;
   const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, std::max<int64_t>(1, group_rows / kUnit));
@@ -102,7 +128,6 @@ void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, con
   pool.each(pieces * image_tiles, [&](int64_t begin, int64_t end) {
     Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + slack);
     Scratch<float> sums(Role::sums, most_rows * (t.flat ? slack + 1 : 1));
-    Scratch<int32_t> next(Role::cuts, most_rows + 1);
     float* start = sums.get() + (t.flat ? most_rows * slack : 0);
     int64_t x_at[kConvVectors], y_at[kConvVectors];
     for (int64_t task = begin; task < end; ++task) {
@@ -120,15 +145,14 @@ void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, con
         const int64_t column = std::min(window * t.columns, s.out_w - t.columns);
         const ConvWindow read{high.begin * s.stride[0] - s.padding[0], column * s.stride[1] - s.padding[1],
                               t.panel_rows, t.pitch};
-        for (int64_t band = r0 / w.height; band * w.height < r1; ++band)
-          next.get()[band - r0 / w.height] = w.crow ? w.crow[band] : 0;
         for (int64_t c0 = 0, b = 0; b < t.blocks; ++b, c0 += t.channels) {
           const int64_t count = std::min(t.channels, s.channels - c0);
-          const int64_t k0 = c0 * positions, k1 = b + 1 == t.blocks ? w.columns : k0 + count * positions;
           k.conv_load(s, read, from + c0 * s.h * s.w, count, panel.get());
           if (zeros) std::memset(panel.get() + count * t.plane, 0, (t.plane + slack) * sizeof(float));
-          k.conv_block(w, {r0, r1, k0, k1, panel.get(), offsets.get(), vectors, x_at, y_at, b ? nullptr : start,
-                           t.flat ? sums.get() : to + column, t.flat ? slack : size, next.get()});
+          const int32_t* from_entry = cuts.get() + b * bands;
+          k.conv_block(w, {r0, r1, from_entry, from_entry + bands, t.derived ? index.get() : w.col,
+                           t.derived ? nullptr : offsets.get(), panel.get(), vectors, x_at, y_at, b ? nullptr : start,
+                           t.flat ? sums.get() : to + column, t.flat ? slack : size});
         }
         if (t.flat)
           k.conv_store(sums.get(), r1 - r0, high.end - high.begin, s.out_w, t.pitch, slack, to, size);

@@ -89,18 +89,19 @@ struct ConvWindow {
   int64_t row, column, rows, pitch;
 };
 
-// Rows (outputs) r0 to r1 - 1 by columns k0 to k1 - 1 of the weight, for `vectors` vectors of pixels: what an entry
-// multiplies is panel[x_at[vector] + offset[column - k0]], and the sum belongs to out[(row - r0) * ld + y_at[vector]].
+// Rows (outputs) r0 to r1 - 1 by a block of columns, for `vectors` vectors of pixels: what entry e of a band multiplies is
+// panel[x_at[vector] + index[e]], or with a table panel[x_at[vector] + table[index[e]]], and the sum belongs to
+// out[(row - r0) * ld + y_at[vector]].
 struct ConvBlock {
-  int64_t r0, r1, k0, k1;
+  int64_t r0, r1;
+  const int32_t *begin, *end;    // (bands,) positions as in BandRange
+  const int32_t *index, *table;  // index is shaped as col
   const float* panel;
-  const int32_t* offset;
   int64_t vectors;
   const int64_t *x_at, *y_at;
   const float* start;    // (r1 - r0,) the sums begin with these, or null: with what `out` holds
   float* out;
   int64_t ld;
-  int32_t* next;         // for each band of r0 to r1, its first entry in this block; becomes that of the next block
 };
 
 // One instruction set. `v` is the number of vectors in a panel row, 1 to kMaxVectors.
