@@ -16,6 +16,9 @@ Tensor band_conv2d_op(const Tensor& x, const Tensor& values, const std::optional
   static constexpr const char* op = "sten::band_conv2d";
   check_input(x, op, out);
   TORCH_CHECK(x.dim() == 4, op, ": Expected x (images, channels, rows, columns), got shape ", text(x.sizes()));
+  for (const at::IntArrayRef sizes : {kernel, stride, padding, dilation})
+    TORCH_CHECK(sizes.size() == 2, op, ": Expected two numbers for each of kernel_size, stride, padding and dilation, ",
+                "got ", text(sizes));
   TORCH_CHECK(groups >= 1 && x.size(1) % groups == 0 && out % groups == 0, op, ": Expected channels and outputs in ",
               text(groups), " groups, got ", text(x.size(1)), " and ", text(out));
   ConvShape s{x.size(1) / groups, x.size(2), x.size(3), out / groups, 0, 0, {}, {}, {}, {}, 0, 0};

@@ -76,6 +76,15 @@ def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
     return x.new_empty((len(col), height, width) if width else (len(col),))
 
 
+def _fake_conv(
+    x, values, crow, col, bias, height, columns, inputs_last, kernel, stride, padding, dilation, groups, out, **_
+):
+    """Return an empty (images, out_channels, rows, columns) tensor."""
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = zip(x.shape[2:], reach, stride, padding, strict=True)
+    return x.new_empty((x.shape[0], out, *((n + 2 * p - r) // s + 1 for n, r, s, p in sizes)))
+
+
 def _load():
     """Load the library; the error of an unusable one (built for another torch, say) is stored, not raised."""
     global _library, _load_error
@@ -89,6 +98,7 @@ def _load():
     for name in ("csr_linear", "grouped_nm_linear", "band_linear", "band_grad_input"):
         torch.library.register_fake(f"sten::{name}", _fake)
     torch.library.register_fake("sten::band_grad_values", _fake_values)
+    torch.library.register_fake("sten::band_conv2d", _fake_conv)
 
 
 _load()
