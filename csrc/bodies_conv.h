@@ -4,9 +4,9 @@
 
 constexpr int kSharedVectors = kRegisters == 32 ? 4 : 2;    // with four rows that share their columns
 
-// One phase of a row: dst[u] = row[u * step] for lo <= u < hi, else zero, for u < count. May write a vector beyond it.
+// One phase of a row: dst[u] = row[u * step] for lo <= u < hi, else zero, for u < count. What lies below `lo` is zero
+// already, and as much behind `count` is made so for the next row.
 STEN_INLINE void load_pixels(const float* row, int64_t lo, int64_t hi, int64_t step, int64_t count, float* dst) {
-  for (int64_t u = 0; u < lo; u += kWidth) store(dst + u, zero());
   int64_t u = lo;
   if (step == 1) {
     for (; u + kWidth <= hi; u += kWidth) store(dst + u, load(row + u));
@@ -20,7 +20,8 @@ STEN_INLINE void load_pixels(const float* row, int64_t lo, int64_t hi, int64_t s
 }
 
 STEN_FN void conv_load(const ConvShape& s, const ConvWindow& b, const float* x, int64_t channels, float* panel) {
-  const int64_t step = s.stride[1];
+  const int64_t step = s.stride[1], margin = b.column < 0 ? (step - 1 - b.column) / step : 0;
+  for (int64_t u = 0; u < margin; u += kWidth) store(panel + u, zero());
   for (int64_t c = 0; c < channels; ++c, x += s.h * s.w)
     for (int64_t i = 0; i < s.row_phases; ++i)
       for (int64_t j = 0; j < s.column_phases; ++j) {
@@ -30,8 +31,8 @@ STEN_FN void conv_load(const ConvShape& s, const ConvWindow& b, const float* x, 
         lo = lo < hi ? lo : hi;
         for (int64_t t = 0; t < b.rows; ++t, panel += b.pitch) {
           const int64_t row = b.row + t * s.stride[0] + i;
-          if (row >= 0 && row < s.h) load_pixels(x + row * s.w + first, lo, hi, step, b.pitch, panel);
-          else load_pixels(x, 0, 0, 1, b.pitch, panel);
+          if (row >= 0 && row < s.h) load_pixels(x + row * s.w + first, lo, hi, step, b.pitch + margin, panel);
+          else load_pixels(x, 0, 0, 1, b.pitch + margin, panel);
         }
       }
 }
@@ -55,7 +56,8 @@ STEN_INLINE void begin_pixels(const ConvBlock& b, int64_t row, const float* out,
   for (int v = 0; v < N; ++v) a[v] = b.start ? broadcast(b.start + row - b.r0) : load(out + y_at[v]);
 }
 
-// Rows one by one, because no two have the same columns.
+// Rows one by one, because no two have the same columns; all vectors of a tile together, because two may overlap, and
+// what one has added to `out` must not be read by the other.
 template <int N, bool kTable>
 STEN_FN void conv_single(const Bands& w, const ConvBlock& b) {
   constexpr int L = N == 1 ? 8 : N == 2 ? 4 : N <= 4 ? 2 : 1;
@@ -98,7 +100,7 @@ STEN_FN void conv_single(const Bands& w, const ConvBlock& b) {
   }
 }
 
-// Rows of one band, and N vectors from v0 on.
+// Rows of one band, and N vectors from v0 on. Bands of several rows have one block of columns, so `out` is not read.
 template <int R, int N, bool kTable>
 STEN_INLINE void conv_rows(const Bands& w, const ConvBlock& b, int64_t band, int64_t row, int64_t v0) {
   vec a[R][N];
@@ -140,15 +142,15 @@ STEN_FN void conv_some(int64_t rows, int64_t vectors, const Bands& w, const Conv
 }
 
 template <int N, bool kTable>
-STEN_FN void conv_block_n(const Bands& w, const ConvBlock& b) {
+STEN_FN void conv_singles(const Bands& w, const ConvBlock& b) {
   if constexpr (N > 1)
-    if (b.vectors < N) return conv_block_n<N - 1, kTable>(w, b);
+    if (b.vectors < N) return conv_singles<N - 1, kTable>(w, b);
   conv_single<N, kTable>(w, b);
 }
 
 template <bool kTable>
 STEN_FN void conv_block_t(const Bands& w, const ConvBlock& b) {
-  if (w.height == 1) return conv_block_n<kConvVectors, kTable>(w, b);
+  if (w.height == 1) return conv_singles<kConvVectors, kTable>(w, b);
   for (int64_t band = b.r0 / w.height; band * w.height < b.r1; ++band) {
     const int64_t lo = band * w.height, hi = lo + w.height, r1 = hi < b.r1 ? hi : b.r1;
     for (int64_t row = lo > b.r0 ? lo : b.r0, n; row < r1; row += n) {

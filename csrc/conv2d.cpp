@@ -126,7 +126,7 @@ void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, con
   const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, std::max<int64_t>(1, group_rows / kUnit));
   const int64_t most_rows = ceil_div(ceil_div(group_rows, kUnit), pieces) * kUnit;
   pool.each(pieces * image_tiles, [&](int64_t begin, int64_t end) {
-    Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + slack);
+    Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + t.pitch + slack);
     Scratch<float> sums(Role::sums, most_rows * (t.flat ? slack + 1 : 1));
     float* start = sums.get() + (t.flat ? most_rows * slack : 0);
     int64_t x_at[kConvVectors], y_at[kConvVectors];

@@ -11,7 +11,7 @@ namespace sten {
 
 constexpr int kMaxVectors = 4;      // vectors of tokens in a panel
 constexpr int kTokenPadding = 128;  // floats that may be read beyond one token's activations
-constexpr int kConvVectors = 8;     // vectors of pixels in a tile of a convolution
+constexpr int kConvVectors = 8;     // vectors of pixels that a convolution holds in registers
 
 struct Problem {
   const float* x;      // (tokens, in)
@@ -99,7 +99,7 @@ struct ConvBlock {
   const float* panel;
   int64_t vectors;
   const int64_t *x_at, *y_at;
-  const float* start;    // (r1 - r0,) the sums begin with these, or null: with what `out` holds
+  const float* start;    // (r1 - r0,) the sums begin with these; null for single rows: with what `out` holds
   float* out;
   int64_t ld;
 };
@@ -149,7 +149,7 @@ struct Kernels {
   void (*bands_values_few)(const Bands& w, int64_t r0, int64_t r1, const float* grad, const float* x, int64_t ld,
                            int64_t tokens, float* scratch, float* out);
 
-  // fills a panel with `channels` channels; may write a vector beyond it
+  // fills a panel with `channels` channels; may write a row and a vector beyond it
   void (*conv_load)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, float* panel);
   // BSR has no such kernel
   void (*conv_block)(const Bands& w, const ConvBlock& block);

@@ -17,6 +17,7 @@ from . import cpp
 from .cpu import BANDS, Run, band_linear, csr_linear, float32_by, grouped_nm_linear, once_checked, stored_rows
 
 LAST = (torch.channels_last, torch.channels_last_3d)
+FEW_PIXELS = 256  # of all images: expanding takes longer than multiplying too many entries
 # layouts with a direct convolution -> (whether the channels come last in a row of the weight; up to which density it is
 # faster than a dense convolution of many images)
 DIRECT: dict[type[Layout], tuple[bool, float]] = {CSR: (False, 0.5), FanIn: (False, 0.5), VectorNM: (True, 0.8)}
@@ -66,7 +67,7 @@ def why_not_direct(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, f
         return f"{layout} has a faster kernel for groups=1 only"
     density = None if flags.entries is None else flags.entries / max(1, math.prod(shape))
     most = DIRECT[type(layout)][1] * (1 if dtype is torch.float32 else 0.5)
-    if density is not None and density > most:
+    if density is not None and density > most and (flags.tokens is None or flags.tokens > FEW_PIXELS):
         return f"with {density:.0%} of the entries stored a dense convolution is faster, up to {most:.0%} this kernel"
     return None
 
