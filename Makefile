@@ -12,7 +12,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 GPU_TESTS := tests/test_triton_compile.py $(filter-out %_compile.py,$(wildcard tests/test_triton_*.py))  # the longest first
 GPU_TESTS += tests/test_cuda.py tests/test_cuda_plans.py tests/test_cuda_sources.py tests/test_distributed.py
 
-.PHONY: quickstart test gpu-test conformance compatibility lint install build coverage bench structure sanitize fuzz clean
+.PHONY: quickstart test gpu-test conformance compatibility lint install build coverage bench structure sanitize fuzz docs notebooks clean
 
 quickstart: install
 	$(BIN)/python examples/quickstart.py
@@ -60,8 +60,14 @@ fuzz: install  # hostile files and state dicts, then every method killed and res
 	$(BIN)/python -m tests.fuzzing --count 100000
 	STEN_ALL=1 $(BIN)/python -m pytest -n 2 tests/test_killed.py
 
+docs: install  # into site/: open site/index.html, no server needed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+notebooks: install  # execute docs/notebooks again, in place
+	OMP_NUM_THREADS=1 $(BIN)/jupyter execute --inplace docs/notebooks/*.ipynb
+
 sanitize:
 	bash csrc/sanitize/run.sh
 
 clean:
-	rm -rf .venv build *.egg-info sten/*.so
+	rm -rf .venv build site *.egg-info sten/*.so

@@ -29,6 +29,7 @@ def plans(tiny: bool) -> dict[str, tuple]:
     return {
         "vector-mlp": (vector, None, None),
         "2:4": (sten.NM(2, 4), sten.NM(2, 4), None),
+        "16:32": (sten.NM(16, 32), sten.NM(16, 32), None),
         "vector-mlp+2:4": (vector, sten.NM(2, 4), None),
         "bsr80-mlp": (blocks, None, 0.8),
     }

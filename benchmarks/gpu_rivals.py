@@ -38,7 +38,7 @@ class Int4(nn.Module):
         return weight.shape[0] % 8 == 0 and weight.shape[1] % (INNER_TILES * 16) == 0
 
     def forward(self, x):
-        y = torch.ops.aten._weight_int4pack_mm(x.reshape(-1, x.shape[-1]), self.packed, GROUP, self.scales)
+        y = torch.ops.aten._weight_int4pack_mm(x.reshape(-1, x.shape[-1]).contiguous(), self.packed, GROUP, self.scales)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

@@ -30,6 +30,7 @@ from .errors import FormatError
 from .layouts.registry import fields
 from .tensor import SparseTensor
 from .training import engine
+from .training.inference_mode import ordinary_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 VERSION = 3
@@ -84,6 +85,7 @@ def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict
     return tensors, sparse, ties
 
 
+@ordinary_tensors
 def load(model: Model, path: str | os.PathLike | None = None, assign: bool = False, mmap: bool = False) -> Model:
     """Read a file of `sten.save` into a model of the same architecture, dense or sparse, in place.
 

@@ -77,16 +77,33 @@ def saved_operands(ctx) -> tuple[Tensor, Any]:
     if ctx.weight is None:
         return ctx.saved_tensors
     x, w, _ = ctx.saved_tensors
-    if w is not None:
-        return x, w
+    return x, _leaf(ctx, 1) if w is None else w
+
+
+def save_pattern(ctx, inputs: tuple, output: Any) -> None:
+    """The same for a rule whose first argument is a SparseTensor, of which backward reads only the pattern."""
+    w = inputs[0]
+    leaf = not private.must_apply() and w.is_leaf
+    ctx.weight = (type(w), w.sparse_layout, w.parts, w.stored_shape, w.transposed, w.cache) if leaf else None
+    ctx.save_for_backward(None if leaf else w)
+
+
+def saved_pattern(ctx) -> Any:
+    """A SparseTensor with the pattern of `save_pattern`; RuntimeError if it has changed since."""
+    [w] = ctx.saved_tensors
+    return _leaf(ctx, 0) if w is None else w
+
+
+def _leaf(ctx, position: int) -> Any:
+    """The leaf whose parts were saved, the argument at `position`; without a gradient, another SparseTensor of them."""
     kind, layout, parts, shape, transposed, cache = ctx.weight
-    tensors = ctx.next_functions  # of the tensors among the arguments: x, w, ...
-    if tensors[1][0] is None:
-        return x, kind(layout, parts, shape, transposed, cache=cache)
-    w = tensors[1][0].variable
+    node = ctx.next_functions[position][0]  # of the tensors among the arguments: x, w, ...
+    if node is None:
+        return kind(layout, parts, shape, transposed, cache=cache)
+    w = node.variable
     if w.parts is not parts:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: a "
             f"{layout} weight has another pattern than in the forward pass; call backward() before changing it."
         )
-    return x, w
+    return w

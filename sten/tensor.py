@@ -27,6 +27,7 @@ from .layouts.checks import expect_held
 from .layouts.registry import fields
 from .pattern_cache import PatternCache as PatternCache
 from .rule import Rule as Rule
+from .rule import save_pattern, saved_pattern
 from .sealed import Sealed
 
 OTHERS = "others"  # the row of either table for what has none of its own, and for `out=`
@@ -218,13 +219,11 @@ class ToDense(Rule):
     def forward(w):
         return OPS.to_dense(w) if is_compiling() and not w.assembled else without_view(unpack(w))
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
+    setup_context = staticmethod(save_pattern)
 
     @staticmethod
     def backward(ctx, grad):
-        return project(grad, ctx.saved_tensors[0])
+        return project(grad, saved_pattern(ctx))
 
     @staticmethod
     def vmap(info, in_dims, w):

@@ -120,6 +120,35 @@ def test_layouts_that_cannot_be():
         NM(2.0, 4)
 
 
+TRUE = {
+    "SparseGPT": lambda: sten.SparseGPT(block=True), "DSnoT": lambda: sten.DSnoT(True), "ADMM": lambda: sten.ADMM(True),
+    "SparseSwaps": lambda: sten.SparseSwaps(sweeps=True), "Reconstruct": lambda: sten.Reconstruct(steps=True),
+    "RigL": lambda: sten.RigL(100, every=True), "DecayingMask": lambda: sten.DecayingMask(True),
+    "NM": lambda: NM(True, 4), "VectorNM": lambda: sten.VectorNM(2, 4, True), "BSR": lambda: sten.BSR((4, True)),
+    "Uniform": lambda: sten.Uniform(True), "Global": lambda: sten.Global(0.5, floor=False),
+    "PerWeight": lambda: sten.PerWeight({"0.weight": True}), "SRSTE": lambda: sten.SRSTE(decay=True),
+    "ERK": lambda: sten.ERK(True), "Random": lambda: sten.Random(seed=True), "Gradual": lambda: sten.Gradual(0, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", TRUE.values(), ids=TRUE)
+def test_true_is_no_number(make):
+    with pytest.raises(TypeError, match=r"Expected .*number.*, got .*(True|False)"):
+        make()
+
+
+def test_wrong_arguments_with_true_among_them_get_their_own_sentence():
+    with pytest.raises(TypeError, match="got an unexpected keyword argument 'blok'"):
+        sten.SparseGPT(blok=True)
+
+
+def test_layouts_that_are_something_else():
+    for layout, words in (({"0": {"*": NM(2, 4)}}, "full names or a glob"), (mlp(), "got a model, Sequential")):
+        model = mlp()
+        with refused(model, words, TypeError):
+            sten.sparsify(model, layout)
+
+
 class Strict(sten.Layout):
     """Refuses what does not divide, as a layout may."""
 

@@ -181,3 +181,114 @@ def test_inputs_whose_gram_matrix_overflows(method):
     with pytest.raises(ValueError, match="Expected finite values of"):
         sten.sparsify(model, sten.NM(2, 4), method, calibration=[x])
     assert as_before(model, before)
+
+
+def test_the_note_names_the_folder(tmp_path):
+    """With a folder, the error says where the decisions are; without files, or without a folder, it does not."""
+    for at, commit, notes in (
+        ("layers.2.up.weight", "end", [f"what was decided is in '{tmp_path}'; the same call again goes on from there"]),
+        ("layers.2.up.weight", "block", ["2 blocks are sparse and complete", f"is in '{tmp_path}'"]),
+    ):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            calibration = sten.Calibration(vectors(), folder=tmp_path, commit=commit)
+            sten.sparsify(blocks(), sten.NM(2, 4), Interrupted(at, KeyboardInterrupt), calibration=calibration)
+        found = caught.value.__notes__
+        assert len(found) == len(notes) and all(note in text for note, text in zip(notes, found, strict=True))
+    for more in ({}, {"folder": tmp_path / "empty"}):
+        with pytest.raises(KeyboardInterrupt) as caught:
+            calibration = sten.Calibration(vectors(), **more)
+            sten.sparsify(
+                blocks(), sten.NM(2, 4), Interrupted("layers.0.up.weight", KeyboardInterrupt), calibration=calibration
+            )
+        assert not getattr(caught.value, "__notes__", [])
+
+
+class Routed(nn.Module):
+    """Two experts, of which the second gets one token of each batch, and a layer for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x):
+        x = self.first(x).flatten(0, -2)
+        return torch.cat([self.experts[0](x[:-1]), self.experts[1](x[-1:])])
+
+
+def test_the_weights_with_the_fewest_tokens_come_first():
+    with pytest.warns(
+        UserWarning, match=r"reached experts\.1\.weight \(1\), experts\.0\.weight \(5\), first\.weight \(6\);"
+    ):
+        sten.sparsify(Routed(), sten.NM(2, 4), sten.SparseGPT(), calibration=[torch.randn(2, 3, 8)])
+
+
+# ---- conversions inside of a calibration
+
+
+def _converts(kind: str, model: nn.Module):
+    """A conversion that a hook of one layer calls."""
+    acts = {
+        "sparsify": lambda: sten.sparsify(model, sten.CSR(), sparsity=0.5),
+        "the same": lambda: sten.sparsify(model, sten.NM(2, 4), sten.Wanda(), calibration=vectors()),
+        "a part": lambda: sten.sparsify(model.layers[1], sten.CSR(), sparsity=0.5),
+        "sensitivity": lambda: sten.sensitivity(model, [sten.NM(2, 4)], vectors()),
+        "finalize": lambda: sten.finalize(model),
+    }
+    return lambda module, args: acts[kind]() and None
+
+
+@pytest.mark.parametrize("kind", ["sparsify", "the same", "a part", "sensitivity", "finalize"])
+def test_a_conversion_from_inside_is_refused(kind):
+    model = blocks()
+    before = copy.deepcopy(model)
+    handle = model.layers[0].up.register_forward_pre_hook(_converts(kind, model))
+    with pytest.raises(RuntimeError, match=r"Expected no conversion of .* while sten runs it for calibration="):
+        sten.sparsify(model, sten.NM(2, 4), sten.Wanda(), calibration=vectors())
+    handle.remove()
+    assert as_before(model, before)
+    sten.sparsify(model, sten.NM(2, 4), sten.Wanda(), calibration=vectors())
+
+
+# ---- where inputs wait
+
+
+class Sliced(nn.Module):
+    """A block whose output is a small view of a large tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x).repeat(1, 100)[:, :8]
+
+
+def test_a_view_is_kept_without_the_rest_of_its_storage(tmp_path):
+    """On the disk the files have the size of what the next block gets, and the result is the same."""
+    sizes, results = [], []
+
+    def measure(module, args):
+        sizes.extend(path.stat().st_size for path in tmp_path.rglob("*.pt"))
+
+    for offload in (None, "cpu", tmp_path):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Sliced() for _ in range(3)))
+        if offload is tmp_path:
+            model[2].register_forward_pre_hook(measure)
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+        calibration = sten.Calibration([x, x + 1], offload=offload)
+        sten.sparsify(model, sten.NM(2, 4), sten.SparseGPT(), calibration=calibration)
+        results.append(dense(model))
+    assert sizes and max(sizes) < 2 * 64 * 8 * 4 + 4096  # 205 kB with the rest
+    assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+def test_a_view_on_the_cpu_keeps_no_other_memory_alive():
+    from sten.calibration.inputs import Shelf
+
+    large = torch.randn(1000, 8)
+    for view in (large[:4], large[:, :1], large[3:5].t()):
+        kept = Shelf("cpu").put(view)()
+        assert torch.equal(kept, view) and kept.untyped_storage().nbytes() == view.numel() * 4
+    whole = torch.randn(4, 8)
+    assert Shelf("cpu").put(whole)() is whole and Shelf("cpu").put(whole.t())().data_ptr() == whole.data_ptr()

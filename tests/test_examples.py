@@ -53,7 +53,7 @@ def test_prune(script, saved, tmp_path, monkeypatch, capsys):
     assert (path / "config.json" if path.is_dir() else path).stat().st_size > 500
 
 
-def test_new_layout():
+def test_new_layout(registry):
     path = EXAMPLES / "new_layout.py"
     assert len(path.read_text().splitlines()) < 40
     columns = runpy.run_path(str(path))["Columns"]()

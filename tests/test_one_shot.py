@@ -312,14 +312,14 @@ def test_statistics_that_are_missing_or_not_finite_are_refused(method):
     ("make", "message"),
     [
         (lambda: sten.Wanda("column"), "Expected per='row' or 'layer' for Wanda, got 'column'"),
-        (lambda: sten.SparseGPT(0), "Expected block to be a whole number of columns for SparseGPT, got 0"),
+        (lambda: sten.SparseGPT(0), "Expected block of at least 1 for SparseGPT, got 0"),
         (lambda: sten.SparseGPT(damping=0.0), "Expected a finite damping > 0 for SparseGPT, got 0.0"),
         (lambda: sten.SparseGPT(damping=math.inf), "Expected a finite damping > 0 for SparseGPT, got inf"),
         (lambda: sten.ADMM(damping=math.inf), "Expected a finite damping > 0 for ADMM, got inf"),
-        (lambda: sten.ADMM(iterations=0), "Expected at least one of iterations for ADMM, got 0"),
+        (lambda: sten.ADMM(iterations=0), "Expected iterations of at least 1 for ADMM, got 0"),
         (lambda: sten.LeastSquares(damping=-1), "Expected a finite damping > 0 for LeastSquares, got -1"),
-        (lambda: sten.SparseSwaps(sweeps=0), "Expected at least one of sweeps for SparseSwaps, got 0"),
-        (lambda: sten.DSnoT(cycles=0), "Expected at least one of cycles for DSnoT, got 0"),
+        (lambda: sten.SparseSwaps(sweeps=0), "Expected sweeps of at least 1 for SparseSwaps, got 0"),
+        (lambda: sten.DSnoT(cycles=0), "Expected cycles of at least 1 for DSnoT, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

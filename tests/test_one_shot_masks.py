@@ -12,6 +12,7 @@ from one_shot_views import error, inputs, view_of
 
 import sten
 from sten.layouts import BSR, CSR, NM, FanIn, GroupedNM, Masked, VectorNM
+from sten.sparsifiers import sparse_swaps
 from sten.sparsifiers.edits import expect_edit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,6 +79,25 @@ def test_refinements_never_raise_what_they_lower(layout, rows, columns, seed, sp
         edit = sten.DSnoT().update(view)
         expect_edit(edit, view, sten.DSnoT(), exact=True)
         assert expected(view, edit.mask).sum() <= expected(view, start.mask).sum() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("layout", [NM(2, 4), NM(1, 4), NM(4, 8), VectorNM(2, 4, 8), VectorNM(1, 4, 4)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_that_are_visited_together(layout, seed, monkeypatch):
+    """No row's error rises, also with inputs that are nearly the same, and the mask is about as good as one by one."""
+    alike = inputs(144, seed=seed)[:, :1] + 0.1 * inputs(144, seed=seed)
+    for x, margin in ((None, 1.03), (alike, 1.1)):
+        view = view_of(layout, (32, 144), seed=seed, x=x)
+        start, errors = sten.Wanda().update(view), []
+        for together in (sparse_swaps.TOGETHER, 1000):
+            monkeypatch.setattr(sparse_swaps, "TOGETHER", together)
+            edit = sten.SparseSwaps().update(view)
+            expect_edit(edit, view, sten.SparseSwaps(), exact=True)
+            bands = [error(view, e).view(-1, layout.tile((32, 144))[0]).sum(1) for e in (edit, start)]
+            assert (bands[0] <= bands[1] * (1 + 1e-4) + 1e-6).all()
+            errors.append(error(view, edit).sum())
+        monkeypatch.undo()
+        assert errors[0] <= errors[1] * margin and errors[0] < 0.95 * error(view, start).sum()
 
 
 def test_a_swap_may_not_bring_back_what_was_pruned_before():

@@ -198,7 +198,9 @@ def test_ranks_fit_the_batches_of_all(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": 1.5}, {"lr": 0.0}], ids=str)
 def test_wrong_arguments(wrong):
-    with pytest.raises(ValueError, match=r"^Expected positive steps and lr, got"):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"^Expected (steps of at least 1|a whole number for steps|a positive lr)"
+    ):
         sten.Reconstruct(**wrong)
 
 

@@ -178,6 +178,38 @@ def test_a_finalized_model_is_cast_while_an_output_is_alive(layout, cast, frozen
             loss.backward()
 
 
+@every_layout
+@pytest.mark.parametrize("result", [lambda w: w.to_dense(), lambda w: w[0], lambda w: w.exp(), lambda w: w.norm()])
+def test_a_finalized_model_is_cast_while_a_dense_copy_is_alive(layout, result):
+    model, twin = pair(layout, "finalized")
+    alive, want = result(model[0].weight), result(twin[0].weight).detach().clone()
+    model.double()
+    torch.testing.assert_close(model(batch(0).double()), twin.double()(batch(0).double()))
+    torch.testing.assert_close(alive.detach(), want)
+    with pytest.raises(RuntimeError, match="swap_tensors"):
+        alive.sum().backward()
+
+
+@every_layout
+def test_a_cast_while_a_view_is_in_use_is_refused(layout):
+    model, twin = pair(layout, "finalized")
+    view = model[0].weight.t()
+    with pytest.raises(RuntimeError, match=r"Expected no view of a sparse weight.*w\.t\(\).*call \.to\(\) again"):
+        model.to(torch.float64)
+    del view
+    assert torch.equal(model.to(torch.float64)(batch(0).double()), model(batch(0).double()))
+    torch.testing.assert_close(model(batch(0).double()), twin.double()(batch(0).double()))
+
+
+def test_a_dense_copy_of_a_leaf_that_took_another_pattern_raises():
+    w, other = (sten.from_dense(torch.eye(4).roll(i, 1), CSR()) for i in range(2))
+    p = nn.Parameter(w)
+    loss = p.to_dense().square().sum()
+    p.data = other
+    with pytest.raises(RuntimeError, match="has another pattern than in the forward pass"):
+        loss.backward()
+
+
 # gradients of gradients, and the weight of a leaf that took another pattern
 
 

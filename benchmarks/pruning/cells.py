@@ -57,6 +57,11 @@ class Cell:
         return f"{self.layout} {self.sparsity if isinstance(self.sparsity, str) else format(self.sparsity, '.0%')}"
 
     @property
+    def before_distillation(self) -> Cell:
+        """The same for all cells that differ in distillation alone."""
+        return replace(self, group="", steps=0)
+
+    @property
     def name(self) -> str:
         """The key in the JSON."""
         parts = [self.model, self.pattern, self.method]
@@ -98,7 +103,7 @@ def cells(seeds: int) -> Iterator[Cell]:
         for layout, at in PERMUTED:
             yield from (Cell("permute", model, layout, method, at, permute=True) for method in ("Wanda()", BEST))
         recovered = [
-            Cell("distill", model, layout, BEST, at, permute=layout[0] in "VB", steps=steps)
+            Cell("distill", model, layout, BEST, at, permute=layout[0] == "V", steps=steps)
             for steps in STEPS[model]
             for layout, at in (*CHAINED, ("CSR()", 0.5))
         ]

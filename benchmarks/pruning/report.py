@@ -94,7 +94,7 @@ def chains(results: Results, model: str) -> str:
         cells = [Cell("chains", model, layout, method, at) for layout, at in columns]
         rows.append([f"`{method}`", *map(results.shown, cells)])
     for steps in STEPS[model]:
-        cells = [Cell("distill", model, layout, BEST, at, layout[0] in "VB", steps) for layout, at in columns]
+        cells = [Cell("distill", model, layout, BEST, at, layout[0] == "V", steps) for layout, at in columns]
         rows.append([f"`{BEST}`, then {steps} steps of `distill`", *map(results.shown, cells)])
         both = [replace(cell, domain="both") for cell in cells]
         rows.append([f"the same, distilled on both domains, {steps} steps", *map(results.shown, both)])

@@ -16,6 +16,7 @@ from ..training.uninterrupted import uninterrupted
 from .trees import leaves, mapped
 
 MASKS = ("attention_mask", "decoder_attention_mask")  # 0 at padding
+RUNNING = "_sten_running"  # an attribute of modules that `inference` runs, whose weights nobody may convert meanwhile
 PADDING = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask")  # True at padding: torch.nn's
 
 
@@ -100,7 +101,8 @@ def on_device(tree: Any, device: torch.device | None) -> Any:
 def run_batch(model: nn.Module, batch: Any, index: int) -> Any:
     """The model's output of a batch."""
     first = next(model.parameters(), None)
-    batch = on_device(dict(batch) if isinstance(batch, Mapping) else batch, None if first is None else first.device)
+    batch = mapped(_ordinary, dict(batch) if isinstance(batch, Mapping) else batch)
+    batch = on_device(batch, None if first is None else first.device)
     try:
         if isinstance(batch, dict):
             return model(**batch)
@@ -108,6 +110,11 @@ def run_batch(model: nn.Module, batch: Any, index: int) -> Any:
     except Exception as error:
         error.add_note(f"sten: in batch {index} of calibration=; a batch has what the model's forward takes.")
         raise
+
+
+def _ordinary(leaf: Any) -> Any:
+    """A tensor of inference mode as one that autograd may save."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 class Tokens:
@@ -165,6 +172,7 @@ class Tokens:
 def inference(model: nn.Module) -> Iterator[None]:
     """Forward passes without gradients, dropout or caches of generation; all as it was at the end.
 
+    Conversions that the model's own forward or hooks call meanwhile are refused.
     nn.TransformerEncoder calls its layers one by one, on plain tensors, not its fast path on nested ones.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -172,6 +180,8 @@ def inference(model: nn.Module) -> Iterator[None]:
     cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        for module, _ in modes:
+            module.__dict__[RUNNING] = id(module)  # a copy that is made meanwhile is free
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         for config in cached:
@@ -182,6 +192,7 @@ def inference(model: nn.Module) -> Iterator[None]:
         with uninterrupted():
             torch.backends.mha.set_fastpath_enabled(fast)
             for module, training in modes:
+                module.__dict__.pop(RUNNING, None)
                 module.training = training
             for config in cached:
                 config.use_cache = True

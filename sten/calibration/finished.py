@@ -39,7 +39,7 @@ def digest(*values: str | Tensor) -> str:
 
 def _digest_of(view: View) -> str:
     """Of a weight, and what an earlier pruning left of it; of the weight alone where that is all."""
-    return digest(view.weight) if view.allowed is None else digest(view.weight, view.allowed)
+    return digest(view.weight) if view.left is None else digest(view.weight, view.left)
 
 
 def rest_of(model: nn.Module, weights: Iterable[Located]) -> Iterator[str | Tensor]:

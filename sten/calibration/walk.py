@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..sparsifiers import Edit, View
 from .blocks import Blocks, blocks_of
-from .chain import Chain, Shelf
 from .data import Calibration, inference, run_batch, tokens_of
+from .inputs import BlockInputs, Shelf
 from .progress import Progress
 from .statistics import Statistics
 from .substitute import copied_to, substituted
@@ -124,7 +124,7 @@ class Walk:
         self.few: dict[str, int] = {}
         self.decided: list[Stage] = []
         self.reached: set[str] = set()  # of the present block
-        self.chain: Chain | None = None
+        self.inputs: BlockInputs | None = None
 
     def __iter__(self) -> Iterator[Stage]:
         blocks = blocks_of(self.model, self.weights, self.calibration.blocks)
@@ -132,7 +132,7 @@ class Walk:
             calls, outside = self._trace(blocks, self.device)
         stages = self._stages(calls, outside)
         progress, shelf = Progress(len(stages), self.calibration.progress), Shelf(self.calibration.offload)
-        self.chain = Chain(self.model, calls, self.calibration, shelf)
+        self.inputs = BlockInputs(self.model, calls, self.calibration, shelf)
         try:
             for stage in stages:
                 progress.begin(stage.name)
@@ -162,9 +162,9 @@ class Walk:
 
     def _stage(self, stage: Stage) -> Iterator[Stage]:
         k = stage.call
-        if k is not None and self.chain.calls[k].starts and not self._within(stage):
+        if k is not None and self.inputs.calls[k].starts and not self._within(stage):
             with inference(self.model):
-                self.chain.capture(k, substituted(self._values(self.decided)))
+                self.inputs.capture(k, substituted(self._values(self.decided)))
         yield stage
         missing = [weight.name for weight in stage.weights if weight.name not in stage.values]
         if missing:
@@ -176,9 +176,9 @@ class Walk:
 
     def _leave(self, k: int) -> None:
         """Make the inputs of the block after block k, if they come from it."""
-        if self.chain.linked(k + 1):
-            self._run_block(k, self.decided, self.chain.advance)
-        self.chain.drop(k)
+        if self.inputs.linked(k + 1):
+            self._run_block(k, self.decided, self.inputs.advance)
+        self.inputs.drop(k)
 
     def _within(self, stage: Stage) -> bool:
         """Whether the block of a stage has had one before."""
@@ -191,11 +191,11 @@ class Walk:
 
     def _run_block(self, k: int, decided: list[Stage], use: Callable[[int, int, Any], None]) -> None:
         """Run a block over all batches with what is decided of it."""
-        module = self.chain.calls[k].module
+        module = self.inputs.calls[k].module
         mine = [stage for stage in decided if stage.call == k]
         with inference(self.model), substituted(self._values(mine)), copied_to(module, self.device):
             for b in range(len(self.tokens)):
-                args, kwargs = self.chain.arguments(k, b)
+                args, kwargs = self.inputs.arguments(k, b)
                 use(k, b, module(*args, **kwargs))
 
     # ---- statistics
@@ -210,7 +210,7 @@ class Walk:
                 self._listen(group, each, batch, stack)
             if stage.call is None:
                 with inference(self.model):
-                    streamed([call.module for call in self.chain.calls], self.device, stack)
+                    streamed([call.module for call in self.inputs.calls], self.device, stack)
                     for batch[0], data in enumerate(self.calibration.batches):
                         run_batch(self.model, data, batch[0])
             else:
@@ -280,7 +280,7 @@ class Walk:
         """By name, the statistics of all weights at once, in the model as it is: of one pass over the batches."""
         with inference(self.model):
             calls, outside = self._trace([], None)
-        self.chain = Chain(self.model, calls, self.calibration, Shelf(None))
+        self.inputs = BlockInputs(self.model, calls, self.calibration, Shelf(None))
         return self.collect(Stage("", self.weights, outside, walk=self))
 
     # ---- whole blocks
@@ -288,7 +288,7 @@ class Walk:
     @contextlib.contextmanager
     def block(self, stage: Stage, views: dict[str, View], edits: dict[str, Edit]) -> Iterator[BlockView]:
         k, targets = stage.call, []
-        module, shelf = self.chain.calls[k].module, self.chain.shelf
+        module, shelf = self.inputs.calls[k].module, self.inputs.shelf
         self._run_block(k, [], lambda k, b, output: targets.append(mapped(shelf.put, output)))
         mine = [*(old for old in self.decided if old.call == k), stage]
         with inference(self.model), substituted(self._values(mine)), copied_to(module, self.device):
@@ -298,7 +298,7 @@ class Walk:
             yield BlockView(
                 stage.name,
                 module,
-                _Again(lambda: (self.chain.arguments(k, b) for b in range(len(self.tokens)))),
+                _Again(lambda: (self.inputs.arguments(k, b) for b in range(len(self.tokens)))),
                 _Again(lambda: (mapped(lambda put: put(), target) for target in targets)),
                 views,
                 edits,

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..calibration.data import Calibration, calibration_of
+from ..caller import user_stacklevel
 from ..layouts.base import Layout
 from ..sparsifiers import Sparsifier
 from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.sparsifier import CALIBRATION, check_needs
 from ..tensor import SparseTensor, from_dense
 from ..training import engine
+from ..training.inference_mode import ordinary_tensors
 from ..training.optimizer_checks import expect_elementwise, expect_optimizer, holds, optimizers_of
 from ..training.reminders import empty_rows_of, forget, listed, remind, warn_of_empty_rows
 from ..training.trained_weight import TrainedWeight
@@ -36,6 +38,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Optimizers = Optimizer | Iterable[Optimizer] | None
 
 
+@ordinary_tensors
 def sparsify(
     model: Model,
     layout: Layouts | Recipe | None = None,
@@ -114,7 +117,9 @@ def sparsify(
     note_recipe(model, recipe)
     accept_every_form(model)
     if foreign := [f"{t.name} ({t.why})" for t in skipped if stored_by_others(t.tensor)]:
-        warnings.warn(f"sten: left as they are: {listed(foreign)}; prune before quantizing.", stacklevel=2)
+        warnings.warn(
+            f"sten: left as they are: {listed(foreign)}; prune before quantizing.", stacklevel=user_stacklevel()
+        )
     if begun and optimizers is not None:
         engine.start(model, optimizers)
     remind(weight for weight in begun + trained if weight is not None)
@@ -124,10 +129,11 @@ def sparsify(
             if rows := empty_rows_of(target.result):
                 empty[target.name] = rows
         if empty:
-            warn_of_empty_rows(empty, stacklevel=2)
+            warn_of_empty_rows(empty, stacklevel=user_stacklevel())
     return model
 
 
+@ordinary_tensors
 def plan(
     model: nn.Module,
     layout: Layouts | Recipe | None = None,
@@ -241,6 +247,7 @@ def _expect_trainable(targets: list[Target]) -> None:
             )
 
 
+@ordinary_tensors
 def trainable(model: Model) -> Model:
     """Give every SparseTensor Parameter its trainable form, in place: a Parameter of plain values, and its pattern.
 
@@ -255,6 +262,7 @@ def trainable(model: Model) -> Model:
     return _train(model, movable_weights(model), [])
 
 
+@ordinary_tensors
 def attach(model: Model, optimizer: Optimizers) -> Model:
     """Make a sparse model trainable under an optimizer that was made from its parameters.
 
@@ -300,6 +308,7 @@ def _train(model: Model, targets: list[Target], optimizers: list[Optimizer]) -> 
     return model
 
 
+@ordinary_tensors
 def finalize(model: Model, layout: Layout | None = None) -> Model:
     """End of training: every sparse weight becomes a SparseTensor Parameter, stored in its own layout or in `layout`.
 
@@ -327,6 +336,7 @@ def finalize(model: Model, layout: Layout | None = None) -> Model:
     return _convert(model, change)
 
 
+@ordinary_tensors
 def densify(model: Model) -> Model:
     """Back to plain dense Parameters with the same numbers, in place.
 

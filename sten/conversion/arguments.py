@@ -75,6 +75,8 @@ def _is_pattern(key: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, nn.Module):
+        return f"a model, {type(value).__name__}"
     return f"the class {value.__name__}" if isinstance(value, type) else repr(value)
 
 
@@ -82,6 +84,8 @@ def _constructor(value: Any, kind: type, known: dict[str, type]) -> str:
     """How to write what was meant: a class or its name, a fraction, or nothing known."""
     if isinstance(value, (int, float)):
         return f"; for the fraction to drop, write sparsity={value}"
+    if isinstance(value, dict):
+        return "; name the weights of a part by their full names or a glob, as in {'encoder.*': sten.NM(2, 4)}"
     cls = value if isinstance(value, type) and issubclass(value, kind) else None
     if isinstance(value, str):
         cls = next((cls for name, cls in known.items() if name.lower() == value.lower()), None)

@@ -59,11 +59,14 @@ class Calibrated:
         try:
             self._choose(targets, sparsifier, view_of, choose, pack, done)
         except BaseException as error:
+            folder = self.calibration.folder
             if done:
                 error.add_note(
                     f"sten: {len(done)} blocks are sparse and complete ({listed(done)}); all other weights are dense, "
                     "as they were. Call sten.sparsify again for those, with weights= or Calibration(folder=...)."
                 )
+            if folder is not None and any(Path(folder).glob("stage-*")):
+                error.add_note(f"sten: what was decided is in {str(folder)!r}; the same call again goes on from there.")
             raise
 
     def _choose(self, targets, sparsifier, view_of, choose, pack, done: list[str]) -> None:
@@ -91,7 +94,8 @@ class Calibrated:
                         done.append(stage.name)
                     block.clear()
         if walk.few:
-            names = listed([f"{name} ({count})" for name, count in walk.few.items()])
+            fewest = sorted(walk.few.items(), key=lambda pair: pair[1])
+            names = listed([f"{name} ({count})" for name, count in fewest])
             warnings.warn(
                 f"sten: few tokens of calibration= reached {names}; what is decided for them may be poor: give more "
                 "batches.",
@@ -107,8 +111,8 @@ class Calibrated:
 def _on_device_of(view: View, stats: dict[str, Tensor]) -> View:
     """The view with its statistics, on their device."""
     device = stats["tokens"].device
-    allowed = None if view.allowed is None else view.allowed.to(device)
-    return dataclasses.replace(view, weight=view.weight.to(device), allowed=allowed, stats=stats)
+    allowed, left = (None if mask is None else mask.to(device) for mask in (view.allowed, view.left))
+    return dataclasses.replace(view, weight=view.weight.to(device), allowed=allowed, left=left, stats=stats)
 
 
 class _Block:

@@ -18,7 +18,8 @@ What is not understood is left in place.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class _Trace(TorchDispatchMode):
         self.model, self.channels, self.inside = model, Channels(), 0
         self.labelled: dict[int, tuple[Tensor, Tensor]] = {}  # the tensors are kept, so that an id stays theirs
         self.stored = {storage_of(p) for p in model.parameters()}
+        self.reached: set[int | None] = set()  # those of parameters that the example used
         self.outside: set[int | None] = set()  # storages of parameters that are used outside their layers
 
     @contextlib.contextmanager
@@ -83,13 +85,28 @@ class _Trace(TorchDispatchMode):
             yield
 
     def finish(self, out: Any) -> None:
-        """What the outputs keep in place, and weights that are used elsewhere, too."""
+        """What the outputs keep in place, weights that are used elsewhere, too, and layers that were not called."""
         for t in tree_leaves(out):
             if isinstance(t, Tensor):
                 self.channels.freeze(self._labels(t), "it is an output of the model")
         for use in self.channels.uses.values():
             if storage_of(getattr(use.module, use.attribute)) in self.outside:
                 self.channels.freeze(use.labels, "its weight is used outside its layer, too")
+        self._leave_to_others()
+
+    def _leave_to_others(self) -> None:
+        """Parameters that the example did not use, in another branch of a forward, may read channels that lie in the
+        same module: these stay."""
+        paths: dict[int, str] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            paths[id(module)] = "" if id(module) in paths else path
+        unused = [name for name, p in self.model.named_parameters() if storage_of(p) not in self.reached]
+        for space in self.channels.spaces() if unused else ():
+            around = _common_prefix(paths[id(member.module)] for member in space.members)
+            name = next((name for name in unused if name.startswith(around)), None)
+            for member in space.members if name is not None else ():
+                labels = self.channels.uses[id(member.tensor), member.dim].labels
+                self.channels.freeze(labels[member.at.flatten()], f"the example did not use {name}, which may read it")
 
     def _rule(self, module: nn.Module) -> Callable | None:
         forward = type(module).forward
@@ -105,10 +122,12 @@ class _Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        used = {s for t in tensors if (s := storage_of(t)) in self.stored}
+        self.reached |= used
         if self.inside:
             return out
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        self.outside |= {s for t in tensors if (s := storage_of(t)) in self.stored}
+        self.outside |= used
         if any(id(t) in self.labelled for t in tensors):
             self._follow(func, args, tensors, out)
         return out
@@ -230,6 +249,12 @@ class _Trace(TorchDispatchMode):
         after = kept.expand(out.shape)
         self.channels.tell_apart(after, list(range(out.dim() - 2)))
         return self._set(out, after)
+
+
+def _common_prefix(paths: Iterable[str]) -> str:
+    """That of the names of all that lies in the innermost module around these."""
+    levels = zip(*(path.split(".") if path else [] for path in paths), strict=False)
+    return ".".join([*(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)), ""])
 
 
 def _is_pointwise(name: str) -> bool:

@@ -17,6 +17,7 @@ from .._torch_private import no_function
 from ..ops import fused
 from ..tensor import SparseTensor
 from ..training.attribute import installed
+from ..training.inference_mode import ordinary_tensors
 from .fused_forward import FusedForward, Shared, SharedForward
 from .select import expect_model
 from .structure import Activated, Call, Gated, NoChainError, Step, chain_of, features, linear_children, shared_inputs
@@ -43,6 +44,7 @@ class FuseReport:
         return "\n".join(lines)
 
 
+@ordinary_tensors
 def fuse(model: nn.Module) -> FuseReport:
     """Run the products of a finalized sparse model that belong together in fewer launches, in inference.
 
@@ -100,6 +102,7 @@ def fuse(model: nn.Module) -> FuseReport:
     return report
 
 
+@ordinary_tensors
 def unfuse(model: nn.Module) -> nn.Module:
     """Undo `fuse`: every module runs its own forward again. Returns the model.
 

@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .._torch_private import tree_leaves, tree_map
 from ..calibration.data import Calibration, calibration_of, inference, run_batch
 from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.precision import in_float32
+from ..training.inference_mode import ordinary_tensors
+from ..training.optimizer_checks import expect_elementwise, expect_slots, optimizers_of
+from ..training.trained_weight import optimizer_slots
 from ..training.uninterrupted import uninterrupted
 from .arguments import Layouts, Weights, expect_layouts
 from .channel_trace import follow
@@ -21,8 +25,10 @@ from .channels import Channels, Member, Space
 from .input_statistics import Inputs, input_statistics
 from .permutation_search import Scored, search
 from .recipe import DEFAULT, Recipe, recipe_of
+from .record import known_optimizers
 from .select import Target, expect_model, select
 
+Optimizers = Optimizer | Iterable[Optimizer] | None
 EXAMPLE_ROWS, EXAMPLE_TOKENS = 2, 16  # of a batch of calibration, as an example
 
 
@@ -63,6 +69,7 @@ class PermuteReport:
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
+@ordinary_tensors
 def permute(
     model: nn.Module,
     layout: Layouts | Recipe | None = None,
@@ -70,6 +77,7 @@ def permute(
     weights: Weights = None,
     calibration: Calibration | Iterable | None = None,
     example: Any = None,
+    optimizer: Optimizers = None,
 ) -> PermuteReport:
     """Reorder channels inside a dense model, in place, so that `sparsify` with these arguments keeps more of it.
 
@@ -80,8 +88,7 @@ def permute(
     why. The order is searched for by exchanges; no weight keeps less of its score than before. For layouts that choose
     entry by entry (CSR, Masked) the order does not matter, and nothing changes.
 
-    Call it on a dense model, before `sparsify`, and before an optimizer has state. All or nothing: after an error the
-    model is as it was.
+    Call it on a dense model, before `sparsify`. All or nothing: after an error the model is as it was.
 
     Args:
         model: any nn.Module with dense weights.
@@ -89,14 +96,16 @@ def permute(
         calibration: batches, as in `sparsify`: the score is then w_ij^2 * mean(x_j^2) in place of w^2, and the report
             has output errors.
         example: one batch to run the model on. Default: from `calibration`, or the model's `dummy_inputs`, or made for
-            its first layer.
+            its first layer. Channels that a layer which it does not call may read stay where they are.
+        optimizer: one or a list, whose state of the weights moves along. Left out, state that exists is in the wrong
+            order afterwards.
 
     Returns:
         A `PermuteReport`.
 
     Raises:
         ValueError, TypeError: what `sparsify` would raise; no example that the model runs on; weights that are sparse
-            already; a model whose output changed, which is undone.
+            already; state of an optimizer that cannot move along; a model whose output changed, which is undone.
 
     Example:
         >>> import torch, sten
@@ -119,25 +128,42 @@ def permute(
     for target in targets:
         if target.stored is not None or target.mask is not None:
             raise ValueError(f"Expected a dense model, got {target.name}, which is pruned; call sten.permute before.")
-    given = calibration_of(calibration)
+    given, optimizers = calibration_of(calibration), _optimizers(model, targets, optimizer)
     done: list[tuple[Space, Tensor]] = []
     with inference(model):
         try:
-            return _permute(model, targets, spread, given, example, done)
+            return _permute(model, targets, spread, given, example, optimizers, done)
         except BaseException:
             with uninterrupted():
                 for space, order in reversed(done):
-                    _apply(space, torch.argsort(order))
+                    _apply(space, torch.argsort(order), optimizers)
             raise
 
 
+def _optimizers(model: nn.Module, targets: list[Target], optimizer: Optimizers) -> list[Optimizer]:
+    """Those given, and those that the weights had before they became dense; with state that can move along."""
+    known = [o for t in targets for module, name in t.owners for o in known_optimizers(module, name)]
+    found = list({id(o): o for o in [*(optimizers_of(optimizer) or []), *known]}.values())
+    for one in found:
+        expect_elementwise(one)
+        for name, param in model.named_parameters():
+            expect_slots(name, param, one)
+    return found
+
+
 def _permute(
-    model: nn.Module, targets: list[Target], spread: Allocation | None, given: Calibration | None, example, done: list
+    model: nn.Module,
+    targets: list[Target],
+    spread: Allocation | None,
+    given: Calibration | None,
+    example: Any,
+    optimizers: list[Optimizer],
+    done: list,
 ) -> PermuteReport:
     inputs = {} if given is None else input_statistics(model, targets, given)
     example = _example(model, given) if example is None else example
     channels, out = follow(model, lambda: _expect_runs(model, example))
-    before = _outputs(out)
+    before = [_outputs(out), _of_first_batch(model, given)]
     sparsities = _sparsities(targets, spread, inputs)
     by_id = {id(target.tensor): target for target in targets}
     first = {t.name: _kept(t, sparsities, inputs) for t in targets}
@@ -158,13 +184,14 @@ def _permute(
             remarks[target.name, _dim(target, member)] = "permuted" if moved else "no better order"
         if moved:
             with uninterrupted():
-                _apply(space, order)
+                _apply(space, order, optimizers)
                 done.append((space, order))
             for member in space.members:
                 _move_inputs(inputs, targets, member, order)
     changed = {t.name for t in targets if "permuted" in (remarks.get((t.name, 0)), remarks.get((t.name, 1)))}
-    after = _outputs(run_batch(model, example, 0)) if done else before
-    _expect_same(model, before, after)
+    if done:
+        after = [_outputs(run_batch(model, example, 0)), _of_first_batch(model, given)]
+        _expect_same(model, [*before[0], *before[1]], [*after[0], *after[1]])
     rows = []
     for t in targets:
         kept, error = _kept(t, sparsities, inputs) if t.name in changed else first[t.name]
@@ -173,12 +200,13 @@ def _permute(
     return PermuteReport(rows)
 
 
-def _apply(space: Space, order: Tensor) -> None:
+def _apply(space: Space, order: Tensor, optimizers: list[Optimizer]) -> None:
     """Slot s of every member gets channel order[s]; all is computed before the first write."""
     new: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for m in space.members:
-            for t in (m.tensor, m.tensor.grad):
+            slots = [o.state[m.tensor][key] for o in optimizers for key in optimizer_slots(m.tensor, o)]
+            for t in (m.tensor, m.tensor.grad, *slots):
                 if t is not None:
                     _, moved = new.get(id(t), (t, t))  # channels may be rows and columns of one weight
                     new[id(t)] = t, moved.index_select(m.dim, _index(m, order).to(t.device))
@@ -292,6 +320,11 @@ def _expect_runs(model: nn.Module, example: Any) -> Any:
 
 def _outputs(out: Any) -> list[Tensor]:
     return [t.clone() for t in tree_leaves(out) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _of_first_batch(model: nn.Module, given: Calibration | None) -> list[Tensor]:
+    """Of the whole batch: the example may be too small for some branches."""
+    return [] if given is None else _outputs(run_batch(model, given.batches[0], 0))
 
 
 def _expect_same(model: nn.Module, before: list[Tensor], after: list[Tensor]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from ..layouts.base import Layout
 from ..layouts.checks import check_sparsity, expect_held, starting_mask
 from ..layouts.topk import widest_float
 from ..sparsifiers import DenseWeightMethod, Edit, Sparsifier, View
@@ -158,9 +159,9 @@ def _choose_calibrated(
 
     def pack(target: Target, view: View, edit: Edit) -> None:
         home = target.tensor.device
-        value = view.weight if edit.value is None else edit.value
         with _named(target):
             expect_edit(edit, view, sparsifier, exact=True)
+            value = _value(view, edit)
             if edit.value is not None and not bool(value.masked_fill(~edit.mask, 0).isfinite().all()):
                 raise ValueError(
                     f"Expected finite values of {sparsifier}, got NaN or inf; its inputs are too large for float32, or "
@@ -191,8 +192,9 @@ class _Views(dict):
 
     def of(self, target: Target) -> View:
         if target.name not in self:
-            allowed = _allowed_units(target)
-            given = {"generator": self.generator, "last": target is self.last, "allowed": allowed}
+            left = _mask(target)
+            allowed = None if left is None else _whole_units(target.layout, left)
+            given = {"generator": self.generator, "last": target is self.last, "allowed": allowed, "left": left}
             self[target.name] = View(target.name, _dense(target), target.layout, **given)
         return self[target.name]
 
@@ -237,7 +239,7 @@ def _choose(target: Target, view: View, sparsifier: Sparsifier, starts: dict[str
     end = edit.mask
     if isinstance(sparsifier, DenseWeightMethod):  # what it ends with; its first mask may be wider
         end = target.layout.mask(_allowed(view, sparsifier.scored(view)), view.sparsity)
-    _pack(target, view.weight if edit.value is None else edit.value, end, view.weight)
+    _pack(target, _value(view, edit), end, view.weight)
     if not sparsifier.acts_once:
         starts[target.name] = _start(view, sparsifier, edit)
 
@@ -253,7 +255,7 @@ def _start(view: View, sparsifier: Sparsifier, edit: Edit) -> View:
     mask = edit.mask
     if isinstance(sparsifier, DenseWeightMethod) and sparsifier.zero_pruned:
         mask = starting_mask(view.layout, view.weight != 0 if view.allowed is None else view.allowed)
-    return dataclasses.replace(view, mask=mask, generator=None, allowed=None)
+    return dataclasses.replace(view, mask=mask, generator=None, allowed=None, left=None)
 
 
 def _oriented(target: Target, tensor: Tensor | None) -> Tensor | None:
@@ -278,13 +280,16 @@ def _mask(target: Target) -> Tensor | None:
     return _oriented(target, target.mask if stored is None else stored.mask())
 
 
-def _allowed_units(target: Target) -> Tensor | None:
-    """The same as whole units: a block of which something is left competes with the entries that are left."""
-    mask = _mask(target)
-    if mask is None:
-        return None
-    shape = tuple(mask.shape)
-    return target.layout.unit_entries(target.layout.unit_totals(mask.float()) > 0, shape)
+def _whole_units(layout: Layout, mask: Tensor) -> Tensor:
+    """The mask as whole units: a block of which something is left competes with the entries that are left."""
+    return layout.unit_entries(layout.unit_totals(mask.float()) > 0, tuple(mask.shape))
+
+
+def _value(view: View, edit: Edit) -> Tensor:
+    """The weight's numbers after an Edit; what an earlier pruning has left out stays zero."""
+    if edit.value is None or view.left is None:
+        return view.weight if edit.value is None else edit.value
+    return edit.value.masked_fill(~view.left, 0)
 
 
 def _existing(target: Target, dense: Tensor) -> Tensor:

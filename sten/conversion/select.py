@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..calibration.data import RUNNING
 from ..layouts.base import Layout
 from ..tensor import SparseTensor
 from ..training.attribute import trained_of
@@ -87,6 +88,11 @@ def all_weights(model: nn.Module, wrapped: bool = False) -> list[Target]:
         TypeError: no module, or one that DDP or FSDP holds references into, unless `wrapped` allows that.
     """
     expect_model(model)
+    if model.__dict__.get(RUNNING) == id(model):
+        raise RuntimeError(
+            f"Expected no conversion of {type(model).__name__} while sten runs it for calibration=, got one in its "
+            "forward pass, by a hook or forward itself; call it before or afterwards."
+        )
     found: list[Target] = []
     around: dict[str, list[tuple[str, nn.Module]]] = {}
     for prefix, module in model.named_modules():

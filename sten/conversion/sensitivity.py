@@ -24,6 +24,8 @@ from ..sparsifiers.precision import in_float32
 from ..sparsifiers.sparsifier import CALIBRATION
 from ..tensor import SparseTensor
 from ..training.distributed import from_rank_0, ranks
+from ..training.inference_mode import ordinary_tensors
+from ..training.reminders import listed
 from .arguments import Weights
 from .calibrated import Calibrated
 from .knapsack import knapsack
@@ -111,17 +113,30 @@ class Sensitivity:
         if len(given) != 1:
             raise ValueError(f"Expected one of sparsity=, bytes= and seconds=, got {sorted(given) or 'none'}.")
         [(kind, budget)] = given.items()
+        if not isinstance(budget, (int, float)) or isinstance(budget, bool):
+            raise TypeError(f"Expected a number for {kind}=, got {budget!r}.")
         if kind == "sparsity":
             kind, budget = "entries", math.floor((1 - Uniform(sparsity).sparsity) * sum(self.sizes.values()) + 1e-6)
         if kind == "seconds" and any(row.seconds is None for row in self.rows):
             raise ValueError("Expected a table with times for seconds=, got none; call sten.sensitivity with tokens=.")
         groups = list(self._by_name().values())
         costs = [[getattr(row, kind) for row in rows] for rows in groups]
+        if not (least := sum(map(min, costs))) <= budget:
+            raise ValueError(self._too_little(kind, least, next(iter(given.values()))))
         chosen = knapsack(costs, [[row.effect for row in rows] for rows in groups], budget).chosen
         rows = [rows[k] for rows, k in zip(groups, chosen, strict=True)]
         sparsities = {row.name: row.sparsity for row in rows if row.sparsity is not None}
         layouts = {row.name: row.layout for row in rows}
         return Recipe(layouts, self.sparsifier, PerWeight(sparsities) if sparsities else None)
+
+    def _too_little(self, kind: str, least: float, given: float) -> str:
+        """The sentence for a budget that no choice meets."""
+        if kind == "entries":
+            most = math.floor((1 - least / sum(self.sizes.values())) * 1e4) / 1e4
+            return f"Expected sparsity= of at most {most:g}, that of the sparsest candidates, got {given:g}; add more."
+        shown = f"{least:.3g}" if kind == "seconds" else f"{least}"
+        best = "fastest candidates take" if kind == "seconds" else "smallest candidates have"
+        return f"Expected {kind}= of at least {shown}, what the {best} together, got {given:g}; add more."
 
     def _by_name(self) -> dict[str, list[Measured]]:
         found: dict[str, list[Measured]] = {}
@@ -130,6 +145,7 @@ class Sensitivity:
         return found
 
 
+@ordinary_tensors
 def sensitivity(
     model: nn.Module,
     candidates: Sequence[Layout | Candidate | None],
@@ -142,16 +158,17 @@ def sensitivity(
     """Measure what each weight costs in each candidate layout and sparsity; `choose` then finds the best for a budget.
 
     Of each weight alone, pruned by `sparsifier` in each candidate, the relative squared error of the layer's output is
-    measured on the calibration batches, block by block. These errors say which weight of a block matters, but not which
-    block does. So each block is pruned alone, too, in the candidate of median density, and its errors are scaled to
+    measured on the calibration batches, block by block. Errors of weights on one input (q, k, v; gate, up) can be
+    compared, those of others cannot: an error of the values in attention costs more than as large a one in an MLP. So
+    the weights on each input are pruned alone, too, in the candidate of median density, and their errors are scaled to
     what that changes in the model's outputs (on the first batch). The model is not changed.
 
     Args:
         model: any nn.Module with dense weights.
         candidates: layouts with a rate, (layout, sparsity) pairs for those without, and None for dense. One that a
             weight's shape does not allow is left out for that weight.
-        calibration: batches, as in `sparsify`. With `sten.Calibration(batches, true_sequential=True)` the weights on
-            one input take the place of a block: finer, and slower.
+        calibration: batches, as in `sparsify`. The first one runs once more for each input of weights: a small one
+            saves time.
         sparsifier: any method that acts once. Default: `sten.Wanda()`.
         weights: as in `sparsify`.
         effect: (outputs of the dense model, outputs) -> how far they are apart. Default: the mean Kullback-Leibler
@@ -176,6 +193,8 @@ def sensitivity(
     method = Wanda() if sparsifier is None else sparsifier
     if not isinstance(method, Sparsifier) or not method.acts_once or getattr(method, "reconstruct", None):
         raise ValueError(f"Expected a method that decides once, weight by weight, such as sten.Wanda(), got {method}.")
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
+        raise ValueError(f"Expected tokens= to be a number of rows of the timed inputs, at least 1, got {tokens!r}.")
     options = _candidates(candidates)
     targets, _ = select(model, Masked(), weights)
     for target in targets:
@@ -187,27 +206,26 @@ def sensitivity(
     by_name = {target.name: target for target in targets}
     rows: dict[str, list[Measured]] = {}
     needs = method.needs & CALIBRATION | {"x_gram"}
-    walk = Walk(model, Calibrated(model, given).weights(targets), given, needs)
+    once = replace(given, true_sequential=False)  # nothing is pruned here, so one pass over a block tells all
+    walk = Walk(model, Calibrated(model, once).weights(targets), once, needs)
     with inference(model):
         dense = run_batch(model, given.batches[0], 0)
     for stage in walk:
         stats = stage.collect()
-        mine = [by_name[weight.name] for weight in stage.weights]
-        pruned, found = [], []
-        for target in mine:
-            measured, reference = _measure(target, options, method, stats[target.name], tokens)
-            found.append(measured)
-            pruned.append((target.owners, reference.to(target.tensor.device)))
-        with inference(model), substituted(pruned):
-            out = run_batch(model, given.batches[0], 0)
-            apart = _apart(dense, out, walk.tokens[0]) if effect is None else float(effect(dense, out))
-        if not math.isfinite(apart):
-            raise ValueError(f"Expected a finite effect of pruning {stage.name}, got {apart}.")
-        total = sum(measured[len(measured) // 2].error for measured in found)
-        scale = max(apart, 0.0) / total if total else 0.0
-        for measured in found:
-            rows[measured[0].name] = [replace(row, effect=row.error * scale) for row in measured]
-        stage.values = {target.name: (lambda t=target: t.tensor.detach()) for target in mine}
+        for group in stage.groups:
+            measured = [_measure(by_name[w.name], options, method, stats[w.name], tokens) for w in group.weights]
+            pruned = [(w.owners, value) for w, (_, value) in zip(group.weights, measured, strict=True)]
+            with inference(model), substituted(pruned):
+                out = run_batch(model, given.batches[0], 0)
+                apart = _apart(dense, out, walk.tokens[0]) if effect is None else float(effect(dense, out))
+            if not math.isfinite(apart):
+                names = listed([weight.name for weight in group.weights])
+                raise ValueError(f"Expected a finite effect of pruning {names}, got {apart}.")
+            total = sum(found[len(found) // 2].error for found, _ in measured)
+            scale = max(apart, 0.0) / total if total else 0.0
+            for found, _ in measured:
+                rows[found[0].name] = [replace(row, effect=row.error * scale) for row in found]
+        stage.values = {w.name: (lambda t=by_name[w.name]: t.tensor.detach()) for w in stage.weights}
     ordered = _of_rank_0([row for target in targets for row in rows[target.name]], targets[0].tensor.device)
     return Sensitivity(ordered, {t.name: math.prod(t.shape) for t in targets}, method)
 
@@ -265,7 +283,8 @@ def _measure(
         raise ValueError(f"Expected a candidate that can store {target.name} of shape {target.shape}, got none.")
     found.sort(key=lambda pair: -pair[0].entries)
     reference = found[len(found) // 2][1]
-    return [row for row, _ in found], reference.t().contiguous() if target.transposed else reference
+    reference = reference.t().contiguous() if target.transposed else reference
+    return [row for row, _ in found], reference.to(target.tensor.device)
 
 
 def _energy(d: Tensor, gram: Tensor) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..layouts.checks import expect_held
 from ..tensor import SparseTensor, from_dense
 from ..training.attribute import SUFFIX, install, read_finalized, remove
+from ..training.inference_mode import ordinary_tensors
 from ..training.pattern_weight import PatternWeight, as_matrix
 from .record import known_optimizers
 from .select import Target, sparse_weights
@@ -118,6 +119,7 @@ class ParallelLinear(nn.Linear):
             state_dict[prefix + "bias"] = self.slice_of(bias, 0)
 
 
+@ordinary_tensors
 def parallelize_module(
     model: Model, device_mesh: DeviceMesh, parallelize_plan: ParallelStyle | Mapping[str, ParallelStyle]
 ) -> Model:

@@ -157,14 +157,16 @@ class Layout(metaclass=Constructor):
         """The rows and columns, in the order of `column_groups`, of a tile: of entries whose mask moves together.
 
         Two tiles of the same rows may exchange their masks: within a group of columns, or anywhere if there is no rate.
-        By default a tile is a unit, where the layout defines units or is unstructured; else None: nothing is exchanged.
+        By default a tile is a unit, where the layout is unstructured or its units are rectangles; else None: nothing is
+        exchanged.
         """
         if type(self).unit_totals is Layout.unit_totals:
             return (1, 1) if self.unstructured else None
         first = torch.zeros_like(self.unit_totals(torch.ones(shape)), dtype=torch.bool)
         first.view(-1)[0] = True
         entries = self.unit_entries(first, shape).flatten(1)
-        return int(entries.any(1).sum()), int(entries.any(0).sum())
+        rows, columns = int(entries.any(1).sum()), int(entries.any(0).sum())
+        return (rows, columns) if rows * columns == int(entries.sum()) else None
 
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum of the scores of each unit, which is kept or dropped as a whole; by default, of each entry."""

@@ -136,13 +136,27 @@ def expect_score(layout: Layout, score: Tensor, sparsity: float | None) -> None:
         raise ValueError(f"Expected a floating-point tensor for the score, got {score.dtype}; call .float() on it.")
 
 
-def expect_whole(owner: object, name: str, low: int, high: int) -> None:
+def expect_whole(owner: object, name: str, low: int, high: int | None = None) -> None:
     """Raise TypeError or ValueError unless the field `name` of a layout is a whole number from `low` to `high`."""
     value, kind = getattr(owner, name), type(owner).__name__
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Expected a whole number for {name} of {kind}, got {value!r}.")
-    if not low <= value <= high:
-        raise ValueError(f"Expected {name} from {low} to {high} for {kind}, got {value}.")
+    if value < low or (high is not None and value > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"Expected {name} {limits} for {kind}, got {value}.")
+
+
+def expect_n_of_m(layout: object, high: int) -> None:
+    """Raise TypeError or ValueError unless the fields n and m of a layout are whole numbers, 1 <= n <= m <= high."""
+    expect_whole(layout, "m", 1, high)
+    try:
+        expect_whole(layout, "n", 1, layout.m)
+    except ValueError as error:
+        if layout.n <= layout.m:
+            raise
+        kind = type(layout).__name__
+        hint = f"{kind} keeps n of every m entries: for {layout.m} of {layout.n}, write n={layout.m}, m={layout.n}."
+        raise ValueError(f"{str(error).rstrip('.')}; {hint}") from None
 
 
 def check_sparsity(sparsity: float | None, layout: Layout) -> None:

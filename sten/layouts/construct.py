@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABCMeta
 from typing import Any
+
+NUMBERS = {"int": "a whole number", "float": "a number"}
+NUMBERS |= {f"{kind} | None": f"{number}, or None," for kind, number in NUMBERS.items()}
 
 
 class Constructor(ABCMeta):
@@ -18,6 +22,8 @@ class Constructor(ABCMeta):
     """
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, bool) for value in (*args, *kwargs.values())):
+            cls._expect_numbers(args, kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except TypeError:
@@ -26,6 +32,16 @@ class Constructor(ABCMeta):
             except TypeError as error:
                 raise TypeError(_sentence(cls, args, kwargs, error)) from None
             raise
+
+    def _expect_numbers(cls, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raise TypeError for True or False where a size, a count or another number belongs: Python takes it for 1."""
+        signature = cls.__signature__
+        with contextlib.suppress(TypeError):  # wrong arguments get their own sentence
+            kwargs = signature.bind(*args, **kwargs).arguments
+        for name, value in kwargs.items():
+            kind = getattr(signature.parameters.get(name), "annotation", None)
+            if isinstance(value, bool) and (number := NUMBERS.get(getattr(kind, "__name__", kind))):
+                raise TypeError(f"Expected {number} for {name} of {cls.__name__}, got {value}.")
 
     @property
     def __signature__(cls) -> inspect.Signature:

@@ -18,6 +18,7 @@ from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
     chunks,
     expect_dense,
+    expect_n_of_m,
     expect_parts,
     expect_range,
     expect_score,
@@ -63,8 +64,7 @@ class GroupedNM(Layout):
     order: ClassVar[tuple[tuple[int, ...], ...]]  # patterns(n, m); not a field, so not part of repr, equality and files
 
     def __post_init__(self) -> None:
-        expect_whole(self, "m", 1, 256)
-        expect_whole(self, "n", 1, self.m)
+        expect_n_of_m(self, 256)
         expect_whole(self, "g", 1, 2**15 - 1)
         if self.width >= 2**15:
             raise ValueError(

@@ -16,10 +16,10 @@ from sten.layouts.bitmap import bytes_of, collect, count_bits, spread
 from sten.layouts.checks import (
     chunks,
     expect_dense,
+    expect_n_of_m,
     expect_parts,
     expect_range,
     expect_score,
-    expect_whole,
     expect_zero,
 )
 from sten.layouts.padding import describe_column, reduction_back, reduction_groups, reduction_last, reduction_width
@@ -59,8 +59,7 @@ class NM(Layout):
     pattern: ClassVar[tuple[str, ...]] = ("index",)
 
     def __post_init__(self) -> None:
-        expect_whole(self, "m", 1, 256)  # a position is a byte at most
-        expect_whole(self, "n", 1, self.m)
+        expect_n_of_m(self, 256)  # a position is a byte at most
 
     @property
     def rate(self) -> float:

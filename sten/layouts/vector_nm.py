@@ -13,6 +13,7 @@ from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
     chunks,
     expect_dense,
+    expect_n_of_m,
     expect_parts,
     expect_range,
     expect_score,
@@ -55,8 +56,7 @@ class VectorNM(Layout):
     pattern: ClassVar[tuple[str, ...]] = ("index",)
 
     def __post_init__(self) -> None:
-        expect_whole(self, "m", 1, 2**31 - 1)
-        expect_whole(self, "n", 1, self.m)
+        expect_n_of_m(self, 2**31 - 1)
         expect_whole(self, "v", 1, 2**31 - 1)
 
     @property

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ..conversion.arguments import Weights, requested_weights
 from ..conversion.select import Target, matches, sparse_weights
 from ..tensor import SparseTensor
+from ..training.inference_mode import ordinary_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,6 +49,7 @@ class SPP(nn.Module):
         return f"rank={len(self.lora_A)}, scale={self.scale}, shape={self.shape}"
 
 
+@ordinary_tensors
 def add_adapters(model: Model, rank: int = 16, scale: float = 2.0, weights: Weights = None) -> Model:
     """Freeze a sparse model, and give its weights small factors that train in their place (SPP), in place.
 
@@ -83,7 +85,7 @@ def add_adapters(model: Model, rank: int = 16, scale: float = 2.0, weights: Weig
         >>> sten.merge_adapters(model).weight.sparse_layout
         NM(n=2, m=4)
     """
-    if not isinstance(rank, int) or rank < 1 or not scale > 0:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or not scale > 0:
         raise ValueError(f"Expected a positive rank and scale, got rank={rank!r} and scale={scale!r}.")
     adapters = [(target, SPP(target.tensor, rank, scale)) for target in _chosen(model, weights)]
     for p in model.parameters():
@@ -97,6 +99,7 @@ def add_adapters(model: Model, rank: int = 16, scale: float = 2.0, weights: Weig
     return model
 
 
+@ordinary_tensors
 def merge_adapters(model: Model) -> Model:
     """Write what `sten.add_adapters` has trained into the weights, once, and remove it; in place.
 

@@ -14,12 +14,14 @@ from ..calibration.progress import Progress
 from ..conversion.api import attach
 from ..conversion.reparametrize import move
 from ..conversion.select import Target, sparse_weights
+from ..training.inference_mode import ordinary_tensors
 from ..training.weights import dynamic_weights
 from .distillation import Distillation
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@ordinary_tensors
 def distill(
     student: Model,
     teacher: Callable[..., Any],
@@ -167,7 +169,7 @@ class _AdamW:
 
 def _expect_steps(batches: Iterable, steps: int | None) -> int | None:
     """How many steps there will be; None if only the end of `batches` tells."""
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ValueError(f"Expected a positive number of steps or None, got {steps!r}.")
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(f"Expected batches in a list, a DataLoader or the like, got {type(batches).__name__}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Callable
 from typing import ClassVar
@@ -66,15 +67,29 @@ def allowed_score(view: View, score: Tensor) -> Tensor:
     return score if view.allowed is None else score.masked_fill(~view.allowed, -torch.inf)
 
 
-def mask_by_row(layout: Layout, score: Tensor, sparsity: float | None) -> Tensor:
-    """The highest scores of each row, equally many in each; where the count does not divide, the best of the next."""
+def mask_by_row(layout: Layout, score: Tensor, sparsity: float | None, allowed: Tensor | None = None) -> Tensor:
+    """The highest scores of each row, equally many in each; where the count does not divide, the best of the next.
+
+    Of an earlier pruning's `allowed` entries a row may have fewer than its share: the others get what it lacks.
+    """
     matrix = score.flatten(1)
-    count = count_to_keep(matrix.numel(), sparsity, layout)
-    each = count // len(matrix)
+    count, (rows, columns) = count_to_keep(matrix.numel(), sparsity, layout), matrix.shape
+    each, more = divmod(count, rows)
+    may = None if allowed is None else allowed.flatten(1)
+    if may is not None:
+        matrix = matrix.masked_fill(~may, -torch.inf)
+        enough = may.sum(1, keepdim=True) > torch.arange(columns, device=matrix.device)
+        totals = [0, *enough.sum(0).cumsum(0).tolist()]  # of entries, with at most 0, 1, 2, ... of each row
+        each = bisect.bisect_right(totals, count) - 1
+        more = count - totals[each]
     mask = top_of_groups(matrix, each)
-    if more := count - each * len(matrix):
-        following = top_of_groups(matrix, each + 1) & ~mask
-        mask = mask | (following & top(matrix.masked_fill(~following, -torch.inf), more))
+    mask = mask if may is None else mask & may
+    if more and each < columns:
+        following = top_of_groups(matrix, each + 1) & ~mask  # one of each row that has so many
+        following = following if may is None else following & may
+        mask = mask | (following & top(matrix.masked_fill(~following, -torch.inf).amax(1), more).unsqueeze(1))
+    elif more:  # nothing allowed is left: pruned entries, in turn from all rows
+        mask = mask | top((~mask).cumsum(1).masked_fill(mask, columns + 1).neg().float(), more)
     return mask.view(score.shape)
 
 
@@ -82,10 +97,14 @@ def starting_mask(view: View) -> Tensor:
     """The mask of the method before in a chain, else Wanda's, row by row where the layout lets entries be chosen."""
     if view.previous is not None:
         return view.previous.mask
-    score = allowed_score(view, wanda_score(view))
     if view.layout.unstructured:
-        return mask_by_row(view.layout, score, view.sparsity)
-    return view.layout.mask(score, view.sparsity)
+        return mask_by_row(view.layout, wanda_score(view), view.sparsity, view.allowed)
+    return view.layout.mask(allowed_score(view, wanda_score(view)), view.sparsity)
+
+
+def filled(view: View, mask: Tensor) -> Tensor:
+    """The entries of a mask that have a value: without those that an earlier pruning left out, which stay zero."""
+    return mask if view.left is None else mask & view.left
 
 
 class Refinement(PatternMethod):

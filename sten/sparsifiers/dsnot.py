@@ -8,10 +8,13 @@ from typing import ClassVar
 import torch
 
 from ..layouts.base import Layout
+from ..layouts.checks import expect_whole
 from .calibration import Refinement, float32_update, starting_mask, statistic, wanda_score
 from .granularity import expect_independent_units
 from .sparse_swaps import Tiling, expect_groups
 from .sparsifier import Edit, View
+
+EVERY = 8  # cycles after which it is looked at whether all rows have stopped
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ class DSnoT(Refinement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.cycles, int) or self.cycles < 1:
-            raise ValueError(f"Expected at least one of cycles for DSnoT, got {self.cycles!r}.")
+        expect_whole(self, "cycles", 1)
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
@@ -65,13 +67,14 @@ class DSnoT(Refinement):
         on = tiles.split(starting_mask(view)).any(3).any(1)  # (bands, tiles)
         barred = torch.zeros_like(on) if view.allowed is None else ~tiles.split(view.allowed).any(3).any(1)
         group = tiles.groups()
+        groups = int(group[-1]) + 1
         error = (effect * ~on.unsqueeze(1)).sum(2)  # (bands, rows)
         moving = torch.ones(len(on), 1, dtype=torch.bool, device=on.device)
-        for _ in range(self.cycles):
+        for cycle in range(self.cycles):
             sign = error.sign().unsqueeze(1)
             helps = (sign @ effect).squeeze(1)  # if it grows; if it is dropped, the opposite
             loose = on & (helps < 0)
-            count = torch.zeros(len(on), int(group[-1]) + 1, device=on.device).index_add_(1, group, loose.float())
+            count = torch.zeros(len(on), groups, device=on.device).index_add_(1, group, loose.float())
             free = ~on & ~barred & (helps > 0) & (count[:, group] > 0)
             grown = (sign @ growth).squeeze(1).masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
             loose &= group == group[grown]
@@ -80,7 +83,7 @@ class DSnoT(Refinement):
             after = error + moved[..., 0] - moved[..., 1]
             falls = after.abs().sum(1, keepdim=True) < error.abs().sum(1, keepdim=True)
             moving = moving & falls & free.gather(1, grown) & loose.gather(1, gone)
-            if not bool(moving.any()):
+            if cycle % EVERY == EVERY - 1 and not bool(moving.any()):  # waits for the device; nothing moves any more
                 break
             on = on.scatter(1, grown, on.gather(1, grown) | moving)
             on = on.scatter(1, gone, on.gather(1, gone) & ~moving)

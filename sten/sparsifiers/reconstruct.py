@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .calibration import Refinement, starting_mask
+from ..layouts.checks import expect_whole
+from .calibration import Refinement, filled, starting_mask
 from .sparsifier import Edit, View
 
 
@@ -72,8 +73,9 @@ class Reconstruct(Refinement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (isinstance(self.steps, int) and self.steps > 0 and self.lr > 0):
-            raise ValueError(f"Expected positive steps and lr, got steps={self.steps} and lr={self.lr}.")
+        expect_whole(self, "steps", 1)
+        if not self.lr > 0:
+            raise ValueError(f"Expected a positive lr for Reconstruct, got {self.lr}.")
 
     def update(self, view: View) -> Edit:
         """What the method before has decided; the block is fitted when all its weights have been."""
@@ -119,7 +121,7 @@ class _Weight:
         view, self.name, self.before = block.views[name], name, block.edits[name]
         self.parameter, self.transposed = block.parameters[name], name in block.transposed
         p = block.module.get_parameter(self.parameter)
-        self.mask, self.dtype = self.before.mask.to(p.device), p.dtype
+        self.mask, self.dtype = filled(view, self.before.mask).to(p.device), p.dtype
         start = view.weight if self.before.value is None else self.before.value
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         start = start.detach().to(p.device, wide).masked_fill(~self.mask, 0)

@@ -13,7 +13,7 @@ def magnitude(weight: Tensor) -> Tensor:
     """|w|.
 
     Example:
-        >>> import torch, sten.scores
+        >>> import torch, sten
         >>> sten.scores.magnitude(torch.tensor([-2.0, 1.0]))
         tensor([2., 1.])
     """
@@ -27,7 +27,7 @@ def random(weight: Tensor, generator: torch.Generator, portable: bool = True) ->
     but different on each kind of GPU.
 
     Example:
-        >>> import torch, sten.scores
+        >>> import torch, sten
         >>> sten.scores.random(torch.ones(2, 3), torch.Generator().manual_seed(0)).shape
         torch.Size([2, 3])
     """

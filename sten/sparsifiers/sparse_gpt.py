@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..layouts.base import Layout
-from .calibration import float32_update, input_gram, input_norms
+from ..layouts.checks import expect_whole
+from .calibration import filled, float32_update, input_gram, input_norms
 from .sparsifier import Edit, PatternMethod, View
 
 DEAD = 1e-12  # damping of inputs that are always zero
@@ -64,8 +65,7 @@ class SparseGPT(PatternMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.block, int) or self.block < 1:
-            raise ValueError(f"Expected block to be a whole number of columns for SparseGPT, got {self.block!r}.")
+        expect_whole(self, "block", 1)
         if not 0 < self.damping < math.inf:
             raise ValueError(f"Expected a finite damping > 0 for SparseGPT, got {self.damping!r}.")
 
@@ -88,10 +88,11 @@ class SparseGPT(PatternMethod):
         columns = weight.flatten(1).float().t()[order].contiguous()  # (columns, rows): a column is contiguous
         width = (view.layout.tile(tuple(weight.shape)) or (1, 1))[1]
         spans = blocks_of(groups, self.block, view.layout.rate is None)
-        mask = eliminate(columns, factor, width, spans, chooser(view, order), least_kept(view))
+        left = None if view.left is None else view.left.flatten(1).t()[order]
+        mask = eliminate(columns, factor, width, spans, chooser(view, order), least_kept(view), left)
         back = order.argsort()
         mask = mask[back].t().reshape(weight.shape).contiguous()
-        value = columns[back].t().reshape(weight.shape).to(weight.dtype).masked_fill(~mask, 0)
+        value = columns[back].t().reshape(weight.shape).to(weight.dtype).masked_fill(~filled(view, mask), 0)
         return Edit(mask=mask, value=value.contiguous())
 
 
@@ -143,16 +144,23 @@ def least_kept(view: View) -> float:
     """The fraction of each row of a group that the layout keeps at least, where it chooses and says so."""
     layout = view.layout
     own = layout.independent_units and type(layout).column_groups is not Layout.column_groups
-    return layout.rate if own and layout.rate is not None and view.previous is None else 0.0
+    chooses = own and view.previous is None and view.left is None
+    return layout.rate if chooses and layout.rate is not None else 0.0
 
 
 def eliminate(
-    columns: Tensor, factor: Tensor, width: int, blocks: Iterable[Spans], choose: Chooser, kept: float
+    columns: Tensor,
+    factor: Tensor,
+    width: int,
+    blocks: Iterable[Spans],
+    choose: Chooser,
+    kept: float,
+    left: Tensor | None = None,
 ) -> Tensor:
     """Choose, and let later columns make up for what is dropped: `columns` (columns, rows) changes; returns the mask.
 
     Entries off the mask keep numbers without meaning. `width`: columns of a tile; `kept`: the fraction of each row of a
-    span that is kept at least.
+    span that is kept at least; `left`: what an earlier pruning has left, in the shape of `columns`.
 
     The errors e of dropped entries, zero where kept, solve e_j U_jj = w_j - sum of e_i U_ij over i < j: a triangular
     system of each row, over its own dropped columns. Substitution for all of them at once, repeated as often as a row
@@ -164,7 +172,8 @@ def eliminate(
         first, last, errors = spans[0][0], spans[-1][1], []
         for start, stop in spans:
             masks.append(choose(start, stop, masks, lambda a, b: costs(columns, factor, width, a, b)))
-            dropped = scale[start:stop] * ~masks[-1]
+            stays = masks[-1] if left is None else masks[-1] & left[start:stop]
+            dropped = scale[start:stop] * ~stays
             most = stop - start - math.floor(kept * (stop - start) + 1e-6)
             for a in range(start, stop, PIECE):
                 b = min(a + PIECE, stop)

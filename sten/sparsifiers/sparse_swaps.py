@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..layouts.base import Layout
+from ..layouts.checks import expect_whole
 from .calibration import Refinement, float32_update, input_gram, starting_mask
 from .sparsifier import Edit, Sparsifier, View
 
 WINDOW = 32  # tiles that are compared with each other where a layout has no groups
 BLOCK = 128  # tiles, about, after which the effect of exchanges reaches all columns
+TOGETHER = 16  # groups of a block that are visited together, if there are so many of one size
+ROUNDS = 3  # of such visits in a sweep
 NEVER = 1e30  # the cost of keeping what an earlier pruning left out; finite, as it is multiplied by zero
 
 
@@ -26,8 +29,9 @@ class SparseSwaps(Refinement):
 
     G is the mean of x x^T and d the weights that are dropped. With c = G d, dropping p and keeping u instead changes
     the error by 2 w_p c_p + w_p^2 G_pp - 2 w_u c_u + w_u^2 G_uu - 2 w_p w_u G_pu, exactly. A sweep visits the groups of
-    the layout in turn and makes the best exchange in each row of each; without groups (CSR, FanIn, BSR), windows of 32
-    neighbours, and every other sweep of entries that lie far apart. Whole tiles are exchanged: vectors, blocks, and the
+    the layout in turn and makes the best exchange in each row of each: of many small ones (2:4, 4:8) together, as far
+    as all lower the error at once; without groups (CSR, FanIn, BSR), of windows of 32 neighbours, and every other sweep
+    of entries that lie far apart. Whole tiles are exchanged: vectors, blocks, and the
     patterns of two columns of GroupedNM. The weights stay those of the dense layer: follow it with `sten.ADMM`.
 
     The mask is that of the method before in a chain, else Wanda's.
@@ -49,8 +53,7 @@ class SparseSwaps(Refinement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.sweeps, int) or self.sweeps < 1:
-            raise ValueError(f"Expected at least one of sweeps for SparseSwaps, got {self.sweeps!r}.")
+        expect_whole(self, "sweeps", 1)
 
     def check(self, layout: Layout) -> None:
         super().check(layout)
@@ -66,8 +69,7 @@ class SparseSwaps(Refinement):
         for sweep in range(self.sweeps):
             before = kept
             effect = ((weight * ~before.unsqueeze(3)).flatten(2) @ gram.flatten(0, 1).flatten(1)).view(weight.shape)
-            for block, sizes in tiles.blocks(apart=sweep % 2 == 1):
-                at = block.to(weight.device)
+            for at, sizes in tiles.blocks(apart=sweep % 2 == 1):
                 local = gram[at][:, :, at]
                 barred_here = None if barred is None else barred[:, :, at]
                 now, delta = exchange(weight[:, :, at], kept[:, :, at], effect[:, :, at], local, barred_here, sizes)
@@ -125,19 +127,31 @@ class Tiling:
 
     def blocks(self, apart: bool) -> Iterator[tuple[Tensor, list[int]]]:
         """Tiles whose groups are visited together, and the sizes of these groups; without groups, windows: neighbours,
-        or tiles that lie far apart."""
+        or tiles that lie far apart. Made on the device: a copy to it would wait for all exchanges so far."""
+        every = torch.arange(self.count, device=self.order.device)
         if self.sizes is None:
             count = -(-self.count // WINDOW)
-            each = [torch.arange(start, self.count, count) for start in range(count)]
-            for window in each if apart else torch.arange(self.count).split(WINDOW):
+            for window in [every[start::count] for start in range(count)] if apart else every.split(WINDOW):
                 yield window, [len(window)]
             return
         start, sizes = 0, []
         for i, size in enumerate(self.sizes):
             sizes.append(size)
             if sum(sizes) >= BLOCK or i == len(self.sizes) - 1:
-                yield torch.arange(start, start + sum(sizes)), sizes
+                yield every[start : start + sum(sizes)], sizes
                 start, sizes = start + sum(sizes), []
+
+
+def visits(sizes: list[int]) -> Iterator[tuple[slice, int]]:
+    """Where the groups of a block of tiles are, and how many of them are visited together: many of one size, several
+    times, or one after the other. On a GPU a group alone costs as many launches as many together."""
+    same = next((i for i, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+    together = same if same >= TOGETHER else 0
+    for _ in range(ROUNDS if together else 0):
+        yield slice(0, together * sizes[0]), together
+    start = together * sizes[0]
+    for size in sizes[together:]:
+        yield slice(start, start := start + size), 1
 
 
 def exchange(
@@ -147,49 +161,77 @@ def exchange(
 
     Returns the new `kept` (bands, rows, tiles) and the change of d, of the weight's shape. `effect` is c = G d.
     """
-    kept, effect, delta, start = kept.clone(), effect.contiguous(), torch.zeros_like(weight), 0
-    for size in sizes:
-        here = slice(start, start := start + size)
-        if size == 1:
+    kept, effect, delta = kept.clone(), effect.contiguous(), torch.zeros_like(weight)
+    for here, count in visits(sizes):
+        if here.stop - here.start == count:  # nothing to exchange
             continue
-        part, on = weight[:, :, here], kept[:, :, here]
-        forbidden = None if barred is None else barred[:, :, here]
-        change = exchange_costs(part, on.float(), effect[:, :, here], gram[here][:, :, here], forbidden)
-        least, pair = change.flatten(1).min(1, keepdim=True)
-        first, second = (torch.where(least < 0, index, 0) for index in (pair // size, pair % size))
-        source = torch.arange(size, device=pair.device).repeat(len(pair), 1)
-        source = source.scatter(1, first, second).scatter(1, second, first)
-        now = on.gather(2, source.unsqueeze(1).expand_as(on))
-        moved = part * (on.float() - now.float()).unsqueeze(3)
+        forbidden, local = None if barred is None else barred[:, :, here], gram[here][:, :, here]
+        now, moved = exchange_groups(weight[:, :, here], kept[:, :, here], effect[:, :, here], local, forbidden, count)
         effect += (moved.flatten(2) @ gram[here].flatten(0, 1).flatten(1)).view(effect.shape)
-        kept[:, :, here], delta[:, :, here] = now, moved
+        kept[:, :, here] = now
+        delta[:, :, here] += moved
     return kept, delta
 
 
-def exchange_costs(weight: Tensor, on: Tensor, effect: Tensor, gram: Tensor, barred: Tensor | None) -> Tensor:
-    """(bands, tiles, tiles): by how much the error changes if two tiles exchange their masks.
+def exchange_groups(
+    weight: Tensor, kept: Tensor, effect: Tensor, gram: Tensor, barred: Tensor | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """`exchange` in `count` groups of one size, all at once.
 
-    Rows in which both are kept, or both dropped, contribute nothing.
+    The error changes by the sum of what each exchange changes alone, and by 2 a G b for the changes a and b of each
+    two groups. Of the groups in order, as many are exchanged as make the sum the lowest.
     """
-    off = 1 - on
-    if gram.shape[1] == 1:
-        own = weight[..., 0].square() * gram[:, 0, :, 0].diagonal()
+    bands, rows, tiles, width = weight.shape
+    size = tiles // count
+
+    def grouped(t: Tensor) -> Tensor:  # (bands, groups, rows, tiles of a group, ...)
+        return t.unflatten(2, (count, size)).transpose(1, 2)
+
+    part, on = grouped(weight), grouped(kept)
+    own = gram.view(count, size, width, count, size, width).diagonal(dim1=0, dim2=3).permute(4, 0, 1, 2, 3)
+    forbidden = None if barred is None else grouped(barred)
+    least, pair = exchange_costs(part, on.float(), grouped(effect), own, forbidden).flatten(2).min(2, keepdim=True)
+    first, second = (torch.where(least < 0, index, 0) for index in (pair // size, pair % size))
+    source = torch.arange(size, device=pair.device).expand(bands, count, size)
+    source = source.scatter(2, first, second).scatter(2, second, first)
+    now = on.gather(3, source.unsqueeze(2).expand_as(on))
+    moved = part * (on.float() - now.float()).unsqueeze(4)
+    if count > 1:
+        number = torch.arange(count, device=pair.device)
+        group = number.repeat_interleave(size * width)
+        matrix = gram.flatten(0, 1).flatten(1) * (group.unsqueeze(1) < group)
+        flat = moved.transpose(1, 2).reshape(bands, rows, -1)
+        mutual = ((flat @ matrix) * flat).view(bands, rows, count, -1).sum((1, 3))
+        lowest, last = (least.squeeze(2) + 2 * mutual).cumsum(1).min(1, keepdim=True)
+        accepted = ((number <= last) & (lowest < 0)).view(bands, count, 1, 1)
+        now, moved = torch.where(accepted, now, on), moved * accepted.unsqueeze(4)
+    return now.transpose(1, 2).reshape(kept.shape), moved.transpose(1, 2).reshape(weight.shape)
+
+
+def exchange_costs(weight: Tensor, on: Tensor, effect: Tensor, gram: Tensor, barred: Tensor | None) -> Tensor:
+    """(bands, groups, tiles, tiles): by how much the error changes if two tiles of a group exchange their masks.
+
+    The weight is (bands, groups, rows, tiles, columns), the matrix of each group (tiles, columns, tiles, columns). Rows
+    in which both tiles are kept, or both dropped, contribute nothing.
+    """
+    off, (count, width) = 1 - on, gram.shape[1:3]
+    if width == 1:
+        own = weight[..., 0].square() * gram[:, :, 0, :, 0].diagonal(dim1=1, dim2=2).unsqueeze(1)
     else:
-        own = torch.einsum("bhtw,twv,bhtv->bht", weight, gram.diagonal(dim1=0, dim2=2).permute(2, 0, 1), weight)
-    slope = 2 * (weight * effect).sum(3)
+        own = torch.einsum("bghtw,gtwv,bghtv->bght", weight, gram.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2), weight)
+    slope = 2 * (weight * effect).sum(4)
     drop, keep = (own + slope) * on, (own - slope) * off
     if barred is not None:
         keep = keep + NEVER * off * barred
     single = outer(drop, off) + outer(keep, on)
-    cross = outer((weight * on.unsqueeze(3)).flatten(2), (weight * off.unsqueeze(3)).flatten(2))
-    cross = cross * gram.flatten(0, 1).flatten(1)
-    count, width = gram.shape[:2]
+    cross = outer((weight * on.unsqueeze(4)).flatten(3), (weight * off.unsqueeze(4)).flatten(3))
+    cross = cross * gram.flatten(1, 2).flatten(2)
     if width > 1:
-        cross = cross.view(-1, count, width, count, width).sum((2, 4))
+        cross = cross.view(*cross.shape[:2], count, width, count, width).sum((3, 5))
     change = single.sub_(cross, alpha=2)
-    return change + change.transpose(1, 2)
+    return change + change.transpose(2, 3)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over rows of all products of two columns, (bands, columns, columns)."""
-    return a.transpose(1, 2) * b if a.shape[1] == 1 else a.transpose(1, 2) @ b
+    """The sum over rows of all products of two columns, (bands, groups, columns, columns)."""
+    return a.transpose(2, 3) * b if a.shape[2] == 1 else a.transpose(2, 3) @ b

@@ -68,7 +68,10 @@ class View:
         layout: how the weight is, or will be, stored.
         sparsity: the fraction to drop that the allocation gave this weight; None where the layout fixes it.
         mask: bool mask of the active entries; None at `sten.sparsify`, when the first mask is chosen.
-        allowed: the entries that torch.nn.utils.prune has not pruned; None: all. At `sten.sparsify` only.
+        allowed: where an earlier pruning has left something, as whole units of the layout, which a mask should choose
+            from; None: everywhere. At `sten.sparsify` only.
+        left: the entries themselves that it has left; None: all. The others stay zero, whatever `Edit.value` has there:
+            a unit, or a group of an n:m layout that has fewer than n of them, is filled up with zeros.
         step: optimizer steps, the present one included; in `apply` a 0-d tensor with the steps done.
         generator: random numbers, the same on every rank.
         grad, momentum: set if the method's `needs` has them; else None.
@@ -98,6 +101,7 @@ class View:
     frozen: bool = False
     state: State = field(default_factory=dict)
     allowed: Tensor | None = None
+    left: Tensor | None = None
     previous: Edit | None = None
     memo: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .calibration import allowed_score, mask_by_row, wanda_score
+from .calibration import mask_by_row, wanda_score
 from .sparsifier import Edit, PatternMethod, View
 
 ROW, LAYER = "row", "layer"
@@ -46,4 +46,4 @@ class Wanda(PatternMethod):
     def update(self, view: View) -> Edit:
         if not view.layout.unstructured or self.per == LAYER:
             return super().update(view)
-        return Edit(mask=mask_by_row(view.layout, allowed_score(view, self.scored(view)), view.sparsity))
+        return Edit(mask=mask_by_row(view.layout, self.scored(view), view.sparsity, view.allowed))

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .calibration import Refinement, float32_update, input_gram, starting_mask
+from ..layouts.checks import expect_whole
+from .calibration import Refinement, filled, float32_update, input_gram, starting_mask
 from .sparsifier import Edit, View
 
 
@@ -27,9 +28,8 @@ class WeightUpdate(Refinement):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect_whole(self, "iterations", 1)
         kind = type(self).__name__
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise ValueError(f"Expected at least one of iterations for {kind}, got {self.iterations!r}.")
         if not 0 < self.damping < math.inf:
             raise ValueError(f"Expected a finite damping > 0 for {kind}, got {self.damping!r}.")
 
@@ -40,7 +40,7 @@ class WeightUpdate(Refinement):
         gram = gram + torch.diag(torch.where(mean > 0, self.damping * mean, 1.0).expand(len(gram)))
         # One scale for all columns, as in the source: H gets a unit diagonal, which preconditions it.
         scale = gram.diagonal().sqrt()
-        kept = mask.flatten(1)
+        kept = filled(view, mask).flatten(1)
         start = view.previous.value if view.previous is not None and view.previous.value is not None else view.weight
         dense, start = (t.flatten(1).float() * scale for t in (view.weight, start))
         value = self.solve(gram / scale / scale.unsqueeze(1), dense, start * kept, kept) / scale

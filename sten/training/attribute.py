@@ -73,6 +73,18 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...], finalized: tup
     def replicate(self):
         raise no_replicas(f"a {names[0]} in training")
 
+    def apply(self, fn, recurse: bool = True):
+        try:
+            return cls._apply(self, fn, recurse)
+        except RuntimeError as error:
+            if "Couldn't swap" not in str(error):
+                raise
+            raise RuntimeError(
+                f"Expected no view of a sparse {finalized[0]}, nor a result for which autograd saved it, while "
+                f"its {cls.__name__} is cast or moved, got one in use, such as w.t() or w.abs(); delete it, or make "
+                "it of w.detach(), and call .to() again."
+            ) from error
+
     def reduce(self, protocol):
         return _rebuild, (cls, names, finalized), self.__getstate__()
 
@@ -85,6 +97,8 @@ def _reparametrized(cls: type[nn.Module], names: tuple[str, ...], finalized: tup
     if names:
         body |= {"__delattr__": delete_attribute, "register_parameter": register_parameter, "__setstate__": set_state}
         body["_replicate_for_data_parallel"] = replicate
+    if finalized:
+        body["_apply"] = apply
     body |= {"__setattr__": set_attribute, "__reduce_ex__": reduce}
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), {**body, "plain_class": cls, "sparse_names": names, "finalized_names": finalized})

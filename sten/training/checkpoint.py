@@ -16,6 +16,7 @@ from ..errors import FormatError
 from ..tensor import SparseTensor
 from .attribute import SUFFIX, trained_of
 from .engine import dynamic_weights
+from .inference_mode import ordinary_tensors
 from .pattern_weight import PatternWeight
 from .run_problems import encoded
 from .trained_weight import NO_STEP, TrainedWeight, is_of_run
@@ -51,6 +52,7 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers, *
         torch.save(state, file)
 
 
+@ordinary_tensors
 def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -> dict[str, Any]:
     """Read a file of `save_run` into a model and an optimizer that were made and sparsified in the same way.
 

@@ -36,7 +36,7 @@ class Shelf:
         """What gives the leaf again; its memory is free when that is dropped."""
         if not isinstance(leaf, Tensor) or not self.to_cpu:
             return lambda: leaf
-        home, there = leaf.device, leaf.cpu()
+        home, there = leaf.device, _alone(leaf.cpu())
         if self.folder is None:
             return lambda: there.to(home)
         self.count += 1
@@ -45,6 +45,11 @@ class Shelf:
     def close(self) -> None:
         if self.folder is not None:
             self.folder.cleanup()
+
+
+def _alone(t: Tensor) -> Tensor:
+    """The tensor without the rest of a larger storage, of which it is a view: that would be kept, or written, whole."""
+    return t if t.untyped_storage().nbytes() <= t.numel() * t.element_size() else t.clone()
 
 
 class _OnDisk:
@@ -59,7 +64,7 @@ class _OnDisk:
         self.path.unlink(missing_ok=True)
 
 
-class Chain:
+class BlockInputs:
     """The arguments of the present block for every batch.
 
     `capture` and `advance` go to a block; `arguments` gives what it gets.
