@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_model.py --json benchmarks/results/cpu_model.json      # everything, about ten minutes
     python benchmarks/cpu_model.py --models resnet18-cifar mobilenet --batches 1 --rounds 5
+    python benchmarks/cpu_model.py --models conv-64x32 conv-128x16 conv-256x8 conv-512x7 --rounds 300
     python benchmarks/cpu_model.py --models bert --plans 1:10:8 --cpu-time       # processor time of one thread
 
 The models have random weights: those of transformers are made from a config, the image networks are plain torch modules
@@ -15,6 +16,7 @@ so prepacks them; --compiled), dynamic int8 (its linear layers).
 
 import argparse
 import copy
+import functools
 import json
 import os
 import statistics
@@ -74,11 +76,11 @@ def decode(model, batch):
     return call
 
 
-def images(size):
+def images(size, channels=3):
     """Return a function of (model, batch) that returns a call on images of this size."""
 
     def inputs(model, batch):
-        x = torch.randn(batch, 3, size, size)
+        x = torch.randn(batch, channels, size, size)
         return lambda: model(x)
 
     return inputs
@@ -94,6 +96,19 @@ MODELS = {
     "resnet18-imagenet": (lambda: resnet18(), images(224), [1, 16], ["csr90", "csr95", "fanin90", "v4:1:8"], CONVS),
     "mobilenet": (mobilenet, images(224), [1, 16], ["csr90", "v4:1:8"], CONVS),
 }
+
+# one layer of (channels, size of the image), for itself
+LAYERS = {f"conv-{channels}x{size}": (channels, size) for channels, size in ((64, 32), (128, 16), (256, 8), (512, 7))}
+
+
+def layer(channels):
+    """A convolution with kernel_size=3 alone."""
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1))
+
+
+for _name, (_channels, _size) in LAYERS.items():
+    _plans = ["csr90", "csr95", "fanin90", "v4:1:8", "v4:1:16"]
+    MODELS[_name] = (functools.partial(layer, _channels), images(_size, _channels), [1, 16], _plans, "the layer")
 
 
 def is_pruned(name, module, attribute):
@@ -195,7 +210,8 @@ def measure(name, batch, plans, arguments):
 def main():
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="MODEL")
+    names = [name for name in MODELS if name not in LAYERS]
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=names, metavar="MODEL")
     parser.add_argument(
         "--plans", nargs="+", metavar="PLAN", help="csr90, fanin90, 1:10:8, v4:1:8; default: the model's"
     )
