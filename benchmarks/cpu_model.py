@@ -70,7 +70,7 @@ def decode(model, batch):
 
     def call():
         logits = model(tokens[:, 128:], past_key_values=cache, use_cache=True).logits
-        cache.crop(128)
+        cache.crop(-1)
         return logits
 
     return call

@@ -178,7 +178,7 @@ def test_what_expands():
     image, csr = (1, 8, 40, 40), sten.CSR()
     cases = [
         (csr, (8, 1, 3, 3), (1, 8, 40, 40), "depthwise"),
-        (csr, (8, 8, 3, 3, 3), (1, 8, 9, 9, 9), "conv1d and conv2d"),
+        (csr, (8, 8, 3, 3, 3), (1, 8, 9, 9, 9), "three dimensions"),
         (sten.GroupedNM(1, 4, 4), (8, 8, 3, 3), image, "for GroupedNM only"),
         (sten.FanIn(), (8, 4, 3, 3), image, "groups=1"),
         (sten.VectorNM(9, 10, 4), (8, 8, 3, 3), image, "a dense convolution is faster"),

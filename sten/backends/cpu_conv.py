@@ -60,7 +60,7 @@ def why_not_direct(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, f
         fast = "kernel_size=1, groups=1 and channels_last input"
         return f"for {type(layout).__name__} only a convolution with {fast} has a faster kernel here"
     if len(shape) == 5:
-        return "only conv1d and conv2d have a faster kernel here"
+        return "in three dimensions only kernel_size=1 with channels_last input has a faster kernel here"
     if groups > 1 and shape[1] == 1:
         return "a dense depthwise convolution is faster"
     if groups > 1 and layout.omits_empty_rows:
