@@ -104,6 +104,14 @@ struct ConvBlock {
   int64_t ld;
 };
 
+// Rows of a dense matrix with `ld` numbers a row: float32, or bfloat16 as its 16 bits.
+template <typename E>
+struct Table {
+  const E* data;
+  int64_t ld;
+};
+using Bfloat16 = uint16_t;
+
 // One instruction set. `v` is the number of vectors in a panel row, 1 to kMaxVectors.
 struct Kernels {
   const char* name;
@@ -156,6 +164,19 @@ struct Kernels {
   // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
   void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
                      float* y, int64_t ld);
+
+  // acc[i] += the sum over the rows e < count of value[e * step] * table[row[e], i], for i < n
+  void (*add_rows)(Table<float> table, const int32_t* row, int64_t count, const float* value, int64_t step, int64_t n,
+                   float* acc);
+  void (*add_rows_bf16)(Table<Bfloat16> table, const int32_t* row, int64_t count, const float* value, int64_t step,
+                        int64_t n, float* acc);
+  // out[e * step] = the sum over i < n of grad[i] * table[row[e], i]
+  void (*dot_rows)(Table<float> table, const int32_t* row, int64_t count, const float* grad, int64_t n, float* out,
+                   int64_t step);
+  void (*dot_rows_bf16)(Table<Bfloat16> table, const int32_t* row, int64_t count, const float* grad, int64_t n,
+                        float* out, int64_t step);
+  void (*widen)(const Bfloat16* from, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, Bfloat16* to);    // rounds to the nearest, ties to even
 };
 
 const Kernels* kernels_avx512();     // null if this build has none

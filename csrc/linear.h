@@ -107,6 +107,19 @@ void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_
 void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const Bands& w,
                 bool inputs_last, const Kernels& k, Pool pool);
 
+// Sparse activations S (tokens, columns), bands of width 1, times a dense matrix of s.columns rows: codes.cpp
+template <typename E>
+void codes_linear(const Bands& s, Table<E> table, const float* bias, E* y, const Kernels& k, Pool pool);
+// out, shaped as s.values, which is not read; where s.rows ends within a band, the rest of it is not written
+template <typename E>
+void codes_grad_values(const Bands& s, Table<E> table, const E* grad, float* out, const Kernels& k, Pool pool);
+// out (s.columns, grad.ld)
+template <typename E>
+void codes_grad_weight(const Bands& s, Table<E> grad, E* out, const Kernels& k, Pool pool);
+// out (rows, count), ascending in a row: the columns of the largest |x|, where ties go to the lower column; NaN is lowest
+template <typename E>
+void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_t* out, Pool pool);
+
 // All n-subsets of range(m) in revolving-door order; made once for each (n, m).
 struct Patterns {
   std::vector<int32_t> rows;   // (patterns, n), see Grouped::rows

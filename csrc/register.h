@@ -21,6 +21,10 @@ Pool make_pool();
 void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype);
 void check_input(const Tensor& x, const char* op, int64_t out);
 
+// The pattern of rows in bands (register_bands.cpp), checked; `values` may be null, `size` is theirs.
+Bands make_bands(const char* op, const float* values, at::IntArrayRef size, const std::optional<Tensor>& crow,
+                 const Tensor& col, int64_t height, int64_t columns, int64_t rows, bool trusted);
+
 // Checks x and bias, allocates y and fills in the problem; `owner` holds a contiguous x; y is not written.
 Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out, Tensor& owner,
                      Tensor& y);

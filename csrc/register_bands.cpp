@@ -12,13 +12,10 @@
 #include "register.h"
 
 namespace sten {
-namespace {
 
-constexpr int64_t kMostColumns = 2147483647;
-
-// The pattern, checked; `values` may be null.
 Bands make_bands(const char* op, const float* values, at::IntArrayRef size, const std::optional<Tensor>& crow,
                  const Tensor& col, int64_t height, int64_t columns, int64_t rows, bool trusted) {
+  constexpr int64_t kMostColumns = 2147483647;
   TORCH_CHECK(height >= 1 && rows >= 0 && columns >= 0 && columns <= kMostColumns, op,
               ": Expected a height of at least 1 and sizes of 0 to ", text(kMostColumns),
               ", got height, rows, columns = ", text({height, rows, columns}));
@@ -50,8 +47,6 @@ Bands make_bands(const char* op, const float* values, at::IntArrayRef size, cons
                     "with pack.");
   return w;
 }
-
-}  // namespace
 
 Bands make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                   int64_t height, int64_t columns, int64_t rows, bool trusted) {

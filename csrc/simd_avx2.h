@@ -16,6 +16,10 @@ constexpr int kRegisters = 16;
 
 STEN_INLINE vec zero() { return _mm256_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+STEN_INLINE vec load_row(const uint16_t* p) {    // of bfloat16
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
 STEN_INLINE vec load_first(const float* p, int64_t n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane));

@@ -19,6 +19,10 @@ STEN_INLINE __mmask16 first(int64_t n) {
 }
 STEN_INLINE vec zero() { return _mm512_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+STEN_INLINE vec load_row(const uint16_t* p) {    // of bfloat16
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 STEN_INLINE vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 STEN_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
 STEN_INLINE void store_first(float* p, vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a); }

@@ -19,6 +19,12 @@ STEN_INLINE vec load(const float* p) {
   std::memcpy(&a, p, sizeof a);
   return a;
 }
+STEN_INLINE vec load_row(const uint16_t* p) {    // of bfloat16
+  const uint32_t bits[] = {uint32_t{p[0]} << 16, uint32_t{p[1]} << 16, uint32_t{p[2]} << 16, uint32_t{p[3]} << 16};
+  vec a;
+  std::memcpy(&a, bits, sizeof a);
+  return a;
+}
 STEN_INLINE vec load_first(const float* p, int64_t n) {
   vec a = zero();
   std::memcpy(&a, p, static_cast<size_t>(n) * sizeof(float));

@@ -96,7 +96,7 @@ def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, A
     if op.check is not None:
         op.check(w, *operands, **geometry)
     layout, shape, values = w.sparse_layout, w.stored_shape, parts["values"]
-    if len(op.sparse) > 1:
+    if len(op.sparse) > 1 and op.sparse[-1] != "weight":
         layouts = tuple(layout if a is parts else None for a in operands)
         if op.otherwise is not None and find(name, values.device.type, layouts) is None:
             name = op.otherwise
@@ -114,6 +114,18 @@ def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, A
     )
     plan = prepare(name, layout, shape, values.dtype, flags)
     _record(name, w, layout)
+    return plan
+
+
+def planned_input(name: str, x: SparseTensor, weight: Any, tokens: int | None) -> Plan:
+    """The Plan of an operator with a sparse activation and a dense weight, which has a shape.
+
+    It is prepared at each call: an activation has a new pattern each time, and so nothing to store a Plan with.
+    """
+    values, layouts = x.parts["values"], (x.sparse_layout, None)
+    flags = Flags(tokens, values.numel(), values.device, geometry={"input_major": weight.t().is_contiguous()})
+    plan = prepare(name, layouts, (x.stored_shape, tuple(weight.shape)), values.dtype, flags)
+    _record(name, x, layouts)
     return plan
 
 

@@ -223,7 +223,7 @@ class ToDense(Rule):
 
     @staticmethod
     def backward(ctx, grad):
-        return project(grad, saved_pattern(ctx))
+        return grad if (w := saved_pattern(ctx)).cache.full_gradient else project(grad, w)
 
     @staticmethod
     def vmap(info, in_dims, w):

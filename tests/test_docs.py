@@ -52,7 +52,14 @@ def test_example_runs(name):
     assert runner.failures == 0
 
 
-PAGES = ["README.md", "docs/architecture.md", "docs/concepts.md", "docs/extending.md", "docs/formats.md"]
+PAGES = [
+    "README.md",
+    "docs/activations.md",
+    "docs/architecture.md",
+    "docs/concepts.md",
+    "docs/extending.md",
+    "docs/formats.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -248,6 +248,24 @@ def test_which_names_what_runs_for_gradients(layout, prepared):
         assert plan.variant != "expand" or "cuBLAS" in plan.reason
 
 
+@pytest.mark.parametrize("of, share, tokens, named", [
+    (sten.NM(2, 4), 0.5, 1, "int4"), (sten.NM(16, 32), 0.5, 1, "int4"), (sten.NM(2, 4), 0.5, 16, None),
+    (sten.NM(2, 4), 0.5, 1024, "fp8"), (sten.NM(8, 16), 0.5, 4096, "fp8"), (sten.CSR(), 0.5, 1, "int4"),
+    (sten.CSR(), 0.25, 1, "int4"), (sten.CSR(), 0.1, 1, None), (sten.CSR(), 0.1, 4096, None),
+    (sten.CSR(), 0.6, 4096, "fp8"),
+    (sten.VectorNM(1, 4, 128), 0.25, 1, None), (sten.VectorNM(1, 4, 128), 0.25, 4096, None),
+    (sten.BSR((128, 128)), 0.2, 1, None), (sten.GroupedNM(2, 4, 1), 0.5, 1, "int4"),
+])  # fmt: skip
+def test_which_names_a_dense_product_that_is_faster(of, share, tokens, named):
+    """At no more bytes; in 16-bit types, and of a known number of tokens."""
+    flags = dispatch.Flags(tokens, int(share * 4096 * 4096), torch.device(DEVICE))
+    prepare = cuda.prepare_by("linear", cuda.TABLE[type(of)])
+    reason = prepare(of, (4096, 4096), torch.bfloat16, flags).reason
+    assert [rival for rival in ("int4", "fp8") if f"dense {rival}" in reason] == ([named] if named else [])
+    for other, dtype in ((flags, torch.float32), (flags._replace(tokens=None), torch.bfloat16)):
+        assert "dense int4" not in prepare(of, (4096, 4096), dtype, other).reason
+
+
 @torch.no_grad()
 def test_intercepted_calls(layout, prepared):
     """A torch.library operator runs, visible to what intercepts; nothing is stored."""

@@ -3,6 +3,7 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <thread>
 
@@ -223,6 +224,124 @@ void try_convs(const Kernels& k, int rounds) {
              among(1, 1, 2), among(0, 0, 1, 3, 8), round % 2 ? 3 : 1);
 }
 
+uint16_t to_bfloat(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float to_float(float value) { return value; }
+float to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+template <typename E>
+std::vector<E> random_numbers(int64_t n) {
+  std::vector<E> out;
+  out.reserve(n);
+  for (const float v : random_floats(n)) {
+    if constexpr (std::is_same_v<E, float>) out.push_back(v);
+    else out.push_back(to_bfloat(v));
+  }
+  return out;
+}
+
+// Whether all of `got` (rows, columns) is left (rows, n) times right (n, columns), where `stored` is not zero.
+template <typename G>
+void compare_codes(const char* what, const G* got, int64_t rows, int64_t columns, int64_t n, auto left, auto right,
+                   double rounding) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      double sum = 0.0, scale = 0.0;
+      for (int64_t k = 0; k < n; ++k) {
+        const double product = left(i, k) * right(k, j);
+        sum += product;
+        scale += std::abs(product);
+      }
+      if (std::abs(to_float(got[i * columns + j]) - sum) <= 2e-6 * scale + rounding * std::abs(sum)) continue;
+      std::printf("%s: (%ld, %ld) of (%ld, %ld): %g instead of %g\n", what, static_cast<long>(i), static_cast<long>(j),
+                  static_cast<long>(rows), static_cast<long>(columns), to_float(got[i * columns + j]), sum);
+      ++failures;
+      return;
+    }
+}
+
+// Sparse activations as lists (height 0) or blocks of `height` tokens, times a matrix of E: y and the two gradients.
+template <typename E>
+void try_codes(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_t height, double density, int threads) {
+  const bool blocks = height > 0;
+  const int64_t band = std::max<int64_t>(height, 1), bands = ceil_div(tokens, band);
+  const int64_t count = static_cast<int64_t>(static_cast<double>(in) * density);
+  std::bernoulli_distribution keep(density);
+  std::vector<int32_t> crow{0}, col;
+  for (int64_t b = 0; b < bands; ++b) {
+    std::vector<int32_t> all(in);
+    for (int64_t i = 0; i < in; ++i) all[i] = static_cast<int32_t>(i);
+    std::shuffle(all.begin(), all.end(), generator);
+    if (!blocks) all.resize(count);
+    std::sort(all.begin(), all.end());
+    for (const int32_t c : all)
+      if (!blocks || (b % 7 != 3 && keep(generator))) col.push_back(c);
+    crow.push_back(static_cast<int32_t>(col.size()));
+  }
+  col.shrink_to_fit();
+  const std::vector<float> values = random_floats(static_cast<int64_t>(col.size()) * band);
+  const Bands s{values.data(), blocks ? crow.data() : nullptr, col.data(), tokens, in, band, 1, count};
+  const Pool pool{threads, run_tasks};
+  if (!bands_in_bounds(s, static_cast<int64_t>(col.size()), pool)) ++failures;
+  std::vector<double> dense(tokens * in);
+  std::vector<int64_t> at(tokens * in, -1);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t e = crow[t / band]; e < crow[t / band + 1]; ++e) {
+      const int64_t i = blocks ? e * band + t % band : e;
+      at[t * in + col[e]] = i, dense[t * in + col[e]] = values[i];
+    }
+  const std::vector<E> weight = random_numbers<E>(in * out), grad = random_numbers<E>(tokens * out);
+  const double rounding = std::is_same_v<E, float> ? 0.0 : 1.0 / 256;
+  std::vector<E> y(tokens * out), dw(in * out);
+  std::vector<float> dv(values.size(), 0.0f);
+  codes_linear(s, Table<E>{weight.data(), out}, nullptr, y.data(), k, pool);
+  codes_grad_values(s, Table<E>{weight.data(), out}, grad.data(), dv.data(), k, pool);
+  codes_grad_weight(s, Table<E>{grad.data(), out}, dw.data(), k, pool);
+  compare_codes("codes", y.data(), tokens, out, in, [&](int64_t t, int64_t c) { return dense[t * in + c]; },
+                [&](int64_t c, int64_t o) { return static_cast<double>(to_float(weight[c * out + o])); }, rounding);
+  compare_codes("codes, gradient of the weight", dw.data(), in, out, tokens,
+                [&](int64_t c, int64_t t) { return dense[t * in + c]; },
+                [&](int64_t t, int64_t o) { return static_cast<double>(to_float(grad[t * out + o])); }, rounding);
+  for (int64_t i = 0; i < tokens * in; ++i)
+    if (at[i] >= 0)
+      compare_codes("codes, gradient of the values", dv.data() + at[i], 1, 1, out,
+                    [&](int64_t, int64_t o) { return static_cast<double>(to_float(grad[i / in * out + o])); },
+                    [&](int64_t o, int64_t) { return static_cast<double>(to_float(weight[i % in * out + o])); }, 0.0);
+}
+
+// The columns of the largest magnitudes against a stable sort; with ties, and NaN, which is lowest.
+template <typename E>
+void try_topk(int64_t rows, int64_t columns, int threads) {
+  std::vector<E> x = random_numbers<E>(rows * columns);
+  for (size_t i = 0; i < x.size(); ++i)
+    if (generator() % 4 == 0) x[i] = x[generator() % x.size()];
+  if constexpr (std::is_same_v<E, float>)
+    for (size_t i = 0; i < x.size(); i += 7) x[i] = i % 3 ? NAN : i % 2 ? 0.0f : -INFINITY;
+  for (const int64_t count : {int64_t{1}, columns / 3 + 1, columns}) {
+    std::vector<int32_t> got(rows * count);
+    codes_topk(x.data(), rows, columns, count, got.data(), {threads, run_tasks});
+    for (int64_t r = 0; r < rows; ++r) {
+      std::vector<int32_t> order(columns);
+      for (int64_t i = 0; i < columns; ++i) order[i] = static_cast<int32_t>(i);
+      const auto size = [&](int32_t i) {
+        const float value = std::abs(to_float(x[r * columns + i]));
+        return std::isnan(value) ? -1.0f : value;
+      };
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return size(a) > size(b); });
+      order.resize(count);
+      std::sort(order.begin(), order.end());
+      failures += !std::equal(order.begin(), order.end(), got.begin() + r * count);
+    }
+  }
+}
+
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
 int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
@@ -258,6 +377,11 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
       bands_linear(data.problem, u, k, {3, run_tasks});
       bands_grad_values(data.y.data(), data.x.data(), tokens, in, u, gradient.data(), k, {3, run_tasks});
       bands_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, u, k, {3, run_tasks});
+      const std::vector<float> matrix = random_floats(in * tokens), grad = random_floats(out * tokens);
+      std::vector<float> product(out * tokens), weight(in * tokens);
+      codes_linear(u, Table<float>{matrix.data(), tokens}, nullptr, product.data(), k, {3, run_tasks});
+      codes_grad_values(u, Table<float>{matrix.data(), tokens}, grad.data(), gradient.data(), k, {3, run_tasks});
+      codes_grad_weight(u, Table<float>{grad.data(), tokens}, weight.data(), k, {3, run_tasks});
       ++passed;
     }
     const Patterns& order = patterns(2, 4);
@@ -290,7 +414,13 @@ void try_all(const Kernels& k) {
           try_grouped(k, tokens, size[0], size[1], nmg[0], nmg[1], nmg[2], threads == 1, threads);
         for (const auto& band : bands)
           try_bands(k, tokens, size[0], size[1], band[0], band[1], 0.4, threads == 1, threads);
+        for (const int64_t height : {0, 1, 4, 200}) {
+          try_codes<float>(k, tokens, size[0], size[1], height, 0.4, threads);
+          try_codes<Bfloat16>(k, tokens, size[0], size[1], height, 0.4, threads);
+        }
       }
+  try_codes<float>(k, 2, 40, 2500, 0, 0.5, 3);    // several pieces of a row
+  try_codes<Bfloat16>(k, 40, 40, 2500, 40, 0.5, 3);
   try_csr(k, 130, 140, 2000, 0.1, true, 3);    // several pieces of rows
   try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);
 }
@@ -314,6 +444,10 @@ void try_crc32() {
 
 int main() {
   try_crc32();
+  for (const int64_t columns : {1, 2, 63, 5000}) {
+    try_topk<float>(5, columns, 3);
+    try_topk<Bfloat16>(5, columns, 1);
+  }
   for (const char* name : {"avx512", "avx2", "portable"}) {
     if (!has_instruction_set(name)) continue;
     set_instruction_set(name);

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 flags="-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DSTEN_POISON"
-for file in band_linear check conv2d crc32 csr_linear grouped_linear isa_avx2 isa_avx512 isa_portable schedule select sanitize/driver; do
+for file in band_linear check codes conv2d crc32 csr_linear grouped_linear isa_avx2 isa_avx512 isa_portable schedule select sanitize/driver; do
   ${CXX:-g++} $flags -c "$file.cpp" -o "$out/$(basename $file).o"
 done
 ${CXX:-g++} $flags "$out"/*.o -pthread -o "$out/driver"

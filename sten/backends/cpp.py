@@ -1,4 +1,6 @@
-"""The compiled CPU kernels, when they are built: `csr_linear`, `grouped_nm_linear` and `band_*` of `torch.ops.sten`.
+"""The compiled CPU kernels, when they are built: `csr_linear`, `grouped_nm_linear`, `band_*` and `codes_*`.
+
+They are operators of `torch.ops.sten`.
 
 Importing this module loads the library `sten._C` if it exists and registers the fake kernels of its operators; without
 the library the import still succeeds.
@@ -85,6 +87,16 @@ def _fake_conv(
     return x.new_empty((x.shape[0], out, *((n + 2 * p - r) // s + 1 for n, r, s, p in sizes)))
 
 
+def _fake_codes(values, crow, index, matrix, *numbers):
+    """Return an empty (rows, out_features) tensor; the number of rows is the last argument."""
+    return matrix.new_empty((numbers[-1], matrix.shape[1]))
+
+
+def _fake_codes_values(grad, crow, index, weight, height, blocks):
+    """Return empty values: shaped as index, or (entries, height, 1) for blocks."""
+    return grad.new_empty((len(index), height, 1) if blocks else index.shape)
+
+
 def _load():
     """Load the library; the error of an unusable one (built for another torch, say) is stored, not raised."""
     global _library, _load_error
@@ -99,6 +111,10 @@ def _load():
         torch.library.register_fake(f"sten::{name}", _fake)
     torch.library.register_fake("sten::band_grad_values", _fake_values)
     torch.library.register_fake("sten::band_conv2d", _fake_conv)
+    for name in ("codes_linear", "codes_grad_weight"):
+        torch.library.register_fake(f"sten::{name}", _fake_codes)
+    torch.library.register_fake("sten::codes_grad_values", _fake_codes_values)
+    torch.library.register_fake("sten::codes_topk", lambda x, count: x.new_empty((len(x), count), dtype=torch.int32))
 
 
 _load()

@@ -7,6 +7,7 @@ of an intercepted call runs torch.library operators, which choose a variant when
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
@@ -19,6 +20,7 @@ from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
 from ..layouts import BSR, CSR, NM, GroupedNM, VectorNM
 from ..layouts.base import Layout
+from . import rivals
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRODUCTS = {"linear": "linear", "linear_grad_input": "linear_grad_input", "linear_grad_weight": "linear_grad_values"}
@@ -36,6 +38,7 @@ class Row:
         numbers: `numbers(layout)`: the integers that the operators take besides shapes.
         table: `table(layout, device)`: one more tensor, after the parts.
         reference: `reference(name, layout, dtype)`: why an operator's reference implementation is better, or None.
+        bits: `bits(layout)`: of an index that the kernels read for each value.
     """
 
     module: str
@@ -44,6 +47,7 @@ class Row:
     numbers: Callable[[Layout], dict[str, int]]
     table: Callable[[Layout, torch.device], Tensor] | None = None
     reference: Callable[[str, Layout, torch.dtype], str | None] = lambda name, layout, dtype: None
+    bits: Callable[[Layout], float] = lambda layout: 0
 
 
 def rate(layout: Layout) -> dict[str, int]:
@@ -85,16 +89,29 @@ def patterns(layout: GroupedNM, device: torch.device) -> Tensor:
     return kernels.pattern_cache.constant((layout,), device, lambda: layout.rows(device).int())
 
 
+def position_bits(layout: NM) -> float:
+    width = kernels.nm_gradient.bits(layout.n, layout.m)
+    return layout.m / layout.n if width == 1 else width
+
+
 PAIR, TRIPLE = ("values", "index"), ("values", "crow", "col")
 TRANSPOSED = ("t_crow", "t_row", "t_block")
 TABLE = {
-    VectorNM: Row("vector_nm", (PAIR, PAIR, ("index",)), rate_facts, rate, reference=dense_gradient),
+    VectorNM: Row(
+        "vector_nm", (PAIR, PAIR, ("index",)), rate_facts, rate, reference=dense_gradient, bits=lambda w: 32 / w.v
+    ),
     BSR: Row(
         "bsr", (TRIPLE, TRIPLE + TRANSPOSED, ("col", *TRANSPOSED[1:])), block_facts, block, reference=small_blocks
     ),
-    NM: Row("nm", (PAIR, PAIR, ("index",)), rate_facts, rate),
-    CSR: Row("csr", (TRIPLE, TRIPLE, ("crow", "col")), lambda _, entries: {"entries": entries}, lambda _: {}),
-    GroupedNM: Row("grouped_nm", (PAIR, PAIR, ("index",)), rate_facts, rate, patterns),
+    NM: Row("nm", (PAIR, PAIR, ("index",)), rate_facts, rate, bits=position_bits),
+    CSR: Row(
+        "csr",
+        (TRIPLE, TRIPLE, ("crow", "col")),
+        lambda _, entries: {"entries": entries},
+        lambda _: {},
+        bits=lambda _: 32,
+    ),
+    GroupedNM: Row("grouped_nm", (PAIR, PAIR, ("index",)), rate_facts, rate, patterns, bits=lambda w: 16 / w.n),
 }
 
 
@@ -187,6 +204,9 @@ def prepare_by(name: str, row: Row) -> Callable[..., Plan]:
         choose = functools.partial(product.choose, flags.tokens, *shape, dtype, **facts)
         launches, variant, reason = launches_of(product, numbers, flags, choose)
         absent = () if flags.tokens is None else getattr(product, "absent", ())
+        if name == "linear" and flags.tokens is not None and dtype.itemsize == 2:
+            share = (flags.entries or 0) * (1 + row.bits(layout) / 16) / max(1, math.prod(shape))
+            reason += rivals.faster(flags.tokens, share, variant == "expand")
         return Plan.of(variant, reason, RUNS[name](launches, stored(names, layout, row), absent))
 
     prepare.__name__ = f"{row.module}_{name}"

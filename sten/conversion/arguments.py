@@ -30,7 +30,7 @@ def expect_layouts(layout: Layouts | None, sparsifier: Sparsifier | None, alloca
             )
         return CSR()
     for key, value in layout.items() if isinstance(layout, dict) else [("*", layout)]:
-        if not _is_pattern(key):
+        if not is_pattern(key):
             raise TypeError(f"Expected names, modules or types of modules as the keys of layout=, got {key!r}.")
         if not isinstance(value, Layout) and not (value is None and isinstance(layout, dict)):
             fitting = "a layout such as sten.NM(2, 4), or a dictionary {pattern: layout or None}, for layout="
@@ -61,8 +61,8 @@ def requested_weights(weights: Weights) -> list[Pattern] | Predicate | None:
                 "lambda name, module, attribute: ..."
             ) from None
         return weights
-    requested = list(weights) if isinstance(weights, Iterable) and not _is_pattern(weights) else [weights]
-    if not all(map(_is_pattern, requested)):
+    requested = list(weights) if isinstance(weights, Iterable) and not is_pattern(weights) else [weights]
+    if not all(map(is_pattern, requested)):
         raise TypeError(
             "Expected for weights= a name or glob, a module, a type such as nn.Linear, a list of these, or a function "
             f"of (name, module, attribute), got {weights!r}."
@@ -70,7 +70,8 @@ def requested_weights(weights: Weights) -> list[Pattern] | Predicate | None:
     return requested
 
 
-def _is_pattern(key: Any) -> bool:
+def is_pattern(key: Any) -> bool:
+    """Whether it can be a pattern, alone."""
     return isinstance(key, (str, nn.Module)) or (isinstance(key, type) and issubclass(key, nn.Module))
 
 

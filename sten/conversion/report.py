@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..tensor import SparseTensor
 from ..training.trained_weight import TrainedWeight
 from .record import record_of
 from .select import all_weights
+from .sites import Site, sites_of
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,13 @@ class Table:
     Attributes:
         rows: one for each weight of two or more dimensions.
         others: how many parameters the model has besides (biases, norms).
+        sites: other sites than weights, with their methods (`sten.sparsify(site=...)`).
     """
 
     energy: ClassVar[str] = "energy kept"
     rows: list[Row]
     others: int = 0
+    sites: list[Site] = field(default_factory=list)
 
     def chosen(self) -> str:
         """How many of the model's weights and parameters are in a sparse layout, in one line."""
@@ -68,7 +71,7 @@ class Table:
         cells = [self._header(), *(self._cells(r) for r in self.rows), self._total()]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([*lines, self.chosen()])
+        return "\n".join([*lines, self.chosen(), *map(str, self.sites)])
 
     def __rich__(self):
         from rich.console import Group
@@ -81,7 +84,7 @@ class Table:
             table.add_row(*self._cells(row), style="dim" if row.why else "")
         table.add_section()
         table.add_row(*self._total(), style="bold")
-        return Group(table, self.chosen())
+        return Group(table, self.chosen(), *map(str, self.sites))
 
     def _header(self) -> list[str]:
         return ["weight", "layout", "shape", "density", "bytes", self.energy, "note"]
@@ -153,7 +156,7 @@ def summary(model: nn.Module) -> Summary:
         record = record_of(module, name)
         remark = record.energy if isinstance(w, SparseTensor) else record.why
         rows.append(_row(target.name, w, remark, first if first != target.name else ""))
-    return Summary(rows, other_parameters(model))
+    return Summary(rows, other_parameters(model), sites_of(model))
 
 
 def other_parameters(model: nn.Module) -> int:
