@@ -21,7 +21,6 @@ constexpr int64_t kTransposeTokens = 128;     // from which on sorting single en
 constexpr int64_t kSkew = 256;                // floats between panels, or all would fall into the same cache sets
 constexpr int64_t kFewTokens = 64;
 constexpr int64_t kSharedRows = 4;            // from which on gathering activations for a band pays
-constexpr int64_t kUnit = 8;                  // rows that are not divided between tasks
 constexpr int64_t kLongPanels = 4;            // panels whose tokens are summed in registers for the values' gradient
 
 int64_t panel_floats(const Kernels& k, int64_t tokens) {
@@ -81,12 +80,6 @@ void load_columns(const Kernels& k, const float* x, int64_t in, int64_t tokens, 
   const int64_t real = std::max<int64_t>(0, std::min(k1, in) - k0), row_floats = static_cast<int64_t>(v) * k.width;
   if (real) k.load_panel(x + k0, in, tokens, real, v, panel);
   std::memset(panel + real * row_floats, 0, (k1 - k0 - real) * row_floats * sizeof(float));
-}
-
-// The rows of piece `i`: multiples of kUnit.
-Range piece_rows(int64_t out, int64_t pieces, int64_t i) {
-  const Range units = part(ceil_div(out, kUnit), pieces, i);
-  return {units.begin * kUnit, std::min(units.end * kUnit, out)};
 }
 
 void many_tokens(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {

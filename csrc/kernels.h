@@ -11,6 +11,7 @@ namespace sten {
 
 constexpr int kMaxVectors = 4;      // vectors of tokens in a panel
 constexpr int kTokenPadding = 256;  // elements that may be read beyond one token's activations
+constexpr int kConvVectors = 8;     // vectors of pixels that a convolution holds in registers
 
 enum class bf16 : uint16_t {};      // the bits of a bfloat16
 
@@ -127,6 +128,34 @@ struct Dots {
                   const BitmapScratch<E>& scratch, E* values);
 };
 
+// The images of one group of a convolution. A stride divides the rows and columns of the input into phases, those with
+// the same remainder, and a panel holds (channels, row phases, column phases, rows, pitch).
+struct ConvShape {
+  int64_t channels, h, w, out, out_h, out_w;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t row_phases, column_phases;
+};
+
+// What a panel holds: `rows` rows of each phase, from this row and column of the input on, which may be padding.
+struct ConvWindow {
+  int64_t row, column, rows, pitch;
+};
+
+// Rows (outputs) r0 to r1 - 1 by a block of columns, for `vectors` vectors of pixels: what entry e of a band multiplies is
+// panel[x_at[vector] + index[e]], or with a table panel[x_at[vector] + table[index[e]]], and the sum belongs to
+// out[(row - r0) * ld + y_at[vector]].
+struct ConvBlock {
+  int64_t r0, r1;
+  const int32_t *begin, *end;    // (bands,) positions as in BandRange
+  const int32_t *index, *table;  // index is shaped as col
+  const float* panel;
+  int64_t vectors;
+  const int64_t *x_at, *y_at;
+  const float* start;    // (r1 - r0,) the sums begin with these; null for single rows: with what `out` holds
+  float* out;
+  int64_t ld;
+};
+
 // Rows of a dense matrix with `ld` numbers a row: float32, or bfloat16 as its 16 bits.
 template <typename E>
 struct Table {
@@ -175,6 +204,15 @@ struct Kernels {
   // `scratch` has tokens * (count + kTokenPadding) floats
   void (*bands_values_few)(const Bands& w, int64_t r0, int64_t r1, const float* grad, const float* x, int64_t ld,
                            int64_t tokens, float* scratch, float* out);
+
+  // fills a panel with `channels` channels; may write a row and a vector beyond it
+  void (*conv_load)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, float* panel);
+  // BSR has no such kernel
+  void (*conv_block)(const Bands& w, const ConvBlock& block);
+  // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
+  void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
+                     float* y, int64_t ld);
+
   // acc[i] += the sum over the rows e < count of value[e * step] * table[row[e], i], for i < n
   void (*add_rows)(Table<float> table, const int32_t* row, int64_t count, const float* value, int64_t step, int64_t n,
                    float* acc);

@@ -70,6 +70,14 @@ struct Range {
 };
 inline Range part(int64_t all, int64_t parts, int64_t i) { return {all * i / parts, all * (i + 1) / parts}; }
 
+// The rows of piece `i`: multiples of kUnit.
+constexpr int64_t kUnit = 8;    // rows that are not divided between tasks
+Range piece_rows(int64_t out, int64_t pieces, int64_t i);
+
+// Into how many pieces to divide each of `tasks` tasks: every piece reads its panel again, so the fewest that leave no
+// thread idle for long.
+int64_t pieces_for_threads(int64_t tasks, int threads, int64_t least, int64_t most);
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The number of threads that pays for this many multiply-adds.
@@ -110,6 +118,12 @@ void bands_grad_input(const Problem& p, const Bands& w, const Kernels& k, Pool p
 // out, shaped as w.values and zero before: grad^T x at the stored entries; w.values is not read
 void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w, float* out,
                        const Kernels& k, Pool pool);
+
+// A convolution of images (images, groups * channels, h, w), computed directly: no matrix of patches is made. A column
+// of w is (channel, kernel row, kernel column), or with `inputs_last` (kernel row, kernel column, channel), where the
+// channels have their padding.
+void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const Bands& w,
+                bool inputs_last, const Kernels& k, Pool pool);
 
 // Sparse activations S (tokens, columns), bands of width 1, times a dense matrix of s.columns rows: codes.cpp
 template <typename E>

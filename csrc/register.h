@@ -64,4 +64,9 @@ inline std::optional<Tensor> single(const std::optional<Tensor>& t) {
   return t ? std::optional<Tensor>(t->to(at::kFloat)) : t;
 }
 
+// A weight as the operators of register_bands.cpp take it, checked.
+template <typename E = float>
+BandsOf<E> make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
+                       int64_t height, int64_t columns, int64_t rows, bool trusted);
+
 }  // namespace sten

@@ -48,15 +48,18 @@ Bands make_bands(const char* op, const float* values, at::IntArrayRef size, cons
   return w;
 }
 
-namespace {
-
-template <typename E = float>
+template <typename E>
 BandsOf<E> make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                   int64_t height, int64_t columns, int64_t rows, bool trusted) {
   check(values, op, "values", !crow ? 2 : values.dim() == 1 ? 1 : 3, dtype_of<E>);
   const Bands w = make_bands(op, nullptr, values.sizes(), crow, col, height, columns, rows, trusted);
   return {data_of<E>(values), w.crow, w.col, w.rows, w.columns, w.height, w.width, w.count};
 }
+
+template Bands make_weight<float>(const char*, const Tensor&, const std::optional<Tensor>&, const Tensor&, int64_t,
+                                  int64_t, int64_t, bool);
+
+namespace {
 
 void check_columns(const char* op, int64_t in, int64_t columns) {
   TORCH_CHECK(in <= columns, op, ": Expected at most ", text(columns), " input features, got ", text(in));

@@ -95,6 +95,15 @@ def _fake_collect(dense, index, n, m):
     return dense.new_empty((len(dense), -(-dense.shape[1] // m) * n))
 
 
+def _fake_conv(
+    x, values, crow, col, bias, height, columns, inputs_last, kernel, stride, padding, dilation, groups, out, **_
+):
+    """Return an empty (images, out_channels, rows, columns) tensor."""
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = zip(x.shape[2:], reach, stride, padding, strict=True)
+    return x.new_empty((x.shape[0], out, *((n + 2 * p - r) // s + 1 for n, r, s, p in sizes)))
+
+
 def _fake_codes(values, crow, index, matrix, *numbers):
     """Return an empty (rows, out_features) tensor; the number of rows is the last argument."""
     return matrix.new_empty((numbers[-1], matrix.shape[1]))
@@ -120,6 +129,7 @@ def _load():
     torch.library.register_fake("sten::band_grad_values", _fake_values)
     torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
     torch.library.register_fake("sten::nm_collect", _fake_collect)
+    torch.library.register_fake("sten::band_conv2d", _fake_conv)
     for name in ("codes_linear", "codes_grad_weight"):
         torch.library.register_fake(f"sten::{name}", _fake_codes)
     torch.library.register_fake("sten::codes_grad_values", _fake_codes_values)

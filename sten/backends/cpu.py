@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops as ops  # declares the operators
@@ -21,7 +19,6 @@ from ..ops.linear import dense_grad_weight
 from . import cpp
 
 Run = Callable[..., Tensor]
-LAST = (torch.channels_last, torch.channels_last_3d)
 
 
 def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
@@ -172,7 +169,7 @@ def converted(run: Run, dtype: torch.dtype) -> Run:
             return operand.float()
         return operand and {**operand, "values": operand["values"].float()}
 
-    return lambda *operands: run(*map(single, operands)).to(dtype)
+    return lambda *operands, **geometry: run(*map(single, operands), **geometry).to(dtype)
 
 
 def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout, shape: tuple[int, ...], tokens: int | None) -> bool:
@@ -263,49 +260,19 @@ def nm_grad_weight(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags
     return nm_plan(layout, dtype, math.inf, run, dense, dense)
 
 
-def conv_by(prepare_linear: Callable[..., Plan]) -> Callable[..., Plan]:
-    """The `prepare` of a convolution by a kernel of linear.
-
-    A convolution with kernel_size=1 is a product if the input is channels_last; for other formats the transpose takes
-    longer than the product saves. Other convolutions have no sparse kernel.
-    """
-
-    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        wide, groups = any(size != 1 for size in shape[2:]), flags.geometry["groups"]
-        if wide or groups != 1 or flags.memory_format not in LAST:
-            which = "kernel_size=1" if wide else "groups=1" if groups != 1 else "channels_last input"
-            why = f"expands to dense: only a convolution with {which} has a faster kernel here"
-            return Plan.of("reference", why, None)
-        plan = prepare_linear(layout, shape, dtype, flags)
-        return plan if plan.run is None else Plan.of(plan.variant, plan.reason, functools.partial(pointwise, plan.run))
-
-    prepare.__name__ = prepare_linear.__name__.replace("linear", "conv")
-    return prepare
-
-
-def pointwise(linear: Run, x: Tensor, weight, bias, *, stride, padding, dilation, groups) -> Tensor:
-    """The convolution with kernel_size=1, by a product with the channels of each pixel."""
-    if any(padding):
-        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
-    pixels = x[(..., *(slice(None, None, s) for s in stride))].movedim(1, -1)
-    return linear(pixels, weight, bias).movedim(-1, 1)
-
-
 if cpp.available():
     for _layout, _run_of in (
         (CSR, csr_linear),
         (GroupedNM, grouped_nm_linear),
         *((layout, band_linear) for layout in (VectorNM, BSR, FanIn)),
     ):
-        _linear = kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
-        kernel("conv2d", weight=_layout, device="cpu", prepare=True)(conv_by(_linear))
+        kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
     for _name, _prepare in (
         ("linear", nm_linear),
         ("linear_grad_input", nm_grad_input),
         ("linear_grad_weight", nm_grad_weight),
     ):
         kernel(_name, weight=NM, device="cpu", prepare=True)(_prepare)
-    kernel("conv2d", weight=NM, device="cpu", prepare=True)(conv_by(nm_linear))
     for _layout in BANDS:
         kernel("linear_grad_input", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_input))
         kernel("linear_grad_weight", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_weight))
