@@ -419,7 +419,7 @@ constexpr Kernels make(const char* name) {
           csr_rows, csr_block, csr_token, grouped_block, grouped_token,
           bands_block, bands_input, bands_values, bands_values_few,
           conv_load, conv_block, conv_store,
-          add_rows<float>, add_rows<Bfloat16>, dot_rows<float>, dot_rows<Bfloat16>, widen, narrow, make_dots()};
+          add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots()};
 }
 
 }  // namespace sten::STEN_ISA

@@ -7,7 +7,7 @@ constexpr int kTogether = 4;
 STEN_INLINE vec load_row(const float* p) { return load(p); }
 
 STEN_INLINE float number(float x) { return x; }
-STEN_INLINE float number(Bfloat16 x) {
+STEN_INLINE float number(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float y;
   __builtin_memcpy(&y, &bits, sizeof y);
@@ -89,16 +89,16 @@ STEN_FN void dot_rows(Table<E> table, const int32_t* row, int64_t count, const f
   for (; e < count; ++e) dot_some<1>(table, row + e, grad, n, out + e * step, step);
 }
 
-STEN_FN void widen(const Bfloat16* from, int64_t n, float* to) {
+STEN_FN void widen(const bf16* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = number(from[i]);
 }
 
-STEN_FN void narrow(const float* from, int64_t n, Bfloat16* to) {
+STEN_FN void narrow(const float* from, int64_t n, bf16* to) {
   for (int64_t i = 0; i < n; ++i) {
     uint32_t bits;
     __builtin_memcpy(&bits, from + i, sizeof bits);
     const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    to[i] = static_cast<Bfloat16>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    to[i] = static_cast<bf16>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
   }
 }
 

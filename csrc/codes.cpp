@@ -47,7 +47,7 @@ void add(const Kernels& k, Table<float> t, const int32_t* row, int64_t count, co
          int64_t n, float* acc) {
   k.add_rows(t, row, count, value, step, n, acc);
 }
-void add(const Kernels& k, Table<Bfloat16> t, const int32_t* row, int64_t count, const float* value, int64_t step,
+void add(const Kernels& k, Table<bf16> t, const int32_t* row, int64_t count, const float* value, int64_t step,
          int64_t n, float* acc) {
   k.add_rows_bf16(t, row, count, value, step, n, acc);
 }
@@ -55,14 +55,14 @@ void dot(const Kernels& k, Table<float> t, const int32_t* row, int64_t count, co
          int64_t step) {
   k.dot_rows(t, row, count, grad, n, out, step);
 }
-void dot(const Kernels& k, Table<Bfloat16> t, const int32_t* row, int64_t count, const float* grad, int64_t n,
+void dot(const Kernels& k, Table<bf16> t, const int32_t* row, int64_t count, const float* grad, int64_t n,
          float* out, int64_t step) {
   k.dot_rows_bf16(t, row, count, grad, n, out, step);
 }
 void put(const Kernels&, const float* from, int64_t n, float* to) { std::copy(from, from + n, to); }
-void put(const Kernels& k, const float* from, int64_t n, Bfloat16* to) { k.narrow(from, n, to); }
+void put(const Kernels& k, const float* from, int64_t n, bf16* to) { k.narrow(from, n, to); }
 const float* numbers(const Kernels&, const float* from, int64_t, float*) { return from; }
-const float* numbers(const Kernels& k, const Bfloat16* from, int64_t n, float* scratch) {
+const float* numbers(const Kernels& k, const bf16* from, int64_t n, float* scratch) {
   k.widen(from, n, scratch);
   return scratch;
 }
@@ -161,8 +161,8 @@ uint32_t key_of(float x) {
   bits &= 0x7fffffff;
   return bits > 0x7f800000 ? 0 : bits + 1;
 }
-uint32_t key_of(Bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x & 0x7fff) << 16;
+uint32_t key_of(bf16 x) {
+  const uint32_t bits = (static_cast<uint32_t>(x) & 0x7fff) << 16;
   return bits > 0x7f800000 ? 0 : bits + 1;
 }
 
@@ -205,12 +205,12 @@ void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_
 }
 
 template void codes_topk(const float*, int64_t, int64_t, int64_t, int32_t*, Pool);
-template void codes_topk(const Bfloat16*, int64_t, int64_t, int64_t, int32_t*, Pool);
+template void codes_topk(const bf16*, int64_t, int64_t, int64_t, int32_t*, Pool);
 template void codes_linear(const Bands&, Table<float>, const float*, float*, const Kernels&, Pool);
-template void codes_linear(const Bands&, Table<Bfloat16>, const float*, Bfloat16*, const Kernels&, Pool);
+template void codes_linear(const Bands&, Table<bf16>, const float*, bf16*, const Kernels&, Pool);
 template void codes_grad_values(const Bands&, Table<float>, const float*, float*, const Kernels&, Pool);
-template void codes_grad_values(const Bands&, Table<Bfloat16>, const Bfloat16*, float*, const Kernels&, Pool);
+template void codes_grad_values(const Bands&, Table<bf16>, const bf16*, float*, const Kernels&, Pool);
 template void codes_grad_weight(const Bands&, Table<float>, float*, const Kernels&, Pool);
-template void codes_grad_weight(const Bands&, Table<Bfloat16>, Bfloat16*, const Kernels&, Pool);
+template void codes_grad_weight(const Bands&, Table<bf16>, bf16*, const Kernels&, Pool);
 
 }  // namespace sten

@@ -162,8 +162,6 @@ struct Table {
   const E* data;
   int64_t ld;
 };
-using Bfloat16 = uint16_t;
-
 // One instruction set. `v` is the number of vectors in a panel row, 1 to kMaxVectors.
 struct Kernels {
   const char* name;
@@ -216,15 +214,15 @@ struct Kernels {
   // acc[i] += the sum over the rows e < count of value[e * step] * table[row[e], i], for i < n
   void (*add_rows)(Table<float> table, const int32_t* row, int64_t count, const float* value, int64_t step, int64_t n,
                    float* acc);
-  void (*add_rows_bf16)(Table<Bfloat16> table, const int32_t* row, int64_t count, const float* value, int64_t step,
+  void (*add_rows_bf16)(Table<bf16> table, const int32_t* row, int64_t count, const float* value, int64_t step,
                         int64_t n, float* acc);
   // out[e * step] = the sum over i < n of grad[i] * table[row[e], i]
   void (*dot_rows)(Table<float> table, const int32_t* row, int64_t count, const float* grad, int64_t n, float* out,
                    int64_t step);
-  void (*dot_rows_bf16)(Table<Bfloat16> table, const int32_t* row, int64_t count, const float* grad, int64_t n,
+  void (*dot_rows_bf16)(Table<bf16> table, const int32_t* row, int64_t count, const float* grad, int64_t n,
                         float* out, int64_t step);
-  void (*widen)(const Bfloat16* from, int64_t n, float* to);
-  void (*narrow)(const float* from, int64_t n, Bfloat16* to);    // rounds to the nearest, ties to even
+  void (*widen)(const bf16* from, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, bf16* to);    // rounds to the nearest, ties to even
   Dots<float> dots;
 };
 

@@ -36,8 +36,8 @@ void by_dtype(const Tensor& matrix, F&& run) {
   if (matrix.scalar_type() == at::kFloat)
     return run(Table<float>{matrix.const_data_ptr<float>(), matrix.size(1)},
                [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); });
-  run(Table<Bfloat16>{static_cast<const Bfloat16*>(matrix.const_data_ptr()), matrix.size(1)},
-      [](const Tensor& t) { return static_cast<Bfloat16*>(t.data_ptr()); });
+  run(Table<bf16>{static_cast<const bf16*>(matrix.const_data_ptr()), matrix.size(1)},
+      [](const Tensor& t) { return static_cast<bf16*>(t.data_ptr()); });
 }
 
 Tensor codes_linear_op(const Tensor& values, const std::optional<Tensor>& crow, const Tensor& index,

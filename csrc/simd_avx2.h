@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 #define STEN_FN __attribute__((target("avx2,fma,popcnt")))
 #define STEN_INLINE STEN_FN __attribute__((always_inline)) inline
 
@@ -16,7 +18,7 @@ constexpr int kRegisters = 16;
 
 STEN_INLINE vec zero() { return _mm256_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
-STEN_INLINE vec load_row(const uint16_t* p) {    // of bfloat16
+STEN_INLINE vec load_row(const bf16* p) {    // of bfloat16
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }

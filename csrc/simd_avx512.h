@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 #define STEN_FN __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,popcnt")))
 #define STEN_INLINE STEN_FN __attribute__((always_inline)) inline
 
@@ -19,7 +21,7 @@ STEN_INLINE __mmask16 first(int64_t n) {
 }
 STEN_INLINE vec zero() { return _mm512_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
-STEN_INLINE vec load_row(const uint16_t* p) {    // of bfloat16
+STEN_INLINE vec load_row(const bf16* p) {    // of bfloat16
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }

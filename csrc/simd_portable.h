@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 // MSVC has neither vector types nor GCC's built-in functions; clang has both, on Windows, too.
 #if defined(_MSC_VER) && !defined(__clang__)
 #define STEN_NO_VECTOR_TYPES
@@ -37,8 +39,9 @@ STEN_INLINE vec load(const float* p) {
   std::memcpy(&a, p, sizeof a);
   return a;
 }
-STEN_INLINE vec load_row(const uint16_t* p) {    // of bfloat16
-  const uint32_t bits[] = {uint32_t{p[0]} << 16, uint32_t{p[1]} << 16, uint32_t{p[2]} << 16, uint32_t{p[3]} << 16};
+STEN_INLINE vec load_row(const bf16* p) {    // of bfloat16
+  const uint32_t bits[] = {static_cast<uint32_t>(p[0]) << 16, static_cast<uint32_t>(p[1]) << 16,
+                           static_cast<uint32_t>(p[2]) << 16, static_cast<uint32_t>(p[3]) << 16};
   vec a;
   std::memcpy(&a, bits, sizeof a);
   return a;

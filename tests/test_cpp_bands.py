@@ -25,22 +25,6 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture(params=cpp.features()["instruction_sets"])
-def instruction_set(request):
-    """Run the test with one instruction set, then reset to the fastest."""
-    cpp.set_instruction_set(request.param)
-    yield request.param
-    cpp.set_instruction_set("auto")
-
-
-@pytest.fixture
-def poisoned():
-    """Let torch fill uninitialized memory with NaN, so that an output that is not written is detected."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def random_weight(layout, shape):
     """A sparse weight; the second output is empty where the layout may leave out outputs."""
     score = torch.randn(shape)

@@ -16,22 +16,6 @@ if not cpp.available():
 LAYOUTS = [sten.CSR(), sten.FanIn(), sten.VectorNM(1, 4, 4), sten.VectorNM(2, 5, 3), sten.VectorNM(1, 2, 8)]
 
 
-@pytest.fixture(params=cpp.features()["instruction_sets"])
-def instruction_set(request):
-    """Run the test with one instruction set, then reset to the fastest."""
-    cpp.set_instruction_set(request.param)
-    yield request.param
-    cpp.set_instruction_set("auto")
-
-
-@pytest.fixture
-def poisoned():
-    """Let torch fill uninitialized memory with NaN, so that an output that is not written is detected."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def random_weight(layout, shape, sparsity=0.8, empty=False):
     """A sparse weight; with `empty`, its second output has no entries."""
     score = torch.randn(shape)

@@ -28,22 +28,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a result rounded once
 
 
-@pytest.fixture(params=cpp.features()["instruction_sets"])
-def instruction_set(request):
-    """Run the test with one instruction set, then reset to the fastest."""
-    cpp.set_instruction_set(request.param)
-    yield request.param
-    cpp.set_instruction_set("auto")
-
-
-@pytest.fixture
-def poisoned():
-    """Let torch fill uninitialized memory with NaN, so that an output that is not written is detected."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def random_weight(layout, shape, dtype=torch.float32):
     score = torch.randn(shape)
     mask = layout.mask(score, None if layout.rate else 0.7)

@@ -16,14 +16,6 @@ LAYOUTS = [sten.FanIn(), sten.CSR(), sten.BSR((1, 1)), sten.BSR((4, 1)), sten.BS
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8 + 2e-6}
 
 
-@pytest.fixture(params=cpp.features()["instruction_sets"])
-def instruction_set(request):
-    """Run the test with one instruction set, then reset to the fastest."""
-    cpp.set_instruction_set(request.param)
-    yield request.param
-    cpp.set_instruction_set("auto")
-
-
 def activation(layout, tokens, features, dtype=torch.float32, density=0.08):
     """A sparse activation with few entries; its third token has none, where the layout allows it."""
     x = torch.randn(tokens, features).to(dtype)

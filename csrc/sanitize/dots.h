@@ -1,12 +1,5 @@
 // A part of driver.cpp: dot products along the columns, NM and bfloat16.
 
-float to_float(bf16 a) {
-  const uint32_t bits = static_cast<uint32_t>(a) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
 // Numbers that both types have.
 template <typename E>
 std::vector<E> random_elements(int64_t n) {

@@ -225,13 +225,13 @@ void try_convs(const Kernels& k, int rounds) {
              among(1, 1, 2), among(0, 0, 1, 3, 8), round % 2 ? 3 : 1);
 }
 
-uint16_t to_bfloat(float value) {
+bf16 to_bfloat(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 float to_float(float value) { return value; }
-float to_float(uint16_t value) {
+float to_float(bf16 value) {
   const uint32_t bits = static_cast<uint32_t>(value) << 16;
   float out;
   std::memcpy(&out, &bits, sizeof out);
@@ -419,11 +419,11 @@ void try_all(const Kernels& k) {
           try_bands(k, tokens, size[0], size[1], band[0], band[1], 0.4, threads == 1, threads);
         for (const int64_t height : {0, 1, 4, 200}) {
           try_codes<float>(k, tokens, size[0], size[1], height, 0.4, threads);
-          try_codes<Bfloat16>(k, tokens, size[0], size[1], height, 0.4, threads);
+          try_codes<bf16>(k, tokens, size[0], size[1], height, 0.4, threads);
         }
       }
   try_codes<float>(k, 2, 40, 2500, 0, 0.5, 3);    // several pieces of a row
-  try_codes<Bfloat16>(k, 40, 40, 2500, 40, 0.5, 3);
+  try_codes<bf16>(k, 40, 40, 2500, 40, 0.5, 3);
   try_bitmaps<float>(k.dots);
   if (const Dots<bf16>* dots = bf16_dots()) {
     try_bitmaps<bf16>(*dots);
@@ -458,7 +458,7 @@ int main() {
   try_crc32();
   for (const int64_t columns : {1, 2, 63, 5000}) {
     try_topk<float>(5, columns, 3);
-    try_topk<Bfloat16>(5, columns, 1);
+    try_topk<bf16>(5, columns, 1);
   }
   for (const char* name : {"avx512", "avx2", "portable"}) {
     if (!has_instruction_set(name)) continue;
