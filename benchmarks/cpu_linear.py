@@ -174,7 +174,6 @@ def setting(arguments):
         "torch": torch.__version__,
         "python": platform.python_version(),
         "instruction_set": cpp.features()["instruction_set"],
-        "dtype": arguments.dtype,
         "dense": "eager F.linear, same process, calls interleaved, medians",
     }
 
@@ -217,12 +216,12 @@ def main():
     results = report(run, arguments)
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"setting": setting(arguments), "results": results}, file, indent=1)
+            json.dump({"setting": setting(arguments) | {"dtype": arguments.dtype}, "results": results}, file, indent=1)
 
 
 def report(run, arguments):
     """Print one row for every layout, product and number of tokens; return their timings."""
-    results, on = [], setting(arguments)
+    results, on = [], setting(arguments) | {"dtype": arguments.dtype}
     threads = f"{on['threads']} thread(s), {on['clock']}, torch {on['torch']}"
     print(f"{on['device']}, {on['instruction_set']}, {on['dtype']}, {threads}")
     print(
