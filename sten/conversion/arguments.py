@@ -50,24 +50,29 @@ def expect_sparsifier(sparsifier: Any) -> None:
 
 def requested_weights(weights: Weights) -> list[Pattern] | Predicate | None:
     """`weights=` as a list of patterns or a function, checked; None if it is left out."""
-    if weights is None:
+    return requested(weights, "weights", {"name": "", "module": nn.Module(), "attribute": ""})
+
+
+def requested(given: Any, keyword: str, example: dict[str, Any]) -> Any:
+    """An argument that chooses by patterns, or by a function of what `example` names; see requested_weights."""
+    names = ", ".join(example)
+    if given is None:
         return None
-    if callable(weights) and not isinstance(weights, (nn.Module, type)):
+    if callable(given) and not isinstance(given, (nn.Module, type)):
         try:
-            inspect.signature(weights).bind("", nn.Module(), "")
+            inspect.signature(given).bind(*example.values())
         except TypeError as error:
             raise TypeError(
-                f"Expected a function of (name, module, attribute) for weights=, got another one ({error}); write "
-                "lambda name, module, attribute: ..."
+                f"Expected a function of ({names}) for {keyword}=, got another one ({error}); write lambda {names}: ..."
             ) from None
-        return weights
-    requested = list(weights) if isinstance(weights, Iterable) and not is_pattern(weights) else [weights]
-    if not all(map(is_pattern, requested)):
+        return given
+    patterns = list(given) if isinstance(given, Iterable) and not is_pattern(given) else [given]
+    if not all(map(is_pattern, patterns)):
         raise TypeError(
-            "Expected for weights= a name or glob, a module, a type such as nn.Linear, a list of these, or a function "
-            f"of (name, module, attribute), got {weights!r}."
+            f"Expected for {keyword}= a name or glob, a module, a type such as nn.Linear, a list of these, or a "
+            f"function of ({names}), got {given!r}."
         )
-    return requested
+    return patterns
 
 
 def is_pattern(key: Any) -> bool:

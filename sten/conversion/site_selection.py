@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import inspect
 import re
 import warnings
 from collections import Counter
@@ -22,7 +21,7 @@ from ..tensor import SparseTensor
 from ..training.attribute import trained_of
 from ..training.reminders import listed
 from ..training.uninterrupted import uninterrupted
-from .arguments import Pattern, is_pattern
+from .arguments import Pattern, requested
 from .defaults import is_linear, kept_dense
 from .select import expect_idle, expect_model, expect_unwrapped, shown
 from .sites import ATTRIBUTE, KINDS, Site, change_first, change_output, checked_on_sample
@@ -104,24 +103,7 @@ def _expect_arguments(site: str, method: Any, layout: Any, others: dict[str, Any
 
 def requested_modules(modules: Modules) -> list[Pattern] | Callable | None:
     """`modules=` as a list of patterns or a function, checked; None if it is left out."""
-    if modules is None:
-        return None
-    if callable(modules) and not isinstance(modules, (nn.Module, type)):
-        try:
-            inspect.signature(modules).bind("", nn.Module())
-        except TypeError as error:
-            raise TypeError(
-                f"Expected a function of (name, module) for modules=, got another one ({error}); write lambda name, "
-                "module: ..."
-            ) from None
-        return modules
-    requested = list(modules) if isinstance(modules, Iterable) and not is_pattern(modules) else [modules]
-    if not all(map(is_pattern, requested)):
-        raise TypeError(
-            "Expected for modules= a name or glob, a module, a type such as nn.Linear, a list of these, or a function "
-            f"of (name, module), got {modules!r}."
-        )
-    return requested
+    return requested(modules, "modules", {"name": "", "module": nn.Module()})
 
 
 def names_module(pattern: Pattern, name: str, module: nn.Module) -> bool:

@@ -52,10 +52,7 @@ class Count(torch.autograd.Function):
     def forward(z, log_threshold, bandwidth):
         return (z > log_threshold.exp().to(z.dtype)).to(z.dtype)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        z, log_threshold, ctx.bandwidth = inputs
-        ctx.save_for_backward(z, log_threshold)
+    setup_context = staticmethod(Jump.setup_context)
 
     @staticmethod
     def backward(ctx, grad):
