@@ -37,7 +37,10 @@ def extension():
             self.extensions.clear()  # or an in-place build would go on to copy a library that is not there
             print(f"sten: installing without the C++ kernels: {str(error).splitlines()[0]}", file=sys.stderr)
 
-    flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
+    if platform.system() == "Windows":
+        flags = ["/O2", "/openmp"]  # MSVC: the portable kernels (csrc/simd_portable.h)
+    else:
+        flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
     if platform.system() == "Linux":
         flags.append("-fopenmp")  # at::parallel_for is serial without it; the runtime itself comes with libtorch
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))

@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_linear.py                                   # every layout, forward, about ten minutes
     python benchmarks/cpu_linear.py --tokens 1024 --layouts csr90 1:10:8 v8:1:4 bsr90 --products linear grad_weight
+    python benchmarks/cpu_linear.py --dtype bfloat16 --layouts nm16:32 nm2:4 v128:2:4 v128:1:4 v128:1:8 csr90
     python benchmarks/cpu_linear.py --json results.json
     python benchmarks/cpu_linear.py --against ../before               # another checkout, in turn with this one
 
@@ -34,7 +35,7 @@ from sten.backends import cpp
 
 SHAPES = [(3072, 768), (768, 3072)]  # (out, in)
 LAYOUTS = ["csr75", "csr90", "csr95", "1:10:8", "1:4:16", "2:4:8"]
-LAYOUTS += ["v8:2:4", "v8:1:4", "v8:1:8", "v8:1:16", "bsr80", "bsr90", "bsr95", "fanin90"]
+LAYOUTS += ["v8:2:4", "v8:1:4", "v8:1:8", "v8:1:16", "bsr80", "bsr90", "bsr95", "fanin90", "nm16:32", "nm2:4"]
 PRODUCTS = ["linear", "grad_input", "grad_weight"]
 
 
@@ -43,18 +44,20 @@ def make_layout(name):
     for prefix, layout in (("csr", sten.CSR()), ("bsr", sten.BSR(block=(16, 16))), ("fanin", sten.FanIn())):
         if name.startswith(prefix):
             return layout, int(name.removeprefix(prefix)) / 100
-    numbers = [int(number) for number in name.removeprefix("v").split(":")]
+    numbers = [int(number) for number in name.lstrip("nmv").split(":")]
+    if name.startswith("nm"):
+        return sten.NM(*numbers), None
     return (sten.VectorNM(*numbers[1:], v=numbers[0]) if name[0] == "v" else sten.GroupedNM(*numbers)), None
 
 
-def make_weight(name, shape):
+def make_weight(name, shape, dtype):
     """Return (dense weight with the pruned entries zero, the sparse one) for a random weight of `shape`."""
     layout, sparsity = make_layout(name)
-    dense = torch.randn(shape) / math.sqrt(shape[1])
+    dense = (torch.randn(shape) / math.sqrt(shape[1])).to(dtype)
     if name.startswith("csr"):
         mask = torch.rand(shape) >= sparsity
     else:
-        mask = layout.mask(dense, sparsity) if sparsity is not None or name[0] == "v" else None
+        mask = layout.mask(dense.float(), sparsity) if sparsity is not None or name[0] in "nv" else None
     weight = sten.from_dense(dense, layout, mask)
     return weight.to_dense(), weight
 
@@ -83,7 +86,7 @@ def check(name, product, x, grad, weights, bias):
             expected, scale = (sparse.sparse_layout.pack_like(a, sparse.parts) for a in (expected, scale))
         got = sparse_call(x, grad, sparse, bias).double()
         error = ((got - expected).abs() / scale.clamp_min(1e-30)).max().item()
-        if not error < 2e-6:
+        if not error < (2e-6 if x.dtype is torch.float32 else 2 * torch.finfo(x.dtype).eps):
             sys.exit(f"{name}, {product} is wrong by {error:.3g} of the sum of magnitudes; it is not timed")
 
 
@@ -115,12 +118,12 @@ def in_turn(function, items):
 def measure(name, shape, tokens, product, arguments):
     """Check one layout, shape and number of tokens, and return its timings."""
     torch.manual_seed(0)
-    out, inp = shape
-    weights = [make_weight(name, shape) for _ in range(min(arguments.rotate, 3))]
+    (out, inp), dtype = shape, getattr(torch, arguments.dtype)
+    weights = [make_weight(name, shape, dtype) for _ in range(min(arguments.rotate, 3))]
     # more weights than three are copies: they only need other addresses
     while len(weights) < arguments.rotate:
         weights.append(tuple(weight.clone() for weight in weights[len(weights) % 3]))
-    x, grad, bias = torch.randn(tokens, inp), torch.randn(tokens, out), torch.randn(out)
+    x, grad, bias = (torch.randn(size).to(dtype) for size in ((tokens, inp), (tokens, out), (out,)))
     check(name, product, x, grad, weights[:3], bias)
     dense_call, sparse_call = CALLS[product]
     result = {"layout": name, "product": product, "in": inp, "out": out, "tokens": tokens}
@@ -171,7 +174,6 @@ def setting(arguments):
         "torch": torch.__version__,
         "python": platform.python_version(),
         "instruction_set": cpp.features()["instruction_set"],
-        "dtype": "float32",
         "dense": "eager F.linear, same process, calls interleaved, medians",
     }
 
@@ -184,8 +186,9 @@ def main():
         nargs="+",
         default=LAYOUTS,
         metavar="LAYOUT",
-        help="csr90, 1:10:8 (n:m:g), v8:1:4, bsr90 or fanin90",
+        help="csr90, 1:10:8 (n:m:g), v8:1:4, nm16:32, bsr90 or fanin90",
     )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=PRODUCTS[:1], metavar="PRODUCT")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 1024])
     parser.add_argument("--threads", type=int, default=2)
@@ -207,19 +210,20 @@ def main():
     run = functools.partial(measure, arguments=arguments)
     if arguments.against:
         options = ["--cpu-time"] if arguments.cpu_time else [f"--threads={arguments.threads}"]
-        options += [f"--rotate={arguments.rotate}", f"--seconds={arguments.seconds}"]
+        options += [f"--dtype={arguments.dtype}", f"--rotate={arguments.rotate}", f"--seconds={arguments.seconds}"]
         pair = workers.pair(__file__, arguments.against, options)
         run = functools.partial(measure_both, pair, 0)
     results = report(run, arguments)
     if arguments.json:
         with open(arguments.json, "w") as file:
-            json.dump({"setting": setting(arguments), "results": results}, file, indent=1)
+            json.dump({"setting": setting(arguments) | {"dtype": arguments.dtype}, "results": results}, file, indent=1)
 
 
 def report(run, arguments):
     """Print one row for every layout, product and number of tokens; return their timings."""
-    results, on = [], setting(arguments)
-    print(f"{on['device']}, {on['instruction_set']}, {on['threads']} thread(s), {on['clock']}, torch {on['torch']}")
+    results, on = [], setting(arguments) | {"dtype": arguments.dtype}
+    threads = f"{on['threads']} thread(s), {on['clock']}, torch {on['torch']}"
+    print(f"{on['device']}, {on['instruction_set']}, {on['dtype']}, {threads}")
     print(
         f"{'layout':8} {'product':11}{'tokens':>7}  {'in -> out':13}{'dense us':>22}{'sparse us':>20}{'ratio':>14}"
         "   (hot / rotating)"

@@ -9,27 +9,28 @@
 namespace sten {
 namespace {
 
-constexpr int64_t kBlockBytes = 32 << 10;     // panel of a block: a first-level cache
-constexpr int64_t kWholeBytes = 256 << 10;    // a panel of this size is not cut: it fits a second-level cache
+// Panel of a block: a part of the second-level cache. Blocks in the first-level cache would read and write the sums once
+// for each, which took up to twice the time from 3072 columns on.
+#ifdef STEN_POISON
+constexpr int64_t kBlockBytes = 1 << 10;    // the sanitizer build tries several blocks of its small weights
+#else
+constexpr int64_t kBlockBytes = 256 << 10;
+#endif
 constexpr int64_t kLeastColumns = 128;
 constexpr int64_t kTransposeTokens = 128;     // from which on sorting single entries by columns pays
 constexpr int64_t kSkew = 256;                // floats between panels, or all would fall into the same cache sets
 constexpr int64_t kFewTokens = 64;
 constexpr int64_t kSharedRows = 4;            // from which on gathering activations for a band pays
-constexpr int64_t kUnit = 8;                  // rows that are not divided between tasks
 constexpr int64_t kLongPanels = 4;            // panels whose tokens are summed in registers for the values' gradient
 
 int64_t panel_floats(const Kernels& k, int64_t tokens) {
   return std::min<int64_t>(kMaxVectors, ceil_div(tokens, k.width)) * k.width;
 }
 
-double entries(const Bands& w) {
-  return w.crow ? static_cast<double>(w.crow[w.bands()]) * w.height * w.width : static_cast<double>(w.rows) * w.count;
-}
-
-// How many columns a block has, a multiple of the width of an entry.
-int64_t block_columns(const Bands& w, int64_t bytes, int64_t row_floats) {
-  const int64_t fit = std::max(kLeastColumns, bytes / (row_floats * static_cast<int64_t>(sizeof(float))));
+// How many columns a block has, a multiple of the width of an entry; at least `parts` blocks, if columns suffice.
+int64_t block_columns(const Bands& w, int64_t row_floats, int64_t parts = 1) {
+  const int64_t most = std::min(kBlockBytes / (row_floats * static_cast<int64_t>(sizeof(float))), ceil_div(w.columns, parts));
+  const int64_t fit = std::max(kLeastColumns, most);
   return std::max<int64_t>(w.width, fit / w.width * w.width);
 }
 
@@ -81,29 +82,10 @@ void load_columns(const Kernels& k, const float* x, int64_t in, int64_t tokens, 
   std::memset(panel + real * row_floats, 0, (k1 - k0 - real) * row_floats * sizeof(float));
 }
 
-void one_token(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
-  Scratch<float> x(Role::small, w.columns + kTokenPadding);
-  std::copy(p.x, p.x + p.in, x.get());
-  std::fill(x.get() + p.in, x.get() + w.columns + kTokenPadding, 0.0f);
-  const int64_t units = ceil_div(p.out, kUnit), tasks = std::min<int64_t>(pool.threads, units);
-  pool.each(tasks, [&](int64_t begin, int64_t end) {
-    const int64_t r0 = part(units, tasks, begin).begin * kUnit, r1 = part(units, tasks, end - 1).end * kUnit;
-    Scratch<float> gathered(Role::panel, w.columns);
-    k.bands_token(w, p.bias, r0, std::min(r1, p.out), x.get(), gathered.get(), p.y);
-  });
-}
-
-// The rows of piece `i`: multiples of kUnit.
-Range piece_rows(int64_t out, int64_t pieces, int64_t i) {
-  const Range units = part(ceil_div(out, kUnit), pieces, i);
-  return {units.begin * kUnit, std::min(units.end * kUnit, out)};
-}
-
 void many_tokens(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
   const int64_t units = ceil_div(p.out, kUnit), row_floats = panel_floats(k, p.tokens);
   const Grid grid = make_grid(p, k, pool.threads, std::min(pieces_for_cache(p, k), units), units);
-  const bool whole = w.columns * row_floats * static_cast<int64_t>(sizeof(float)) <= kWholeBytes;
-  const Cuts cuts(w, block_columns(w, whole ? kWholeBytes : kBlockBytes, row_floats), pool);
+  const Cuts cuts(w, block_columns(w, row_floats), pool);
   const int64_t most = ceil_div(units, grid.pieces) * kUnit, columns = std::min(cuts.columns(), w.columns);
   pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
     Scratch<float> panel(Role::panel, columns * row_floats), acc(Role::sums, most * (row_floats + 1));
@@ -141,8 +123,8 @@ void clear_padding(const Bands& w, int64_t in, float* out) {
 
 void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
+  if (p.tokens <= most_dots<float>(w.height, w.crow ? w.width : 0)) return dots_linear(p, w, k.dots, pool);
   pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
-  if (p.tokens == 1) return one_token(p, w, k, pool);
   many_tokens(p, w, k, pool);
 }
 
@@ -176,7 +158,9 @@ void bands_grad_input(const Problem& p, const Bands& w, const Kernels& k, Pool p
     return transposed_linear(p, w, k, pool);
   pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
   const int64_t row_floats = panel_floats(k, p.tokens);
-  const Cuts cuts(w, block_columns(w, kBlockBytes, row_floats), pool);
+  // with few tokens, threads share the columns
+  const int64_t parts = ceil_div(p.tokens, row_floats) < 4 * pool.threads ? pool.threads : 1;
+  const Cuts cuts(w, block_columns(w, row_floats, parts), pool);
   const Grid grid = make_grid(p, k, pool.threads, 1, cuts.blocks());
   pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
     Scratch<float> panel(Role::panel, w.rows * row_floats), acc(Role::sums, cuts.columns() * row_floats);
@@ -220,7 +204,7 @@ static void many_tokens_grad_values(const float* grad, const float* x, int64_t t
   const int64_t row_floats = panel_floats(k, tokens), panels = ceil_div(tokens, row_floats);
   const int v = static_cast<int>(row_floats / k.width);
   const int64_t together = std::min(kLongPanels, panels), units = ceil_div(w.rows, kUnit);
-  const Cuts cuts(w, block_columns(w, kBlockBytes, row_floats), pool);
+  const Cuts cuts(w, block_columns(w, row_floats), pool);
   const int64_t pieces = std::min<int64_t>(pool.threads, units);
   pool.each(pieces, [&](int64_t begin, int64_t end) {
     const Range rows{piece_rows(w.rows, pieces, begin).begin, piece_rows(w.rows, pieces, end - 1).end};

@@ -391,11 +391,35 @@ STEN_FN void grouped_block(const Grouped& w, const GroupedBlock& b, const float*
 }
 
 #include "bodies_bands.h"
+#include "bodies_conv.h"
+#include "bodies_codes.h"
+
+// ---- the names of bodies_dots.h for float
+
+using elem = float;
+using wide = vec;
+constexpr int kDot = kWidth;
+STEN_INLINE wide load_wide(const float* p) { return load(p); }
+STEN_INLINE wide load_wide_first(const float* p, int64_t n) { return load_first(p, n); }
+STEN_INLINE void store_wide(float* p, wide a) { store(p, a); }
+STEN_INLINE vec multiply_add(wide a, wide b, vec c) { return madd(a, b, c); }
+STEN_INLINE wide hold(wide a) { return keep(a); }
+STEN_INLINE void store_sums(const float* sums, const float* bias, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = bias ? sums[i] + bias[i] : sums[i];
+}
+
+}  // namespace sten::STEN_ISA
+
+#include "bodies_dots.h"
+
+namespace sten::STEN_ISA {
 
 constexpr Kernels make(const char* name) {
   return {name,     kWidth,    kRows,     load_panel,    store_panel,
           csr_rows, csr_block, csr_token, grouped_block, grouped_token,
-          bands_block, bands_token, bands_input, bands_values, bands_values_few};
+          bands_block, bands_input, bands_values, bands_values_few,
+          conv_load, conv_block, conv_store,
+          add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots()};
 }
 
 }  // namespace sten::STEN_ISA

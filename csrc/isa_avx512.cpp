@@ -1,7 +1,9 @@
 #if defined(__x86_64__)
 // GCC 12 takes the undefined operands of its own intrinsics for a mistake of the caller.
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include "lookup_avx512.h"
 #include "simd_avx512.h"
 #define STEN_ISA avx512

@@ -10,14 +10,19 @@
 namespace sten {
 
 constexpr int kMaxVectors = 4;      // vectors of tokens in a panel
-constexpr int kTokenPadding = 128;  // floats that may be read beyond one token's activations
+constexpr int kTokenPadding = 256;  // elements that may be read beyond one token's activations
+constexpr int kConvVectors = 8;     // vectors of pixels that a convolution holds in registers
 
-struct Problem {
-  const float* x;      // (tokens, in)
-  const float* bias;   // (out,) or null
-  float* y;            // (tokens, out)
+enum class bf16 : uint16_t {};      // the bits of a bfloat16
+
+template <typename E>
+struct ProblemOf {
+  const E* x;      // (tokens, in)
+  const E* bias;   // (out,) or null
+  E* y;            // (tokens, out)
   int64_t tokens, in, out;
 };
+using Problem = ProblemOf<float>;
 
 struct Csr {
   const float* values;
@@ -53,14 +58,16 @@ struct CsrBlock {
 
 // Rows in bands of `height`, the rows of a band with the same columns (VectorNM, FanIn with height 1, BSR). An entry of
 // a band is one column of all its rows (lists) or a block of `width` consecutive ones (blocks).
-struct Bands {
-  const float* values;     // lists: (rows, count); blocks: (entries, height, width)
+template <typename E>
+struct BandsOf {
+  const E* values;         // lists: (rows, count); blocks: (entries, height, width)
   const int32_t* crow;     // blocks: (bands + 1,); null for lists, `count` entries a band
   const int32_t* col;      // lists: (bands, count), ascending in a band; blocks: (entries,), in units of width
   int64_t rows, columns;   // columns: a multiple of width, and as many as col may name, padding included
   int64_t height, width, count;
   int64_t bands() const { return (rows + height - 1) / height; }
 };
+using Bands = BandsOf<float>;
 
 // Rows r0 to r1 - 1, and of every band the entries from `begin` to `end`: positions in its list, or in col for blocks.
 // Panels begin at column k0.
@@ -75,6 +82,86 @@ struct LongPanel {
   int64_t step;
 };
 
+// NM: of every m columns of a row, n are stored. The index has a bit for each column (bits 1), or packed positions.
+template <typename E>
+struct BitmapOf {
+  const E* values;         // (rows, groups * n), ascending in a row
+  const uint8_t* index;    // (rows, row_bytes)
+  int64_t rows, groups, row_bytes;
+  int n, m, bits;
+  int64_t slots() const { return groups * n; }
+  int64_t units() const { return (groups * m + kUnitColumns - 1) / kUnitColumns; }
+  // how many values a unit has; 0: as many as bits, which differs
+  int64_t step() const { return kUnitColumns % m == 0 ? kUnitColumns / m * n : 0; }
+  static constexpr int kUnitColumns = 32;    // whose bits are one word
+};
+
+// Memory for one task of a bitmap's kernels; the values and rows of x begin at multiples of a cache line.
+template <typename E>
+struct BitmapScratch {
+  uint8_t* bits;     // mask_bytes: of a row whose index is no bitmap, or not of whole units
+  E* values;         // value_count: of a row at the end of memory, or collected
+  E* rows;           // kTileRows rows, row_count apart, expanded
+  static int64_t mask_bytes(const BitmapOf<E>& w) { return w.units() * 4 + 64; }    // a wrong position adds up to 32
+  static int64_t value_count(const BitmapOf<E>& w) { return (w.units() + 2) * BitmapOf<E>::kUnitColumns; }
+  static int64_t row_count(const BitmapOf<E>& w) { return (w.units() + 1) * BitmapOf<E>::kUnitColumns; }
+};
+
+constexpr int kTileRows = 4;     // rows of a weight that dot products multiply together
+constexpr int kDotTokens = 48;   // the most tokens of one call of the kernels below
+
+// Dot products along the columns, for one token and for a few; sums in float, rounded once.
+template <typename E>
+struct Dots {
+  // y[t, r] for rows r0 to r1 - 1, where rows of y are w.rows long; rows of x are `ld` long, at least `columns` and
+  // kTokenPadding more; `gathered` has tokens * (count + kTokenPadding) elements
+  void (*bands)(const BandsOf<E>& w, const E* bias, int64_t r0, int64_t r1, const E* x, int64_t ld, int64_t tokens,
+                E* gathered, E* y);
+  // the same; rows of x have whole units of columns
+  void (*bitmap)(const BitmapOf<E>& w, const E* bias, int64_t r0, int64_t r1, const E* x, int64_t ld, int64_t tokens,
+                 const BitmapScratch<E>& scratch, E* y);
+  // dense[r, c], (rows, columns), for rows r0 to r1 - 1
+  void (*expand)(const BitmapOf<E>& w, int64_t r0, int64_t r1, int64_t columns, const BitmapScratch<E>& scratch,
+                 E* dense);
+  // values[r, slot] of dense[r, c]: zero in slots of columns that the matrix does not have; w.values is not read
+  void (*collect)(const BitmapOf<E>& w, int64_t r0, int64_t r1, int64_t columns, const E* dense,
+                  const BitmapScratch<E>& scratch, E* values);
+};
+
+// The images of one group of a convolution. A stride divides the rows and columns of the input into phases, those with
+// the same remainder, and a panel holds (channels, row phases, column phases, rows, pitch).
+struct ConvShape {
+  int64_t channels, h, w, out, out_h, out_w;
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  int64_t row_phases, column_phases;
+};
+
+// What a panel holds: `rows` rows of each phase, from this row and column of the input on, which may be padding.
+struct ConvWindow {
+  int64_t row, column, rows, pitch;
+};
+
+// Rows (outputs) r0 to r1 - 1 by a block of columns, for `vectors` vectors of pixels: what entry e of a band multiplies is
+// panel[x_at[vector] + index[e]], or with a table panel[x_at[vector] + table[index[e]]], and the sum belongs to
+// out[(row - r0) * ld + y_at[vector]].
+struct ConvBlock {
+  int64_t r0, r1;
+  const int32_t *begin, *end;    // (bands,) positions as in BandRange
+  const int32_t *index, *table;  // index is shaped as col
+  const float* panel;
+  int64_t vectors;
+  const int64_t *x_at, *y_at;
+  const float* start;    // (r1 - r0,) the sums begin with these; null for single rows: with what `out` holds
+  float* out;
+  int64_t ld;
+};
+
+// Rows of a dense matrix with `ld` numbers a row: float32, or bfloat16 as its 16 bits.
+template <typename E>
+struct Table {
+  const E* data;
+  int64_t ld;
+};
 // One instruction set. `v` is the number of vectors in a panel row, 1 to kMaxVectors.
 struct Kernels {
   const char* name;
@@ -106,29 +193,51 @@ struct Kernels {
   // acc[r - r0, :] += sum of value * panel[column - k0, :]; `start`, per row of acc, as in csr_block
   void (*bands_block)(const Bands& w, const BandRange& range, const float* start, const float* panel, int v,
                       float* acc);
-  // one token, all entries: y[r] for rows r0 to r1 - 1; x has `columns` floats and kTokenPadding
-  // more, `gathered` has `columns`
-  void (*bands_token)(const Bands& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* gathered,
-                      float* y);
   // acc[column - k0, :] += sum of value * grad[r - r0, :]
   void (*bands_input)(const Bands& w, const BandRange& range, const float* grad, int v, float* acc);
   // out[r, entry] += sum over `pieces` of v vectors of tokens of grad[r - r0, :] * x[column, :]; out is shaped as values
   void (*bands_values)(const Bands& w, const BandRange& range, LongPanel grad, LongPanel x, int64_t pieces, int v,
                        float* out);
-  // the same for few tokens and rows that share columns: out += grad^T x, both row-major, x as in bands_token with `ld`
-  // floats a row; `scratch` has tokens * (count + kTokenPadding) floats
+  // the same for few tokens and rows that share columns: out += grad^T x, both row-major, x as in Dots::bands;
+  // `scratch` has tokens * (count + kTokenPadding) floats
   void (*bands_values_few)(const Bands& w, int64_t r0, int64_t r1, const float* grad, const float* x, int64_t ld,
                            int64_t tokens, float* scratch, float* out);
+
+  // fills a panel with `channels` channels; may write a row and a vector beyond it
+  void (*conv_load)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, float* panel);
+  // BSR has no such kernel
+  void (*conv_block)(const Bands& w, const ConvBlock& block);
+  // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
+  void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
+                     float* y, int64_t ld);
+
+  // acc[i] += the sum over the rows e < count of value[e * step] * table[row[e], i], for i < n
+  void (*add_rows)(Table<float> table, const int32_t* row, int64_t count, const float* value, int64_t step, int64_t n,
+                   float* acc);
+  void (*add_rows_bf16)(Table<bf16> table, const int32_t* row, int64_t count, const float* value, int64_t step,
+                        int64_t n, float* acc);
+  // out[e * step] = the sum over i < n of grad[i] * table[row[e], i]
+  void (*dot_rows)(Table<float> table, const int32_t* row, int64_t count, const float* grad, int64_t n, float* out,
+                   int64_t step);
+  void (*dot_rows_bf16)(Table<bf16> table, const int32_t* row, int64_t count, const float* grad, int64_t n,
+                        float* out, int64_t step);
+  void (*widen)(const bf16* from, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, bf16* to);    // rounds to the nearest, ties to even
+  Dots<float> dots;
 };
 
 const Kernels* kernels_avx512();     // null if this build has none
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
+const Dots<bf16>* bf16_dots_avx512();    // needs AVX512_VBMI2 and AVX512_BF16 as well; null if this build has none
 
 // The fastest set this processor has, unless STEN_CPU or set_instruction_set named another; throws
 // std::invalid_argument for a name that is unknown or that this processor lacks.
 const Kernels& kernels();
 void set_instruction_set(const char* name);     // "auto" returns to the fastest
 bool has_instruction_set(const char* name);
+
+// Dot products of bfloat16 in the instruction set in use; null if it has none.
+const Dots<bf16>* bf16_dots();
 
 }  // namespace sten

@@ -10,6 +10,11 @@
 
 namespace sten {
 
+template <typename E>
+double entries(const BandsOf<E>& w) {
+  return w.crow ? static_cast<double>(w.crow[w.bands()]) * w.height * w.width : static_cast<double>(w.rows) * w.count;
+}
+
 // How tasks are spread over threads; `run` calls body(context, begin, end) for ranges that cover 0 to tasks - 1.
 struct Pool {
   int threads;
@@ -26,7 +31,7 @@ struct Pool {
 
 // Uninitialized memory, aligned to a cache line. A thread caches what it freed last, one piece per role, for its next
 // call: a new megabyte costs a page fault every 4 KB, which was a fifth of a whole call.
-enum class Role { panel, sums, repacked, cuts, small, values, index, count };
+enum class Role { panel, sums, repacked, cuts, small, values, index, bits, count };
 
 void* take_scratch(Role role, size_t bytes, size_t* capacity);
 void give_scratch(Role role, void* memory, size_t capacity) noexcept;
@@ -65,6 +70,14 @@ struct Range {
 };
 inline Range part(int64_t all, int64_t parts, int64_t i) { return {all * i / parts, all * (i + 1) / parts}; }
 
+// The rows of piece `i`: multiples of kUnit.
+constexpr int64_t kUnit = 8;    // rows that are not divided between tasks
+Range piece_rows(int64_t out, int64_t pieces, int64_t i);
+
+// Into how many pieces to divide each of `tasks` tasks: every piece reads its panel again, so the fewest that leave no
+// thread idle for long.
+int64_t pieces_for_threads(int64_t tasks, int threads, int64_t least, int64_t most);
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The number of threads that pays for this many multiply-adds.
@@ -85,6 +98,19 @@ bool bands_in_bounds(const Bands& w, int64_t entries, const Pool& pool);
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
 
+// Dot products along the columns, and the number of tokens up to which they are the fastest way: lists if width is 0.
+template <typename E>
+int64_t most_dots(int64_t height, int64_t width);
+template <typename E>
+void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, Pool pool);
+template <typename E>
+void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, Pool pool);
+// a bitmap as a dense matrix (rows, columns), and the values of a dense matrix
+template <typename E>
+void bitmap_expand(const BitmapOf<E>& w, int64_t columns, const Dots<E>& dots, E* dense, Pool pool);
+template <typename E>
+void bitmap_collect(const BitmapOf<E>& w, int64_t columns, const E* dense, const Dots<E>& dots, E* values, Pool pool);
+
 // VectorNM, FanIn and BSR; x may have fewer columns than the weight, whose last ones are padding.
 void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool);
 // y = x W: p.x is the gradient of the output (tokens, w.rows), p.y that of the input
@@ -92,6 +118,25 @@ void bands_grad_input(const Problem& p, const Bands& w, const Kernels& k, Pool p
 // out, shaped as w.values and zero before: grad^T x at the stored entries; w.values is not read
 void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_t in, const Bands& w, float* out,
                        const Kernels& k, Pool pool);
+
+// A convolution of images (images, groups * channels, h, w), computed directly: no matrix of patches is made. A column
+// of w is (channel, kernel row, kernel column), or with `inputs_last` (kernel row, kernel column, channel), where the
+// channels have their padding.
+void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const Bands& w,
+                bool inputs_last, const Kernels& k, Pool pool);
+
+// Sparse activations S (tokens, columns), bands of width 1, times a dense matrix of s.columns rows: codes.cpp
+template <typename E>
+void codes_linear(const Bands& s, Table<E> table, const float* bias, E* y, const Kernels& k, Pool pool);
+// out, shaped as s.values, which is not read; where s.rows ends within a band, the rest of it is not written
+template <typename E>
+void codes_grad_values(const Bands& s, Table<E> table, const E* grad, float* out, const Kernels& k, Pool pool);
+// out (s.columns, grad.ld)
+template <typename E>
+void codes_grad_weight(const Bands& s, Table<E> grad, E* out, const Kernels& k, Pool pool);
+// out (rows, count), ascending in a row: the columns of the largest |x|, where ties go to the lower column; NaN is lowest
+template <typename E>
+void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_t* out, Pool pool);
 
 // All n-subsets of range(m) in revolving-door order; made once for each (n, m).
 struct Patterns {

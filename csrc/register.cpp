@@ -1,7 +1,6 @@
 // The operators' schemas and argument checks; only register*.cpp use torch. Dtypes and sizes are checked at every call,
 // the contents of crow, col and index unless the caller says that it has had this version of them checked (`trusted`).
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "register.h"
@@ -30,28 +29,11 @@ void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::S
               "; call .contiguous() on it");
 }
 
-void check_input(const Tensor& x, const char* op, int64_t out) {
+void check_input(const Tensor& x, const char* op, int64_t out, at::ScalarType dtype) {
   TORCH_CHECK(x.device().is_cpu(), op, ": Expected x on the CPU, got ", x.device().str());
-  TORCH_CHECK(x.scalar_type() == at::kFloat, op, ": Expected x of dtype Float, got ", x.scalar_type());
+  TORCH_CHECK(x.scalar_type() == dtype, op, ": Expected x of dtype ", dtype, ", got ", x.scalar_type());
   TORCH_CHECK(x.dim() >= 1, op, ": Expected x with at least one dimension, got a scalar");
   TORCH_CHECK(out >= 0, op, ": Expected out_features >= 0, got ", text(out));
-}
-
-Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out, Tensor& owner,
-                     Tensor& y) {
-  if (bias) {
-    check(*bias, op, "bias", 1, at::kFloat);
-    TORCH_CHECK(bias->size(0) == out, op, ": Expected a bias of ", text(out), " entries, got ", text(bias->size(0)));
-  }
-  owner = x.contiguous();
-  auto shape = x.sizes().vec();
-  const int64_t in = shape.back();
-  int64_t tokens = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) tokens *= shape[i];
-  shape.back() = out;
-  y = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
-  return {owner.const_data_ptr<float>(), bias ? bias->const_data_ptr<float>() : nullptr,
-          y.mutable_data_ptr<float>(), tokens, in, out};
 }
 
 namespace {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <string>
@@ -19,10 +20,53 @@ std::string text(at::IntArrayRef sizes);
 Pool make_pool();
 
 void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype);
-void check_input(const Tensor& x, const char* op, int64_t out);
+void check_input(const Tensor& x, const char* op, int64_t out, at::ScalarType dtype = at::kFloat);
 
-// Checks x and bias, allocates y and fills in the problem; `owner` holds a contiguous x; y is not written.
-Problem make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out, Tensor& owner,
-                     Tensor& y);
+// The pattern of rows in bands (register_bands.cpp), checked; `values` may be null, `size` is theirs.
+Bands make_bands(const char* op, const float* values, at::IntArrayRef size, const std::optional<Tensor>& crow,
+                 const Tensor& col, int64_t height, int64_t columns, int64_t rows, bool trusted);
+
+// The dtype of the elements of a kernel.
+template <typename E>
+constexpr at::ScalarType dtype_of = at::kFloat;
+template <>
+inline constexpr at::ScalarType dtype_of<bf16> = at::kBFloat16;
+
+template <typename E>
+const E* data_of(const Tensor& t) {
+  return static_cast<const E*>(t.const_data_ptr());
+}
+
+// Checks the bias, allocates y and fills in the problem; `owner` holds a contiguous x; y is not written.
+template <typename E = float>
+ProblemOf<E> make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out,
+                          Tensor& owner, Tensor& y) {
+  if (bias) {
+    check(*bias, op, "bias", 1, dtype_of<E>);
+    TORCH_CHECK(bias->size(0) == out, op, ": Expected a bias of ", text(out), " entries, got ", text(bias->size(0)));
+  }
+  owner = x.contiguous();
+  auto shape = x.sizes().vec();
+  const int64_t in = shape.back();
+  int64_t tokens = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) tokens *= shape[i];
+  shape.back() = out;
+  y = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
+  return {data_of<E>(owner), bias ? data_of<E>(*bias) : nullptr, static_cast<E*>(y.mutable_data_ptr()), tokens, in,
+          out};
+}
+
+inline bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+// A tensor, or the bias, in float32.
+inline Tensor single(const Tensor& t) { return t.to(at::kFloat); }
+inline std::optional<Tensor> single(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(t->to(at::kFloat)) : t;
+}
+
+// A weight as the operators of register_bands.cpp take it, checked.
+template <typename E = float>
+BandsOf<E> make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
+                       int64_t height, int64_t columns, int64_t rows, bool trusted);
 
 }  // namespace sten

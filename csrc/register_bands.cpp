@@ -1,7 +1,7 @@
 // The operators of rows that share their columns: VectorNM and FanIn (lists, without crow), BSR (blocks, with crow) and
 // the gradients of CSR (single entries, with crow; their values have one dimension).
 //
-//   band_linear       y = x W^T + bias
+//   band_linear       y = x W^T + bias; bfloat16 is converted where most_dots says so
 //   band_grad_input   y = grad W
 //   band_grad_values  grad^T x at the stored entries
 //
@@ -12,13 +12,10 @@
 #include "register.h"
 
 namespace sten {
-namespace {
 
-constexpr int64_t kMostColumns = 2147483647;
-
-// The pattern, checked; `values` may be null.
 Bands make_bands(const char* op, const float* values, at::IntArrayRef size, const std::optional<Tensor>& crow,
                  const Tensor& col, int64_t height, int64_t columns, int64_t rows, bool trusted) {
+  constexpr int64_t kMostColumns = 2147483647;
   TORCH_CHECK(height >= 1 && rows >= 0 && columns >= 0 && columns <= kMostColumns, op,
               ": Expected a height of at least 1 and sizes of 0 to ", text(kMostColumns),
               ", got height, rows, columns = ", text({height, rows, columns}));
@@ -51,11 +48,18 @@ Bands make_bands(const char* op, const float* values, at::IntArrayRef size, cons
   return w;
 }
 
-Bands make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
+template <typename E>
+BandsOf<E> make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                   int64_t height, int64_t columns, int64_t rows, bool trusted) {
-  check(values, op, "values", !crow ? 2 : values.dim() == 1 ? 1 : 3, at::kFloat);
-  return make_bands(op, values.const_data_ptr<float>(), values.sizes(), crow, col, height, columns, rows, trusted);
+  check(values, op, "values", !crow ? 2 : values.dim() == 1 ? 1 : 3, dtype_of<E>);
+  const Bands w = make_bands(op, nullptr, values.sizes(), crow, col, height, columns, rows, trusted);
+  return {data_of<E>(values), w.crow, w.col, w.rows, w.columns, w.height, w.width, w.count};
 }
+
+template Bands make_weight<float>(const char*, const Tensor&, const std::optional<Tensor>&, const Tensor&, int64_t,
+                                  int64_t, int64_t, bool);
+
+namespace {
 
 void check_columns(const char* op, int64_t in, int64_t columns) {
   TORCH_CHECK(in <= columns, op, ": Expected at most ", text(columns), " input features, got ", text(in));
@@ -64,6 +68,21 @@ void check_columns(const char* op, int64_t in, int64_t columns) {
 Tensor band_linear_op(const Tensor& x, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                       const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out, bool trusted) {
   static constexpr const char* op = "sten::band_linear";
+  if (x.scalar_type() == at::kBFloat16) {
+    const Dots<bf16>* dots = bf16_dots();
+    int64_t tokens = 1;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
+    const int64_t width = !crow ? 0 : values.dim() == 3 ? values.size(2) : 1;
+    if (!dots || tokens > most_dots<bf16>(height, width))
+      return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted)
+          .to(at::kBFloat16);
+    check_input(x, op, out, at::kBFloat16);
+    check_columns(op, x.size(-1), columns);
+    const BandsOf<bf16> w = make_weight<bf16>(op, values, crow, col, height, columns, out, trusted);
+    Tensor owner, y;
+    dots_linear(make_problem<bf16>(op, x, bias, out, owner, y), w, *dots, make_pool());
+    return y;
+  }
   check_input(x, op, out);
   check_columns(op, x.size(-1), columns);
   const Bands w = make_weight(op, values, crow, col, height, columns, out, trusted);

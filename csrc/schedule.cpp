@@ -89,21 +89,30 @@ void give_scratch(Role role, void* memory, size_t capacity) noexcept {
   if (memory) ::operator delete(memory, kLine);
 }
 
+int64_t pieces_for_threads(int64_t tasks, int threads, int64_t least, int64_t most) {
+  int64_t best = least;
+  double smallest = HUGE_VAL;
+  for (int64_t pieces = least; pieces <= std::min(least + 2 * threads, most); ++pieces) {
+    const int64_t all = tasks * pieces;
+    const double waste = static_cast<double>(ceil_div(all, threads) * threads) / static_cast<double>(all);
+    if (waste < smallest - 0.05) {
+      smallest = waste;
+      best = pieces;
+    }
+  }
+  return best;
+}
+
+Range piece_rows(int64_t out, int64_t pieces, int64_t i) {
+  const Range units = part(ceil_div(out, kUnit), pieces, i);
+  return {units.begin * kUnit, std::min(units.end * kUnit, out)};
+}
+
 Grid make_grid(const Problem& p, const Kernels& k, int threads, int64_t least, int64_t most) {
   Grid grid;
   grid.panel_tokens = std::min<int64_t>(kMaxVectors * k.width, ceil_div(p.tokens, k.width) * k.width);
   grid.panels = ceil_div(p.tokens, grid.panel_tokens);
-  grid.pieces = least;
-  double smallest = HUGE_VAL;
-  // Every piece transposes its panel again, so take the fewest pieces that leave no thread idle for long.
-  for (int64_t pieces = least; pieces <= std::min(least + 2 * threads, most); ++pieces) {
-    const int64_t tasks = grid.panels * pieces;
-    const double waste = static_cast<double>(ceil_div(tasks, threads) * threads) / static_cast<double>(tasks);
-    if (waste < smallest - 0.05) {
-      smallest = waste;
-      grid.pieces = pieces;
-    }
-  }
+  grid.pieces = pieces_for_threads(grid.panels, threads, least, most);
   return grid;
 }
 

@@ -47,6 +47,15 @@ const Kernels& kernels() {
   return *k;
 }
 
+const Dots<bf16>* bf16_dots() {
+#if defined(__x86_64__)
+  if (kernels_avx512() && &kernels() == kernels_avx512() && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512bf16"))
+    return bf16_dots_avx512();
+#endif
+  return nullptr;
+}
+
 void set_instruction_set(const char* name) { current.store(named(name), std::memory_order_relaxed); }
 
 bool has_instruction_set(const char* name) { return supported(name) != nullptr; }

@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
-#define STEN_FN __attribute__((target("avx2,fma")))
+#include "kernels.h"
+
+#define STEN_FN __attribute__((target("avx2,fma,popcnt")))
 #define STEN_INLINE STEN_FN __attribute__((always_inline)) inline
 
 namespace sten::avx2 {
@@ -16,6 +18,10 @@ constexpr int kRegisters = 16;
 
 STEN_INLINE vec zero() { return _mm256_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm256_loadu_ps(p); }
+STEN_INLINE vec load_row(const bf16* p) {    // of bfloat16
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
 STEN_INLINE vec load_first(const float* p, int64_t n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane));
@@ -116,6 +122,43 @@ STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_
     }
   }
   for (; f < count; ++f) acc[f] += v[f] * x[f / n];
+}
+
+// of a byte, for each of its bits that is 1, with the sign bit set: how many bits before it are
+struct Places {
+  alignas(32) int32_t of[256][8];
+};
+constexpr Places make_places() {
+  Places p{};
+  for (int byte = 0; byte < 256; ++byte)
+    for (int bit = 0, before = 0; bit < 8; ++bit)
+      if (byte >> bit & 1) p.of[byte][bit] = before++ | INT32_MIN;
+  return p;
+}
+inline constexpr Places kPlaces = make_places();
+
+// Values of a unit in their columns: a permutation, and zero where the sign bit is not set.
+STEN_INLINE void expand_unit(uint32_t mask, const float* values, vec* out) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = mask >> 8 * i & 255;
+    const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[byte]));
+    out[i] = _mm256_blendv_ps(zero(), _mm256_permutevar8x32_ps(load(values), place), _mm256_castsi256_ps(place));
+    values += __builtin_popcount(byte);
+  }
+}
+
+// The elements of a unit whose bits are 1, followed by others.
+STEN_INLINE void collect_unit(uint32_t mask, const float* from, float* to) {
+  for (int i = 0; i < 32; ++i) {
+    *to = from[i];
+    to += mask >> i & 1;
+  }
+}
+
+// out[i]: of each half of a byte its image in the table, (16,)
+STEN_INLINE void translate(const uint8_t* bytes, int64_t n, const uint8_t* table, uint8_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint8_t>(table[bytes[i] & 15] | table[bytes[i] >> 4] << 4);
 }
 
 }  // namespace sten::avx2

@@ -5,7 +5,9 @@
 
 #include <cstdint>
 
-#define STEN_FN __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#include "kernels.h"
+
+#define STEN_FN __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,popcnt")))
 #define STEN_INLINE STEN_FN __attribute__((always_inline)) inline
 
 namespace sten::avx512 {
@@ -19,6 +21,10 @@ STEN_INLINE __mmask16 first(int64_t n) {
 }
 STEN_INLINE vec zero() { return _mm512_setzero_ps(); }
 STEN_INLINE vec load(const float* p) { return _mm512_loadu_ps(p); }
+STEN_INLINE vec load_row(const bf16* p) {    // of bfloat16
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 STEN_INLINE vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 STEN_INLINE void store(float* p, vec a) { _mm512_storeu_ps(p, a); }
 STEN_INLINE void store_first(float* p, vec a, int64_t n) { _mm512_mask_storeu_ps(p, first(n), a); }
@@ -150,6 +156,36 @@ STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_
       phase -= n;
       ++base;
     }
+  }
+}
+
+// Values of a unit in their columns. On Zen 4 an expansion waits for the last use of its register, though it zeroes
+// the other elements; the exclusive or says that it need not.
+STEN_INLINE void expand_unit(uint32_t mask, const float* values, vec* out) {
+  const uint32_t low = mask & 0xffff, high = mask >> 16;
+  const vec v = load(values), w = load(values + __builtin_popcount(low));
+  __asm__("vpxord %x0, %x0, %x0\n\tvexpandps %1, %0%{%2%}%{z%}" : "=&v"(out[0]) : "v"(v), "Yk"(__mmask16(low)));
+  __asm__("vpxord %x0, %x0, %x0\n\tvexpandps %1, %0%{%2%}%{z%}" : "=&v"(out[1]) : "v"(w), "Yk"(__mmask16(high)));
+}
+
+// The elements of a unit whose bits are 1, followed by others.
+STEN_INLINE void collect_unit(uint32_t mask, const float* from, float* to) {
+  const uint32_t low = mask & 0xffff, high = mask >> 16;
+  store(to, _mm512_maskz_compress_ps(static_cast<__mmask16>(low), load(from)));
+  store(to + __builtin_popcount(low), _mm512_maskz_compress_ps(static_cast<__mmask16>(high), load(from + 16)));
+}
+
+// out[i]: of each half of a byte its image in the table, (16,). Up to 63 more are written: the words of a masked store
+// could not be read before it has reached the cache.
+STEN_INLINE void translate(const uint8_t* bytes, int64_t n, const uint8_t* table, uint8_t* out) {
+  const __m512i images = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  const __m512i half = _mm512_set1_epi8(15);
+  for (int64_t i = 0; i < n; i += 64) {
+    const __mmask64 k = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
+    const __m512i b = _mm512_maskz_loadu_epi8(k, bytes + i);
+    const __m512i low = _mm512_shuffle_epi8(images, _mm512_and_si512(b, half));
+    const __m512i high = _mm512_shuffle_epi8(images, _mm512_and_si512(_mm512_srli_epi16(b, 4), half));
+    _mm512_storeu_si512(out + i, _mm512_or_si512(low, _mm512_slli_epi16(high, 4)));
   }
 }
 

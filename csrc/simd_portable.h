@@ -4,12 +4,32 @@
 #include <cstdint>
 #include <cstring>
 
-#define STEN_FN
+#include "kernels.h"
+
+// MSVC has neither vector types nor GCC's built-in functions; clang has both, on Windows, too.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define STEN_NO_VECTOR_TYPES
+#define STEN_INLINE __forceinline
+#define __builtin_prefetch(p) ((void)(p))
+#define __builtin_memcpy std::memcpy
+#else
 #define STEN_INLINE __attribute__((always_inline)) inline
+#endif
+#define STEN_FN
 
 namespace sten::portable {
 
+#ifdef STEN_NO_VECTOR_TYPES  // may be defined for any compiler, which tests it
+struct vec {
+  float lane[4];
+  STEN_INLINE float& operator[](int i) { return lane[i]; }
+  STEN_INLINE float operator[](int i) const { return lane[i]; }
+};
+STEN_INLINE vec operator+(vec a, vec b) { return vec{a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]}; }
+STEN_INLINE vec operator*(vec a, vec b) { return vec{a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]}; }
+#else
 typedef float vec __attribute__((vector_size(16)));
+#endif
 constexpr int kWidth = 4;
 constexpr int kRegisters = 16;
 
@@ -17,6 +37,13 @@ STEN_INLINE vec zero() { return vec{0.0f, 0.0f, 0.0f, 0.0f}; }
 STEN_INLINE vec load(const float* p) {
   vec a;
   std::memcpy(&a, p, sizeof a);
+  return a;
+}
+STEN_INLINE vec load_row(const bf16* p) {    // of bfloat16
+  const uint32_t bits[] = {static_cast<uint32_t>(p[0]) << 16, static_cast<uint32_t>(p[1]) << 16,
+                           static_cast<uint32_t>(p[2]) << 16, static_cast<uint32_t>(p[3]) << 16};
+  vec a;
+  std::memcpy(&a, bits, sizeof a);
   return a;
 }
 STEN_INLINE vec load_first(const float* p, int64_t n) {
@@ -59,6 +86,32 @@ STEN_INLINE void gather(const float* x, const Index* index, int64_t n, float* ou
 STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_t*, int64_t count, float* acc) {
   for (int64_t f = 0, j = 0; f < count; f += n, ++j)
     for (int i = 0; i < n; ++i) acc[f + i] += v[f + i] * x[j];
+}
+
+// Values of a unit in their columns.
+STEN_INLINE void expand_unit(uint32_t mask, const float* values, vec* out) {
+  for (int i = 0; i < 8; ++i) {
+    float lanes[kWidth];
+    for (float& lane : lanes) {
+      lane = mask & 1 ? *values : 0.0f;
+      values += mask & 1;
+      mask >>= 1;
+    }
+    out[i] = load(lanes);
+  }
+}
+
+// The elements of a unit whose bits are 1, followed by others.
+STEN_INLINE void collect_unit(uint32_t mask, const float* from, float* to) {
+  for (int i = 0; i < 32; ++i) {
+    *to = from[i];
+    to += mask >> i & 1;
+  }
+}
+
+// out[i]: of each half of a byte its image in the table, (16,)
+STEN_INLINE void translate(const uint8_t* bytes, int64_t n, const uint8_t* table, uint8_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint8_t>(table[bytes[i] & 15] | table[bytes[i] >> 4] << 4);
 }
 
 }  // namespace sten::portable

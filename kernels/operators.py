@@ -1,7 +1,8 @@
 """Operator: ``sten::gpu_...`` in torch's registry, and ``prepare``, which returns its launches for such tensors.
 
 ``@operator(schema, shape)`` on a function ``prepare(*tensors, **numbers)`` makes an ``Operator``. Its schema names
-tensors and numbers; ``shape(*tensors, *numbers)`` is that of the result, which has the first tensor's dtype and device.
+tensors and numbers; ``shape(*tensors, *numbers)`` is that of the result, which is on the first tensor's device and has
+its dtype, or ``dtype=``.
 With ``choose(tokens, outputs, inputs, dtype, **facts) -> (variant, reason)`` it has several variants: ``prepare`` then
 takes ``variant=``, or None: it calls ``choose`` itself.
 
@@ -32,7 +33,7 @@ class Operator:
     A schema may give defaults, at its end. What has its default is not passed: each argument costs the host time.
     """
 
-    def __init__(self, schema: str, shape, make, strided: tuple[str, ...] = ("x",), choose=None):
+    def __init__(self, schema: str, shape, make, strided: tuple[str, ...] = ("x",), choose=None, dtype=None):
         self.name, _, arguments = schema.partition("(")
         arguments = [a.strip().partition("=") for a in arguments.partition(")")[0].split(",")]
         kinds = {a.split()[1]: a.split()[0] for a, _, _ in arguments}
@@ -47,7 +48,8 @@ class Operator:
 
         def fake(*arguments):
             named = self._named(arguments)
-            return arguments[0].new_empty(shape(*map(named.get, self.tensors), *map(named.get, self.numbers)))
+            size = shape(*map(named.get, self.tensors), *map(named.get, self.numbers))
+            return arguments[0].new_empty(size, dtype=dtype)
 
         torch.library.register_fake(f"sten::{self.name}", fake, lib=LIB)
         if FunctionalTensorMode is not None:

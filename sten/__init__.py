@@ -18,6 +18,7 @@ from .conversion import (
     permute,
     plan,
     sensitivity,
+    sparse_op,
     sparsify,
     summary,
     trainable,
@@ -25,6 +26,7 @@ from .conversion import (
 )
 from .dispatch import DensifyError, kernel, strict
 from .errors import FormatError
+from .explanation import compare, explain
 from .interchange import (
     from_compressed_tensors,
     from_scipy,
@@ -45,18 +47,22 @@ from .sparsifiers import (
     BDWP,
     CAST,
     DSTEE,
+    MVUE24,
     SET,
     SRSTE,
     STE,
+    BatchTopK,
     BiMask,
     BlockPruneGrow,
     DecayingMask,
     DecayingStructure,
     DSnoT,
     Gradual,
+    JumpReLU,
     LeastSquares,
     Magnitude,
     Random,
+    RandomFraction,
     Rewind,
     RigL,
     SparseGPT,
@@ -65,6 +71,8 @@ from .sparsifiers import (
     Sparsifier,
     SRigL,
     Static,
+    Threshold,
+    TopK,
     Transposable,
     Wanda,
     chain,
@@ -83,15 +91,16 @@ from .training.distill import distill_loss
 __version__ = "0.1.0"
 
 __all__ = [
-    "ADMM", "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "NM", "SET", "SRSTE", "STE", "Allocation", "BiMask",
-    "BlockPruneGrow", "Calibration", "DSnoT", "DecayingMask", "DecayingStructure", "DensifyError", "Distillation",
-    "FanIn", "FormatError", "Global", "Gradual", "GroupedNM", "Layout", "LeastSquares", "Magnitude", "Masked",
-    "PerWeight", "Random", "Recipe", "Reconstruct", "Rewind", "RigL", "SRigL", "Sensitivity", "SparseGPT",
-    "SparseMomentum", "SparseSwaps", "SparseTensor", "Sparsifier", "Static", "Transposable", "Uniform", "VectorNM",
-    "Wanda", "adapter_state_dict", "add_adapters", "attach", "chain", "densify", "distill", "distill_loss", "extend",
-    "finalize", "follow", "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect",
-    "kernel", "load", "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "permute", "plan",
-    "save", "save_masks", "save_run", "schedule", "scores", "sensitivity", "sparsify", "strict", "summary", "testing",
+    "ADMM", "BDWP", "BSR", "CAST", "CSR", "DSTEE", "ERK", "MVUE24", "NM", "SET", "SRSTE", "STE", "Allocation",
+    "BatchTopK", "BiMask", "BlockPruneGrow", "Calibration", "DSnoT", "DecayingMask", "DecayingStructure",
+    "DensifyError", "Distillation", "FanIn", "FormatError", "Global", "Gradual", "GroupedNM", "JumpReLU", "Layout",
+    "LeastSquares", "Magnitude", "Masked", "PerWeight", "Random", "RandomFraction", "Recipe", "Reconstruct", "Rewind",
+    "RigL", "SRigL", "Sensitivity", "SparseGPT", "SparseMomentum", "SparseSwaps", "SparseTensor", "Sparsifier",
+    "Static", "Threshold", "TopK", "Transposable", "Uniform", "VectorNM", "Wanda", "adapter_state_dict", "add_adapters",
+    "attach", "chain", "compare", "densify", "distill", "distill_loss", "explain", "extend", "finalize", "follow",
+    "from_compressed_tensors", "from_dense", "from_scipy", "from_torch", "fuse", "inspect", "kernel", "load",
+    "load_masks", "load_run", "merge_adapters", "optim", "parallelize_module", "permute", "plan", "save", "save_masks",
+    "save_run", "schedule", "scores", "sensitivity", "sparse_op", "sparsify", "strict", "summary", "testing",
     "to_compressed_tensors", "to_scipy", "to_torch", "trainable", "unfuse", "which",
 ]  # fmt: skip
 

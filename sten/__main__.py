@@ -1,141 +1,88 @@
-"""`python -m sten info`: versions, devices, kernels. `python -m sten bench`: sparse linear layers against dense.
-`python -m sten inspect FILE`: what a file of `sten.save` holds.
+"""Sparse weights on this machine.
+
+python -m sten info            versions, devices, and which kernel each layout has
+python -m sten bench           linear layers in each layout against dense
+python -m sten explain MODEL   what runs in each layer of a model, and whether it pays
+python -m sten inspect FILE    what a file of sten.save holds
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import time
+from collections.abc import Sequence
+from typing import NoReturn
 
-import torch
-import torch.nn.functional as F
-
-import sten
-from sten import dispatch
-from sten.backends import cpp
-
-LAYOUTS = {
-    "GroupedNM(1, 10, 8)": (sten.GroupedNM(1, 10, 8), None),
-    "GroupedNM(1, 4, 16)": (sten.GroupedNM(1, 4, 16), None),
-    "CSR 75 %": (sten.CSR(), 0.75),
-    "CSR 90 %": (sten.CSR(), 0.9),
-    "CSR 95 %": (sten.CSR(), 0.95),
-    "BSR 64, 90 %": (sten.BSR((64, 64)), 0.9),
-    "NM(2, 4)": (sten.NM(2, 4), None),
-    "VectorNM(1, 4, 64)": (sten.VectorNM(1, 4, 64), None),
-}
+from .command import bench, explain, info, inspect, names
 
 
-def info() -> None:
-    """Print versions, devices, instruction sets and registered kernels."""
-    machine = f"Python {platform.python_version()}, {platform.machine()}"
-    print(f"sten-torch {_version()}, torch {torch.__version__}, {machine}")
-    features = cpp.features()
-    kinds = "not built"
-    if features["available"]:
-        kinds = f"{features['instruction_set']} (of {', '.join(features['instruction_sets'])})"
-    print(f"CPU: {torch.get_num_threads()} threads; C++ kernels: {kinds}")
-    for i in range(torch.cuda.device_count()):
-        print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
-    print("\nkernels registered (operator, device, layouts):")
-    for key, entry in sorted(dispatch.KERNELS.items(), key=str):
-        name, device, *layouts = key
-        if not entry.function.__name__.endswith("_expand"):
-            titles = ", ".join("dense" if cls is None else cls.__name__ for cls in layouts)
-            print(f"  {name:20} {device:5} {titles:12} {entry.function.__name__}")
-    print("All other built-in combinations expand to dense: see sten.which(operator, x, weight).")
+class Parser(argparse.ArgumentParser):
+    """One sentence for wrong arguments, without the list of all."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{message.rstrip('.')}; see {self.prog} --help.\n")
 
 
-def inspect(path: str) -> None:
-    """Print what a file of `sten.save` holds, from its header."""
-    about = sten.inspect(path)
-    print(f"{path}: format version {about['version']}")
-    for name, weight in about["sparse"].items():
-        fields = ", ".join(f"{key}={value}" for key, value in weight["fields"].items())
-        parts = ", ".join(f"{key} {part['dtype']} {tuple(part['shape'])}" for key, part in weight["parts"].items())
-        transposed = ", transposed" if weight["transposed"] else ""
-        print(f"  {name}: {weight['layout']}({fields}), shape {tuple(weight['shape'])}{transposed}, density ", end="")
-        print(f"{weight['density']:.3g}, {weight['bytes']:,} bytes: {parts}")
-    for name, tensor in about["tensors"].items():
-        print(f"  {name}: {tensor['dtype']} {tuple(tensor['shape'])}, {tensor['bytes']:,} bytes")
-    for name, other in about["ties"].items():
-        print(f"  {name}: tied to {other}")
+def parser() -> Parser:
+    top = Parser(prog="python -m sten", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("info", help="versions, devices, and which kernel each layout has")
+    one = commands.add_parser("inspect", help="what a file of sten.save holds")
+    one.add_argument("file")
+    _add_bench(commands.add_parser("bench", help="linear layers in each layout against dense"))
+    _add_explain(commands.add_parser("explain", help="what runs in each layer of a model, and whether it pays"))
+    return top
 
 
-def _version() -> str:
-    from importlib import metadata
+def _add_bench(one: argparse.ArgumentParser) -> None:
+    shapes = one.add_argument("--shapes", type=names.shape, nargs="+", metavar="INxOUT", help="default: 768x3072")
+    shapes.default = [(768, 3072)]
+    one.add_argument("--tokens", type=names.count, nargs="+", default=[1, 16, 1024], help="default: 1 16 1024")
+    one.add_argument("--dtypes", type=names.dtype, nargs="+", help="default: float32 on the CPU, else bfloat16")
+    one.add_argument("--layouts", type=names.layout, nargs="+", help=f"such as {', '.join(map(repr, bench.DEFAULT))}")
+    _add_common(one, 0.2, "each cell")
+    one.add_argument("--picture", type=names.new_file, metavar="FILE.svg", help="write the speed-ups as bars")
 
+
+def _add_explain(one: argparse.ArgumentParser) -> None:
+    one.add_argument("model", help="a file of sten.save, or a folder or name of a model of transformers")
+    one.add_argument("--tokens", type=names.count, default=64, help="of the random input; default: 64")
+    one.add_argument("--dtype", type=names.dtype, help="default: that of the model")
+    one.add_argument("--layout", type=names.layout, help="make a dense model sparse first, by magnitude: 'NM(2, 4)'")
+    _add_common(one, 0.2, "each layer")
+    one.add_argument("--html", type=names.new_file, metavar="FILE", help="write a page with pictures")
+
+
+def _add_common(one: argparse.ArgumentParser, seconds: float, each: str) -> None:
+    one.add_argument("--device", type=names.device, help="default: cuda where there is a GPU, else cpu")
+    one.add_argument("--seconds", type=names.seconds, default=seconds, help=f"to time {each}; default: {seconds}")
+    one.add_argument("--json", type=names.new_file, metavar="FILE", help="write what was measured")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; without one, print the help."""
+    top = parser()
+    args = top.parse_args(arguments)
     try:
-        return metadata.version("sten-torch")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
+        _run(top, args)
+    except (ValueError, OSError) as error:  # sentences for users, FormatError among them
+        raise SystemExit(str(error).strip().splitlines()[0]) from None
 
 
-def _medians(runs, repeats: int, synchronize) -> list[float]:
-    """Median milliseconds of several calls, made in turn, so that other load affects all of them."""
-    times = [[] for _ in runs]
-    for i in range(repeats + 2):
-        for run, own in zip(runs, times, strict=True):
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            if i >= 2:
-                own.append(time.perf_counter() - start)
-    return [sorted(own)[repeats // 2] * 1e3 for own in times]
-
-
-@torch.inference_mode()
-def bench(out: int, inputs: int, tokens: list[int], device: str, dtype: torch.dtype, repeats: int) -> None:
-    """Print the speed-up of one linear layer in each layout over dense; a wrong result ends the program."""
-    torch.manual_seed(0)
-    dense = torch.randn(out, inputs, device=device, dtype=dtype)
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    print(f"linear {inputs} -> {out}, {dtype}, {device}: speed-up over dense (dense in ms); below 1 is a loss")
-    print(f"{'layout':22}" + "".join(f"{t:>10} tokens" for t in tokens) + "  kernel at the most tokens")
-    inputs_of = {t: torch.randn(t, inputs, device=device, dtype=dtype) for t in tokens}
-    base = [_medians([lambda x=x: F.linear(x, dense)], repeats, synchronize)[0] for x in inputs_of.values()]
-    print(f"{'dense':22}" + "".join(f"{ms:>14.3f} ms" for ms in base))
-    for title, (layout, sparsity) in LAYOUTS.items():
-        w = sten.from_dense(dense, layout, layout.mask(dense.abs(), sparsity))
-        cells = []
-        for t, x in inputs_of.items():
-            exact = F.linear(x, w.to_dense())
-            error = (F.linear(x, w) - exact).norm() / exact.norm().clamp(min=1e-30)
-            if not error < 2e-2:
-                raise SystemExit(
-                    f"Expected the dense result of {title} at {t} tokens, got a relative error of {float(error):.2g}."
-                )
-            slow, fast = _medians([lambda x=x, w=w: F.linear(x, w) for w in (dense, w)], repeats, synchronize)
-            cells.append(slow / fast)
-        plan = sten.which("linear", inputs_of[tokens[-1]], w)
-        print(f"{title:22}" + "".join(f"{c:>16.2f}x" for c in cells) + f"  {plan.kernel}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sten", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, devices, kernels")
-    commands.add_parser("inspect", help="what a file of sten.save holds").add_argument("file")
-    b = commands.add_parser("bench", help="a linear layer in each layout against dense")
-    b.add_argument("--out", type=int, default=3072)
-    b.add_argument("--in", dest="inputs", type=int, default=768)
-    b.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 1024])
-    b.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    b.add_argument("--dtype", default=None, help="default: bfloat16 on cuda, float32 on cpu")
-    b.add_argument("--repeats", type=int, default=20)
-    args = parser.parse_args()
+def _run(top: Parser, args: argparse.Namespace) -> None:
+    device = getattr(args, "device", None) or names.default_device()
     if args.command == "info":
-        info()
+        info.info()
     elif args.command == "inspect":
-        try:
-            inspect(args.file)
-        except (sten.FormatError, OSError) as error:
-            raise SystemExit(str(error)) from None
+        inspect.inspect(args.file)
+    elif args.command == "bench":
+        dtypes = args.dtypes or [names.default_dtype(device)]
+        layouts = args.layouts or [names.layout(text) for text in bench.DEFAULT]
+        bench.bench(args.shapes, dtypes, layouts, args.tokens, device, args.seconds, args.json, args.picture)
+    elif args.command == "explain":
+        given = (args.dtype, args.layout, args.seconds, args.html, args.json)
+        explain.run(args.model, args.tokens, device, *given)
     else:
-        dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
-        bench(args.out, args.inputs, args.tokens, args.device, dtype, args.repeats)
+        top.print_help()
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, A
     if op.check is not None:
         op.check(w, *operands, **geometry)
     layout, shape, values = w.sparse_layout, w.stored_shape, parts["values"]
-    if len(op.sparse) > 1:
+    if len(op.sparse) > 1 and op.sparse[-1] != "weight":
         layouts = tuple(layout if a is parts else None for a in operands)
         if op.otherwise is not None and find(name, values.device.type, layouts) is None:
             name = op.otherwise
@@ -113,7 +113,19 @@ def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, A
         geometry=geometry or None,
     )
     plan = prepare(name, layout, shape, values.dtype, flags)
-    _record(name, w, layout)
+    _record(name, w, layout, plan)
+    return plan
+
+
+def planned_input(name: str, x: SparseTensor, weight: Any, tokens: int | None) -> Plan:
+    """The Plan of an operator with a sparse activation and a dense weight, which has a shape.
+
+    It is prepared at each call: an activation has a new pattern each time, and so nothing to store a Plan with.
+    """
+    values, layouts = x.parts["values"], (x.sparse_layout, None)
+    flags = Flags(tokens, values.numel(), values.device, geometry={"input_major": weight.t().is_contiguous()})
+    plan = prepare(name, layouts, (x.stored_shape, tuple(weight.shape)), values.dtype, flags)
+    _record(name, x, layouts, plan)
     return plan
 
 
@@ -164,7 +176,7 @@ def _prepare_together(name, weights, x, biases, geometry, serves, key) -> Plan:
         flags = Flags(tokens, entries, values[0].device, geometry=geometry)
         plan = prepare(name, layouts, shapes, values[0].dtype, flags)
         for w in weights:
-            _record(name, w, layouts)
+            _record(name, w, layouts, plan)
     return plan if key is None else _stored(weights[0], key, plan)
 
 
@@ -202,7 +214,7 @@ def run_both(name: str, a: SparseTensor, b: SparseTensor) -> Any:
     values, layouts = b.parts["values"], (a.sparse_layout, b.sparse_layout)
     flags = Flags(None, values.numel(), values.device)
     plan = prepare(name, layouts, (a.stored_shape, b.stored_shape), values.dtype, flags)
-    _record(name, b, layouts)
+    _record(name, b, layouts, plan)
     return plan.run(a.parts, b.parts)
 
 
@@ -243,8 +255,8 @@ def strict() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None]]]:
-    """Context that lists every operator call on a sparse operand: (operator, layout, parts, kernel or None).
+def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None, Plan]]]:
+    """Context that lists every operator call on a sparse operand: (operator, layout, parts, kernel or None, Plan).
 
     Inside it no stored Plan is used and none is stored: every call prepares one, and is listed then. Calls outside of
     it cost nothing more.
@@ -258,7 +270,7 @@ def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None]]]:
         >>> [name for name, *_ in seen]
         ['linear']
     """
-    seen: list[tuple[str, Layout, Parts, Kernel | None]] = []
+    seen: list[tuple[str, Layout, Parts, Kernel | None, Plan]] = []
     KERNELS.version += 1
     _observers.append(seen)
     try:
@@ -267,6 +279,6 @@ def observe() -> Iterator[list[tuple[str, Layout, Parts, Kernel | None]]]:
         _observers[:] = [each for each in _observers if each is not seen]
 
 
-def _record(name: str, w: SparseTensor, layout: Layout | tuple[Layout | None, ...]) -> None:
+def _record(name: str, w: SparseTensor, layout: Layout | tuple[Layout | None, ...], plan: Plan) -> None:
     for seen in _observers:
-        seen.append((name, w.sparse_layout, w.parts, find(name, w.parts["values"].device.type, layout)))
+        seen.append((name, w.sparse_layout, w.parts, find(name, w.parts["values"].device.type, layout), plan))

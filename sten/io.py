@@ -127,7 +127,7 @@ def load(model: Model, path: str | os.PathLike | None = None, assign: bool = Fal
         raise TypeError("Expected sten.load(model, path), got one argument; make a model of this architecture first.")
     targets = once_each(all_weights(model))
     expect_undivided(model)
-    state, recipes = _read(path, mmap)
+    state, recipes = read_state(path, mmap)
     current = finalized_state(model)
     _expect_fit(model, current, state, assign)
     engine.release(model)
@@ -182,7 +182,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     return {**whole, "recipes": header.get("recipes", [])}
 
 
-def _read(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor], list]:
+def read_state(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor], list]:
     """The state in a file, checked, and the record of its recipes."""
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)

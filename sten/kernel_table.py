@@ -20,6 +20,7 @@ import torch
 
 from .caller import user_stacklevel
 from .layouts.base import Layout
+from .markup import facts
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Layouts = Layout | tuple[Layout | None, ...]  # of one operand that may be sparse, or of each (None: it is dense)
@@ -95,6 +96,11 @@ class Plan:
         variant = f" [{self.variant}]" if self.variant else ""
         return f"{self.operator}({', '.join(self.layouts)}) on {self.device}: {self.kernel}{variant}: {self.reason}"
 
+    def _repr_html_(self) -> str:
+        named = ("kernel", "variant", "reason")
+        what = f"{self.operator}({', '.join(self.layouts)}) on {self.device}"
+        return facts(what, {name: value for name in named if (value := getattr(self, name))})
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -156,7 +162,8 @@ def operator(
     """Declare an operator; the decorated function is its reference implementation, for every layout and device.
 
     It has the signature of the operator's kernels: the operands in order, a sparse one as its parts, then the
-    keywords `layout` and `shape` (the stored shape of the weight); tuples of them where several operands may be sparse.
+    keywords `layout` and `shape` (the stored shape). They are those of the weight where only `weight` is sparse, or if
+    no other operand may be; otherwise tuples, in the order of `sparse`, with None as the layout of a dense operand.
 
     Args:
         name: its name in the table.
@@ -201,7 +208,8 @@ def kernel(
             `sten.extend.Plan.of(variant, reason, run)` with `run(*operands)`, or None (or the variant "reference") for
             the reference implementation. All calls of one Plan have one signature, so `run` may build a launch from
             the tensors of its first call, but must not store them.
-        **operands: the layout class of each sparse operand by name, mostly `weight=`.
+        **operands: the layout class of each sparse operand by name, mostly `weight=`; `input=` of "linear" and of its
+            gradients is a sparse activation, (tokens, features).
 
     Returns:
         A decorator, which returns the function unchanged.
@@ -236,7 +244,9 @@ def kernel(
             raise ValueError(f"Expected a layout class such as sten.CSR for {name}=, got {layout!r}.")
 
     def register(function: Function) -> Function:
-        KERNELS[(operator, device, *(operands.get(name) for name in op.sparse))] = Kernel(function, prepare)
+        alone = [*operands] == ["weight"] == [op.sparse[-1]]
+        types = [operands["weight"]] if alone else [operands.get(name) for name in op.sparse]
+        KERNELS[(operator, device, *types)] = Kernel(function, prepare)
         return function
 
     return register
@@ -285,10 +295,11 @@ def prepare(
     return dataclasses.replace(plan, **key, kernel=entry.function.__name__)
 
 
-def stub(name: str, layouts: tuple[type[Layout], ...], device: str) -> str:
+def stub(name: str, layout: Layouts, device: str) -> str:
     """The three lines that register a kernel for this key, ready to paste."""
     op = OPERATORS[name]
-    operands = ", ".join(f"{n}={cls.__name__}" for n, cls in zip(op.sparse, layouts, strict=True))
+    each = zip(op.sparse, layout, strict=True) if isinstance(layout, tuple) else [(op.sparse[-1], layout)]
+    operands = ", ".join(f"{n}={type(one).__name__}" for n, one in each if one is not None)
     signature = inspect.signature(op.reference)
     head = f'@sten.kernel("{name}", {operands}, device="{device}")'
     return f"{head}\ndef {name}{signature}:\n    ...  # a sparse operand is the dict of its parts"
@@ -303,7 +314,7 @@ def _warn_and_run(op: Operator, device: str, *operands: Any, layout: Any, shape:
         titles = ", ".join(cls.__name__ for cls in types)
         warnings.warn(
             f"sten: no kernel for {op.name!r} with {titles} on {device}: the reference implementation runs "
-            f"(correct, not fast). To register one:\n\n{stub(op.name, types, device)}\n",
+            f"(correct, not fast). To register one:\n\n{stub(op.name, layout, device)}\n",
             stacklevel=user_stacklevel(),
         )
     return op.reference(*operands, layout=layout, shape=shape, **geometry)

@@ -24,19 +24,35 @@ class PatternCache:
         dense_gradient: a function that a training method sets to get the gradient of this weight dense. The operators
             that compute a weight's gradient then compute it dense, once, pass it to the function in the orientation of
             the layout, and return its entries at the pattern.
+        activation: whether it is the pattern of an activation or a gradient, which is new at each call.
+        full_gradient: whether the gradient of these tensors is computed dense, as of a straight-through activation:
+            entries off the pattern get one, too.
         used_slots: (versions of the parts, mask of the slots that are not padding): `sten.ops.padding.used_slots`.
+        times: seconds of the layer's calls in one call of the model, and of those with dense weights, as `sten.explain`
+            has measured them last; `sten.summary` shows them.
 
     Every writer of a pattern in place calls `invalidate`. Without it, a write to a pattern part is noticed on the CPU,
     by the version of the part; on a GPU it is not: call `w.cache.invalidate(*pattern)`.
     """
 
-    __slots__ = ("__weakref__", "dense_gradient", "generation", "plans", "used_slots")
+    __slots__ = (
+        "__weakref__",
+        "activation",
+        "dense_gradient",
+        "full_gradient",
+        "generation",
+        "plans",
+        "times",
+        "used_slots",
+    )
 
     def __init__(self) -> None:
         self.generation = 0
         self.plans: dict[tuple, Plan] = {}
         self.dense_gradient: Callable[[Tensor], None] | None = None
+        self.activation = self.full_gradient = False
         self.used_slots: tuple[list, Tensor | None] | None = None
+        self.times: tuple[float, float] | None = None
 
     def invalidate(self, *pattern: Tensor) -> None:
         """Drop everything that was cached for the pattern, which was written in place.
@@ -47,7 +63,7 @@ class PatternCache:
         """
         self.generation += 1
         self.plans.clear()
-        self.used_slots = None
+        self.used_slots = self.times = None
         if pattern and pattern[0].is_cuda:
             kernels.pattern_cache.invalidate(*pattern)
 

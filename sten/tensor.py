@@ -13,18 +13,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ._torch_private import (
-    NON_TENSORS,
-    as_no_view,
-    is_compiling,
-    is_view,
-    no_function,
-    refuse_data_pointer,
-)
+from ._torch_private import NON_TENSORS, as_no_view, is_compiling, is_view, no_function, refuse_data_pointer
 from .checked import checked
 from .layouts.base import Layout, Parts
 from .layouts.checks import expect_held
 from .layouts.registry import fields
+from .markup import WithPattern
 from .pattern_cache import PatternCache as PatternCache
 from .rule import Rule as Rule
 from .rule import save_pattern, saved_pattern
@@ -41,7 +35,7 @@ LIBRARY.define("project(Tensor dense, Tensor like) -> Tensor")
 OPS = torch.ops.sten
 
 
-class SparseTensor(Sealed, torch.Tensor):
+class SparseTensor(Sealed, WithPattern, torch.Tensor):
     """A tensor stored in a sparse layout, made by `sten.from_dense` and `sten.sparsify`.
 
     Args:
@@ -223,7 +217,7 @@ class ToDense(Rule):
 
     @staticmethod
     def backward(ctx, grad):
-        return project(grad, saved_pattern(ctx))
+        return grad if (w := saved_pattern(ctx)).cache.full_gradient else project(grad, w)
 
     @staticmethod
     def vmap(info, in_dims, w):

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the extension may not be built; tests that need it say so
     import sten
+    from sten.backends import cpp
     from sten.layouts.registry import REGISTERED
 
 
@@ -44,6 +45,14 @@ def poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=cpp.features()["instruction_sets"])
+def instruction_set(request):
+    """Run the test with one instruction set, then reset to the fastest."""
+    cpp.set_instruction_set(request.param)
+    yield request.param
+    cpp.set_instruction_set("auto")
 
 
 @pytest.fixture

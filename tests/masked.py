@@ -80,7 +80,7 @@ def calls(model: nn.Module, seen: list) -> dict[str, list[str]]:
     """Which kernels ran on each sparse weight, from `sten.dispatch.observe()`; all must be registered ones."""
     owner = {w.parts["values"].data_ptr(): name for name, w in sparse_weights(model).items()}
     found = defaultdict(list)
-    for operator, layout, parts, kernel in seen:
+    for operator, layout, parts, kernel, _ in seen:
         assert kernel is not None, f"{operator} on {layout} ran the fallback"
         found[owner[parts["values"].data_ptr()]].append(operator)
     return dict(found)

@@ -36,14 +36,6 @@ GROUPED = [
 ]
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    """Run the test with one instruction set, then reset to the fastest."""
-    cpp.set_instruction_set(request.param)
-    yield request.param
-    cpp.set_instruction_set("auto")
-
-
 @contextmanager
 def threads(count):
     """Use `count` threads."""

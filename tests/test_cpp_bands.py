@@ -25,22 +25,6 @@ LAYOUTS = [
 ]
 
 
-@pytest.fixture(params=cpp.features()["instruction_sets"])
-def instruction_set(request):
-    """Run the test with one instruction set, then reset to the fastest."""
-    cpp.set_instruction_set(request.param)
-    yield request.param
-    cpp.set_instruction_set("auto")
-
-
-@pytest.fixture
-def poisoned():
-    """Let torch fill uninitialized memory with NaN, so that an output that is not written is detected."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def random_weight(layout, shape):
     """A sparse weight; the second output is empty where the layout may leave out outputs."""
     score = torch.randn(shape)
@@ -85,7 +69,7 @@ def test_which_names_the_kernel(layout):
     for operator, features in (("linear", 64), ("matmul", 32), ("linear_grad_weight", 32)):
         plan = sten.which(operator, (5, features), weight)
         assert plan.kernel.startswith(("band_", "csr_")) and plan.variant == "float32", plan
-    assert sten.which("linear", (5, 64), weight.to(torch.bfloat16)).variant == "converted"
+    assert sten.which("linear", (5, 64), weight.to(torch.float16)).variant == "converted"
     assert sten.which("linear", (5, 64), weight.to(torch.float64)).kernel == "reference"
 
 
@@ -110,7 +94,7 @@ def test_other_dtypes_are_rounded_once(layout, dtype):
 def test_on_two_threads(layout, poisoned):
     """Several blocks of columns, several pieces of rows, a last panel that is not full."""
     torch.manual_seed(0)
-    weight, before = random_weight(layout, (1500, 700)), torch.get_num_threads()
+    weight, before = random_weight(layout, (600, 2500)), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         for tokens in (1, 16, 300):

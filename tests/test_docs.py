@@ -21,7 +21,8 @@ WITHOUT_EXAMPLE = {"Allocation", "DensifyError", "Edit", "Layout", "Sparsifier",
 
 PROMISED = """
     Masked CSR BSR NM GroupedNM VectorNM from_dense sparsify attach plan trainable finalize densify summary which
-    save load Layout kernel Sparsifier strict Magnitude Random Uniform ERK Global Gradual STE SRSTE DecayingMask
+    save load explain compare Layout kernel Sparsifier strict Magnitude Random Uniform ERK Global Gradual STE SRSTE
+    DecayingMask
     Static SET RigL SRigL SparseMomentum CAST
 """
 
@@ -52,7 +53,15 @@ def test_example_runs(name):
     assert runner.failures == 0
 
 
-PAGES = ["README.md", "docs/architecture.md", "docs/concepts.md", "docs/extending.md", "docs/formats.md"]
+PAGES = [
+    "README.md",
+    "docs/activations.md",
+    "docs/architecture.md",
+    "docs/concepts.md",
+    "docs/explain.md",
+    "docs/extending.md",
+    "docs/formats.md",
+]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,6 +1,7 @@
 """The examples run as a user would run them, and the outside package builds, installs and works."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -63,6 +64,20 @@ def test_new_layout(registry):
     assert sten.which("linear", torch.ones(1, 64), model.weight).kernel == "columns_linear"
     model(torch.randn(3, 64)).sum().backward()
     assert model.weight.grad.sparse_layout == columns
+
+
+@pytest.mark.parametrize("method", ["topk", "batchtopk", "jumprelu"])
+def test_sparse_autoencoder(method, monkeypatch, capsys, one_thread):
+    monkeypatch.setattr(sys, "argv", ["sparse_autoencoder.py", method, "--tiny"])
+    runpy.run_path(str(EXAMPLES / "sparse_autoencoder.py"), run_name="__main__")
+    numbers = re.findall(r"[\d.]+", capsys.readouterr().out)
+    assert float(numbers[0]) < 0.5, "it reconstructs"
+    assert 2.5 < float(numbers[1]) <= (4.0 if method == "topk" else 6.0), "about k latents are active"
+
+
+def test_top_k_gradients(tmp_path):
+    out = run(sys.executable, str(EXAMPLES / "topk_gradients.py"), "--tiny", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert "with 1 % of the gradients" in out  # it checks itself that the ranks agree and learn
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")

@@ -24,7 +24,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.re
 
 # from the bottom to the top: a room imports rooms of earlier rows only, beside itself
 LAYERS = [
-    ("L0", "_torch_private", "errors", "kernels"),
+    ("L0", "_torch_private", "errors", "kernels", "markup"),
     ("L0", "atomic_file"),
     ("L0", "tensor_file"),
     ("L1", "layouts", "read_only"),
@@ -39,9 +39,10 @@ LAYERS = [
     ("L4", "training"),
     ("L4", "calibration"),
     ("L4", "conversion"),
-    ("L4", "io", "interchange", "recovery", "testing"),
+    ("L4", "explanation", "io", "interchange", "recovery", "testing"),
     ("L4", "integrations"),
-    ("L4", "extend", "__main__"),
+    ("L4", "extend", "command"),
+    ("L4", "__main__"),
 ]
 # the files of sten/layouts that are no layout
 SHARED = {

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -79,3 +80,26 @@ print(sten.__file__)
     out = run([sys.executable, "-c", program], tmp_path, PYTHONPATH=str(site))
     assert "energy kept" in out and "loaded Sequential" in out
     assert str(site) in out
+
+
+def test_the_source_distribution_has_all_that_its_tests_read(tmp_path):
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not files:
+        pytest.skip("a clean copy comes from a git checkout")
+    for name in files:
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / "source" / name, follow_symlinks=False)
+    program = f"""
+import sys
+import tarfile
+sys.modules["torch"] = None  # needed for the library alone, which no source distribution has
+import setuptools.build_meta as backend
+backend.build_sdist({str(tmp_path)!r})
+"""
+    run([sys.executable, "-c", program], tmp_path / "source")
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    missing = {name for name in files if name not in names and not name.startswith(".")}
+    assert missing <= {"sten/kernels"}, missing  # a link in the checkout, here a copy
+    assert "sten/kernels/__init__.py" in names and "kernels/__init__.py" in names

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sten.kernels import autotune, bsr, csr, grouped_nm, launch, nm, pattern_cache, vector_nm
+from sten.kernels import autotune, bsr, codes, csr, grouped_nm, launch, nm, pattern_cache, vector_nm
 from sten.kernels.backend import Backend
 
 ARCH = int(sys.argv[1])
@@ -112,6 +112,14 @@ def prepare(tokens, v, block, dtype=HALF):
     entries = (torch.empty(40 * O, dtype=HALF), torch.arange(O + 1, dtype=torch.int32) * 40)
     col = torch.zeros(40 * O, dtype=torch.int32)
     csr.linear.prepare(x, *entries, col, None, None, out_features=O, activation="none")
+    index, activation = torch.zeros(tokens, 32, dtype=torch.int32), torch.empty(tokens, 32, dtype=HALF)
+    codes.linear.prepare(activation, None, index, torch.empty(I, O, dtype=HALF), None, tokens=tokens)
+    codes.grad_values.prepare(grad, None, index, torch.empty(I, O, dtype=HALF))
+    if tokens == 16:
+        shared, crow = torch.empty(32, tokens, 1, dtype=HALF), torch.tensor([0, 32], dtype=torch.int32)
+        codes.linear.prepare(shared, crow, index[0], torch.empty(I, O, dtype=HALF), None, tokens=tokens)
+        encoded = torch.empty(1, 8192, dtype=HALF)
+        codes.topk.prepare(encoded, count=32)(encoded)
     for n, m, g in ((1, 16, 16), (2, 4, 8), (1, 200, 2)):
         rows = torch.tensor(list(itertools.combinations(range(m), n)), dtype=torch.int32)
         index = torch.zeros(-(-I // (g * len(rows))), -(-O // m), len(rows), g, dtype=torch.int16)

@@ -47,8 +47,10 @@ def points(results: Results, speeds: dict, what: str, domain: str) -> dict[str, 
     best: dict[tuple[str, str], tuple[float, float]] = {}
     for cell in chosen(1, ["grid", "chains", "permute", "distill"]):
         row = speeds.get(f"smollm2 | {cell.pattern}", {})
+        if cell.model != "smollm2" or what not in row:
+            continue
         values = results.numbers(cell, f"perplexity {domain}")
-        if cell.model != "smollm2" or what not in row or not values:
+        if not values:
             continue
         point = row[what]["ratio"], statistics.mean(values)
         key = cell.pattern, kind(cell)

@@ -1,9 +1,12 @@
 // Runs every driver and instruction set over odd shapes without torch, for the sanitizers; see run.sh. Inputs are in
 // heap blocks of exactly their size, so that any access beyond them is detected, and scratch memory begins as NaN.
+#include <array>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <thread>
+#include <type_traits>
 
 #include "../crc32.h"
 #include "../linear.h"
@@ -162,6 +165,186 @@ void try_bands(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_
   }
 }
 
+// A convolution against its definition; `height` 0 is CSR, else lists with the channels last in a row.
+void try_conv(const Kernels& k, int64_t images, int64_t groups, int64_t channels, int64_t out, int64_t h, int64_t w,
+              int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t height, int threads) {
+  const int64_t reach = (kernel - 1) * dilation + 1, positions = kernel * kernel, rows = groups * out;
+  if (h + 2 * padding < reach || w + 2 * padding < reach) return;
+  const int64_t oh = (h + 2 * padding - reach) / stride + 1, ow = (w + 2 * padding - reach) / stride + 1;
+  const int64_t phases = std::min(stride, reach);
+  const ConvShape s{channels, h, w, out, oh, ow, {kernel, kernel}, {stride, stride}, {padding, padding},
+                    {dilation, dilation}, phases, phases};
+  const bool lists = height > 0;
+  const int64_t padded = lists ? channels + 2 : channels, columns = positions * padded, band = lists ? height : 1;
+  const int64_t bands = ceil_div(rows, band), count = columns / 3;
+  std::vector<int32_t> crow{0}, col;
+  for (int64_t b = 0; b < bands; ++b) {
+    std::vector<int32_t> all(columns);
+    for (int64_t i = 0; i < columns; ++i) all[i] = static_cast<int32_t>(i);
+    std::shuffle(all.begin(), all.end(), generator);
+    all.resize(lists ? count : generator() % (columns + 1));
+    std::sort(all.begin(), all.end());
+    col.insert(col.end(), all.begin(), all.end());
+    crow.push_back(static_cast<int32_t>(col.size()));
+  }
+  col.shrink_to_fit();
+  std::vector<float> values = random_floats(lists ? rows * count : static_cast<int64_t>(col.size()));
+  const std::vector<float> x = random_floats(images * groups * channels * h * w), bias = random_floats(rows);
+  std::vector<float> y(images * rows * oh * ow, NAN);
+  const Bands weight{values.data(), lists ? nullptr : crow.data(), col.data(), rows, columns, band, 1, count};
+  bands_conv(s, images, groups, x.data(), bias.data(), y.data(), weight, lists, k, {threads, run_tasks});
+  for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
+    const int64_t q = i % ow, p = i / ow % oh, r = i / (ow * oh) % rows, image = i / (ow * oh * rows);
+    double sum = bias[r], scale = std::abs(sum);
+    for (int64_t e = crow[r / band]; e < crow[r / band + 1]; ++e) {
+      const int64_t at = lists ? col[e] / padded : col[e] % positions, c = lists ? col[e] % padded : col[e] / positions;
+      const int64_t a = p * stride - padding + at / kernel * dilation, b = q * stride - padding + at % kernel * dilation;
+      if (c >= channels || a < 0 || a >= h || b < 0 || b >= w) continue;
+      const double product = static_cast<double>(values[lists ? r * count + e - crow[r / band] : e]) *
+                             x[(((image * groups + r / out) * channels + c) * h + a) * w + b];
+      sum += product;
+      scale += std::abs(product);
+    }
+    if (std::abs(y[i] - sum) <= 2e-6 * scale) continue;
+    std::printf("conv: %ld x %ld, kernel %ld, stride %ld, padding %ld, dilation %ld: %g instead of %g\n",
+                static_cast<long>(h), static_cast<long>(w), static_cast<long>(kernel), static_cast<long>(stride),
+                static_cast<long>(padding), static_cast<long>(dilation), y[i], sum);
+    ++failures;
+    return;
+  }
+}
+
+void try_convs(const Kernels& k, int rounds) {
+  const int64_t sizes[] = {1, 3, 4, 7, 8, 15, 16, 17, 32, 33, 40};
+  auto among = [&](auto... values) {
+    return std::array<int64_t, sizeof...(values)>{values...}[generator() % sizeof...(values)];
+  };
+  for (int round = 0; round < rounds; ++round)
+    try_conv(k, among(1, 1, 2), among(1, 1, 3), among(1, 2, 5, 20), among(1, 3, 9), sizes[generator() % std::size(sizes)],
+             sizes[generator() % std::size(sizes)], among(1, 2, 3, 3, 5), among(1, 1, 2, 3), among(0, 1, 1, 2, 9),
+             among(1, 1, 2), among(0, 0, 1, 3, 8), round % 2 ? 3 : 1);
+}
+
+bf16 to_bfloat(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float to_float(float value) { return value; }
+float to_float(bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+template <typename E>
+std::vector<E> random_numbers(int64_t n) {
+  std::vector<E> out;
+  out.reserve(n);
+  for (const float v : random_floats(n)) {
+    if constexpr (std::is_same_v<E, float>) out.push_back(v);
+    else out.push_back(to_bfloat(v));
+  }
+  return out;
+}
+
+// Whether all of `got` (rows, columns) is left (rows, n) times right (n, columns), where `stored` is not zero.
+template <typename G>
+void compare_codes(const char* what, const G* got, int64_t rows, int64_t columns, int64_t n, auto left, auto right,
+                   double rounding) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      double sum = 0.0, scale = 0.0;
+      for (int64_t k = 0; k < n; ++k) {
+        const double product = left(i, k) * right(k, j);
+        sum += product;
+        scale += std::abs(product);
+      }
+      if (std::abs(to_float(got[i * columns + j]) - sum) <= 2e-6 * scale + rounding * std::abs(sum)) continue;
+      std::printf("%s: (%ld, %ld) of (%ld, %ld): %g instead of %g\n", what, static_cast<long>(i), static_cast<long>(j),
+                  static_cast<long>(rows), static_cast<long>(columns), to_float(got[i * columns + j]), sum);
+      ++failures;
+      return;
+    }
+}
+
+// Sparse activations as lists (height 0) or blocks of `height` tokens, times a matrix of E: y and the two gradients.
+template <typename E>
+void try_codes(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_t height, double density, int threads) {
+  const bool blocks = height > 0;
+  const int64_t band = std::max<int64_t>(height, 1), bands = ceil_div(tokens, band);
+  const int64_t count = static_cast<int64_t>(static_cast<double>(in) * density);
+  std::bernoulli_distribution keep(density);
+  std::vector<int32_t> crow{0}, col;
+  for (int64_t b = 0; b < bands; ++b) {
+    std::vector<int32_t> all(in);
+    for (int64_t i = 0; i < in; ++i) all[i] = static_cast<int32_t>(i);
+    std::shuffle(all.begin(), all.end(), generator);
+    if (!blocks) all.resize(count);
+    std::sort(all.begin(), all.end());
+    for (const int32_t c : all)
+      if (!blocks || (b % 7 != 3 && keep(generator))) col.push_back(c);
+    crow.push_back(static_cast<int32_t>(col.size()));
+  }
+  col.shrink_to_fit();
+  const std::vector<float> values = random_floats(static_cast<int64_t>(col.size()) * band);
+  const Bands s{values.data(), blocks ? crow.data() : nullptr, col.data(), tokens, in, band, 1, count};
+  const Pool pool{threads, run_tasks};
+  if (!bands_in_bounds(s, static_cast<int64_t>(col.size()), pool)) ++failures;
+  std::vector<double> dense(tokens * in);
+  std::vector<int64_t> at(tokens * in, -1);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t e = crow[t / band]; e < crow[t / band + 1]; ++e) {
+      const int64_t i = blocks ? e * band + t % band : e;
+      at[t * in + col[e]] = i, dense[t * in + col[e]] = values[i];
+    }
+  const std::vector<E> weight = random_numbers<E>(in * out), grad = random_numbers<E>(tokens * out);
+  const double rounding = std::is_same_v<E, float> ? 0.0 : 1.0 / 256;
+  std::vector<E> y(tokens * out), dw(in * out);
+  std::vector<float> dv(values.size(), 0.0f);
+  codes_linear(s, Table<E>{weight.data(), out}, nullptr, y.data(), k, pool);
+  codes_grad_values(s, Table<E>{weight.data(), out}, grad.data(), dv.data(), k, pool);
+  codes_grad_weight(s, Table<E>{grad.data(), out}, dw.data(), k, pool);
+  compare_codes("codes", y.data(), tokens, out, in, [&](int64_t t, int64_t c) { return dense[t * in + c]; },
+                [&](int64_t c, int64_t o) { return static_cast<double>(to_float(weight[c * out + o])); }, rounding);
+  compare_codes("codes, gradient of the weight", dw.data(), in, out, tokens,
+                [&](int64_t c, int64_t t) { return dense[t * in + c]; },
+                [&](int64_t t, int64_t o) { return static_cast<double>(to_float(grad[t * out + o])); }, rounding);
+  for (int64_t i = 0; i < tokens * in; ++i)
+    if (at[i] >= 0)
+      compare_codes("codes, gradient of the values", dv.data() + at[i], 1, 1, out,
+                    [&](int64_t, int64_t o) { return static_cast<double>(to_float(grad[i / in * out + o])); },
+                    [&](int64_t o, int64_t) { return static_cast<double>(to_float(weight[i % in * out + o])); }, 0.0);
+}
+
+// The columns of the largest magnitudes against a stable sort; with ties, and NaN, which is lowest.
+template <typename E>
+void try_topk(int64_t rows, int64_t columns, int threads) {
+  std::vector<E> x = random_numbers<E>(rows * columns);
+  for (size_t i = 0; i < x.size(); ++i)
+    if (generator() % 4 == 0) x[i] = x[generator() % x.size()];
+  if constexpr (std::is_same_v<E, float>)
+    for (size_t i = 0; i < x.size(); i += 7) x[i] = i % 3 ? NAN : i % 2 ? 0.0f : -INFINITY;
+  for (const int64_t count : {int64_t{1}, columns / 3 + 1, columns}) {
+    std::vector<int32_t> got(rows * count);
+    codes_topk(x.data(), rows, columns, count, got.data(), {threads, run_tasks});
+    for (int64_t r = 0; r < rows; ++r) {
+      std::vector<int32_t> order(columns);
+      for (int64_t i = 0; i < columns; ++i) order[i] = static_cast<int32_t>(i);
+      const auto size = [&](int32_t i) {
+        const float value = std::abs(to_float(x[r * columns + i]));
+        return std::isnan(value) ? -1.0f : value;
+      };
+      std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return size(a) > size(b); });
+      order.resize(count);
+      std::sort(order.begin(), order.end());
+      failures += !std::equal(order.begin(), order.end(), got.begin() + r * count);
+    }
+  }
+}
+
+#include "dots.h"
+
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
 int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
@@ -197,6 +380,11 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
       bands_linear(data.problem, u, k, {3, run_tasks});
       bands_grad_values(data.y.data(), data.x.data(), tokens, in, u, gradient.data(), k, {3, run_tasks});
       bands_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, u, k, {3, run_tasks});
+      const std::vector<float> matrix = random_floats(in * tokens), grad = random_floats(out * tokens);
+      std::vector<float> product(out * tokens), weight(in * tokens);
+      codes_linear(u, Table<float>{matrix.data(), tokens}, nullptr, product.data(), k, {3, run_tasks});
+      codes_grad_values(u, Table<float>{matrix.data(), tokens}, grad.data(), gradient.data(), k, {3, run_tasks});
+      codes_grad_weight(u, Table<float>{grad.data(), tokens}, weight.data(), k, {3, run_tasks});
       ++passed;
     }
     const Patterns& order = patterns(2, 4);
@@ -220,7 +408,7 @@ void try_all(const Kernels& k) {
   const int groups[][3] = {{1, 10, 8}, {1, 4, 16}, {1, 3, 5}, {2, 4, 8}, {2, 4, 3}, {2, 5, 1},
                            {3, 5, 2},  {4, 8, 4},  {5, 6, 2}, {7, 9, 1}, {4, 4, 3}};
   const int bands[][2] = {{1, 0}, {3, 0}, {8, 0}, {9, 0}, {500, 0}, {1, 1}, {4, 3}, {16, 16}, {9, 40}};
-  for (const int64_t tokens : {1, 2, 15, 16, 17, 40, 64, 65, 200})
+  for (const int64_t tokens : {1, 2, 4, 12, 16, 17, 40, 65, 200})
     for (const auto& size : sizes)
       for (const int threads : {1, 3}) {
         for (const double density : {0.0, 0.1, 0.7, 1.0})
@@ -229,7 +417,22 @@ void try_all(const Kernels& k) {
           try_grouped(k, tokens, size[0], size[1], nmg[0], nmg[1], nmg[2], threads == 1, threads);
         for (const auto& band : bands)
           try_bands(k, tokens, size[0], size[1], band[0], band[1], 0.4, threads == 1, threads);
+        for (const int64_t height : {0, 1, 4, 200}) {
+          try_codes<float>(k, tokens, size[0], size[1], height, 0.4, threads);
+          try_codes<bf16>(k, tokens, size[0], size[1], height, 0.4, threads);
+        }
       }
+  try_codes<float>(k, 2, 40, 2500, 0, 0.5, 3);    // several pieces of a row
+  try_codes<bf16>(k, 40, 40, 2500, 40, 0.5, 3);
+  try_bitmaps<float>(k.dots);
+  if (const Dots<bf16>* dots = bf16_dots()) {
+    try_bitmaps<bf16>(*dots);
+    for (const int64_t tokens : {1, 2, 7, 50})
+      for (const auto& size : sizes)
+        for (const int threads : {1, 3})
+          for (const auto& band : bands)
+            try_bf16_bands(*dots, tokens, size[0], size[1], band[0], band[1], threads);
+  }
   try_csr(k, 130, 140, 2000, 0.1, true, 3);    // several pieces of rows
   try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);
 }
@@ -253,10 +456,15 @@ void try_crc32() {
 
 int main() {
   try_crc32();
+  for (const int64_t columns : {1, 2, 63, 5000}) {
+    try_topk<float>(5, columns, 3);
+    try_topk<bf16>(5, columns, 1);
+  }
   for (const char* name : {"avx512", "avx2", "portable"}) {
     if (!has_instruction_set(name)) continue;
     set_instruction_set(name);
     try_all(kernels());
+    try_convs(kernels(), 600);
     int passed = 0;
     for (const int64_t tokens : {1, 5, 64, 200}) passed += try_hostile(kernels(), tokens, 500);
     std::printf("%s: done; %d of 6000 hostile patterns are in bounds\n", name, passed);

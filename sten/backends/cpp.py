@@ -1,4 +1,6 @@
-"""The compiled CPU kernels, when they are built: `csr_linear`, `grouped_nm_linear` and `band_*` of `torch.ops.sten`.
+"""The compiled CPU kernels, if they are built: `csr_linear`, `grouped_nm_linear`, `band_*`, `nm_*` and `codes_*`.
+
+They are operators of `torch.ops.sten`.
 
 Importing this module loads the library `sten._C` if it exists and registers the fake kernels of its operators; without
 the library the import still succeeds.
@@ -34,15 +36,17 @@ def features():
     """Describe the compiled kernels.
 
     Returns:
-        A dict: `available` (bool), `instruction_sets` (list of str, what this processor can run, fastest first) and
-        `instruction_set` (str, the one in use, or None). `STEN_CPU=avx512|avx2|portable` in the environment chooses it.
+        A dict: `available` (bool), `instruction_sets` (list of str, what this processor can run, fastest first),
+        `instruction_set` (str, the one in use, or None; `STEN_CPU=avx512|avx2|portable` in the environment chooses it)
+        and `bfloat16` (bool, whether it multiplies bfloat16).
     """
     if not available():
-        return {"available": False, "instruction_sets": [], "instruction_set": None}
+        return {"available": False, "instruction_sets": [], "instruction_set": None, "bfloat16": False}
     return {
         "available": True,
         "instruction_sets": _library.cpu_features(),
         "instruction_set": _library.instruction_set(),
+        "bfloat16": _library.bfloat16_tokens() > 0,
     }
 
 
@@ -56,6 +60,16 @@ def set_instruction_set(name):
     if not available():
         raise RuntimeError("Expected compiled kernels, got none; build them: `python setup.py build_ext --inplace`.")
     _library.set_instruction_set(name)
+
+
+def bfloat16_tokens(height, width):
+    """Return up to how many tokens `band_linear` multiplies bfloat16 as it is, instead of converting it to float32.
+
+    Args:
+        height: the rows that share columns.
+        width: the columns of a block; 0 for lists of columns.
+    """
+    return _library.bfloat16_tokens(height, width)
 
 
 def crc32():
@@ -76,6 +90,30 @@ def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
     return x.new_empty((len(col), height, width) if width else (len(col),))
 
 
+def _fake_collect(dense, index, n, m):
+    """Return empty values, (out_features, slots)."""
+    return dense.new_empty((len(dense), -(-dense.shape[1] // m) * n))
+
+
+def _fake_conv(
+    x, values, crow, col, bias, height, columns, inputs_last, kernel, stride, padding, dilation, groups, out, **_
+):
+    """Return an empty (images, out_channels, rows, columns) tensor."""
+    reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+    sizes = zip(x.shape[2:], reach, stride, padding, strict=True)
+    return x.new_empty((x.shape[0], out, *((n + 2 * p - r) // s + 1 for n, r, s, p in sizes)))
+
+
+def _fake_codes(values, crow, index, matrix, *numbers):
+    """Return an empty (rows, out_features) tensor; the number of rows is the last argument."""
+    return matrix.new_empty((numbers[-1], matrix.shape[1]))
+
+
+def _fake_codes_values(grad, crow, index, weight, height, blocks):
+    """Return empty values: shaped as index, or (entries, height, 1) for blocks."""
+    return grad.new_empty((len(index), height, 1) if blocks else index.shape)
+
+
 def _load():
     """Load the library; the error of an unusable one (built for another torch, say) is stored, not raised."""
     global _library, _load_error
@@ -86,9 +124,16 @@ def _load():
     except ImportError as error:
         _load_error = error
         return
-    for name in ("csr_linear", "grouped_nm_linear", "band_linear", "band_grad_input"):
+    for name in ("csr_linear", "grouped_nm_linear", "band_linear", "band_grad_input", "nm_linear"):
         torch.library.register_fake(f"sten::{name}", _fake)
     torch.library.register_fake("sten::band_grad_values", _fake_values)
+    torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
+    torch.library.register_fake("sten::nm_collect", _fake_collect)
+    torch.library.register_fake("sten::band_conv2d", _fake_conv)
+    for name in ("codes_linear", "codes_grad_weight"):
+        torch.library.register_fake(f"sten::{name}", _fake_codes)
+    torch.library.register_fake("sten::codes_grad_values", _fake_codes_values)
+    torch.library.register_fake("sten::codes_topk", lambda x, count: x.new_empty((len(x), count), dtype=torch.int32))
 
 
 _load()

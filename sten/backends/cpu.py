@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
-from ..layouts import BSR, CSR, FanIn, GroupedNM, VectorNM
+from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from ..layouts.padding import reduction_width
+from ..ops.linear import dense_grad_weight
 from . import cpp
 
 Run = Callable[..., Tensor]
-LAST = (torch.channels_last, torch.channels_last_3d)
 
 
 def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
@@ -91,10 +89,12 @@ class Band:
         pattern: `pattern(parts)`: crow, which is None for a list of single columns, and col.
         sizes: `sizes(layout, shape)`: the rows that share columns, the width of an entry (0: values have one
             dimension), the columns with padding.
+        lists: whether crow is None.
     """
 
     pattern: Callable[[Parts], tuple[Tensor | None, Tensor]]
     sizes: Callable[[Layout, tuple[int, ...]], tuple[int, int, int]]
+    lists: bool = False
 
 
 def block_sizes(layout: BSR, shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -103,11 +103,13 @@ def block_sizes(layout: BSR, shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 BANDS = {
     VectorNM: Band(
-        lambda parts: (None, parts["index"]), lambda layout, shape: (layout.v, 1, reduction_width(shape, layout.m))
+        lambda parts: (None, parts["index"]),
+        lambda layout, shape: (layout.v, 1, reduction_width(shape, layout.m)),
+        True,
     ),
     BSR: Band(lambda parts: (parts["crow"], parts["col"]), block_sizes),
     CSR: Band(lambda parts: (parts["crow"], parts["col"]), lambda layout, shape: (1, 0, math.prod(shape[1:]))),
-    FanIn: Band(lambda parts: (None, parts["index"]), lambda layout, shape: (1, 1, math.prod(shape[1:]))),
+    FanIn: Band(lambda parts: (None, parts["index"]), lambda layout, shape: (1, 1, math.prod(shape[1:])), True),
 }
 
 
@@ -167,7 +169,16 @@ def converted(run: Run, dtype: torch.dtype) -> Run:
             return operand.float()
         return operand and {**operand, "values": operand["values"].float()}
 
-    return lambda *operands: run(*map(single, operands)).to(dtype)
+    return lambda *operands, **geometry: run(*map(single, operands), **geometry).to(dtype)
+
+
+def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout, shape: tuple[int, ...], tokens: int | None) -> bool:
+    """Whether linear multiplies bfloat16 as it is; float32's kernels are faster for many tokens of few rows."""
+    if run_of not in (band_linear, csr_linear) or tokens is None:
+        return False
+    band = BANDS[type(layout)]
+    height, width, _ = band.sizes(layout, shape)
+    return tokens <= cpp.bfloat16_tokens(height, 0 if band.lists else max(width, 1))
 
 
 def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
@@ -177,9 +188,12 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
         name = str(dtype).removeprefix("torch.")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
+        if dtype is torch.bfloat16 and multiplies_bfloat16(run_of, layout, shape, flags.tokens):
+            run = band_linear(layout, shape, flags.tokens is None)
+            return Plan.of(name, "C++ kernel: multiplies only the stored entries, sums in float32", run)
         run = run_of(layout, shape, flags.tokens is None)
         if dtype is torch.float32:
-            return Plan.of("float32", "C++ kernel: multiplies only the stored entries", run)
+            return Plan.of(name, "C++ kernel: multiplies only the stored entries", run)
         why = f"C++ kernel: multiplies only the stored entries, in float32: {name} is converted at every call"
         return Plan.of("converted", why, converted(run, dtype))
 
@@ -187,32 +201,63 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
     return prepare
 
 
-def conv_by(prepare_linear: Callable[..., Plan]) -> Callable[..., Plan]:
-    """The `prepare` of a convolution by a kernel of linear.
+# NM reads its stored format for a few tokens; a processor's vector units do not skip zeros, so that more of them are
+# multiplied, like gradients, by a dense copy, which takes a small part of the time.
 
-    A convolution with kernel_size=1 is a product if the input is channels_last; for other formats the transpose takes
-    longer than the product saves. Other convolutions have no sparse kernel.
-    """
-
-    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        wide, groups = any(size != 1 for size in shape[2:]), flags.geometry["groups"]
-        if wide or groups != 1 or flags.memory_format not in LAST:
-            which = "kernel_size=1" if wide else "groups=1" if groups != 1 else "channels_last input"
-            why = f"expands to dense: only a convolution with {which} has a faster kernel here"
-            return Plan.of("reference", why, None)
-        plan = prepare_linear(layout, shape, dtype, flags)
-        return plan if plan.run is None else Plan.of(plan.variant, plan.reason, functools.partial(pointwise, plan.run))
-
-    prepare.__name__ = prepare_linear.__name__.replace("linear", "conv")
-    return prepare
+FEW_TOKENS = 128
+NM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def pointwise(linear: Run, x: Tensor, weight, bias, *, stride, padding, dilation, groups) -> Tensor:
-    """The convolution with kernel_size=1, by a product with the channels of each pixel."""
-    if any(padding):
-        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
-    pixels = x[(..., *(slice(None, None, s) for s in stride))].movedim(1, -1)
-    return linear(pixels, weight, bias).movedim(-1, 1)
+def nm_plan(layout: NM, dtype: torch.dtype, tokens: int | None, run: Run, few: str, dense: str) -> Plan:
+    """A Plan of NM, with the reason for few tokens or for a dense copy."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in NM_DTYPES:
+        return Plan.of(
+            "reference", f"expands to dense: the C++ kernel is for float32 and 16-bit types, not {name}", None
+        )
+    if tokens is None:
+        return Plan.of(
+            "operator", f"C++ operator: reads the stored weight up to {FEW_TOKENS} tokens, else expands it", run
+        )
+    if tokens > FEW_TOKENS:
+        return Plan.of("expand", dense, run)
+    if dtype is torch.float32 or (dtype is torch.bfloat16 and cpp.features()["bfloat16"]):
+        return Plan.of("bitmap", few, run)
+    return Plan.of("converted", f"{few}, in float32: {name} is converted at every call", run)
+
+
+def nm_linear(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+    """linear with NM: values are expanded in registers, or all of them once for many tokens."""
+    linear, n, m, outputs = torch.ops.sten.nm_linear.default, layout.n, layout.m, shape[0]
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+        return linear(x, weight["values"].contiguous(), weight["index"], bias, n, m, FEW_TOKENS, outputs)
+
+    few = "C++ kernel: reads only the stored entries, and expands them in registers"
+    dense = f"expands to dense by a C++ kernel: with more than {FEW_TOKENS} tokens a dense product is as fast"
+    return nm_plan(layout, dtype, flags.tokens, run, few, dense)
+
+
+def nm_grad_input(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+    """linear_grad_input with NM."""
+    expand, n, m, inputs = torch.ops.sten.nm_expand.default, layout.n, layout.m, math.prod(shape[1:])
+
+    def run(grad: Tensor, weight: Parts) -> Tensor:
+        return grad @ expand(weight["values"].contiguous(), weight["index"], n, m, inputs)
+
+    dense = "expands to dense by a C++ kernel: the transpose of the pattern is not n of m"
+    return nm_plan(layout, dtype, math.inf, run, dense, dense)
+
+
+def nm_grad_weight(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+    """linear_grad_weight with NM."""
+    collect, n, m = torch.ops.sten.nm_collect.default, layout.n, layout.m
+
+    def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
+        return collect(dense_grad_weight(grad, x, shape), weight["index"], n, m)
+
+    dense = "computes the dense gradient and collects it at the pattern by a C++ kernel"
+    return nm_plan(layout, dtype, math.inf, run, dense, dense)
 
 
 if cpp.available():
@@ -221,8 +266,13 @@ if cpp.available():
         (GroupedNM, grouped_nm_linear),
         *((layout, band_linear) for layout in (VectorNM, BSR, FanIn)),
     ):
-        _linear = kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
-        kernel("conv2d", weight=_layout, device="cpu", prepare=True)(conv_by(_linear))
+        kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
+    for _name, _prepare in (
+        ("linear", nm_linear),
+        ("linear_grad_input", nm_grad_input),
+        ("linear_grad_weight", nm_grad_weight),
+    ):
+        kernel(_name, weight=NM, device="cpu", prepare=True)(_prepare)
     for _layout in BANDS:
         kernel("linear_grad_input", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_input))
         kernel("linear_grad_weight", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_weight))

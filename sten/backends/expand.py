@@ -18,6 +18,7 @@ LAYOUTS = (Masked, CSR, BSR, NM, GroupedNM, VectorNM, FanIn)
 EXPANDS = "expands to dense: no faster kernel for this layout here; saves memory, not time"
 MASKED = "multiplies the dense values under the mask; saves no memory, no time"
 GATHERS = "computes the dense gradient and gathers it at the pattern: no faster kernel for this layout here"
+INPUT = "expands the input to dense: no faster kernel for an input in this layout here"
 REASONS = {
     "linear_grad_weight": GATHERS,
     "conv2d_grad_weight": GATHERS,
@@ -37,6 +38,19 @@ def expand(name: str, layout: type[Layout]) -> None:
     kernel(name, weight=layout, device="any", prepare=True)(prepare)
 
 
+def expand_input(name: str, layout: type[Layout]) -> None:
+    """The same for a sparse input and a dense weight."""
+    reference = OPERATORS[name].reference
+
+    def prepare(layout: tuple, shape: tuple, dtype, flags: Flags) -> Plan:
+        return Plan.of("dense", INPUT, functools.partial(reference, layout=layout, shape=shape))
+
+    prepare.__name__ = f"{name}_expand"
+    kernel(name, input=layout, device="any", prepare=True)(prepare)
+
+
+for _name, _layout in itertools.product(("linear", "linear_grad_weight", "linear_grad_sparse_input"), LAYOUTS):
+    expand_input(_name, _layout)
 for _name, _layout in itertools.product(OPERATORS, LAYOUTS):
-    if "weight" in OPERATORS[_name].sparse:
+    if "weight" in OPERATORS[_name].sparse and not OPERATORS[_name].required:
         expand(_name, _layout)

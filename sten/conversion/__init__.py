@@ -6,6 +6,7 @@ from .permute import permute
 from .recipe import Recipe
 from .report import summary
 from .sensitivity import Sensitivity, sensitivity
+from .sparse_op import sparse_op
 from .tensor_parallel import parallelize_module
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "permute",
     "plan",
     "sensitivity",
+    "sparse_op",
     "sparsify",
     "summary",
     "trainable",

@@ -32,6 +32,8 @@ from .record import remember, remember_optimizers
 from .reparametrize import begin, expect_slots_to_follow, move
 from .report import SparsifyPlan, other_parameters, rows_of
 from .select import Target, expect_model, movable_weights, select
+from .site_selection import Modules, sparsify_site
+from .sites import expect_no_gradient_site, remove_sites
 from .state_dict_hooks import accept_every_form
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,6 +49,8 @@ def sparsify(
     weights: Weights = None,
     optimizer: Optimizers = None,
     calibration: Calibration | Iterable | None = None,
+    site: str = "weight",
+    modules: Modules = None,
 ) -> Model:
     """Make weights of a model sparse, in place; the model is returned. All or nothing: an error leaves it as it was.
 
@@ -68,6 +72,10 @@ def sparsify(
         calibration: batches, or a `sten.Calibration` of them, for a method that reads the weights' inputs (Wanda,
             SparseGPT, ...). The model is run block by block, in eval mode, each block on what the pruned ones before
             it give; with `Calibration(commit="block")` finished blocks stay sparse after an error.
+        site: what becomes sparse: "weight"; or of each call of the chosen modules "input", "output", "grad_weight",
+            "grad_input" or "grad_output", by an activation method such as `sten.TopK`, None takes it off. `layout` is
+            then that of the tensor, None leaves it dense, with zeros.
+        modules: of another site than "weight", the modules: patterns over their names. Default: the linear layers.
 
     Without `optimizer` a weight becomes a SparseTensor Parameter, the form for inference, unless its sparsifier acts
     during training. A weight tied to one that is not chosen is left dense, and so is one that `sten.ERK` or
@@ -89,6 +97,12 @@ def sparsify(
         >>> model.weight.density
         0.5
     """
+    if site != "weight":
+        others = {"sparsity": sparsity, "weights": weights, "optimizer": optimizer}
+        sparsify_site(model, site, sparsifier, layout, modules, calibration, others)
+        return model
+    if modules is not None:
+        raise TypeError(f"Expected weights= for site='weight', got modules={modules!r}; modules= is for other sites.")
     optimizers = optimizers_of(optimizer)
     given = (layout, sparsifier, sparsity, weights)
     written: dict[str, TrainedWeight | None] = {}
@@ -175,6 +189,7 @@ def _prepare(
     dynamic = sparsifier is not None and not sparsifier.acts_once
     kind = type(sparsifier).__name__ if dynamic else ""
     targets, skipped = select(model, expect_layouts(recipe.layout, sparsifier, spread), recipe.weights, kind)
+    expect_no_gradient_site(targets)
     _expect_held(optimizers, targets)
     if optimizers is not None or dynamic:
         _expect_trainable(targets)
@@ -338,7 +353,7 @@ def finalize(model: Model, layout: Layout | None = None) -> Model:
 
 @ordinary_tensors
 def densify(model: Model) -> Model:
-    """Back to plain dense Parameters with the same numbers, in place.
+    """Back to plain dense Parameters with the same numbers, in place; other sites are taken off.
 
     Example:
         >>> import torch, sten
@@ -347,6 +362,7 @@ def densify(model: Model) -> Model:
         'Parameter'
     """
     _convert(model, lambda w: w.to_dense().contiguous())
+    remove_sites(model)
     set_recipes(model, [])
     return model
 

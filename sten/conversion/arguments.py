@@ -30,7 +30,7 @@ def expect_layouts(layout: Layouts | None, sparsifier: Sparsifier | None, alloca
             )
         return CSR()
     for key, value in layout.items() if isinstance(layout, dict) else [("*", layout)]:
-        if not _is_pattern(key):
+        if not is_pattern(key):
             raise TypeError(f"Expected names, modules or types of modules as the keys of layout=, got {key!r}.")
         if not isinstance(value, Layout) and not (value is None and isinstance(layout, dict)):
             fitting = "a layout such as sten.NM(2, 4), or a dictionary {pattern: layout or None}, for layout="
@@ -50,27 +50,33 @@ def expect_sparsifier(sparsifier: Any) -> None:
 
 def requested_weights(weights: Weights) -> list[Pattern] | Predicate | None:
     """`weights=` as a list of patterns or a function, checked; None if it is left out."""
-    if weights is None:
+    return requested(weights, "weights", {"name": "", "module": nn.Module(), "attribute": ""})
+
+
+def requested(given: Any, keyword: str, example: dict[str, Any]) -> Any:
+    """An argument that chooses by patterns, or by a function of what `example` names; see requested_weights."""
+    names = ", ".join(example)
+    if given is None:
         return None
-    if callable(weights) and not isinstance(weights, (nn.Module, type)):
+    if callable(given) and not isinstance(given, (nn.Module, type)):
         try:
-            inspect.signature(weights).bind("", nn.Module(), "")
+            inspect.signature(given).bind(*example.values())
         except TypeError as error:
             raise TypeError(
-                f"Expected a function of (name, module, attribute) for weights=, got another one ({error}); write "
-                "lambda name, module, attribute: ..."
+                f"Expected a function of ({names}) for {keyword}=, got another one ({error}); write lambda {names}: ..."
             ) from None
-        return weights
-    requested = list(weights) if isinstance(weights, Iterable) and not _is_pattern(weights) else [weights]
-    if not all(map(_is_pattern, requested)):
+        return given
+    patterns = list(given) if isinstance(given, Iterable) and not is_pattern(given) else [given]
+    if not all(map(is_pattern, patterns)):
         raise TypeError(
-            "Expected for weights= a name or glob, a module, a type such as nn.Linear, a list of these, or a function "
-            f"of (name, module, attribute), got {weights!r}."
+            f"Expected for {keyword}= a name or glob, a module, a type such as nn.Linear, a list of these, or a "
+            f"function of ({names}), got {given!r}."
         )
-    return requested
+    return patterns
 
 
-def _is_pattern(key: Any) -> bool:
+def is_pattern(key: Any) -> bool:
+    """Whether it can be a pattern, alone."""
     return isinstance(key, (str, nn.Module)) or (isinstance(key, type) and issubclass(key, nn.Module))
 
 

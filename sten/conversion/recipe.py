@@ -22,6 +22,7 @@ from torch import nn
 from ..errors import FormatError
 from ..layouts.base import Layout
 from ..layouts.registry import layout_from
+from ..markup import facts
 from ..sparsifiers import Magnitude, Sparsifier
 from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.schedule import Schedule
@@ -63,6 +64,11 @@ class Recipe:
         if isinstance(self.weights, Iterable) and not isinstance(self.weights, (str, nn.Module, tuple)):
             object.__setattr__(self, "weights", list(self.weights))  # an iterator could be read only once
         requested_weights(self.weights)
+
+    def _repr_html_(self) -> str:
+        rules = self.layout if isinstance(self.layout, dict) else {"layout": self.layout}
+        others = {"sparsifier": self.sparsifier, "sparsity": self.sparsity, "weights": self.weights}
+        return facts("Recipe", {str(key): value for key, value in {**rules, **others}.items()})
 
     def to_json(self) -> str:
         """The recipe as JSON text.

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..markup import Tabular, count_of_bytes, time_of
 from ..tensor import SparseTensor
 from ..training.trained_weight import TrainedWeight
 from .record import record_of
 from .select import all_weights
+from .sites import Site, sites_of
+
+NUMERIC = ("density", "bytes", "time", "dense")  # columns of numbers
 
 
 @dataclass(frozen=True)
 class Row:
-    """One weight of a summary or a plan; the last three are None or empty where they do not apply."""
+    """One weight of a summary or a plan; what has a default is None or empty where it does not apply.
+
+    `kernel` is what ran last with the present pattern, and the seconds are those of the layer in one call of the model,
+    as it is and dense, that `sten.explain` has measured with this pattern.
+    """
 
     name: str
     layout: str
@@ -29,20 +36,25 @@ class Row:
     energy: float | None = None
     why: str = ""
     tied_to: str = ""
+    kernel: str = ""
+    seconds: float | None = None
+    dense_seconds: float | None = None
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Tabular):
     """Rows, and how they print.
 
     Attributes:
         rows: one for each weight of two or more dimensions.
         others: how many parameters the model has besides (biases, norms).
+        sites: other sites than weights, with their methods (`sten.sparsify(site=...)`).
     """
 
     energy: ClassVar[str] = "energy kept"
     rows: list[Row]
     others: int = 0
+    sites: list[Site] = field(default_factory=list)
 
     def chosen(self) -> str:
         """How many of the model's weights and parameters are in a sparse layout, in one line."""
@@ -53,50 +65,46 @@ class Table:
         share = f" ({inside / total:.0%})" if total else ""
         return f"sparse: {len(sparse)} of {len(once)} weights, with {inside:,} of {total:,} parameters{share}"
 
-    def __str__(self) -> str:
-        try:
-            from rich.console import Console
-        except ImportError:
-            return self.plain()
-        out = io.StringIO()
-        width = max(map(len, self.plain().splitlines())) + 8
-        Console(file=out, width=width, color_system=None).print(self.__rich__())
-        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+    @property
+    def numeric(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple(i for i, title in enumerate(self.header()) if title in NUMERIC or title == self.energy)
 
-    def plain(self) -> str:
-        """The table without rich."""
-        cells = [self._header(), *(self._cells(r) for r in self.rows), self._total()]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        return "\n".join([*lines, self.chosen()])
+    def header(self) -> list[str]:
+        return ["weight", "layout", "shape", "density", "bytes", self.energy, *self._measured(), "note"]
 
-    def __rich__(self):
-        from rich.console import Group
-        from rich.table import Table as RichTable
+    def cells(self) -> list[list[str]]:
+        return [self._cells(row) for row in self.rows]
 
-        table = RichTable(box=None, pad_edge=False, header_style="bold")
-        for i, title in enumerate(self._header()):
-            table.add_column(title, justify="right" if i in (3, 4, 5) else "left", no_wrap=i == 0)
-        for row in self.rows:
-            table.add_row(*self._cells(row), style="dim" if row.why else "")
-        table.add_section()
-        table.add_row(*self._total(), style="bold")
-        return Group(table, self.chosen())
-
-    def _header(self) -> list[str]:
-        return ["weight", "layout", "shape", "density", "bytes", self.energy, "note"]
-
-    def _cells(self, r: Row) -> list[str]:
-        energy = "" if r.energy is None else f"{r.energy:.3f}"
-        return [r.name, r.layout, "x".join(map(str, r.shape)), f"{r.density:.3f}", _size(r.stored_bytes), energy, r.why]
-
-    def _total(self) -> list[str]:
+    def last_row(self) -> list[str]:
         once = [r for r in self.rows if not r.tied_to]
         stored, dense = sum(r.stored_bytes for r in once), sum(r.dense_bytes for r in once)
         entries = sum(math.prod(r.shape) for r in once)
         live = sum(math.prod(r.shape) * r.density for r in once)
         ratio = f"{stored / dense:.2f} of dense" if dense else ""
-        return ["total", "", "", f"{live / max(entries, 1):.3f}", _size(stored), "", ratio]
+        density, size = f"{live / max(entries, 1):.3f}", count_of_bytes(stored)
+        return ["total", "", "", density, size, "", *("" for _ in self._measured()), ratio]
+
+    def notes(self) -> list[str]:
+        return [self.chosen(), *map(str, self.sites)]
+
+    def dim(self) -> list[bool]:
+        return [bool(row.why) for row in self.rows]
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dictionary of each row."""
+        return [vars(row) | {"shape": "x".join(map(str, row.shape))} for row in self.rows]
+
+    def _measured(self) -> list[str]:
+        """The columns that there are once the model has run, or `sten.explain` has timed it."""
+        found = ["kernel"] if any(row.kernel for row in self.rows) else []
+        return found + (["time", "dense"] if any(row.seconds is not None for row in self.rows) else [])
+
+    def _cells(self, r: Row) -> list[str]:
+        energy = "" if r.energy is None else f"{r.energy:.3f}"
+        times = ["" if s is None else time_of(s) for s in (r.seconds, r.dense_seconds)]
+        known = dict(zip(("kernel", "time", "dense"), (r.kernel, *times), strict=True))
+        start = [r.name, r.layout, "x".join(map(str, r.shape)), f"{r.density:.3f}", count_of_bytes(r.stored_bytes)]
+        return [*start, energy, *(known[title] for title in self._measured()), r.why]
 
 
 class Summary(Table):
@@ -107,14 +115,6 @@ class Summary(Table):
 
 class SparsifyPlan(Table):
     """What `sparsify` would make of a model's weights (`sten.plan`)."""
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"
 
 
 def rows_of(items: Iterable[tuple[str, Tensor, float | str | None]]) -> list[Row]:
@@ -129,15 +129,27 @@ def _row(name: str, w: Tensor, remark: float | str | None, tied_to: str = "") ->
     layout = f"{w.sparse_layout}{' transposed' if w.transposed else ''}" if sparse else "dense"
     density, stored = (w.density, w.stored_bytes) if sparse else (1.0, dense)
     why = "; ".join(filter(None, (tied_to and f"tied to {tied_to}", why)))
-    return Row(name, layout, tuple(w.shape), density, stored, dense, energy, why, tied_to)
+    kernel, times = (_kernel(w), w.cache.times or (None, None)) if sparse else ("", (None, None))
+    return Row(name, layout, tuple(w.shape), density, stored, dense, energy, why, tied_to, kernel, *times)
+
+
+def _kernel(w: SparseTensor) -> str:
+    """The kernel that ran last in a forward pass."""
+    plans = [plan for plan in w.cache.plans.values() if plan.run is not None and not plan.operator.endswith("_weight")]
+    forward = [plan for plan in plans if "_grad_" not in plan.operator] or plans
+    if not forward:
+        return ""
+    last = forward[-1]
+    return f"{last.kernel} [{last.variant}]" if last.variant else last.kernel
 
 
 def summary(model: nn.Module) -> Summary:
     """Per weight of two or more dimensions: layout, shape, density, bytes, energy that was kept, why it is dense.
 
     All is as it is now, but for the energy, sum |w kept| / sum |w|, which was measured at the last `sten.sparsify` of
-    the weight: what was dropped is gone. A tied weight is listed under each of its names and counted once. The
-    result prints as a table; `rows` has the numbers.
+    the weight: what was dropped is gone. A tied weight is listed under each of its names and counted once. Once the
+    model has run there is a column of the kernels, and after `sten.explain` there are times. The result prints as a
+    table and shows in notebooks; `rows` and `to_pandas()` have the numbers.
 
     Example:
         >>> import torch, sten
@@ -153,7 +165,7 @@ def summary(model: nn.Module) -> Summary:
         record = record_of(module, name)
         remark = record.energy if isinstance(w, SparseTensor) else record.why
         rows.append(_row(target.name, w, remark, first if first != target.name else ""))
-    return Summary(rows, other_parameters(model))
+    return Summary(rows, other_parameters(model), sites_of(model))
 
 
 def other_parameters(model: nn.Module) -> int:

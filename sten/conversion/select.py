@@ -81,6 +81,25 @@ def expect_model(model: nn.Module) -> None:
         )
 
 
+def expect_idle(model: nn.Module) -> None:
+    """Raise RuntimeError if a calibration runs the model now."""
+    if model.__dict__.get(RUNNING) == id(model):
+        raise RuntimeError(
+            f"Expected no conversion of {type(model).__name__} while sten runs it for calibration=, got one in its "
+            "forward pass, by a hook or forward itself; call it before or afterwards."
+        )
+
+
+def expect_unwrapped(model: nn.Module) -> None:
+    """Raise TypeError if DDP or FSDP holds references into the model."""
+    for cls in (cls for module in model.modules() for cls in type(module).__mro__):
+        if cls.__name__ in WRAPPERS:
+            kind = "fully_shard" if cls.__name__ == "FSDPModule" else cls.__name__
+            raise TypeError(
+                f"The model is wrapped in {kind} already: call sten on the inner model first, then wrap the result."
+            )
+
+
 def all_weights(model: nn.Module, wrapped: bool = False) -> list[Target]:
     """Every parameter of two or more dimensions, tied ones once for each owner, in whatever form they are.
 
@@ -88,22 +107,14 @@ def all_weights(model: nn.Module, wrapped: bool = False) -> list[Target]:
         TypeError: no module, or one that DDP or FSDP holds references into, unless `wrapped` allows that.
     """
     expect_model(model)
-    if model.__dict__.get(RUNNING) == id(model):
-        raise RuntimeError(
-            f"Expected no conversion of {type(model).__name__} while sten runs it for calibration=, got one in its "
-            "forward pass, by a hook or forward itself; call it before or afterwards."
-        )
+    expect_idle(model)
+    if not wrapped:
+        expect_unwrapped(model)
     found: list[Target] = []
     around: dict[str, list[tuple[str, nn.Module]]] = {}
     for prefix, module in model.named_modules():
         outer = around[prefix.rpartition(".")[0]] if prefix else []
         around[prefix] = [*outer, (prefix, module)]
-        for cls in type(module).__mro__:
-            if cls.__name__ in WRAPPERS and not wrapped:
-                kind = "fully_shard" if cls.__name__ == "FSDPModule" else cls.__name__
-                raise TypeError(
-                    f"The model is wrapped in {kind} already: call sten on the inner model first, then wrap the result."
-                )
         if not isinstance(module, (TrainedWeight, nn.utils.parametrize.ParametrizationList)):
             _add_weights(found, around[prefix])
     return found
@@ -226,7 +237,7 @@ def select(model: nn.Module, layout: Layouts, weights: Weights, dynamic: str = "
     for pattern in patterns:
         if pattern != "*" and not any(matches(pattern, target) for target in found):
             raise ValueError(
-                f"Expected {_shown(pattern)} to match a weight of two or more dimensions, got none; there are "
+                f"Expected {shown(pattern)} to match a weight of two or more dimensions, got none; there are "
                 f"{_some(found)}{_closest(pattern, found)}."
             )
     left_dense = {pattern for pattern, layout in rules if layout is None}
@@ -285,11 +296,12 @@ def _without_layout(target: Target, rules) -> str:
     for pattern, layout in rules:
         if pattern == "*" or matches(pattern, target):
             target.layout = layout
-            return "" if layout is not None else f"the layout of {_shown(pattern)} is None"
+            return "" if layout is not None else f"the layout of {shown(pattern)} is None"
     return "no pattern of layout= matches it"
 
 
-def _shown(pattern: Pattern) -> str:
+def shown(pattern: Pattern) -> str:
+    """A pattern in messages."""
     if isinstance(pattern, str):
         return repr(pattern)
     return pattern.__name__ if isinstance(pattern, type) else f"this {type(pattern).__name__}"

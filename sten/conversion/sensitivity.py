@@ -17,6 +17,7 @@ from ..calibration.data import Tokens, calibration_of, inference, run_batch
 from ..calibration.substitute import substituted
 from ..layouts import Masked
 from ..layouts.base import Layout
+from ..markup import Tabular
 from ..sparsifiers import Sparsifier, View, Wanda
 from ..sparsifiers.allocation import Uniform
 from ..sparsifiers.per_weight import PerWeight
@@ -65,7 +66,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Tabular):
     """The table of `sten.sensitivity`; print it, or `choose` from it.
 
     Attributes:
@@ -85,15 +86,19 @@ class Sensitivity:
     sizes: dict[str, int]
     sparsifier: Sparsifier
 
-    def __str__(self) -> str:
-        by_name = self._by_name()
-        titles = list(dict.fromkeys(map(str, self.rows)))
-        cells = [["effect of", *titles]]
-        for name, rows in by_name.items():
+    def header(self) -> list[str]:
+        return ["effect of", *dict.fromkeys(map(str, self.rows))]
+
+    def cells(self) -> list[list[str]]:
+        table = []
+        for name, rows in self._by_name().items():
             found = {str(row): f"{row.effect:.3g}" for row in rows}
-            cells.append([name, *(found.get(title, "-") for title in titles)])
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+            table.append([name, *(found.get(title, "-") for title in self.header()[1:])])
+        return table
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dictionary of each weight in each candidate."""
+        return [vars(row) | {"layout": str(row.layout or "dense")} for row in self.rows]
 
     def choose(self, sparsity: float | None = None, bytes: int | None = None, seconds: float | None = None) -> Recipe:
         """The candidate of each weight with the least effect in total, within one budget.
@@ -195,7 +200,7 @@ def sensitivity(
         raise ValueError(f"Expected a method that decides once, weight by weight, such as sten.Wanda(), got {method}.")
     if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
         raise ValueError(f"Expected tokens= to be a number of rows of the timed inputs, at least 1, got {tokens!r}.")
-    options = _candidates(candidates)
+    options = candidates_of(candidates)
     targets, _ = select(model, Masked(), weights)
     for target in targets:
         if target.stored is not None or target.mask is not None:
@@ -230,7 +235,8 @@ def sensitivity(
     return Sensitivity(ordered, {t.name: math.prod(t.shape) for t in targets}, method)
 
 
-def _candidates(given: Sequence[Layout | Candidate | None]) -> list[Candidate]:
+def candidates_of(given: Sequence[Layout | Candidate | None]) -> list[Candidate]:
+    """(layout, sparsity) pairs of what users write; (None, None) is dense. ValueError or TypeError for others."""
     found: list[Candidate] = []
     for one in given:
         layout, sparsity = one if isinstance(one, tuple) else (one, None)

@@ -107,6 +107,11 @@ class Layout(metaclass=Constructor):
         A layout with a fixed number of slots fills the ones that the mask leaves free with explicit zeros.
         """
 
+    def pack_columns(self, dense: Tensor, index: Tensor) -> Parts:
+        """Store the entries at the columns `index`, (rows, k), distinct and ascending, of each row of a matrix."""
+        mask = torch.zeros(dense.shape, dtype=torch.bool, device=dense.device)
+        return self.pack(dense, mask.scatter_(1, index, True))
+
     @abstractmethod
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         """The dense tensor of this shape, in the dtype of `parts["values"]` (any dtype, integers included)."""
@@ -143,6 +148,12 @@ class Layout(metaclass=Constructor):
         """
         del rows
         return False
+
+    def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
+        """The parts of matrices of so many rows, one below the other, as of one; by default if the layout `stacks`."""
+        if len(each) > 1 and not self.stacks(rows):
+            raise ValueError(f"Expected a layout whose rows can be joined, such as FanIn() or CSR(), got {self}.")
+        return {name: torch.cat([parts[name] for parts in each]) for name in each[0]}
 
     def column_groups(self, shape: tuple[int, ...]) -> Tensor:
         """The group of each column of `weight.flatten(1)`, int64 on the CPU, for methods that go column by column.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,6 +53,10 @@ class CSR(Layout):
             raise ValueError(f"Expected at most {LIMIT} entries for {self}, got {len(col)}; use sten.BSR or sten.NM.")
         crow = offsets_of(stored.sum(1))
         return {"values": dense.reshape(stored.shape)[row, col], "crow": crow, "col": col.int()}
+
+    def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
+        crow = offsets_of(torch.cat([parts["crow"].diff() for parts in each]))
+        return {name: torch.cat([parts[name] for parts in each]) for name in ("values", "col")} | {"crow": crow}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, col = parts["values"], parts["col"].long()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -63,9 +65,23 @@ class FanIn(Layout):
         parts = {"index": index, "row": row.int()}
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), parts), **parts}
 
+    def pack_columns(self, dense: Tensor, index: Tensor) -> Parts:
+        row = torch.arange(len(dense), dtype=torch.int32, device=dense.device)
+        return {"values": dense.gather(1, index), "index": index.int(), "row": row}
+
+    def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
+        widths = {parts["values"].shape[1] for parts in each}
+        if len(widths) > 1:
+            raise ValueError(f"Expected one number of entries in every row for {self}, got {sorted(widths)}.")
+        first = itertools.accumulate(rows, initial=0)
+        row = torch.cat([parts["row"] + start for parts, start in zip(each, first, strict=False)])
+        return {name: torch.cat([parts[name] for parts in each]) for name in ("values", "index")} | {"row": row}
+
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, row = parts["values"], parts["row"].long()
         rows = values.new_zeros(len(row), math.prod(shape[1:])).scatter(1, parts["index"].long(), values)
+        if len(row) == shape[0]:  # all of them, in order
+            return rows.view(shape)
         return values.new_zeros(shape[0], rows.shape[1]).index_copy(0, row, rows).view(shape)
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +39,9 @@ class Masked(Layout):
         # masked_fill, not a product: NaN * 0 is NaN, and the mask part must not alias the caller's.
         copy = mask.clone(memory_format=torch.contiguous_format)
         return {"values": dense.masked_fill(~mask, 0).contiguous(), "mask": copy}
+
+    def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
+        return {name: torch.cat([parts[name] for parts in each]) for name in each[0]}
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         return parts["values"].masked_fill(~parts["mask"], 0)

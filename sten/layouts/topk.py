@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from sten import kernels
+
 FEW = 2**18  # entries
 WITHOUT_FLOAT64 = ("mps",)  # device types
 
@@ -34,6 +36,21 @@ def top(score: Tensor, count: int) -> Tensor:
     ties = flat == edge
     more = count - above.sum()
     return (above | (ties & (ties.cumsum(0) <= more))).view(score.shape)
+
+
+def largest_columns(x: Tensor, count: int) -> Tensor | None:
+    """The columns of the `count` largest |x| of each row of a matrix, (rows, count) int64, ascending, by a kernel.
+
+    Ties go to the lower column, NaN counts as the lowest. None: there is no kernel for this tensor.
+    """
+    x, device = x.detach(), x.device.type
+    if not 1 <= count <= x.shape[1]:
+        return None
+    if device == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and hasattr(torch.ops.sten, "codes_topk"):
+        return torch.ops.sten.codes_topk(x.contiguous(), count).long()
+    if device == "cuda" and kernels.available() and kernels.codes.selects(x):
+        return kernels.codes.topk(x.contiguous(), count=count).long()
+    return None
 
 
 def edge_by_topk(score: Tensor, count: int) -> Tensor:

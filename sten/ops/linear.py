@@ -21,6 +21,7 @@ from ..rule import Rule, save_operands, saved_operands
 from ..tensor import SparseTensor, aten, function
 from .others import on_dense_copies
 from .padding import gradient
+from .sparse_input import InputLinear, input_can_be_sparse, unpacked
 from .traceable import traceable
 
 # checks, once per signature
@@ -46,9 +47,9 @@ def _check_product(w: SparseTensor, x: Tensor, weight: dict) -> None:
     _expect(w, x, w.stored_shape[0])
 
 
-@operator("linear", check=_check_linear)
-def linear_reference(x, weight, bias, *, layout, shape):
-    return F.linear(x, layout.unpack(weight, shape), bias)
+@operator("linear", sparse=("input", "weight"), check=_check_linear)
+def linear_reference(input, weight, bias, *, layout, shape):
+    return F.linear(*unpacked((input, weight), layout, shape), bias)
 
 
 @operator("linear_grad_input", check=_check_product)
@@ -60,17 +61,16 @@ def dense_grad_weight(grad, x, shape):
     return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
-@operator("linear_grad_weight")
-def linear_grad_weight_reference(grad, x, weight, *, layout, shape):
-    return layout.pack_like(dense_grad_weight(grad, x, shape), weight)
+@operator("linear_grad_weight", sparse=("input", "weight"))
+def linear_grad_weight_reference(grad, input, weight, *, layout, shape):
+    if isinstance(layout, tuple):  # of a dense weight, which is an operand for its shape and strides
+        return dense_grad_weight(grad, unpacked((input, weight), layout, shape)[0], shape[1])
+    return layout.pack_like(dense_grad_weight(grad, input, shape), weight)
 
 
 @operator("matmul", sparse=("input", "other"), required=("other",), check=_check_product, otherwise="linear_grad_input")
 def matmul_reference(input, other, *, layout, shape):
-    left, right = (
-        operand if each is None else each.unpack(operand, size)
-        for operand, each, size in zip((input, other), layout, shape, strict=True)
-    )
+    left, right = unpacked((input, other), layout, shape)
     return left @ right
 
 
@@ -229,9 +229,11 @@ def autocast(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> tuple[Te
 
 @function(F.linear)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear with a sparse weight; a sparse input is unpacked."""
-    if not isinstance(weight, SparseTensor) or isinstance(input, SparseTensor):
-        return matmul(input, weight.t()) if bias is None else matmul(input, weight.t()) + bias
+    """F.linear with a sparse weight, a sparse input, or both."""
+    if isinstance(input, SparseTensor):
+        return _of_sparse_input(input, weight, bias)
+    if not isinstance(weight, SparseTensor) or weight.cache.activation:  # or the bias is sparse
+        return on_dense_copies(F.linear, (input, weight, bias), {}, "linear")
     if autocast_somewhere():
         input, weight, bias = autocast(input, weight, bias)
     if bias is not None and (bias.dim() != 1 or bias.numel() == 1 or not bias.is_contiguous()):
@@ -249,6 +251,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return planned("linear", weight, (input, parts, bias), None, intercepted).run(input, parts, bias)
 
 
+def _of_sparse_input(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias: by a kernel for the layout of x; of two sparse operands the activation is unpacked."""
+    if isinstance(weight, SparseTensor):
+        y = matmul(x, weight.t())
+        return y if bias is None else y + bias
+    if autocast_somewhere():
+        weight, x, bias = autocast(weight, x, bias)
+    if not input_can_be_sparse(x, weight, bias):
+        return F.linear(x.to_dense(), weight, bias)
+    return InputLinear.call(x, weight, bias)
+
+
 def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:
     """x @ w + bias for x of any number of dimensions: linear with the transposed weight."""
     if autocast_somewhere():
@@ -263,6 +277,10 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
     """torch.matmul with a sparse matrix on the left or the right."""
     if input.dim() < 1 or other.dim() < 1:
         raise RuntimeError(f"Expected operands with at least one dimension, got {input.dim()} and {other.dim()}.")
+    if isinstance(other, SparseTensor) and other.cache.activation:  # it is read by rows, as the left operand only
+        other = other.to_dense()
+        if not isinstance(input, SparseTensor):
+            return torch.matmul(input, other)
     left, right = (isinstance(a, SparseTensor) and a.dim() == 2 for a in (input, other))
     if left and right:
         return _both(input, other)
@@ -270,13 +288,20 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
         return times(input, other)
     if not left:  # a batch of sparse matrices, or of addmm only the input is sparse
         return on_dense_copies(torch.matmul, (input, other), {}, "matmul", warn=True)
+    if input.cache.activation:
+        return _of_sparse_input(input, other.t(), None) if other.dim() == 2 else input.to_dense() @ other
     if other.dim() == 1:
         return linear(other, input)
     return linear(other.transpose(-2, -1), input).transpose(-2, -1)
 
 
 def _both(a: SparseTensor, b: SparseTensor) -> Tensor:
-    """Sparse times sparse, with a dense result: by a registered kernel, or on a dense copy of the right operand."""
+    """Sparse times sparse, with a dense result: by a registered kernel, or on a dense copy of one.
+
+    An activation, whose pattern is new at each call, is unpacked rather than a weight.
+    """
+    if a.cache.activation:
+        return matmul(a.to_dense(), b)
     registered = find("matmul", a.parts["values"].device.type, (a.sparse_layout, b.sparse_layout)) is not None
     recorded = must_apply() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
     if registered and not (a.transposed or b.transposed or recorded):

@@ -107,13 +107,24 @@ def _factor(func: Callable) -> Callable:
             return on_dense_copies(func, (a, b), kwargs, func.__name__)
         if is_scalar(other) or (isinstance(other, SparseTensor) and other.same_pattern(w)):
             return func(a, b, **kwargs)
-        if torch.broadcast_shapes(other.shape, w.shape) != w.shape:
+        if torch.broadcast_shapes(other.shape, w.shape) != w.shape or w.cache.full_gradient:
             return on_dense_copies(func, (a, b), kwargs, func.__name__)
         dense = other.to_dense() if isinstance(other, SparseTensor) else other
         other = project(torch.broadcast_to(dense, w.shape), w)
         return func(w, other, **kwargs) if w is a else func(other, w, **kwargs)
 
     return rule
+
+
+@function(F.dropout)
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Dropout of the stored entries; the others are zero already."""
+    if not training or p == 0:
+        return input
+    if not isinstance(input, SparseTensor) or inplace or input.cache.full_gradient:
+        return on_dense_copies(F.dropout, (input, p, training, inplace), {}, "dropout")
+    factor = F.dropout(torch.ones_like(input.parts["values"], requires_grad=False), p)
+    return input * input.detach().with_values(factor)
 
 
 for _function in named("mul div"):
@@ -131,3 +142,4 @@ rule_of(named("sum mean count_nonzero"), of_all_entries)
 rule_of([torch.linalg.norm], of_all_entries)
 rule_of([*named("norm"), torch.linalg.vector_norm], vector_norm)
 rule_of(named(pointwise.TO_DENSE), lambda args, kwargs: False)
+rule_of([F.layer_norm, F.rms_norm], lambda args, kwargs: False)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .._torch_private import no_function
-from ..dispatch import OPERATORS, Plan, planned
+from ..dispatch import OPERATORS, Plan, planned, planned_input
 from ..tensor import SparseTensor, contiguous_strides
 from .conv import named_geometry
 from .fused import FUSED, plan_of
 from .linear import bias_row
 
 Attribute = Tensor | torch.nn.Module  # the type of `model[0].weight` for type checkers
+INPUTS = ("linear", "linear_grad_weight", "linear_grad_sparse_input")  # that may have a sparse input
 # which dimension of the weight the features of the first operand are
 FEATURES = {"linear": 1, "matmul": 0, "linear_grad_input": 0, "linear_grad_weight": 0, "embedding_grad_weight": 1}
 
@@ -32,8 +33,10 @@ def which(
         operator: a name in `sten.extend.OPERATORS`: "linear" is x @ weight.T, "matmul" is x @ weight. For a transposed
             weight the Plan is that of the product that runs.
         x: the first operand (activations, an index, or for "..._grad_..." the gradient), or its shape. A shape stands
-            for a contiguous tensor of the weight's dtype and device, as do all other operands.
-        weight: a `SparseTensor`, such as `model[0].weight` of a sparse model, also in trainable form.
+            for a contiguous tensor of the weight's dtype and device, as do all other operands. Or a sparse activation:
+            a SparseTensor (tokens, features).
+        weight: a `SparseTensor`, such as `model[0].weight` of a sparse model, also in trainable form; or, of a sparse
+            activation, a dense one.
             "gated_linear", "gated_mlp" and "linears", which `sten.fuse` makes a model use, take a list of them.
         bias: of "linear" or "conv2d"; a list where `weight` is one.
         **geometry: of a convolution, as integers or tuples: stride, padding, dilation, groups (for "conv2d" derived
@@ -59,6 +62,9 @@ def which(
         raise ValueError(f"Expected one of {', '.join(sorted(OPERATORS))}, got {operator!r}.")
     if operator in FUSED:
         return _together(operator, x, weight, bias, geometry)
+    if isinstance(x, SparseTensor) and not isinstance(weight, SparseTensor) and operator in INPUTS:
+        _expect_matrix(operator, x, weight)
+        return planned_input(operator, x, weight, x.shape[0])
     if not isinstance(weight, SparseTensor):
         kind = type(weight).__name__
         raise TypeError(f"Expected a SparseTensor, got {kind}; convert it by sten.from_dense or sten.sparsify.")
@@ -79,6 +85,16 @@ def which(
             operator = _resolve(operator, weight)
             operands, keywords = _in_order(operator, first, weight, bias), geometry
         return planned(operator, weight, operands, keywords)
+
+
+def _expect_matrix(operator: str, x: SparseTensor, weight: Any) -> None:
+    """Raise unless the operator can multiply a sparse activation by this dense weight."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or x.dim() != 2 or x.shape[1] != weight.shape[1]:
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(
+            f"Expected a weight (outputs, {x.shape[-1]}) for {operator} with an input of shape {tuple(x.shape)}, got "
+            f"{shape}."
+        )
 
 
 def _together(operator: str, x: Any, weight: Any, bias: Any, geometry: dict[str, Any]) -> Plan:

@@ -31,8 +31,8 @@ class SparseSwaps(Refinement):
     the error by 2 w_p c_p + w_p^2 G_pp - 2 w_u c_u + w_u^2 G_uu - 2 w_p w_u G_pu, exactly. A sweep visits the groups of
     the layout in turn and makes the best exchange in each row of each: of many small ones (2:4, 4:8) together, as far
     as all lower the error at once; without groups (CSR, FanIn, BSR), of windows of 32 neighbours, and every other sweep
-    of entries that lie far apart. Whole tiles are exchanged: vectors, blocks, and the
-    patterns of two columns of GroupedNM. The weights stay those of the dense layer: follow it with `sten.ADMM`.
+    of entries that lie far apart. Whole tiles are exchanged: vectors, blocks, and the patterns of two columns of
+    GroupedNM. The weights stay those of the dense layer: follow it with `sten.ADMM`.
 
     The mask is that of the method before in a chain, else Wanda's.
 

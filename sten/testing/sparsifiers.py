@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from ..conversion import finalize, sparsify
 from ..layouts import CSR, NM
 from ..layouts.base import Layout
-from ..sparsifiers import Sparsifier
+from ..sparsifiers import ActivationMethod, Sparsifier
 from ..training.engine import engines_of
 from ..training.optim import AdamS
 from ..training.pattern_weight import PatternWeight
 from ..training.trained_weight import TrainedWeight, optimizer_slots
+from .activations import CheckedSites, check_activations
 from .layouts import claim
 
 Run = tuple[nn.Module, Optimizer]
@@ -38,9 +39,14 @@ class Checked:
 
 
 def check_sparsifier(
-    sparsifier: Sparsifier, layout: Layout | None = None, sparsity: float | None = None, steps: int = 12
-) -> Checked:
-    """Check the laws of training for a method on a small model.
+    sparsifier: Sparsifier | ActivationMethod,
+    layout: Layout | None = None,
+    sparsity: float | None = None,
+    steps: int = 12,
+) -> Checked | CheckedSites:
+    """Check the laws of training for a method on a small model, or those of a method for activations and gradients.
+
+    Of a method for weights:
 
     - the method acts: some weight is sparse after `steps` steps;
     - masks are bool, and the count of active entries equals the budget after every mask update;
@@ -50,9 +56,17 @@ def check_sparsifier(
     - a run that is resumed from saved state, at any step, ends in the same weights bit by bit;
     - the finalized model computes the same as the trained one with its last mask, and is stored in the layout.
 
+    Of a method for activations, in training and evaluation, for odd numbers of tokens and none, and other dtypes:
+
+    - the result is zero off a bool mask; the input is not changed; a decision depends on no more than `kind` says;
+    - the gradient is that of its numbers, or goes straight through;
+    - stored in a layout, results and gradients, of state too, are those of the dense tensor;
+    - at every site its state is saved, loaded and copied with the module, and `sten.densify` takes it off.
+
     Args:
         sparsifier: an instance that acts within `steps` steps.
-        layout: how weights are stored; default CSR, or NM(2, 4) for a method that refuses CSR.
+        layout: how weights are stored; default CSR, or NM(2, 4) for a method that refuses CSR. Of activations: the
+            only layout to try; default Masked, CSR and FanIn, which hold any mask.
         sparsity: default 0.75, none for a layout with a rate.
         steps: optimizer steps of each run.
 
@@ -64,6 +78,8 @@ def check_sparsifier(
         >>> sten.testing.check_sparsifier(sten.RigL(total_steps=12, every=3)).updates
         3
     """
+    if isinstance(sparsifier, ActivationMethod):
+        return check_activations(sparsifier, layout)
     layout = layout if layout is not None else _default(sparsifier)
     sparsity = sparsity if sparsity is not None or layout.rate is not None else 0.75
     check = _Check(sparsifier, layout, sparsity, steps)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
+def ordinary_tensors(function: F) -> F:
     """The function of a model, its first argument, run outside of the caller's inference mode.
 
     Tensors that are made in inference mode can never train, nor be written outside of it, so one call of `sparsify`
@@ -21,13 +21,13 @@ def ordinary_tensors(function: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+    def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_inference_mode_enabled() or _made_inside(args[0] if args else kwargs.get("model")):
             return function(*args, **kwargs)
         with torch.inference_mode(False):
             return function(*args, **kwargs)
 
-    return run
+    return cast(F, run)
 
 
 def _made_inside(model: object) -> bool:

@@ -44,6 +44,22 @@ What `m.weight` is and does in each form; `tests/test_user_acts.py` tests the la
 | parametrizations, norms, `prune`, `del` | as in torch | raises before anything changes | the same |
 | backward after a write or a step | torch's error | torch's error | torch's error |
 
+## Of an activation or a gradient
+
+What a site or `sten.sparse_op` stores in a layout is a SparseTensor, and the rules above hold, with these differences
+([Activations](activations.md); `tests/test_sites.py` tests them against a dense twin, straight-through gradients too):
+
+| act | result |
+|---|---|
+| `F.linear(x, w)`, `x @ w` with a dense `w` | dense; kernels of a sparse `input` |
+| with a sparse `w` | dense; the kernel of `w`, on the unpacked `x`, unless one for both is registered |
+| as the right operand, transposed, in a batch | dense, on the unpacked `x` |
+| `relu`, `gelu`, `silu`, `x + x`, `x * x`, `x * 2`, `dropout` | sparse, with the same pattern |
+| `x * dense` | sparse; of a straight-through `x` dense |
+| `softmax`, `sum`, `mean`, norms, `x + dense` | dense, without a warning |
+| its gradient | at its pattern; if it is straight-through, or of `JumpReLU`, that of all entries, dense |
+| under a compiler, torch.func, or of no tokens | dense with zeros from the start |
+
 ## How to read the tables
 
 Made by `python -m tests.conformance --semantics docs/semantics.md` from PyTorch's own databases of operators, modules

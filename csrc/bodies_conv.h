@@ -1,0 +1,169 @@
+// The kernels of a direct convolution, a part of bodies.h.
+//
+// Letters: R rows (outputs) of a band at a time, N vectors of pixels, L partial sums.
+
+constexpr int kSharedVectors = kRegisters == 32 ? 4 : 2;    // with four rows that share their columns
+
+// One phase of a row: dst[u] = row[u * step] for lo <= u < hi, else zero, for u < count. What lies below `lo` is zero
+// already, and as much behind `count` is made so for the next row.
+STEN_INLINE void load_pixels(const float* row, int64_t lo, int64_t hi, int64_t step, int64_t count, float* dst) {
+  int64_t u = lo;
+  if (step == 1) {
+    for (; u + kWidth <= hi; u += kWidth) store(dst + u, load(row + u));
+    if (u < hi) store(dst + u, load_first(row + u, hi - u)), u += kWidth;
+  } else {
+    if (step == 2)
+      for (; u < hi; ++u) dst[u] = row[2 * u];
+    for (; u < hi; ++u) dst[u] = row[step * u];
+  }
+  for (; u < count; u += kWidth) store(dst + u, zero());
+}
+
+STEN_FN void conv_load(const ConvShape& s, const ConvWindow& b, const float* x, int64_t channels, float* panel) {
+  const int64_t step = s.stride[1], margin = b.column < 0 ? (step - 1 - b.column) / step : 0;
+  for (int64_t u = 0; u < margin; u += kWidth) store(panel + u, zero());
+  for (int64_t c = 0; c < channels; ++c, x += s.h * s.w)
+    for (int64_t i = 0; i < s.row_phases; ++i)
+      for (int64_t j = 0; j < s.column_phases; ++j) {
+        const int64_t first = b.column + j;
+        int64_t lo = first < 0 ? (step - 1 - first) / step : 0, hi = first < s.w ? (s.w - first + step - 1) / step : 0;
+        hi = hi < b.pitch ? hi : b.pitch;
+        lo = lo < hi ? lo : hi;
+        for (int64_t t = 0; t < b.rows; ++t, panel += b.pitch) {
+          const int64_t row = b.row + t * s.stride[0] + i;
+          if (row >= 0 && row < s.h) load_pixels(x + row * s.w + first, lo, hi, step, b.pitch + margin, panel);
+          else load_pixels(x, 0, 0, 1, b.pitch + margin, panel);
+        }
+      }
+}
+
+STEN_FN void conv_store(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
+                        float* y, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = 0; h < height; ++h)
+      store_first(y + r * ld + h * columns, load(sums + r * ls + h * pitch), columns);
+}
+
+// What an entry multiplies, from the place of a vector in the panel on: the offset itself, or that of its column.
+template <bool kTable>
+STEN_INLINE int64_t offset_of(const ConvBlock& b, const int32_t* index, int64_t e) {
+  return kTable ? b.table[index[e]] : index[e];
+}
+
+template <int N>
+STEN_INLINE void begin_pixels(const ConvBlock& b, int64_t row, const float* out, const int64_t* y_at, vec* a) {
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) a[v] = b.start ? broadcast(b.start + row - b.r0) : load(out + y_at[v]);
+}
+
+// Rows one by one, because no two have the same columns; all vectors of a tile together, because two may overlap, and
+// what one has added to `out` must not be read by the other.
+template <int N, bool kTable>
+STEN_FN void conv_single(const Bands& w, const ConvBlock& b) {
+  constexpr int L = N == 1 ? 8 : N == 2 ? 4 : N <= 4 ? 2 : 1;
+  const float* at[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) at[v] = b.panel + b.x_at[v];
+  float* out = b.out;
+  for (int64_t row = b.r0; row < b.r1; ++row, out += b.ld) {
+    vec a[L][N];
+    begin_pixels<N>(b, row, out, b.y_at, a[0]);
+#pragma GCC unroll 8
+    for (int l = 1; l < L; ++l)
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) a[l][v] = zero();
+    const int64_t skip = w.crow ? 0 : row * w.count;
+    const int32_t* index = b.index + skip;
+    const float* value = w.values + skip;
+    int64_t e = b.begin[row];
+    const int64_t end = b.end[row];
+    for (; e + L <= end; e += L)
+#pragma GCC unroll 8
+      for (int l = 0; l < L; ++l) {
+        const int64_t o = offset_of<kTable>(b, index, e + l);
+        const vec s = broadcast(value + e + l);
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) a[l][v] = madd(s, load(at[v] + o), a[l][v]);
+      }
+    for (; e < end; ++e) {
+      const int64_t o = offset_of<kTable>(b, index, e);
+      const vec s = broadcast(value + e);
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) a[0][v] = madd(s, load(at[v] + o), a[0][v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) {
+#pragma GCC unroll 8
+      for (int l = 1; l < L; ++l) a[0][v] = add(a[0][v], a[l][v]);
+      store(out + b.y_at[v], a[0][v]);
+    }
+  }
+}
+
+// Rows of one band, and N vectors from v0 on. Bands of several rows have one block of columns, so `out` is not read.
+template <int R, int N, bool kTable>
+STEN_INLINE void conv_rows(const Bands& w, const ConvBlock& b, int64_t band, int64_t row, int64_t v0) {
+  vec a[R][N];
+  const float* at[N];
+  float* out = b.out + (row - b.r0) * b.ld;
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) at[v] = b.panel + b.x_at[v0 + v];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) begin_pixels<N>(b, row + r, out + r * b.ld, b.y_at + v0, a[r]);
+  const int32_t* index = b.index + band * w.count;
+  const float* value = w.values + row * w.count;
+  const int64_t step = w.count;
+  for (int64_t e = b.begin[band]; e < b.end[band]; ++e) {
+    const int64_t o = offset_of<kTable>(b, index, e);
+    vec xs[N];
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) xs[v] = keep(load(at[v] + o));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vec s = broadcast(value + r * step + e);
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) a[r][v] = madd(s, xs[v], a[r][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) store(out + r * b.ld + b.y_at[v0 + v], a[r][v]);
+}
+
+template <int R, int N, bool kTable>
+STEN_FN void conv_some(int64_t rows, int64_t vectors, const Bands& w, const ConvBlock& b, int64_t band, int64_t row,
+                       int64_t v0) {
+  if constexpr (R > 1)
+    if (rows < R) return conv_some<R - 1, N, kTable>(rows, vectors, w, b, band, row, v0);
+  if constexpr (N > 1)
+    if (vectors < N) return conv_some<R, N - 1, kTable>(rows, vectors, w, b, band, row, v0);
+  conv_rows<R, N, kTable>(w, b, band, row, v0);
+}
+
+template <int N, bool kTable>
+STEN_FN void conv_singles(const Bands& w, const ConvBlock& b) {
+  if constexpr (N > 1)
+    if (b.vectors < N) return conv_singles<N - 1, kTable>(w, b);
+  conv_single<N, kTable>(w, b);
+}
+
+template <bool kTable>
+STEN_FN void conv_block_t(const Bands& w, const ConvBlock& b) {
+  if (w.height == 1) return conv_singles<kConvVectors, kTable>(w, b);
+  for (int64_t band = b.r0 / w.height; band * w.height < b.r1; ++band) {
+    const int64_t lo = band * w.height, hi = lo + w.height, r1 = hi < b.r1 ? hi : b.r1;
+    for (int64_t row = lo > b.r0 ? lo : b.r0, n; row < r1; row += n) {
+      n = next_rows(r1 - row, 4);
+      for (int64_t v = 0, some; v < b.vectors; v += some) {
+        some = next_rows(b.vectors - v, kSharedVectors);
+        conv_some<4, kSharedVectors, kTable>(n, some, w, b, band, row, v);
+      }
+    }
+  }
+}
+
+STEN_FN void conv_block(const Bands& w, const ConvBlock& b) {
+  if (b.table) return conv_block_t<true>(w, b);
+  conv_block_t<false>(w, b);
+}

@@ -1,0 +1,164 @@
+// A direct convolution by a weight whose bands of rows are lists of columns, or CSR.
+//
+// A tile is a few rows of an output image, or a window of their columns, in up to eight vectors. What it needs of the
+// input is copied to a panel that fits the first-level cache, a block of channels at a time; then every entry of the
+// weight multiplies all vectors of the tile, which stay in registers. In a panel the pixels that one entry multiplies
+// lie side by side for any stride, and padding is zeros.
+//
+// An image narrower than a vector is computed `flat`: vectors run across the ends of rows, and the sums that lie
+// between two rows are dropped.
+#include <cstring>
+#include <utility>
+
+#include "linear.h"
+
+namespace sten {
+namespace {
+
+constexpr int64_t kPanelBytes = 32 << 10;
+constexpr int64_t kTileColumns = 2;      // vectors: the taller a tile, the fewer rows are copied twice
+constexpr int64_t kLeastTiles = 2;       // from which on deriving the offsets pays
+constexpr int64_t kLeastEntries = 16;    // of a row in a block, or reading and writing the sums would take longer
+
+struct Tiling {
+  bool flat, derived;    // derived: the offset of every entry is computed once, and not looked up for every tile
+  int64_t columns, windows;    // of a window, and how many there are; the last one may overlap
+  int64_t rows, tiles;         // of the highest tile
+  int64_t pitch, panel_rows, plane;    // floats of a row, rows of a phase and floats of a channel in a panel
+  int64_t channels, blocks;    // of a block
+
+  Tiling(const ConvShape& s, int64_t images, const Bands& w, bool inputs_last, int64_t width) {
+    const int64_t halo[] = {(s.kernel[0] - 1) * s.dilation[0] / s.stride[0],
+                            (s.kernel[1] - 1) * s.dilation[1] / s.stride[1]};
+    flat = s.out_w < width;
+    columns = std::min(s.out_w, width * std::max(kTileColumns, kConvVectors / s.out_h));
+    windows = ceil_div(s.out_w, columns);
+    pitch = columns + halo[1];
+    const int64_t most = flat ? (kConvVectors * width - s.out_w) / pitch + 1 : kConvVectors / ceil_div(columns, width);
+    tiles = ceil_div(s.out_h, most);
+    rows = ceil_div(s.out_h, tiles);
+    panel_rows = rows + halo[0];
+    plane = s.row_phases * s.column_phases * panel_rows * pitch;
+    const int64_t bytes = s.channels * plane * static_cast<int64_t>(sizeof(float));
+    const int64_t each = (w.crow ? w.crow[w.rows] : w.rows * w.count) / std::max<int64_t>(1, w.rows);
+    derived = images * tiles * windows >= kLeastTiles;
+    blocks = inputs_last || !derived ? 1 : std::min(ceil_div(bytes, kPanelBytes), each / kLeastEntries);
+    blocks = std::max<int64_t>(1, std::min(blocks, s.channels));
+    channels = ceil_div(s.channels, blocks);
+    blocks = std::max<int64_t>(1, ceil_div(s.channels, channels));
+  }
+};
+
+// offset[column - first column of a block]; padding channels are the zeros behind the panel
+void fill_offsets(const ConvShape& s, const Tiling& t, const Bands& w, bool inputs_last, int32_t* offset) {
+  const int64_t positions = s.kernel[0] * s.kernel[1], step = inputs_last ? w.columns / std::max<int64_t>(1, positions) : 1;
+  for (int64_t i = 0, at = 0; i < s.kernel[0]; ++i)
+    for (int64_t j = 0; j < s.kernel[1]; ++j, ++at) {
+      const int64_t row = i * s.dilation[0], column = j * s.dilation[1];
+      const int64_t phase = row % s.stride[0] * s.column_phases + column % s.stride[1];
+      const int64_t first = (phase * t.panel_rows + row / s.stride[0]) * t.pitch + column / s.stride[1];
+      if (inputs_last)
+        for (int64_t c = 0; c < step; ++c)
+          offset[at * step + c] = static_cast<int32_t>(c < s.channels ? c * t.plane + first : s.channels * t.plane);
+      else
+        for (int64_t c = 0; c < t.channels; ++c) offset[c * positions + at] = static_cast<int32_t>(c * t.plane + first);
+    }
+}
+
+// Where the vectors of a tile of `rows` rows begin; returns how many there are.
+int64_t place_vectors(const ConvShape& s, const Tiling& t, int64_t rows, int64_t width, int64_t* x_at, int64_t* y_at) {
+  int64_t n = 0;
+  if (t.flat) {
+    for (; n * width < (rows - 1) * t.pitch + s.out_w; ++n) x_at[n] = y_at[n] = n * width;
+    return n;
+  }
+  for (int64_t h = 0; h < rows; ++h)
+    for (int64_t u = 0; u < t.columns; u += width, ++n) {
+      const int64_t column = std::min(u, t.columns - width);
+      x_at[n] = h * t.pitch + column;
+      y_at[n] = h * s.out_w + column;
+    }
+  return n;
+}
+
+// The offset of every entry, and where each band crosses from one block of columns to the next: begin[block][band].
+void derive(const Bands& w, int64_t columns, int64_t blocks, const int32_t* table, int32_t* index, int32_t* begin,
+            const Pool& pool) {
+  const int64_t bands = w.bands(), tasks = std::max<int64_t>(1, std::min<int64_t>(pool.threads, bands));
+  pool.each(tasks, [&](int64_t first, int64_t last) {
+    for (int64_t band = part(bands, tasks, first).begin; band < part(bands, tasks, last - 1).end; ++band) {
+      const int64_t skip = w.crow ? 0 : band * w.count;
+      const int32_t* col = w.col + skip;
+      int64_t e = w.crow ? w.crow[band] : 0;
+      const int64_t end = w.crow ? w.crow[band + 1] : w.count;
+      for (int64_t b = 0; b < blocks; ++b) {
+        begin[b * bands + band] = static_cast<int32_t>(e);
+        if (!index) break;
+        const int64_t k0 = b * columns, k1 = b + 1 == blocks ? w.columns : k0 + columns;
+        for (; e < end && col[e] < k1; ++e) index[skip + e] = table[col[e] - k0];
+      }
+      begin[blocks * bands + band] = static_cast<int32_t>(end);
+    }
+  });
+}
+
+}  // namespace
+
+void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const Bands& w,
+                bool inputs_last, const Kernels& k, Pool pool) {
+  const int64_t group_rows = s.out, positions = s.kernel[0] * s.kernel[1];
+  if (images == 0 || w.rows == 0 || s.out_h == 0 || s.out_w == 0) return;
+  if (positions == 1 && s.stride[0] * s.stride[1] == 1 && s.padding[0] + s.padding[1] == 0) {
+    s.w *= std::exchange(s.h, 1);    // one long row
+    s.out_w *= std::exchange(s.out_h, 1);
+  }
+  const Tiling t(s, images, w, inputs_last, k.width);
+  const double entries = w.crow ? w.crow[w.rows] : static_cast<double>(w.rows) * w.count;
+  pool.threads = useful_threads(pool.threads, entries * images * s.out_h * s.out_w);
+  const int64_t slack = kConvVectors * k.width, zeros = inputs_last ? t.plane : 0;
+  Scratch<int32_t> offsets(Role::index, inputs_last ? w.columns : t.channels * positions);
+  fill_offsets(s, t, w, inputs_last, offsets.get());
+  const int64_t bands = w.bands(), all = w.crow ? w.crow[bands] : bands * w.count;
+  Scratch<int32_t> index(Role::repacked, t.derived ? all : 0), cuts(Role::cuts, (t.blocks + 1) * bands);
+  derive(w, t.channels * positions, t.blocks, offsets.get(), t.derived ? index.get() : nullptr, cuts.get(), pool);
+
+  const int64_t image_tiles = images * groups * t.tiles;
+  const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, std::max<int64_t>(1, group_rows / kUnit));
+  const int64_t most_rows = ceil_div(ceil_div(group_rows, kUnit), pieces) * kUnit;
+  pool.each(pieces * image_tiles, [&](int64_t begin, int64_t end) {
+    Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + t.pitch + slack);
+    Scratch<float> sums(Role::sums, most_rows * (t.flat ? slack + 1 : 1));
+    float* start = sums.get() + (t.flat ? most_rows * slack : 0);
+    int64_t x_at[kConvVectors], y_at[kConvVectors];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task % image_tiles / t.tiles, group = image % groups;
+      const Range high = part(s.out_h, t.tiles, task % t.tiles);
+      const Range some = piece_rows(group_rows, pieces, task / image_tiles);
+      const int64_t r0 = group * group_rows + some.begin, r1 = group * group_rows + some.end;
+      if (r0 == r1) continue;
+      for (int64_t r = r0; r < r1; ++r) start[r - r0] = bias ? bias[r] : 0.0f;
+      const int64_t vectors = place_vectors(s, t, high.end - high.begin, k.width, x_at, y_at);
+      const float* from = x + image * s.channels * s.h * s.w;
+      const int64_t size = s.out_h * s.out_w;
+      float* to = y + (image / groups * groups * group_rows + r0) * size + high.begin * s.out_w;
+      for (int64_t window = 0; window < t.windows; ++window) {
+        const int64_t column = std::min(window * t.columns, s.out_w - t.columns);
+        const ConvWindow read{high.begin * s.stride[0] - s.padding[0], column * s.stride[1] - s.padding[1],
+                              t.panel_rows, t.pitch};
+        for (int64_t c0 = 0, b = 0; b < t.blocks; ++b, c0 += t.channels) {
+          const int64_t count = std::min(t.channels, s.channels - c0);
+          k.conv_load(s, read, from + c0 * s.h * s.w, count, panel.get());
+          if (zeros) std::memset(panel.get() + count * t.plane, 0, (t.plane + slack) * sizeof(float));
+          const int32_t* from_entry = cuts.get() + b * bands;
+          k.conv_block(w, {r0, r1, from_entry, from_entry + bands, t.derived ? index.get() : w.col,
+                           t.derived ? nullptr : offsets.get(), panel.get(), vectors, x_at, y_at, b ? nullptr : start,
+                           t.flat ? sums.get() : to + column, t.flat ? slack : size});
+        }
+        if (t.flat)
+          k.conv_store(sums.get(), r1 - r0, high.end - high.begin, s.out_w, t.pitch, slack, to, size);
+      }
+    }
+  });
+}
+
+}  // namespace sten

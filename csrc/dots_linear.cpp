@@ -1,0 +1,133 @@
+// Dot products along the columns (VectorNM, BSR, FanIn, NM): the work cut into rows and tokens; NM to dense and back.
+//
+// A task copies its tokens, so that whole vectors can be read beyond their ends, and then iterates over its rows.
+#include <cstring>
+#include <numeric>
+
+#include "linear.h"
+
+namespace sten {
+namespace {
+
+constexpr int64_t kUnit = 8;    // rows that are not divided between tasks
+
+// The fewest pieces of rows that keep all threads busy: each of them copies, and gathers, its tokens again.
+struct Cut {
+  Cut(int64_t tokens, int64_t rows, int threads)
+      : rows(rows), tokens(tokens), blocks(ceil_div(tokens, kDotTokens)), units(ceil_div(rows, kUnit)) {
+    pieces = std::min<int64_t>(units, threads / std::gcd(static_cast<int64_t>(threads), blocks));
+  }
+  int64_t tasks() const { return blocks * pieces; }
+  Range tokens_of(int64_t task) const { return part(tokens, blocks, task % blocks); }
+  Range rows_of(int64_t task) const {
+    const Range r = part(units, pieces, task / blocks);
+    return {r.begin * kUnit, std::min(r.end * kUnit, rows)};
+  }
+  int64_t rows, tokens, blocks, units, pieces;
+};
+
+template <typename E>
+void copy_tokens(const ProblemOf<E>& p, Range tokens, int64_t ld, E* out) {
+  for (int64_t t = tokens.begin; t < tokens.end; ++t, out += ld) {
+    std::copy(p.x + t * p.in, p.x + (t + 1) * p.in, out);
+    std::memset(out + p.in, 0, (ld - p.in) * sizeof(E));
+  }
+}
+
+// What a task of a bitmap's kernels needs.
+template <typename E>
+class Memory {
+ public:
+  explicit Memory(const BitmapOf<E>& w)
+      : bits_(Role::bits, BitmapScratch<E>::mask_bytes(w)),
+        values_(Role::values, BitmapScratch<E>::value_count(w)),
+        rows_(Role::panel, kTileRows * BitmapScratch<E>::row_count(w)) {}
+  BitmapScratch<E> get() const { return {bits_.get(), values_.get(), rows_.get()}; }
+
+ private:
+  Scratch<uint8_t> bits_;
+  Scratch<E> values_, rows_;
+};
+
+template <typename F>
+void each_row_piece(int64_t rows, double work, Pool pool, F&& body) {
+  const int64_t tasks = std::min<int64_t>(useful_threads(pool.threads, work), rows);
+  pool.each(tasks, [&](int64_t begin, int64_t end) { body(part(rows, tasks, begin).begin, part(rows, tasks, end - 1).end); });
+}
+
+}  // namespace
+
+// Measured on Zen 4. Beyond these numbers panels of float are faster, to which bfloat16 is converted: dot products gather
+// activations for each list, and waste the lanes that a block does not fill.
+template <typename E>
+int64_t most_dots(int64_t height, int64_t width) {
+  constexpr bool kHalf = std::is_same_v<E, bf16>;
+  if (width == 0) {
+    if (height >= 16 && kHalf) return INT64_MAX;
+    return height >= 64 ? 12 : height >= 16 ? 8 : height >= 4 ? 4 : 1;
+  }
+  if (width >= 32 && kHalf) return INT64_MAX;
+  return width >= 16 ? 8 : width > 1 ? 2 : 1;
+}
+
+template <typename E>
+void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, Pool pool) {
+  if (p.tokens == 0 || p.out == 0) return;
+  pool.threads = useful_threads(pool.threads, entries(w) * static_cast<double>(p.tokens));
+  const Cut cut(p.tokens, p.out, pool.threads);
+  const int64_t ld = w.columns + kTokenPadding, most = ceil_div(p.tokens, cut.blocks);
+  pool.each(cut.tasks(), [&](int64_t begin, int64_t end) {
+    Scratch<E> x(Role::small, most * ld), gathered(Role::panel, w.crow ? 1 : most * (w.count + kTokenPadding));
+    for (int64_t task = begin; task < end; ++task) {
+      const Range tokens = cut.tokens_of(task), rows = cut.rows_of(task);
+      copy_tokens(p, tokens, ld, x.get());
+      dots.bands(w, p.bias, rows.begin, rows.end, x.get(), ld, tokens.end - tokens.begin, gathered.get(),
+                 p.y + tokens.begin * p.out);
+    }
+  });
+}
+
+template <typename E>
+void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, Pool pool) {
+  if (p.tokens == 0 || p.out == 0) return;
+  pool.threads = useful_threads(pool.threads, static_cast<double>(w.rows * w.slots()) * static_cast<double>(p.tokens));
+  const Cut cut(p.tokens, p.out, pool.threads);
+  const int64_t ld = BitmapScratch<E>::row_count(w), most = ceil_div(p.tokens, cut.blocks);
+  pool.each(cut.tasks(), [&](int64_t begin, int64_t end) {
+    Scratch<E> x(Role::small, most * ld);
+    const Memory<E> memory(w);
+    for (int64_t task = begin; task < end; ++task) {
+      const Range tokens = cut.tokens_of(task), rows = cut.rows_of(task);
+      copy_tokens(p, tokens, ld, x.get());
+      dots.bitmap(w, p.bias, rows.begin, rows.end, x.get(), ld, tokens.end - tokens.begin, memory.get(),
+                  p.y + tokens.begin * p.out);
+    }
+  });
+}
+
+template <typename E>
+void bitmap_expand(const BitmapOf<E>& w, int64_t columns, const Dots<E>& dots, E* dense, Pool pool) {
+  each_row_piece(w.rows, static_cast<double>(w.rows) * columns, pool, [&](int64_t begin, int64_t end) {
+    const Memory<E> memory(w);
+    dots.expand(w, begin, end, columns, memory.get(), dense);
+  });
+}
+
+template <typename E>
+void bitmap_collect(const BitmapOf<E>& w, int64_t columns, const E* dense, const Dots<E>& dots, E* values, Pool pool) {
+  each_row_piece(w.rows, static_cast<double>(w.rows) * columns, pool, [&](int64_t begin, int64_t end) {
+    const Memory<E> memory(w);
+    dots.collect(w, begin, end, columns, dense, memory.get(), values);
+  });
+}
+
+#define STEN_INSTANTIATE(E)                                                                             \
+  template int64_t most_dots<E>(int64_t, int64_t);                                                      \
+  template void dots_linear(const ProblemOf<E>&, const BandsOf<E>&, const Dots<E>&, Pool);              \
+  template void bitmap_linear(const ProblemOf<E>&, const BitmapOf<E>&, const Dots<E>&, Pool);           \
+  template void bitmap_expand(const BitmapOf<E>&, int64_t, const Dots<E>&, E*, Pool);                   \
+  template void bitmap_collect(const BitmapOf<E>&, int64_t, const E*, const Dots<E>&, E*, Pool);
+STEN_INSTANTIATE(float)
+STEN_INSTANTIATE(bf16)
+
+}  // namespace sten

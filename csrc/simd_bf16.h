@@ -1,0 +1,129 @@
+// bfloat16 with AVX-512: thirty-two elements in a vector, products summed by pairs in float.
+#pragma once
+
+#include "kernels.h"
+#include "simd_avx512.h"
+
+#undef STEN_FN
+#define STEN_FN __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx2,fma,popcnt")))
+
+namespace sten::avx512_bf16 {
+
+using avx512::add;
+using avx512::first;
+using avx512::kRegisters;
+using avx512::sum_four;
+using avx512::vec;
+using avx512::zero;
+using elem = bf16;
+using wide = __m512i;
+constexpr int kDot = 32;
+
+STEN_INLINE __mmask32 first_elements(int64_t n) {
+  return n >= 32 ? 0xffffffff : static_cast<__mmask32>((1ull << n) - 1);
+}
+STEN_INLINE wide load_wide(const bf16* p) { return _mm512_loadu_si512(p); }
+STEN_INLINE wide load_wide_first(const bf16* p, int64_t n) { return _mm512_maskz_loadu_epi16(first_elements(n), p); }
+STEN_INLINE void store_wide(bf16* p, wide a) { _mm512_storeu_si512(p, a); }
+STEN_INLINE vec multiply_add(wide a, wide b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+STEN_INLINE wide hold(wide a) {
+  __asm__("" : "+v"(a));
+  return a;
+}
+
+// Values of a unit in their columns. On Zen 4 an expansion waits for the last use of its register, though it zeroes
+// the other elements; the exclusive or says that it need not.
+STEN_INLINE void expand_unit(uint32_t mask, const bf16* values, wide* out) {
+  const wide v = load_wide(values);
+  __asm__("vpxord %x0, %x0, %x0\n\tvpexpandw %1, %0%{%2%}%{z%}" : "=&v"(out[0]) : "v"(v), "Yk"(__mmask32(mask)));
+}
+// The elements of a unit whose bits are 1, followed by others.
+STEN_INLINE void collect_unit(uint32_t mask, const bf16* from, bf16* to) {
+  wide v;
+  __asm__("vpxord %x0, %x0, %x0\n\tvpcompressw %1, %0%{%2%}%{z%}"
+          : "=&v"(v)
+          : "v"(load_wide(from)), "Yk"(__mmask32(mask)));
+  store_wide(to, v);
+}
+
+STEN_INLINE vec to_float(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
+
+// y[i] = sums[i] + bias[i]
+STEN_INLINE void store_sums(const float* sums, const bf16* bias, int64_t n, bf16* y) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 k = first(n - i);
+    vec a = _mm512_maskz_loadu_ps(k, sums + i);
+    if (bias) a = add(a, to_float(_mm256_maskz_loadu_epi16(k, bias + i)));
+    _mm256_mask_storeu_epi16(y + i, k, (__m256i)_mm512_cvtneps_pbh(a));
+  }
+}
+
+// out[i] = x[index[i]], indices ascending; x may be read 256 elements beyond the last of them.
+STEN_INLINE void gather(const bf16* x, const int32_t* index, int64_t n, bf16* out) {
+  for (int64_t i = 0; i < n; i += 32) {
+    const int64_t left = n - i < 32 ? n - i : 32;
+    const int32_t base = index[i], span = index[i + left - 1] - base;
+    const bf16* from = x + base;
+    if (span >= 256) {
+      for (int64_t l = 0; l < left; ++l) out[i + l] = x[index[i + l]];
+      continue;
+    }
+    const __mmask32 k = first_elements(left);
+    const __m512i start = _mm512_set1_epi32(base);
+    const __m512i low = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(first(left), index + i), start);
+    const __m512i high =
+        _mm512_sub_epi32(_mm512_maskz_loadu_epi32(first(left < 16 ? 0 : left - 16), index + i + 16), start);
+    const __m512i c = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
+    wide a = _mm512_permutex2var_epi16(load_wide(from), c, load_wide(from + 32));
+    if (span >= 64) {
+      const wide b = _mm512_permutex2var_epi16(load_wide(from + 64), c, load_wide(from + 96));
+      const __mmask32 odd = _mm512_test_epi16_mask(c, _mm512_set1_epi16(64));
+      a = _mm512_mask_mov_epi16(a, odd, b);
+      if (span >= 128) {
+        const wide d = _mm512_permutex2var_epi16(load_wide(from + 128), c, load_wide(from + 160));
+        const wide e = _mm512_permutex2var_epi16(load_wide(from + 192), c, load_wide(from + 224));
+        a = _mm512_mask_mov_epi16(a, _mm512_test_epi16_mask(c, _mm512_set1_epi16(128)), _mm512_mask_mov_epi16(d, odd, e));
+      }
+    }
+    _mm512_mask_storeu_epi16(out + i, k, a);
+  }
+}
+
+// sum of v[i] * x[col[i]]
+STEN_INLINE float dot(const bf16* x, const bf16* v, const int32_t* col, int64_t n) {
+  __m128 a[2] = {_mm_setzero_ps(), _mm_setzero_ps()};
+  for (int64_t i = 0; i < n; i += 16)
+#pragma GCC unroll 2
+    for (int l = 0; l < 2; ++l) {
+      const int64_t at = i + 8 * l, left = n - at;
+      __m128i some = _mm_setzero_si128();
+      if (left >= 8) {
+        const auto bits = [x, c = col + at](int e) { return static_cast<int>(x[c[e]]); };
+        some = _mm_insert_epi16(some, bits(0), 0);
+        some = _mm_insert_epi16(some, bits(1), 1);
+        some = _mm_insert_epi16(some, bits(2), 2);
+        some = _mm_insert_epi16(some, bits(3), 3);
+        some = _mm_insert_epi16(some, bits(4), 4);
+        some = _mm_insert_epi16(some, bits(5), 5);
+        some = _mm_insert_epi16(some, bits(6), 6);
+        some = _mm_insert_epi16(some, bits(7), 7);
+        a[l] = _mm_dpbf16_ps(a[l], (__m128bh)some, (__m128bh)_mm_loadu_si128(reinterpret_cast<const __m128i*>(v + at)));
+      } else if (left > 0) {
+        alignas(16) bf16 rest[8] = {};
+        for (int64_t e = 0; e < left; ++e) rest[e] = x[col[at + e]];
+        const __m128i values = _mm_maskz_loadu_epi16(static_cast<__mmask8>((1 << left) - 1), v + at);
+        a[l] = _mm_dpbf16_ps(a[l], (__m128bh)_mm_load_si128(reinterpret_cast<const __m128i*>(rest)), (__m128bh)values);
+      }
+    }
+  const __m128 all = _mm_add_ps(a[0], a[1]), two = _mm_add_ps(all, _mm_movehl_ps(all, all));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+// out[i]: of each half of a byte its image in the table
+STEN_INLINE void translate(const uint8_t* bytes, int64_t n, const uint8_t* table, uint8_t* out) {
+  avx512::translate(bytes, n, table, out);
+}
+
+}  // namespace sten::avx512_bf16
+
+#define STEN_ISA avx512_bf16

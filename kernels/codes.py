@@ -1,0 +1,336 @@
+"""Sparse activations ("codes") times a dense matrix, whose rows belong to their columns: only the rows in use are read.
+
+    linear        y = S W + bias
+    grad_values   grad W^T at the entries of S
+    grad_weight   S^T grad: the rows of grad, added up by columns of S, in the order of the tokens
+    topk          the columns of the largest magnitudes of each row of a dense matrix
+
+``weight`` is input-major, (columns, O). S has a token a row: lists (values and index (T, K)) or, with crow, compressed
+rows (values and index (entries,)); of ``linear`` also blocks of H tokens that share their columns, with values
+(entries, H, 1). Each row is added up by one program: results are the same in each run.
+
+Letters: T tokens, K entries a token, O outputs; BK entries, BO outputs and BT tokens a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import autotune
+from .backend import INTERPRET
+from .launch import into_new, triton_launch
+from .operators import operator
+from .pdl import begin, overlap
+from .precision import precision
+from .tiles import power_of_two, wide
+
+
+@triton.jit
+def _load_entries(values_ptr, index_ptr, at, stop, BK: tl.constexpr, WIDE: tl.constexpr):
+    """BK entries: their values, their rows, and which of them are there."""
+    e = at + tl.arange(0, BK)
+    row = tl.load(index_ptr + e, mask=e < stop, other=0)
+    if WIDE:
+        row = row.to(tl.int64)
+    return tl.load(values_ptr + e, mask=e < stop, other=0.0).to(tl.float32), row, e < stop
+
+
+@triton.jit
+def _load_rows(w_ptr, row, used, o, O, EVEN: tl.constexpr):
+    mask = used[:, None] if EVEN else used[:, None] & (o < O)[None, :]
+    return tl.load(w_ptr + row[:, None] * O + o[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _sum_rows(
+    values_ptr, crow_ptr, index_ptr, w_ptr, bias_ptr, y_ptr, K, O,
+    BK: tl.constexpr, BO: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token and BO outputs per program. While rows are added, the next ones and the entries after those come."""
+    begin(PDL)
+    token, o = tl.program_id(0), tl.program_id(1) * BO + tl.arange(0, BO)
+    if crow_ptr is None:
+        start, stop = token * K, token * K + K
+    else:
+        start, stop = tl.load(crow_ptr + token), tl.load(crow_ptr + token + 1)
+    value, row, used = _load_entries(values_ptr, index_ptr, start, stop, BK, WIDE)
+    w = _load_rows(w_ptr, row, used, o, O, EVEN)
+    next_value, row, used = _load_entries(values_ptr, index_ptr, start + BK, stop, BK, WIDE)
+    acc = tl.zeros((BK, BO), tl.float32)
+    for at in range(start, stop, BK):
+        next_w = _load_rows(w_ptr, row, used, o, O, EVEN)
+        last_value, row, used = _load_entries(values_ptr, index_ptr, at + 2 * BK, stop, BK, WIDE)
+        acc += value[:, None] * w.to(tl.float32)
+        value, next_value, w = next_value, last_value, next_w
+    y = tl.sum(acc, 0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token.to(tl.int64) * O + o, y.to(y_ptr.dtype.element_ty), mask=o < O)
+
+
+@triton.jit
+def _sum_shared(
+    values_ptr, crow_ptr, index_ptr, w_ptr, bias_ptr, y_ptr, T, H, O,
+    BK: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BT tokens of a block and BO outputs per program: each row in use is read once for all of them."""
+    begin(PDL)
+    pieces = tl.cdiv(H, BT)
+    block, first = tl.program_id(0) // pieces, tl.program_id(0) % pieces * BT
+    t, o = first + tl.arange(0, BT), tl.program_id(1) * BO + tl.arange(0, BO)
+    start, stop = tl.load(crow_ptr + block), tl.load(crow_ptr + block + 1)
+    acc = tl.zeros((BT, BO), tl.float32)
+    for at in range(start, stop, BK):
+        e = at + tl.arange(0, BK)
+        used = e < stop
+        row = tl.load(index_ptr + e, mask=used, other=0)
+        if WIDE:
+            row = row.to(tl.int64)
+        w = _load_rows(w_ptr, row, used, o, O, EVEN)
+        x = tl.load(values_ptr + e[None, :] * H + t[:, None], mask=used[None, :] & (t < H)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    token = (block * H + t).to(tl.int64)
+    mask = ((t < H) & (token < T))[:, None] & (o < O)[None, :]
+    tl.store(y_ptr + token[:, None] * O + o[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dot_rows(
+    grad_ptr, crow_ptr, index_ptr, w_ptr, out_ptr, K, O,
+    BK: tl.constexpr, BO: tl.constexpr, SHARES: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BK entries of a token at a time, every SHARES-th of these groups per program."""
+    begin(PDL)
+    token = tl.program_id(0)
+    if crow_ptr is None:
+        start, stop = token * K, token * K + K
+    else:
+        start, stop = tl.load(crow_ptr + token), tl.load(crow_ptr + token + 1)
+    for at in range(start + tl.program_id(1) * BK, stop, SHARES * BK):
+        e = at + tl.arange(0, BK)
+        used = e < stop
+        row = tl.load(index_ptr + e, mask=used, other=0)
+        if WIDE:
+            row = row.to(tl.int64)
+        acc = tl.zeros((BK, BO), tl.float32)
+        for o0 in range(0, O, BO):
+            o = o0 + tl.arange(0, BO)
+            w = tl.load(w_ptr + row[:, None] * O + o[None, :], mask=used[:, None] & (o < O)[None, :], other=0.0)
+            g = tl.load(grad_ptr + token.to(tl.int64) * O + o, mask=o < O, other=0.0)
+            acc += w.to(tl.float32) * g.to(tl.float32)[None, :]
+        tl.store(out_ptr + e, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def _top_columns(x_ptr, out_ptr, C, K, BC: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr, PDL: tl.constexpr):
+    """One row per program, which stays in registers: the K-th highest key by bisection, then the columns above it.
+
+    Keys are the bits of the magnitude, INF those of infinity, plus one; 0 for NaN, and less for padding. Of equal keys
+    the first columns are taken.
+    """
+    begin(PDL)
+    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
+    x = tl.load(x_ptr + row * C + c, mask=c < C, other=0.0)
+    if BITS == 31:
+        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        bits = (x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+    key = tl.where(c < C, tl.where(bits > INF, 0, bits + 1), -1)
+    low, high = 0, tl.max(key, 0) + 1
+    for _ in range(BITS + 1):  # at least K keys are `low` or more, and fewer `high` or more
+        middle = low + (high - low) // 2
+        enough = tl.sum((key >= middle).to(tl.int32), 0) >= K
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    above, tie = key > low, key == low
+    rank = tl.cumsum(tie.to(tl.int32), 0)
+    keep = above | (tie & (rank <= K - tl.sum(above.to(tl.int32), 0)))
+    tl.store(out_ptr + row * K + tl.cumsum(keep.to(tl.int32), 0) - 1, c, mask=keep)
+
+
+def _rows_configs(tokens: int, each: int) -> list[dict]:
+    if INTERPRET:
+        return [{"BK": 8, "BO": 16}]
+    if tokens < 64:  # the outputs are all that can be divided among the multiprocessors
+        tiles = [(128, 64, 8), (64, 32, 4), (64, 64, 8), (128, 32, 8), (256, 64, 8), (256, 32, 8), (128, 64, 4)]
+    elif each <= 8:  # programs that end soon: many of them, and small
+        tiles = [(4, 256, 1), (4, 128, 1), (2, 256, 1), (4, 256, 2), (8, 128, 1), (4, 512, 2)]
+    else:
+        tiles = [(4, 256, 2), (8, 256, 4), (8, 128, 2), (16, 256, 4), (4, 256, 1), (4, 1024, 8)]
+    return [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
+
+
+def _sums(values, crow, index, weight, bias, tokens: int):
+    """The prepared launch of linear, and of grad_weight as the product with S^T."""
+    outputs = weight.shape[1]
+    count = index.shape[-1] if crow is None else 0
+    constants = {"WIDE": wide(weight), **overlap(weight)}
+
+    def prepare(config):
+        grid = (tokens, triton.cdiv(outputs, config["BO"]))
+        launch = triton_launch(_sum_rows, grid, EVEN=outputs % config["BO"] == 0, **constants, **config)
+        return lambda *tensors: launch(*tensors, count, outputs)
+
+    y = weight.new_empty(tokens, outputs)
+    if y.numel() == 0:
+        return lambda *tensors: None
+    each = index.numel() // max(1, tokens)
+    key = (weight.dtype, power_of_two(tokens, 1, 4096), power_of_two(each, 1, 1 << 16), outputs, crow is None)
+    tensors = (values, crow, index, weight, bias, y)
+    return autotune.pick("codes_linear", key, _rows_configs(tokens, each), prepare, tensors)
+
+
+def _shared_sums(values, crow, index, weight, bias, tokens: int):
+    """The prepared launch of linear for blocks of tokens."""
+    height, outputs = values.shape[1], weight.shape[1]
+    bt = power_of_two(height, 16, 64)
+    rows = (len(crow) - 1) * triton.cdiv(height, bt)
+    constants = {"BT": bt, "WIDE": wide(weight), "PRECISION": precision(weight.dtype), **overlap(weight)}
+    configs = [{"BK": 16, "BO": 16}]
+    if not INTERPRET:
+        tiles = [(64, 64, 4), (64, 32, 4), (128, 32, 4), (64, 128, 8), (32, 64, 4)]
+        configs = [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
+
+    def prepare(config):
+        grid = (rows, triton.cdiv(outputs, config["BO"]))
+        launch = triton_launch(_sum_shared, grid, EVEN=outputs % config["BO"] == 0, **constants, **config)
+        return lambda *tensors: launch(*tensors, tokens, height, outputs)
+
+    y = weight.new_empty(tokens, outputs)
+    if y.numel() == 0:
+        return lambda *tensors: None
+    key = (weight.dtype, rows, bt, power_of_two(len(index) // max(1, len(crow) - 1), 1, 1 << 16), outputs)
+    return autotune.pick("codes_shared", key, configs, prepare, (values, crow, index, weight, bias, y))
+
+
+def _check(values, crow, index, weight, tokens: int):
+    blocks = crow is not None and values.dim() == 3 and values.shape[2] == 1 and len(values) == len(index)
+    if blocks and index.dim() == 1 and len(crow) - 1 == triton.cdiv(tokens, values.shape[1]):
+        if values.numel() >= 2**31:
+            raise ValueError(f"Expected fewer than 2**31 entries, got {values.numel()}.")
+        return
+    if values.shape != index.shape or index.dim() != (2 if crow is None else 1):
+        got = f"got values {tuple(values.shape)} and index {tuple(index.shape)}"
+        raise ValueError(f"Expected values and index of one shape, (tokens, K) or, with crow, (entries,), {got}.")
+    rows = len(index) if crow is None else len(crow) - 1
+    if rows != tokens or index.numel() >= 2**31:
+        raise ValueError(f"Expected fewer than 2**31 entries of {tokens} tokens, got {index.numel()} of {rows}.")
+
+
+@operator(
+    "gpu_codes_linear(Tensor values, Tensor? crow, Tensor index, Tensor weight, Tensor? bias, int tokens) -> Tensor",
+    lambda values, crow, index, weight, bias, tokens: (tokens, weight.shape[1]),
+    strided=(),
+)
+def linear(values, crow, index, weight, bias, tokens):
+    """values, crow or None, index, weight (columns, O), bias -> (tokens, O). A last block may have fewer tokens."""
+    _check(values, crow, index, weight, tokens)
+    sums = _shared_sums if values.dim() == 3 else _sums
+    launch = sums(values, crow, index, weight, bias, tokens)
+    return into_new(launch, values, (tokens, weight.shape[1]))
+
+
+@operator(
+    "gpu_codes_grad_values(Tensor grad, Tensor? crow, Tensor index, Tensor weight) -> Tensor",
+    lambda grad, crow, index, weight: index.shape,
+    strided=(),
+)
+def grad_values(grad, crow, index, weight):
+    """grad (tokens, O), crow or None, index, weight (columns, O) -> values; of slots that are free: zero."""
+    tokens, outputs = grad.shape
+    count = index.shape[-1] if crow is None else 0
+    shares = 1 if tokens >= 256 else min(64, triton.cdiv(index.numel(), 32 * max(1, tokens)))
+    constants = {"SHARES": max(1, shares), "WIDE": wide(weight), **overlap(weight)}
+    configs = [{"BK": 8, "BO": 16}]
+    if not INTERPRET:
+        tiles = [(32, 64, 4), (8, 256, 4), (16, 128, 4), (4, 256, 2), (32, 128, 8), (8, 128, 2)]
+        configs = [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
+
+    def prepare(config):
+        launch = triton_launch(_dot_rows, (tokens, constants["SHARES"]), **constants, **config)
+        return lambda *tensors: launch(*tensors, count, outputs)
+
+    if index.numel() == 0 or tokens == 0:
+        return lambda grad, crow, index, weight: grad.new_zeros(index.shape)
+    out = grad.new_zeros(index.shape)
+    key = (grad.dtype, power_of_two(tokens, 1, 4096), power_of_two(index.numel() // tokens, 1, 1 << 16), outputs)
+    launch = autotune.pick("codes_grad_values", key, configs, prepare, (grad, crow, index, weight, out))
+
+    def call(grad, crow, index, weight):
+        # a program writes the stored entries only
+        out = torch.empty_like(index, dtype=grad.dtype) if crow is None else grad.new_zeros(index.shape)
+        launch(grad, crow, index, weight, out)
+        return out
+
+    return call
+
+
+def by_columns(values, crow, index, columns: int):
+    """(values, crow, token) of the compressed rows of S^T; in a row, tokens ascend."""
+    index = index.contiguous()
+    if crow is None:
+        token = None
+    else:
+        slots = torch.arange(index.numel(), device=index.device, dtype=crow.dtype)
+        token = torch.searchsorted(crow, slots, right=True, out_int32=True) - 1
+        index = index.masked_fill(slots >= crow[-1], columns)  # free slots come last
+    column, order = torch.sort(index.flatten(), stable=True)
+    edges = torch.arange(columns + 1, device=index.device, dtype=index.dtype)
+    token = order.div(index.shape[-1], rounding_mode="floor").int() if token is None else token[order]
+    return values.flatten()[order], torch.searchsorted(column, edges, out_int32=True), token
+
+
+@operator(
+    "gpu_codes_grad_weight(Tensor values, Tensor? crow, Tensor index, Tensor grad, int columns) -> Tensor",
+    lambda values, crow, index, grad, columns: (columns, grad.shape[1]),
+    strided=(),
+)
+def grad_weight(values, crow, index, grad, columns):
+    """values, crow or None, index, grad (tokens, O) -> (columns, O)."""
+    _check(values, crow, index, grad, len(grad))
+    if index.numel() == 0:
+        return lambda values, crow, index, grad: grad.new_zeros(columns, grad.shape[1])
+    sums = into_new(
+        _sums(*by_columns(values, crow, index, columns), grad, None, columns), values, (columns, grad.shape[1])
+    )
+    return lambda values, crow, index, grad: sums(*by_columns(values, crow, index, columns), grad, None)
+
+
+MOST_COLUMNS = 1 << 15  # of a row that fits into the registers of a program
+BITS = {torch.float32: (31, 0x7F800000), torch.bfloat16: (15, 0x7F80), torch.float16: (15, 0x7C00)}
+
+
+def selects(x: torch.Tensor) -> bool:
+    """Whether ``topk`` takes a matrix of this dtype and width."""
+    return x.dtype in BITS and x.shape[1] <= MOST_COLUMNS
+
+
+@operator(
+    "gpu_codes_topk(Tensor x, int count) -> Tensor",
+    lambda x, count: (x.shape[0], count),
+    strided=(),
+    dtype=torch.int32,
+)
+def topk(x, count):
+    """x (rows, columns) -> the columns of the ``count`` largest |x| of each row, ascending; NaN is lowest."""
+    rows, columns = x.shape
+    if not 1 <= count <= columns <= MOST_COLUMNS:
+        raise ValueError(
+            f"Expected a count from 1 to the columns, of {MOST_COLUMNS} at most, got {count} of {columns}."
+        )
+    bits, inf = BITS[x.dtype]
+    block = triton.next_power_of_2(columns)
+    warps = min(16, max(1, block // 1024))
+    launch = triton_launch(
+        _top_columns, (rows,), BC=block, BITS=bits, INF=inf, **overlap(x), **({} if INTERPRET else {"num_warps": warps})
+    )
+
+    def call(x):
+        out = torch.empty(rows, count, dtype=torch.int32, device=x.device)
+        if rows:
+            launch(x, out, columns, count)
+        return out
+
+    return call

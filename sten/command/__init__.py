@@ -1,0 +1,1 @@
+"""The commands of `python -m sten`, one a file."""

@@ -1,0 +1,239 @@
+"""sparsify with a `site=`: which modules, checked, calibrated, and only then hooked."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.data import calibration_of, inference, run_batch, tokens_of
+from ..layouts.base import Layout
+from ..sparsifiers import Sparsifier
+from ..sparsifiers.activation import ActivationMethod
+from ..tensor import SparseTensor
+from ..training.attribute import trained_of
+from ..training.reminders import listed
+from ..training.uninterrupted import uninterrupted
+from .arguments import Pattern, requested
+from .defaults import is_linear, kept_dense
+from .select import expect_idle, expect_model, expect_unwrapped, shown
+from .sites import ATTRIBUTE, KINDS, Site, change_first, change_output, checked_on_sample
+
+Modules = Pattern | Iterable[Pattern] | Callable[[str, nn.Module], bool] | None
+SAMPLE = 2**20  # entries of each tensor that calibration reads
+ACTIVATIONS = ("input", "output")
+
+
+def sparsify_site(
+    model: nn.Module, site: str, method: Any, layout: Any, modules: Modules, calibration: Any, others: dict[str, Any]
+) -> None:
+    """Put a site on the chosen modules, or take it off (`method` None); all or nothing."""
+    expect_model(model)
+    _expect_arguments(site, method, layout, others)
+    expect_idle(model)
+    expect_unwrapped(model)
+    if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
+        raise TypeError("Expected a model before torch.compile, got a compiled one: hooks come first.")
+    chosen = select_modules(model, modules)
+    if method is None:
+        _remove(chosen, site)
+        return
+    ready = []
+    unused, weights = uncalled(model), Counter(id(m._parameters.get("weight")) for _, m in model.named_modules())
+    for name, module in chosen:
+        _expect_site(name, module, site)
+        if id(module) in unused:
+            raise ValueError(
+                f"{name}: Expected a module whose forward is called, got one that MultiheadAttention reads."
+            )
+        if site == "grad_weight" and weights[id(module.weight)] > 1:
+            raise ValueError(f"grad_weight of {name}: Expected a weight of one module, got one that several share.")
+        linear = is_linear(module, "weight")
+        one, features = Site(name, site, method, layout, linear), features_of(module, site)
+        state = method.init(features) if site in ACTIVATIONS else {}
+        checked_on_sample(one, state, features)
+        ready.append((module, one, state))
+    if calibration is not None:
+        _calibrate(model, ready, calibration)
+    elif site in ACTIVATIONS and getattr(method, "sparsity", None) is not None:
+        warnings.warn(
+            f"sten: {method} keeps all entries until its thresholds are loaded; pass calibration= to find them.",
+            stacklevel=3,
+        )
+    with uninterrupted():
+        for module, one, state in ready:
+            _place(module, state)
+            one.install(module, state)
+
+
+def _expect_arguments(site: str, method: Any, layout: Any, others: dict[str, Any]) -> None:
+    if site not in KINDS:
+        raise ValueError(f"Expected site= to be one of {', '.join(map(repr, KINDS))}, got {site!r}.")
+    for name, value in others.items():
+        if value is not None:
+            hint = {
+                "optimizer": "make the optimizer afterwards, so that it has the thresholds that are learned",
+                "sparsity": "the method has it, as in sten.TopK(0.1)",
+                "weights": "modules= chooses modules",
+            }[name]
+            raise TypeError(f"Expected no {name}= with site={site!r}, got {value!r}; {hint}.")
+    if method is not None and not isinstance(method, ActivationMethod):
+        got = f"{method}, which is for weights" if isinstance(method, Sparsifier) else repr(method)
+        raise TypeError(
+            f"Expected a method for activations, such as sten.TopK(0.1), for site={site!r}, got {got}; None takes it "
+            "off."
+        )
+    if layout is not None and not isinstance(layout, Layout):
+        raise TypeError(f"Expected one layout such as sten.FanIn(), or None for dense, with site=, got {layout!r}.")
+    if site == "grad_weight" and layout is not None:
+        raise ValueError(
+            f"Expected layout=None for site='grad_weight', got {layout}: the gradient of a dense Parameter is dense; "
+            "make the weight sparse for one that is not."
+        )
+    if site.startswith("grad") and isinstance(method, ActivationMethod) and not method.takes_gradients:
+        raise ValueError(f"Expected a method without state for site={site!r}, got {method}; use sten.TopK.")
+
+
+def requested_modules(modules: Modules) -> list[Pattern] | Callable | None:
+    """`modules=` as a list of patterns or a function, checked; None if it is left out."""
+    return requested(modules, "modules", {"name": "", "module": nn.Module()})
+
+
+def names_module(pattern: Pattern, name: str, module: nn.Module) -> bool:
+    """Whether a pattern names this module: by its own name, not by those of the modules around it."""
+    if isinstance(pattern, nn.Module):
+        return pattern is module
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise ValueError(f"Expected a regular expression after 're:', got {pattern[3:]!r} ({error}).") from None
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def select_modules(model: nn.Module, modules: Modules) -> list[tuple[str, nn.Module]]:
+    """(name, module) of those named, each once; by default of the linear layers, without the output layer."""
+    requested, every = requested_modules(modules), list(model.named_modules())
+    if requested is None:
+        dense, unused = kept_dense(model), uncalled(model)
+        found = [(n, m) for n, m in every if is_linear(m, "weight") and id(m) not in dense and id(m) not in unused]
+        if not found:
+            raise ValueError(f"Expected a linear layer in {type(model).__name__}, got none; choose with modules=.")
+        return found
+    if not isinstance(requested, list):
+        found = [(name, module) for name, module in every if requested(name, module)]
+        if not found:
+            raise ValueError("Expected modules= to choose a module, got a function that chooses none.")
+        return found
+    for pattern in requested:
+        if not any(names_module(pattern, name, module) for name, module in every):
+            some = listed([name for name, _ in every if name]) or "none inside"
+            raise ValueError(f"Expected {shown(pattern)} to name a module, got none; there are {some}.")
+    return [(n, m) for n, m in every if any(names_module(pattern, n, m) for pattern in requested)]
+
+
+def uncalled(model: nn.Module) -> set[int]:
+    """Ids of the layers whose weights others read, and whose forward is not called."""
+    return {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def _expect_site(name: str, module: nn.Module, site: str) -> None:
+    """Raise unless the module has the site, free."""
+    where = f"{site} of {name or 'the model'}"
+    if site in vars(module).get(ATTRIBUTE, {}):
+        one = vars(module)[ATTRIBUTE][site]
+        raise ValueError(
+            f"{where}: Expected one method on a site, got a second beside {one.method}; take that off first, with "
+            "sparsifier=None."
+        )
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
+        raise ValueError(f"{where}: Expected a module with a forward, got {type(module).__name__}; name those inside.")
+    if site == "grad_weight":
+        weight = module._parameters.get("weight")
+        trained = dict(trained_of(module)) if hasattr(module, "sparse_names") else {}
+        if weight is None or weight.dim() < 2:
+            kind = type(module).__name__
+            raise ValueError(f"{where}: Expected a module with a Parameter `weight` of two dimensions, got {kind}.")
+        if isinstance(weight, SparseTensor) or "weight" in trained:
+            raise ValueError(f"{where}: Expected a dense weight, got a sparse one, whose gradient has its pattern.")
+
+
+def features_of(module: nn.Module, site: str) -> int | None:
+    """The width of the tensor at a site of a linear layer; None where it is not known before a call."""
+    weight = module._parameters.get("weight")
+    if site == "grad_weight":
+        return weight.flatten(1).shape[1]
+    if not is_linear(module, "weight"):
+        return None
+    inputs, outputs = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else weight.shape
+    return inputs if site in ("input", "grad_input") else outputs
+
+
+def _place(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Move the tensors of a site to the module's device, in place of being made there."""
+    first = next((p for p in module.parameters() if p is not None), None)
+    if first is not None:
+        for name, tensor in state.items():
+            new = tensor.detach().to(first.device)
+            state[name] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
+
+
+def _remove(chosen: list[tuple[str, nn.Module]], site: str) -> None:
+    with_site = [(m, s) for _, m in chosen if (s := vars(m).get(ATTRIBUTE, {}).get(site)) is not None]
+    if not with_site:
+        raise ValueError(f"Expected a module with a method at its {site}, to be taken off, got none; see sten.summary.")
+    for module, one in with_site:
+        one.remove(module)
+
+
+def _calibrate(model: nn.Module, ready: list, calibration: Any) -> None:
+    """Find each site's state from the tensors that the dense model has there, in one pass over the batches."""
+    batches = calibration_of(calibration).batches
+    samples: list[list[Tensor]] = [[] for _ in ready]
+    most = max(1, SAMPLE // len(batches))
+    tokens = tokens_of(model, batches)
+
+    def read(found: list[Tensor], batch: list[int]) -> Callable:
+        def keep(x: Tensor) -> Tensor:
+            rows = tokens[batch[0]].of(tuple(x.shape))
+            x = x.detach().reshape(-1, x.shape[-1])
+            x = x if rows is None else x[rows.to(x.device)]
+            step = -(-len(x) // max(1, most // x.shape[1])) if len(x) else 1
+            found.append(x[::step].clone())
+            return x
+
+        return keep
+
+    current = [0]
+    with contextlib.ExitStack() as stack, inference(model):
+        for (module, one, _), found in zip(ready, samples, strict=True):
+            keep = read(found, current)
+            if one.kind == "input":
+
+                def hook(m, args, kwargs, keep=keep, where=one.where):
+                    change_first(args, kwargs, keep, where)
+
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            else:
+
+                def hook(m, args, output, keep=keep, where=one.where):
+                    change_output(output, keep, where)
+
+                handle = module.register_forward_hook(hook)
+            stack.callback(handle.remove)
+        for current[0], batch in enumerate(batches):
+            run_batch(model, batch, current[0])
+    unseen = [one.where for (_, one, _), found in zip(ready, samples, strict=True) if not sum(map(len, found))]
+    if unseen:
+        raise ValueError(f"Expected calibration= to reach every chosen module, got none at {listed(unseen)}.")
+    for (_, one, state), found in zip(ready, samples, strict=True):
+        state.update(one.method.calibrate(torch.cat(found)))

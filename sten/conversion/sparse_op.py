@@ -1,0 +1,154 @@
+"""sparse_op: an operator whose output, and whose output's gradient, are made sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._torch_private import PLAIN_TENSORS
+from ..layouts.base import Layout
+from ..ops.fused import ACTIVATIONS, activate
+from ..ops.inline_linear import inline_linear
+from ..ops.sparsified import stores
+from ..sparsifiers.activation import ActivationMethod
+from .sites import Site, change_output
+
+How = ActivationMethod | tuple[ActivationMethod, Layout | None] | None
+
+
+class SparseOp(nn.Module):
+    """What `sparse_op` returns: a module, so that a layer that has it as an attribute has its state, too."""
+
+    def __init__(
+        self,
+        operator: Callable[..., Any],
+        out: How,
+        grad: How,
+        features: int | None,
+        inline: bool,
+        activation: str | None,
+    ) -> None:
+        super().__init__()
+        self.operator, self.inline, self.activation = operator, inline, activation
+        self.out, self.grad = _site("output", operator, out), _site("grad_output", operator, grad)
+        for site in (self.grad, self.out):
+            if site is not None:
+                state = site.method.init(features) if site is self.out else {}
+                if features is not None:
+                    site.expect(features)
+                site.keep(self, state)
+        if activation is not None and (operator is not F.linear or activation not in ACTIVATIONS):
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"Expected F.linear and one of {names} for activation=, got {activation!r}.")
+        if inline:
+            _expect_inline(operator, self.out, self.grad)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.inline and (operands := self._operands(*args, **kwargs)) is not None:
+            return inline_linear(*operands, self._choose, self.out.layout)
+        y = self.operator(*args, **kwargs)
+        y = y if self.activation is None else activate(y, self.activation)
+        if self.grad is not None:
+            y = change_output(y, self.grad.with_gradient, self.grad.where)
+        if self.out is not None:
+            y = change_output(y, self._sparsified, self.out.where)
+        return y
+
+    def _sparsified(self, y: Tensor) -> Tensor:
+        return self.out.sparsified(self, y)
+
+    def _operands(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple | None:
+        """Those of an inline product; None where it runs as the operator, and then the method."""
+        plain = all(t is None or type(t) in PLAIN_TENSORS for t in (input, weight, bias))
+        return (input, weight, bias) if plain and input.dim() == 2 and stores(input, self.out.layout) else None
+
+    def _choose(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        y = z if self.activation is None else activate(z, self.activation)
+        site, columns = self.out, self.out.method.columns(y.detach())
+        if columns is not None:
+            return y, columns
+        return site.method.apply(y, {name: getattr(self, site.full(name)) for name in site.state}, self.training)
+
+    def extra_repr(self) -> str:
+        how = ["inline: the output is sparsified in tiles, and never stored dense"] if self.inline else []
+        return "\n".join([*(str(site) for site in (self.out, self.grad) if site is not None), *how])
+
+
+def _expect_inline(operator: Callable, out: Site | None, grad: Site | None) -> None:
+    """Raise ValueError unless linear can sparsify its output inside."""
+    if operator is not F.linear:
+        name = getattr(operator, "__name__", type(operator).__name__)
+        raise ValueError(f"Expected F.linear for inline=True, got {name}; it runs after other operators.")
+    if out is None or out.layout is None or grad is not None:
+        raise ValueError("Expected out=(method, layout), with a layout and without grad=, for inline=True.")
+    if out.method.kind == "materializing":
+        raise ValueError(
+            f"Expected a streaming or blocking method for inline=True, got {out.method}, which needs the whole tensor."
+        )
+    if out.method.full_gradient:
+        raise ValueError(
+            f"Expected a method without gradients of dropped entries for inline=True, got {out.method}; leave it out."
+        )
+
+
+def _site(kind: str, operator: Callable, how: How) -> Site | None:
+    name = "out" if kind == "output" else "grad"
+    method, layout = how if isinstance(how, tuple) and len(how) == 2 else (how, None)
+    if method is None and layout is None:
+        return None
+    if not isinstance(method, ActivationMethod) or not (layout is None or isinstance(layout, Layout)):
+        raise TypeError(
+            f"Expected {name}=(method, layout), such as (sten.TopK(8), sten.FanIn()), or a method alone, got {how!r}."
+        )
+    if kind == "grad_output" and not method.takes_gradients:
+        raise ValueError(f"Expected a method without state for grad=, got {method}; use sten.TopK.")
+    return Site(getattr(operator, "__name__", type(operator).__name__), kind, method, layout, False)
+
+
+def sparse_op(
+    operator: Callable[..., Any],
+    out: How = None,
+    grad: How = None,
+    features: int | None = None,
+    inline: bool = False,
+    activation: str | None = None,
+) -> SparseOp:
+    """An operator whose output is sparsified, and whose output's gradient is on its way back.
+
+    For layers of your own; `sten.sparsify(model, site=...)` does so to those of a model.
+
+    Args:
+        operator: any function of tensors, or a module.
+        out: (method, layout) of the output, which is then a SparseTensor of two dimensions; a method alone, or None as
+            the layout, leaves it dense, with zeros.
+        grad: the same for the gradient of the output, before the operator's own backward reads it.
+        features: the width of the output, for a method that learns something of each feature (`sten.JumpReLU`).
+        inline: of F.linear, whether its output is sparsified inside, in tiles of tokens, so that it is never stored
+            dense, and its backward pass is that of a sparse gradient. For streaming and blocking methods and a layout;
+            under a compiler the method runs after the operator, with the same numbers.
+        activation: of F.linear, what comes before the method: "relu", "gelu", "gelu_tanh" or "silu".
+
+    Returns:
+        A module that is called as the operator; what its methods learn is in its `state_dict`.
+
+    Raises:
+        TypeError, ValueError: a method for weights, one with state for `grad`, one that needs the whole tensor for
+            `inline`; at the call, an output that the layout cannot hold.
+
+    Example:
+        >>> import torch, sten
+        >>> add = sten.sparse_op(torch.add, out=(sten.Threshold(1.0), sten.CSR()), grad=(sten.TopK(1), None))
+        >>> a = torch.tensor([[0.5, 1.0], [1.0, 0.0]], requires_grad=True)
+        >>> y = add(a, torch.tensor([[0.25, 0.5], [0.5, 0.0]]))
+        >>> y.to_dense()
+        tensor([[0.0000, 1.5000],
+                [1.5000, 0.0000]], grad_fn=<ToDenseBackward>)
+        >>> torch.nn.functional.linear(y, torch.tensor([[1.0, 2.0]])).sum().backward()
+        >>> a.grad
+        tensor([[0., 2.],
+                [1., 0.]])
+    """
+    return SparseOp(operator, out, grad, features, inline, activation)

@@ -1,0 +1,96 @@
+"""linear whose output is sparsified inside the operator: tiles of tokens, so that the dense output is never stored.
+
+    y = sparsify(activation(x @ weight.T + bias)), in a layout
+
+A tile is computed, sparsified and packed before the next one. Its slope dy / d(x @ weight.T), one number an entry
+since neither an activation nor a method mixes entries, is packed at the same pattern. So the backward pass has a sparse
+gradient of the product, in the layout of y, and both of its products run on kernels for a sparse input:
+
+    grad_x = grad @ weight      linear of the input `grad` and weight.T
+    grad_weight = grad.T @ x    the transpose of linear_grad_weight, x.T @ grad
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._torch_private import autocast_somewhere
+from ..dispatch import planned_input
+from ..layouts.base import Layout
+from ..rule import Rule
+from ..tensor import SparseTensor, project
+from .sparse_input import grad_of_weight
+
+TILE = 2**23  # entries of a tile of the output
+Choice = Callable[[Tensor], tuple[Tensor, Tensor]]  # activations -> (what is kept of them, where: a mask or columns)
+
+
+def tiles(x: Tensor, outputs: int) -> tuple[Tensor, ...]:
+    """Rows of x whose outputs have TILE entries, a multiple of four of them."""
+    return x.split(max(4, TILE // outputs // 4 * 4))
+
+
+def packed_tiles(x, weight, bias, choose: Choice, layout: Layout, slopes: bool) -> tuple[dict, Tensor | None]:
+    """The parts of the output, and the slopes as its values are stored."""
+    found, values = [], []
+    for tile in tiles(x, len(weight)):
+        with torch.set_grad_enabled(slopes):
+            z = F.linear(tile, weight, bias).detach().requires_grad_(slopes)
+            y, where = choose(z)
+            slope = torch.autograd.grad(y.sum(), z)[0] if slopes else None
+        pack = layout.pack if where.dtype == torch.bool else layout.pack_columns
+        found.append(pack(y.detach(), where))
+        if slope is not None:
+            values.append(layout.pack_like(slope, found[-1]))
+    rows = [len(tile) for tile in tiles(x, len(weight))]
+    return layout.join_rows(found, rows), torch.cat(values) if values else None
+
+
+class InlineLinear(Rule):
+    """The operator; `choose` is the activation, and then the method."""
+
+    @staticmethod
+    def forward(x, weight, bias, choose, layout, slopes):
+        parts, slopes = packed_tiles(x.detach(), weight.detach(), bias, choose, layout, slopes)
+        y = SparseTensor(layout, parts, (len(x), len(weight)))
+        y.cache.activation = True
+        vars(y)["slopes"] = slopes
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.slopes = vars(output).pop("slopes")
+        ctx.save_for_backward(*inputs[:2], output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad) -> Any:
+        x, weight, y = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad = project(grad, y)
+        grad = y.with_values(grad.parts["values"] * ctx.slopes)
+        grad.cache.activation = True
+        return (
+            planned_input("linear", grad, weight.t(), len(x)).run(grad.parts, weight.t(), None) if needs_x else None,
+            grad_of_weight(x, grad, weight.t()).t() if needs_weight else None,
+            grad_of_weight(x.new_ones(len(x), 1), grad, weight.t()[:1])[0] if needs_bias else None,
+            None,
+            None,
+            None,
+        )
+
+
+def inline_linear(x: Tensor, weight: Tensor, bias: Tensor | None, choose: Choice, layout: Layout) -> SparseTensor:
+    """The operator on x (tokens, features), in autocast's dtype where that is on."""
+    if autocast_somewhere() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    layout.check((len(x), len(weight)))
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    slopes = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return InlineLinear.run(x, weight, bias, choose, layout, slopes)

@@ -1,0 +1,32 @@
+"""The benchmarks of the CPU run, check their results and write what they measured."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sten.backends import cpp
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not cpp.available(), reason="the extension is not built")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["cpu_linear.py", "--layouts", "nm16:32", "--dtype", "bfloat16", "--tokens", "2", "--seconds", "0.01"],
+        ["cpu_model.py", "--models", "conv-512x7", "--plans", "csr95", "--batches", "1", "--rounds", "3"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_runs(arguments, monkeypatch, tmp_path, one_thread):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    script, *options = arguments
+    monkeypatch.setattr(sys, "argv", [script, *options, "--threads", "1", "--json", str(tmp_path / "out.json")])
+    with torch.no_grad():
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["setting"]["threads"] == 1 and content["results"]
