@@ -17,7 +17,8 @@
 #define __align__(bytes)
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
-using std::min;
+using std::max, std::min;
+static int atomicAdd(int* to, int more) { return __atomic_fetch_add(to, more, __ATOMIC_RELAXED); }
 
 struct Index { unsigned x; };
 static thread_local Index threadIdx;
