@@ -27,7 +27,6 @@ from ..ops.sparsified import stored, stores, with_gradient
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
 
-KINDS = ("weight", "input", "output", "grad_weight", "grad_input", "grad_output")
 ATTRIBUTE = "_sten_sites"  # of a module: {site: Site}
 
 
@@ -42,7 +41,7 @@ class Site:
 
     Attributes:
         name: of the module, as it was called when the site was made.
-        kind: of KINDS.
+        kind: of `arguments.KINDS`.
         method, layout: what is kept, and how it is stored; None: dense, with zeros.
         linear: whether the module acts on the last dimension only, so that it may get a matrix of all tokens.
         state: names of the method's tensors.
@@ -231,6 +230,11 @@ def expect_no_gradient_site(targets: Iterable[Any]) -> None:
                     f"{target.name}: Expected a weight without a site at its gradient, got {site.method}; take it off "
                     'by sten.sparsify(model, site="grad_weight", sparsifier=None).'
                 )
+
+
+def has_sites(module: nn.Module) -> bool:
+    """Whether a module, not those in it, has a site."""
+    return bool(vars(module).get(ATTRIBUTE))
 
 
 def remove_sites(model: nn.Module) -> None:
