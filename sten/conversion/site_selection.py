@@ -46,7 +46,7 @@ def sparsify_site(model: nn.Module, recipe: Recipe, optimizer: Any, calibration:
 
 
 def prepare_sites(model: nn.Module, recipe: Recipe, optimizer: Any, calibration: Any) -> Ready:
-    """The sites that the chosen modules get, or lose (`sparsifier` None), checked and calibrated; nothing is changed."""
+    """The sites that the chosen modules get, or lose (`sparsifier` None), calibrated; nothing is changed."""
     site, method, layout = recipe.site, recipe.sparsifier, recipe.layout
     expect_site(site, method, layout, recipe.modules, {"optimizer": optimizer})
     expect_idle(model)
