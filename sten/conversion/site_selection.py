@@ -88,8 +88,9 @@ def site_on(
 ) -> tuple[Site, dict[str, Tensor]]:
     """(the site, the first state of its method); ValueError if they do not go together."""
     one, features = Site(name, site, method, layout, is_linear(module, "weight")), features_of(module, site)
-    state = method.init(features) if site in ACTIVATIONS else {}
-    checked_on_sample(one, state, features)
+    with torch.device("cpu"):  # from_pretrained makes models under that of meta, which has no numbers to try
+        state = method.init(features) if site in ACTIVATIONS else {}
+        checked_on_sample(one, state, features)
     return one, state
 
 
