@@ -18,11 +18,12 @@ from ..errors import FormatError
 from ..layouts.base import Layout
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
+from ..training.attribute import SITES
 from ..training.uninterrupted import uninterrupted
 from .arguments import KINDS, expect_site
 from .recipe import made, plain
 from .site_selection import expect_sites, install_site, site_on
-from .sites import ATTRIBUTE, Site
+from .sites import Site
 
 
 def described_sites(model: nn.Module) -> list[dict[str, Any]]:
@@ -39,7 +40,7 @@ def described_sites(model: nn.Module) -> list[dict[str, Any]]:
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Site]]:
     for path, module in model.named_modules():
-        for kind, one in vars(module).get(ATTRIBUTE, {}).items():
+        for kind, one in vars(module).get(SITES, {}).items():
             yield path, module, kind, one
 
 

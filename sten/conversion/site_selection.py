@@ -18,14 +18,14 @@ from ..caller import user_stacklevel
 from ..layouts.base import Layout
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
-from ..training.attribute import trained_of
+from ..training.attribute import SITES, trained_of
 from ..training.reminders import listed
 from ..training.uninterrupted import uninterrupted
 from .arguments import Modules, Pattern, expect_site, requested_modules
 from .defaults import is_linear, kept_dense
 from .recipe import Recipe
 from .select import expect_idle, expect_unwrapped, shown
-from .sites import ATTRIBUTE, Site, change_first, change_output, checked_on_sample
+from .sites import Site, change_first, change_output, checked_on_sample
 
 SAMPLE = 2**20  # entries of each tensor that calibration reads
 ACTIVATIONS = ("input", "output")
@@ -142,8 +142,8 @@ def uncalled(model: nn.Module) -> set[int]:
 
 def _expect_free(name: str, module: nn.Module, site: str) -> None:
     """Raise if the module has a method on the site."""
-    if site in vars(module).get(ATTRIBUTE, {}):
-        one = vars(module)[ATTRIBUTE][site]
+    if site in vars(module).get(SITES, {}):
+        one = vars(module)[SITES][site]
         raise ValueError(
             f"{site} of {name or 'the model'}: Expected one method on a site, got a second beside {one.method}; take "
             "that off first, with sparsifier=None."
@@ -187,7 +187,7 @@ def _place(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 def _with_site(chosen: list[tuple[str, nn.Module]], site: str) -> Ready:
     """Those that have a method on the site."""
-    found: Ready = [(m, s, {}) for _, m in chosen if (s := vars(m).get(ATTRIBUTE, {}).get(site)) is not None]
+    found: Ready = [(m, s, {}) for _, m in chosen if (s := vars(m).get(SITES, {}).get(site)) is not None]
     if not found:
         raise ValueError(f"Expected a module with a method at its {site}, to be taken off, got none; see sten.summary.")
     return found

@@ -26,13 +26,12 @@ from ..layouts.base import Layout
 from ..ops.sparsified import stored, stores, with_gradient
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
-
-ATTRIBUTE = "_sten_sites"  # of a module: {site: Site}
+from ..training.attribute import SITES
 
 
 def sites_of(model: nn.Module) -> list[Site]:
     """All sites of a model, in the order of its modules."""
-    return [site for module in model.modules() for site in vars(module).get(ATTRIBUTE, {}).values()]
+    return [site for module in model.modules() for site in vars(module).get(SITES, {}).values()]
 
 
 @dataclass(eq=False)
@@ -95,7 +94,7 @@ class Site:
         else:
             self.handles.append(before(self.follow_weight))
             self.follow_weight(module)
-        vars(module).setdefault(ATTRIBUTE, {})[self.kind] = self
+        vars(module).setdefault(SITES, {})[self.kind] = self
 
     def remove(self, module: nn.Module) -> None:
         """Take everything off again."""
@@ -105,7 +104,7 @@ class Site:
             self.hook.remove()
         for name in self.state:
             delattr(module, self.full(name))
-        del vars(module)[ATTRIBUTE][self.kind]
+        del vars(module)[SITES][self.kind]
 
     def full(self, name: str) -> str:
         """The name that a tensor of the method has in the module."""
@@ -225,7 +224,7 @@ def expect_no_gradient_site(targets: Iterable[Any]) -> None:
     """Raise ValueError if the gradient of a weight that is to become sparse, a `Target`, has a site."""
     for target in targets:
         for module, _ in target.owners:
-            if (site := vars(module).get(ATTRIBUTE, {}).get("grad_weight")) is not None:
+            if (site := vars(module).get(SITES, {}).get("grad_weight")) is not None:
                 raise ValueError(
                     f"{target.name}: Expected a weight without a site at its gradient, got {site.method}; take it off "
                     'by sten.sparsify(model, site="grad_weight", sparsifier=None).'
@@ -234,15 +233,15 @@ def expect_no_gradient_site(targets: Iterable[Any]) -> None:
 
 def has_sites(module: nn.Module) -> bool:
     """Whether a module, not those in it, has a site."""
-    return bool(vars(module).get(ATTRIBUTE))
+    return bool(vars(module).get(SITES))
 
 
 def remove_sites(model: nn.Module) -> None:
     """Take all sites of a model off."""
     for module in model.modules():
-        for site in list(vars(module).get(ATTRIBUTE, {}).values()):
+        for site in list(vars(module).get(SITES, {}).values()):
             site.remove(module)
-        vars(module).pop(ATTRIBUTE, None)
+        vars(module).pop(SITES, None)
 
 
 def checked_on_sample(site: Site, state: dict[str, Tensor], features: int | None) -> None:
