@@ -153,7 +153,9 @@ class Recipe:
         return {**of_weights, "version": VERSION, "site": self.site, "modules": _patterns(self.modules, strict)}
 
 
-def recipe_of(layout: Any, sparsifier: Any, sparsity: Any, weights: Any, site: str, modules: Any) -> Recipe:
+def recipe_of(
+    layout: Any, sparsifier: Any, sparsity: Any, weights: Any, site: str = "weight", modules: Any = None
+) -> Recipe:
     """The Recipe that sparsify was given, or that its arguments make."""
     if not isinstance(layout, Recipe):
         return Recipe(layout, sparsifier, sparsity, weights, site, modules)
