@@ -170,3 +170,50 @@ def test_save_state_of_accelerate(tmp_path):
     step()
     assert all(torch.equal(t, want[name]) for name, t in model.state_dict().items())
     accelerator.free_memory()
+
+
+# beside what else sten does to a model
+
+
+@pytest.mark.parametrize("layout", [sten.FanIn(), sten.CSR()], ids=str)
+def test_calibrated_pruning_sees_what_a_site_leaves(layout):
+    """Wanda and SparseGPT of a model with sparse inputs choose as with zeros in dense ones, without a warning."""
+    batches = [torch.randn(20, 16)]
+    for method in (sten.Wanda(), sten.SparseGPT()):
+        made = []
+        for each in (layout, None):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+            sten.sparsify(model, each, sten.TopK(4), site="output", modules="1")
+            sten.sparsify(model, each, sten.TopK(3), site="input")
+            sten.sparsify(model, sten.NM(2, 4), method, calibration=batches)
+            made.append(model)
+        for i in (0, 2):
+            torch.testing.assert_close(made[0][i].weight.to_dense(), made[1][i].weight.to_dense())
+    dense = [torch.relu(made[1][0](by_hand(batches[0], 3)))]
+    sten.densify(made[0])
+    sten.sparsify(made[0], layout, sten.TopK(3), site="input", modules="0")
+    sten.sparsify(made[0], layout, sten.TopK(32), site="output", modules="1")
+    sten.sparsify(made[0], site="input", sparsifier=sten.Threshold(sparsity=0.75), modules="2", calibration=batches)
+    assert float((dense[0].abs() <= made[0][2].sparse_input_threshold).float().mean()) == pytest.approx(0.75, abs=0.01)
+
+
+def test_what_sites_do_not_go_with():
+    import torch.distributed as dist
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    model = sten.sparsify(model_of_ranks()[:1], site="output", sparsifier=None, modules="0")
+    sten.sparsify(model, site="grad_weight", sparsifier=None)
+    sten.sparsify(model, sten.NM(2, 4))
+    keys = list(model.state_dict())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="Expected modules without sites to be divided, got 0 with some"):
+            sten.parallelize_module(model, dist.init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
+    finally:
+        dist.destroy_process_group()
+    assert isinstance(model[0].weight, sten.SparseTensor) and list(model.state_dict()) == keys
+    with pytest.raises(ValueError, match=r"Expected a Recipe for weights for sten\.permute, got one for site='output'"):
+        sten.permute(model_of_ranks(), LEARNED)
+    with pytest.raises(ValueError, match=r"Expected a model without sites, got one with .*; call sten\.permute before"):
+        sten.permute(model_of_ranks(), sten.NM(2, 4))

@@ -203,6 +203,7 @@ def _calibrate(model: nn.Module, ready: list, calibration: Any) -> None:
     def read(found: list[Tensor], batch: list[int]) -> Callable:
         def keep(x: Tensor) -> Tensor:
             rows = tokens[batch[0]].of(tuple(x.shape))
+            x = x.to_dense() if isinstance(x, SparseTensor) else x
             x = x.detach().reshape(-1, x.shape[-1])
             x = x if rows is None else x[rows.to(x.device)]
             step = -(-len(x) // max(1, most // x.shape[1])) if len(x) else 1
