@@ -27,6 +27,7 @@ from .permutation_search import Scored, search
 from .recipe import DEFAULT, Recipe, recipe_of
 from .record import known_optimizers
 from .select import Target, expect_model, select
+from .sites import sites_of
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
 EXAMPLE_ROWS, EXAMPLE_TOKENS = 2, 16  # of a batch of calibration, as an example
@@ -123,6 +124,10 @@ def permute(
     """
     expect_model(model)
     recipe = recipe_of(layout, DEFAULT, sparsity, weights)
+    if recipe.site != "weight":
+        raise ValueError(f"Expected a Recipe for weights for sten.permute, got one for site={recipe.site!r}.")
+    if sites := sites_of(model):  # thresholds and blocks belong to channels where they are
+        raise ValueError(f"Expected a model without sites, got one with {sites[0]}; call sten.permute before.")
     spread = allocation(recipe.sparsity)
     targets, _ = select(model, expect_layouts(recipe.layout, recipe.sparsifier, spread), recipe.weights)
     for target in targets:

@@ -26,14 +26,12 @@ from ..layouts.base import Layout
 from ..ops.sparsified import stored, stores, with_gradient
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
-
-KINDS = ("weight", "input", "output", "grad_weight", "grad_input", "grad_output")
-ATTRIBUTE = "_sten_sites"  # of a module: {site: Site}
+from ..training.attribute import SITES
 
 
 def sites_of(model: nn.Module) -> list[Site]:
     """All sites of a model, in the order of its modules."""
-    return [site for module in model.modules() for site in vars(module).get(ATTRIBUTE, {}).values()]
+    return [site for module in model.modules() for site in vars(module).get(SITES, {}).values()]
 
 
 @dataclass(eq=False)
@@ -42,7 +40,7 @@ class Site:
 
     Attributes:
         name: of the module, as it was called when the site was made.
-        kind: of KINDS.
+        kind: of `arguments.KINDS`.
         method, layout: what is kept, and how it is stored; None: dense, with zeros.
         linear: whether the module acts on the last dimension only, so that it may get a matrix of all tokens.
         state: names of the method's tensors.
@@ -96,7 +94,7 @@ class Site:
         else:
             self.handles.append(before(self.follow_weight))
             self.follow_weight(module)
-        vars(module).setdefault(ATTRIBUTE, {})[self.kind] = self
+        vars(module).setdefault(SITES, {})[self.kind] = self
 
     def remove(self, module: nn.Module) -> None:
         """Take everything off again."""
@@ -106,7 +104,7 @@ class Site:
             self.hook.remove()
         for name in self.state:
             delattr(module, self.full(name))
-        del vars(module)[ATTRIBUTE][self.kind]
+        del vars(module)[SITES][self.kind]
 
     def full(self, name: str) -> str:
         """The name that a tensor of the method has in the module."""
@@ -226,19 +224,24 @@ def expect_no_gradient_site(targets: Iterable[Any]) -> None:
     """Raise ValueError if the gradient of a weight that is to become sparse, a `Target`, has a site."""
     for target in targets:
         for module, _ in target.owners:
-            if (site := vars(module).get(ATTRIBUTE, {}).get("grad_weight")) is not None:
+            if (site := vars(module).get(SITES, {}).get("grad_weight")) is not None:
                 raise ValueError(
                     f"{target.name}: Expected a weight without a site at its gradient, got {site.method}; take it off "
                     'by sten.sparsify(model, site="grad_weight", sparsifier=None).'
                 )
 
 
+def has_sites(module: nn.Module) -> bool:
+    """Whether a module, not those in it, has a site."""
+    return bool(vars(module).get(SITES))
+
+
 def remove_sites(model: nn.Module) -> None:
     """Take all sites of a model off."""
     for module in model.modules():
-        for site in list(vars(module).get(ATTRIBUTE, {}).values()):
+        for site in list(vars(module).get(SITES, {}).values()):
             site.remove(module)
-        vars(module).pop(ATTRIBUTE, None)
+        vars(module).pop(SITES, None)
 
 
 def checked_on_sample(site: Site, state: dict[str, Tensor], features: int | None) -> None:

@@ -48,6 +48,8 @@ class Threshold(ActivationMethod):
     def __post_init__(self) -> None:
         if (self.value is None) == (self.sparsity is None):
             raise ValueError("Expected either value= or sparsity= for Threshold; Threshold(0.1) keeps |x| > 0.1.")
+        if not isinstance(self.value, (int, float, type(None))):
+            raise ValueError(f"Expected a number for Threshold(value=...), got {self.value!r}.")
         if self.sparsity is not None:
             expect_fraction(self, "sparsity")
 
