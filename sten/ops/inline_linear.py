@@ -2,9 +2,9 @@
 
     y = sparsify(activation(x @ weight.T + bias)), in a layout
 
-A tile is computed, sparsified and packed before the next one. Its slope dy / d(x @ weight.T), one number an entry
-since neither an activation nor a method mixes entries, is packed at the same pattern. So the backward pass has a sparse
-gradient of the product, in the layout of y, and both of its products run on kernels for a sparse input:
+A tile is computed, sparsified and packed before the next one (`sten.ops.epilogue`), with its slopes. So the backward
+pass has a sparse gradient of the product, in the layout of y, and both of its products run on kernels for a sparse
+input:
 
     grad_x = grad @ weight      linear of the input `grad` and weight.T
     grad_weight = grad.T @ x    the transpose of linear_grad_weight, x.T @ grad
@@ -12,22 +12,22 @@ gradient of the product, in the layout of y, and both of its products run on ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch_private import autocast_somewhere
+from .._torch_private import PLAIN_TENSORS, autocast_somewhere
 from ..dispatch import planned_input
 from ..layouts.base import Layout
 from ..rule import Rule
 from ..tensor import SparseTensor, project
+from .epilogue import Epilogue
 from .sparse_input import grad_of_weight
+from .sparsified import stores
 
 TILE = 2**23  # entries of a tile of the output
-Choice = Callable[[Tensor], tuple[Tensor, Tensor]]  # activations -> (what is kept of them, where: a mask or columns)
 
 
 def tiles(x: Tensor, outputs: int) -> tuple[Tensor, ...]:
@@ -35,29 +35,24 @@ def tiles(x: Tensor, outputs: int) -> tuple[Tensor, ...]:
     return x.split(max(4, TILE // outputs // 4 * 4))
 
 
-def packed_tiles(x, weight, bias, choose: Choice, layout: Layout, slopes: bool) -> tuple[dict, Tensor | None]:
+def packed_tiles(x, weight, bias, epilogue: Epilogue, slopes: bool) -> tuple[dict, Tensor | None]:
     """The parts of the output, and the slopes as its values are stored."""
-    found, values = [], []
-    for tile in tiles(x, len(weight)):
-        with torch.set_grad_enabled(slopes):
-            z = F.linear(tile, weight, bias).detach().requires_grad_(slopes)
-            y, where = choose(z)
-            slope = torch.autograd.grad(y.sum(), z)[0] if slopes else None
-        pack = layout.pack if where.dtype == torch.bool else layout.pack_columns
-        found.append(pack(y.detach(), where))
-        if slope is not None:
-            values.append(layout.pack_like(slope, found[-1]))
+    stored = [epilogue.stored(F.linear(tile, weight, bias), slopes) for tile in tiles(x, len(weight))]
+    if len(stored) == 1:
+        return stored[0]
     rows = [len(tile) for tile in tiles(x, len(weight))]
-    return layout.join_rows(found, rows), torch.cat(values) if values else None
+    parts = epilogue.layout.join_rows([parts for parts, _ in stored], rows)
+    return parts, torch.cat([slope for _, slope in stored]) if slopes else None
 
 
 class InlineLinear(Rule):
-    """The operator; `choose` is the activation, and then the method."""
+    """The operator."""
 
     @staticmethod
-    def forward(x, weight, bias, choose, layout, slopes):
-        parts, slopes = packed_tiles(x.detach(), weight.detach(), bias, choose, layout, slopes)
-        y = SparseTensor(layout, parts, (len(x), len(weight)))
+    @torch.no_grad()
+    def forward(x, weight, bias, epilogue, slopes):
+        parts, slopes = packed_tiles(x.detach(), weight.detach(), bias, epilogue, slopes)
+        y = SparseTensor(epilogue.layout, parts, (len(x), len(weight)))
         y.cache.activation = True
         vars(y)["slopes"] = slopes
         return y
@@ -81,16 +76,21 @@ class InlineLinear(Rule):
             grad_of_weight(x.new_ones(len(x), 1), grad, weight.t()[:1])[0] if needs_bias else None,
             None,
             None,
-            None,
         )
 
 
-def inline_linear(x: Tensor, weight: Tensor, bias: Tensor | None, choose: Choice, layout: Layout) -> SparseTensor:
+def runs_inline(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> bool:
+    """Whether a call may be sparsified inside: of dense operands, which nothing traces."""
+    plain = all(t is None or type(t) in PLAIN_TENSORS for t in (x, weight, bias))
+    return plain and x.dim() == 2 and stores(x, layout)
+
+
+def inline_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> SparseTensor:
     """The operator on x (tokens, features), in autocast's dtype where that is on."""
     if autocast_somewhere() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    layout.check((len(x), len(weight)))
+    epilogue.layout.check((len(x), len(weight)))
     tensors = [t for t in (x, weight, bias) if t is not None]
     slopes = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return InlineLinear.run(x, weight, bias, choose, layout, slopes)
+    return InlineLinear.run(x, weight, bias, epilogue, slopes)
