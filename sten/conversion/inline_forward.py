@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .._torch_private import PLAIN_TENSORS, global_hooks, is_compiling, is_intercepted
+from .._torch_private import global_hooks, is_compiling
 from ..ops.inline_linear import inline_linear, runs_inline
+from ..ops.sparsified import is_seen, records
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -35,7 +36,7 @@ class InlineForward:
             y = inline_linear(input, weight, bias, site.epilogue(module))
         else:
             y = type(module).forward(module, input)
-            if type(y) not in PLAIN_TENSORS or y.requires_grad or y.numel() == 0 or is_intercepted(y, y):
+            if is_seen(y) or records(y) or y.numel() == 0:
                 return y
             y = site.epilogue(module).finish(y)
         vars(y)["finished_by"] = site

@@ -51,6 +51,7 @@ class Site:
         handles: what removes the hooks.
         param, hook: of grad_weight, the Parameter that is hooked, and what removes that.
         frozen: whether it is not hooked, since it does not train; compilers read this, not the hook.
+        plans: the Plans of operators that read its activations, whose patterns are new at each call.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Site:
     param: nn.Parameter | None = field(default=None, repr=False)
     hook: Any = field(default=None, repr=False)
     frozen: bool = False
+    plans: dict = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.method}, {'dense with zeros' if self.layout is None else self.layout}"
@@ -202,14 +204,16 @@ class Site:
                 "flatten the tokens first, or leave layout= out, which gives the same numbers."
             )
         try:
-            return stored(y, where, self.layout, self.method.full_gradient)
+            y = stored(y, where, self.layout, self.method.full_gradient)
+            y.cache.plans = self.plans
+            return y
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
 
     # copies: a Parameter's own hooks are not copied with it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "hook": None}
+        return {**vars(self), "hook": None, "plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

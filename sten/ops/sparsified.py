@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._torch_private import is_compiling, transforms_active
+from .._torch_private import is_compiling, level, tracing_state, transforms_active
 from ..layouts.base import Layout
 from ..rule import Rule
 from ..tensor import SparseTensor, project, traced, without_view
@@ -41,9 +41,19 @@ class Store(Rule):
         return grad.to_dense(), None, None, None
 
 
+def records(x: Tensor) -> bool:
+    """Whether autograd in either direction, or a tracer, has to see an operator on x."""
+    return (torch.is_grad_enabled() and x.requires_grad) or level._current_level >= 0 or tracing_state() is not None
+
+
+def is_seen(x: Tensor) -> bool:
+    """Whether a compiler or torch.func traces, which see x dense."""
+    return is_compiling() or transforms_active() or traced(x)
+
+
 def stores(x: Tensor, layout: Layout | None) -> bool:
-    """Whether a layout stores x: not if it is empty, nor where a compiler or torch.func traces, which see it dense."""
-    return layout is not None and x.numel() > 0 and not (is_compiling() or transforms_active() or traced(x))
+    """Whether a layout stores x: not if it is empty, nor where it is seen dense."""
+    return layout is not None and x.numel() > 0 and not is_seen(x)
 
 
 def stored(x: Tensor, where: Tensor | Kept, layout: Layout, full_gradient: bool) -> Tensor:
@@ -54,6 +64,8 @@ def stored(x: Tensor, where: Tensor | Kept, layout: Layout, full_gradient: bool)
     With `full_gradient` the operators that read it compute the gradient of all entries.
     """
     layout.check(tuple(x.shape))
+    if not records(x):
+        return Store.forward(x, where, layout, full_gradient)
     return Store.run(x, where, layout, full_gradient)
 
 
