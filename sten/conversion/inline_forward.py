@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .._torch_private import global_hooks, is_compiling
-from ..ops.inline_linear import inline_linear, runs_inline
+from .._torch_private import PLAIN_TENSORS, global_hooks, is_compiling
+from ..ops.inline_linear import inline_linear, runs_inline, tile_tokens
 from ..ops.sparsified import is_seen, records
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ class InlineForward:
             y = site.epilogue(module).finish(y)
         vars(y)["finished_by"] = site
         return y
+
+    def describe(self) -> str:
+        """For `sten.which`: what happens to the product."""
+        weight, site = self.module.weight, self.site
+        z, inside = weight.new_empty(1, weight.shape[0]), site.layout is not None and type(weight) in PLAIN_TENSORS
+        return site.epilogue(self.module).describe(z, tile_tokens(len(weight)) if inside else None)
 
 
 def can_be_inline(module: nn.Module, site: Site) -> bool:

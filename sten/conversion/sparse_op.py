@@ -63,7 +63,8 @@ class SparseOp(nn.Module):
         return (input, weight, bias) if runs_inline(input, weight, bias, self.out.layout) else None
 
     def extra_repr(self) -> str:
-        how = ["inline: the output is sparsified in tiles, and never stored dense"] if self.inline else []
+        end = f"{'' if self.activation is None else f'{self.activation} and '}{self.out.method}" if self.inline else ""
+        how = [f"inline: {end} in the epilogue of linear, whose output is never stored dense"] if self.inline else []
         return "\n".join([*(str(site) for site in (self.out, self.grad) if site is not None), *how])
 
 

@@ -104,6 +104,14 @@ class Epilogue(NamedTuple):
         served = kept.rule != "random" if self.layout is None else kept.stored_by(self.layout, z.shape[-1])
         return kept if served else None
 
+    def describe(self, z: Tensor, tokens: int | None) -> str:
+        """What `sten.which` says of outputs like z, of which so many are a tile; None: they are finished as a whole."""
+        kernel = self.rule(z) is not None
+        by = "one C++ pass" if kernel else "PyTorch's operators"
+        if tokens is None:
+            return f"{self} in place, by {by}, without gradients" if kernel else f"{self} after it, by {by}"
+        return f"{self} in the epilogue, by {by} over every {tokens} tokens, stored as {self.layout}"
+
     def stored(self, z: Tensor, slopes: bool) -> tuple[Parts, Tensor | None]:
         """The parts of the output, and the slopes as its values are stored if they are asked for."""
         kept = self.rule(z)

@@ -30,9 +30,13 @@ from .sparsified import stores
 TILE = 2**23  # entries of a tile of the output
 
 
+def tile_tokens(outputs: int) -> int:
+    return max(4, TILE // max(1, outputs) // 4 * 4)
+
+
 def tiles(x: Tensor, outputs: int) -> tuple[Tensor, ...]:
     """Rows of x whose outputs have TILE entries, a multiple of four of them."""
-    return x.split(max(4, TILE // outputs // 4 * 4))
+    return x.split(tile_tokens(outputs))
 
 
 def packed_tiles(x, weight, bias, epilogue: Epilogue, slopes: bool) -> tuple[dict, Tensor | None]:
