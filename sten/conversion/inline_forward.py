@@ -27,7 +27,7 @@ class InlineForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         module, site = self.module, self.site
-        if global_hooks() or next(iter(module._forward_hooks)) != site.handles[0].id:
+        if is_compiling() or global_hooks() or next(iter(module._forward_hooks)) != site.handles[0].id:
             return type(module).forward(module, input)
         if site.layout is not None:
             weight, bias = module.weight, module.bias
@@ -38,7 +38,7 @@ class InlineForward:
             y = type(module).forward(module, input)
             if is_seen(y) or records(y) or y.numel() == 0:
                 return y
-            y = site.epilogue(module).finish(y)
+            y = site.epilogue(module).finish(y, own=True)
         vars(y)["finished_by"] = site
         return y
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..layouts.base import Layout
 from ..ops.epilogue import Epilogue, Kept
-from ..ops.sparsified import stored, stores, with_gradient
+from ..ops.sparsified import is_seen, records, stored, stores, with_gradient
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
 from .inline_forward import InlineForward, can_be_inline, finished_by
@@ -162,6 +162,8 @@ class Site:
         matrix = x.reshape(-1, x.shape[-1])
         self.expect(matrix.shape[1])
         epilogue = self.epilogue(module)
+        if self.layout is None and not (is_seen(x) or records(x)):
+            return epilogue.finish(x, own=False)
         if not stores(x, self.layout):
             return self.method.apply(matrix, epilogue.state, module.training)[0].view(x.shape)
         kept, columns = epilogue.rule(matrix), None

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import kernels
 from ..layouts.base import Layout, Parts
 
 ACTIVATIONS = {
@@ -40,17 +41,20 @@ class Kept(NamedTuple):
     Attributes:
         rule: "all"; "magnitude", |x| > edge; "above", x > edge; "random", each with probability `edge`, divided by it;
             "row", the `count` largest |x| of a row; "blocks", of every `block` features the `count` largest |x|.
-        edge, count, block: its numbers.
+        edge, count, block: its numbers; of a threshold that was calibrated `edge` is a tensor.
     """
 
     rule: str
-    edge: float = 0.0
+    edge: float | Tensor = 0.0
     count: int = 0
     block: int = 0
 
-    def numbers(self) -> tuple[int, float, int, int]:
-        """As the C++ operators take it."""
-        return RULES[self.rule], self.edge, self.count, self.block
+    def numbers(self, dtype: torch.dtype) -> tuple[int, float, int, int]:
+        """As the C++ operators take it, for rows of this dtype, in which PyTorch rounds a number that it compares."""
+        edge = self.edge
+        if self.rule in ("magnitude", "above"):
+            edge = float(edge if dtype is torch.float32 else torch.as_tensor(edge, dtype=dtype))
+        return RULES[self.rule], edge, self.count, self.block
 
     def stored_by(self, layout: Layout, features: int) -> bool:
         """Whether the layout stores what the kernel makes of rows of so many features."""
@@ -70,7 +74,7 @@ def compressed(
     z = z.detach().contiguous()
     uniform = torch.rand_like(z, dtype=torch.float32) if kept.rule == "random" else None
     values, crow, col, z_kept = torch.ops.sten.compress.default(
-        z, NUMBERS[activation], *kept.numbers(), uniform, before
+        z, NUMBERS[activation], *kept.numbers(z.dtype), uniform, before
     )
     return layout.pack_rows(values, crow, col, tuple(z.shape)), z_kept
 
@@ -96,30 +100,38 @@ class Epilogue(NamedTuple):
 
     def rule(self, z: Tensor) -> Kept | None:
         """The rule that a kernel runs on tensors like z; None: PyTorch's operators run."""
-        if not has_kernel(z):
+        on_cpu, on_gpu = has_kernel(z), self.layout is None and z.is_cuda and kernels.available()
+        if not (on_cpu or on_gpu):
             return None
         kept = self.method.kept(z, self.state, self.training)
         if kept is None:
             return None
-        served = kept.rule != "random" if self.layout is None else kept.stored_by(self.layout, z.shape[-1])
+        if self.layout is not None:
+            served = kept.stored_by(self.layout, z.shape[-1])
+        else:
+            served = kept.rule != "random" if on_cpu else kernels.finish.takes(kept.rule, kept.block)
         return kept if served else None
 
     def describe(self, z: Tensor, tokens: int | None) -> str:
         """What `sten.which` says of outputs like z, of which so many are a tile; None: they are finished as a whole."""
         kernel = self.rule(z) is not None
-        by = "one C++ pass" if kernel else "PyTorch's operators"
+        by = f"one {'Triton' if z.is_cuda else 'C++'} pass" if kernel else "PyTorch's operators"
         if tokens is None:
-            return f"{self} in place, by {by}, without gradients" if kernel else f"{self} after it, by {by}"
-        return f"{self} in the epilogue, by {by} over every {tokens} tokens, stored as {self.layout}"
+            return f"{self} after it, by {by}" + (" where no gradient is needed" if kernel else "")
+        return f"{self} in the epilogue, by {by} over up to {tokens} tokens at a time, stored as {self.layout}"
 
     def stored(self, z: Tensor, slopes: bool) -> tuple[Parts, Tensor | None]:
-        """The parts of the output, and the slopes as its values are stored if they are asked for."""
+        """The parts of the output, and the slopes as its values are stored if asked for; z may be overwritten."""
         kept = self.rule(z)
         return self._by_operators(z, slopes) if kept is None else self._by_kernel(z, kept, slopes)
 
     def _by_kernel(self, z: Tensor, kept: Kept, slopes: bool) -> tuple[Parts, Tensor | None]:
-        before = slopes and self.activation != "none"
-        parts, z_kept = compressed(z, kept, self.layout, self.activation, before)
+        activation = self.activation
+        before = slopes and activation != "none"
+        if not slopes and activation != "none":  # in place, without memory for a second tile
+            z, activation = z.contiguous(), "none"
+            torch.ops.sten.epilogue_.default(z, NUMBERS[self.activation], *Kept("all").numbers(z.dtype))
+        parts, z_kept = compressed(z, kept, self.layout, activation, before)
         if not slopes:
             return parts, None
         values = parts["values"]
@@ -137,14 +149,25 @@ class Epilogue(NamedTuple):
         parts = (self.layout.pack if where.dtype == torch.bool else self.layout.pack_columns)(y.detach(), where)
         return parts, None if slope is None else self.layout.pack_like(slope, parts)
 
-    def finish(self, z: Tensor) -> Tensor:
-        """z, which nothing else refers to, as it is left dense, without gradients: in place where there is a kernel."""
-        kept = self.rule(z) if z.is_contiguous() else None
+    def finish(self, z: Tensor, own: bool) -> Tensor:
+        """z (*, features) as it is left dense, without gradients; if nothing else refers to it (`own`), in place."""
+        kept = self.rule(z)
         if kept is None:
             y = activate(z, self.activation).reshape(-1, z.shape[-1])
             return self.method.apply(y, self.state, self.training)[0].view(z.shape)
-        torch.ops.sten.epilogue_.default(z, NUMBERS[self.activation], *kept.numbers())
+        if z.is_cuda:
+            return finished_on_gpu(z.contiguous(), kept, self.activation)
+        z = z.contiguous() if own else z.clone(memory_format=torch.contiguous_format)
+        torch.ops.sten.epilogue_.default(z, NUMBERS[self.activation], *kept.numbers(z.dtype))
         return z
+
+
+def finished_on_gpu(z: Tensor, kept: Kept, activation: str) -> Tensor:
+    """keep(activation(z)) by the Triton kernel, for a contiguous z."""
+    edge = None
+    if kept.rule in ("magnitude", "above"):
+        edge = kept.edge.to(z.dtype) if isinstance(kept.edge, Tensor) else z.new_full((), kept.edge)
+    return kernels.finish.finish(z, edge, activation=activation, keep=kept.rule, count=kept.count, block=kept.block)
 
 
 @torch.enable_grad()

@@ -73,10 +73,7 @@ class Threshold(ActivationMethod):
         return (x if self.signed else x.abs()) > edge
 
     def kept(self, x: Tensor, state: State, training: bool) -> Kept:
-        edge = float(state["threshold"] if self.value is None else self.value)
-        if x.dtype is not torch.float32:  # as `mask`, which compares in the dtype of x
-            edge = float(torch.tensor(edge, dtype=x.dtype))
-        return Kept("above" if self.signed else "magnitude", edge)
+        return Kept("above" if self.signed else "magnitude", state["threshold"] if self.value is None else self.value)
 
 
 @dataclass(frozen=True)
