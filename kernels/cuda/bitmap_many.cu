@@ -2,9 +2,10 @@
 //
 // As in bitmap_few.cu, N of each 32 columns of a row are stored, and a warp takes a block of 32 rows x 128 columns at a time. Lane
 // (g, t) of an mma fragment owns segment t of rows g, g + 8, g + 16 and g + 24, and each step of 16 columns takes four of
-// every segment: the order of columns is free in a sum, so x comes as four neighbors a lane. Values come to shared memory in
-// words; the pitch of a row is odd, so that lanes which read the same word of their rows have few bank conflicts. Four columns
-// at a time: their values begin behind the bits before (popc), two shifts align them, a table says which bytes go where.
+// every segment: the order of columns is free in a sum. x comes in the order of order.cu with SEGMENTS, one step ahead. Values
+// come to shared memory in words; the pitch of a row is odd, so that lanes which read the same word of their rows have few bank
+// conflicts. Four columns at a time: their values begin behind the bits before (popc), two shifts align them, a table says
+// which bytes go where.
 //
 // Macros: N (even), TILES (1, 2, 4, 8), WARPS, STAGES, BF16 (else fp16), ACTIVATION (see common.cuh).
 #include "common.cuh"
@@ -12,12 +13,11 @@
 constexpr int ROW = 2 * N, PITCH = ROW | 1;         // words of a row in a block, and of its place in shared memory
 constexpr int STAGE = (32 * PITCH + 2) * 4;         // bytes; the last lane reads up to two words behind its own
 constexpr int WARP = STAGES * STAGE;                // bytes of a warp
-constexpr int SUMS = 8 * TILES + 1;                 // pitch of a row of sums
 constexpr int TABLE = 128;                          // bytes
 constexpr int MEMORY = TABLE + WARPS * WARP > WARPS * SUMS * 128 ? TABLE + WARPS * WARP : WARPS * SUMS * 128;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-bitmap_many(const u16* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, int T, int O, int I) {
+bitmap_many(const Piece* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, int T, int O, int I) {
   extern __shared__ __align__(16) char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int blocks = I / 128, first = blockIdx.x * 32;
@@ -52,10 +52,21 @@ bitmap_many(const u16* x, const char* values, const char* index, const u16* bias
       if (block < blocks) ahead[u] = *(const u32*)(index + min(first + g + 8 * u, O - 1) * row_bits + (size_t)block * 16 + t * 4);
   };
 
+  Piece coming[TILES];
+  auto fetch_x = [&](int block, int pair) {
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+      if (block < blocks) coming[j] = x[((size_t)(block * 4 + pair) * TILES + j) * 32 + lane];
+  };
+
   float acc[2][TILES][4] = {};
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) fetch(warp + s * WARPS, s);
   fetch_masks(warp);
+  // weights may be read before: order.cu let this kernel start, when all that is before it had ended
+  wait_for_kernel_before();
+  if (TILES <= 2) let_next_kernel_start();  // with more, kernels that share a multiprocessor take longer than one by one
+  fetch_x(warp, 0);
   int stage = 0;
   for (int block = warp; block < blocks; block += WARPS) {
     fetch(block + (STAGES - 1) * WARPS, stage == 0 ? STAGES - 1 : stage - 1);
@@ -70,10 +81,8 @@ bitmap_many(const u16* x, const char* values, const char* index, const u16* bias
     for (int pair = 0; pair < 4; pair++) {  // of steps: eight columns of each segment
       Piece given[TILES];
 #pragma unroll
-      for (int j = 0; j < TILES; j++) {
-        given[j] = Piece{0, 0, 0, 0};
-        if (8 * j + g < T) given[j] = *(const Piece*)(x + (size_t)(8 * j + g) * I + block * 128 + t * 32 + pair * 8);
-      }
+      for (int j = 0; j < TILES; j++) given[j] = coming[j];
+      fetch_x(pair < 3 ? block : block + WARPS, (pair + 1) % 4);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         u32 a[2][4];
@@ -96,22 +105,5 @@ bitmap_many(const u16* x, const char* values, const char* index, const u16* bias
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     __syncwarp();  // the next copies overwrite this stage
   }
-
-  __syncthreads();
-  float* sums = (float*)memory;  // (WARPS, 32 rows, SUMS)
-#pragma unroll
-  for (int rows = 0; rows < 2; rows++)
-#pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-      for (int e = 0; e < 4; e++)
-        sums[(warp * 32 + rows * 16 + g + e / 2 * 8) * SUMS + 8 * j + 2 * t + e % 2] = acc[rows][j][e];
-  __syncthreads();
-  for (int i = threadIdx.x; i < 32 * T; i += WARPS * 32) {
-    const int token = i / 32, row = first + i % 32;
-    if (row >= O) continue;
-    float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += sums[(w * 32 + i % 32) * SUMS + token];
-    finish(sum, token, row, O, bias, gate, y);
-  }
+  write_sums(acc, memory, first, bias, gate, y, T, O);
 }
