@@ -59,6 +59,7 @@ def test_stored_and_finished(poisoned, method, layout, activation, dtype):
         assert torch.equal(layout.support(parts, (rows, 24)), mask)
         scale = 2.0 if isinstance(method, sten.RandomFraction) else 1.0
         want = scale * mask * ((z > 0) | (activation == "none") | z.isnan())
+        slopes = torch.ones_like(parts["values"]) if slopes is None else slopes
         torch.testing.assert_close(layout.unpack({**parts, "values": slopes}, z.shape), want.to(dtype))
         if not isinstance(method, sten.RandomFraction):
             end = end._replace(layout=None)
@@ -131,6 +132,19 @@ def test_output_site_runs_inside(method, layout, bias):
         for p, q in zip(sparse.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad)
         assert "forward" not in vars(sten.densify(sparse))
+
+
+def test_second_derivatives():
+    x, results = torch.randn(3, 16), []
+    for own in (CSR(), None):
+        one, a = sten.sparsify(layer(), own, sten.Threshold(0.3), site="output", modules=""), x.clone().requires_grad_()
+        [grad] = torch.autograd.grad(one(a).to_dense().pow(3).sum(), a, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), [a, one.weight]))
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second)
+    op = sten.sparse_op(F.linear, out=(sten.TopK(2), FanIn()), inline=True, activation="gelu")
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(op(a, one.weight).to_dense().sum(), a, create_graph=True)
 
 
 def test_output_site_with_other_hooks():

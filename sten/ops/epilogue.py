@@ -121,7 +121,7 @@ class Epilogue(NamedTuple):
         return f"{self} in the epilogue, by {by} over up to {tokens} tokens at a time, stored as {self.layout}"
 
     def stored(self, z: Tensor, slopes: bool) -> tuple[Parts, Tensor | None]:
-        """The parts of the output, and the slopes as its values are stored if asked for; z may be overwritten."""
+        """The parts, and if asked for the slopes as values are stored, None for ones; z may be overwritten."""
         kept = self.rule(z)
         return self._by_operators(z, slopes) if kept is None else self._by_kernel(z, kept, slopes)
 
@@ -134,9 +134,10 @@ class Epilogue(NamedTuple):
         parts, z_kept = compressed(z, kept, self.layout, activation, before)
         if not slopes:
             return parts, None
-        values = parts["values"]
-        slope = slope_of(z_kept, self.activation).view_as(values) if before else torch.ones_like(values)
-        return parts, slope / kept.edge if kept.rule == "random" else slope
+        slope = slope_of(z_kept, self.activation).view_as(parts["values"]) if before else None
+        if kept.rule == "random":
+            slope = (torch.ones_like(parts["values"]) if slope is None else slope) / kept.edge
+        return parts, slope
 
     def _by_operators(self, z: Tensor, slopes: bool) -> tuple[Parts, Tensor | None]:
         with torch.set_grad_enabled(slopes):

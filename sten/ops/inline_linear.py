@@ -46,7 +46,7 @@ def packed_tiles(x, weight, bias, epilogue: Epilogue, slopes: bool) -> tuple[dic
         return stored[0]
     rows = [len(tile) for tile in tiles(x, len(weight))]
     parts = epilogue.layout.join_rows([parts for parts, _ in stored], rows)
-    return parts, torch.cat([slope for _, slope in stored]) if slopes else None
+    return parts, None if stored[0][1] is None else torch.cat([slope for _, slope in stored])
 
 
 class InlineLinear(Rule):
@@ -63,16 +63,27 @@ class InlineLinear(Rule):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.slopes = vars(output).pop("slopes")
+        ctx.slopes, ctx.activation = vars(output).pop("slopes"), inputs[3].activation
         ctx.save_for_backward(*inputs[:2], output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad) -> Any:
         x, weight, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = project(grad, y)
-        grad = y.with_values(grad.parts["values"] * ctx.slopes)
+        if torch.is_grad_enabled():  # create_graph: of operators that have gradients themselves
+            if ctx.activation != "none":
+                raise RuntimeError(
+                    f"Expected first derivatives only of a product with {ctx.activation} in its epilogue, got "
+                    "create_graph=True; leave inline= out."
+                )
+            grad = grad.to_dense()
+            if ctx.slopes is not None:
+                grad = grad * y.with_values(ctx.slopes).to_dense()
+            by_x = grad @ weight if needs_x else None
+            return by_x, grad.t() @ x if needs_weight else None, grad.sum(0) if needs_bias else None, None, None
+        if ctx.slopes is not None:
+            grad = grad.with_values(grad.parts["values"] * ctx.slopes)
         grad.cache.activation = True
         return (
             planned_input("linear", grad, weight.t(), len(x)).run(grad.parts, weight.t(), None) if needs_x else None,
