@@ -211,6 +211,9 @@ struct Kernels {
   void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
                      float* y, int64_t ld);
 
+  // y[i] = an activation of it, a number of `Activation` in epilogue.h, for i < n
+  void (*activate)(int activation, float* y, int64_t n);
+
   // acc[i] += the sum over the rows e < count of value[e * step] * table[row[e], i], for i < n
   void (*add_rows)(Table<float> table, const int32_t* row, int64_t count, const float* value, int64_t step, int64_t n,
                    float* acc);

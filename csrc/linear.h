@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -137,6 +138,20 @@ void codes_grad_weight(const Bands& s, Table<E> grad, E* out, const Kernels& k, 
 // out (rows, count), ascending in a row: the columns of the largest |x|, where ties go to the lower column; NaN is lowest
 template <typename E>
 void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_t* out, Pool pool);
+
+// Ascending with the magnitude; a NaN is below zero.
+inline uint32_t magnitude_key(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7fffffff;
+  return bits > 0x7f800000 ? 0 : bits + 1;
+}
+inline uint32_t magnitude_key(bf16 x) {
+  const uint32_t bits = (static_cast<uint32_t>(x) & 0x7fff) << 16;
+  return bits > 0x7f800000 ? 0 : bits + 1;
+}
+// The columns of the `count` highest of n keys, ascending; of equal keys the first ones. `candidates` has n elements.
+void top_columns(const uint32_t* key, int64_t n, int64_t count, uint32_t* candidates, int32_t* out);
 
 // All n-subsets of range(m) in revolving-door order; made once for each (n, m).
 struct Patterns {

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../crc32.h"
+#include "../epilogue.h"
 #include "../linear.h"
 
 namespace {
@@ -344,6 +345,7 @@ void try_topk(int64_t rows, int64_t columns, int threads) {
 }
 
 #include "dots.h"
+#include "epilogues.h"
 
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
@@ -465,6 +467,7 @@ int main() {
     set_instruction_set(name);
     try_all(kernels());
     try_convs(kernels(), 600);
+    try_epilogues(kernels());
     int passed = 0;
     for (const int64_t tokens : {1, 5, 64, 200}) passed += try_hostile(kernels(), tokens, 500);
     std::printf("%s: done; %d of 6000 hostile patterns are in bounds\n", name, passed);

@@ -54,6 +54,12 @@ class CSR(Layout):
         crow = offsets_of(stored.sum(1))
         return {"values": dense.reshape(stored.shape)[row, col], "crow": crow, "col": col.int()}
 
+    def packs_rows(self, count: int | None, block: int | None) -> bool:
+        return True
+
+    def pack_rows(self, values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> Parts:
+        return {"values": values, "crow": crow, "col": col}
+
     def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
         crow = offsets_of(torch.cat([parts["crow"].diff() for parts in each]))
         return {name: torch.cat([parts[name] for parts in each]) for name in ("values", "col")} | {"crow": crow}

@@ -69,6 +69,13 @@ class FanIn(Layout):
         row = torch.arange(len(dense), dtype=torch.int32, device=dense.device)
         return {"values": dense.gather(1, index), "index": index.int(), "row": row}
 
+    def packs_rows(self, count: int | None, block: int | None) -> bool:
+        return count is not None
+
+    def pack_rows(self, values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> Parts:
+        row = torch.arange(shape[0], dtype=torch.int32, device=values.device)
+        return {"values": values.view(shape[0], -1), "index": col.view(shape[0], -1), "row": row}
+
     def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
         widths = {parts["values"].shape[1] for parts in each}
         if len(widths) > 1:

@@ -160,6 +160,16 @@ class NM(Layout):
             return collect(parts["index"], grouped, self.n).flatten(1)
         return grouped.gather(-1, self.positions(parts["index"], grouped.shape[1])).flatten(1)
 
+    def packs_rows(self, count: int | None, block: int | None) -> bool:
+        return (count, block) == (self.n, self.m)
+
+    def pack_rows(self, values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> Parts:
+        position = col.view(shape[0], -1, self.n) % self.m
+        if not self.has_bitmap:
+            return {"values": values.view(shape[0], -1), "index": self.packed(position)}
+        keep = torch.zeros(*position.shape[:-1], self.m, dtype=torch.bool, device=col.device)
+        return {"values": values.view(shape[0], -1), "index": bytes_of(keep.scatter_(-1, position.long(), True))}
+
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
         return self.unpack({name: part[rows] for name, part in parts.items()}, shape)
 
