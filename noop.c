@@ -1,0 +1,1 @@
+int noop(){return 0;}
