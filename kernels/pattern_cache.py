@@ -45,7 +45,7 @@ class _Entry:
 
 
 class Derived:
-    """A cached ``make(*sources)``; it remembers the entries of the last sources, as weights of one shape share a launch.
+    """A cached ``make(*sources)``; it remembers the entries of its last sources, since weights may share a launch.
 
     Call it with the sources; it returns (tensor, ready). ``values``: the source is trained values, whose version is
     checked; then ``make`` may differ from call to call, as it reads other tensors too.
