@@ -1,1 +1,0 @@
-int noop(){return 0;}
