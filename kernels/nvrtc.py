@@ -192,7 +192,7 @@ def starter(kernel: str, launch, handle: int, threads: int, shared: int, argumen
     size, attribute = ctypes.c_size_t(end), ctypes.create_string_buffer(ATTRIBUTE.pack(PROGRAMMATIC, 1))
     size_at, attribute_at = address(size), address(attribute)
 
-    def start(x, y, z, stream, *arguments, _alive=(size, attribute)):
+    def start(x, y, z, stream, *arguments, _alive=(size, attribute)):  # to which the addresses point
         addresses = [a if a.__class__ is int else 0 if a is None else a.data_ptr() for a in arguments]
         packed = memory()
         at = address(packed)
