@@ -7,13 +7,18 @@ import torch
 from . import nvrtc
 from .operators import operator
 
-WARPS, MOST, PIECE = 8, 1024, 16  # warps of a CTA; candidates of a row, as in the source; bytes of a load
+MOST, PIECE = 1024, 16  # candidates of a row, as in the source; bytes of a load
 INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits
 
 
 def takes(x: torch.Tensor) -> bool:
     """Whether the kernel selects columns of a matrix of this dtype."""
     return x.dtype in INFINITY and nvrtc.available()
+
+
+def warps_for(count: int) -> int:
+    """The warps of a CTA: with few, whose threads have few maxima to compare, more rows are under way."""
+    return 4 if count <= 64 else 8
 
 
 def shared_bytes(warps: int) -> int:
@@ -33,10 +38,10 @@ def top_columns(x, count):
     rows, columns = x.shape
     if not 1 <= count <= columns:
         raise ValueError(f"Expected a count from 1 to the columns, got {count} of {columns}.")
-    size = x.element_size()
-    known = {"SIZE": size, "INF": INFINITY[x.dtype], "WARPS": WARPS}
+    size, warps = x.element_size(), warps_for(count)
+    known = {"SIZE": size, "INF": INFINITY[x.dtype], "WARPS": warps}
     known["VECTOR"] = math.gcd(columns * size, x.data_ptr() or PIECE, PIECE) // size
-    launch = nvrtc.cuda_launch("top_columns", (rows,), 32 * WARPS, shared_bytes(WARPS), **known)
+    launch = nvrtc.cuda_launch("top_columns", (rows,), 32 * warps, shared_bytes(warps), **known)
 
     def call(x):
         out = torch.empty(rows, count, dtype=torch.int32, device=x.device)

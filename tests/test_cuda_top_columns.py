@@ -46,7 +46,7 @@ def emulate(folder, dtype, columns, warps=1):
 @pytest.mark.parametrize("rows, columns, count", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_cpu(rows, columns, count, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "WARPS", 1)
+    monkeypatch.setattr(module, "warps_for", lambda count: 1)
     in_place_of_the_driver(monkeypatch, top_columns=emulate(tmp_path, dtype, columns))
     x = matrix(rows, columns, dtype)
     expect_selected(module.top_columns(x, count=count), x, count)
@@ -55,7 +55,7 @@ def test_on_a_cpu(rows, columns, count, dtype, tmp_path, monkeypatch):
 @needs_compiler
 @on_cpu
 def test_several_warps_and_no_rows(tmp_path, monkeypatch):
-    in_place_of_the_driver(monkeypatch, top_columns=emulate(tmp_path, torch.bfloat16, 2048, module.WARPS))
+    in_place_of_the_driver(monkeypatch, top_columns=emulate(tmp_path, torch.bfloat16, 2048, module.warps_for(32)))
     for x in (matrix(1, 2048, torch.bfloat16), random(1, 2048, dtype=torch.bfloat16)):
         expect_selected(module.top_columns(x, count=32), x, 32)
     assert module.top_columns(x[:0], count=32).shape == (0, 32)
@@ -73,9 +73,7 @@ def test_a_wrong_count_raises():
 @pytest.mark.parametrize("size, vector", [(2, 8), (4, 4), (2, 1)])
 def test_it_compiles(architecture, size, vector, tmp_path, monkeypatch):
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
-    expect_registers(
-        tmp_path, 64, "top_columns", architecture, SIZE=size, INF=0x7F80, VECTOR=vector, WARPS=module.WARPS
-    )
+    expect_registers(tmp_path, 64, "top_columns", architecture, SIZE=size, INF=0x7F80, VECTOR=vector, WARPS=8)
 
 
 @on_gpu
