@@ -1,6 +1,5 @@
 // The operators' schemas and argument checks; only register*.cpp use torch. Dtypes and sizes are checked at every call,
 // the contents of crow, col and index unless the caller says that it has had this version of them checked (`trusted`).
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "register.h"
@@ -14,12 +13,6 @@ std::string text(at::IntArrayRef sizes) {
   for (size_t i = 0; i < sizes.size(); ++i) all += (i ? ", " : "") + std::to_string(sizes[i]);
   return all + ")";
 }
-
-static void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-Pool make_pool() { return {at::in_parallel_region() ? 1 : at::get_num_threads(), run_tasks}; }
 
 void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype) {
   TORCH_CHECK(t.device().is_cpu(), op, ": Expected ", name, " on the CPU, got ", t.device().str());
