@@ -18,8 +18,9 @@ void compress(const T* dense, const bool* mask, int64_t rows, int64_t columns, c
               int32_t* col, Pool pool);
 
 // The index of NM(n, m) for a mask of groups, with the lowest free columns added to those of fewer than n entries:
-// a bitmap if `bits` is 1, else positions of so many bits. False, and then the index is not complete, if a group has more.
-bool nm_index(const bool* mask, int64_t rows, int64_t groups, int64_t n, int64_t m, int64_t bits, int64_t width,
+// a bitmap if `bits` is 1, else positions of so many bits. Returns the most that were added to a group, or -1 if one has
+// more than n, and then the index is not complete.
+int64_t nm_index(const bool* mask, int64_t rows, int64_t groups, int64_t n, int64_t m, int64_t bits, int64_t width,
               uint8_t* index, Pool pool);
 
 // A weight (rows, columns) in GroupedNM(n, m, g); its last strip and chunk may be short.

@@ -182,10 +182,11 @@ STEN_INSTANTIATE(uint16_t)
 STEN_INSTANTIATE(uint32_t)
 STEN_INSTANTIATE(uint64_t)
 
-bool nm_index(const bool* mask, int64_t rows, int64_t groups, int64_t n, int64_t m, int64_t bits, int64_t width,
-              uint8_t* index, Pool pool) {
+int64_t nm_index(const bool* mask, int64_t rows, int64_t groups, int64_t n, int64_t m, int64_t bits, int64_t width,
+                 uint8_t* index, Pool pool) {
   pool.threads = useful_threads(pool.threads, static_cast<double>(rows) * groups * m);
   std::atomic<bool> fits{true};
+  std::vector<int64_t> added(rows, 0);
   pool.each(rows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const bool* group = mask + r * groups * m;
@@ -196,6 +197,7 @@ bool nm_index(const bool* mask, int64_t rows, int64_t groups, int64_t n, int64_t
         for (int64_t c = 0; c < m; ++c) free -= group[c];
         if (free < 0) fits.store(false, std::memory_order_relaxed);
         if (free < 0) return;
+        added[r] = std::max(added[r], free);
         for (int64_t c = 0; c < m; ++c) {
           if (!group[c] && free <= 0) continue;
           free -= !group[c];
@@ -209,7 +211,7 @@ bool nm_index(const bool* mask, int64_t rows, int64_t groups, int64_t n, int64_t
       }
     }
   });
-  return fits.load();
+  return fits.load() ? (rows ? *std::max_element(added.begin(), added.end()) : 0) : -1;
 }
 
 }  // namespace sten

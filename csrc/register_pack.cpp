@@ -4,7 +4,7 @@
 //   top_mask            the `count` highest scores of a whole weight
 //   top_of_groups       the n highest along the last dimension
 //   compress            the entries of a mask row by row: values, offsets, columns
-//   nm_index            the index of a mask, and whether every group fits
+//   nm_index            the index of a mask, and how many slots a group leaves free at most; -1: one has too many
 //   grouped_nm_choose   the mask of a score
 //   grouped_nm_index    the index of a mask, and the (chunk, strip) that it leaves to the caller
 //   grouped_nm_expand   the dense matrix
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(const Tensor& dense, const Tensor
   return {values, crow, col};
 }
 
-std::tuple<Tensor, bool> nm_index_op(const Tensor& mask, int64_t n, bool bitmap) {
+std::tuple<Tensor, int64_t> nm_index_op(const Tensor& mask, int64_t n, bool bitmap) {
   static constexpr const char* op = "sten::nm_index";
   check(mask, op, "mask", 3, at::kBool);
   const int64_t rows = mask.size(0), groups = mask.size(1), m = mask.size(2);
@@ -89,8 +89,8 @@ std::tuple<Tensor, bool> nm_index_op(const Tensor& mask, int64_t n, bool bitmap)
   std::vector<int64_t> size{rows, bitmap ? groups : width};
   if (bitmap) size.push_back(m / 8);
   const Tensor index = at::empty(size, mask.options().dtype(at::kByte));
-  const bool fits = nm_index(data_of<bool>(mask), rows, groups, n, m, bits, width, numbers<uint8_t>(index), make_pool());
-  return {index, fits};
+  const int64_t free = nm_index(data_of<bool>(mask), rows, groups, n, m, bits, width, numbers<uint8_t>(index), make_pool());
+  return {index, free};
 }
 
 GroupedShape make_shape(const char* op, int64_t n, int64_t m, int64_t g, int64_t rows, int64_t columns) {
@@ -168,7 +168,7 @@ TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def("top_mask(Tensor score, int count) -> Tensor");
   m.def("top_of_groups(Tensor score, int n) -> Tensor");
   m.def("compress(Tensor dense, Tensor mask) -> (Tensor, Tensor, Tensor)");
-  m.def("nm_index(Tensor mask, int n, bool bitmap) -> (Tensor, bool)");
+  m.def("nm_index(Tensor mask, int n, bool bitmap) -> (Tensor, int)");
   m.def("grouped_nm_choose(Tensor score, int n, int m, int g) -> Tensor");
   m.def("grouped_nm_index(Tensor mask, int n, int m, int g) -> (Tensor, Tensor)");
   m.def("grouped_nm_expand(Tensor values, Tensor index, int n, int m, int g, int rows, int columns) -> Tensor");

@@ -98,7 +98,7 @@ class BSR(Layout):
         stored = self.blocks(mask).any(3).any(2)
         row, col = stored.nonzero(as_tuple=True)
         return {
-            "values": self.blocks(dense.masked_fill(~mask, 0))[row, col],
+            "values": self.blocks(dense)[row, col].masked_fill(~self.blocks(mask)[row, col], 0),
             "crow": offsets_of(stored.sum(1)),
             "col": col.int(),
             **self.by_columns(row, col, stored.sum(0)),

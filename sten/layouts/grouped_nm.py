@@ -144,11 +144,17 @@ class GroupedNM(Layout):
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
-        index = self.index_of(mask)
-        return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}
+        index, full = self.index_of(mask)
+        return {
+            "values": self.pack_like(dense if full else dense.masked_fill(~mask, 0), {"index": index}),
+            "index": index,
+        }
 
-    def index_of(self, mask: Tensor) -> Tensor:
-        """The part `index` of a mask; ValueError where there is none."""
+    def index_of(self, mask: Tensor) -> tuple[Tensor, bool]:
+        """The part `index` of a mask, and whether every slot is known to be one of the mask's entries or padding.
+
+        ValueError where there is none.
+        """
         shape, sizes = tuple(mask.shape), self.sizes(tuple(mask.shape))
         if runs("grouped_nm_index", mask):  # which leaves columns of fewer than n entries to what follows
             matrix = mask.reshape(len(mask), -1).contiguous()
@@ -160,7 +166,7 @@ class GroupedNM(Layout):
         if len(problems):
             chosen = self.recover(self.columns(mask, problems), shape, problems)
             index.view(-1, self.width)[problems] = torch.argsort(chosen, dim=1, stable=True).to(torch.int16)
-        return index
+        return index, not len(problems)
 
     def recover(self, stored: Tensor, shape: tuple[int, ...], problems: Tensor) -> Tensor:
         """A pattern for every column (B, N) of a mask's columns (B, N, m); ValueError where there is none.

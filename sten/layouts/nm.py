@@ -127,9 +127,10 @@ class NM(Layout):
         expect_dense(self, dense, mask)
         grouped = self.groups(mask)
         if runs("nm_index", grouped):
-            index, fits = torch.ops.sten.nm_index(grouped.contiguous(), self.n, self.has_bitmap)
-            if fits:
-                return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}
+            index, free = torch.ops.sten.nm_index(grouped.contiguous(), self.n, self.has_bitmap)
+            if free >= 0:  # most slots that a group leaves free, which hold zeros; -1: one has too many
+                kept = dense.masked_fill(~mask, 0) if free else dense
+                return {"values": self.pack_like(kept, {"index": index}), "index": index}
         count = grouped.sum(-1)
         if bool((count > self.n).any()):
             row, group = (count > self.n).nonzero()[0].tolist()
@@ -167,7 +168,9 @@ class NM(Layout):
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
         grouped = self.groups(dense)
         if dense.dtype in COMPILED and runs("nm_collect", dense, parts["index"]):
-            return torch.ops.sten.nm_collect(grouped.flatten(1).contiguous(), parts["index"].contiguous(), self.n, self.m)
+            return torch.ops.sten.nm_collect(
+                grouped.flatten(1).contiguous(), parts["index"].contiguous(), self.n, self.m
+            )
         if self.has_bitmap:
             return collect(parts["index"], grouped, self.n).flatten(1)
         return grouped.gather(-1, self.positions(parts["index"], grouped.shape[1])).flatten(1)
