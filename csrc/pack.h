@@ -5,6 +5,8 @@
 
 namespace sten {
 
+// A mask that is read is bytes, zero or not, as a bool tensor made by `view` may have other numbers than 0 and 1.
+
 // keep[i]: the `count` highest of `size` scores, or the n highest of each group of m; ties go to the lower index, NaN
 // counts as the lowest.
 void top_mask(const float* score, int64_t size, int64_t count, bool* keep, Pool pool);
@@ -12,15 +14,15 @@ template <typename T>
 void top_of_groups(const T* score, int64_t groups, int64_t m, int64_t n, bool* keep, Pool pool);
 
 // Rows of a mask as compressed rows: first the offsets, crow[rows] of them in all, then what they are.
-void count_rows(const bool* mask, int64_t rows, int64_t columns, int64_t* crow, Pool pool);
+void count_rows(const uint8_t* mask, int64_t rows, int64_t columns, int64_t* crow, Pool pool);
 template <typename T>
-void compress(const T* dense, const bool* mask, int64_t rows, int64_t columns, const int64_t* crow, T* values,
+void compress(const T* dense, const uint8_t* mask, int64_t rows, int64_t columns, const int64_t* crow, T* values,
               int32_t* col, Pool pool);
 
 // The index of NM(n, m) for a mask of groups, with the lowest free columns added to those of fewer than n entries:
 // a bitmap if `bits` is 1, else positions of so many bits. Returns the most that were added to a group, or -1 if one has
 // more than n, and then the index is not complete.
-int64_t nm_index(const bool* mask, int64_t rows, int64_t groups, int64_t n, int64_t m, int64_t bits, int64_t width,
+int64_t nm_index(const uint8_t* mask, int64_t rows, int64_t groups, int64_t n, int64_t m, int64_t bits, int64_t width,
               uint8_t* index, Pool pool);
 
 // A weight (rows, columns) in GroupedNM(n, m, g); its last strip and chunk may be short.
@@ -38,7 +40,7 @@ struct GroupedShape {
 void grouped_mask(const GroupedShape& s, const float* score, bool* mask, const Kernels& k, Pool pool);
 // The index of a mask; unsolved[chunk, strip] where a column that is no padding has not n entries, or a pattern is used
 // more than g times: there the index is not written.
-void grouped_index(const GroupedShape& s, const bool* mask, int16_t* index, bool* unsolved, Pool pool);
+void grouped_index(const GroupedShape& s, const uint8_t* mask, int16_t* index, bool* unsolved, Pool pool);
 // The dense matrix, and the values of one; T is as wide as their dtype. An index beyond a chunk is left out, and makes
 // the result false.
 template <typename T>

@@ -218,7 +218,7 @@ void grouped_mask(const GroupedShape& s, const float* score, bool* mask, const K
   });
 }
 
-void grouped_index(const GroupedShape& s, const bool* mask, int16_t* index, bool* unsolved, Pool pool) {
+void grouped_index(const GroupedShape& s, const uint8_t* mask, int16_t* index, bool* unsolved, Pool pool) {
   pool.threads = useful_threads(pool.threads, static_cast<double>(s.rows) * s.columns);
   // The number of a pattern in the revolving-door order is a sum over its rows (Knuth 7.2.1.3).
   std::vector<int32_t> term(s.m * (s.n + 1), 0);
@@ -239,10 +239,10 @@ void grouped_index(const GroupedShape& s, const bool* mask, int16_t* index, bool
         std::fill(count.begin(), count.end(), 0);
         std::fill(rank.begin(), rank.end(), static_cast<int32_t>(-(s.n % 2)));
         for (int64_t r = 0; r < s.rows_of(strip); ++r) {
-          const bool* row = mask + (strip * s.m + r) * s.columns + chunk * s.width;
+          const uint8_t* row = mask + (strip * s.m + r) * s.columns + chunk * s.width;
           const int32_t* terms = term.data() + r * (s.n + 1);
           for (int64_t c = 0; c < columns; ++c) {
-            count[c] += row[c];
+            count[c] += row[c] != 0;
             rank[c] += row[c] && count[c] <= s.n ? terms[count[c]] : 0;
           }
         }

@@ -143,14 +143,14 @@ void top_of_groups(const T* score, int64_t groups, int64_t m, int64_t n, bool* k
 template void top_of_groups(const float*, int64_t, int64_t, int64_t, bool*, Pool);
 template void top_of_groups(const double*, int64_t, int64_t, int64_t, bool*, Pool);
 
-void count_rows(const bool* mask, int64_t rows, int64_t columns, int64_t* crow, Pool pool) {
+void count_rows(const uint8_t* mask, int64_t rows, int64_t columns, int64_t* crow, Pool pool) {
   pool.threads = useful_threads(pool.threads, static_cast<double>(rows) * columns);
   pool.each(rows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       int64_t count = 0;
       for (int64_t first = 0; first < columns; first += 128) {    // so many fit into a byte
         uint8_t some = 0;
-        for (int64_t c = first; c < std::min(first + 128, columns); ++c) some += mask[r * columns + c];
+        for (int64_t c = first; c < std::min(first + 128, columns); ++c) some += mask[r * columns + c] != 0;
         count += some;
       }
       crow[r + 1] = count;
@@ -161,7 +161,7 @@ void count_rows(const bool* mask, int64_t rows, int64_t columns, int64_t* crow, 
 }
 
 template <typename T>
-void compress(const T* dense, const bool* mask, int64_t rows, int64_t columns, const int64_t* crow, T* values,
+void compress(const T* dense, const uint8_t* mask, int64_t rows, int64_t columns, const int64_t* crow, T* values,
               int32_t* col, Pool pool) {
   pool.threads = useful_threads(pool.threads, static_cast<double>(rows) * columns);
   pool.each(rows, [&](int64_t begin, int64_t end) {
@@ -170,31 +170,31 @@ void compress(const T* dense, const bool* mask, int64_t rows, int64_t columns, c
       for (int64_t c = 0; c < columns && slot < crow[r + 1]; ++c) {    // a slot is overwritten until its entry comes
         values[slot] = dense[r * columns + c];
         col[slot] = static_cast<int32_t>(c);
-        slot += mask[r * columns + c];
+        slot += mask[r * columns + c] != 0;
       }
     }
   });
 }
 #define STEN_INSTANTIATE(T) \
-  template void compress(const T*, const bool*, int64_t, int64_t, const int64_t*, T*, int32_t*, Pool);
+  template void compress(const T*, const uint8_t*, int64_t, int64_t, const int64_t*, T*, int32_t*, Pool);
 STEN_INSTANTIATE(uint8_t)
 STEN_INSTANTIATE(uint16_t)
 STEN_INSTANTIATE(uint32_t)
 STEN_INSTANTIATE(uint64_t)
 
-int64_t nm_index(const bool* mask, int64_t rows, int64_t groups, int64_t n, int64_t m, int64_t bits, int64_t width,
+int64_t nm_index(const uint8_t* mask, int64_t rows, int64_t groups, int64_t n, int64_t m, int64_t bits, int64_t width,
                  uint8_t* index, Pool pool) {
   pool.threads = useful_threads(pool.threads, static_cast<double>(rows) * groups * m);
   std::atomic<bool> fits{true};
   std::vector<int64_t> added(rows, 0);
   pool.each(rows, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const bool* group = mask + r * groups * m;
+      const uint8_t* group = mask + r * groups * m;
       uint8_t* out = index + r * width;
       std::memset(out, 0, width);
       for (int64_t g = 0, slot = 0; g < groups; ++g, group += m) {
         int64_t free = n;    // slots for columns that are not in the mask
-        for (int64_t c = 0; c < m; ++c) free -= group[c];
+        for (int64_t c = 0; c < m; ++c) free -= group[c] != 0;
         if (free < 0) fits.store(false, std::memory_order_relaxed);
         if (free < 0) return;
         added[r] = std::max(added[r], free);

@@ -67,12 +67,12 @@ std::tuple<Tensor, Tensor, Tensor> compress_op(const Tensor& dense, const Tensor
               text(dense.sizes()), ", got ", text(mask.sizes()));
   const int64_t rows = dense.size(0), columns = dense.size(1);
   const Tensor crow = at::empty({rows + 1}, mask.options().dtype(at::kLong));
-  count_rows(data_of<bool>(mask), rows, columns, numbers<int64_t>(crow), make_pool());
+  count_rows(data_of<uint8_t>(mask), rows, columns, numbers<int64_t>(crow), make_pool());
   const int64_t count = data_of<int64_t>(crow)[rows];
   const Tensor values = at::empty({count}, dense.options()), col = at::empty({count}, mask.options().dtype(at::kInt));
   by_width(dense, op, [&](auto number) {
     using T = decltype(number);
-    compress(data_of<T>(dense), data_of<bool>(mask), rows, columns, data_of<int64_t>(crow), numbers<T>(values),
+    compress(data_of<T>(dense), data_of<uint8_t>(mask), rows, columns, data_of<int64_t>(crow), numbers<T>(values),
              numbers<int32_t>(col), make_pool());
   });
   return {values, crow, col};
@@ -89,7 +89,7 @@ std::tuple<Tensor, int64_t> nm_index_op(const Tensor& mask, int64_t n, bool bitm
   std::vector<int64_t> size{rows, bitmap ? groups : width};
   if (bitmap) size.push_back(m / 8);
   const Tensor index = at::empty(size, mask.options().dtype(at::kByte));
-  const int64_t free = nm_index(data_of<bool>(mask), rows, groups, n, m, bits, width, numbers<uint8_t>(index), make_pool());
+  const int64_t free = nm_index(data_of<uint8_t>(mask), rows, groups, n, m, bits, width, numbers<uint8_t>(index), make_pool());
   return {index, free};
 }
 
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> grouped_nm_index_op(const Tensor& mask, int64_t n, in
   const GroupedShape s = make_shape(op, n, m, g, mask.size(0), mask.size(1));
   const Tensor index = at::empty({s.chunks, s.strips, s.patterns, g}, mask.options().dtype(at::kShort));
   const Tensor unsolved = at::empty({s.chunks, s.strips}, mask.options());
-  grouped_index(s, data_of<bool>(mask), numbers<int16_t>(index), numbers<bool>(unsolved), make_pool());
+  grouped_index(s, data_of<uint8_t>(mask), numbers<int16_t>(index), numbers<bool>(unsolved), make_pool());
   return {index, unsolved};
 }
 

@@ -155,6 +155,23 @@ def test_edited_index_reads_nothing_out_of_bounds():
                 call()
 
 
+def test_any_byte_but_zero_is_true():
+    bytes_ = torch.randint(0, 256, (32, 48), dtype=torch.uint8) * (torch.rand(32, 48) < 0.1)
+    dense, odd = torch.randn(32, 48), bytes_.view(torch.bool)
+    values, crow, col = torch.ops.sten.compress(dense, odd)
+    assert torch.equal(values, dense[bytes_ != 0]) and torch.equal(col.long(), (bytes_ != 0).nonzero()[:, 1])
+    for byte in (2, 128, 255):
+        mask = GroupedNM(2, 4, 2).mask(dense)
+        index, unsolved = torch.ops.sten.grouped_nm_index((mask.byte() * byte).view(torch.bool), 2, 4, 2)
+        assert not unsolved.any() and torch.equal(index, GroupedNM(2, 4, 2).pack(dense, mask)["index"])
+
+
+def test_no_rows():
+    for layout in (NM(2, 4), NM(16, 32)):
+        parts = layout.pack(torch.ones(4, 64), layout.mask(torch.ones(4, 64)))
+        assert layout.unpack({name: part[:0] for name, part in parts.items()}, (0, 64)).shape == (0, 64)
+
+
 @pytest.mark.parametrize("layout", [NM(16, 32), NM(2, 4), GroupedNM(2, 4, 2)], ids=str)
 def test_gradients_and_transforms_still_pass(layout):
     shape = (8, 64)

@@ -33,7 +33,7 @@ def run(env, *threads):
 
 @pytest.mark.parametrize("name", SETTINGS if os.environ.get("STEN_ALL") else SAMPLE)
 def test_any_setting(name):
-    run(SETTINGS[name], 2, 1, 5)
+    run(SETTINGS[name], 2, 5)
 
 
 def test_beside_busy_processes():

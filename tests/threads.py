@@ -17,7 +17,7 @@ LAYOUTS = [
     (sten.VectorNM(1, 4, 8), None),
     (sten.GroupedNM(1, 4, 4), None),
 ]
-TOKENS = (1, 16, 300)
+TOKENS = (1, 16, 200)
 
 
 def weights() -> list[torch.Tensor]:
@@ -85,10 +85,10 @@ def main() -> None:
         torch.set_num_threads(threads)
         first = results(sparse, xs)
         expect_right(first, sparse, xs)
-        assert all(same(first, results(sparse, xs)) for _ in range(3)), f"{threads} threads: another result"
-        with ThreadPoolExecutor(3) as pool:
-            made = list(pool.map(lambda _: results(sparse, xs), range(3)))
-        assert all(same(first, other) for other in made), f"{threads} threads, three callers: another result"
+        assert all(same(first, results(sparse, xs)) for _ in range(2)), f"{threads} threads: another result"
+        with ThreadPoolExecutor(2) as pool:
+            made = list(pool.map(lambda _: results(sparse, xs), range(2)))
+        assert all(same(first, other) for other in made), f"{threads} threads, two callers: another result"
     for weight in sparse:
         items = torch.cat(list(DataLoader(Products(weight, xs[1]), num_workers=2, batch_size=2)))
         torch.testing.assert_close(items, F.linear(xs[1][:4], weight), rtol=1e-4, atol=1e-3)

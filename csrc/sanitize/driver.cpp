@@ -4,12 +4,14 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <thread>
 #include <type_traits>
 
 #include "../crc32.h"
 #include "../linear.h"
+#include "../pack.h"
 
 namespace {
 
@@ -344,6 +346,7 @@ void try_topk(int64_t rows, int64_t columns, int threads) {
 }
 
 #include "dots.h"
+#include "packing.h"
 
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
@@ -464,6 +467,7 @@ int main() {
     if (!has_instruction_set(name)) continue;
     set_instruction_set(name);
     try_all(kernels());
+    try_pack(kernels());
     try_convs(kernels(), 600);
     int passed = 0;
     for (const int64_t tokens : {1, 5, 64, 200}) passed += try_hostile(kernels(), tokens, 500);
