@@ -394,6 +394,7 @@ STEN_FN void grouped_block(const Grouped& w, const GroupedBlock& b, const float*
 #include "bodies_conv.h"
 #include "bodies_codes.h"
 #include "bodies_epilogue.h"
+#include "bodies_assign.h"
 
 // ---- the names of bodies_dots.h for float
 
@@ -421,7 +422,8 @@ constexpr Kernels make(const char* name) {
           bands_block, bands_input, bands_values, bands_values_few,
           conv_load, conv_block, conv_store,
           activate,
-          add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots()};
+          add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots(),
+          pattern_energy, best_patterns, best_moves};
 }
 
 }  // namespace sten::STEN_ISA

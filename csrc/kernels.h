@@ -227,6 +227,13 @@ struct Kernels {
   void (*widen)(const bf16* from, int64_t n, float* to);
   void (*narrow)(const float* from, int64_t n, bf16* to);    // rounds to the nearest, ties to even
   Dots<float> dots;
+
+  // choosing GroupedNM's patterns: bodies_assign.h
+  void (*pattern_energy)(const float* score, const int32_t* rows, int64_t n, int64_t patterns, int64_t columns,
+                         float* energy);
+  void (*best_patterns)(const float* energy, const float* price, int64_t patterns, int64_t columns, float* best,
+                        float* second, int32_t* which);
+  void (*best_moves)(const float* table, int64_t g, int64_t patterns, float* own, float* move, int32_t* who);
 };
 
 const Kernels* kernels_avx512();     // null if this build has none

@@ -25,8 +25,9 @@ struct Pool {
   void each(int64_t tasks, F&& body) const {
     using Body = std::remove_reference_t<F>;
     auto call = [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); };
+    if (tasks <= 0) return;
     if (tasks == 1 || threads == 1) return body(static_cast<int64_t>(0), tasks);
-    if (tasks > 0) run(tasks, call, const_cast<void*>(static_cast<const void*>(&body)));
+    run(tasks, call, const_cast<void*>(static_cast<const void*>(&body)));
   }
 };
 

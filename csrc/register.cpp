@@ -1,6 +1,5 @@
 // The operators' schemas and argument checks; only register*.cpp use torch. Dtypes and sizes are checked at every call,
 // the contents of crow, col and index unless the caller says that it has had this version of them checked (`trusted`).
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "register.h"
@@ -15,12 +14,6 @@ std::string text(at::IntArrayRef sizes) {
   return all + ")";
 }
 
-static void run_tasks(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) {
-  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-Pool make_pool() { return {at::in_parallel_region() ? 1 : at::get_num_threads(), run_tasks}; }
-
 void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype) {
   TORCH_CHECK(t.device().is_cpu(), op, ": Expected ", name, " on the CPU, got ", t.device().str());
   TORCH_CHECK(t.scalar_type() == dtype, op, ": Expected ", name, " of dtype ", dtype, ", got ", t.scalar_type());
@@ -34,6 +27,17 @@ void check_input(const Tensor& x, const char* op, int64_t out, at::ScalarType dt
   TORCH_CHECK(x.scalar_type() == dtype, op, ": Expected x of dtype ", dtype, ", got ", x.scalar_type());
   TORCH_CHECK(x.dim() >= 1, op, ": Expected x with at least one dimension, got a scalar");
   TORCH_CHECK(out >= 0, op, ": Expected out_features >= 0, got ", text(out));
+}
+
+// C(m, n), or limit + 1 when it is larger than limit
+int64_t count_patterns(int64_t m, int64_t n, int64_t limit) {
+  int64_t c = 1;
+  n = std::min(n, m - n);
+  for (int64_t i = 1; i <= n; ++i) {
+    c = c * (m - n + i) / i;
+    if (c > limit) return limit + 1;
+  }
+  return c;
 }
 
 namespace {
@@ -72,17 +76,6 @@ bool compressed_in_bounds_op(const Tensor& crow, const Tensor& col, int64_t colu
   return csr_in_bounds(w, crow.size(0) - 1, col.size(0), columns, make_pool());
 }
 
-// C(m, n), or limit + 1 when it is larger than limit
-int64_t choose(int64_t m, int64_t n, int64_t limit) {
-  int64_t c = 1;
-  n = std::min(n, m - n);
-  for (int64_t i = 1; i <= n; ++i) {
-    c = c * (m - n + i) / i;
-    if (c > limit) return limit + 1;
-  }
-  return c;
-}
-
 Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index,
                             const std::optional<Tensor>& bias, int64_t n, int64_t m, int64_t g, int64_t out,
                             bool trusted) {
@@ -93,7 +86,7 @@ Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor&
   check(index, op, "index", 4, at::kShort);
   TORCH_CHECK(1 <= n && n <= m && m <= kMostColumns && 1 <= g && g <= kMostColumns, op,
               ": Expected 1 <= n <= m and g >= 1, got n, m, g = ", text({n, m, g}));
-  const int64_t count = choose(m, n, kMostColumns);
+  const int64_t count = count_patterns(m, n, kMostColumns);
   TORCH_CHECK(count * g <= kMostColumns, op, ": Expected C(m, n) * g <= ", text(kMostColumns), ", got n, m, g = ",
               text({n, m, g}));
   const int64_t chunks = ceil_div(x.size(-1), count * g), strips = ceil_div(out, m);

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not cpp.available(), reason="the extension is no
     [
         ["cpu_linear.py", "--layouts", "nm16:32", "--dtype", "bfloat16", "--tokens", "2", "--seconds", "0.01"],
         ["cpu_model.py", "--models", "conv-512x7", "--plans", "csr95", "--batches", "1", "--rounds", "3"],
+        ["cpu_packing.py", "--layouts", "csr90", "nm2:4", "1:4:16", "--shape", "70", "130", "--repeats", "1"],
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <thread>
 #include <type_traits>
@@ -11,6 +12,7 @@
 #include "../crc32.h"
 #include "../epilogue.h"
 #include "../linear.h"
+#include "../pack.h"
 
 namespace {
 
@@ -346,6 +348,7 @@ void try_topk(int64_t rows, int64_t columns, int threads) {
 
 #include "dots.h"
 #include "epilogues.h"
+#include "packing.h"
 
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
@@ -466,6 +469,7 @@ int main() {
     if (!has_instruction_set(name)) continue;
     set_instruction_set(name);
     try_all(kernels());
+    try_pack(kernels());
     try_convs(kernels(), 600);
     try_epilogues(kernels());
     int passed = 0;
