@@ -83,8 +83,8 @@ void try_bitmap(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, in
 }
 
 // Lists (width 0) or blocks in bfloat16.
-void try_bf16_bands(const Dots<bf16>& dots, int64_t tokens, int64_t in, int64_t out, int64_t height, int64_t width,
-                    int threads) {
+void try_bf16_bands(const Dots<bf16>& dots, const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_t height,
+                    int64_t width, int threads) {
   const int64_t unit = std::max<int64_t>(width, 1), slots = ceil_div(in, unit), bands = ceil_div(out, height);
   const int64_t count = (slots + 1) / 3;
   std::vector<int32_t> crow{0}, col;
@@ -108,8 +108,10 @@ void try_bf16_bands(const Dots<bf16>& dots, int64_t tokens, int64_t in, int64_t 
       }
   Elements<bf16> data(tokens, in, out, threads == 1);
   const BandsOf<bf16> w{values.data(), width ? crow.data() : nullptr, col.data(), out, slots * unit, height, unit, count};
-  dots_linear(data.problem, w, dots, {threads, run_tasks});
+  bands_linear(data.problem, w, dots, k, {threads, run_tasks});
   compare_dots("bands of bfloat16", data.problem, dense);
+  dots_linear(data.problem, w, dots, {threads, run_tasks});
+  compare_dots("dot products of bfloat16", data.problem, dense);
 }
 
 template <typename E>

@@ -143,7 +143,7 @@ void try_bands(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_
         }
   if (!bands_in_bounds(w, static_cast<int64_t>(col.size()), {threads, run_tasks})) ++failures;
   Data data(tokens, in, out, biased);
-  bands_linear(data.problem, w, k, {threads, run_tasks});
+  bands_linear(data.problem, w, k.dots, k, {threads, run_tasks});
   compare("bands", data.problem, dense);
   Data back(tokens, out, in, false);
   bands_grad_input(back.problem, w, k, {threads, run_tasks});
@@ -231,12 +231,6 @@ bf16 to_bfloat(float value) {
   return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 float to_float(float value) { return value; }
-float to_float(bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
 template <typename E>
 std::vector<E> random_numbers(int64_t n) {
   std::vector<E> out;
@@ -377,7 +371,7 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
     std::vector<float> entries = random_floats(out * 9), gradient(entries.size());
     const Bands u{entries.data(), nullptr, list.data(), out, in, 3, 1, 9};
     if (bands_in_bounds(u, static_cast<int64_t>(list.size()), {3, run_tasks})) {
-      bands_linear(data.problem, u, k, {3, run_tasks});
+      bands_linear(data.problem, u, k.dots, k, {3, run_tasks});
       bands_grad_values(data.y.data(), data.x.data(), tokens, in, u, gradient.data(), k, {3, run_tasks});
       bands_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, u, k, {3, run_tasks});
       const std::vector<float> matrix = random_floats(in * tokens), grad = random_floats(out * tokens);
@@ -427,11 +421,11 @@ void try_all(const Kernels& k) {
   try_bitmaps<float>(k.dots);
   if (const Dots<bf16>* dots = bf16_dots()) {
     try_bitmaps<bf16>(*dots);
-    for (const int64_t tokens : {1, 2, 7, 50})
+    for (const int64_t tokens : {1, 2, 7, 17, 50, 64, 130})
       for (const auto& size : sizes)
         for (const int threads : {1, 3})
           for (const auto& band : bands)
-            try_bf16_bands(*dots, tokens, size[0], size[1], band[0], band[1], threads);
+            try_bf16_bands(*dots, k, tokens, size[0], size[1], band[0], band[1], threads);
   }
   try_csr(k, 130, 140, 2000, 0.1, true, 3);    // several pieces of rows
   try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);

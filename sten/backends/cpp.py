@@ -46,7 +46,7 @@ def features():
         "available": True,
         "instruction_sets": _library.cpu_features(),
         "instruction_set": _library.instruction_set(),
-        "bfloat16": _library.bfloat16_tokens() > 0,
+        "bfloat16": _library.bfloat16(),
     }
 
 
@@ -60,16 +60,6 @@ def set_instruction_set(name):
     if not available():
         raise RuntimeError("Expected compiled kernels, got none; build them: `python setup.py build_ext --inplace`.")
     _library.set_instruction_set(name)
-
-
-def bfloat16_tokens(height, width):
-    """Return up to how many tokens `band_linear` multiplies bfloat16 as it is, instead of converting it to float32.
-
-    Args:
-        height: the rows that share columns.
-        width: the columns of a block; 0 for lists of columns.
-    """
-    return _library.bfloat16_tokens(height, width)
 
 
 def crc32():

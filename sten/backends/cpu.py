@@ -172,15 +172,6 @@ def converted(run: Run, dtype: torch.dtype) -> Run:
     return lambda *operands, **geometry: run(*map(single, operands), **geometry).to(dtype)
 
 
-def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout, shape: tuple[int, ...], tokens: int | None) -> bool:
-    """Whether linear multiplies bfloat16 as it is; float32's kernels are faster for many tokens of few rows."""
-    if run_of not in (band_linear, csr_linear) or tokens is None:
-        return False
-    band = BANDS[type(layout)]
-    height, width, _ = band.sizes(layout, shape)
-    return tokens <= cpp.bfloat16_tokens(height, 0 if band.lists else max(width, 1))
-
-
 def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
     """The `prepare` of an operator by a C++ kernel, which computes in float32."""
 
@@ -188,7 +179,7 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
         name = str(dtype).removeprefix("torch.")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
-        if dtype is torch.bfloat16 and multiplies_bfloat16(run_of, layout, shape, flags.tokens):
+        if dtype is torch.bfloat16 and run_of in (band_linear, csr_linear) and cpp.features()["bfloat16"]:
             run = band_linear(layout, shape, flags.tokens is None)
             return Plan.of(name, "C++ kernel: multiplies only the stored entries, sums in float32", run)
         run = run_of(layout, shape, flags.tokens is None)
