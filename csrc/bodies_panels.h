@@ -159,7 +159,8 @@ STEN_FN void bands_block_row(const BandsOf<elem>& w, const BandRange& b, const B
     for (int v = 0; v < V; ++v) a[l][v] = zero();
   const int32_t* col = columns_of(w, q.band);
   const elem* value = w.values + (w.crow ? 0 : q.band * w.count);
-  const auto at = [&](int64_t e) { return panel + (col[e] - b.k0) * S; };
+  const elem* from = panel - b.k0 * S;
+  const auto at = [&](int64_t e) { return from + static_cast<int64_t>(col[e]) * S; };
   int64_t e = q.begin;
   for (; e + L * kPairs <= q.end; e += L * kPairs)
 #pragma GCC unroll 8

@@ -120,7 +120,6 @@ void csr_panels(const ProblemOf<E>& p, const CsrOf<E>& w, const Panels<E>& panel
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
 
 // Dot products along the columns, and the number of tokens up to which they are the fastest way: lists if width is 0.
-template <typename E>
 int64_t most_dots(int64_t height, int64_t width);
 template <typename E>
 void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, Pool pool);
