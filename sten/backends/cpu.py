@@ -128,9 +128,10 @@ def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Ru
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         if row is None:
             return linear(crow, col, x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
-        some = linear(crow, col, x, weight["values"].contiguous(), crow, col, None, height, columns, len(row))
-        y = x.new_zeros(*x.shape[:-1], outputs).index_copy_(-1, row, some)
-        return y if bias is None else y.add_(bias)
+        own = None if bias is None else bias[row]  # added in float32, before the sum is rounded
+        some = linear(crow, col, x, weight["values"].contiguous(), crow, col, own, height, columns, len(row))
+        y = x.new_zeros(*x.shape[:-1], outputs)
+        return (y if bias is None else y.copy_(bias)).index_copy_(-1, row, some)
 
     return run
 
