@@ -372,6 +372,7 @@ STEN_FN void grouped_block(const Grouped& w, const GroupedBlock& b, const float*
 }
 
 #include "bodies_bands.h"
+#include "bodies_grouped.h"
 #include "bodies_conv.h"
 #include "bodies_codes.h"
 
@@ -383,7 +384,7 @@ namespace sten::STEN_ISA {
 
 constexpr Kernels make(const char* name) {
   return {name,     kWidth,    kRows,     load_panel,    store_panel,
-          csr_rows, csr_token, grouped_block, grouped_token,
+          csr_rows, csr_token, grouped_block, grouped_token, grouped_input, grouped_values,
           bands_input, bands_values, bands_values_few,
           conv_load, conv_block, conv_store,
           add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots()};

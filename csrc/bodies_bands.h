@@ -61,10 +61,10 @@ STEN_FN void bands_input_v(const Bands& w, const BandRange& b, const float* grad
 
 constexpr int kGradientRows = kRegisters == 32 ? 4 : 2;
 
-// out[r, c] += dot(grad[r], x[c]) for R rows and C columns; S floats are a row of either panel
+// out[r, c] += dot(grad[r], x[c]) for R rows and C columns; S floats are a row of either panel; steps of rows, columns
 template <int R, int C>
-STEN_INLINE void add_dots(LongPanel grad, const float* const* x, int64_t x_step, int64_t pieces, int64_t S, float* out,
-                          int64_t step) {
+STEN_FN inline void add_dots(const float* const* grad, int64_t grad_step, const float* const* x, int64_t x_step,
+                             int64_t pieces, int64_t S, float* out, int64_t step, int64_t column_step) {
   constexpr int kSums = (R * C + 3) / 4 * 4;
   vec a[kSums];
 #pragma GCC unroll 16
@@ -76,7 +76,7 @@ STEN_INLINE void add_dots(LongPanel grad, const float* const* x, int64_t x_step,
       for (int c = 0; c < C; ++c) xs[c] = keep(load(x[c] + piece * x_step + t));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const vec g = keep(load(grad.data + r * S + piece * grad.step + t));
+        const vec g = keep(load(grad[r] + piece * grad_step + t));
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) a[r * C + c] = madd(g, xs[c], a[r * C + c]);
       }
@@ -85,7 +85,7 @@ STEN_INLINE void add_dots(LongPanel grad, const float* const* x, int64_t x_step,
 #pragma GCC unroll 4
   for (int i = 0; i < kSums; i += 4) sum_four(a + i, sums + i);
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r * step + c] += sums[r * C + c];
+    for (int c = 0; c < C; ++c) out[r * step + c * column_step] += sums[r * C + c];
 }
 
 template <int R>
@@ -96,7 +96,8 @@ STEN_FN void bands_values_rows(int64_t rows, const Bands& w, const BandRange& b,
   const int32_t* col = columns_of(w, q.band);
   const bool list = !w.crow || (w.width == 1 && w.height == 1);
   const int64_t step = row_step(w), width = list ? 1 : w.width, count = (q.end - q.begin) * width;
-  grad.data += (row - b.r0) * S;
+  const float* rows_of_grad[R];
+  for (int r = 0; r < R; ++r) rows_of_grad[r] = grad.data + (row - b.r0 + r) * S;
   for (int64_t i = 0, n; i < count; i += n) {
     const int64_t e = q.begin + i / width, c = i % width, left = list ? count - i : width - c;
     float* to = out + value_at(w, q.band, row, e) + c;
@@ -104,8 +105,8 @@ STEN_FN void bands_values_rows(int64_t rows, const Bands& w, const BandRange& b,
     n = left < 4 ? 1 : 4;
     for (int64_t j = 0; j < n; ++j)
       from[j] = x.data + (list ? static_cast<int64_t>(col[e + j]) : col[e] * width + c + j) * S;
-    if (n == 4) add_dots<R, 4>(grad, from, x.step, pieces, S, to, step);
-    else add_dots<R, 1>(grad, from, x.step, pieces, S, to, step);
+    const auto add = n == 4 ? add_dots<R, 4> : add_dots<R, 1>;
+    add(rows_of_grad, grad.step, from, x.step, pieces, S, to, step, 1);
   }
 }
 

@@ -209,6 +209,12 @@ struct Kernels {
   // spread[phase, lane] = (phase + lane) / n for phase < n
   void (*grouped_token)(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, const float* x,
                         const int32_t* spread, float* gathered, float* acc);
+  // acc[column, :] += the sum over all strips of value * grad[row, :], for the columns of one chunk
+  void (*grouped_input)(const Grouped& w, int64_t chunk, const float* grad, int v, float* acc);
+  // out[chunk, strip, pattern, j, i] += grad[row, :] * x[column, :], summed as in bands_values; grad begins at strip0, x
+  // at the chunk
+  void (*grouped_values)(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, LongPanel grad, LongPanel x,
+                         int64_t pieces, int v, float* out);
 
   // acc[column - k0, :] += sum of value * grad[r - r0, :]
   void (*bands_input)(const Bands& w, const BandRange& range, const float* grad, int v, float* acc);

@@ -118,6 +118,11 @@ constexpr int64_t kRepackPanels = 2;
 template <typename E>
 void csr_panels(const ProblemOf<E>& p, const CsrOf<E>& w, const Panels<E>& panels, const Kernels& k, Pool pool);
 void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
+// y = x W: p.x is the gradient of the output, p.y that of the input
+void grouped_grad_input(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
+// out, shaped as w.values and zero before: grad^T x, (rows, in), at the stored entries; w.values is not read
+void grouped_grad_values(const float* grad, const float* x, int64_t tokens, int64_t rows, int64_t in, const Grouped& w,
+                         float* out, const Kernels& k, Pool pool);
 
 // Dot products along the columns, and the number of tokens up to which they are the fastest way: lists if width is 0.
 int64_t most_dots(int64_t height, int64_t width);

@@ -62,6 +62,25 @@ struct Data {
         problem{x.data(), biased ? bias.data() : nullptr, y.data(), tokens, in, out} {}
 };
 
+// The gradient of the values, where at[row, column] is the entry, against grad^T x.
+void compare_values(const char* what, const Data& grad, const Data& x, const std::vector<int64_t>& at,
+                    const std::vector<float>& gradient) {
+  const int64_t out = grad.problem.in, in = x.problem.in;
+  for (int64_t i = 0; i < out * in; ++i) {
+    if (at[i] < 0) continue;
+    double sum = 0.0, scale = 0.0;
+    for (int64_t t = 0; t < x.problem.tokens; ++t) {
+      const double product = static_cast<double>(grad.x[t * out + i / in]) * x.x[t * in + i % in];
+      sum += product;
+      scale += std::abs(product);
+    }
+    if (std::abs(gradient[at[i]] - sum) <= 2e-6 * scale) continue;
+    std::printf("%s, gradient of the values: %g instead of %g\n", what, gradient[at[i]], sum);
+    ++failures;
+    return;
+  }
+}
+
 void try_csr(const Kernels& k, int64_t tokens, int64_t in, int64_t out, double density, bool biased, int threads) {
   Data data(tokens, in, out, biased);
   std::bernoulli_distribution keep(density);
@@ -88,7 +107,8 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
   const int64_t chunks = ceil_div(in, width), strips = ceil_div(out, m);
   std::vector<float> values = random_floats(chunks * strips * width * n);
   std::vector<int16_t> index(chunks * strips * width);
-  std::vector<double> dense(out * in);
+  std::vector<double> dense(out * in), transposed(out * in);
+  std::vector<int64_t> at(out * in, -1);    // the entry stored there
   for (int64_t block = 0; block < chunks * strips; ++block) {
     int16_t* begin = index.data() + block * width;
     for (int64_t i = 0; i < width; ++i) begin[i] = static_cast<int16_t>(i);
@@ -97,14 +117,21 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
       for (int i = 0; i < n; ++i) {
         const int64_t row = block % strips * m + order.rows[slot / g * n + i];
         const int64_t column = block / strips * width + begin[slot];
-        float& value = values[(block * width + slot) * n + i];
+        const int64_t entry = (block * width + slot) * n + i;
+        float& value = values[entry];
         if (row >= out || column >= in) value = 0.0f;
-        else dense[row * in + column] = value;
+        else at[row * in + column] = entry, dense[row * in + column] = transposed[column * out + row] = value;
       }
   }
   const Grouped w{values.data(), index.data(), order.rows.data(), order.exchanges.data(), n, m, g, count, chunks, strips};
   grouped_linear(data.problem, w, k, {threads, run_tasks});
   compare("grouped", data.problem, dense);
+  Data back(tokens, out, in, false);
+  grouped_grad_input(back.problem, w, k, {threads, run_tasks});
+  compare("grouped, gradient of the input", back.problem, transposed);
+  std::vector<float> gradient(values.size());
+  grouped_grad_values(back.x.data(), data.x.data(), tokens, out, in, w, gradient.data(), k, {threads, run_tasks});
+  compare_values("grouped", back, data, at, gradient);
 }
 
 // Lists (width 0) or blocks: y, and the gradients as the products that they are.
@@ -150,19 +177,7 @@ void try_bands(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_
   compare("bands, gradient of the input", back.problem, transposed);
   std::vector<float> gradient(values.size());
   bands_grad_values(back.x.data(), data.x.data(), tokens, in, w, gradient.data(), k, {threads, run_tasks});
-  for (int64_t i = 0; i < out * in; ++i) {
-    if (at[i] < 0) continue;
-    double sum = 0.0, scale = 0.0;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const double product = static_cast<double>(back.x[t * out + i / in]) * data.x[t * in + i % in];
-      sum += product;
-      scale += std::abs(product);
-    }
-    if (std::abs(gradient[at[i]] - sum) <= 2e-6 * scale) continue;
-    std::printf("bands, gradient of the values: %g instead of %g\n", gradient[at[i]], sum);
-    ++failures;
-    return;
-  }
+  compare_values("bands", back, data, at, gradient);
 }
 
 // A convolution against its definition; `height` 0 is CSR, else lists with the channels last in a row.
@@ -381,16 +396,19 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
       codes_grad_weight(u, Table<float>{grad.data(), tokens}, weight.data(), k, {3, run_tasks});
       ++passed;
     }
-    const Patterns& order = patterns(2, 4);
-    const int64_t count = 6, g = 2, width = count * g, chunks = ceil_div(in, width), strips = ceil_div(out, 4);
-    std::vector<float> more = random_floats(chunks * strips * width * 2);
+    const int n = 1 + round % 2;
+    const Patterns& order = patterns(n, 4);
+    const int64_t count = n == 1 ? 4 : 6, g = 2, width = count * g, chunks = ceil_div(in, width), strips = ceil_div(out, 4);
+    std::vector<float> more = random_floats(chunks * strips * width * n), gradient(more.size());
     std::vector<int16_t> index(chunks * strips * width);
     for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int16_t>(i % width);
     index[generator() % index.size()] = static_cast<int16_t>(number());
-    const Grouped v{more.data(), index.data(), order.rows.data(), order.exchanges.data(), 2, 4, static_cast<int>(g),
+    const Grouped v{more.data(), index.data(), order.rows.data(), order.exchanges.data(), n, 4, static_cast<int>(g),
                     count, chunks, strips};
     if (grouped_in_bounds(v, {3, run_tasks})) {
       grouped_linear(data.problem, v, k, {3, run_tasks});
+      grouped_grad_values(data.y.data(), data.x.data(), tokens, out, in, v, gradient.data(), k, {3, run_tasks});
+      grouped_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, v, k, {3, run_tasks});
       ++passed;
     }
   }

@@ -80,6 +80,11 @@ def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
     return x.new_empty((len(col), height, width) if width else (len(col),))
 
 
+def _fake_grouped_values(grad, x, index, n, m, g, *, trusted=False):
+    """Return empty values: shaped as index, with n for each of its columns."""
+    return x.new_empty((*index.shape, n))
+
+
 def _fake_collect(dense, index, n, m):
     """Return empty values, (out_features, slots)."""
     return dense.new_empty((len(dense), -(-dense.shape[1] // m) * n))
@@ -114,9 +119,12 @@ def _load():
     except ImportError as error:
         _load_error = error
         return
-    for name in ("csr_linear", "grouped_nm_linear", "band_linear", "band_grad_input", "nm_linear"):
+    for name in ("csr", "grouped_nm", "band", "nm"):
+        torch.library.register_fake(f"sten::{name}_linear", _fake)
+    for name in ("grouped_nm_grad_input", "band_grad_input"):
         torch.library.register_fake(f"sten::{name}", _fake)
     torch.library.register_fake("sten::band_grad_values", _fake_values)
+    torch.library.register_fake("sten::grouped_nm_grad_values", _fake_grouped_values)
     torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
     torch.library.register_fake("sten::nm_collect", _fake_collect)
     torch.library.register_fake("sten::band_conv2d", _fake_conv)

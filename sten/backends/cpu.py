@@ -78,6 +78,30 @@ def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bo
     return run
 
 
+def grouped_nm_grad_input(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """`run` of linear_grad_input: the gradients of a pattern's outputs stay in registers."""
+    product = once_checked(torch.ops.sten.grouped_nm_grad_input.default, intercepted)
+    sizes, inputs = (layout.n, layout.m, layout.g), math.prod(shape[1:])
+
+    def run(grad: Tensor, weight: Parts) -> Tensor:
+        index = weight["index"]
+        return product(None, index, grad, weight["values"], index, *sizes, inputs)
+
+    return run
+
+
+def grouped_nm_grad_weight(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """`run` of linear_grad_weight: a dot product over the tokens for every stored entry."""
+    product = once_checked(torch.ops.sten.grouped_nm_grad_values.default, intercepted)
+    sizes = layout.n, layout.m, layout.g
+
+    def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
+        index = weight["index"]
+        return product(None, index, grad, x, index, *sizes)
+
+    return run
+
+
 # The operators of rows that share their columns take (crow or None, col) and the numbers (height, columns).
 
 
@@ -265,9 +289,12 @@ if cpp.available():
         ("linear_grad_weight", nm_grad_weight),
     ):
         kernel(_name, weight=NM, device="cpu", prepare=True)(_prepare)
-    for _layout in BANDS:
-        kernel("linear_grad_input", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_input))
-        kernel("linear_grad_weight", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_weight))
+    for _layout, _grad_input, _grad_weight in (
+        *((layout, band_grad_input, band_grad_weight) for layout in BANDS),
+        (GroupedNM, grouped_nm_grad_input, grouped_nm_grad_weight),
+    ):
+        kernel("linear_grad_input", weight=_layout, device="cpu", prepare=True)(float32_by(_grad_input))
+        kernel("linear_grad_weight", weight=_layout, device="cpu", prepare=True)(float32_by(_grad_weight))
 else:
     _why = f"they do not load here ({cpp.load_error()})" if cpp.load_error() else "they are not built"
     warnings.warn(
