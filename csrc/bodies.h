@@ -384,7 +384,7 @@ namespace sten::STEN_ISA {
 
 constexpr Kernels make(const char* name) {
   return {name,     kWidth,    kRows,     load_panel,    store_panel,
-          csr_rows, csr_token, grouped_block, grouped_token, grouped_input, grouped_values,
+          csr_rows, csr_token, grouped_token, grouped_input, grouped_values,
           bands_input, bands_values, bands_values_few,
           conv_load, conv_block, conv_store,
           add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots()};

@@ -14,7 +14,8 @@ constexpr int64_t kLongPanels = 4;           // most panels whose tokens are sum
 constexpr int64_t kSkew = 256;               // floats between panels, or all would fall into the same cache sets
 constexpr int64_t kTokenFloats = 4096;       // one token: partial sums that stay in the first-level cache
 
-double entries(const Grouped& w) { return static_cast<double>(w.chunks * w.strips) * w.columns() * w.n; }
+template <typename E>
+double entries(const GroupedOf<E>& w) { return static_cast<double>(w.chunks * w.strips) * w.columns() * w.n; }
 
 // y of one token from its sums: acc is (strips, P, g, n)
 void token_rows(const Problem& p, const Grouped& w, int64_t strip0, int64_t strip1, const float* acc) {
@@ -56,56 +57,60 @@ void one_token(const Problem& p, const Grouped& w, const Kernels& k, const Pool&
   });
 }
 
-void panel_task(const Problem& p, const Grouped& w, const Kernels& k, Range strips, Range tokens, float* panel,
-                float* start, float* acc) {
+template <typename E>
+void panel_task(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& panels, int width_of_vector, Range strips,
+                Range tokens, E* panel, float* start, float* acc) {
   const int64_t count = tokens.end - tokens.begin, columns = w.columns();
-  const int v = static_cast<int>(ceil_div(count, k.width));
-  const int64_t row_floats = static_cast<int64_t>(v) * k.width;
-  const int64_t most = std::max<int64_t>(1, kPanelBytes / (columns * row_floats * static_cast<int64_t>(sizeof(float))));
-  const int64_t blocks = ceil_div(w.chunks, most);
+  const int v = static_cast<int>(ceil_div(count, width_of_vector));
+  const int64_t row_floats = static_cast<int64_t>(v) * width_of_vector;
+  const int64_t most = std::max<int64_t>(1, kPanelBytes / (columns * row_floats * static_cast<int64_t>(sizeof(E))));
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(w.chunks, most));    // one without columns: y is the bias
   for (int64_t b = 0; b < blocks; ++b) {
     const Range chunks = part(w.chunks, blocks, b);
     const int64_t k0 = chunks.begin * columns, width = (chunks.end - chunks.begin) * columns;
     const int64_t real = std::min(width, p.in - k0);
-    k.load_panel(p.x + tokens.begin * p.in + k0, p.in, count, real, v, panel);
-    std::memset(panel + real * row_floats, 0, (width - real) * row_floats * sizeof(float));
-    k.grouped_block(w, {chunks.begin, chunks.end, strips.begin, strips.end}, b == 0 ? start : nullptr, panel, v, acc);
+    panels.load(p.x + tokens.begin * p.in + k0, p.in, count, real, v, panel);
+    std::memset(panel + real * row_floats, 0, (width - real) * row_floats * sizeof(E));
+    panels.grouped(w, {chunks.begin, chunks.end, strips.begin, strips.end}, b == 0 ? start : nullptr, panel, v, acc);
   }
   const int64_t r0 = strips.begin * w.m, rows = std::min(strips.end * w.m, p.out) - r0;
-  k.store_panel(acc, rows, count, v, p.y + tokens.begin * p.out + r0, p.out);
+  panels.store(acc, rows, count, v, p.y + tokens.begin * p.out + r0, p.out);
 }
 
-void many_tokens(const Problem& p, const Grouped& w, const Kernels& k, const Pool& pool) {
-  const Grid grid = make_grid(p, k, pool.threads, std::min(pieces_for_cache(p, k), w.strips), w.strips);
+template <typename E>
+void many_tokens(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& panels, const Kernels& k,
+                 const Pool& pool) {
+  const Problem sizes = sizes_of(p);
+  const Grid grid = make_grid(sizes, k, pool.threads, std::min(pieces_for_cache(sizes, k), w.strips), w.strips);
   const int64_t most = grid.panel_tokens, most_rows = ceil_div(w.strips, grid.pieces) * w.m;
-  const int64_t panel_floats = std::max(kPanelBytes / static_cast<int64_t>(sizeof(float)), w.columns() * most);
+  const int64_t panel_floats = std::max(kPanelBytes / static_cast<int64_t>(sizeof(E)), w.columns() * most);
   pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
-    Scratch<float> panel(Role::panel, panel_floats), acc(Role::sums, most_rows * (most + 1));
+    Scratch<E> panel(Role::panel, panel_floats);
+    Scratch<float> acc(Role::sums, most_rows * (most + 1));
     float* start = acc.get() + most_rows * most;
     // Piece after piece, so that its weights stay in the second-level cache from panel to panel.
     for (int64_t task = begin; task < end; ++task) {
       const int64_t t0 = task % grid.panels * grid.panel_tokens;
       const Range strips = part(w.strips, grid.pieces, task / grid.panels);
       fill_start(p, strips.begin * w.m, (strips.end - strips.begin) * w.m, start);
-      panel_task(p, w, k, strips, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
+      panel_task(p, w, panels, k.width, strips, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
     }
   });
 }
 
-// A weight without columns: y is the bias.
-void no_columns(const Problem& p) {
-  for (int64_t t = 0; t < p.tokens; ++t) fill_start(p, 0, p.out, p.y + t * p.out);
-}
-
 }  // namespace
 
-void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool) {
+template <typename E>
+void grouped_linear(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& panels, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
-  if (w.chunks == 0) return no_columns(p);
   pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
-  if (p.tokens == 1) return one_token(p, w, k, pool);
-  many_tokens(p, w, k, pool);
+  if constexpr (std::is_same_v<E, float>)
+    if (p.tokens == 1 && w.chunks > 0) return one_token(p, w, k, pool);
+  many_tokens(p, w, panels, k, pool);
 }
+
+template void grouped_linear(const Problem&, const Grouped&, const Panels<float>&, const Kernels&, Pool);
+template void grouped_linear(const ProblemOf<bf16>&, const GroupedOf<bf16>&, const Panels<bf16>&, const Kernels&, Pool);
 
 namespace {
 

@@ -6,6 +6,7 @@
 // after the header above
 #include "bodies_panels.h"
 // after that
+#include "bodies_grouped_bf16.h"
 #include "bodies_dots.h"
 
 namespace sten {

@@ -32,8 +32,9 @@ struct CsrOf {
 };
 using Csr = CsrOf<float>;
 
-struct Grouped {
-  const float* values;       // (chunks, strips, patterns, g, n)
+template <typename E>
+struct GroupedOf {
+  const E* values;           // (chunks, strips, patterns, g, n)
   const int16_t* index;      // (chunks, strips, patterns, g)
   const int32_t* rows;       // (patterns, n): rows of a pattern inside its strip, ascending
   // (patterns, 2 + n): for a kernel with n rows in n registers: the register whose row is exchanged for this pattern,
@@ -43,6 +44,8 @@ struct Grouped {
   int64_t patterns, chunks, strips;
   int64_t columns() const { return patterns * g; }   // of one chunk
 };
+using Grouped = GroupedOf<float>;
+constexpr int kPairRows = 4;    // the largest n that bfloat16 is multiplied with
 
 struct GroupedBlock {
   int64_t c0, c1, strip0, strip1;
@@ -126,6 +129,9 @@ struct Panels {
   void (*csr)(const CsrBlockOf<E>& block, const float* start, const E* panel, int v, float* acc);
   // acc[r - r0, :] += sum of value * panel[column - k0, :]; `start`, per row of acc, as above
   void (*bands)(const BandsOf<E>& w, const BandRange& range, const float* start, const E* panel, int v, float* acc);
+  // acc[row - strip0 * m, :] += chunks c0 to c1 - 1 of strips strip0 to strip1 - 1; panel begins at chunk c0; `start`
+  // as above; n of bfloat16 is at most kPairRows
+  void (*grouped)(const GroupedOf<E>& w, const GroupedBlock& block, const float* start, const E* panel, int v, float* acc);
 };
 
 constexpr int kTileRows = 4;     // rows of a weight that dot products multiply together
@@ -200,10 +206,6 @@ struct Kernels {
   // one token: y[r] for rows r0 to r1 - 1
   void (*csr_token)(const Csr& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* y);
 
-  // acc[row - strip0 * m, :] += chunks c0 to c1 - 1 of strips strip0 to strip1 - 1; panel begins at chunk c0; `start`
-  // as in Panels
-  void (*grouped_block)(const Grouped& w, const GroupedBlock& block, const float* start, const float* panel, int v,
-                        float* acc);
   // one token, one chunk: acc[strip - strip0, slot, i] += value * x[index]; x begins at the chunk and kTokenPadding
   // floats beyond it may be read, `gathered` has columns() + width floats, and
   // spread[phase, lane] = (phase + lane) / n for phase < n

@@ -117,7 +117,8 @@ void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
 constexpr int64_t kRepackPanels = 2;
 template <typename E>
 void csr_panels(const ProblemOf<E>& p, const CsrOf<E>& w, const Panels<E>& panels, const Kernels& k, Pool pool);
-void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
+template <typename E>
+void grouped_linear(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& panels, const Kernels& k, Pool pool);
 // y = x W: p.x is the gradient of the output, p.y that of the input
 void grouped_grad_input(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
 // out, shaped as w.values and zero before: grad^T x, (rows, in), at the stored entries; w.values is not read

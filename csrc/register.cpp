@@ -84,9 +84,9 @@ int64_t choose(int64_t m, int64_t n, int64_t limit) {
   return c;
 }
 
-// The pattern of a weight (out, in), checked; `values` may be null, `full` receives their shape.
-Grouped make_grouped(const char* op, const float* values, const Tensor& index, int64_t n, int64_t m, int64_t g,
-                     int64_t out, int64_t in, bool trusted, std::vector<int64_t>& full) {
+// The pattern of a weight (out, in), checked, without values, whose shape `full` receives.
+Grouped make_grouped(const char* op, const Tensor& index, int64_t n, int64_t m, int64_t g, int64_t out, int64_t in,
+                     bool trusted, std::vector<int64_t>& full) {
   constexpr int64_t kMostColumns = 32767;    // an int16 offset reaches every column of a chunk
   check(index, op, "index", 4, at::kShort);
   TORCH_CHECK(1 <= n && n <= m && m <= kMostColumns && 1 <= g && g <= kMostColumns, op,
@@ -100,32 +100,40 @@ Grouped make_grouped(const char* op, const float* values, const Tensor& index, i
   TORCH_CHECK(index.sizes() == at::IntArrayRef(slots), op, ": Expected index (chunks, strips, patterns, g) = ",
               text(slots), " for a weight ", text({out, in}), ", got ", text(index.sizes()));
   const Patterns& order = patterns(static_cast<int>(n), static_cast<int>(m));
-  const Grouped w{values, index.const_data_ptr<int16_t>(), order.rows.data(), order.exchanges.data(),
+  const Grouped w{nullptr, index.const_data_ptr<int16_t>(), order.rows.data(), order.exchanges.data(),
                   static_cast<int>(n), static_cast<int>(m), static_cast<int>(g), count, chunks, strips};
   TORCH_CHECK_VALUE(trusted || grouped_in_bounds(w, make_pool()), op, ": Expected index from 0 to ",
                     text(w.columns() - 1), ", got others; make the parts with pack.");
   return w;
 }
 
-Grouped make_grouped(const char* op, const Tensor& values, const Tensor& index, int64_t n, int64_t m, int64_t g,
-                     int64_t out, int64_t in, bool trusted) {
-  check(values, op, "values", 5, at::kFloat);
+template <typename E = float>
+GroupedOf<E> make_grouped(const char* op, const Tensor& values, const Tensor& index, int64_t n, int64_t m, int64_t g,
+                          int64_t out, int64_t in, bool trusted) {
+  check(values, op, "values", 5, dtype_of<E>);
   std::vector<int64_t> full;
-  const Grouped w = make_grouped(op, values.const_data_ptr<float>(), index, n, m, g, out, in, trusted, full);
+  const Grouped w = make_grouped(op, index, n, m, g, out, in, trusted, full);
   TORCH_CHECK(values.sizes() == at::IntArrayRef(full), op, ": Expected values (chunks, strips, patterns, g, n) = ",
               text(full), " for a weight ", text({out, in}), ", got ", text(values.sizes()));
-  return w;
+  return {data_of<E>(values), w.index, w.rows, w.exchanges, w.n, w.m, w.g, w.patterns, w.chunks, w.strips};
 }
 
 Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index,
                             const std::optional<Tensor>& bias, int64_t n, int64_t m, int64_t g, int64_t out,
                             bool trusted) {
   static constexpr const char* op = "sten::grouped_nm_linear";
-  check_input(x, op, out);
-  const Grouped w = make_grouped(op, values, index, n, m, g, out, x.size(-1), trusted);
-  Tensor owner, y;
-  grouped_linear(make_problem(op, x, bias, out, owner, y), w, kernels(), make_pool());
-  return y;
+  const bool half = x.scalar_type() == at::kBFloat16;
+  const Dots<bf16>* dots = bf16_dots();
+  if (half && (!dots || n > kPairRows))
+    return grouped_nm_linear_op(single(x), single(values), index, single(bias), n, m, g, out, trusted).to(at::kBFloat16);
+  check_input(x, op, out, half ? at::kBFloat16 : at::kFloat);
+  const auto product = [&]<typename E>(const Dots<E>& kernels_of) {
+    const GroupedOf<E> w = make_grouped<E>(op, values, index, n, m, g, out, x.size(-1), trusted);
+    Tensor owner, y;
+    grouped_linear(make_problem<E>(op, x, bias, out, owner, y), w, kernels_of.panels, kernels(), make_pool());
+    return y;
+  };
+  return half ? product(*dots) : product(kernels().dots);
 }
 
 Tensor grouped_nm_grad_input_op(const Tensor& grad, const Tensor& values, const Tensor& index, int64_t n, int64_t m,
@@ -148,7 +156,7 @@ Tensor grouped_nm_grad_values_op(const Tensor& grad, const Tensor& x, const Tens
               text(x.sizes()));
   std::vector<int64_t> full;
   const int64_t rows = grad.size(-1), in = x.size(-1);
-  const Grouped w = make_grouped(op, nullptr, index, n, m, g, rows, in, trusted, full);
+  const Grouped w = make_grouped(op, index, n, m, g, rows, in, trusted, full);
   const Tensor left = grad.contiguous(), right = x.contiguous(), out = at::zeros(full, x.options());
   int64_t tokens = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);

@@ -1,4 +1,4 @@
-"""NM on the CPU, and few tokens or bfloat16 of VectorNM, BSR, FanIn and CSR."""
+"""NM on the CPU, few tokens of VectorNM, BSR, FanIn and CSR, and bfloat16 of all."""
 
 import pytest
 import torch
@@ -23,6 +23,11 @@ BANDS = [
     sten.BSR((9, 40)),
     sten.FanIn(),
     sten.CSR(),
+    sten.GroupedNM(1, 4, 5),
+    sten.GroupedNM(2, 4, 8),
+    sten.GroupedNM(3, 4, 3),
+    sten.GroupedNM(4, 6, 1),
+    sten.GroupedNM(5, 6, 2),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a result rounded once
@@ -92,10 +97,11 @@ def test_which():
         (sten.NM(16, 32), torch.float32, 500): "expand",
         (sten.NM(16, 32), torch.float16, 5): "converted",
         (sten.FanIn(), torch.float16, 60): "converted",
+        (sten.GroupedNM(5, 6, 1), torch.bfloat16, 60): "converted",
     }
     if cpp.features()["bfloat16"]:
         plans[sten.NM(2, 4), torch.bfloat16, 1] = "bitmap"
-        for layout in (sten.VectorNM(1, 4, 64), sten.FanIn(), sten.CSR()):
+        for layout in (sten.VectorNM(1, 4, 64), sten.FanIn(), sten.CSR(), sten.GroupedNM(2, 4, 8)):
             plans |= {(layout, torch.bfloat16, tokens): "bfloat16" for tokens in (1, 60, 500)}
     for (layout, dtype, tokens), variant in plans.items():
         weight = random_weight(layout, (64, 64), dtype)
@@ -132,7 +138,7 @@ def test_infinite_activations_touch_only_their_entries(layout):
         assert torch.equal(finite, ~stored[:, 40]) or isinstance(layout, sten.BSR)  # which stores zeros as well
 
 
-THREADED = [sten.NM(16, 32), sten.NM(2, 4), sten.VectorNM(1, 8, 16), sten.CSR(), sten.FanIn()]
+THREADED = [sten.NM(16, 32), sten.NM(2, 4), sten.VectorNM(1, 8, 16), sten.CSR(), sten.FanIn(), sten.GroupedNM(1, 4, 8)]
 
 
 @pytest.mark.parametrize("layout", THREADED, ids=str)

@@ -114,6 +114,18 @@ void try_bf16_bands(const Dots<bf16>& dots, const Kernels& k, int64_t tokens, in
   compare_dots("dot products of bfloat16", data.problem, dense);
 }
 
+// GroupedNM in bfloat16, with the pattern of w, where at[row, column] is the entry.
+void try_bf16_grouped(int64_t tokens, int64_t in, int64_t out, const Grouped& w, const std::vector<int64_t>& at,
+                      const Kernels& k, int threads) {
+  const std::vector<bf16> values = random_elements<bf16>(w.chunks * w.strips * w.columns() * w.n);
+  std::vector<float> dense(out * in);
+  for (size_t i = 0; i < dense.size(); ++i) dense[i] = at[i] < 0 ? 0.0f : to_float(values[at[i]]);
+  Elements<bf16> data(tokens, in, out, threads == 1);
+  const GroupedOf<bf16> half{values.data(), w.index, w.rows, w.exchanges, w.n, w.m, w.g, w.patterns, w.chunks, w.strips};
+  grouped_linear(data.problem, half, bf16_dots()->panels, k, {threads, run_tasks});
+  compare_dots("grouped, bfloat16", data.problem, dense);
+}
+
 template <typename E>
 void try_bitmaps(const Dots<E>& dots) {
   const int layouts[][3] = {{16, 32, 1}, {5, 16, 1}, {2, 8, 1}, {32, 32, 1}, {2, 4, 2}, {1, 4, 2}, {1, 1, 2},

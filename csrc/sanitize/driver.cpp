@@ -99,6 +99,9 @@ void try_csr(const Kernels& k, int64_t tokens, int64_t in, int64_t out, double d
   compare("csr", data.problem, dense);
 }
 
+void try_bf16_grouped(int64_t tokens, int64_t in, int64_t out, const Grouped& w, const std::vector<int64_t>& at,
+                      const Kernels& k, int threads);    // dots.h
+
 void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int n, int m, int g, bool biased,
                  int threads) {
   Data data(tokens, in, out, biased);
@@ -124,7 +127,7 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
       }
   }
   const Grouped w{values.data(), index.data(), order.rows.data(), order.exchanges.data(), n, m, g, count, chunks, strips};
-  grouped_linear(data.problem, w, k, {threads, run_tasks});
+  grouped_linear(data.problem, w, k.dots.panels, k, {threads, run_tasks});
   compare("grouped", data.problem, dense);
   Data back(tokens, out, in, false);
   grouped_grad_input(back.problem, w, k, {threads, run_tasks});
@@ -132,6 +135,7 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
   std::vector<float> gradient(values.size());
   grouped_grad_values(back.x.data(), data.x.data(), tokens, out, in, w, gradient.data(), k, {threads, run_tasks});
   compare_values("grouped", back, data, at, gradient);
+  if (n <= kPairRows && bf16_dots()) try_bf16_grouped(tokens, in, out, w, at, k, threads);
 }
 
 // Lists (width 0) or blocks: y, and the gradients as the products that they are.
@@ -406,7 +410,7 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
     const Grouped v{more.data(), index.data(), order.rows.data(), order.exchanges.data(), n, 4, static_cast<int>(g),
                     count, chunks, strips};
     if (grouped_in_bounds(v, {3, run_tasks})) {
-      grouped_linear(data.problem, v, k, {3, run_tasks});
+      grouped_linear(data.problem, v, k.dots.panels, k, {3, run_tasks});
       grouped_grad_values(data.y.data(), data.x.data(), tokens, out, in, v, gradient.data(), k, {3, run_tasks});
       grouped_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, v, k, {3, run_tasks});
       ++passed;

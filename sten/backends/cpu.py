@@ -19,6 +19,7 @@ from ..ops.linear import dense_grad_weight
 from . import cpp
 
 Run = Callable[..., Tensor]
+PAIR_ROWS = 4  # kPairRows in csrc/kernels.h: the largest n of GroupedNM that bfloat16 is multiplied with
 
 
 def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
@@ -197,6 +198,15 @@ def converted(run: Run, dtype: torch.dtype) -> Run:
     return lambda *operands, **geometry: run(*map(single, operands), **geometry).to(dtype)
 
 
+def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout) -> Callable[..., Run] | None:
+    """The kernel that multiplies bfloat16 as it is, for the one that computes in float32; None if there is none."""
+    if not cpp.features()["bfloat16"] or run_of not in (csr_linear, band_linear, grouped_nm_linear):
+        return None
+    if run_of is grouped_nm_linear:
+        return run_of if layout.n <= PAIR_ROWS else None
+    return band_linear
+
+
 def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
     """The `prepare` of an operator by a C++ kernel, which computes in float32."""
 
@@ -204,8 +214,9 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
         name = str(dtype).removeprefix("torch.")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
-        if dtype is torch.bfloat16 and run_of in (band_linear, csr_linear) and cpp.features()["bfloat16"]:
-            run = band_linear(layout, shape, flags.tokens is None)
+        bfloat16_by = multiplies_bfloat16(run_of, layout) if dtype is torch.bfloat16 else None
+        if bfloat16_by:
+            run = bfloat16_by(layout, shape, flags.tokens is None)
             return Plan.of(name, "C++ kernel: multiplies only the stored entries, sums in float32", run)
         run = run_of(layout, shape, flags.tokens is None)
         if dtype is torch.float32:
