@@ -124,7 +124,9 @@ Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor&
   static constexpr const char* op = "sten::grouped_nm_linear";
   const bool half = x.scalar_type() == at::kBFloat16;
   const Dots<bf16>* dots = bf16_dots();
-  if (half && (!dots || n > kPairRows))
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
+  if (half && (!dots || n > kPairRows || tokens == 1))    // one token: float32 selects activations by permutation
     return grouped_nm_linear_op(single(x), single(values), index, single(bias), n, m, g, out, trusted).to(at::kBFloat16);
   check_input(x, op, out, half ? at::kBFloat16 : at::kFloat);
   const auto product = [&]<typename E>(const Dots<E>& kernels_of) {

@@ -198,12 +198,12 @@ def converted(run: Run, dtype: torch.dtype) -> Run:
     return lambda *operands, **geometry: run(*map(single, operands), **geometry).to(dtype)
 
 
-def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout) -> Callable[..., Run] | None:
+def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout, tokens: int | None) -> Callable[..., Run] | None:
     """The kernel that multiplies bfloat16 as it is, for the one that computes in float32; None if there is none."""
     if not cpp.features()["bfloat16"] or run_of not in (csr_linear, band_linear, grouped_nm_linear):
         return None
     if run_of is grouped_nm_linear:
-        return run_of if layout.n <= PAIR_ROWS else None
+        return run_of if layout.n <= PAIR_ROWS and tokens != 1 else None
     return band_linear
 
 
@@ -214,7 +214,7 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
         name = str(dtype).removeprefix("torch.")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
-        bfloat16_by = multiplies_bfloat16(run_of, layout) if dtype is torch.bfloat16 else None
+        bfloat16_by = multiplies_bfloat16(run_of, layout, flags.tokens) if dtype is torch.bfloat16 else None
         if bfloat16_by:
             run = bfloat16_by(layout, shape, flags.tokens is None)
             return Plan.of(name, "C++ kernel: multiplies only the stored entries, sums in float32", run)
