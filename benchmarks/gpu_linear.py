@@ -209,7 +209,7 @@ def cases():
         for density in (0.2, 0.1, 0.05):
             yield BSR(block, density)
     yield from (NM(2, 4), NM(16, 32), NM(8, 16), NM(12, 32), NM(10, 32), NM(6, 32))
-    for density in (0.25, 0.1, 0.05):
+    for density in (0.5, 0.25, 0.1, 0.05):
         yield CSR(density)
     yield from (GroupedNM(2, 4, 8), GroupedNM(1, 4, 16), GroupedNM(1, 10, 8))
 

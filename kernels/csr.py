@@ -7,14 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from . import autotune, epilogue, transpose
+from . import autotune, csr_few, epilogue, nvrtc, transpose
 from .backend import INTERPRET
 from .epilogue import activate
 from .launch import into_new, triton_launch
 from .linear import Linear
 from .operators import CollectedProduct, ExpandedProduct, operator
 from .pdl import begin, overlap
-from .tiles import power_of_two, wide
+from .tiles import matrix_of, power_of_two, wide
 
 FEW = 64  # tokens up to which reading the entries, once for each 16 tokens, can cost less than a dense expansion
 
@@ -108,10 +108,13 @@ class CSRLinear(Linear):
         return {"entries": stored[0].numel()}
 
     def choose(self, tokens, outputs, inputs, dtype, *, entries):
-        """``empty``, ``few`` (row by row), ``cusparse`` or ``expand`` (dense, then cuBLAS)."""
+        """``empty``, ``steps`` (CUDA C++), ``few`` (row by row), ``cusparse`` or ``expand`` (dense, then cuBLAS)."""
         if tokens == 0 or outputs == 0:
             return "empty", "nothing to compute"
         density = entries / max(1, outputs * inputs)
+        if csr_few.fits(tokens, outputs, inputs, dtype) and nvrtc.available():
+            read = "each is read once, and finds its activations by a step of 4 to 8 bits from the one before"
+            return "steps", f"{tokens} tokens, {entries} entries ({density:.2g}): {read}"
         if tokens <= FEW and density * -(-tokens // 16) <= (0.6 if tokens == 1 else 0.3):
             read = f"each of the {entries} entries ({density:.2g}) is read once, and gathers its activations"
             return "few", f"{tokens} tokens: {read}"
@@ -125,10 +128,14 @@ class CSRLinear(Linear):
             raise ValueError(f"Expected crow of {outputs} rows, got {weight[1].numel() - 1}.")
 
     def arrange(self, x, variant):
-        """(1, I), or feature-major (I, W) with whole tiles of tokens."""
+        """(T, I) for ``steps``; else (1, I), or feature-major (I, W) with whole tiles of tokens."""
+        if variant == "steps":
+            return matrix_of(x, aligned=True, packed=True)
         return transpose.feature_major_rows(x, -(-x.shape[:-1].numel() // 16) * 16)
 
     def launch(self, variant, x, values, crow, col, bias, gate, y, activation):
+        if variant == "steps":
+            return csr_few.launch(x, values, crow, col, bias, gate, y, activation)
         tokens, outputs = y.shape
         stride = x.stride(1 if tokens == 1 else 0)
 

@@ -9,7 +9,7 @@ import math
 import torch
 import triton
 
-from . import autotune, cusparselt, epilogue, nm_bitmap, nvrtc
+from . import autotune, cusparselt, epilogue, nm24, nm_bitmap, nvrtc
 from .backend import INTERPRET, backend
 from .launch import triton_launch
 from .linear import Linear
@@ -25,6 +25,7 @@ from .split_k import workspace
 from .tiles import matrix_of, power_of_two, splits, wide
 
 FEW = 64  # tokens up to which reading the weight decides
+CUDA = ("bitmap", "sparse_mma")  # variants that read x (T, I) without gaps
 
 
 def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, itemsize: int) -> list[dict]:
@@ -56,13 +57,15 @@ class NMLinear(Linear):
     options = 'str activation="none", bool save_memory=False'
 
     def choose(self, tokens, outputs, inputs, dtype, *, n, m, save_memory=False):
-        """``empty``, ``word`` and ``few`` (2:4 by words), ``bitmap`` (CUDA C++), ``tiles``, ``cusparselt`` or
-        ``expand`` (then cuBLAS)."""
+        """``empty``, ``word`` and ``few`` (2:4 by words), ``bitmap`` and ``sparse_mma`` (CUDA C++), ``tiles``,
+        ``cusparselt`` or ``expand`` (then cuBLAS)."""
         if tokens == 0 or outputs == 0:
             return "empty", "nothing to compute"
         words, exactly = has_words(n, m, dtype, inputs), exact(dtype)
         if tokens == 1 and words:
             return "word", "one token of 2:4: 0.5625 of the dense bytes are read, a position is a shift"
+        if nm24.fits(tokens, inputs, dtype, n, m) and nvrtc.available():
+            return "sparse_mma", f"{tokens} tokens of 2:4: 0.5625 of the dense bytes are read, by sparse tensor cores"
         if nm_bitmap.fits(tokens, inputs, dtype, n, m) and nvrtc.available():
             read = f"{n / m + 1 / 16:.4g} of the dense bytes are read"
             how = "each value finds its input by a bit" if tokens <= nm_bitmap.FEW else "tensor cores multiply"
@@ -91,11 +94,13 @@ class NMLinear(Linear):
             raise ValueError(f"Expected {expected}, got {got}.")
 
     def arrange(self, x, variant, **numbers):
-        return matrix_of(x, aligned=True, packed=variant == "bitmap")
+        return matrix_of(x, aligned=True, packed=variant in CUDA)
 
     def launch(self, variant, x, values, index, bias, gate, y, activation, n, m, save_memory):
         if variant == "bitmap":
             return nm_bitmap.launch(x, values, index, bias, gate, y, activation, n, m)
+        if variant == "sparse_mma":
+            return nm24.launch(x, values, index, bias, gate, y, activation)
         few = self._described(variant, x, values, index, n, m)
         copied = None if variant == "tiles" else begin_at_words(values)
         copied_index = begin_at_words(index, m // 8) if bits(n, m) == 1 else None

@@ -3,17 +3,20 @@
 Letters as in ``nm``: T tokens, I inputs, O outputs.
 """
 
+import functools
+
 import torch
 
-from . import autotune, nvrtc
+from . import autotune, fragments, nvrtc
 from .backend import backend
 from .epilogue import ACTIVATIONS
 from .nm_gradient import begin_at_words, bits
 from .tiles import power_of_two
 
-FEW, MOST = 4, 64  # tokens: values multiplied one by one, and by tensor cores
+FEW, MOST = 4, fragments.MOST  # tokens: values multiplied one by one, and by tensor cores
 BLOCK, ROWS, PIECE = 128, 32, 16  # columns and rows of a warp's block; bytes of a copy
-WARPS_AND_STAGES = ((8, 2), (16, 2), (4, 2), (8, 3))
+WARPS_AND_STAGES = ((8, 2), (16, 2), (4, 2), (8, 3))  # of up to FEW tokens
+MANY_WARPS = (8, 4, 16, 2)  # with more
 
 
 def fits(tokens: int, inputs: int, dtype: torch.dtype, n: int, m: int) -> bool:
@@ -26,30 +29,36 @@ def kernel_for(tokens: int) -> tuple[str, dict[str, int]]:
     """The kernel, and its macro for so many tokens."""
     if tokens <= FEW:
         return "bitmap_few", {"TOKENS": power_of_two(tokens, 1, FEW)}
-    return "bitmap_many", {"TILES": power_of_two(-(-tokens // 8), 1, MOST // 8)}
+    return "bitmap_many", {"TILES": fragments.tiles(tokens)}
 
 
 def shared_bytes(count: int, tokens: int, warps: int, stages: int) -> int:
-    """The shared memory of a CTA, ``MEMORY`` of the source; ``count`` values of each 32 columns."""
-    (macro,) = kernel_for(tokens)[1].values()
-    if tokens <= FEW:
-        stage = ROWS * (count // 2 | 1) * PIECE + ROWS * PIECE
-        return warps * (stages * stage + (2 if macro == 4 else 1) * 4 * BLOCK)
-    sums = 4 * ROWS * (8 * macro + 1)
-    return max(128 + warps * stages * 4 * (ROWS * (2 * count | 1) + 2), warps * sums)
+    """The shared memory of a CTA of up to FEW tokens; ``count`` values of each 32 columns."""
+    stage = ROWS * (count // 2 | 1) * PIECE + ROWS * PIECE
+    return warps * (stages * stage + (2 if tokens > 2 else 1) * 4 * BLOCK)
 
 
 def launch(x, values, index, bias, gate, y, activation: str, n: int, m: int):
     """A function of such tensors that writes y (T, O)."""
     (tokens, inputs), outputs, count = x.shape, len(values), n * 32 // m
-    (kernel, macros), copies = kernel_for(tokens), [begin_at_words(t, PIECE) for t in (values, index)]
+    tensors = x, values, index, bias, gate, y
+    copies = tuple(begin_at_words(t, PIECE) for t in (values, index))
+    if tokens > FEW:
+        configs = [
+            {"WARPS": warps} for warps in MANY_WARPS if warps * fragments.tiles(tokens) <= 64
+        ]  # of the registers
+        shared = functools.partial(fragments.sums_bytes, tokens)
+        return fragments.product("bitmap_many", tensors, activation, True, copies, configs, shared, N=count)
+    kernel, macros = kernel_for(tokens)
     known = {"N": count, "BF16": int(x.dtype == torch.bfloat16), "ACTIVATION": ACTIVATIONS.index(activation), **macros}
     most = backend.shared_memory(x.device)
     configs = [{"WARPS": w, "STAGES": s} for w, s in WARPS_AND_STAGES if shared_bytes(count, tokens, w, s) <= most]
 
     def prepare(config):
-        warps, shared = config["WARPS"], shared_bytes(count, tokens, *config.values())
-        start = nvrtc.cuda_launch(kernel, (-(-outputs // ROWS),), 32 * warps, shared, **known, **config)
+        grid, warps = (-(-outputs // ROWS),), config["WARPS"]
+        start = nvrtc.cuda_launch(
+            kernel, grid, 32 * warps, shared_bytes(count, tokens, *config.values()), **known, **config
+        )
 
         def call(x, values, index, bias, gate, y):
             values, index = (t if copy is None else copy(t) for t, copy in zip((values, index), copies, strict=True))
@@ -58,4 +67,4 @@ def launch(x, values, index, bias, gate, y, activation: str, n: int, m: int):
         return call
 
     key = (kernel, x.dtype, outputs, inputs, count, *macros.values())
-    return autotune.pick("nm_bitmap", key, configs, prepare, (x, values, index, bias, gate, y))
+    return autotune.pick("nm_bitmap", key, configs, prepare, tensors)

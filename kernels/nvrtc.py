@@ -33,6 +33,8 @@ SOURCES = pathlib.Path(__file__).parent / "cuda"
 OLDEST = (8, 0)  # which has cp.async
 DIGEST = 32  # bytes of a SHA-256, before the code in a file
 BUFFER, BUFFER_SIZE, END = 1, 2, 0  # CU_LAUNCH_PARAM_*
+CONFIG, ATTRIBUTE = struct.Struct("7I4xPPI4x"), struct.Struct("i4xi60x")  # CUlaunchConfig, CUlaunchAttribute
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*: PDL, see ``begin`` in common.cuh
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
 INVALID_CONTEXT = 201  # CUDA_ERROR_*
 
@@ -64,6 +66,7 @@ def _driver():
     driver = ctypes.CDLL("libcuda.so.1")
     pointer, number = ctypes.c_void_p, ctypes.c_uint
     driver.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    driver.cuLaunchKernelEx.argtypes = [pointer] * 4
     driver.cuFuncSetAttribute.argtypes = [pointer, ctypes.c_int, ctypes.c_int]
     driver.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
     driver.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
@@ -100,7 +103,8 @@ def compiled(kernel: str, macros: tuple[tuple[str, int], ...], architecture: str
     """The machine code of a kernel, from the disk or by NVRTC."""
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     sources = {path.name.encode(): path.read_bytes() for path in (SOURCES / f"{kernel}.cu", SOURCES / "common.cuh")}
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--device-as-default-execution-space"]
+    options += [f"-D{name}={value}" for name, value in macros]
     _, *version = nvrtc.nvrtcVersion()
     key = hashlib.sha256(repr((sources, options, version, driver)).encode()).hexdigest()
     folder = cache_folder()
@@ -167,28 +171,36 @@ class CudaKernel:
     def __call__(self, arguments):
         device = backend.device()
         handle = function(self.kernel, self.macros, self.shared, device)
-        start = starter(self.kernel, _driver().cuLaunchKernel, handle, self.threads, self.shared, arguments)
+        overlaps = backend.capability(torch.device("cuda", device))[0] >= 9
+        driver_call = _driver().cuLaunchKernelEx if overlaps else _driver().cuLaunchKernel
+        start = starter(self.kernel, driver_call, handle, self.threads, self.shared, arguments, overlaps)
         start(*self.grid, backend.stream(device), *arguments)
         return start, (), (), {}
 
 
-def starter(kernel: str, launch, handle: int, threads: int, shared: int, arguments):
+def starter(kernel: str, launch, handle: int, threads: int, shared: int, arguments, overlaps: bool = False):
     """``start(x, y, z, stream, *arguments)`` for arguments like these: integers, and tensors or None, as addresses.
 
+    ``launch`` is the driver's cuLaunchKernel, or, if it ``overlaps`` the end of the kernel before, cuLaunchKernelEx.
     Each call packs arguments of its own, as several threads may launch at once; the driver copies them.
     """
     layout = struct.Struct("".join("i" if isinstance(a, int) else "P" for a in arguments))
     pack, memory, options = layout.pack, ctypes.c_char * layout.size, ctypes.c_void_p * 5
     size, address = ctypes.c_size_t(layout.size), ctypes.addressof
+    attribute = ctypes.create_string_buffer(ATTRIBUTE.pack(PROGRAMMATIC_STREAM_SERIALIZATION, 1))
 
     def start(x, y, z, stream, *arguments):
         addresses = [a if a.__class__ is int else 0 if a is None else a.data_ptr() for a in arguments]
         packed = memory.from_buffer_copy(pack(*addresses))
         extra = options(BUFFER, address(packed), BUFFER_SIZE, address(size), END)
-        status = launch(handle, x, y, z, threads, 1, 1, shared, stream, None, extra)
+        if overlaps:
+            given = CONFIG.pack(x, y, z, threads, 1, 1, shared, stream, address(attribute), 1), handle, None, extra
+        else:
+            given = handle, x, y, z, threads, 1, 1, shared, stream, None, extra
+        status = launch(*given)
         if status == INVALID_CONTEXT:  # of a thread that has not used the GPU yet
             backend.initialize()
-            status = launch(handle, x, y, z, threads, 1, 1, shared, stream, None, extra)
+            status = launch(*given)
         _expect_success(kernel, "cuLaunchKernel", status)
 
     return start

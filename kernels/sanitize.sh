@@ -16,7 +16,7 @@ check() {  # logs, tool, file::function
 }
 export -f check
 for tool in racecheck memcheck; do  # the slower one first
-    for file in tests/test_triton_{nm,vector_nm,bsr,csr_grouped}.py tests/test_cuda_sources.py; do
+    for file in tests/test_triton_{nm,vector_nm,bsr,csr_grouped}.py tests/test_cuda_{sources,csr}.py; do
         grep -o "^def test_[a-z0-9_]*" "$file" | sed "s|^def |$tool $file::|"
     done
 done | xargs -P "${JOBS:-8}" -L 1 bash -c 'check "$0" "$1" "$2"' "$logs"

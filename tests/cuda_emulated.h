@@ -1,5 +1,5 @@
 // What a kernel of kernels/cuda needs in order to run on a CPU: a thread for each of CUDA's, one CTA after the other.
-// Copies are done at once, so that waits are not tested, but every address and every number is.
+// Asynchronous copies are done at once or, if ``late``, when they are waited for: a kernel is right with both.
 #include <algorithm>
 #include <barrier>
 #include <bit>
@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #define EMULATED
@@ -16,7 +17,8 @@
 #define __align__(bytes)
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
-using std::min;
+using std::max, std::min;
+static int atomicAdd(int* to, int more) { return __atomic_fetch_add(to, more, __ATOMIC_RELAXED); }
 
 struct Index { unsigned x; };
 static thread_local Index threadIdx;
@@ -27,19 +29,39 @@ static std::unique_ptr<std::barrier<>> cta;
 static void __syncwarp() { warps[threadIdx.x / 32]->arrive_and_wait(); }
 static void __syncthreads() { cta->arrive_and_wait(); }
 
-static unsigned count_bits(unsigned bits) { return std::popcount(bits); }
-static unsigned shifted(unsigned low, unsigned high, unsigned bits) { return ((unsigned long)high << 32 | low) >> (bits & 31); }
+static void wait_for_kernel_before() {}
+static void let_next_kernel_start() {}
+static unsigned place_of(const char* shared) { return shared - memory; }
+static unsigned short half_at(unsigned place) { unsigned short r; return std::memcpy(&r, memory + place, 2), r; }
+static unsigned word_at(unsigned place) { unsigned r; return std::memcpy(&r, memory + place, 4), r; }
+struct Words {
+  unsigned place;
+  template <class Pair> operator Pair() const { Pair r; return std::memcpy(&r, memory + place, sizeof r), r; }
+};
+static Words pair_at(unsigned place) { return {place}; }
+static void add_product_if(unsigned condition, float& sum, float a, float b) { sum = condition ? std::fma(a, b, sum) : sum; }
+static unsigned moved(unsigned low, unsigned high, unsigned bits) { return ((unsigned long)high << 32 | low) >> min(bits, 32u); }
 static unsigned permuted(unsigned low, unsigned high, unsigned bytes) {
   unsigned long both = (unsigned long)high << 32 | low;
   unsigned out = 0;
   for (int i = 0; i < 4; i++) out |= (both >> 8 * (bytes >> 4 * i & 7) & 255) << 8 * i;
   return out;
 }
-static void copy_word_async(char* to, const char* from) { std::memcpy(to, from, 4); }
+struct Copy { char* to; const char* from; int bytes, zeros; };
+extern "C" { int late = 0; }
+static thread_local std::vector<std::vector<Copy>> groups(1);  // the last one is open
+static void done(const Copy& c) { std::memset(c.to, 0, c.zeros), std::memcpy(c.to, c.from, c.bytes); }
+static void copied(Copy c) { late ? groups.back().push_back(c) : done(c); }
 static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
-static void copy_async(char* to, const char* from) { std::memcpy(to, from, 16); }
-static void commit() {}
-static void wait_for_oldest() {}
+static void copy_async(char* to, const char* from) { copied({to, from, 16, 16}); }
+static void copy_some_async(char* to, const char* from, int bytes) { copied({to, from, bytes, 16}); }
+static unsigned add_byte(unsigned word, int byte, unsigned factor, unsigned to) { return to + (word >> 8 * byte & 255) * factor; }
+static void commit() { groups.emplace_back(); }
+#ifdef STAGES
+static void wait_for_oldest() {  // of the closed groups all but STAGES - 1
+  for (; groups.size() > STAGES; groups.erase(groups.begin())) std::for_each(groups[0].begin(), groups[0].end(), done);
+}
+#endif
 #if BF16
 static float low(unsigned pair) { return std::bit_cast<float>(pair << 16); }
 static unsigned short rounded(float f) { return (std::bit_cast<unsigned>(f) + 0x7fff + (std::bit_cast<unsigned>(f) >> 16 & 1)) >> 16; }
@@ -64,6 +86,34 @@ static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
       const float left = half(all[row % 8 * 4 + owner][row / 8 + k / 8 * 2], k);
       c[e] += left * half(all[column * 4 + owner][4 + k / 8], k);
     }
+  __syncwarp();
+}
+
+// Positions of 2:4 are two bits each, of four groups of a row in 16 bits; SELECTOR says whose are used, threads 0, 1 or 2, 3.
+static unsigned sparse_fragments[32][32][9];
+template <int SELECTOR> static void mma_sparse(float* c, const unsigned* a, const unsigned* b, unsigned positions) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  auto& all = sparse_fragments[warp];
+  for (int i = 0; i < 4; i++) all[lane][i] = a[i], all[lane][4 + i] = b[i];
+  all[lane][8] = positions;
+  __syncwarp();
+  auto half = [](unsigned pair, int k) { return k % 2 ? high(pair) : low(pair); };
+  for (int e = 0; e < 4; e++)
+    for (int slot = 0; slot < 16; slot++) {
+      const int row = g + e / 2 * 8, column = 2 * t + e % 2, group = slot / 2, quad = row % 8 * 4;
+      const unsigned four = all[quad + 2 * SELECTOR + group / 4][8] >> row / 8 * 16 + group % 4 * 4;
+      const int k = 4 * group + (four >> slot % 2 * 2 & 3);
+      const float left = half(all[quad + group % 4][row / 8 + group / 4 * 2], slot);
+      c[e] += left * half(all[column * 4 + k % 8 / 2][4 + k / 8], k);
+    }
+  __syncwarp();
+}
+static const char* addresses[32][32];
+static void load_matrices(unsigned* a, const char* at) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  addresses[warp][lane] = at;
+  __syncwarp();
+  for (int i = 0; i < 4; i++) std::memcpy(a + i, addresses[warp][8 * i + lane / 4] + lane % 4 * 4, 4);
   __syncwarp();
 }
 

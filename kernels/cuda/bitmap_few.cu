@@ -19,6 +19,8 @@ constexpr int MEMORY = WARPS * WARP;
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 bitmap_few(const u16* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, int T, int O, int I) {
   extern __shared__ __align__(16) char memory[];
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = I / 128, first = blockIdx.x * 32;
   const size_t row_values = (size_t)I / 16 * N, row_bits = I / 8;  // bytes
   char* own = memory + warp * WARP;

@@ -1,5 +1,5 @@
 // What the kernels share: instructions by name, and the end of a product.
-// Macros: STAGES of a pipeline, BF16 (else fp16), ACTIVATION (0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu).
+// Macros: WARPS of a CTA, STAGES of a pipeline, TILES of 8 tokens, BF16 (else fp16), ACTIVATION (0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu).
 typedef unsigned int u32;
 typedef unsigned short u16;
 
@@ -7,18 +7,52 @@ struct alignas(16) Piece { u32 word[4]; };
 struct alignas(8) Pair { u32 word[2]; };
 
 #ifndef EMULATED  // by a test, on a CPU
+// The kernel may have been started while the one before it in the stream still ran (PDL): wait for its end and its writes.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {  // which waits for this one to end
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ u32 highest_bit(u32 bits) { u32 at; asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(bits)); return at; }
 __device__ __forceinline__ void copy_async(char* to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
-__device__ __forceinline__ void copy_word_async(char* to, const char* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+// The bytes behind the first ``bytes`` become 0.
+__device__ __forceinline__ void copy_some_async(char* to, const char* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+#ifdef STAGES
 __device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory"); }
-__device__ __forceinline__ u32 count_bits(u32 bits) { return __popc(bits); }
-__device__ __forceinline__ u32 shifted(u32 low, u32 high, u32 bits) { return __funnelshift_r(low, high, bits); }
-__device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) { return __byte_perm(low, high, bytes); }
+#endif
+// Shared memory by its own 32-bit addresses, to which constants are added for nothing.
+__device__ __forceinline__ u32 place_of(const char* shared) { return (u32)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ u16 half_at(u32 place) { u16 r; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(place)); return r; }
+__device__ __forceinline__ u32 word_at(u32 place) { u32 r; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(place)); return r; }
+__device__ __forceinline__ Pair pair_at(u32 place) {
+  Pair r;
+  asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r.word[0]), "=r"(r.word[1]) : "r"(place));
+  return r;
+}
+// sum += a * b if the condition is not 0, by a predicate: a branch would be taken for each value.
+__device__ __forceinline__ void add_product_if(u32 condition, float& sum, float a, float b) {
+  asm("{.reg .pred p; setp.ne.u32 p, %1, 0; @p fma.rn.f32 %0, %2, %3, %0;}" : "+f"(sum) : "r"(condition), "f"(a), "f"(b));
+}
+// The low word of two, moved to the right by up to 32 bits.
+__device__ __forceinline__ u32 moved(u32 low, u32 high, u32 bits) { return __funnelshift_rc(low, high, bits); }
+// A byte of a word, times a factor below 256, plus ``to``.
+__device__ __forceinline__ u32 add_byte(u32 word, int byte, u32 factor, u32 to) { return __dp4a(word, factor << 8 * byte, to); }
+// Bytes of two words; each of four nibbles of ``bytes`` is below 8 (__byte_perm takes an instruction to make it so).
+__device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(bytes));
+  return r;
+}
 #if BF16
 #define MMA_TYPE "bf16"
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
@@ -36,6 +70,21 @@ __device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
       "mma.sync.aligned.m16n8k16.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// c (16, 8) += a (16, 32 of which 16 are stored, 2:4) @ b (32, 8): lane (g, t) has rows g, g + 8 of c, of the values and, if
+// t / 2 is SELECTOR, of 16 columns of the positions: those of row g in the low half of ``positions``.
+template <int SELECTOR>
+__device__ __forceinline__ void mma_sparse(float* c, const u32* a, const u32* b, u32 positions) {
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." MMA_TYPE "." MMA_TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+      "{%8,%9,%10,%11}, {%0,%1,%2,%3}, %12, %13;"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(positions), "n"(SELECTOR));
+}
+// Four matrices of 8 rows of 16 bytes; lane 8 i + r has the address of row r of matrix i, and gets word t of row g of each.
+__device__ __forceinline__ void load_matrices(u32* a, const char* at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"((u32)__cvta_generic_to_shared(at)) : "memory");
 }
 #endif
 
@@ -60,3 +109,30 @@ __device__ __forceinline__ void finish(float sum, int token, int row, int O, con
   if (gate) sum *= low(gate[at]);
   y[at] = rounded(sum);
 }
+
+#if defined(WARPS) && defined(TILES)
+// The end of a product by mma whose warps share the columns of 32 rows: ``acc`` has the sums of each warp, in fragments of two
+// tiles of rows; (WARPS, 32, SUMS) floats of memory are for them.
+constexpr int SUMS = 8 * TILES + 1;
+__device__ __forceinline__ void write_sums(
+    const float (&acc)[2][TILES][4], char* memory, int first, const u16* bias, const u16* gate, u16* y, int T, int O) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* sums = (float*)memory;
+  __syncthreads();
+#pragma unroll
+  for (int rows = 0; rows < 2; rows++)
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        sums[(warp * 32 + rows * 16 + lane / 4 + e / 2 * 8) * SUMS + 8 * j + lane % 4 * 2 + e % 2] = acc[rows][j][e];
+  __syncthreads();
+  for (int i = threadIdx.x; i < 32 * T; i += WARPS * 32) {
+    const int token = i / 32, row = first + i % 32;
+    if (row >= O) continue;
+    float sum = 0;
+    for (int w = 0; w < WARPS; w++) sum += sums[(w * 32 + i % 32) * SUMS + token];
+    finish(sum, token, row, O, bias, gate, y);
+  }
+}
+#endif

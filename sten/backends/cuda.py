@@ -109,7 +109,7 @@ TABLE = {
         (TRIPLE, TRIPLE, ("crow", "col")),
         lambda _, entries: {"entries": entries},
         lambda _: {},
-        bits=lambda _: 32,
+        bits=lambda _: 8,
     ),
     GroupedNM: Row("grouped_nm", (PAIR, PAIR, ("index",)), rate_facts, rate, patterns, bits=lambda w: 16 / w.n),
 }
