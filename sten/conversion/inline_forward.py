@@ -46,7 +46,7 @@ class InlineForward:
         """For `sten.which`: what happens to the product."""
         weight, site = self.module.weight, self.site
         z, inside = weight.new_empty(1, weight.shape[0]), site.layout is not None and type(weight) in PLAIN_TENSORS
-        return site.epilogue(self.module).describe(z, tile_tokens(len(weight)) if inside else None)
+        return site.epilogue(self.module).describe(z, tile_tokens(len(weight), weight.device) if inside else None)
 
 
 def can_be_inline(module: nn.Module, site: Site) -> bool:

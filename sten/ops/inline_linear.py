@@ -27,16 +27,16 @@ from .epilogue import Epilogue
 from .sparse_input import grad_of_weight
 from .sparsified import stores
 
-TILE = 2**23  # entries of a tile of the output
+TILE, TILE_OF_GPU = 2**23, 2**26  # entries of a tile of the output: on a GPU enough to hide what the host does for one
 
 
-def tile_tokens(outputs: int) -> int:
-    return max(4, TILE // max(1, outputs) // 4 * 4)
+def tile_tokens(outputs: int, device: torch.device) -> int:
+    """The tokens of a tile, a multiple of four."""
+    return max(4, (TILE_OF_GPU if device.type == "cuda" else TILE) // max(1, outputs) // 4 * 4)
 
 
 def tiles(x: Tensor, outputs: int) -> tuple[Tensor, ...]:
-    """Rows of x whose outputs have TILE entries, a multiple of four of them."""
-    return x.split(tile_tokens(outputs))
+    return x.split(tile_tokens(outputs, x.device))
 
 
 def packed_tiles(x, weight, bias, epilogue: Epilogue, slopes: bool) -> tuple[dict, Tensor | None]:
