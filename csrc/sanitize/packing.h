@@ -31,9 +31,9 @@ void try_select(int64_t groups, int64_t m, int threads) {
   const std::vector<uint8_t> mask = random_mask(groups * m, 3);
   std::vector<int64_t> crow(groups + 1);
   count_rows(mask.data(), groups, m, crow.data(), {threads, run_tasks});
-  std::vector<float> values(crow[groups]);
+  std::vector<uint32_t> numbers(groups * m), values(crow[groups]);
   std::vector<int32_t> col(crow[groups]);
-  compress(score.data(), mask.data(), groups, m, crow.data(), values.data(), col.data(), {threads, run_tasks});
+  compress(numbers.data(), mask.data(), groups, m, crow.data(), values.data(), col.data(), {threads, run_tasks});
   int64_t slot = 0;
   for (int64_t i = 0; i < groups * m; ++i)
     if (mask[i]) failures += col[slot++] != i % m;
@@ -69,7 +69,7 @@ void try_grouped(const Kernels& k, int64_t n, int64_t m, int64_t g, int64_t rows
   grouped_index(s, mask.data(), index.data(), unsolved.get(), pool);
   std::vector<uint32_t> numbers(rows * columns), dense(rows * columns), values(index.size() * n);
   for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<uint32_t>(i + 1);
-  for (int64_t i = 0; i < s.chunks * s.strips; ++i) failures += unsolved[i] != (i % s.strips * m + m > rows);
+  for (int64_t i = 0; i < s.chunks * s.strips; ++i) failures += unsolved[i] && i % s.strips * m + m <= rows;
   if (rows % m == 0) {
     failures += !grouped_collect(s, numbers.data(), index.data(), values.data(), pool);
     failures += !grouped_expand(s, values.data(), index.data(), dense.data(), pool);
