@@ -175,8 +175,10 @@ def finished_on_gpu(z: Tensor, kept: Kept, activation: str) -> Tensor:
     return kernels.finish.finish(z, edge, activation=activation, keep=kept.rule, count=kept.count, block=kept.block)
 
 
-@torch.enable_grad()
 def slope_of(z: Tensor, activation: str) -> Tensor:
     """The derivative of an activation at z."""
-    z = z.detach().requires_grad_()
-    return torch.autograd.grad(activate(z, activation).sum(), z)[0]
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(activate(z, activation).sum(), z)[0]

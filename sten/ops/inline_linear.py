@@ -27,7 +27,7 @@ from .epilogue import Epilogue
 from .sparse_input import grad_of_weight
 from .sparsified import stores
 
-TILE, TILE_OF_GPU = 2**23, 2**26  # entries of a tile of the output: on a GPU enough to hide what the host does for one
+TILE, TILE_OF_GPU = 2**23, 2**27  # entries of a tile of the output: on a GPU enough to hide what the host does for one
 
 
 def tile_tokens(outputs: int, device: torch.device) -> int:
