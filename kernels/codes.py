@@ -3,7 +3,6 @@
     linear        y = S W + bias
     grad_values   grad W^T at the entries of S
     grad_weight   S^T grad: the rows of grad, added up by columns of S, in the order of the tokens
-    topk          the columns of the largest magnitudes of each row of a dense matrix
 
 ``weight`` is input-major, (columns, O). S has a token a row: lists (values and index (T, K)) or, with crow, compressed
 rows (values and index (entries,)); of ``linear`` also blocks of H tokens that share their columns, with values
@@ -122,32 +121,6 @@ def _dot_rows(
             g = tl.load(grad_ptr + token.to(tl.int64) * O + o, mask=o < O, other=0.0)
             acc += w.to(tl.float32) * g.to(tl.float32)[None, :]
         tl.store(out_ptr + e, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=used)
-
-
-@triton.jit
-def _top_columns(x_ptr, out_ptr, C, K, BC: tl.constexpr, BITS: tl.constexpr, INF: tl.constexpr, PDL: tl.constexpr):
-    """One row per program, which stays in registers: the K-th highest key by bisection, then the columns above it.
-
-    Keys are the bits of the magnitude, INF those of infinity, plus one; 0 for NaN, and less for padding. Of equal keys
-    the first columns are taken.
-    """
-    begin(PDL)
-    row, c = tl.program_id(0).to(tl.int64), tl.arange(0, BC)
-    x = tl.load(x_ptr + row * C + c, mask=c < C, other=0.0)
-    if BITS == 31:
-        bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    else:
-        bits = (x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
-    key = tl.where(c < C, tl.where(bits > INF, 0, bits + 1), -1)
-    low, high = 0, tl.max(key, 0) + 1
-    for _ in range(BITS + 1):  # at least K keys are `low` or more, and fewer `high` or more
-        middle = low + (high - low) // 2
-        enough = tl.sum((key >= middle).to(tl.int32), 0) >= K
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-    above, tie = key > low, key == low
-    rank = tl.cumsum(tie.to(tl.int32), 0)
-    keep = above | (tie & (rank <= K - tl.sum(above.to(tl.int32), 0)))
-    tl.store(out_ptr + row * K + tl.cumsum(keep.to(tl.int32), 0) - 1, c, mask=keep)
 
 
 def _rows_configs(tokens: int, each: int) -> list[dict]:
@@ -296,41 +269,3 @@ def grad_weight(values, crow, index, grad, columns):
         _sums(*by_columns(values, crow, index, columns), grad, None, columns), values, (columns, grad.shape[1])
     )
     return lambda values, crow, index, grad: sums(*by_columns(values, crow, index, columns), grad, None)
-
-
-MOST_COLUMNS = 1 << 15  # of a row that fits into the registers of a program
-BITS = {torch.float32: (31, 0x7F800000), torch.bfloat16: (15, 0x7F80), torch.float16: (15, 0x7C00)}
-
-
-def selects(x: torch.Tensor) -> bool:
-    """Whether ``topk`` takes a matrix of this dtype and width."""
-    return x.dtype in BITS and x.shape[1] <= MOST_COLUMNS
-
-
-@operator(
-    "gpu_codes_topk(Tensor x, int count) -> Tensor",
-    lambda x, count: (x.shape[0], count),
-    strided=(),
-    dtype=torch.int32,
-)
-def topk(x, count):
-    """x (rows, columns) -> the columns of the ``count`` largest |x| of each row, ascending; NaN is lowest."""
-    rows, columns = x.shape
-    if not 1 <= count <= columns <= MOST_COLUMNS:
-        raise ValueError(
-            f"Expected a count from 1 to the columns, of {MOST_COLUMNS} at most, got {count} of {columns}."
-        )
-    bits, inf = BITS[x.dtype]
-    block = triton.next_power_of_2(columns)
-    warps = min(16, max(1, block // 1024))
-    launch = triton_launch(
-        _top_columns, (rows,), BC=block, BITS=bits, INF=inf, **overlap(x), **({} if INTERPRET else {"num_warps": warps})
-    )
-
-    def call(x):
-        out = torch.empty(rows, count, dtype=torch.int32, device=x.device)
-        if rows:
-            launch(x, out, columns, count)
-        return out
-
-    return call

@@ -12,7 +12,6 @@ from .epilogue import ACTIVATIONS
 from .tiles import power_of_two
 
 MOST, TILE, BLOCK, ROWS = 64, 8, 128, 32  # tokens; tokens of a tile; columns and rows of a warp's block
-WARPS_AND_STAGES = ((8, 2), (16, 2), (4, 2), (8, 3))
 
 
 def tiles(tokens: int) -> int:
@@ -20,9 +19,9 @@ def tiles(tokens: int) -> int:
     return power_of_two(-(-tokens // TILE), 1, MOST // TILE)
 
 
-def sums_bytes(tokens: int, warps: int) -> int:
+def sums_bytes(tokens: int, WARPS: int) -> int:
     """The shared memory in which a CTA adds up what its warps have (``write_sums``)."""
-    return warps * 4 * ROWS * (TILE * tiles(tokens) + 1)
+    return WARPS * 4 * ROWS * (TILE * tiles(tokens) + 1)
 
 
 def ordered(x: torch.Tensor, segments: bool):
@@ -40,23 +39,24 @@ def ordered(x: torch.Tensor, segments: bool):
     return call
 
 
-def product(kernel: str, tensors: tuple, activation: str, segments: bool, copies: tuple, shared, **macros: int):
+def product(
+    kernel: str, tensors: tuple, activation: str, segments: bool, copies: tuple, configs, shared, **macros: int
+):
     """A function of such tensors, x (T, I), stored, bias, gate and y (T, O), that writes y by one of these kernels.
 
-    ``copies`` are functions of the stored tensors, or None; ``shared(warps, stages)`` is the memory of a CTA.
+    ``copies`` are functions of the stored tensors, or None; ``configs`` are macros to choose from, of which
+    ``shared(**config)`` is the memory of a CTA.
     """
     x, y = tensors[0], tensors[-1]
     (tokens, inputs), outputs, order = x.shape, y.shape[1], ordered(x, segments)
     known = {"BF16": int(x.dtype == torch.bfloat16), "ACTIVATION": ACTIVATIONS.index(activation), **macros}
     known |= {"TILES": tiles(tokens)}
     most = backend.shared_memory(x.device)
-    configs = [{"WARPS": w, "STAGES": s} for w, s in WARPS_AND_STAGES if shared(w, s) <= most]
+    configs = [config for config in configs if shared(**config) <= most]
 
     def prepare(config):
         warps = config["WARPS"]
-        start = nvrtc.cuda_launch(
-            kernel, (-(-outputs // ROWS),), 32 * warps, shared(*config.values()), **known, **config
-        )
+        start = nvrtc.cuda_launch(kernel, (-(-outputs // ROWS),), 32 * warps, shared(**config), **known, **config)
 
         def call(x, *tensors):
             stored = (t if copy is None else copy(t) for t, copy in zip(tensors, copies, strict=False))

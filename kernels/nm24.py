@@ -3,12 +3,15 @@
 Letters as in ``nm``: T tokens, I inputs, O outputs.
 """
 
+import functools
+
 import torch
 
 from . import fragments
 from .nm_gradient import begin_at_words, has_words
 
 LEAST = 17  # tokens: fewer are not worth a kernel that orders activations
+CONFIGS = [{"WARPS": w, "STAGES": s} for w, s in ((8, 2), (16, 2), (4, 2), (8, 3))]
 STAGE = fragments.ROWS * (9 + 1) * 16  # bytes of a block: values with one piece between rows, positions
 
 
@@ -17,17 +20,13 @@ def fits(tokens: int, inputs: int, dtype: torch.dtype, n: int, m: int) -> bool:
     return LEAST <= tokens <= fragments.MOST and has_words(n, m, dtype, inputs) and inputs % fragments.BLOCK == 0
 
 
-def shared_bytes(tokens: int, warps: int, stages: int) -> int:
+def shared_bytes(tokens: int, WARPS: int, STAGES: int) -> int:
     """The shared memory of a CTA, ``MEMORY`` of the source."""
-    return max(warps * stages * STAGE, fragments.sums_bytes(tokens, warps))
+    return max(WARPS * STAGES * STAGE, fragments.sums_bytes(tokens, WARPS))
 
 
 def launch(x, values, index, bias, gate, y, activation: str):
     """A function of such tensors that writes y (T, O)."""
     tokens, copies = len(x), tuple(begin_at_words(t, 16) for t in (values, index))
-    tensors = x, values, index, bias, gate, y
-
-    def shared(warps, stages):
-        return shared_bytes(tokens, warps, stages)
-
-    return fragments.product("nm24_many", tensors, activation, False, copies, shared)
+    tensors, shared = (x, values, index, bias, gate, y), functools.partial(shared_bytes, tokens)
+    return fragments.product("nm24_many", tensors, activation, False, copies, CONFIGS, shared)

@@ -3,6 +3,8 @@
 Letters as in ``nm``: T tokens, I inputs, O outputs.
 """
 
+import functools
+
 import torch
 
 from . import autotune, fragments, nvrtc
@@ -13,7 +15,8 @@ from .tiles import power_of_two
 
 FEW, MOST = 4, fragments.MOST  # tokens: values multiplied one by one, and by tensor cores
 BLOCK, ROWS, PIECE = 128, 32, 16  # columns and rows of a warp's block; bytes of a copy
-WARPS_AND_STAGES = fragments.WARPS_AND_STAGES
+WARPS_AND_STAGES = ((8, 2), (16, 2), (4, 2), (8, 3))  # of up to FEW tokens
+MANY_WARPS = (8, 4, 16, 2)  # with more
 
 
 def fits(tokens: int, inputs: int, dtype: torch.dtype, n: int, m: int) -> bool:
@@ -30,11 +33,9 @@ def kernel_for(tokens: int) -> tuple[str, dict[str, int]]:
 
 
 def shared_bytes(count: int, tokens: int, warps: int, stages: int) -> int:
-    """The shared memory of a CTA, ``MEMORY`` of the source; ``count`` values of each 32 columns."""
-    if tokens <= FEW:
-        stage = ROWS * (count // 2 | 1) * PIECE + ROWS * PIECE
-        return warps * (stages * stage + (2 if tokens > 2 else 1) * 4 * BLOCK)
-    return max(128 + warps * stages * 4 * (ROWS * (2 * count | 1) + 2), fragments.sums_bytes(tokens, warps))
+    """The shared memory of a CTA of up to FEW tokens; ``count`` values of each 32 columns."""
+    stage = ROWS * (count // 2 | 1) * PIECE + ROWS * PIECE
+    return warps * (stages * stage + (2 if tokens > 2 else 1) * 4 * BLOCK)
 
 
 def launch(x, values, index, bias, gate, y, activation: str, n: int, m: int):
@@ -42,20 +43,22 @@ def launch(x, values, index, bias, gate, y, activation: str, n: int, m: int):
     (tokens, inputs), outputs, count = x.shape, len(values), n * 32 // m
     tensors = x, values, index, bias, gate, y
     copies = tuple(begin_at_words(t, PIECE) for t in (values, index))
-
-    def shared(warps, stages):
-        return shared_bytes(count, tokens, warps, stages)
-
     if tokens > FEW:
-        return fragments.product("bitmap_many", tensors, activation, True, copies, shared, N=count)
+        configs = [
+            {"WARPS": warps} for warps in MANY_WARPS if warps * fragments.tiles(tokens) <= 64
+        ]  # of the registers
+        shared = functools.partial(fragments.sums_bytes, tokens)
+        return fragments.product("bitmap_many", tensors, activation, True, copies, configs, shared, N=count)
     kernel, macros = kernel_for(tokens)
     known = {"N": count, "BF16": int(x.dtype == torch.bfloat16), "ACTIVATION": ACTIVATIONS.index(activation), **macros}
     most = backend.shared_memory(x.device)
-    configs = [{"WARPS": w, "STAGES": s} for w, s in WARPS_AND_STAGES if shared(w, s) <= most]
+    configs = [{"WARPS": w, "STAGES": s} for w, s in WARPS_AND_STAGES if shared_bytes(count, tokens, w, s) <= most]
 
     def prepare(config):
         grid, warps = (-(-outputs // ROWS),), config["WARPS"]
-        start = nvrtc.cuda_launch(kernel, grid, 32 * warps, shared(*config.values()), **known, **config)
+        start = nvrtc.cuda_launch(
+            kernel, grid, 32 * warps, shared_bytes(count, tokens, *config.values()), **known, **config
+        )
 
         def call(x, values, index, bias, gate, y):
             values, index = (t if copy is None else copy(t) for t, copy in zip((values, index), copies, strict=True))

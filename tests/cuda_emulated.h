@@ -17,7 +17,8 @@
 #define __align__(bytes)
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
-using std::min;
+using std::max, std::min;
+static int atomicAdd(int* to, int more) { return __atomic_fetch_add(to, more, __ATOMIC_RELAXED); }
 
 struct Index { unsigned x; };
 static thread_local Index threadIdx;
@@ -39,8 +40,7 @@ struct Words {
 };
 static Words pair_at(unsigned place) { return {place}; }
 static void add_product_if(unsigned condition, float& sum, float a, float b) { sum = condition ? std::fma(a, b, sum) : sum; }
-static unsigned count_bits(unsigned bits) { return std::popcount(bits); }
-static unsigned shifted(unsigned low, unsigned high, unsigned bits) { return ((unsigned long)high << 32 | low) >> (bits & 31); }
+static unsigned moved(unsigned low, unsigned high, unsigned bits) { return ((unsigned long)high << 32 | low) >> min(bits, 32u); }
 static unsigned permuted(unsigned low, unsigned high, unsigned bytes) {
   unsigned long both = (unsigned long)high << 32 | low;
   unsigned out = 0;
@@ -52,7 +52,6 @@ extern "C" { int late = 0; }
 static thread_local std::vector<std::vector<Copy>> groups(1);  // the last one is open
 static void done(const Copy& c) { std::memset(c.to, 0, c.zeros), std::memcpy(c.to, c.from, c.bytes); }
 static void copied(Copy c) { late ? groups.back().push_back(c) : done(c); }
-static void copy_word_async(char* to, const char* from) { copied({to, from, 4, 4}); }
 static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
 static void copy_async(char* to, const char* from) { copied({to, from, 16, 16}); }
 static void copy_some_async(char* to, const char* from, int bytes) { copied({to, from, bytes, 16}); }

@@ -86,26 +86,12 @@ def test_no_tokens(make):
     assert torch.equal(codes.grad_weight(values, crow, index, random(0, 6), columns=8), torch.zeros(8, 6).to(DEVICE))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_topk(dtype):
-    """As the mask of sten.TopK says: ties to the lower column, NaN last."""
-    for rows_, columns, k in ((3, 5, 5), (4, 100, 1), (6, 260, 32), (2, 300, 299), (0, 4, 2)):
-        x = random(rows_, columns, dtype=dtype)
-        if rows_ > 2:
-            x[0, :3], x[1, 1], x[2] = torch.nan, -torch.inf, x[2].relu()
-        columns_kept = codes.topk(x, count=k)
-        assert columns_kept.dtype == torch.int32 and (columns_kept.diff() > 0).all()
-        mask = torch.zeros_like(x, dtype=torch.bool).scatter(1, columns_kept.long(), True)
-        assert torch.equal(mask, sten.TopK(k).mask(x, {}, True))
-
-
 def test_opcheck():
     values, crow, index, _ = rows(4, 20, 5, torch.float32)
     weight, grad = random(20, 8), random(4, 8)
     torch.library.opcheck(codes.linear.overload, (values, crow, index, weight, None, 4))
     torch.library.opcheck(codes.grad_values.overload, (grad, crow, index, weight))
     torch.library.opcheck(codes.grad_weight.overload, (values, crow, index, grad, 20))
-    torch.library.opcheck(codes.topk.overload, (grad, 3))
 
 
 def test_wrong_calls_raise():

@@ -118,8 +118,6 @@ def prepare(tokens, v, block, dtype=HALF):
     if tokens == 16:
         shared, crow = torch.empty(32, tokens, 1, dtype=HALF), torch.tensor([0, 32], dtype=torch.int32)
         codes.linear.prepare(shared, crow, index[0], torch.empty(I, O, dtype=HALF), None, tokens=tokens)
-        encoded = torch.empty(1, 8192, dtype=HALF)
-        codes.topk.prepare(encoded, count=32)(encoded)
     for n, m, g in ((1, 16, 16), (2, 4, 8), (1, 200, 2)):
         rows = torch.tensor(list(itertools.combinations(range(m), n)), dtype=torch.int32)
         index = torch.zeros(-(-I // (g * len(rows))), -(-O // m), len(rows), g, dtype=torch.int16)

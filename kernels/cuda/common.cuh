@@ -22,9 +22,6 @@ __device__ __forceinline__ u32 highest_bit(u32 bits) { u32 at; asm("bfind.u32 %0
 __device__ __forceinline__ void copy_async(char* to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
-__device__ __forceinline__ void copy_word_async(char* to, const char* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
 // The bytes behind the first ``bytes`` become 0.
 __device__ __forceinline__ void copy_some_async(char* to, const char* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
@@ -46,11 +43,16 @@ __device__ __forceinline__ Pair pair_at(u32 place) {
 __device__ __forceinline__ void add_product_if(u32 condition, float& sum, float a, float b) {
   asm("{.reg .pred p; setp.ne.u32 p, %1, 0; @p fma.rn.f32 %0, %2, %3, %0;}" : "+f"(sum) : "r"(condition), "f"(a), "f"(b));
 }
-__device__ __forceinline__ u32 count_bits(u32 bits) { return __popc(bits); }
-__device__ __forceinline__ u32 shifted(u32 low, u32 high, u32 bits) { return __funnelshift_r(low, high, bits); }
+// The low word of two, moved to the right by up to 32 bits.
+__device__ __forceinline__ u32 moved(u32 low, u32 high, u32 bits) { return __funnelshift_rc(low, high, bits); }
 // A byte of a word, times a factor below 256, plus ``to``.
 __device__ __forceinline__ u32 add_byte(u32 word, int byte, u32 factor, u32 to) { return __dp4a(word, factor << 8 * byte, to); }
-__device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) { return __byte_perm(low, high, bytes); }
+// Bytes of two words; each of four nibbles of ``bytes`` is below 8 (__byte_perm takes an instruction to make it so).
+__device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) {
+  u32 r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(bytes));
+  return r;
+}
 #if BF16
 #define MMA_TYPE "bf16"
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }

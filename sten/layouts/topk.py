@@ -48,8 +48,8 @@ def largest_columns(x: Tensor, count: int) -> Tensor | None:
         return None
     if device == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and hasattr(torch.ops.sten, "codes_topk"):
         return torch.ops.sten.codes_topk(x.contiguous(), count).long()
-    if device == "cuda" and kernels.available() and kernels.codes.selects(x):
-        return kernels.codes.topk(x.contiguous(), count=count).long()
+    if device == "cuda" and kernels.available() and kernels.top_columns.takes(x):
+        return kernels.top_columns.top_columns(x.contiguous(), count=count).long()
     return None
 
 

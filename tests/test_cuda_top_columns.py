@@ -1,0 +1,89 @@
+"""The largest entries of each row, selected by a kernel in CUDA C++: on a CPU, and on a GPU."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from cuda_cases import emulated, expect_registers, in_place_of_the_driver, needs_compiler, needs_nvrtc, on_cpu, on_gpu
+from triton_cases import random
+
+import sten
+from sten.kernels import top_columns as module
+from sten.layouts.topk import largest_columns
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(3, 5, 5), (4, 100, 1), (6, 264, 32), (2, 300, 299), (1, 2501, 40), (2, 4096, 32)]  # rows, columns, count
+
+
+def matrix(rows, columns, dtype):
+    """Random numbers; one row has NaN and infinities, one many zeros, one is zero but for one column."""
+    x = random(rows, columns, dtype=dtype)
+    if rows > 2:
+        x[0, :3], x[1, 1], x[2] = torch.nan, -torch.inf, x[2].relu()
+    if columns > 2000:
+        x[-1] = 0
+        x[-1, columns // 2] = -1
+    return x
+
+
+def expect_selected(got, x, count):
+    """As the mask of sten.TopK says: ties to the lower column, NaN last."""
+    assert got.dtype == torch.int32 and (got.diff() > 0).all()
+    mask = torch.zeros_like(x, dtype=torch.bool).scatter(1, got.long(), True)
+    assert torch.equal(mask, sten.TopK(count).mask(x.cpu(), {}, True).to(x.device))
+
+
+def emulate(folder, dtype, columns, warps=1):
+    size = dtype.itemsize
+    vector = math.gcd(columns * size, 16) // size
+    macros = {"SIZE": size, "INF": module.INFINITY[dtype], "VECTOR": vector, "ACTIVATION": 0, "BF16": 1}
+    return emulated(folder, "top_columns", WARPS=warps, **macros)
+
+
+@needs_compiler
+@on_cpu
+@pytest.mark.parametrize("rows, columns, count", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_cpu(rows, columns, count, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "warps_for", lambda count: 1)
+    in_place_of_the_driver(monkeypatch, top_columns=emulate(tmp_path, dtype, columns))
+    x = matrix(rows, columns, dtype)
+    expect_selected(module.top_columns(x, count=count), x, count)
+
+
+@needs_compiler
+@on_cpu
+def test_several_warps_and_no_rows(tmp_path, monkeypatch):
+    in_place_of_the_driver(monkeypatch, top_columns=emulate(tmp_path, torch.bfloat16, 2048, module.warps_for(32)))
+    for x in (matrix(1, 2048, torch.bfloat16), random(1, 2048, dtype=torch.bfloat16)):
+        expect_selected(module.top_columns(x, count=32), x, 32)
+    assert module.top_columns(x[:0], count=32).shape == (0, 32)
+    torch.library.opcheck(module.top_columns.overload, (x, 3))
+
+
+def test_a_wrong_count_raises():
+    for count in (0, 9):
+        with pytest.raises(ValueError, match=f"Expected a count from 1 to the columns, got {count} of 8"):
+            module.top_columns.prepare(random(2, 8), count=count)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("size, vector", [(2, 8), (4, 4), (2, 1)])
+def test_it_compiles(architecture, size, vector, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
+    expect_registers(tmp_path, 64, "top_columns", architecture, SIZE=size, INF=0x7F80, VECTOR=vector, WARPS=8)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_a_gpu(dtype):
+    for rows, columns, count in [*SHAPES, (300, 32768, 32), (4, 40000, 700), (0, 16, 4)]:
+        made = matrix(rows, columns, dtype)
+        shifted = torch.cat([made.new_zeros(1), made.flatten()])[1:].view_as(made)  # at an address that is not aligned
+        for x in (made, shifted):
+            expect_selected(module.top_columns(x, count=count), x, count)
+    with ThreadPoolExecutor(1) as thread:
+        x = random(4, 1000, dtype=dtype)
+        expect_selected(thread.submit(largest_columns, x, 7).result().int(), x, 7)
