@@ -38,9 +38,9 @@ TINY = 1e-12  # the least share of a score that is divided by
 class PermuteRow:
     """One weight: the share of its score that its layout keeps, before and after, and why rows or columns stayed.
 
-    The score is w^2, times the mean square of the input where `calibration` was given; rows that can move are weighted
-    by what their channels are worth to the layers that read them. The errors are those of the layer's own output,
-    |X (W - Wp)^T| / |X W^T|, when the entries with the lowest scores, without these weights, are dropped.
+    The score is w^2, times the mean square of the input where `calibration` was given; for blocks, rows that can move
+    are weighted by what their channels are worth to the layers that read them. The errors are those of the layer's own
+    output, |X (W - Wp)^T| / |X W^T|, when the entries with the lowest scores, without these weights, are dropped.
     """
 
     name: str
@@ -251,13 +251,19 @@ def _worth(spaces: list[Space], by_id: dict[int, Target], inputs: dict[str, Inpu
 
     A row's own score does not say what its channel is worth: a small one may be read by large weights. Sorted by their
     own scores, such rows gather in blocks that are dropped, and the channel is lost. What a channel is worth is the
-    score of its columns, as a share of the whole; the sum of a weight's scores stays the same.
+    score of its columns, as a share of the whole; the sum of a weight's scores stays the same. Layouts of a fixed rate
+    keep some of any few neighbours: no channel is lost, and rows count by their own scores, by which masks are chosen.
     """
     worth = {t.name: torch.ones(t.shape[1 if t.transposed else 0], device=t.tensor.device) for t in by_id.values()}
     for space in spaces:
         for maker in space.members:
             target = by_id.get(id(maker.tensor))
-            if target is None or _dim(target, maker) != 0:
+            if (
+                target is None
+                or _dim(target, maker) != 0
+                or target.layout.rate is not None
+                or target.layout.unstructured
+            ):
                 continue
             at = maker.at.to(maker.tensor.device)
             own = _score(target, inputs).flatten(1).sum(1)[at].sum(1)
