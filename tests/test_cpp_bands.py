@@ -1,4 +1,4 @@
-"""The CPU kernels of rows that share their columns (VectorNM, BSR, FanIn; CSR's gradients) and GroupedNM, in float64."""
+"""The CPU kernels of rows that share columns (VectorNM, BSR, FanIn; gradients of CSR), and gradients of GroupedNM."""
 
 import pytest
 import torch

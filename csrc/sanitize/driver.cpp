@@ -408,7 +408,7 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
     const int n = 1 + round % 2;
     const Patterns& order = patterns(n, 4);
     const int64_t count = n == 1 ? 4 : 6, g = 2, width = count * g, chunks = ceil_div(in, width), strips = ceil_div(out, 4);
-    std::vector<float> more = random_floats(chunks * strips * width * n), gradient(more.size());
+    std::vector<float> more = random_floats(chunks * strips * width * n), changes(more.size());
     std::vector<int16_t> index(chunks * strips * width);
     for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int16_t>(i % width);
     index[generator() % index.size()] = static_cast<int16_t>(number());
@@ -416,7 +416,7 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
                     count, chunks, strips};
     if (grouped_in_bounds(v, {3, run_tasks})) {
       grouped_linear(data.problem, v, k.dots.panels, k, {3, run_tasks});
-      grouped_grad_values(data.y.data(), data.x.data(), tokens, out, in, v, gradient.data(), k, {3, run_tasks});
+      grouped_grad_values(data.y.data(), data.x.data(), tokens, out, in, v, changes.data(), k, {3, run_tasks});
       grouped_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, v, k, {3, run_tasks});
       ++passed;
     }
