@@ -3,7 +3,7 @@
 //
 //   top_mask            the `count` highest scores of a whole weight
 //   top_of_groups       the n highest along the last dimension
-//   compress            the entries of a mask row by row: values, offsets, columns
+//   compress_masked     the entries of a mask row by row: values, offsets, columns
 //   nm_index            the index of a mask, and how many slots a group leaves free at most; -1: one has too many
 //   grouped_nm_choose   the mask of a score
 //   grouped_nm_index    the index of a mask, and the (chunk, strip) that it leaves to the caller
@@ -59,8 +59,8 @@ Tensor top_of_groups_op(const Tensor& score, int64_t n) {
   return keep;
 }
 
-std::tuple<Tensor, Tensor, Tensor> compress_op(const Tensor& dense, const Tensor& mask) {
-  static constexpr const char* op = "sten::compress";
+std::tuple<Tensor, Tensor, Tensor> compress_masked_op(const Tensor& dense, const Tensor& mask) {
+  static constexpr const char* op = "sten::compress_masked";
   check(dense, op, "dense", 2, dense.scalar_type());
   check(mask, op, "mask", 2, at::kBool);
   TORCH_CHECK(dense.sizes() == mask.sizes() && dense.size(1) <= INT32_MAX, op, ": Expected a mask of the shape ",
@@ -167,7 +167,7 @@ Tensor grouped_nm_collect_op(const Tensor& dense, const Tensor& index, int64_t n
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def("top_mask(Tensor score, int count) -> Tensor");
   m.def("top_of_groups(Tensor score, int n) -> Tensor");
-  m.def("compress(Tensor dense, Tensor mask) -> (Tensor, Tensor, Tensor)");
+  m.def("compress_masked(Tensor dense, Tensor mask) -> (Tensor, Tensor, Tensor)");
   m.def("nm_index(Tensor mask, int n, bool bitmap) -> (Tensor, int)");
   m.def("grouped_nm_choose(Tensor score, int n, int m, int g) -> Tensor");
   m.def("grouped_nm_index(Tensor mask, int n, int m, int g) -> (Tensor, Tensor)");
@@ -178,7 +178,7 @@ TORCH_LIBRARY_FRAGMENT(sten, m) {
 TORCH_LIBRARY_IMPL(sten, CPU, m) {
   m.impl("top_mask", &sten::top_mask_op);
   m.impl("top_of_groups", &sten::top_of_groups_op);
-  m.impl("compress", &sten::compress_op);
+  m.impl("compress_masked", &sten::compress_masked_op);
   m.impl("nm_index", &sten::nm_index_op);
   m.impl("grouped_nm_choose", &sten::grouped_nm_choose_op);
   m.impl("grouped_nm_index", &sten::grouped_nm_index_op);

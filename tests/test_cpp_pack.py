@@ -158,7 +158,7 @@ def test_edited_index_reads_nothing_out_of_bounds():
 def test_any_byte_but_zero_is_true():
     bytes_ = torch.randint(0, 256, (32, 48), dtype=torch.uint8) * (torch.rand(32, 48) < 0.1)
     dense, odd = torch.randn(32, 48), bytes_.view(torch.bool)
-    values, _, col = torch.ops.sten.compress(dense, odd)
+    values, _, col = torch.ops.sten.compress_masked(dense, odd)
     assert torch.equal(values, dense[bytes_ != 0]) and torch.equal(col.long(), (bytes_ != 0).nonzero()[:, 1])
     for byte in (2, 128, 255):
         mask = GroupedNM(2, 4, 2).mask(dense)

@@ -49,9 +49,9 @@ class CSR(Layout):
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         stored = mask.reshape(len(mask), -1)
-        if runs("compress", dense, stored):
+        if runs("compress_masked", dense, stored):
             matrix = dense.reshape(stored.shape).contiguous()
-            values, crow, col = torch.ops.sten.compress(matrix, stored.contiguous())
+            values, crow, col = torch.ops.sten.compress_masked(matrix, stored.contiguous())
             self._expect_few(len(col))
             return {"values": values, "crow": crow.int(), "col": col}
         row, col = stored.nonzero(as_tuple=True)

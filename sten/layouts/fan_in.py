@@ -59,9 +59,9 @@ class FanIn(Layout):
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         matrix = mask.reshape(len(mask), -1)
-        if runs("compress", dense, matrix):
+        if runs("compress_masked", dense, matrix):
             numbers = dense.reshape(matrix.shape).contiguous()
-            values, crow, index = torch.ops.sten.compress(numbers, matrix.contiguous())
+            values, crow, index = torch.ops.sten.compress_masked(numbers, matrix.contiguous())
             count = crow.diff()
             row = count.nonzero()[:, 0]
             if bool((count[row] == count.max()).all()):
