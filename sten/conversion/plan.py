@@ -308,7 +308,7 @@ def _existing(target: Target, dense: Tensor) -> Tensor:
 
 def _magnitude(dense: Tensor) -> float:
     """The sum of all |w|: rows in float32, six times as fast as float64, then their sum in float64."""
-    rows = dense.reshape(len(dense), -1) if dense.dim() > 1 else dense.unsqueeze(1)
+    rows = dense.flatten(1) if dense.dim() > 1 else dense.unsqueeze(1)
     sums = torch.linalg.vector_norm(rows, 1, dim=1, dtype=torch.promote_types(dense.dtype, torch.float32))
     return float(sums.sum(dtype=widest_float(dense.device)))
 

@@ -178,7 +178,7 @@ def finished_on_gpu(z: Tensor, kept: Kept, activation: str) -> Tensor:
 def slope_of(z: Tensor, activation: str) -> Tensor:
     """The derivative of an activation at z."""
     if activation == "relu":
-        return (z > 0).to(z.dtype)
+        return (~(z <= 0)).to(z.dtype)  # of NaN it is one
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         return torch.autograd.grad(activate(z, activation).sum(), z)[0]
