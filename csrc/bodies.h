@@ -8,7 +8,33 @@
 
 namespace sten::STEN_ISA {
 
-constexpr int kRows = kRegisters / 8;                        // 4 x 4 or 2 x 4 accumulators in a many-token kernel
+// ---- the names of bodies_panels.h and bodies_dots.h for float
+
+using elem = float;
+using wide = vec;
+constexpr int kDot = kWidth;
+STEN_INLINE wide load_wide(const float* p) { return load(p); }
+STEN_INLINE wide load_wide_first(const float* p, int64_t n) { return load_first(p, n); }
+STEN_INLINE void store_wide(float* p, wide a) { store(p, a); }
+STEN_INLINE vec multiply_add(wide a, wide b, vec c) { return madd(a, b, c); }
+STEN_INLINE wide hold(wide a) { return keep(a); }
+STEN_INLINE void store_sums(const float* sums, const float* bias, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = bias ? sums[i] + bias[i] : sums[i];
+}
+STEN_INLINE wide broadcast_entries(const float* value) { return broadcast(value); }
+STEN_INLINE wide broadcast_last(const float* value) { return broadcast(value); }
+template <int V>
+STEN_INLINE void interleave(const float* x, const float*, wide* out) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) out[v] = load(x + v * kWidth);
+}
+
+}  // namespace sten::STEN_ISA
+
+#include "bodies_panels.h"
+
+namespace sten::STEN_ISA {
+
 constexpr int kMaxRows = kRegisters == 32 ? 6 : 3;           // rows of a pattern that fit with four vectors each
 
 // ---- panels
@@ -43,22 +69,6 @@ template <typename T>
 STEN_INLINE void prefetch(const T* p, int64_t count) {
   constexpr int64_t kAhead = 512, kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + kAhead + i);
-}
-
-// ---- one row's sums: V registers
-
-template <int V>
-STEN_INLINE void begin_row(const float* start, int64_t row, const float* acc, vec* a) {
-  constexpr int S = V * kWidth;
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) a[v] = start ? broadcast(start + row) : load(acc + row * S + v * kWidth);
-}
-
-template <int V>
-STEN_INLINE void end_row(int64_t row, float* acc, const vec* a) {
-  constexpr int S = V * kWidth;
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) store(acc + row * S + v * kWidth, a[v]);
 }
 
 template <int V>
@@ -101,28 +111,6 @@ STEN_FN void csr_rows_v(const Csr& w, const float* bias, int64_t r0, int64_t r1,
       for (int c = 1; c < C; ++c) a[0][v] = add(a[0][v], a[c][v]);
       store(out + v * kWidth, a[0][v]);
     }
-  }
-}
-
-template <int V>
-STEN_FN void csr_block_v(const CsrBlock& block, const float* start, const float* panel, float* acc) {
-  constexpr int S = V * kWidth;
-  const uint16_t* col = block.col;
-  const float* value = block.value;
-  for (int64_t q = 0; q < block.groups; ++q) {
-    vec a[kRows][V];
-    const int32_t* row = block.row + q * kRows;
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) begin_row<V>(start, row[r], acc, a[r]);
-    for (int32_t i = block.count[q]; i > 0; --i, col += kRows, value += kRows) {
-      uint64_t columns = 0;    // one load for all the rows: the loop is bound by loads
-      __builtin_memcpy(&columns, col, kRows * sizeof(uint16_t));
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r)
-        add_scaled<V>(panel + static_cast<int64_t>(columns >> 16 * r & 0xffff) * S, broadcast(value + r), a[r]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) end_row<V>(row[r], acc, a[r]);
   }
 }
 
@@ -362,13 +350,6 @@ STEN_FN void csr_rows(const Csr& w, const float* bias, int64_t r0, int64_t r1, c
   return csr_rows_v<4>(w, bias, r0, r1, panel, out);
 }
 
-STEN_FN void csr_block(const CsrBlock& block, const float* start, const float* panel, int v, float* acc) {
-  if (v == 1) return csr_block_v<1>(block, start, panel, acc);
-  if (v == 2) return csr_block_v<2>(block, start, panel, acc);
-  if (v == 3) return csr_block_v<3>(block, start, panel, acc);
-  return csr_block_v<4>(block, start, panel, acc);
-}
-
 template <int V>
 STEN_FN void grouped_block_v(const Grouped& w, const GroupedBlock& b, const float* start, const float* panel,
                              float* acc) {
@@ -391,22 +372,11 @@ STEN_FN void grouped_block(const Grouped& w, const GroupedBlock& b, const float*
 }
 
 #include "bodies_bands.h"
+#include "bodies_grouped.h"
 #include "bodies_conv.h"
 #include "bodies_codes.h"
-
-// ---- the names of bodies_dots.h for float
-
-using elem = float;
-using wide = vec;
-constexpr int kDot = kWidth;
-STEN_INLINE wide load_wide(const float* p) { return load(p); }
-STEN_INLINE wide load_wide_first(const float* p, int64_t n) { return load_first(p, n); }
-STEN_INLINE void store_wide(float* p, wide a) { store(p, a); }
-STEN_INLINE vec multiply_add(wide a, wide b, vec c) { return madd(a, b, c); }
-STEN_INLINE wide hold(wide a) { return keep(a); }
-STEN_INLINE void store_sums(const float* sums, const float* bias, int64_t n, float* y) {
-  for (int64_t i = 0; i < n; ++i) y[i] = bias ? sums[i] + bias[i] : sums[i];
-}
+#include "bodies_epilogue.h"
+#include "bodies_assign.h"
 
 }  // namespace sten::STEN_ISA
 
@@ -416,10 +386,12 @@ namespace sten::STEN_ISA {
 
 constexpr Kernels make(const char* name) {
   return {name,     kWidth,    kRows,     load_panel,    store_panel,
-          csr_rows, csr_block, csr_token, grouped_block, grouped_token,
-          bands_block, bands_input, bands_values, bands_values_few,
+          csr_rows, csr_token, grouped_token, grouped_input, grouped_values,
+          bands_input, bands_values, bands_values_few,
           conv_load, conv_block, conv_store,
-          add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots()};
+          activate,
+          add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots(),
+          pattern_energy, best_patterns, best_moves};
 }
 
 }  // namespace sten::STEN_ISA

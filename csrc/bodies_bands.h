@@ -1,114 +1,7 @@
-// The kernels of rows that share their columns (Bands), a part of bodies.h.
+// The gradients of rows that share their columns (Bands), a part of bodies.h.
 //
 // Letters: R rows of a band at a time, V vectors of tokens in a panel row, C columns at a time. R is a constant inside
 // a kernel; each kernel passes fewer rows on to itself with a smaller R.
-
-constexpr int most_rows(int v) { return kRegisters == 32 ? (v < 4 ? 8 : 4) : v == 1 ? 8 : v < 4 ? 4 : 2; }
-
-struct BandRows {
-  int64_t band, lo, hi;    // of a band, the rows of a range
-  int64_t begin, end;      // its entries
-};
-
-STEN_INLINE BandRows rows_of(const Bands& w, const BandRange& b, int64_t band) {
-  const int64_t lo = band * w.height, hi = lo + w.height;
-  return {band, lo > b.r0 ? lo : b.r0, hi < b.r1 ? hi : b.r1, b.begin[band], b.end[band]};
-}
-
-// How many of the `rows` left come next, so that pieces are about equal.
-STEN_INLINE int64_t next_rows(int64_t rows, int most) {
-  const int64_t pieces = (rows + most - 1) / most;
-  return (rows + pieces - 1) / pieces;
-}
-
-// The values of row r, entry e of a band, and the distance from one row's to the next.
-STEN_INLINE int64_t value_at(const Bands& w, int64_t band, int64_t r, int64_t e) {
-  return w.crow ? (e * w.height + r - band * w.height) * w.width : r * w.count + e;
-}
-STEN_INLINE int64_t row_step(const Bands& w) { return w.crow ? w.width : w.count; }
-STEN_INLINE const int32_t* columns_of(const Bands& w, int64_t band) { return w.crow ? w.col : w.col + band * w.count; }
-
-// ---- panels: y
-
-// a[r] += value[r] * x for one column
-template <int R, int V>
-STEN_INLINE void add_column(const float* value, int64_t step, const float* x, vec (*a)[V]) {
-  vec xs[V];
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) xs[v] = keep(load(x + v * kWidth));
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    const vec s = broadcast(value + r * step);
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) a[r][v] = madd(s, xs[v], a[r][v]);
-  }
-}
-
-template <int R, int V>
-STEN_FN void bands_block_rows(int64_t rows, const Bands& w, const BandRange& b, const BandRows& q, int64_t row,
-                              const float* start, const float* panel, float* acc) {
-  if constexpr (R > 1)
-    if (rows < R) return bands_block_rows<R - 1, V>(rows, w, b, q, row, start, panel, acc);
-  constexpr int S = V * kWidth;
-  vec a[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) begin_row<V>(start, row - b.r0 + r, acc, a[r]);
-  const int32_t* col = columns_of(w, q.band);
-  const int64_t step = row_step(w);
-  const float* value = w.values + value_at(w, q.band, row, q.begin);
-  if (w.crow) {
-    for (int64_t e = q.begin; e < q.end; ++e, value += w.height * w.width) {
-      const float* x = panel + (col[e] * w.width - b.k0) * S;
-      for (int64_t c = 0; c < w.width; ++c, x += S) add_column<R, V>(value + c, step, x, a);
-    }
-  } else {
-    for (int64_t e = q.begin; e < q.end; ++e, ++value) add_column<R, V>(value, step, panel + (col[e] - b.k0) * S, a);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) end_row<V>(row - b.r0 + r, acc, a[r]);
-}
-
-// One row alone has too few sums to hide the latency of an addition: L partial ones.
-template <int V>
-STEN_FN void bands_block_row(const Bands& w, const BandRange& b, const BandRows& q, const float* start,
-                             const float* panel, float* acc) {
-  constexpr int S = V * kWidth, L = V == 1 ? 8 : V == 2 ? 4 : 2;
-  vec a[L][V];
-  begin_row<V>(start, q.lo - b.r0, acc, a[0]);
-#pragma GCC unroll 8
-  for (int l = 1; l < L; ++l)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) a[l][v] = zero();
-  const int32_t* col = columns_of(w, q.band);
-  const float* value = w.values + (w.crow ? 0 : q.band * w.count);
-  int64_t e = q.begin;
-  for (; e + L <= q.end; e += L)
-#pragma GCC unroll 8
-    for (int l = 0; l < L; ++l) add_scaled<V>(panel + (col[e + l] - b.k0) * S, broadcast(value + e + l), a[l]);
-  for (; e < q.end; ++e) add_scaled<V>(panel + (col[e] - b.k0) * S, broadcast(value + e), a[0]);
-#pragma GCC unroll 8
-  for (int l = 1; l < L; ++l)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) a[0][v] = add(a[0][v], a[l][v]);
-  end_row<V>(q.lo - b.r0, acc, a[0]);
-}
-
-template <int V>
-STEN_FN void bands_block_v(const Bands& w, const BandRange& b, const float* start, const float* panel, float* acc) {
-  constexpr int kMost = most_rows(V);
-  for (int64_t band = b.r0 / w.height; band * w.height < b.r1; ++band) {
-    const BandRows q = rows_of(w, b, band);
-    if (q.begin == q.end && !start) continue;
-    if (w.height == 1 && w.width == 1) {
-      bands_block_row<V>(w, b, q, start, panel, acc);
-      continue;
-    }
-    for (int64_t row = q.lo, n; row < q.hi; row += n) {
-      n = next_rows(q.hi - row, kMost);
-      bands_block_rows<kMost, V>(n, w, b, q, row, start, panel, acc);
-    }
-  }
-}
 
 // ---- panels: the gradient of x
 
@@ -168,10 +61,10 @@ STEN_FN void bands_input_v(const Bands& w, const BandRange& b, const float* grad
 
 constexpr int kGradientRows = kRegisters == 32 ? 4 : 2;
 
-// out[r, c] += dot(grad[r], x[c]) for R rows and C columns; S floats are a row of either panel
+// out[r, c] += dot(grad[r], x[c]) for R rows and C columns; S floats are a row of either panel; steps of rows, columns
 template <int R, int C>
-STEN_INLINE void add_dots(LongPanel grad, const float* const* x, int64_t x_step, int64_t pieces, int64_t S, float* out,
-                          int64_t step) {
+STEN_FN inline void add_dots(const float* const* grad, int64_t grad_step, const float* const* x, int64_t x_step,
+                             int64_t pieces, int64_t S, float* out, int64_t step, int64_t column_step) {
   constexpr int kSums = (R * C + 3) / 4 * 4;
   vec a[kSums];
 #pragma GCC unroll 16
@@ -183,7 +76,7 @@ STEN_INLINE void add_dots(LongPanel grad, const float* const* x, int64_t x_step,
       for (int c = 0; c < C; ++c) xs[c] = keep(load(x[c] + piece * x_step + t));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const vec g = keep(load(grad.data + r * S + piece * grad.step + t));
+        const vec g = keep(load(grad[r] + piece * grad_step + t));
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) a[r * C + c] = madd(g, xs[c], a[r * C + c]);
       }
@@ -192,7 +85,7 @@ STEN_INLINE void add_dots(LongPanel grad, const float* const* x, int64_t x_step,
 #pragma GCC unroll 4
   for (int i = 0; i < kSums; i += 4) sum_four(a + i, sums + i);
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) out[r * step + c] += sums[r * C + c];
+    for (int c = 0; c < C; ++c) out[r * step + c * column_step] += sums[r * C + c];
 }
 
 template <int R>
@@ -203,7 +96,8 @@ STEN_FN void bands_values_rows(int64_t rows, const Bands& w, const BandRange& b,
   const int32_t* col = columns_of(w, q.band);
   const bool list = !w.crow || (w.width == 1 && w.height == 1);
   const int64_t step = row_step(w), width = list ? 1 : w.width, count = (q.end - q.begin) * width;
-  grad.data += (row - b.r0) * S;
+  const float* rows_of_grad[R];
+  for (int r = 0; r < R; ++r) rows_of_grad[r] = grad.data + (row - b.r0 + r) * S;
   for (int64_t i = 0, n; i < count; i += n) {
     const int64_t e = q.begin + i / width, c = i % width, left = list ? count - i : width - c;
     float* to = out + value_at(w, q.band, row, e) + c;
@@ -211,8 +105,8 @@ STEN_FN void bands_values_rows(int64_t rows, const Bands& w, const BandRange& b,
     n = left < 4 ? 1 : 4;
     for (int64_t j = 0; j < n; ++j)
       from[j] = x.data + (list ? static_cast<int64_t>(col[e + j]) : col[e] * width + c + j) * S;
-    if (n == 4) add_dots<R, 4>(grad, from, x.step, pieces, S, to, step);
-    else add_dots<R, 1>(grad, from, x.step, pieces, S, to, step);
+    const auto add = n == 4 ? add_dots<R, 4> : add_dots<R, 1>;
+    add(rows_of_grad, grad.step, from, x.step, pieces, S, to, step, 1);
   }
 }
 
@@ -283,14 +177,6 @@ STEN_FN void bands_values_few(const Bands& w, int64_t r0, int64_t r1, const floa
 }
 
 // ---- the choice of V
-
-STEN_FN void bands_block(const Bands& w, const BandRange& b, const float* start, const float* panel, int v,
-                         float* acc) {
-  if (v == 1) return bands_block_v<1>(w, b, start, panel, acc);
-  if (v == 2) return bands_block_v<2>(w, b, start, panel, acc);
-  if (v == 3) return bands_block_v<3>(w, b, start, panel, acc);
-  return bands_block_v<4>(w, b, start, panel, acc);
-}
 
 STEN_FN void bands_input(const Bands& w, const BandRange& b, const float* grad, int v, float* acc) {
   if (v == 1) return bands_input_v<1>(w, b, grad, acc);

@@ -150,23 +150,8 @@ void codes_grad_weight(const Bands& s, Table<E> grad, E* out, const Kernels& k, 
   codes_linear({values.get(), crow, token, s.columns, s.rows, 1, 1, 0}, grad, nullptr, out, k, pool);
 }
 
-namespace {
-
 constexpr int kBins = 2048, kShift = 20;    // of keys below 2^31: the exponent and three more bits
 
-// Ascending with the magnitude; a NaN is below zero.
-uint32_t key_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits &= 0x7fffffff;
-  return bits > 0x7f800000 ? 0 : bits + 1;
-}
-uint32_t key_of(bf16 x) {
-  const uint32_t bits = (static_cast<uint32_t>(x) & 0x7fff) << 16;
-  return bits > 0x7f800000 ? 0 : bits + 1;
-}
-
-// The columns of the `count` highest keys, ascending; of equal keys the first ones.
 void top_columns(const uint32_t* key, int64_t n, int64_t count, uint32_t* candidates, int32_t* out) {
   int32_t bins[kBins] = {};
   for (int64_t i = 0; i < n; ++i) ++bins[key[i] >> kShift];
@@ -190,15 +175,13 @@ void top_columns(const uint32_t* key, int64_t n, int64_t count, uint32_t* candid
   }
 }
 
-}  // namespace
-
 template <typename E>
 void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_t* out, Pool pool) {
   pool.threads = useful_threads(pool.threads, 8.0 * static_cast<double>(rows) * columns);
   pool.each(rows, [&](int64_t begin, int64_t end) {
     Scratch<uint32_t> keys(Role::index, 2 * columns);
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t i = 0; i < columns; ++i) keys.get()[i] = key_of(x[r * columns + i]);
+      for (int64_t i = 0; i < columns; ++i) keys.get()[i] = magnitude_key(x[r * columns + i]);
       top_columns(keys.get(), columns, count, keys.get() + columns, out + r * count);
     }
   });

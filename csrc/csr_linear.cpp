@@ -4,7 +4,7 @@
 // split into k-blocks whose activations fit the first-level cache, and inside each the rows are sorted by their count
 // and combined in groups of equal length.
 //
-// Letters: B columns in a k-block, L rows in a group.
+// Letters: B columns in a k-block, L rows in a group, T entries of a row together (pairs of bfloat16).
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -14,56 +14,63 @@
 namespace sten {
 namespace {
 
-constexpr int64_t kBlock = 128;         // B: 32 KB at 64 tokens
-constexpr int64_t kRepackPanels = 2;    // from this many panels on, repacking pays
+template <typename E>
+constexpr int64_t kBlock = 128 * kTogether<E>;    // B: 32 KB at 64 tokens
 constexpr int64_t kOwnRows = 256;       // rows from which on a thread transposes activations for itself
 
 // One repacked k-block of one piece of rows; row and count are stored before it, see Repacked.
+template <typename E>
 struct Packed {
   int64_t groups, steps;
   int32_t *row, *count;
   uint16_t* col;
-  float* value;
+  E* value;
 };
 
 // order: the rows by falling count (a counting sort), with the dummy row `rows` filling up the last group
+template <int64_t kMost>
 void sort_rows(const int32_t* first, const int32_t* last, int64_t rows, int group, int32_t* order) {
-  int64_t start[kBlock + 2] = {};
+  int64_t start[kMost + 2] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t count = last[r] - first[r];
-    if (count > kBlock)
+    if (count > kMost)
       throw std::invalid_argument("sten::csr_linear: Expected columns that ascend within a row, got others");
-    ++start[kBlock - count + 1];
+    ++start[kMost - count + 1];
   }
-  for (int64_t c = 0; c <= kBlock; ++c) start[c + 1] += start[c];
-  for (int64_t r = 0; r < rows; ++r) order[start[kBlock - (last[r] - first[r])]++] = static_cast<int32_t>(r);
+  for (int64_t c = 0; c <= kMost; ++c) start[c + 1] += start[c];
+  for (int64_t r = 0; r < rows; ++r) order[start[kMost - (last[r] - first[r])]++] = static_cast<int32_t>(r);
   for (int64_t r = rows; r % group; ++r) order[r] = static_cast<int32_t>(rows);
 }
 
-// One group: entry i of row l is stored at i * L + l; short rows are filled up with the row of zeros.
-void fill_group(const Csr& w, int64_t k0, int64_t steps, int group, const int32_t* from, const int32_t* own,
-                uint16_t* col, float* value) {
-  const int64_t common = own[group - 1];
-  for (int64_t i = 0; i < common; ++i, col += group, value += group)
-    for (int l = 0; l < group; ++l) {
-      col[l] = static_cast<uint16_t>(w.col[from[l] + i] - k0);
-      value[l] = w.values[from[l] + i];
-    }
-  for (int64_t i = common; i < steps; ++i, col += group, value += group)
-    for (int l = 0; l < group; ++l) {
-      const bool real = i < own[l];
-      col[l] = real ? static_cast<uint16_t>(w.col[from[l] + i] - k0) : static_cast<uint16_t>(kBlock);
-      value[l] = real ? w.values[from[l] + i] : 0.0f;
-    }
+// One group: entry i of row l is stored at (i / T * L + l) * T + i % T; short rows are filled up with the row of zeros.
+template <typename E>
+void fill_group(const CsrOf<E>& w, int64_t k0, int64_t steps, int group, const int32_t* from, const int32_t* own,
+                uint16_t* col, E* value) {
+  constexpr int T = kTogether<E>;
+  const int64_t common = own[group - 1] / T;
+  for (int64_t i = 0; i < common; ++i)
+    for (int l = 0; l < group; ++l)
+      for (int t = 0; t < T; ++t) {
+        *col++ = static_cast<uint16_t>(w.col[from[l] + i * T + t] - k0);
+        *value++ = w.values[from[l] + i * T + t];
+      }
+  for (int64_t i = common; i < steps; ++i)
+    for (int l = 0; l < group; ++l)
+      for (int t = 0; t < T; ++t) {
+        const bool real = i * T + t < own[l];
+        *col++ = static_cast<uint16_t>(real ? w.col[from[l] + i * T + t] - k0 : kBlock<E>);
+        *value++ = real ? w.values[from[l] + i * T + t] : E{};
+      }
 }
 
 // The rows `all`: pieces of rows times k-blocks.
+template <typename E>
 class Repacked {
  public:
-  Repacked(const Csr& w, int64_t in, Range all, int group, const Pool& pool, int64_t pieces)
+  Repacked(const CsrOf<E>& w, int64_t in, Range all, int group, const Pool& pool, int64_t pieces)
       : r0_(all.begin),
         out_(all.end - all.begin),
-        blocks_(ceil_div(in, kBlock)),
+        blocks_(ceil_div(in, kBlock<E>)),
         pieces_(pieces),
         group_(group),
         packed_(pieces * blocks_),
@@ -78,15 +85,15 @@ class Repacked {
       for (int64_t i = begin; i < end; ++i) plan(i);
     });
     int64_t entries = 0;
-    for (const Packed& q : packed_) entries += q.steps * group_;
-    entries_.emplace(Role::repacked, entries * (sizeof(float) + sizeof(uint16_t)));
-    float* value = reinterpret_cast<float*>(entries_->get());
+    for (const Packed<E>& q : packed_) entries += q.steps * group_ * kTogether<E>;
+    entries_.emplace(Role::repacked, entries * (sizeof(E) + sizeof(uint16_t)));
+    E* value = reinterpret_cast<E*>(entries_->get());
     uint16_t* col = reinterpret_cast<uint16_t*>(value + entries);
-    for (Packed& q : packed_) {
+    for (Packed<E>& q : packed_) {
       q.value = value;
       q.col = col;
-      value += q.steps * group_;
-      col += q.steps * group_;
+      value += q.steps * group_ * kTogether<E>;
+      col += q.steps * group_ * kTogether<E>;
     }
     pool.each(pieces * blocks_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) fill(w, i);
@@ -98,19 +105,19 @@ class Repacked {
     const Range r = part(out_, pieces_, piece);
     return {r0_ + r.begin, r0_ + r.end};
   }
-  CsrBlock block(int64_t piece, int64_t b) const {
-    const Packed& q = packed_[piece * blocks_ + b];
+  CsrBlockOf<E> block(int64_t piece, int64_t b) const {
+    const Packed<E>& q = packed_[piece * blocks_ + b];
     return {q.groups, q.count, q.row, q.col, q.value};
   }
 
  private:
-  void find_blocks(const Csr& w, int64_t begin, int64_t end) {
+  void find_blocks(const CsrOf<E>& w, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       int32_t i = w.crow[r0_ + r];
       const int32_t stop = w.crow[r0_ + r + 1];
       for (int64_t b = 0; b < blocks_; ++b) {
         where_.get()[b * out_ + r] = i;
-        const int64_t limit = (b + 1) * kBlock;
+        const int64_t limit = (b + 1) * kBlock<E>;
         while (i < stop && w.col[i] < limit) ++i;
       }
       where_.get()[blocks_ * out_ + r] = stop;
@@ -122,26 +129,26 @@ class Repacked {
     const Range r = part(out_, pieces_, i / blocks_);
     const int64_t groups = ceil_div(r.end - r.begin, group_);
     const int32_t *first = where_.get() + b * out_ + r.begin, *last = first + out_;
-    Packed& q = packed_[i];
+    Packed<E>& q = packed_[i];
     q.row = orders_.get() + 2 * (b * (out_ + pieces_ * group_) + r.begin + i / blocks_ * group_);
     q.count = q.row + groups * group_;
-    sort_rows(first, last, r.end - r.begin, group_, q.row);
+    sort_rows<kBlock<E>>(first, last, r.end - r.begin, group_, q.row);
     q.steps = q.groups = 0;
     for (int64_t g = 0; g < groups; ++g) {
       const int32_t longest = q.row[g * group_];
-      q.count[g] = last[longest] - first[longest];
+      q.count[g] = static_cast<int32_t>(ceil_div(last[longest] - first[longest], kTogether<E>));
       q.steps += q.count[g];
       if (q.count[g] || b == 0) q.groups = g + 1;    // the first block starts every row; later ones skip empty rows
     }
   }
 
-  void fill(const Csr& w, int64_t i) {
+  void fill(const CsrOf<E>& w, int64_t i) {
     const int64_t b = i % blocks_;
     const Range r = part(out_, pieces_, i / blocks_);
     const int32_t *first = where_.get() + b * out_ + r.begin, *last = first + out_;
-    const Packed& q = packed_[i];
+    const Packed<E>& q = packed_[i];
     uint16_t* col = q.col;
-    float* value = q.value;
+    E* value = q.value;
     for (int64_t g = 0; g < q.groups; ++g) {
       int32_t from[kMostGroup], own[kMostGroup];
       for (int l = 0; l < group_; ++l) {
@@ -150,68 +157,54 @@ class Repacked {
         from[l] = real ? first[row] : 0;
         own[l] = real ? last[row] - first[row] : 0;
       }
-      fill_group(w, b * kBlock, q.count[g], group_, from, own, col, value);
-      col += q.count[g] * group_;
-      value += q.count[g] * group_;
+      fill_group(w, b * kBlock<E>, q.count[g], group_, from, own, col, value);
+      col += q.count[g] * group_ * kTogether<E>;
+      value += q.count[g] * group_ * kTogether<E>;
     }
   }
 
   static constexpr int kMostGroup = 8;
   int64_t r0_, out_, blocks_, pieces_;
   int group_;
-  std::vector<Packed> packed_;
+  std::vector<Packed<E>> packed_;
   Scratch<int32_t> where_;     // (blocks + 1, out): where[b, r] = first entry of row r from column b * B on
   Scratch<int32_t> orders_;
   std::optional<Scratch<char>> entries_;
 };
 
-void panel_task(const Problem& p, const Kernels& k, const Repacked& w, int64_t piece, Range tokens, float* panel,
-                float* start, float* acc) {
+template <typename E>
+void panel_task(const ProblemOf<E>& p, const Panels<E>& panels, int width, const Repacked<E>& w, int64_t piece,
+                Range tokens, E* panel, float* start, float* acc) {
   const int64_t count = tokens.end - tokens.begin;
-  const int v = static_cast<int>(ceil_div(count, k.width));
-  const int64_t row_floats = static_cast<int64_t>(v) * k.width;
+  const int v = static_cast<int>(ceil_div(count, width));
+  const int64_t row_floats = static_cast<int64_t>(v) * width;
   const Range rows = w.rows(piece);
-  std::memset(panel + kBlock * row_floats, 0, row_floats * sizeof(float));
+  std::memset(panel + kBlock<E> * row_floats, 0, row_floats * sizeof(E));
   for (int64_t b = 0; b < w.blocks(); ++b) {
-    const int64_t k0 = b * kBlock;
-    k.load_panel(p.x + tokens.begin * p.in + k0, p.in, count, std::min(kBlock, p.in - k0), v, panel);
-    k.csr_block(w.block(piece, b), b == 0 ? start : nullptr, panel, v, acc);
+    const int64_t k0 = b * kBlock<E>;
+    panels.load(p.x + tokens.begin * p.in + k0, p.in, count, std::min(kBlock<E>, p.in - k0), v, panel);
+    panels.csr(w.block(piece, b), b == 0 ? start : nullptr, panel, v, acc);
   }
-  k.store_panel(acc, rows.end - rows.begin, count, v, p.y + tokens.begin * p.out + rows.begin, p.out);
+  panels.store(acc, rows.end - rows.begin, count, v, p.y + tokens.begin * p.out + rows.begin, p.out);
 }
 
 // Tasks begin to end - 1 of the grid, piece after piece, so that the weights of a piece stay in the second-level cache
 // from panel to panel.
-void panel_tasks(const Problem& p, const Kernels& k, const Repacked& w, const Grid& grid, int64_t begin, int64_t end) {
+template <typename E>
+void panel_tasks(const ProblemOf<E>& p, const Panels<E>& panels, int width, const Repacked<E>& w, const Grid& grid,
+                 int64_t begin, int64_t end) {
   const Range first = w.rows(0), last = w.rows(grid.pieces - 1);
   const int64_t most = grid.panel_tokens, most_rows = ceil_div(last.end - first.begin, grid.pieces) + 1;
-  Scratch<float> panel(Role::panel, (kBlock + 1) * most), acc(Role::sums, most_rows * (most + 1));
+  Scratch<E> panel(Role::panel, (kBlock<E> + 1) * most);
+  Scratch<float> acc(Role::sums, most_rows * (most + 1));
   float* start = acc.get() + most_rows * most;    // one more row than there are: the dummy
   for (int64_t task = begin; task < end; ++task) {
     const int64_t piece = task / grid.panels, t0 = task % grid.panels * grid.panel_tokens;
     const Range rows = w.rows(piece);
     fill_start(p, rows.begin, rows.end - rows.begin, start);
     start[rows.end - rows.begin] = 0.0f;
-    panel_task(p, k, w, piece, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
+    panel_task(p, panels, width, w, piece, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
   }
-}
-
-void many_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& pool, Grid grid) {
-  const int64_t least = std::min(pieces_for_cache(p, k), p.out), own = ceil_div(least, pool.threads) * pool.threads;
-  // With enough rows per thread, each repacks and multiplies its own, without waiting for others.
-  if (pool.threads == 1 || p.out >= own * kOwnRows) {
-    const Pool one_thread{1, nullptr};
-    grid.pieces = 1;
-    return pool.each(own, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Repacked repacked(w, p.in, part(p.out, own, i), k.rows_at_once, one_thread, 1);
-        panel_tasks(p, k, repacked, grid, 0, grid.tasks());
-      }
-    });
-  }
-  grid = make_grid(p, k, pool.threads, least, p.out);
-  const Repacked repacked(w, p.in, {0, p.out}, k.rows_at_once, pool, grid.pieces);
-  pool.each(grid.tasks(), [&](int64_t begin, int64_t end) { panel_tasks(p, k, repacked, grid, begin, end); });
 }
 
 void few_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& pool, const Grid& grid) {
@@ -244,13 +237,37 @@ void one_token(const Problem& p, const Csr& w, const Kernels& k, const Pool& poo
 
 }  // namespace
 
+template <typename E>
+void csr_panels(const ProblemOf<E>& p, const CsrOf<E>& w, const Panels<E>& panels, const Kernels& k, Pool pool) {
+  const Problem sizes = sizes_of(p);
+  const int64_t least = std::min(pieces_for_cache(sizes, k), p.out), own = ceil_div(least, pool.threads) * pool.threads;
+  Grid grid = make_grid(sizes, k, pool.threads, least, p.out);
+  // With enough rows per thread, each repacks and multiplies its own, without waiting for others.
+  if (pool.threads == 1 || p.out >= own * kOwnRows) {
+    const Pool one_thread{1, nullptr};
+    grid.pieces = 1;
+    return pool.each(own, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Repacked<E> repacked(w, p.in, part(p.out, own, i), k.rows_at_once, one_thread, 1);
+        panel_tasks(p, panels, k.width, repacked, grid, 0, grid.tasks());
+      }
+    });
+  }
+  const Repacked<E> repacked(w, p.in, {0, p.out}, k.rows_at_once, pool, grid.pieces);
+  pool.each(grid.tasks(),
+            [&](int64_t begin, int64_t end) { panel_tasks(p, panels, k.width, repacked, grid, begin, end); });
+}
+
+template void csr_panels(const Problem&, const Csr&, const Panels<float>&, const Kernels&, Pool);
+template void csr_panels(const ProblemOf<bf16>&, const CsrOf<bf16>&, const Panels<bf16>&, const Kernels&, Pool);
+
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
   pool.threads = useful_threads(pool.threads, static_cast<double>(w.crow[p.out]) * p.tokens);
   if (p.tokens == 1) return one_token(p, w, k, pool);
   const Grid few = make_grid(p, k, pool.threads, 1, p.out);
   if (p.in == 0 || few.panels < kRepackPanels) return few_tokens(p, w, k, pool, few);
-  many_tokens(p, w, k, pool, few);
+  csr_panels(p, w, k.dots.panels, k, pool);
 }
 
 }  // namespace sten

@@ -4,6 +4,9 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include "simd_bf16.h"
 // after the header above
+#include "bodies_panels.h"
+// after that
+#include "bodies_grouped_bf16.h"
 #include "bodies_dots.h"
 
 namespace sten {

@@ -24,14 +24,17 @@ struct ProblemOf {
 };
 using Problem = ProblemOf<float>;
 
-struct Csr {
-  const float* values;
+template <typename E>
+struct CsrOf {
+  const E* values;
   const int32_t* crow;   // (out + 1,)
   const int32_t* col;
 };
+using Csr = CsrOf<float>;
 
-struct Grouped {
-  const float* values;       // (chunks, strips, patterns, g, n)
+template <typename E>
+struct GroupedOf {
+  const E* values;           // (chunks, strips, patterns, g, n)
   const int16_t* index;      // (chunks, strips, patterns, g)
   const int32_t* rows;       // (patterns, n): rows of a pattern inside its strip, ascending
   // (patterns, 2 + n): for a kernel with n rows in n registers: the register whose row is exchanged for this pattern,
@@ -41,19 +44,26 @@ struct Grouped {
   int64_t patterns, chunks, strips;
   int64_t columns() const { return patterns * g; }   // of one chunk
 };
+using Grouped = GroupedOf<float>;
+constexpr int kPairRows = 4;    // the largest n that bfloat16 is multiplied with
 
 struct GroupedBlock {
   int64_t c0, c1, strip0, strip1;
 };
 
+// How many entries of a row one instruction multiplies and sums: pairs of bfloat16.
+template <typename E>
+constexpr int kTogether = static_cast<int>(sizeof(float) / sizeof(E));
+
 // Rows of one k-block, sorted by their count and cut into groups of `rows_at_once`; a shorter row of a group is filled
 // up with zeros whose column is an extra panel row of zeros, so that they never multiply an infinite activation.
-struct CsrBlock {
+template <typename E>
+struct CsrBlockOf {
   int64_t groups;
   const int32_t* count;    // (groups,) steps of a group
   const int32_t* row;      // (groups, rows_at_once) row of the accumulator panel
-  const uint16_t* col;     // (sum count, rows_at_once) row of the activation panel
-  const float* value;      // (sum count, rows_at_once)
+  const uint16_t* col;     // (sum count, rows_at_once, kTogether) row of the activation panel
+  const E* value;          // as col
 };
 
 // Rows in bands of `height`, the rows of a band with the same columns (VectorNM, FanIn with height 1, BSR). An entry of
@@ -107,10 +117,27 @@ struct BitmapScratch {
   static int64_t row_count(const BitmapOf<E>& w) { return (w.units() + 1) * BitmapOf<E>::kUnitColumns; }
 };
 
+// Panels of E, whose sums are panels of floats. A panel of bfloat16 has its tokens by halves of two vectors, so that the
+// pairs that an interleaving of two of its rows makes are in order: bodies_panels.h and simd_bf16.h.
+template <typename E>
+struct Panels {
+  // panel[k, t] = x[t, k] for k < cols; tokens of the panel beyond those of x become zero
+  void (*load)(const E* x, int64_t ld, int64_t tokens, int64_t cols, int v, E* panel);
+  // y[t, r] = sums[r, t]
+  void (*store)(const float* sums, int64_t rows, int64_t tokens, int v, E* y, int64_t ld);
+  // acc[row, :] += sum of value * panel[col, :]; with `start`, acc[row, :] = start[row] + that sum
+  void (*csr)(const CsrBlockOf<E>& block, const float* start, const E* panel, int v, float* acc);
+  // acc[r - r0, :] += sum of value * panel[column - k0, :]; `start`, per row of acc, as above
+  void (*bands)(const BandsOf<E>& w, const BandRange& range, const float* start, const E* panel, int v, float* acc);
+  // acc[row - strip0 * m, :] += chunks c0 to c1 - 1 of strips strip0 to strip1 - 1; panel begins at chunk c0; `start`
+  // as above; n of bfloat16 is at most kPairRows
+  void (*grouped)(const GroupedOf<E>& w, const GroupedBlock& block, const float* start, const E* panel, int v, float* acc);
+};
+
 constexpr int kTileRows = 4;     // rows of a weight that dot products multiply together
 constexpr int kDotTokens = 48;   // the most tokens of one call of the kernels below
 
-// Dot products along the columns, for one token and for a few; sums in float, rounded once.
+// Dot products along the columns, for one token and for a few, and panels; sums in float, rounded once.
 template <typename E>
 struct Dots {
   // y[t, r] for rows r0 to r1 - 1, where rows of y are w.rows long; rows of x are `ld` long, at least `columns` and
@@ -126,6 +153,7 @@ struct Dots {
   // values[r, slot] of dense[r, c]: zero in slots of columns that the matrix does not have; w.values is not read
   void (*collect)(const BitmapOf<E>& w, int64_t r0, int64_t r1, int64_t columns, const E* dense,
                   const BitmapScratch<E>& scratch, E* values);
+  Panels<E> panels;
 };
 
 // The images of one group of a convolution. A stride divides the rows and columns of the input into phases, those with
@@ -175,24 +203,21 @@ struct Kernels {
 
   // out[r - r0, :] = sum over row r of value * panel[col, :] + bias[r]; rows r0 to r1 - 1
   void (*csr_rows)(const Csr& w, const float* bias, int64_t r0, int64_t r1, const float* panel, int v, float* out);
-  // acc[row, :] += sum of value * panel[col, :]; with `start`, acc[row, :] = start[row] + that sum
-  void (*csr_block)(const CsrBlock& block, const float* start, const float* panel, int v, float* acc);
   // one token: y[r] for rows r0 to r1 - 1
   void (*csr_token)(const Csr& w, const float* bias, int64_t r0, int64_t r1, const float* x, float* y);
 
-  // acc[row - strip0 * m, :] += chunks c0 to c1 - 1 of strips strip0 to strip1 - 1; panel begins at chunk c0; `start`
-  // as in csr_block
-  void (*grouped_block)(const Grouped& w, const GroupedBlock& block, const float* start, const float* panel, int v,
-                        float* acc);
   // one token, one chunk: acc[strip - strip0, slot, i] += value * x[index]; x begins at the chunk and kTokenPadding
   // floats beyond it may be read, `gathered` has columns() + width floats, and
   // spread[phase, lane] = (phase + lane) / n for phase < n
   void (*grouped_token)(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, const float* x,
                         const int32_t* spread, float* gathered, float* acc);
+  // acc[column, :] += the sum over all strips of value * grad[row, :], for the columns of one chunk
+  void (*grouped_input)(const Grouped& w, int64_t chunk, const float* grad, int v, float* acc);
+  // out[chunk, strip, pattern, j, i] += grad[row, :] * x[column, :], summed as in bands_values; grad begins at strip0, x
+  // at the chunk
+  void (*grouped_values)(const Grouped& w, int64_t chunk, int64_t strip0, int64_t strip1, LongPanel grad, LongPanel x,
+                         int64_t pieces, int v, float* out);
 
-  // acc[r - r0, :] += sum of value * panel[column - k0, :]; `start`, per row of acc, as in csr_block
-  void (*bands_block)(const Bands& w, const BandRange& range, const float* start, const float* panel, int v,
-                      float* acc);
   // acc[column - k0, :] += sum of value * grad[r - r0, :]
   void (*bands_input)(const Bands& w, const BandRange& range, const float* grad, int v, float* acc);
   // out[r, entry] += sum over `pieces` of v vectors of tokens of grad[r - r0, :] * x[column, :]; out is shaped as values
@@ -211,6 +236,9 @@ struct Kernels {
   void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
                      float* y, int64_t ld);
 
+  // y[i] = an activation of it, a number of `Activation` in epilogue.h, for i < n
+  void (*activate)(int activation, float* y, int64_t n);
+
   // acc[i] += the sum over the rows e < count of value[e * step] * table[row[e], i], for i < n
   void (*add_rows)(Table<float> table, const int32_t* row, int64_t count, const float* value, int64_t step, int64_t n,
                    float* acc);
@@ -224,6 +252,13 @@ struct Kernels {
   void (*widen)(const bf16* from, int64_t n, float* to);
   void (*narrow)(const float* from, int64_t n, bf16* to);    // rounds to the nearest, ties to even
   Dots<float> dots;
+
+  // choosing GroupedNM's patterns: bodies_assign.h
+  void (*pattern_energy)(const float* score, const int32_t* rows, int64_t n, int64_t patterns, int64_t columns,
+                         float* energy);
+  void (*best_patterns)(const float* energy, const float* price, int64_t patterns, int64_t columns, float* best,
+                        float* second, int32_t* which);
+  void (*best_moves)(const float* table, int64_t g, int64_t patterns, float* own, float* move, int32_t* who);
 };
 
 const Kernels* kernels_avx512();     // null if this build has none

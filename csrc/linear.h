@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -24,8 +25,9 @@ struct Pool {
   void each(int64_t tasks, F&& body) const {
     using Body = std::remove_reference_t<F>;
     auto call = [](void* context, int64_t begin, int64_t end) { (*static_cast<Body*>(context))(begin, end); };
+    if (tasks <= 0) return;
     if (tasks == 1 || threads == 1) return body(static_cast<int64_t>(0), tasks);
-    if (tasks > 0) run(tasks, call, const_cast<void*>(static_cast<const void*>(&body)));
+    run(tasks, call, const_cast<void*>(static_cast<const void*>(&body)));
   }
 };
 
@@ -86,8 +88,24 @@ inline int useful_threads(int threads, double work) {
   return static_cast<int>(std::max(1.0, std::min(static_cast<double>(threads), work / kWorkPerThread)));
 }
 
+inline float to_float(bf16 a) {
+  const uint32_t bits = static_cast<uint32_t>(a) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
 // start[r] = bias[r0 + r] for r < rows, zero where there is none
 void fill_start(const Problem& p, int64_t r0, int64_t rows, float* start);
+inline void fill_start(const ProblemOf<bf16>& p, int64_t r0, int64_t rows, float* start) {
+  for (int64_t r = 0; r < rows; ++r) start[r] = p.bias && r0 + r < p.out ? to_float(p.bias[r0 + r]) : 0.0f;
+}
+
+// The numbers alone, for the functions that cut the work.
+template <typename E>
+Problem sizes_of(const ProblemOf<E>& p) {
+  return {nullptr, nullptr, nullptr, p.tokens, p.in, p.out};
+}
 
 // Whether every index of the pattern lies in its operands; columns must ascend within a row.
 bool csr_in_bounds(const Csr& w, int64_t rows, int64_t slots, int64_t in, const Pool& pool);
@@ -96,10 +114,19 @@ bool grouped_in_bounds(const Grouped& w, const Pool& pool);
 bool bands_in_bounds(const Bands& w, int64_t entries, const Pool& pool);
 
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
-void grouped_linear(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
+// the same for several panels of tokens, where repacking the weight pays
+constexpr int64_t kRepackPanels = 2;
+template <typename E>
+void csr_panels(const ProblemOf<E>& p, const CsrOf<E>& w, const Panels<E>& panels, const Kernels& k, Pool pool);
+template <typename E>
+void grouped_linear(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& panels, const Kernels& k, Pool pool);
+// y = x W: p.x is the gradient of the output, p.y that of the input
+void grouped_grad_input(const Problem& p, const Grouped& w, const Kernels& k, Pool pool);
+// out, shaped as w.values and zero before: grad^T x, (rows, in), at the stored entries; w.values is not read
+void grouped_grad_values(const float* grad, const float* x, int64_t tokens, int64_t rows, int64_t in, const Grouped& w,
+                         float* out, const Kernels& k, Pool pool);
 
 // Dot products along the columns, and the number of tokens up to which they are the fastest way: lists if width is 0.
-template <typename E>
 int64_t most_dots(int64_t height, int64_t width);
 template <typename E>
 void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, Pool pool);
@@ -111,8 +138,9 @@ void bitmap_expand(const BitmapOf<E>& w, int64_t columns, const Dots<E>& dots, E
 template <typename E>
 void bitmap_collect(const BitmapOf<E>& w, int64_t columns, const E* dense, const Dots<E>& dots, E* values, Pool pool);
 
-// VectorNM, FanIn and BSR; x may have fewer columns than the weight, whose last ones are padding.
-void bands_linear(const Problem& p, const Bands& w, const Kernels& k, Pool pool);
+// VectorNM, FanIn, BSR, and CSR of bfloat16; x may have fewer columns than the weight, whose last ones are padding.
+template <typename E>
+void bands_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool);
 // y = x W: p.x is the gradient of the output (tokens, w.rows), p.y that of the input
 void bands_grad_input(const Problem& p, const Bands& w, const Kernels& k, Pool pool);
 // out, shaped as w.values and zero before: grad^T x at the stored entries; w.values is not read
@@ -137,6 +165,20 @@ void codes_grad_weight(const Bands& s, Table<E> grad, E* out, const Kernels& k, 
 // out (rows, count), ascending in a row: the columns of the largest |x|, where ties go to the lower column; NaN is lowest
 template <typename E>
 void codes_topk(const E* x, int64_t rows, int64_t columns, int64_t count, int32_t* out, Pool pool);
+
+// Ascending with the magnitude; a NaN is below zero.
+inline uint32_t magnitude_key(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0x7fffffff;
+  return bits > 0x7f800000 ? 0 : bits + 1;
+}
+inline uint32_t magnitude_key(bf16 x) {
+  const uint32_t bits = (static_cast<uint32_t>(x) & 0x7fff) << 16;
+  return bits > 0x7f800000 ? 0 : bits + 1;
+}
+// The columns of the `count` highest of n keys, ascending; of equal keys the first ones. `candidates` has n elements.
+void top_columns(const uint32_t* key, int64_t n, int64_t count, uint32_t* candidates, int32_t* out);
 
 // All n-subsets of range(m) in revolving-door order; made once for each (n, m).
 struct Patterns {

@@ -25,10 +25,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_instruction_set", [](const std::string& name) { sten::set_instruction_set(name.c_str()); },
       pybind11::arg("name"), "Use avx512, avx2 or portable from now on; auto is the fastest one.");
   m.def(
-      "bfloat16_tokens",
-      [](int64_t height, int64_t width) { return sten::bf16_dots() ? sten::most_dots<sten::bf16>(height, width) : 0; },
-      pybind11::arg("height") = 1, pybind11::arg("width") = 0,
-      "Up to how many tokens band_linear multiplies bfloat16 as it is; 0 in an instruction set without it.");
+      "bfloat16", [] { return sten::bf16_dots() != nullptr; }, "Whether the instruction set in use multiplies bfloat16.");
   m.def(
       "patterns",
       [](int n, int m) {

@@ -19,6 +19,9 @@ std::string text(at::IntArrayRef sizes);
 
 Pool make_pool();
 
+// C(m, n), or limit + 1 when it is larger than limit
+int64_t count_patterns(int64_t m, int64_t n, int64_t limit);
+
 void check(const Tensor& t, const char* op, const char* name, int64_t dim, at::ScalarType dtype);
 void check_input(const Tensor& x, const char* op, int64_t out, at::ScalarType dtype = at::kFloat);
 

@@ -1,7 +1,7 @@
 // The operators of rows that share their columns: VectorNM and FanIn (lists, without crow), BSR (blocks, with crow) and
 // the gradients of CSR (single entries, with crow; their values have one dimension).
 //
-//   band_linear       y = x W^T + bias; bfloat16 is converted where most_dots says so
+//   band_linear       y = x W^T + bias; bfloat16 is converted where the processor does not multiply it
 //   band_grad_input   y = grad W
 //   band_grad_values  grad^T x at the stored entries
 //
@@ -68,27 +68,19 @@ void check_columns(const char* op, int64_t in, int64_t columns) {
 Tensor band_linear_op(const Tensor& x, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                       const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out, bool trusted) {
   static constexpr const char* op = "sten::band_linear";
-  if (x.scalar_type() == at::kBFloat16) {
-    const Dots<bf16>* dots = bf16_dots();
-    int64_t tokens = 1;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
-    const int64_t width = !crow ? 0 : values.dim() == 3 ? values.size(2) : 1;
-    if (!dots || tokens > most_dots<bf16>(height, width))
-      return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted)
-          .to(at::kBFloat16);
-    check_input(x, op, out, at::kBFloat16);
-    check_columns(op, x.size(-1), columns);
-    const BandsOf<bf16> w = make_weight<bf16>(op, values, crow, col, height, columns, out, trusted);
-    Tensor owner, y;
-    dots_linear(make_problem<bf16>(op, x, bias, out, owner, y), w, *dots, make_pool());
-    return y;
-  }
-  check_input(x, op, out);
+  const Dots<bf16>* dots = bf16_dots();
+  if (x.scalar_type() == at::kBFloat16 && !dots)
+    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted)
+        .to(at::kBFloat16);
+  check_input(x, op, out, x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
   check_columns(op, x.size(-1), columns);
-  const Bands w = make_weight(op, values, crow, col, height, columns, out, trusted);
-  Tensor owner, y;
-  bands_linear(make_problem(op, x, bias, out, owner, y), w, kernels(), make_pool());
-  return y;
+  const auto product = [&]<typename E>(const Dots<E>& kernels_of) {
+    const BandsOf<E> w = make_weight<E>(op, values, crow, col, height, columns, out, trusted);
+    Tensor owner, y;
+    bands_linear(make_problem<E>(op, x, bias, out, owner, y), w, kernels_of, kernels(), make_pool());
+    return y;
+  };
+  return x.scalar_type() == at::kBFloat16 ? product(*dots) : product(kernels().dots);
 }
 
 Tensor band_grad_input_op(const Tensor& grad, const Tensor& values, const std::optional<Tensor>& crow,

@@ -10,8 +10,12 @@
 namespace sten::avx512_bf16 {
 
 using avx512::add;
+using avx512::broadcast;
 using avx512::first;
 using avx512::kRegisters;
+using avx512::kWidth;
+using avx512::load;
+using avx512::store;
 using avx512::sum_four;
 using avx512::vec;
 using avx512::zero;
@@ -58,6 +62,21 @@ STEN_INLINE void store_sums(const float* sums, const bf16* bias, int64_t n, bf16
   }
 }
 
+STEN_INLINE wide narrow(__m512i low, __m512i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
+}
+
+// from[c], for c below 128, or 256
+STEN_INLINE wide look_up(const bf16* from, wide c, bool near) {
+  const __mmask32 odd = _mm512_test_epi16_mask(c, _mm512_set1_epi16(64));
+  wide a = _mm512_permutex2var_epi16(load_wide(from), c, load_wide(from + 32));
+  a = _mm512_mask_mov_epi16(a, odd, _mm512_permutex2var_epi16(load_wide(from + 64), c, load_wide(from + 96)));
+  if (near) return a;
+  const wide d = _mm512_permutex2var_epi16(load_wide(from + 128), c, load_wide(from + 160));
+  const wide e = _mm512_permutex2var_epi16(load_wide(from + 192), c, load_wide(from + 224));
+  return _mm512_mask_mov_epi16(a, _mm512_test_epi16_mask(c, _mm512_set1_epi16(128)), _mm512_mask_mov_epi16(d, odd, e));
+}
+
 // out[i] = x[index[i]], indices ascending; x may be read 256 elements beyond the last of them.
 STEN_INLINE void gather(const bf16* x, const int32_t* index, int64_t n, bf16* out) {
   for (int64_t i = 0; i < n; i += 32) {
@@ -73,26 +92,24 @@ STEN_INLINE void gather(const bf16* x, const int32_t* index, int64_t n, bf16* ou
     const __m512i low = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(first(left), index + i), start);
     const __m512i high =
         _mm512_sub_epi32(_mm512_maskz_loadu_epi32(first(left < 16 ? 0 : left - 16), index + i + 16), start);
-    const __m512i c = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(low)), _mm512_cvtepi32_epi16(high), 1);
-    wide a = _mm512_permutex2var_epi16(load_wide(from), c, load_wide(from + 32));
-    if (span >= 64) {
-      const wide b = _mm512_permutex2var_epi16(load_wide(from + 64), c, load_wide(from + 96));
-      const __mmask32 odd = _mm512_test_epi16_mask(c, _mm512_set1_epi16(64));
-      a = _mm512_mask_mov_epi16(a, odd, b);
-      if (span >= 128) {
-        const wide d = _mm512_permutex2var_epi16(load_wide(from + 128), c, load_wide(from + 160));
-        const wide e = _mm512_permutex2var_epi16(load_wide(from + 192), c, load_wide(from + 224));
-        a = _mm512_mask_mov_epi16(a, _mm512_test_epi16_mask(c, _mm512_set1_epi16(128)), _mm512_mask_mov_epi16(d, odd, e));
-      }
-    }
+    const wide a = look_up(from, narrow(low, high), span < 128);
     _mm512_mask_storeu_epi16(out + i, k, a);
   }
 }
 
-// sum of v[i] * x[col[i]]
+// sum of v[i] * x[col[i]], columns ascending; x may be read 256 elements beyond the last of them. Thirty-two that lie
+// close together are selected from registers, which takes less time than loading them one by one.
 STEN_INLINE float dot(const bf16* x, const bf16* v, const int32_t* col, int64_t n) {
   __m128 a[2] = {_mm_setzero_ps(), _mm_setzero_ps()};
-  for (int64_t i = 0; i < n; i += 16)
+  vec sum = zero();
+  int64_t i = 0;
+  for (int32_t span; i + 32 <= n && (span = col[i + 31] - col[i]) < 256; i += 32) {
+    const __m512i base = _mm512_set1_epi32(col[i]);
+    const wide c = narrow(_mm512_sub_epi32(_mm512_loadu_si512(col + i), base),
+                          _mm512_sub_epi32(_mm512_loadu_si512(col + i + 16), base));
+    sum = multiply_add(look_up(x + col[i], c, span < 96), load_wide(v + i), sum);
+  }
+  for (; i < n; i += 16)
 #pragma GCC unroll 2
     for (int l = 0; l < 2; ++l) {
       const int64_t at = i + 8 * l, left = n - at;
@@ -116,12 +133,79 @@ STEN_INLINE float dot(const bf16* x, const bf16* v, const int32_t* col, int64_t 
       }
     }
   const __m128 all = _mm_add_ps(a[0], a[1]), two = _mm_add_ps(all, _mm_movehl_ps(all, all));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  return _mm512_reduce_add_ps(sum) + _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 // out[i]: of each half of a byte its image in the table
 STEN_INLINE void translate(const uint8_t* bytes, int64_t n, const uint8_t* table, uint8_t* out) {
   avx512::translate(bytes, n, table, out);
+}
+
+// ---- panels: each entry of a pair and its column, interleaved
+
+STEN_INLINE wide broadcast_entries(const bf16* value) {
+  int32_t pair;
+  __builtin_memcpy(&pair, value, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+STEN_INLINE wide broadcast_last(const bf16* value) { return _mm512_set1_epi32(static_cast<uint16_t>(*value)); }
+STEN_INLINE wide sixteen(const bf16* p) {
+  return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// Pairs (x[t], y[t]) of V times sixteen tokens; load_panel has put them in the order that this makes right.
+template <int V>
+STEN_INLINE void interleave(const bf16* x, const bf16* y, wide* out) {
+#pragma GCC unroll 2
+  for (int v = 0; v + 2 <= V; v += 2) {
+    const wide a = load_wide(x + 16 * v), b = load_wide(y + 16 * v);
+    out[v] = _mm512_unpacklo_epi16(a, b);
+    out[v + 1] = _mm512_unpackhi_epi16(a, b);
+  }
+  if constexpr (V % 2) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i pairs = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
+    out[V - 1] = _mm512_permutex2var_epi16(sixteen(x + 16 * (V - 1)), pairs, sixteen(y + 16 * (V - 1)));
+  }
+}
+
+// Transposed as pairs of columns in 32 bits, whose halves are the rows of the panel.
+STEN_FN inline void load_panel(const bf16* x, int64_t ld, int64_t tokens, int64_t cols, int v, bf16* panel) {
+  alignas(64) float rows[16 * 16], pairs[16 * 16];
+  for (int i = 0; i < v; ++i) {
+    // a quarter of a vector holds four tokens of this half and four of the other, unless there is no other
+    const bool halves = i < v / 2 * 2;
+    const __m512i spread = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
+    const int64_t real = tokens - 16 * i;
+    for (int64_t k = 0; k < cols; k += 32) {
+      const __mmask32 some = first_elements(cols - k);
+      for (int64_t t = 0; t < 16; ++t)
+        store(rows + 16 * t, _mm512_castsi512_ps(t < real ? _mm512_maskz_loadu_epi16(some, x + (16 * i + t) * ld + k)
+                                                          : _mm512_setzero_si512()));
+      avx512::transpose(rows, 16, 16, 16, pairs, 16, true);
+      for (int64_t c = k; c < k + 32 && c < cols; ++c) {
+        const __m512i pair = _mm512_castps_si512(load(pairs + (c - k) / 2 * 16));
+        const __m256i row = _mm512_cvtepi32_epi16((c - k) % 2 ? _mm512_srli_epi32(pair, 16) : pair);
+        bf16* to = panel + (c * v + i / 2 * 2) * 16;
+        if (halves)
+          _mm512_mask_storeu_epi64(to, static_cast<__mmask8>(i % 2 ? 0xaa : 0x55),
+                                   _mm512_permutexvar_epi64(spread, _mm512_castsi256_si512(row)));
+        else
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), row);
+      }
+    }
+  }
+}
+
+STEN_FN inline void store_panel(const float* sums, int64_t rows, int64_t tokens, int v, bf16* y, int64_t ld) {
+  alignas(64) float some[16 * 16];
+  for (int64_t t = 0; t < tokens; t += 16)
+    for (int64_t r = 0; r < rows; r += 16) {
+      const int count = static_cast<int>(rows - r < 16 ? rows - r : 16);
+      const int lines = static_cast<int>(tokens - t < 16 ? tokens - t : 16);
+      avx512::transpose(sums + r * v * 16 + t, v * 16, count, lines, some, 16, true);
+      for (int64_t i = 0; i < lines; ++i) store_sums(some + 16 * i, nullptr, count, y + (t + i) * ld + r);
+    }
 }
 
 }  // namespace sten::avx512_bf16

@@ -103,6 +103,7 @@ class CSRLinear(Linear):
     """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O)."""
 
     prefix, stored, expand = "gpu_csr_linear", "Tensor values, Tensor crow, Tensor col", expand
+    cuda = ("steps",)
 
     def facts(self, stored, up, numbers):
         return {"entries": stored[0].numel()}
@@ -129,7 +130,7 @@ class CSRLinear(Linear):
 
     def arrange(self, x, variant):
         """(T, I) for ``steps``; else (1, I), or feature-major (I, W) with whole tiles of tokens."""
-        if variant == "steps":
+        if variant in self.cuda:
             return matrix_of(x, aligned=True, packed=True)
         return transpose.feature_major_rows(x, -(-x.shape[:-1].numel() // 16) * 16)
 

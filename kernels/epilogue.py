@@ -52,6 +52,24 @@ def activate(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def keep_adjacent(y, edge, KEEP: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """y (SIZE,), outputs of one token in whole blocks, with zeros for what is dropped: see ``finish``."""
+    if KEEP == "magnitude":
+        y = tl.where(tl.abs(y) > edge, y, 0.0)
+    elif KEEP == "above":
+        y = tl.where(y > edge, y, 0.0)
+    elif KEEP == "blocks":
+        blocks = tl.reshape(y, (y.shape[0] // BLOCK, BLOCK))
+        size = tl.where(blocks == blocks, tl.abs(blocks), -1.0)
+        own, other = size[:, :, None], size[:, None, :]
+        at = tl.arange(0, BLOCK)
+        first = at[None, None, :] < at[None, :, None]
+        rank = tl.sum(((other > own) | ((other == own) & first)).to(tl.int32), 2)
+        y = tl.reshape(tl.where(rank < COUNT, blocks, 0.0), (y.shape[0],))
+    return y
+
+
+@triton.jit
 def last_to_arrive(count_ptr, splits):
     """Count this program; true for the last of ``splits``, which resets the counter for the next launch."""
     tl.debug_barrier()  # every thread's partial sums are written before the one thread below releases them

@@ -9,6 +9,7 @@ import torch
 from . import epilogue, shares
 from .launch import into_new
 from .operators import Operator
+from .traced_launch import TracedLaunch
 
 FEW = 64  # tokens up to which a product may be a traced launch
 
@@ -23,6 +24,7 @@ class Linear(Operator):
     """
 
     prefix, stored, layout_numbers, dual, options = "", "", "", False, 'str activation="none"'
+    cuda: tuple[str, ...] = ()  # variants in CUDA C++, which read x (T, I) without gaps
     expand: Operator
 
     def __init__(self):
@@ -34,6 +36,7 @@ class Linear(Operator):
         schema = f"{self.prefix}(Tensor x, {self.stored}, {numbers}, {ends}) -> Tensor"
         super().__init__(schema, self._shape, self._make, choose=self.choose)
         self.__doc__ = type(self).__doc__
+        self.traced_launch = TracedLaunch(self.prefix, self.stored, self.launch) if self.cuda else None
         self.absent = (None,) * (self.count + 2 if self.dual else 1)  # of a plain product: no gate, no second weight
 
     # ---- of a layout
@@ -126,6 +129,8 @@ class Linear(Operator):
             return library
         arrange = self.arrange(x, variant, **numbers)
         flat, y = x if arrange is None else arrange(x), x.new_empty(flat_shape)
+        if x.is_contiguous() and flat.is_contiguous() and flat.data_ptr() == x.data_ptr():
+            arrange = None  # a view, which to a kernel is the same
         launch = self.launch(variant, flat, *parts, y, activation=activation, **numbers)
         return into_new(launch, x, shape, arrange=arrange)
 
@@ -135,6 +140,9 @@ class Linear(Operator):
             return None
         stored, bias, gate, up, up_bias = self._checked(x, parts, out_features, numbers)
         variant, _ = self.choose(tokens, out_features, inputs, x.dtype, **self.facts(stored, up, numbers))
+        if variant in self.cuda:
+            y = self.traced_launch(variant, x, stored, bias, gate, out_features, activation, **numbers)
+            return y if y is None else y.view(shape)
         halves = self.shares(variant, shares.matrix_of(x), stored, up, out_features, **numbers)
         if halves is None:
             return None

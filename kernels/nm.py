@@ -25,7 +25,6 @@ from .split_k import workspace
 from .tiles import matrix_of, power_of_two, splits, wide
 
 FEW = 64  # tokens up to which reading the weight decides
-CUDA = ("bitmap", "sparse_mma")  # variants that read x (T, I) without gaps
 
 
 def _configs(variant: str, tokens: int, rows: int, columns: int, programs: int, itemsize: int) -> list[dict]:
@@ -54,7 +53,7 @@ class NMLinear(Linear):
     """x (*, I) -> activation(x @ W.T + bias) * gate, (*, O). ``save_memory`` avoids a dense weight, and is slow."""
 
     prefix, stored, layout_numbers, expand = "gpu_nm_linear", "Tensor values, Tensor index", "int n, int m, ", expand
-    options = 'str activation="none", bool save_memory=False'
+    options, cuda = 'str activation="none", bool save_memory=False', ("bitmap", "sparse_mma")
 
     def choose(self, tokens, outputs, inputs, dtype, *, n, m, save_memory=False):
         """``empty``, ``word`` and ``few`` (2:4 by words), ``bitmap`` and ``sparse_mma`` (CUDA C++), ``tiles``,
@@ -94,7 +93,7 @@ class NMLinear(Linear):
             raise ValueError(f"Expected {expected}, got {got}.")
 
     def arrange(self, x, variant, **numbers):
-        return matrix_of(x, aligned=True, packed=variant in CUDA)
+        return matrix_of(x, aligned=True, packed=variant in self.cuda)
 
     def launch(self, variant, x, values, index, bias, gate, y, activation, n, m, save_memory):
         if variant == "bitmap":

@@ -64,7 +64,10 @@ def launch(x, values, index, bias, gate, y, activation: str, n: int, m: int):
             values, index = (t if copy is None else copy(t) for t, copy in zip((values, index), copies, strict=True))
             start(x, values, index, bias, gate, y, tokens, outputs, inputs)
 
-        return call
+        def call_as_they_are(*tensors):
+            start(*tensors, tokens, outputs, inputs)
+
+        return call if any(copies) else call_as_they_are
 
     key = (kernel, x.dtype, outputs, inputs, count, *macros.values())
     return autotune.pick("nm_bitmap", key, configs, prepare, tensors)

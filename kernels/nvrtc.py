@@ -34,7 +34,7 @@ OLDEST = (8, 0)  # which has cp.async
 DIGEST = 32  # bytes of a SHA-256, before the code in a file
 BUFFER, BUFFER_SIZE, END = 1, 2, 0  # CU_LAUNCH_PARAM_*
 CONFIG, ATTRIBUTE = struct.Struct("7I4xPPI4x"), struct.Struct("i4xi60x")  # CUlaunchConfig, CUlaunchAttribute
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_*: PDL, see ``begin`` in common.cuh
+PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: PDL, see ``begin`` in common.cuh
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
 INVALID_CONTEXT = 201  # CUDA_ERROR_*
 
@@ -184,19 +184,26 @@ def starter(kernel: str, launch, handle: int, threads: int, shared: int, argumen
     ``launch`` is the driver's cuLaunchKernel, or, if it ``overlaps`` the end of the kernel before, cuLaunchKernelEx.
     Each call packs arguments of its own, as several threads may launch at once; the driver copies them.
     """
-    layout = struct.Struct("".join("i" if isinstance(a, int) else "P" for a in arguments))
-    pack, memory, options = layout.pack, ctypes.c_char * layout.size, ctypes.c_void_p * 5
-    size, address = ctypes.c_size_t(layout.size), ctypes.addressof
-    attribute = ctypes.create_string_buffer(ATTRIBUTE.pack(PROGRAMMATIC_STREAM_SERIALIZATION, 1))
+    form, extra, address = "".join("i" if isinstance(a, int) else "P" for a in arguments), "0P5P", ctypes.addressof
+    end = struct.calcsize(form)
+    options_at, config_at = struct.calcsize(f"{form}0P"), struct.calcsize(form + extra)
+    whole = struct.Struct(form + extra + (CONFIG.format if overlaps else ""))
+    pack_into, memory = whole.pack_into, ctypes.c_char * whole.size
+    size, attribute = ctypes.c_size_t(end), ctypes.create_string_buffer(ATTRIBUTE.pack(PROGRAMMATIC, 1))
+    size_at, attribute_at = address(size), address(attribute)
 
-    def start(x, y, z, stream, *arguments):
+    def start(x, y, z, stream, *arguments, _alive=(size, attribute)):  # to which the addresses point
         addresses = [a if a.__class__ is int else 0 if a is None else a.data_ptr() for a in arguments]
-        packed = memory.from_buffer_copy(pack(*addresses))
-        extra = options(BUFFER, address(packed), BUFFER_SIZE, address(size), END)
+        packed = memory()
+        at = address(packed)
+        options = BUFFER, at, BUFFER_SIZE, size_at, END
         if overlaps:
-            given = CONFIG.pack(x, y, z, threads, 1, 1, shared, stream, address(attribute), 1), handle, None, extra
+            config = x, y, z, threads, 1, 1, shared, stream, attribute_at, 1
+            pack_into(packed, 0, *addresses, *options, *config)
+            given = at + config_at, handle, None, at + options_at
         else:
-            given = handle, x, y, z, threads, 1, 1, shared, stream, None, extra
+            pack_into(packed, 0, *addresses, *options)
+            given = handle, x, y, z, threads, 1, 1, shared, stream, None, at + options_at
         status = launch(*given)
         if status == INVALID_CONTEXT:  # of a thread that has not used the GPU yet
             backend.initialize()

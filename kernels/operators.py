@@ -15,6 +15,8 @@ takes ``variant=``, or None: it calls ``choose`` itself.
 microseconds less, and the gradients belong to the framework's ``autograd.Function``, not to the operators.
 """
 
+from operator import itemgetter
+
 import torch
 
 from . import launch_cache
@@ -131,23 +133,13 @@ class Operator:
         numbers = {name: named[name] for name in self.numbers}
         with backend.on(arguments[0]):
             launch = self.prepare(*tensors, **numbers)
-        at = [None if named[name] is None else self.arguments.index(name) for name in self.tensors]
+        at = [0 if named[name] is None else 1 + self.arguments.index(name) for name in self.tensors]
+        pick = itemgetter(*at) if len(at) > 1 else lambda given: (given[at[0]],)
 
         def call(*arguments):
-            return launch(*[None if position is None else arguments[position] for position in at])
+            return launch(*pick((None, *arguments)))
 
-        return self._on_its_device(call) if backend.several else call
-
-    def _on_its_device(self, call):
-        """Triton launches on the current device, and memory is taken from it."""
-
-        def there(x, *rest):
-            if x.get_device() == backend.device():
-                return call(x, *rest)
-            with backend.on(x):
-                return call(x, *rest)
-
-        return there
+        return on_its_device(call) if backend.several else call
 
     def _on_cpu(self, *arguments):
         if not INTERPRET:
@@ -156,6 +148,18 @@ class Operator:
                 " imported to run it on the CPU."
             )
         return self._run(*arguments)
+
+
+def on_its_device(call):
+    """``call`` with the device of its first tensor as the current one: there Triton launches, and memory is taken."""
+
+    def there(x, *rest):
+        if x.get_device() == backend.device():
+            return call(x, *rest)
+        with backend.on(x):
+            return call(x, *rest)
+
+    return there
 
 
 def operator(schema: str, shape, **options):

@@ -26,7 +26,7 @@ import torch
 from ._torch_private import StorageWeakRef, dispatch_modes, storage_identity, stream_is_capturing
 from .backend import backend
 
-OUTDATED = ()
+OUTDATED, NOTHING, REMEMBERED = (), ((), None), 1024
 _entries: dict[tuple, "_Entry"] = {}
 _constants: dict[tuple, torch.Tensor] = {}
 _lock = threading.Lock()
@@ -45,7 +45,7 @@ class _Entry:
 
 
 class Derived:
-    """A cached ``make(*sources)``; it remembers the entry of its last sources.
+    """A cached ``make(*sources)``; it remembers the entries of its last sources, since weights may share a launch.
 
     Call it with the sources; it returns (tensor, ready). ``values``: the source is trained values, whose version is
     checked; then ``make`` may differ from call to call, as it reads other tensors too.
@@ -53,10 +53,11 @@ class Derived:
 
     def __init__(self, tag: str, make=None, values: bool = False):
         self.tag, self.make, self.values = tag, make, values
-        self.last = (), None  # weak references to the sources, and to their entry
+        # id of the first source -> weak references to the sources, and to their entry; other sources may have that id
+        self.last: dict[int, tuple] = {}
 
     def __call__(self, *sources: torch.Tensor, make=None) -> tuple[torch.Tensor, bool]:
-        last, entry = self.last
+        last, entry = self.last.get(id(sources[0]), NOTHING)
         entry = entry() if entry is not None else None
         for previous, source in zip(last, sources, strict=False):
             if previous() is not source:
@@ -84,7 +85,9 @@ class Derived:
             entry = _make(key, make, sources, versions)
         elif self.values and (entry.changed or first.requires_grad) and backend.capturing(first):
             return make(*sources)
-        self.last = tuple(map(weakref.ref, sources)), weakref.ref(entry)  # one assignment: other threads read it
+        if len(self.last) >= REMEMBERED:
+            self.last.clear()
+        self.last[id(first)] = tuple(map(weakref.ref, sources)), weakref.ref(entry)
         return entry
 
 

@@ -120,13 +120,24 @@ def _new_plan(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, A
 def planned_input(name: str, x: SparseTensor, weight: Any, tokens: int | None) -> Plan:
     """The Plan of an operator with a sparse activation and a dense weight, which has a shape.
 
-    It is prepared at each call: an activation has a new pattern each time, and so nothing to store a Plan with.
+    It is stored with the pattern of the activation: that of a site, which is new at each call, has the Plans of the
+    site (`Site.plans`). The signature has the share of the entries, in steps of half a percent, not their number.
     """
+    values, shape = x.parts["values"], x.stored_shape
+    share = -(-200 * values.numel() // max(1, shape[0] * shape[1]))
+    size = weight.shape, weight.stride(), values.dtype, values.device
+    signature = (name, KERNELS.version, shape, *size, share)
+    plan = x.cache.plans.get(signature)
+    return _prepare_input(name, x, weight, tokens, signature) if plan is None else plan
+
+
+def _prepare_input(name: str, x: SparseTensor, weight: Any, tokens: int | None, signature: tuple) -> Plan:
+    """Make the Plan, and store it."""
     values, layouts = x.parts["values"], (x.sparse_layout, None)
     flags = Flags(tokens, values.numel(), values.device, geometry={"input_major": weight.t().is_contiguous()})
     plan = prepare(name, layouts, (x.stored_shape, tuple(weight.shape)), values.dtype, flags)
     _record(name, x, layouts, plan)
-    return plan
+    return _stored(x, signature, plan)
 
 
 def planned_together(

@@ -25,6 +25,7 @@ from .conversion.pretrained import KEY
 from .conversion.recipe import recipes_of, set_recipes
 from .conversion.reparametrize import move
 from .conversion.select import Target, all_weights, expect_model, once_each
+from .conversion.site_files import change_of_sites, described_sites, expect_site_entries
 from .conversion.state_dict_hooks import accept_every_form, expect_undivided, finalized_state
 from .errors import FormatError
 from .layouts.registry import fields
@@ -33,19 +34,19 @@ from .training import engine
 from .training.inference_mode import ordinary_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
-VERSION = 3
+VERSION = 4
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write a model's parameters and buffers to a safetensors file, sparse weights as their parts.
+    """Write a model's parameters, buffers and sites to a safetensors file, sparse weights as their parts.
 
     Args:
         model: in any form; weights in trainable form are written like finalized ones.
         path: the file; it is replaced in one step, so that a killed process leaves the old file or the new one.
 
     Raises:
-        ValueError: the state has something that is not a tensor (an extra state of a module), or `path` is no regular
-            file.
+        ValueError: the state has something that is not a tensor (an extra state of a module), a site has a method with
+            fields that JSON cannot hold, or `path` is no regular file.
         FileNotFoundError: the folder does not exist.
         PermissionError: the file is read-only.
         OSError: the disk is full.
@@ -60,8 +61,9 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     """
     expect_model(model)
     tensors, sparse, ties = _flatten(model)
-    header = json.dumps({"version": VERSION, "sparse": sparse, "ties": ties, "recipes": recipes_of(model)})
-    tensor_file.write(path, tensors, {"format": "pt", "sten": header}, cpp.crc32())
+    header = {"version": VERSION, "sparse": sparse, "ties": ties, "sites": described_sites(model)}
+    header["recipes"] = recipes_of(model)
+    tensor_file.write(path, tensors, {"format": "pt", "sten": json.dumps(header)}, cpp.crc32())
 
 
 def _flatten(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, dict], dict[str, str]]:
@@ -92,7 +94,8 @@ def load(model: Model, path: str | os.PathLike | None = None, assign: bool = Fal
     All or nothing: names, shapes, layouts and indices are checked before the model is changed. Weights that are sparse
     in the file become SparseTensor Parameters, the others dense ones, in the model's dtype and on its device. Their
     identity and ties do not change, and optimizers that sten knows (`sten.attach`) are updated. Training with a method
-    ends: a run is resumed from `model.state_dict()`, not from such a file.
+    ends: a run is resumed from `model.state_dict()`, not from such a file. The sites of the model
+    (`sten.sparsify(site=...)`) become those of the file; a file of a version before 4 knows none, and leaves them.
 
     Args:
         model: on the meta device only with `assign`.
@@ -107,8 +110,8 @@ def load(model: Model, path: str | os.PathLike | None = None, assign: bool = Fal
 
     Raises:
         FileNotFoundError: no such file.
-        FormatError: not a complete sten file, an unknown layout, an index out of range, or names and shapes that are
-            not the model's.
+        FormatError: not a complete sten file, an unknown layout or method, an index out of range, or names, shapes and
+            sites that are not the model's.
         TypeError: the model is wrapped, by DistributedDataParallel or the like: load into the inner one.
 
     Example:
@@ -127,11 +130,15 @@ def load(model: Model, path: str | os.PathLike | None = None, assign: bool = Fal
         raise TypeError("Expected sten.load(model, path), got one argument; make a model of this architecture first.")
     targets = once_each(all_weights(model))
     expect_undivided(model)
-    state, recipes = read_state(path, mmap)
-    current = finalized_state(model)
+    state, recipes, entries = read_state(path, mmap)
+    sites = change_of_sites(model, entries, state)
+    sites.take(state)
+    current = sites.without_gone(finalized_state(model))
     _expect_fit(model, current, state, assign)
     engine.release(model)
+    sites.remove()
     _adopt(targets, current, state, _owners(model) if assign else {})
+    sites.install()
     accept_every_form(model)
     set_recipes(model, recipes)
     return model
@@ -147,7 +154,8 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         A dictionary: `version` of the format; `tensors`, the dense ones, name -> `{"dtype", "shape", "bytes"}`;
         `sparse`, name -> `{"layout", "fields", "shape", "transposed", "parts", "bytes", "density"}`, where `density` is
         the number of values divided by that of entries (padding counts); `ties`, name -> the name that it is tied to;
-        `recipes`, what `sten.sparsify` was called with, as data of `sten.Recipe.to_json`.
+        `sites`, a list of `{"module", "site", "method", "layout"}`; `recipes`, what `sten.sparsify` was called with, as
+        data of `sten.Recipe.to_json`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -179,11 +187,11 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         total = sum(part["bytes"] for part in parts.values())
         sparse[name] = {**entry, "parts": parts, "bytes": total, "density": values / max(entries, 1)}
     whole = {"version": header["version"], "tensors": tensors, "sparse": sparse, "ties": header["ties"]}
-    return {**whole, "recipes": header.get("recipes", [])}
+    return {**whole, "sites": header.get("sites", []), "recipes": header.get("recipes", [])}
 
 
-def read_state(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor], list]:
-    """The state in a file, checked, and the record of its recipes."""
+def read_state(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, Tensor], list, list | None]:
+    """The state in a file, checked, the record of its recipes, and its sites (None: it does not know of any)."""
     with tensor_file.open_file(path) as file:
         raw = tensor_file.read_header(file)
         header = _header(raw, path)
@@ -196,7 +204,7 @@ def read_state(path: str | os.PathLike, mmap: bool = False) -> tuple[dict[str, T
         raise FormatError(
             f"Expected tensors with the checksum of {os.fspath(path)!r}, got others: the file is damaged."
         )
-    return _unflatten(tensors, header), header.get("recipes", [])
+    return _unflatten(tensors, header), header.get("recipes", []), header.get("sites")
 
 
 def checksum_of_version_1(tensors: dict[str, Tensor]) -> int:
@@ -208,12 +216,13 @@ def checksum_of_version_1(tensors: dict[str, Tensor]) -> int:
 
 
 def _same_header(header: dict[str, Any]) -> dict[str, Any]:
-    """From version 1 to 2 the checksums moved to the file's own metadata; to 3, NM got bitmaps (`Layout.upgrade`)."""
+    """From version 1 to 2 the checksums moved to the file's own metadata; to 3, NM got bitmaps (`Layout.upgrade`); to
+    4, `sites` came, without which a file leaves those of a model."""
     return header
 
 
 # version -> to the next one
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _same_header, 2: _same_header}
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = dict.fromkeys((1, 2, 3), _same_header)
 
 
 def _header(raw: tensor_file.Header, path: str | os.PathLike) -> dict[str, Any]:
@@ -248,6 +257,7 @@ def header_of(text: str | None, path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(header.get("recipes", []), list):  # a record, of which nothing is made
         raise FormatError(wrong)
     expect_descriptions(sparse)
+    expect_site_entries(header.get("sites", []))
     for step in range(version, VERSION):
         header = UPGRADES[step](header)
     return header

@@ -300,7 +300,7 @@ def from_dense(tensor: Tensor, layout: Layout, mask: Tensor | None = None) -> Sp
             raise TypeError(f"Expected a bool mask, got {mask.dtype}; call .bool() on it.")
         elif tuple(mask.shape) != shape:
             raise ValueError(f"Expected a mask of the tensor's shape {shape}, got {tuple(mask.shape)}.")
-        else:
+        elif layout.rate is None:  # `pack` refuses what the others cannot hold
             expect_held(layout, mask)
         return SparseTensor(layout, layout.pack(tensor, mask.to(tensor.device)), shape)
 

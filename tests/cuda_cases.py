@@ -62,7 +62,8 @@ def emulated(folder, kernel, **macros):
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", *FLAGS, *defines]
     subprocess.run(["g++", *flags, str(program), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
-    start = loaded.start
+    start, pointer = loaded.start, ctypes.c_void_p
+    start.argtypes = [pointer, *[ctypes.c_uint] * 7, pointer, pointer, pointer]
     start.late = ctypes.c_int.in_dll(loaded, "late")
     return start
 

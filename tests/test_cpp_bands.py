@@ -1,4 +1,4 @@
-"""The CPU kernels of rows that share their columns (VectorNM, BSR, FanIn; CSR's gradients) against float64 products."""
+"""The CPU kernels of rows that share columns (VectorNM, BSR, FanIn; gradients of CSR), and gradients of GroupedNM."""
 
 import pytest
 import torch
@@ -22,13 +22,16 @@ LAYOUTS = [
     sten.BSR((9, 40)),
     sten.FanIn(),
     sten.CSR(),
+    sten.GroupedNM(1, 10, 8),
+    sten.GroupedNM(2, 4, 2),
+    sten.GroupedNM(5, 6, 2),
 ]
 
 
 def random_weight(layout, shape):
     """A sparse weight; the second output is empty where the layout may leave out outputs."""
     score = torch.randn(shape)
-    mask = layout.mask(score) if isinstance(layout, sten.VectorNM) else layout.mask(score, 0.7)
+    mask = layout.mask(score, None if layout.rate else 0.7)
     if layout == sten.FanIn() and shape[0] > 1:
         mask[1] = False
     return sten.from_dense(score * mask, layout, mask)
@@ -68,7 +71,7 @@ def test_which_names_the_kernel(layout):
     weight = random_weight(layout, (32, 64))
     for operator, features in (("linear", 64), ("matmul", 32), ("linear_grad_weight", 32)):
         plan = sten.which(operator, (5, features), weight)
-        assert plan.kernel.startswith(("band_", "csr_")) and plan.variant == "float32", plan
+        assert plan.kernel.startswith(("band_", "csr_", "grouped_nm_")) and plan.variant == "float32", plan
     assert sten.which("linear", (5, 64), weight.to(torch.float16)).variant == "converted"
     assert sten.which("linear", (5, 64), weight.to(torch.float64)).kernel == "reference"
 
@@ -90,7 +93,10 @@ def test_other_dtypes_are_rounded_once(layout, dtype):
         torch.testing.assert_close(got[name].double(), want, rtol=torch.finfo(dtype).eps, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("layout", [sten.VectorNM(2, 4, 8), sten.BSR((8, 8)), sten.FanIn(), sten.CSR()], ids=str)
+THREADED = [sten.VectorNM(2, 4, 8), sten.BSR((8, 8)), sten.FanIn(), sten.CSR(), sten.GroupedNM(1, 4, 16)]
+
+
+@pytest.mark.parametrize("layout", [*THREADED, sten.GroupedNM(2, 4, 8)], ids=str)
 def test_on_two_threads(layout, poisoned):
     """Several blocks of columns, several pieces of rows, a last panel that is not full."""
     torch.manual_seed(0)
@@ -164,6 +170,19 @@ def test_opcheck():
         torch.library.opcheck(ops.band_linear.default, (x, values, crow, col, torch.randn(12), height, columns, 12))
         torch.library.opcheck(ops.band_grad_input.default, (grad, values, crow, col, height, columns, 20))
         torch.library.opcheck(ops.band_grad_values.default, (grad, x, crow, col, height, width, columns))
+
+
+def test_opcheck_of_grouped_nm():
+    torch.manual_seed(0)
+    x, grad, ops = torch.randn(5, 20), torch.randn(5, 12), torch.ops.sten
+    values, index = random_weight(sten.GroupedNM(2, 4, 2), (12, 20)).parts.values()
+    torch.library.opcheck(ops.grouped_nm_grad_input.default, (grad, values, index, 2, 4, 2, 20))
+    torch.library.opcheck(ops.grouped_nm_grad_values.default, (grad, x, index, 2, 4, 2))
+    for wrong, message in (((grad[:, :7], x), "Expected index"), ((grad, x[:2]), "leading dimensions")):
+        with pytest.raises(RuntimeError, match=message):
+            ops.grouped_nm_grad_values(*wrong, index, 2, 4, 2)
+    with pytest.raises(ValueError, match="Expected index from 0"):
+        ops.grouped_nm_grad_input(grad, values, index + 12, 2, 4, 2, 20)
 
 
 def wrong_calls():

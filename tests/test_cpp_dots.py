@@ -1,4 +1,4 @@
-"""Dot products along the columns on the CPU: NM, and few tokens or bfloat16 of VectorNM, BSR, FanIn and CSR."""
+"""NM on the CPU, few tokens of VectorNM, BSR, FanIn and CSR, and bfloat16 of all."""
 
 import pytest
 import torch
@@ -23,6 +23,11 @@ BANDS = [
     sten.BSR((9, 40)),
     sten.FanIn(),
     sten.CSR(),
+    sten.GroupedNM(1, 4, 5),
+    sten.GroupedNM(2, 4, 8),
+    sten.GroupedNM(3, 4, 3),
+    sten.GroupedNM(4, 6, 1),
+    sten.GroupedNM(5, 6, 2),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a result rounded once
@@ -91,12 +96,14 @@ def test_which():
         (sten.NM(16, 32), torch.float32, 5): "bitmap",
         (sten.NM(16, 32), torch.float32, 500): "expand",
         (sten.NM(16, 32), torch.float16, 5): "converted",
-        (sten.FanIn(), torch.bfloat16, 60): "converted",
+        (sten.FanIn(), torch.float16, 60): "converted",
+        (sten.GroupedNM(5, 6, 1), torch.bfloat16, 60): "converted",
     }
     if cpp.features()["bfloat16"]:
         plans[sten.NM(2, 4), torch.bfloat16, 1] = "bitmap"
-        for layout, tokens in ((sten.VectorNM(1, 4, 64), 5), (sten.VectorNM(1, 4, 64), 500), (sten.CSR(), 1)):
-            plans[layout, torch.bfloat16, tokens] = "bfloat16"
+        for layout in (sten.VectorNM(1, 4, 64), sten.FanIn(), sten.CSR(), sten.GroupedNM(2, 4, 8)):
+            plans |= {(layout, torch.bfloat16, tokens): "bfloat16" for tokens in (1, 60, 500)}
+        plans[sten.GroupedNM(2, 4, 8), torch.bfloat16, 1] = "converted"
     for (layout, dtype, tokens), variant in plans.items():
         weight = random_weight(layout, (64, 64), dtype)
         assert sten.which("linear", (tokens, 64), weight).variant == variant, (layout, dtype, tokens)
@@ -119,7 +126,23 @@ def test_another_instruction_set_is_right():
             cpp.set_instruction_set("auto")
 
 
-@pytest.mark.parametrize("layout", [sten.NM(16, 32), sten.NM(2, 4), sten.VectorNM(1, 8, 16)], ids=str)
+@pytest.mark.parametrize("layout", BANDS, ids=str)
+def test_infinite_activations_touch_only_their_entries(layout):
+    """Bfloat16 is multiplied by pairs: what fills up a pair must not make NaN of an infinite activation."""
+    torch.manual_seed(0)
+    weight = random_weight(layout, (9, 75), torch.bfloat16)
+    stored = weight.to_dense() != 0
+    for tokens in (1, 5, 20, 130):
+        x = torch.randn(tokens, 75).bfloat16()
+        x[:, 40] = torch.inf
+        finite = F.linear(x, weight).isfinite().all(0)
+        assert torch.equal(finite, ~stored[:, 40]) or isinstance(layout, sten.BSR)  # which stores zeros as well
+
+
+THREADED = [sten.NM(16, 32), sten.NM(2, 4), sten.VectorNM(1, 8, 16), sten.CSR(), sten.FanIn(), sten.GroupedNM(1, 4, 8)]
+
+
+@pytest.mark.parametrize("layout", THREADED, ids=str)
 def test_two_threads(layout):
     torch.manual_seed(0)
     before = torch.get_num_threads()
@@ -127,7 +150,7 @@ def test_two_threads(layout):
     try:
         for dtype in DTYPES[:2]:
             weight = random_weight(layout, (700, 320), dtype)
-            for tokens in (1, 6, 24):
+            for tokens in (1, 6, 24) if isinstance(layout, sten.NM) else (1, 6, 24, 75):
                 x, bias = torch.randn(2, tokens, 640).to(dtype)[..., ::2], torch.randn(700).to(dtype)
                 y = F.linear(x, weight, bias)
                 assert_product(y.flatten(0, 1), x.flatten(0, 1), weight.to_dense(), bias)

@@ -204,7 +204,8 @@ def test_a_launch_that_overlaps_is_what_the_driver_takes():
     config.attrs, config.numAttrs = [attribute], 1
     want = ctypes.string_at(config.getPtr(), 56)
 
-    def launch(got, handle, parameters, extra):
+    def launch(config, handle, parameters, extra):
+        got = ctypes.string_at(config, 56)
         address = int.from_bytes(got[40:48], "little")
         compared.append(got[:40] + got[48:] == want[:40] + want[48:])
         compared.append(ctypes.string_at(address, 72) == ctypes.string_at(int.from_bytes(want[40:48], "little"), 72))

@@ -75,6 +75,32 @@ def test_sparse_autoencoder(method, monkeypatch, capsys, one_thread):
     assert 2.5 < float(numbers[1]) <= (4.0 if method == "topk" else 6.0), "about k latents are active"
 
 
+def test_teal(capsys, one_thread):
+    """Greedy fractions move the outputs less than one fraction for all, for the same number of zeros."""
+    pytest.importorskip("transformers")
+    script = runpy.run_path(str(EXAMPLES / "teal.py"))
+    script["main"]()
+    out = capsys.readouterr().out
+    first, second = map(float, re.findall(r"error ([\d.]+)", out))
+    assert second < 0.9 * first < 0.3
+    zero = [float(part) for part in re.findall(r"proj': ([\d.]+)", out)]
+    assert len(zero) == 12 and 0.48 < sum(zero[6:]) / 6 < 0.53
+
+
+def test_teal_drops_what_costs_nothing(one_thread):
+    """An input that is almost zero is dropped first, whole; what is left of the sparsity goes to the others."""
+    greedy = runpy.run_path(str(EXAMPLES / "teal.py"))["greedy"]
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    with torch.no_grad():
+        block[0].weight.mul_(1e-6), block[0].bias.fill_(1.0)
+    x = torch.randn(50, 16)
+    edges = greedy(block, ("0", "1"), [((x,), {})], 0.5, step=0.05)
+    assert edges["0"] >= float(x.abs().max()) and edges["1"] == 0.0
+    edges = greedy(block, ("0", "1"), [((x,), {})], 0.6, step=0.05)
+    assert float((block[0](x).abs() <= edges["1"]).float().mean()) == pytest.approx(0.2, abs=0.01)
+
+
 def test_top_k_gradients(tmp_path):
     out = run(sys.executable, str(EXAMPLES / "topk_gradients.py"), "--tiny", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert "with 1 % of the gradients" in out  # it checks itself that the ranks agree and learn

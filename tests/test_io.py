@@ -309,7 +309,7 @@ def test_the_compiled_checksum_is_zlibs(size):
         assert cpp.crc32()(piece, 0) == zlib.crc32(piece)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_every_version_loads(version):
     """tests/files/model-<version>.safetensors is what each version of the format wrote."""
     path = Path(__file__).parent / "files" / f"model-{version}.safetensors"
@@ -320,6 +320,8 @@ def test_every_version_loads(version):
         "CSR", "NM", "FanIn", "BSR", "VectorNM", "GroupedNM",
     }  # fmt: skip
     assert model[3].weight is model[2].weight
+    sites = ["input of 6: TopK(k=4), FanIn()", "output of 7: JumpReLU(threshold=0.5, bandwidth=0.1), dense with zeros"]
+    assert [str(site) for site in sten.summary(model).sites] == (sites if version == 4 else [])
     dense = every_layout_model()
     for name, w in sparse_weights(model).items():
         assert torch.equal(w.to_dense(), dense.get_parameter(name) * w.mask()), name

@@ -47,9 +47,11 @@ LAYERS = [
 # the files of sten/layouts that are no layout
 SHARED = {
     "__init__",
+    "assignment",
     "base",
     "bitmap",
     "checks",
+    "compiled",
     "compressed_rows",
     "construct",
     "padding",

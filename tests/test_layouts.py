@@ -368,7 +368,7 @@ def test_grouped_nm_matches_exactly_where_choice_is_narrow():
 
 
 def test_augmenting_paths_repair_a_bad_start():
-    from sten.layouts.grouped_nm import match
+    from sten.layouts.assignment import match
 
     fits = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 1]], dtype=torch.bool)
     # Column 2 needs pattern 2, whose user moves to 0, whose user moves to 1.

@@ -76,8 +76,11 @@ def test_the_same_outputs_and_more_kept(kind, layout):
     for a, b in zip(before, outputs(model, example), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
     new = kept(model, **settings(layout, kind))
-    assert all(new[name] >= old[name] - 1e-6 for name in old) and sum(new.values()) > sum(old.values())
-    assert {row.name: round(row.kept_after, 5) for row in report.rows} == {n: round(k, 5) for n, k in new.items()}
+    assert all(row.kept_after >= row.kept_before for row in report.rows)
+    assert sum(row.kept_after - row.kept_before for row in report.rows) > 0 and sum(new.values()) > sum(old.values())
+    for row in report.rows:
+        if layout.rate or row.rows.startswith("stay"):  # others are weighted: tests/test_permute_worth.py
+            assert (row.kept_before, row.kept_after) == pytest.approx((old[row.name], new[row.name]), abs=1e-5)
     assert any(not torch.equal(dense[name], p) for name, p in model.state_dict().items())
     if layout == LAYOUTS[1]:  # blocks: rows and columns alike matter
         moved = [f"{row.name.removesuffix('.weight')} {d}" for row in report.rows for d in ("rows", "columns")

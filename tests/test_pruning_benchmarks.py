@@ -78,6 +78,15 @@ def test_every_cell_is_spelled_with_names_of_sten(bench):
             evaluated(cell.sparsity)
 
 
+def test_cells_that_differ_in_distillation_are_pruned_once(bench):
+    from cells import RATES, Cell, rates
+
+    assert len({cell.name for cell in rates()}) == 2 * len(RATES)
+    assert len({cell.before_distillation for cell in rates()}) == 2
+    usual = Cell("", "minilm", "NM(2, 4)", "Wanda()", steps=100, seed=1, domain="both")  # older results have this name
+    assert usual.name == "minilm | NM(2, 4) | Wanda() | distill 100 | both | seed 1"
+
+
 def test_grid_speed_and_report(bench, tmp_path, capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")

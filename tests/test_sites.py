@@ -306,11 +306,6 @@ def test_compiled(site, method, layout):
         torch.testing.assert_close(p.grad.to_dense() if isinstance(p.grad, sten.SparseTensor) else p.grad, grad)
 
 
-def test_exported():
-    model, x = sten.sparsify(mlp(), FanIn(), TOP, site="input").eval(), torch.randn(6, 16)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
-
-
 # what cannot be meant: one sentence, and nothing changed
 
 REFUSED = {

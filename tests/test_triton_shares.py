@@ -124,12 +124,15 @@ def traces(tmp_path_factory):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fake tensors stand for a GPU that is not there")
 def test_traces(traces):
-    """Few tokens: launches that write nothing but their shares. Others, and dynamic counts: whole operators, one
-    graph for all sizes."""
-    assert len(traces) == 30
+    """Few tokens: launches that write nothing but their shares, or their result. Others, and dynamic counts: whole
+    operators, one graph for all sizes."""
+    assert len(traces) == 40
     for name, found in traces.items():
-        launched = name.endswith((" 1", " 9")) and not name.startswith(("CSR", "GroupedNM"))
+        started = name.endswith((" 1", " 9")) if name.startswith("bitmap") else name == "steps of CSR finalized 1"
+        launched = name.endswith((" 1", " 9")) and name.startswith(("NM", "VectorNM", "BSR"))
         assert found["graphs"] == 1, name
         assert found["launches"] == (2 if launched else 0), name
         assert found["written"] == ["y_ptr"] * found["launches"], name
-        assert len(found["operators"]) == (0 if launched else 2), name
+        assert len(found["started"]) == (2 if started else 0), name
+        assert all(operator.endswith("_launch.default") for operator in found["started"]), name
+        assert len(found["operators"]) == (0 if launched or started else 2), name

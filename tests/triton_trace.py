@@ -2,8 +2,9 @@
 
     python triton_trace.py
 
-Prints JSON: {"layout form tokens": {"launches": traced Triton kernels, "written": tensors that they write, "operators":
-sten's operators that stayed whole, "graphs": how many graphs calls of two sizes made}}.
+Prints JSON: {"layout form tokens": {"launches": traced Triton kernels, "written": tensors that they write, "started":
+traced launches of CUDA C++, "operators": sten's operators that stayed whole, "graphs": how many graphs calls of two
+sizes made}}.
 """
 
 import json
@@ -20,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 os.environ["STEN_AUTOTUNE"] = "0"  # nothing can be timed here
 
 import sten
+from sten.kernels import csr_few, nvrtc
 from sten.kernels.backend import Backend
 from sten.tensor import SparseTensor
 
@@ -27,6 +29,7 @@ I, H, O = 256, 512, 128
 LAYOUTS = {
     "NM": (sten.NM(2, 4), None), "NM of 16": (sten.NM(2, 16), None), "VectorNM": (sten.VectorNM(1, 4, 32), None),
     "BSR": (sten.BSR((64, 64)), 0.5), "CSR": (sten.CSR(), 0.8), "GroupedNM": (sten.GroupedNM(1, 4, 8), None),
+    "bitmap": (sten.NM(16, 32), None), "steps of CSR": (sten.CSR(), 0.8),
 }  # fmt: skip
 TOKENS = {"1": (1,), "9": (9,), "512": (512,), "dynamic": (5, 9)}
 
@@ -78,11 +81,13 @@ def trace(model: nn.Module, sizes: tuple[int, ...]) -> dict:
         if len(sizes) > 1:
             torch._dynamo.mark_dynamic(x, 0)
         assert compiled(x).shape == (size, O)
-    result = {"launches": 0, "written": [], "operators": [], "graphs": len(graphs)}
+    result = {"launches": 0, "written": [], "started": [], "operators": [], "graphs": len(graphs)}
     for node in (node for graph in graphs for node in graph.graph.nodes):
         if "triton_kernel_wrapper" in str(node.target):
             result["launches"] += 1
             result["written"] += node.kwargs["tensors_to_clone"]
+        elif "auto_functionalized" in str(node.target):
+            result["started"].append(str(node.args[0]))
         elif "sten." in str(node.target):
             result["operators"].append(str(node.target))
     return result
@@ -93,7 +98,9 @@ def main():
     Backend.multiprocessors = lambda self, x: 132
     Backend.capability = lambda self, device: (9, 0)
     results = {}
+    csr_few.LEAST_ROWS = O
     for name, (layout, sparsity) in LAYOUTS.items():
+        nvrtc.available = lambda name=name: name in ("bitmap", "steps of CSR")
         for tokens, sizes in TOKENS.items():
             for form in ("finalized", "trainable") if tokens == "dynamic" else ("finalized",):
                 model = make(layout, sparsity, form)

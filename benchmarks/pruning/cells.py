@@ -37,6 +37,8 @@ class Cell:
         steps: of distillation, after it.
         domain: of the text of calibration and distillation.
         seed: chooses that text.
+        lr: of distillation.
+        batch: sequences a step of distillation; None: 2 of SmolLM2, 32 of MiniLM.
     """
 
     group: str
@@ -48,6 +50,8 @@ class Cell:
     steps: int = 0
     domain: str = "python"
     seed: int = 0
+    lr: float = 3e-4
+    batch: int | None = None
 
     @property
     def pattern(self) -> str:
@@ -59,7 +63,7 @@ class Cell:
     @property
     def before_distillation(self) -> Cell:
         """The same for all cells that differ in distillation alone."""
-        return replace(self, group="", steps=0)
+        return replace(self, group="", steps=0, lr=Cell.lr, batch=None)
 
     @property
     def name(self) -> str:
@@ -67,6 +71,8 @@ class Cell:
         parts = [self.model, self.pattern, self.method]
         parts += ["permuted"] if self.permute else []
         parts += [f"distill {self.steps}"] if self.steps else []
+        parts += [f"lr {self.lr:g}"] if self.lr != Cell.lr else []
+        parts += [f"batch {self.batch}"] if self.batch else []
         parts += [self.domain] if self.domain != "python" else []
         return " | ".join([*parts, f"seed {self.seed}"])
 
@@ -88,6 +94,8 @@ PERMUTED = (*CHAINED[2:], ("NM(2, 4)", None), ("GroupedNM(2, 4, 8)", None))
 SENSITIVITY = "sensitivity"  # in place of an Allocation: what sten.sensitivity chooses
 CANDIDATES = tuple(round(0.3 + 0.05 * i, 2) for i in range(9))
 AGAIN, REPEATED = ("NM(2, 4)", "NM(16, 32)", "VectorNM(2, 4, 32)"), (CHAINS[0], BEST, RECONSTRUCTED)
+RATES = (5e-4, 1e-3, 2e-3)  # of distillation with batches of RATES_BATCH
+RATES_BATCH = 128
 STEPS = {"smollm2": (40, 100, 200), "minilm": (100, 300)}
 
 
@@ -119,12 +127,21 @@ def cells(seeds: int) -> Iterator[Cell]:
                 for method in ("Wanda()", "SparseGPT()", BEST)
             )
         yield from (replace(cell, domain="both") for cell in recovered if cell.layout in ("NM(2, 4)", "CSR()"))
+        if model == "minilm":
+            yield from rates()
         again = [
             cell for cell in (*dense, *chains) if cell.layout in AGAIN[:2] and cell.method in (*MASKS[1:], *REPEATED)
         ]
         again += [cell for cell in recovered if cell.layout in AGAIN]
         for seed in range(1, seeds):  # another draw of the calibration text
             yield from (replace(cell, seed=seed) for cell in again)
+
+
+def rates() -> Iterator[Cell]:
+    """Other learning rates and batches of MiniLM's distillation, all of which are reported: none is chosen by them."""
+    for layout, at in (("CSR()", 0.5), ("NM(2, 4)", None)):
+        for lr in RATES:
+            yield Cell("rates", "minilm", layout, CHAINS[3], at, False, 300, "both", 0, lr, RATES_BATCH)
 
 
 def chosen(seeds: int, patterns: list[str]) -> list[Cell]:

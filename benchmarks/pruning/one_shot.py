@@ -113,24 +113,23 @@ class Bench:
         dense = self.model(cell.model)
         model, report = self.pruned(cell)
         if cell.steps:
-            size = 2 if cell.model == "smollm2" else 32
+            size = cell.batch or (2 if cell.model == "smollm2" else 32)
             batches = self.batches(cell, cell.steps * size, size, cell.seed + 1000)
             with Clock(self.device, report["seconds"])("distill"):
-                distilled(cell, model, dense, batches, self.arguments.lr)
-            report["lr"] = self.arguments.lr
+                distilled(cell, model, dense, batches)
         quality, (stored, whole) = self.quality(cell.model, model), bytes_of(model, chosen_weights(dense))
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else 0
         return {**quality, **report, "bytes": stored, "dense_bytes": whole, "peak_bytes": peak}
 
 
-def distilled(cell: Cell, model: nn.Module, dense: nn.Module, batches: list[dict], lr: float) -> None:
+def distilled(cell: Cell, model: nn.Module, dense: nn.Module, batches: list[dict]) -> None:
     """Train the sparse weights, biases and norms towards the dense model; embeddings stay as they are."""
     model.requires_grad_(True)
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
     features = 1.0 if cell.model == "minilm" else 0.0
-    sten.distill(model, dense, batches, steps=cell.steps, lr=lr, features=features)
+    sten.distill(model, dense, batches, steps=cell.steps, lr=cell.lr, features=features)
 
 
 class Clock:
@@ -194,7 +193,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sequences", type=int, default=16, help="of 1024 tokens, for calibration of SmolLM2")
     parser.add_argument("--passages", type=int, default=512, help="for calibration of MiniLM")
-    parser.add_argument("--lr", type=float, default=3e-4, help="of distillation")
     parser.add_argument("--windows", type=int, default=0, help="evaluate on the first so many only")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no cell starts")
     parser.add_argument("--out", type=Path, default=RESULTS)

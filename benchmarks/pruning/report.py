@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cells import BEST, CHAINED, CHAINS, MASKS, PATTERNS, PERMUTED, RECONSTRUCTED, SENSITIVITY, STEPS, Cell
+from cells import cells as planned
+from cells import rates as tried
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -113,14 +115,21 @@ def permuted(results: Results, model: str) -> str:
 
 
 def others(results: Results, model: str) -> str:
-    rows = [
-        [f"`{row['layout']}`, `sten.{row['sparsity']}`" if isinstance(row["sparsity"], str)
-         else f"`{pattern(row['layout'], row['sparsity'])}`", f"`{row['method']}`", row["domain"],
-         results.shown(Cell(**{name: row[name] for name in Cell.__dataclass_fields__}))]
-        for row in results.cells.values()
-        if row["group"] in ("dsnot", "allocation", "domains") and row["model"] == model and row["seed"] == 0
-    ]  # fmt: skip
+    rows = []
+    for cell in planned(1):
+        if cell.group in ("dsnot", "allocation", "domains") and cell.model == model and results.rows(cell):
+            at = f"`{cell.layout}`, `sten.{cell.sparsity}`" if isinstance(cell.sparsity, str) else f"`{cell.pattern}`"
+            rows.append([at, f"`{cell.method}`", cell.domain, results.shown(cell)])
     return table(["layout", "method", "calibrated on", "quality"], rows)
+
+
+def rates(results: Results) -> str:
+    """Other learning rates and batches of distillation."""
+    rows: dict[str, list[str]] = {}
+    for cell in tried():
+        what = f"`{cell.method}`, {cell.steps} steps, batches of {cell.batch}, lr {cell.lr:g}"
+        rows.setdefault(what, [what]).append(results.shown(cell))
+    return table(["distilled on both domains", "`CSR() 50%`", "`NM(2, 4)`"], list(rows.values()))
 
 
 def speeds(device: str, model: str) -> str:
@@ -202,7 +211,8 @@ def targets(results: Results) -> Iterator[tuple[str, bool | None, str]]:
         yield says(f"{model}: DSnoT improves Wanda at 70 %, by", gain, lambda v: v > 0, ".3f")
     for layout, at, wanted in (("CSR()", 0.5, 0.985), ("NM(2, 4)", None, 0.97)):
         texts = [{"steps": steps, "domain": domain} for steps in STEPS["minilm"] for domain in ("python", "both")]
-        error = least([of(layout, BEST, at, "minilm", **text) for text in texts])
+        others = [results.increase(cell) for cell in tried() if cell.layout == layout]
+        error = least([of(layout, BEST, at, "minilm", **text) for text in texts] + others)
         yield says(
             f"minilm, {pattern(layout, at)}: cosine {wanted} after at most 300 steps",
             1 - error,
@@ -265,7 +275,7 @@ def tables(results: Results) -> dict[str, str]:
         "head": head(results),
         "targets": verdicts(results),
     }
-    found["trained layouts"] = trained_layouts()
+    found |= {"trained layouts": trained_layouts(), "rates": rates(results)}
     for model in ("smollm2", "minilm"):
         found |= {f"{f.__name__} {model}": f(results, model) for f in (grid, chains, permuted, others)}
         found |= {f"speed {device} {model}": speeds(device, model) for device in ("cuda", "cpu")}

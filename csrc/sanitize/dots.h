@@ -83,8 +83,8 @@ void try_bitmap(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, in
 }
 
 // Lists (width 0) or blocks in bfloat16.
-void try_bf16_bands(const Dots<bf16>& dots, int64_t tokens, int64_t in, int64_t out, int64_t height, int64_t width,
-                    int threads) {
+void try_bf16_bands(const Dots<bf16>& dots, const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_t height,
+                    int64_t width, int threads) {
   const int64_t unit = std::max<int64_t>(width, 1), slots = ceil_div(in, unit), bands = ceil_div(out, height);
   const int64_t count = (slots + 1) / 3;
   std::vector<int32_t> crow{0}, col;
@@ -108,8 +108,22 @@ void try_bf16_bands(const Dots<bf16>& dots, int64_t tokens, int64_t in, int64_t 
       }
   Elements<bf16> data(tokens, in, out, threads == 1);
   const BandsOf<bf16> w{values.data(), width ? crow.data() : nullptr, col.data(), out, slots * unit, height, unit, count};
-  dots_linear(data.problem, w, dots, {threads, run_tasks});
+  bands_linear(data.problem, w, dots, k, {threads, run_tasks});
   compare_dots("bands of bfloat16", data.problem, dense);
+  dots_linear(data.problem, w, dots, {threads, run_tasks});
+  compare_dots("dot products of bfloat16", data.problem, dense);
+}
+
+// GroupedNM in bfloat16, with the pattern of w, where at[row, column] is the entry.
+void try_bf16_grouped(int64_t tokens, int64_t in, int64_t out, const Grouped& w, const std::vector<int64_t>& at,
+                      const Kernels& k, int threads) {
+  const std::vector<bf16> values = random_elements<bf16>(w.chunks * w.strips * w.columns() * w.n);
+  std::vector<float> dense(out * in);
+  for (size_t i = 0; i < dense.size(); ++i) dense[i] = at[i] < 0 ? 0.0f : to_float(values[at[i]]);
+  Elements<bf16> data(tokens, in, out, threads == 1);
+  const GroupedOf<bf16> half{values.data(), w.index, w.rows, w.exchanges, w.n, w.m, w.g, w.patterns, w.chunks, w.strips};
+  grouped_linear(data.problem, half, bf16_dots()->panels, k, {threads, run_tasks});
+  compare_dots("grouped, bfloat16", data.problem, dense);
 }
 
 template <typename E>

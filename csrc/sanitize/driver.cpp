@@ -4,12 +4,15 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <thread>
 #include <type_traits>
 
 #include "../crc32.h"
+#include "../epilogue.h"
 #include "../linear.h"
+#include "../pack.h"
 
 namespace {
 
@@ -62,6 +65,25 @@ struct Data {
         problem{x.data(), biased ? bias.data() : nullptr, y.data(), tokens, in, out} {}
 };
 
+// The gradient of the values, where at[row, column] is the entry, against grad^T x.
+void compare_values(const char* what, const Data& grad, const Data& x, const std::vector<int64_t>& at,
+                    const std::vector<float>& gradient) {
+  const int64_t out = grad.problem.in, in = x.problem.in;
+  for (int64_t i = 0; i < out * in; ++i) {
+    if (at[i] < 0) continue;
+    double sum = 0.0, scale = 0.0;
+    for (int64_t t = 0; t < x.problem.tokens; ++t) {
+      const double product = static_cast<double>(grad.x[t * out + i / in]) * x.x[t * in + i % in];
+      sum += product;
+      scale += std::abs(product);
+    }
+    if (std::abs(gradient[at[i]] - sum) <= 2e-6 * scale) continue;
+    std::printf("%s, gradient of the values: %g instead of %g\n", what, gradient[at[i]], sum);
+    ++failures;
+    return;
+  }
+}
+
 void try_csr(const Kernels& k, int64_t tokens, int64_t in, int64_t out, double density, bool biased, int threads) {
   Data data(tokens, in, out, biased);
   std::bernoulli_distribution keep(density);
@@ -80,6 +102,9 @@ void try_csr(const Kernels& k, int64_t tokens, int64_t in, int64_t out, double d
   compare("csr", data.problem, dense);
 }
 
+void try_bf16_grouped(int64_t tokens, int64_t in, int64_t out, const Grouped& w, const std::vector<int64_t>& at,
+                      const Kernels& k, int threads);    // dots.h
+
 void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int n, int m, int g, bool biased,
                  int threads) {
   Data data(tokens, in, out, biased);
@@ -88,7 +113,8 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
   const int64_t chunks = ceil_div(in, width), strips = ceil_div(out, m);
   std::vector<float> values = random_floats(chunks * strips * width * n);
   std::vector<int16_t> index(chunks * strips * width);
-  std::vector<double> dense(out * in);
+  std::vector<double> dense(out * in), transposed(out * in);
+  std::vector<int64_t> at(out * in, -1);    // the entry stored there
   for (int64_t block = 0; block < chunks * strips; ++block) {
     int16_t* begin = index.data() + block * width;
     for (int64_t i = 0; i < width; ++i) begin[i] = static_cast<int16_t>(i);
@@ -97,14 +123,22 @@ void try_grouped(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int 
       for (int i = 0; i < n; ++i) {
         const int64_t row = block % strips * m + order.rows[slot / g * n + i];
         const int64_t column = block / strips * width + begin[slot];
-        float& value = values[(block * width + slot) * n + i];
+        const int64_t entry = (block * width + slot) * n + i;
+        float& value = values[entry];
         if (row >= out || column >= in) value = 0.0f;
-        else dense[row * in + column] = value;
+        else at[row * in + column] = entry, dense[row * in + column] = transposed[column * out + row] = value;
       }
   }
   const Grouped w{values.data(), index.data(), order.rows.data(), order.exchanges.data(), n, m, g, count, chunks, strips};
-  grouped_linear(data.problem, w, k, {threads, run_tasks});
+  grouped_linear(data.problem, w, k.dots.panels, k, {threads, run_tasks});
   compare("grouped", data.problem, dense);
+  Data back(tokens, out, in, false);
+  grouped_grad_input(back.problem, w, k, {threads, run_tasks});
+  compare("grouped, gradient of the input", back.problem, transposed);
+  std::vector<float> gradient(values.size());
+  grouped_grad_values(back.x.data(), data.x.data(), tokens, out, in, w, gradient.data(), k, {threads, run_tasks});
+  compare_values("grouped", back, data, at, gradient);
+  if (n <= kPairRows && bf16_dots()) try_bf16_grouped(tokens, in, out, w, at, k, threads);
 }
 
 // Lists (width 0) or blocks: y, and the gradients as the products that they are.
@@ -143,26 +177,14 @@ void try_bands(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_
         }
   if (!bands_in_bounds(w, static_cast<int64_t>(col.size()), {threads, run_tasks})) ++failures;
   Data data(tokens, in, out, biased);
-  bands_linear(data.problem, w, k, {threads, run_tasks});
+  bands_linear(data.problem, w, k.dots, k, {threads, run_tasks});
   compare("bands", data.problem, dense);
   Data back(tokens, out, in, false);
   bands_grad_input(back.problem, w, k, {threads, run_tasks});
   compare("bands, gradient of the input", back.problem, transposed);
   std::vector<float> gradient(values.size());
   bands_grad_values(back.x.data(), data.x.data(), tokens, in, w, gradient.data(), k, {threads, run_tasks});
-  for (int64_t i = 0; i < out * in; ++i) {
-    if (at[i] < 0) continue;
-    double sum = 0.0, scale = 0.0;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const double product = static_cast<double>(back.x[t * out + i / in]) * data.x[t * in + i % in];
-      sum += product;
-      scale += std::abs(product);
-    }
-    if (std::abs(gradient[at[i]] - sum) <= 2e-6 * scale) continue;
-    std::printf("bands, gradient of the values: %g instead of %g\n", gradient[at[i]], sum);
-    ++failures;
-    return;
-  }
+  compare_values("bands", back, data, at, gradient);
 }
 
 // A convolution against its definition; `height` 0 is CSR, else lists with the channels last in a row.
@@ -231,12 +253,6 @@ bf16 to_bfloat(float value) {
   return static_cast<bf16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 float to_float(float value) { return value; }
-float to_float(bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
 template <typename E>
 std::vector<E> random_numbers(int64_t n) {
   std::vector<E> out;
@@ -344,6 +360,8 @@ void try_topk(int64_t rows, int64_t columns, int threads) {
 }
 
 #include "dots.h"
+#include "epilogues.h"
+#include "packing.h"
 
 // Patterns with a few numbers replaced, as a hostile file has them: either they are out of bounds by the check, or every
 // kernel runs on them without a finding. Returns how many the check let pass.
@@ -377,7 +395,7 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
     std::vector<float> entries = random_floats(out * 9), gradient(entries.size());
     const Bands u{entries.data(), nullptr, list.data(), out, in, 3, 1, 9};
     if (bands_in_bounds(u, static_cast<int64_t>(list.size()), {3, run_tasks})) {
-      bands_linear(data.problem, u, k, {3, run_tasks});
+      bands_linear(data.problem, u, k.dots, k, {3, run_tasks});
       bands_grad_values(data.y.data(), data.x.data(), tokens, in, u, gradient.data(), k, {3, run_tasks});
       bands_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, u, k, {3, run_tasks});
       const std::vector<float> matrix = random_floats(in * tokens), grad = random_floats(out * tokens);
@@ -387,16 +405,19 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
       codes_grad_weight(u, Table<float>{grad.data(), tokens}, weight.data(), k, {3, run_tasks});
       ++passed;
     }
-    const Patterns& order = patterns(2, 4);
-    const int64_t count = 6, g = 2, width = count * g, chunks = ceil_div(in, width), strips = ceil_div(out, 4);
-    std::vector<float> more = random_floats(chunks * strips * width * 2);
+    const int n = 1 + round % 2;
+    const Patterns& order = patterns(n, 4);
+    const int64_t count = n == 1 ? 4 : 6, g = 2, width = count * g, chunks = ceil_div(in, width), strips = ceil_div(out, 4);
+    std::vector<float> more = random_floats(chunks * strips * width * n), changes(more.size());
     std::vector<int16_t> index(chunks * strips * width);
     for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int16_t>(i % width);
     index[generator() % index.size()] = static_cast<int16_t>(number());
-    const Grouped v{more.data(), index.data(), order.rows.data(), order.exchanges.data(), 2, 4, static_cast<int>(g),
+    const Grouped v{more.data(), index.data(), order.rows.data(), order.exchanges.data(), n, 4, static_cast<int>(g),
                     count, chunks, strips};
     if (grouped_in_bounds(v, {3, run_tasks})) {
-      grouped_linear(data.problem, v, k, {3, run_tasks});
+      grouped_linear(data.problem, v, k.dots.panels, k, {3, run_tasks});
+      grouped_grad_values(data.y.data(), data.x.data(), tokens, out, in, v, changes.data(), k, {3, run_tasks});
+      grouped_grad_input({data.y.data(), nullptr, data.x.data(), tokens, out, in}, v, k, {3, run_tasks});
       ++passed;
     }
   }
@@ -427,11 +448,11 @@ void try_all(const Kernels& k) {
   try_bitmaps<float>(k.dots);
   if (const Dots<bf16>* dots = bf16_dots()) {
     try_bitmaps<bf16>(*dots);
-    for (const int64_t tokens : {1, 2, 7, 50})
+    for (const int64_t tokens : {1, 2, 7, 17, 50, 64, 130})
       for (const auto& size : sizes)
         for (const int threads : {1, 3})
           for (const auto& band : bands)
-            try_bf16_bands(*dots, tokens, size[0], size[1], band[0], band[1], threads);
+            try_bf16_bands(*dots, k, tokens, size[0], size[1], band[0], band[1], threads);
   }
   try_csr(k, 130, 140, 2000, 0.1, true, 3);    // several pieces of rows
   try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);
@@ -464,7 +485,9 @@ int main() {
     if (!has_instruction_set(name)) continue;
     set_instruction_set(name);
     try_all(kernels());
+    try_pack(kernels());
     try_convs(kernels(), 600);
+    try_epilogues(kernels());
     int passed = 0;
     for (const int64_t tokens : {1, 5, 64, 200}) passed += try_hostile(kernels(), tokens, 500);
     std::printf("%s: done; %d of 6000 hostile patterns are in bounds\n", name, passed);

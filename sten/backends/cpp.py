@@ -46,7 +46,7 @@ def features():
         "available": True,
         "instruction_sets": _library.cpu_features(),
         "instruction_set": _library.instruction_set(),
-        "bfloat16": _library.bfloat16_tokens() > 0,
+        "bfloat16": _library.bfloat16(),
     }
 
 
@@ -60,16 +60,6 @@ def set_instruction_set(name):
     if not available():
         raise RuntimeError("Expected compiled kernels, got none; build them: `python setup.py build_ext --inplace`.")
     _library.set_instruction_set(name)
-
-
-def bfloat16_tokens(height, width):
-    """Return up to how many tokens `band_linear` multiplies bfloat16 as it is, instead of converting it to float32.
-
-    Args:
-        height: the rows that share columns.
-        width: the columns of a block; 0 for lists of columns.
-    """
-    return _library.bfloat16_tokens(height, width)
 
 
 def crc32():
@@ -88,6 +78,11 @@ def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
     if crow is None:
         return x.new_empty((grad.shape[-1], col.shape[1]))
     return x.new_empty((len(col), height, width) if width else (len(col),))
+
+
+def _fake_grouped_values(grad, x, index, n, m, g, *, trusted=False):
+    """Return empty values: shaped as index, with n for each of its columns."""
+    return x.new_empty((*index.shape, n))
 
 
 def _fake_collect(dense, index, n, m):
@@ -124,9 +119,12 @@ def _load():
     except ImportError as error:
         _load_error = error
         return
-    for name in ("csr_linear", "grouped_nm_linear", "band_linear", "band_grad_input", "nm_linear"):
+    for name in ("csr", "grouped_nm", "band", "nm"):
+        torch.library.register_fake(f"sten::{name}_linear", _fake)
+    for name in ("grouped_nm_grad_input", "band_grad_input"):
         torch.library.register_fake(f"sten::{name}", _fake)
     torch.library.register_fake("sten::band_grad_values", _fake_values)
+    torch.library.register_fake("sten::grouped_nm_grad_values", _fake_grouped_values)
     torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
     torch.library.register_fake("sten::nm_collect", _fake_collect)
     torch.library.register_fake("sten::band_conv2d", _fake_conv)

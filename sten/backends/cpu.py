@@ -19,6 +19,7 @@ from ..ops.linear import dense_grad_weight
 from . import cpp
 
 Run = Callable[..., Tensor]
+PAIR_ROWS = 4  # kPairRows in csrc/kernels.h: the largest n of GroupedNM that bfloat16 is multiplied with
 
 
 def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
@@ -78,6 +79,30 @@ def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bo
     return run
 
 
+def grouped_nm_grad_input(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """`run` of linear_grad_input: the gradients of a pattern's outputs stay in registers."""
+    product = once_checked(torch.ops.sten.grouped_nm_grad_input.default, intercepted)
+    sizes, inputs = (layout.n, layout.m, layout.g), math.prod(shape[1:])
+
+    def run(grad: Tensor, weight: Parts) -> Tensor:
+        index = weight["index"]
+        return product(None, index, grad, weight["values"], index, *sizes, inputs)
+
+    return run
+
+
+def grouped_nm_grad_weight(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """`run` of linear_grad_weight: a dot product over the tokens for every stored entry."""
+    product = once_checked(torch.ops.sten.grouped_nm_grad_values.default, intercepted)
+    sizes = layout.n, layout.m, layout.g
+
+    def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
+        index = weight["index"]
+        return product(None, index, grad, x, index, *sizes)
+
+    return run
+
+
 # The operators of rows that share their columns take (crow or None, col) and the numbers (height, columns).
 
 
@@ -128,9 +153,10 @@ def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Ru
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         if row is None:
             return linear(crow, col, x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
-        some = linear(crow, col, x, weight["values"].contiguous(), crow, col, None, height, columns, len(row))
-        y = x.new_zeros(*x.shape[:-1], outputs).index_copy_(-1, row, some)
-        return y if bias is None else y.add_(bias)
+        own = None if bias is None else bias[row]  # added in float32, before the sum is rounded
+        some = linear(crow, col, x, weight["values"].contiguous(), crow, col, own, height, columns, len(row))
+        y = x.new_zeros(*x.shape[:-1], outputs)
+        return (y if bias is None else y.copy_(bias)).index_copy_(-1, row, some)
 
     return run
 
@@ -172,13 +198,13 @@ def converted(run: Run, dtype: torch.dtype) -> Run:
     return lambda *operands, **geometry: run(*map(single, operands), **geometry).to(dtype)
 
 
-def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout, shape: tuple[int, ...], tokens: int | None) -> bool:
-    """Whether linear multiplies bfloat16 as it is; float32's kernels are faster for many tokens of few rows."""
-    if run_of not in (band_linear, csr_linear) or tokens is None:
-        return False
-    band = BANDS[type(layout)]
-    height, width, _ = band.sizes(layout, shape)
-    return tokens <= cpp.bfloat16_tokens(height, 0 if band.lists else max(width, 1))
+def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout, tokens: int | None) -> Callable[..., Run] | None:
+    """The kernel that multiplies bfloat16 as it is, for the one that computes in float32; None if there is none."""
+    if not cpp.features()["bfloat16"] or run_of not in (csr_linear, band_linear, grouped_nm_linear):
+        return None
+    if run_of is grouped_nm_linear:
+        return run_of if layout.n <= PAIR_ROWS and tokens != 1 else None
+    return band_linear
 
 
 def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
@@ -188,8 +214,9 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
         name = str(dtype).removeprefix("torch.")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
-        if dtype is torch.bfloat16 and multiplies_bfloat16(run_of, layout, shape, flags.tokens):
-            run = band_linear(layout, shape, flags.tokens is None)
+        bfloat16_by = multiplies_bfloat16(run_of, layout, flags.tokens) if dtype is torch.bfloat16 else None
+        if bfloat16_by:
+            run = bfloat16_by(layout, shape, flags.tokens is None)
             return Plan.of(name, "C++ kernel: multiplies only the stored entries, sums in float32", run)
         run = run_of(layout, shape, flags.tokens is None)
         if dtype is torch.float32:
@@ -273,9 +300,12 @@ if cpp.available():
         ("linear_grad_weight", nm_grad_weight),
     ):
         kernel(_name, weight=NM, device="cpu", prepare=True)(_prepare)
-    for _layout in BANDS:
-        kernel("linear_grad_input", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_input))
-        kernel("linear_grad_weight", weight=_layout, device="cpu", prepare=True)(float32_by(band_grad_weight))
+    for _layout, _grad_input, _grad_weight in (
+        *((layout, band_grad_input, band_grad_weight) for layout in BANDS),
+        (GroupedNM, grouped_nm_grad_input, grouped_nm_grad_weight),
+    ):
+        kernel("linear_grad_input", weight=_layout, device="cpu", prepare=True)(float32_by(_grad_input))
+        kernel("linear_grad_weight", weight=_layout, device="cpu", prepare=True)(float32_by(_grad_weight))
 else:
     _why = f"they do not load here ({cpp.load_error()})" if cpp.load_error() else "they are not built"
     warnings.warn(

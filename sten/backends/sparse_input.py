@@ -7,6 +7,7 @@ it that a dense product, which reads each row once for all tokens, is faster, th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -135,7 +136,8 @@ def prepare_by(name: str, operator: Callable) -> Callable[..., Plan]:
         if why is not None:
             return Plan.of("dense", why, functools.partial(reference, layout=layout, shape=shape))
         height = layout[0].tile(shape[0])[0]  # the tokens that share their entries
-        reason = f"reads only the rows of the input-major weight that {flags.entries // height} entries name"
+        share = flags.entries / max(1, math.prod(shape[0]))
+        reason = f"reads only the rows of the input-major weight that the input uses: about {share:.2g} of them"
         return Plan.of("codes", reason, make(operator, height, *shape[0]))
 
     prepare.__name__ = f"sparse_input_{name}"

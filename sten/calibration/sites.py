@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..tensor import SparseTensor
+
 
 class Located(Protocol):
     """A weight: its name, the (module, attribute) pairs that own it, and whether it is (in, out), as in Conv1D."""
@@ -74,6 +76,7 @@ def _first(args: tuple, kwargs: dict) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
+    x = x.to_dense() if isinstance(x, SparseTensor) else x  # which `sten.sparsify(site=...)` made of it
     return x.reshape(-1, x.shape[-1])
 
 

@@ -83,7 +83,7 @@ def run(
 
 
 def _of_file(path: str, tokens: int, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    state, _ = read_state(path)
+    state, *_ = read_state(path)
     weights = {name: w for name, w in state.items() if isinstance(w, SparseTensor) and w.dim() == 2}
     if not weights:
         raise ValueError(f"Expected a file of sten.save with sparse matrices, got none in {path}.")

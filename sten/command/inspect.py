@@ -19,3 +19,12 @@ def inspect(path: str) -> None:
         print(f"  {name}: {tensor['dtype']} {tuple(tensor['shape'])}, {tensor['bytes']:,} bytes")
     for name, other in about["ties"].items():
         print(f"  {name}: tied to {other}")
+    for site in about["sites"]:
+        stored = "dense with zeros" if site["layout"] is None else _call(site["layout"])
+        print(f"  {site['site']} of {site['module'] or 'the model'}: {_call(site['method'])}, {stored}")
+
+
+def _call(described: dict) -> str:
+    """A method or layout of a file as Python writes it."""
+    fields = ", ".join(f"{name}={value!r}" for name, value in described.get("fields", {}).items())
+    return f"{described.get('name')}({fields})"

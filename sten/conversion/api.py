@@ -23,17 +23,17 @@ from ..training.optimizer_checks import expect_elementwise, expect_optimizer, ho
 from ..training.reminders import empty_rows_of, forget, listed, remind, warn_of_empty_rows
 from ..training.trained_weight import TrainedWeight
 from ..training.uninterrupted import uninterrupted
-from .arguments import Layouts, Weights, expect_layouts
+from .arguments import Layouts, Modules, Weights, expect_layouts
 from .calibrated import Calibrated
 from .exclusions import stored_by_others
 from .plan import Decision, decide
 from .recipe import DEFAULT, Recipe, note_recipe, recipe_of, set_recipes
 from .record import remember, remember_optimizers
 from .reparametrize import begin, expect_slots_to_follow, move
-from .report import SparsifyPlan, other_parameters, rows_of
+from .report import SparsifyPlan, other_parameters, rows_of, summary
 from .select import Target, expect_model, movable_weights, select
-from .site_selection import Modules, sparsify_site
-from .sites import expect_no_gradient_site, remove_sites
+from .site_selection import prepare_sites, sparsify_site
+from .sites import expect_no_gradient_site, remove_sites, sites_of
 from .state_dict_hooks import accept_every_form
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -97,14 +97,14 @@ def sparsify(
         >>> model.weight.density
         0.5
     """
-    if site != "weight":
-        others = {"sparsity": sparsity, "weights": weights, "optimizer": optimizer}
-        sparsify_site(model, site, sparsifier, layout, modules, calibration, others)
+    expect_model(model)
+    recipe = recipe_of(layout, sparsifier, sparsity, weights, site, modules)
+    if recipe.site != "weight":
+        sparsify_site(model, recipe, optimizer, calibration)
+        note_recipe(model, recipe)
+        accept_every_form(model)
         return model
-    if modules is not None:
-        raise TypeError(f"Expected weights= for site='weight', got modules={modules!r}; modules= is for other sites.")
     optimizers = optimizers_of(optimizer)
-    given = (layout, sparsifier, sparsity, weights)
     written: dict[str, TrainedWeight | None] = {}
 
     def write(targets: list[Target]) -> None:
@@ -116,7 +116,7 @@ def sparsify(
                 written[target.name] = move(target, target.result, optimizers or [], trains)
             accept_every_form(model)
 
-    recipe, decision, skipped = _prepare(model, given, optimizers, calibration, write)
+    decision, skipped = _prepare(model, recipe, optimizers, calibration, write)
     sparsifier, targets = recipe.sparsifier, decision.targets
     dynamic = [target for target in targets if target.name in decision.views]
     write([t for t in targets if t.name not in decision.views and t.name not in written])
@@ -156,10 +156,13 @@ def plan(
     weights: Weights = None,
     optimizer: Optimizers = None,
     calibration: Calibration | Iterable | None = None,
+    site: str = "weight",
+    modules: Modules = None,
 ) -> SparsifyPlan:
     """What `sparsify` with these arguments would do, printable; it changes nothing and raises what sparsify would.
 
-    It does the same work, calibration included: pass a list of batches, since a generator can be read only once.
+    It does the same work, calibration included: pass a list of batches, since a generator can be read only once. Of
+    another site than "weight", the weights are as they are, and `sites` are those that there would be.
 
     Example:
         >>> import torch, sten
@@ -167,22 +170,25 @@ def plan(
         >>> plan.rows[0].name, plan.rows[0].density
         ('weight', 0.5)
     """
-    given = (layout, sparsifier, sparsity, weights)
-    _, decision, skipped = _prepare(model, given, optimizers_of(optimizer), calibration, None)
+    expect_model(model)
+    recipe = recipe_of(layout, sparsifier, sparsity, weights, site, modules)
+    if recipe.site != "weight":
+        sites = [one for _, one, _ in prepare_sites(model, recipe, optimizer, calibration)]
+        present = [one for one in sites_of(model) if one not in sites]
+        return SparsifyPlan(summary(model).rows, other_parameters(model), present + sites * bool(recipe.sparsifier))
+    decision, skipped = _prepare(model, recipe, optimizers_of(optimizer), calibration, None)
     done = [(t.name, t.result, t.energy) for t in decision.targets]
     rows = [*rows_of(done), *rows_of([(t.name, t.tensor if t.stored is None else t.stored, t.why) for t in skipped])]
-    return SparsifyPlan(rows, other_parameters(model))
+    return SparsifyPlan(rows, other_parameters(model), sites_of(model))
 
 
 def _prepare(
-    model, given: tuple, optimizers, calibration, write: Callable[[list[Target]], None] | None
-) -> tuple[Recipe, Decision, list[Target]]:
+    model, recipe: Recipe, optimizers, calibration, write: Callable[[list[Target]], None] | None
+) -> tuple[Decision, list[Target]]:
     """What sparsify will do, every argument checked and every tensor made, and the weights that stay dense.
 
     `write` is for a calibration that writes block by block.
     """
-    expect_model(model)
-    recipe = recipe_of(*given)
     sparsifier = recipe.sparsifier
     calibrated = _calibrated(model, sparsifier, calibration, write)
     spread = allocation(recipe.sparsity)
@@ -196,7 +202,7 @@ def _prepare(
     if sparsifier is not None:
         _expect_method(sparsifier, targets, optimizers or [])
     decision = decide(targets, sparsifier, spread, calibrated)
-    return recipe, decision, [*skipped, *decision.dense]
+    return decision, [*skipped, *decision.dense]
 
 
 def _calibrated(model, sparsifier: Sparsifier | None, calibration, write) -> Calibrated | None:
@@ -363,6 +369,7 @@ def densify(model: Model) -> Model:
     """
     _convert(model, lambda w: w.to_dense().contiguous())
     remove_sites(model)
+    accept_every_form(model)
     set_recipes(model, [])
     return model
 

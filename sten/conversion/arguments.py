@@ -12,12 +12,15 @@ from ..layouts import CSR
 from ..layouts.base import Layout
 from ..layouts.registry import REGISTERED
 from ..sparsifiers import Sparsifier
+from ..sparsifiers.activation import ActivationMethod
 from ..sparsifiers.allocation import Allocation
 
 Pattern = str | type[nn.Module] | nn.Module  # a key of a dictionary of layouts, and what weights= takes
 Predicate = Callable[[str, nn.Module, str], bool]
 Weights = Pattern | Iterable[Pattern] | Predicate | None
 Layouts = Layout | dict[Pattern, Layout | None]
+Modules = Pattern | Iterable[Pattern] | Callable[[str, nn.Module], bool] | None
+KINDS = ("weight", "input", "output", "grad_weight", "grad_input", "grad_output")  # of sites
 
 
 def expect_layouts(layout: Layouts | None, sparsifier: Sparsifier | None, allocation: Allocation | None) -> Layouts:
@@ -51,6 +54,41 @@ def expect_sparsifier(sparsifier: Any) -> None:
 def requested_weights(weights: Weights) -> list[Pattern] | Predicate | None:
     """`weights=` as a list of patterns or a function, checked; None if it is left out."""
     return requested(weights, "weights", {"name": "", "module": nn.Module(), "attribute": ""})
+
+
+def requested_modules(modules: Modules) -> list[Pattern] | Callable[[str, nn.Module], bool] | None:
+    """`modules=` as a list of patterns or a function, checked; None if it is left out."""
+    return requested(modules, "modules", {"name": "", "module": nn.Module()})
+
+
+def expect_site(site: Any, method: Any, layout: Any, modules: Modules, others: dict[str, Any]) -> None:
+    """Raise unless these are arguments for a site other than a weight; `others` are those that it does not take."""
+    if site not in KINDS:
+        raise ValueError(f"Expected site= to be one of {', '.join(map(repr, KINDS))}, got {site!r}.")
+    for name, value in others.items():
+        if value is not None:
+            hint = {
+                "optimizer": "make the optimizer afterwards, so that it has the thresholds that are learned",
+                "sparsity": "the method has it, as in sten.TopK(0.1)",
+                "weights": "modules= chooses modules",
+            }[name]
+            raise TypeError(f"Expected no {name}= with site={site!r}, got {value!r}; {hint}.")
+    if method is not None and not isinstance(method, ActivationMethod):
+        got = f"{method}, which is for weights" if isinstance(method, Sparsifier) else repr(method)
+        raise TypeError(
+            f"Expected a method for activations, such as sten.TopK(0.1), for site={site!r}, got {got}; None takes it "
+            "off."
+        )
+    if layout is not None and not isinstance(layout, Layout):
+        raise TypeError(f"Expected one layout such as sten.FanIn(), or None for dense, with site=, got {layout!r}.")
+    if site == "grad_weight" and layout is not None:
+        raise ValueError(
+            f"Expected layout=None for site='grad_weight', got {layout}: the gradient of a dense Parameter is dense; "
+            "make the weight sparse for one that is not."
+        )
+    if site.startswith("grad") and isinstance(method, ActivationMethod) and not method.takes_gradients:
+        raise ValueError(f"Expected a method without state for site={site!r}, got {method}; use sten.TopK.")
+    requested_modules(modules)
 
 
 def requested(given: Any, keyword: str, example: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ class Member:
     attribute: str
     dim: int
     at: Tensor
+    reads: bool  # whether the channels are the columns of a layer
 
     @property
     def tensor(self) -> Tensor:
@@ -159,7 +160,8 @@ class Channels:
                 used = index[channel] >= 0
                 if bool(used.any()):
                     order = torch.argsort(index[channel[used]], stable=True)
-                    members.append(Member(use.module, use.attribute, use.dim, where[used][order].view(len(mine), -1)))
+                    at = where[used][order].view(len(mine), -1)
+                    members.append(Member(use.module, use.attribute, use.dim, at, use.reads))
             found.append(Space(members, group_of[mine]))
         return sorted(found, key=lambda space: self._first(space))
 

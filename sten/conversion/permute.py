@@ -27,17 +27,20 @@ from .permutation_search import Scored, search
 from .recipe import DEFAULT, Recipe, recipe_of
 from .record import known_optimizers
 from .select import Target, expect_model, select
+from .sites import sites_of
 
 Optimizers = Optimizer | Iterable[Optimizer] | None
 EXAMPLE_ROWS, EXAMPLE_TOKENS = 2, 16  # of a batch of calibration, as an example
+TINY = 1e-12  # the least share of a score that is divided by
 
 
 @dataclass(frozen=True)
 class PermuteRow:
     """One weight: the share of its score that its layout keeps, before and after, and why rows or columns stayed.
 
-    The score is w^2, times the mean square of the input where `calibration` was given. The errors are those of the
-    layer's output, |X (W - Wp)^T| / |X W^T|, when the entries with the lowest scores are dropped.
+    The score is w^2, times the mean square of the input where `calibration` was given; for blocks, rows that can move
+    are weighted by what their channels are worth to the layers that read them. The errors are those of the layer's own
+    output, |X (W - Wp)^T| / |X W^T|, when the entries with the lowest scores, without these weights, are dropped.
     """
 
     name: str
@@ -85,16 +88,16 @@ def permute(
     of down), value channels within each attention head (rows of v, columns of o), channels between convolutions, with
     their biases and norms. They are found by running the model once and following each channel to the layers that read
     it, not by names. Where channels cannot move (the residual stream, queries and keys, tied weights), the report says
-    why. The order is searched for by exchanges; no weight keeps less of its score than before. For layouts that choose
-    entry by entry (CSR, Masked) the order does not matter, and nothing changes.
+    why. The order is searched for by exchanges; no weight keeps less of its score (`PermuteRow`) than before. For
+    layouts that choose entry by entry (CSR, Masked) the order does not matter, and nothing changes.
 
     Call it on a dense model, before `sparsify`. All or nothing: after an error the model is as it was.
 
     Args:
         model: any nn.Module with dense weights.
         layout, sparsity, weights: as in `sparsify`; `layout` may be a `sten.Recipe`.
-        calibration: batches, as in `sparsify`: the score is then w_ij^2 * mean(x_j^2) in place of w^2, and the report
-            has output errors.
+        calibration: batches, as in `sparsify`: the score is then w_ij^2 * mean(x_j^2) in place of w^2, the order does
+            not depend on how channels are scaled between layers, and the report has output errors.
         example: one batch to run the model on. Default: from `calibration`, or the model's `dummy_inputs`, or made for
             its first layer. Channels that a layer which it does not call may read stay where they are.
         optimizer: one or a list, whose state of the weights moves along. Left out, state that exists is in the wrong
@@ -123,6 +126,10 @@ def permute(
     """
     expect_model(model)
     recipe = recipe_of(layout, DEFAULT, sparsity, weights)
+    if recipe.site != "weight":
+        raise ValueError(f"Expected a Recipe for weights for sten.permute, got one for site={recipe.site!r}.")
+    if sites := sites_of(model):  # thresholds and blocks belong to channels where they are
+        raise ValueError(f"Expected a model without sites, got one with {sites[0]}; call sten.permute before.")
     spread = allocation(recipe.sparsity)
     targets, _ = select(model, expect_layouts(recipe.layout, recipe.sparsifier, spread), recipe.weights)
     for target in targets:
@@ -166,15 +173,17 @@ def _permute(
     before = [_outputs(out), _of_first_batch(model, given)]
     sparsities = _sparsities(targets, spread, inputs)
     by_id = {id(target.tensor): target for target in targets}
-    first = {t.name: _kept(t, sparsities, inputs) for t in targets}
+    spaces = channels.spaces()
+    worth = _worth(spaces, by_id, inputs)
+    first = {t.name: _kept(t, sparsities, inputs, worth) for t in targets}
     remarks: dict[tuple[str, int], str] = {}
-    for space in channels.spaces():
+    for space in spaces:
         members = [(by_id[id(m.tensor)], m) for m in space.members if id(m.tensor) in by_id]
         device = space.members[0].tensor.device
         group, order = space.group.to(device), None
         if members and len(members) == len({t.name for t, _ in members}):
             problem = [
-                Scored(_score(t, inputs).to(device), t.layout, sparsities[t.name], _dim(t, m), m.at.to(device))
+                Scored(_score(t, inputs, worth).to(device), t.layout, sparsities[t.name], _dim(t, m), m.at.to(device))
                 for t, m in members
             ]
             with in_float32(device):
@@ -187,14 +196,14 @@ def _permute(
                 _apply(space, order, optimizers)
                 done.append((space, order))
             for member in space.members:
-                _move_inputs(inputs, targets, member, order)
+                _move_statistics(inputs, worth, targets, member, order)
     changed = {t.name for t in targets if "permuted" in (remarks.get((t.name, 0)), remarks.get((t.name, 1)))}
     if done:
         after = [_outputs(run_batch(model, example, 0)), _of_first_batch(model, given)]
         _expect_same(model, [*before[0], *before[1]], [*after[0], *after[1]])
     rows = []
     for t in targets:
-        kept, error = _kept(t, sparsities, inputs) if t.name in changed else first[t.name]
+        kept, error = _kept(t, sparsities, inputs, worth) if t.name in changed else first[t.name]
         why = [remarks.get((t.name, d)) or _why_not(channels, t, d) for d in (0, 1)]
         rows.append(PermuteRow(t.name, str(t.layout), first[t.name][0], kept, first[t.name][1], error, *why))
     return PermuteReport(rows)
@@ -225,26 +234,73 @@ def _dim(target: Target, member: Member) -> int:
     return 1 - member.dim if target.transposed else member.dim
 
 
-def _move_inputs(inputs: dict[str, Inputs], targets: list[Target], member: Member, order: Tensor) -> None:
+def _move_statistics(
+    inputs: dict[str, Inputs], worth: dict[str, Tensor], targets: list[Target], member: Member, order: Tensor
+) -> None:
     for target in targets:
-        if target.tensor is member.tensor and _dim(target, member) == 1 and target.name in inputs:
+        if target.tensor is member.tensor and _dim(target, member) == 0:
+            worth[target.name] = worth[target.name][_index(member, order).to(worth[target.name].device)]
+        elif target.tensor is member.tensor and target.name in inputs:
             index = _index(member, order).to(inputs[target.name].square.device)
             columns = torch.arange(len(inputs[target.name].square), device=index.device)
             inputs[target.name].reorder(columns.view(len(index), -1)[index].flatten())
 
 
-def _score(target: Target, inputs: dict[str, Inputs]) -> Tensor:
-    """w^2, times the mean square of the input, in the orientation of the layout."""
+def _worth(spaces: list[Space], by_id: dict[int, Target], inputs: dict[str, Inputs]) -> dict[str, Tensor]:
+    """By name, a factor for each row, by which the rows of a channel count as much as the columns that read it.
+
+    A row's own score does not say what its channel is worth: a small one may be read by large weights. Sorted by their
+    own scores, such rows gather in blocks that are dropped, and the channel is lost. What a channel is worth is the
+    score of its columns, as a share of the whole; the sum of a weight's scores stays the same. Layouts of a fixed rate
+    keep some of any few neighbours: no channel is lost, and rows count by their own scores, by which masks are chosen.
+    """
+    worth = {t.name: torch.ones(t.shape[1 if t.transposed else 0], device=t.tensor.device) for t in by_id.values()}
+    for space in spaces:
+        for maker in space.members:
+            target = by_id.get(id(maker.tensor))
+            if (
+                target is None
+                or _dim(target, maker) != 0
+                or target.layout.rate is not None
+                or target.layout.unstructured
+            ):
+                continue
+            at = maker.at.to(maker.tensor.device)
+            own = _score(target, inputs).flatten(1).sum(1)[at].sum(1)
+            read = torch.zeros_like(own)
+            for reader in space.members:
+                if reader.reads:
+                    read += _read(reader, by_id.get(id(reader.tensor)), inputs, own)
+            if bool(read.isfinite().all()) and float(read.sum()) > 0:
+                share = own / own.sum().clamp(min=TINY)
+                worth[target.name][at] = (read / read.sum() / share.clamp(min=TINY))[:, None]
+    return worth
+
+
+def _read(reader: Member, target: Target | None, inputs: dict[str, Inputs], own: Tensor) -> Tensor:
+    """Of a layer's score, the share of the columns of each channel."""
+    w = reader.tensor.detach()
+    score, dim = (w.float().square(), reader.dim) if target is None else (_score(target, inputs), 1)
+    sums = score.movedim(dim, 0).flatten(1).sum(1)[reader.at.to(w.device)].sum(1).to(own.device)
+    if target is None or target.name not in inputs:
+        sums = sums * own  # not measured: the row's score stands for the mean square of the channel
+    return sums / sums.sum().clamp(min=TINY)
+
+
+def _score(target: Target, inputs: dict[str, Inputs], worth: dict[str, Tensor] | None = None) -> Tensor:
+    """w^2, times the mean square of the input and what the row is worth, in the orientation of the layout."""
     w = target.tensor.detach()
     score = (w.t() if target.transposed else w).float().square()
     if target.name in inputs:
         score = score * inputs[target.name].square.to(score.device).view(1, *score.shape[1:])
-    return score
+    return score if worth is None else score * worth[target.name].view(-1, *[1] * (score.dim() - 1))
 
 
-def _kept(target: Target, sparsities: dict[str, float | None], inputs: dict[str, Inputs]) -> tuple[float, float | None]:
+def _kept(
+    target: Target, sparsities: dict[str, float | None], inputs: dict[str, Inputs], worth: dict[str, Tensor]
+) -> tuple[float, float | None]:
     """The share of the score that the layout keeps, and the relative error of the layer's output."""
-    score = _score(target, inputs)
+    score = _score(target, inputs, worth)
     mask = target.layout.mask(score, sparsities[target.name])
     total = float(score.sum(dtype=torch.float64))
     if not math.isfinite(total):
@@ -254,6 +310,7 @@ def _kept(target: Target, sparsities: dict[str, float | None], inputs: dict[str,
         return kept, None
     w = target.tensor.detach().float()
     w, x = (w.t() if target.transposed else w), inputs[target.name].sample.to(w.device)
+    mask = target.layout.mask(_score(target, inputs), sparsities[target.name])  # as a method would choose it
     with in_float32(w.device):
         whole, lost = (float((x @ v.flatten(1).T).norm()) for v in (w, w.masked_fill(mask, 0)))
     return kept, lost / whole if whole else 0.0

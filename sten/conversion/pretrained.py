@@ -28,7 +28,7 @@ DENSE, MASK = "dense_weight", "dense_mask"  # a part of a pattern may be called 
 
 
 def note_pretrained(module: nn.Module, has_sparse: bool) -> None:
-    """Let `save_pretrained` of a model of transformers write sparse weights, as long as it has some."""
+    """Let `save_pretrained` of a model of transformers write sparse weights and sites, as long as it has some."""
     kinds = {(cls.__name__, cls.__module__.partition(".")[0]) for cls in type(module).__mro__}
     if ("PreTrainedModel", "transformers") in kinds and (has_sparse or "hf_quantizer" in vars(module)):
         importlib.import_module(FILES).note(module, has_sparse)

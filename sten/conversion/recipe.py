@@ -24,11 +24,21 @@ from ..layouts.base import Layout
 from ..layouts.registry import layout_from
 from ..markup import facts
 from ..sparsifiers import Magnitude, Sparsifier
+from ..sparsifiers.activation import ActivationMethod
 from ..sparsifiers.allocation import Allocation, allocation
 from ..sparsifiers.schedule import Schedule
-from .arguments import Layouts, Weights, expect_layouts, expect_sparsifier, requested_weights, subclasses
+from .arguments import (
+    Layouts,
+    Modules,
+    Weights,
+    expect_layouts,
+    expect_site,
+    expect_sparsifier,
+    requested_weights,
+    subclasses,
+)
 
-VERSION = 1
+VERSION = 2  # 1 is without `site` and `modules`, and of recipes for weights still written
 DEFAULT = Magnitude()  # the same object in every signature, so that another one is seen to be given
 RECORDS = "_sten_recipes"  # on the model that sparsify was called on: a list of records
 
@@ -37,8 +47,8 @@ RECORDS = "_sten_recipes"  # on the model that sparsify was called on: a list of
 class Recipe:
     """What `sten.sparsify` does, without the model: its declarative arguments, with the same meaning and defaults.
 
-    `sten.sparsify(model, recipe, optimizer=opt)` is `sten.sparsify(model, layout, sparsifier, sparsity, weights, opt)`.
-    Objects of a run (optimizer, calibration batches) are no part of it.
+    `sten.sparsify(model, recipe, optimizer=opt)` is `sten.sparsify(model, layout, sparsifier, sparsity, weights, opt)`,
+    and so are `site` and `modules`. Objects of a run (optimizer, calibration batches) are no part of it.
 
     Raises:
         ValueError, TypeError: what sparsify raises for such arguments.
@@ -51,23 +61,45 @@ class Recipe:
         >>> model = sten.sparsify(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), recipe)
         >>> model[0].weight.density, type(model[1].weight).__name__
         (0.5, 'Parameter')
+        >>> inputs = sten.Recipe(sten.FanIn(), sten.TopK(0.5), site="input", modules=["*.o_proj", "*.down_proj"])
+        >>> sten.Recipe.from_json(inputs.to_json()) == inputs
+        True
     """
 
     layout: Layouts | None = None
-    sparsifier: Sparsifier | None = DEFAULT
+    sparsifier: Sparsifier | ActivationMethod | None = DEFAULT
     sparsity: float | Allocation | None = None
     weights: Weights = None
+    site: str = "weight"
+    modules: Modules = None
 
     def __post_init__(self) -> None:
+        for name in ("weights", "modules"):
+            given = getattr(self, name)
+            if isinstance(given, Iterable) and not isinstance(given, (str, nn.Module, tuple)):
+                object.__setattr__(self, name, list(given))  # an iterator could be read only once
+        if self.site != "weight":
+            others = {"sparsity": self.sparsity, "weights": self.weights}
+            expect_site(self.site, self.sparsifier, self.layout, self.modules, others)
+            return
+        if self.modules is not None:
+            raise TypeError(
+                f"Expected weights= for site='weight', got modules={self.modules!r}; modules= is for other sites."
+            )
+        if isinstance(self.sparsifier, ActivationMethod):
+            raise TypeError(
+                f"Expected a method for weights for site='weight', got {self.sparsifier}, which is for activations; "
+                'pass site="input", or another one.'
+            )
         expect_sparsifier(self.sparsifier)
         expect_layouts(self.layout, self.sparsifier, allocation(self.sparsity))
-        if isinstance(self.weights, Iterable) and not isinstance(self.weights, (str, nn.Module, tuple)):
-            object.__setattr__(self, "weights", list(self.weights))  # an iterator could be read only once
         requested_weights(self.weights)
 
     def _repr_html_(self) -> str:
         rules = self.layout if isinstance(self.layout, dict) else {"layout": self.layout}
         others = {"sparsifier": self.sparsifier, "sparsity": self.sparsity, "weights": self.weights}
+        if self.site != "weight":
+            others = {"sparsifier": self.sparsifier, "site": self.site, "modules": self.modules}
         return facts("Recipe", {str(key): value for key, value in {**rules, **others}.items()})
 
     def to_json(self) -> str:
@@ -90,14 +122,18 @@ class Recipe:
         except (ValueError, TypeError, RecursionError) as error:
             raise FormatError(f"Expected the JSON text of a Recipe, got {str(text)[:80]!r} ({error}).") from None
         names = {field.name for field in dataclasses.fields(cls)}
+        if isinstance(data, dict) and data.get("version") == 1 and not data.keys() & {"site", "modules"}:
+            data |= {"version": VERSION, "site": "weight", "modules": None}
         if not isinstance(data, dict) or data.get("version") != VERSION or data.keys() - {"version"} != names:
             raise FormatError(f"Expected a Recipe of version {VERSION} with {sorted(names)}, got {text[:200]}.")
         try:
             return cls(
                 layout=_layouts_from(data["layout"]),
-                sparsifier=_made(data["sparsifier"], Sparsifier),
-                sparsity=_made(data["sparsity"], Allocation),
+                sparsifier=made(data["sparsifier"], Sparsifier if data["site"] == "weight" else ActivationMethod),
+                sparsity=made(data["sparsity"], Allocation),
                 weights=_patterns_from(data["weights"]),
+                site=data["site"],
+                modules=_patterns_from(data["modules"]),
             )
         except (ValueError, TypeError) as error:
             raise FormatError(f"Expected a Recipe that can be made, got one with: {error}") from error
@@ -105,21 +141,26 @@ class Recipe:
     def record(self, strict: bool = False) -> dict[str, Any]:
         """What JSON can hold of it: all, or else in words; ValueError for the latter if `strict`."""
         rules = list(self.layout.items()) if isinstance(self.layout, dict) else None
-        several = isinstance(self.weights, (list, tuple))
-        return {
-            "version": VERSION,
-            "layout": _plain(self.layout, strict) if rules is None else [_rule(*rule, strict) for rule in rules],
-            "sparsifier": _plain(self.sparsifier, strict),
-            "sparsity": _plain(self.sparsity, strict),
-            "weights": [_pattern(p, strict) for p in self.weights] if several else _pattern(self.weights, strict),
+        of_weights = {
+            "version": 1,
+            "layout": plain(self.layout, strict) if rules is None else [_rule(*rule, strict) for rule in rules],
+            "sparsifier": plain(self.sparsifier, strict),
+            "sparsity": plain(self.sparsity, strict),
+            "weights": _patterns(self.weights, strict),
         }
+        if self.site == "weight":
+            return of_weights
+        return {**of_weights, "version": VERSION, "site": self.site, "modules": _patterns(self.modules, strict)}
 
 
-def recipe_of(layout: Any, sparsifier: Any, sparsity: Any, weights: Any) -> Recipe:
+def recipe_of(
+    layout: Any, sparsifier: Any, sparsity: Any, weights: Any, site: str = "weight", modules: Any = None
+) -> Recipe:
     """The Recipe that sparsify was given, or that its arguments make."""
     if not isinstance(layout, Recipe):
-        return Recipe(layout, sparsifier, sparsity, weights)
+        return Recipe(layout, sparsifier, sparsity, weights, site, modules)
     given = {"sparsifier": sparsifier is not DEFAULT, "sparsity": sparsity is not None, "weights": weights is not None}
+    given |= {"site": site != "weight", "modules": modules is not None}
     both = ", ".join(f"{name}=" for name, is_given in given.items() if is_given)
     if both:
         raise TypeError(f"Expected a Recipe or its arguments, got a Recipe and {both}; use dataclasses.replace on it.")
@@ -145,7 +186,12 @@ def set_recipes(model: nn.Module, records: list[dict[str, Any]]) -> None:
 
 
 def _rule(pattern: Any, layout: Layout | None, strict: bool) -> list:
-    return [_pattern(pattern, strict), _plain(layout, strict)]
+    return [_pattern(pattern, strict), plain(layout, strict)]
+
+
+def _patterns(given: Any, strict: bool) -> Any:
+    """Of `weights=` or `modules=`."""
+    return [_pattern(p, strict) for p in given] if isinstance(given, (list, tuple)) else _pattern(given, strict)
 
 
 def _pattern(pattern: Any, strict: bool) -> Any:
@@ -153,20 +199,20 @@ def _pattern(pattern: Any, strict: bool) -> Any:
         return pattern
     if isinstance(pattern, type):
         return {"type": f"{pattern.__module__}.{pattern.__qualname__}"}
-    return _in_words(pattern, "names, globs or types in weights= and layout=", strict)
+    return _in_words(pattern, "names, globs or types in weights=, modules= and layout=", strict)
 
 
-def _plain(value: Any, strict: bool) -> Any:
+def plain(value: Any, strict: bool) -> Any:
     """A layout, method, allocation, schedule, or a field of one, as JSON can hold it."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_plain(item, strict) for item in value]
-    known = isinstance(value, (Layout, Sparsifier, Allocation, Schedule))
+        return [plain(item, strict) for item in value]
+    known = isinstance(value, (Layout, Sparsifier, ActivationMethod, Allocation, Schedule))
     if not known or (not dataclasses.is_dataclass(value) and vars(value)):
         return _in_words(value, "dataclasses of numbers and text", strict)
     own = [f.name for f in dataclasses.fields(value) if f.init] if dataclasses.is_dataclass(value) else []
-    fields = {name: _plain(getattr(value, name), strict) for name in own}
+    fields = {name: plain(getattr(value, name), strict) for name in own}
     if getattr(fields.get("schedule") and value.schedule, "default_of", None) == type(value).__qualname__:
         fields["schedule"] = None  # made of the other fields
     return {"name": type(value).__name__, "fields": fields}
@@ -174,14 +220,14 @@ def _plain(value: Any, strict: bool) -> Any:
 
 def _in_words(value: Any, expected: str, strict: bool) -> dict[str, str]:
     if strict:
-        raise ValueError(f"Expected {expected} for the JSON of a Recipe, got {str(value)[:200]}.")
+        raise ValueError(f"Expected {expected} for JSON, got {str(value)[:200]}.")
     return {"not_json": str(value)[:200]}
 
 
 def _layouts_from(data: Any) -> Layouts | None:
     if isinstance(data, list):
-        return {_patterns_from(pattern): _made(layout, Layout) for pattern, layout in data}
-    return _made(data, Layout)
+        return {_patterns_from(pattern): made(layout, Layout) for pattern, layout in data}
+    return made(data, Layout)
 
 
 def _patterns_from(data: Any) -> Any:
@@ -196,16 +242,16 @@ def _patterns_from(data: Any) -> Any:
     return data
 
 
-def _made(data: Any, base: type | tuple[type, ...]) -> Any:
-    """The object of a class below `base` (or one of them), or the plain value, that `_plain` has described."""
+def made(data: Any, base: type | tuple[type, ...]) -> Any:
+    """The object of a class below `base` (or one of them), or the plain value, that `plain` has described."""
     if isinstance(data, list):
-        return tuple(_made(item, base) for item in data)
+        return tuple(made(item, base) for item in data)
     if not isinstance(data, dict):
         return data
     name, fields = data.get("name"), data.get("fields")
     if data.keys() != {"name", "fields"} or not isinstance(fields, dict):
         raise ValueError(f"Expected a name and fields, got {str(data)[:200]}.")
-    fields = {key: _made(value, (Schedule, Sparsifier)) for key, value in fields.items()}
+    fields = {key: made(value, (Schedule, Sparsifier)) for key, value in fields.items()}
     if base is Layout:
         return layout_from(name, fields)
     bases = base if isinstance(base, tuple) else (base,)

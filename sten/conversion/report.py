@@ -170,8 +170,9 @@ def summary(model: nn.Module) -> Summary:
 
 def other_parameters(model: nn.Module) -> int:
     """How many parameters are no weights of two or more dimensions; those of methods are not the model's."""
-    found = {}
+    found, own = {}, {name for site in sites_of(model) for name in map(site.full, site.state)}
     for module in model.modules():
         if not isinstance(module, TrainedWeight):
-            found |= {id(p): p.numel() for p in module._parameters.values() if p is not None and p.dim() < 2}
+            params = {name: p for name, p in module._parameters.items() if p is not None and name not in own}
+            found |= {id(p): p.numel() for p in params.values() if p.dim() < 2}
     return sum(found.values())

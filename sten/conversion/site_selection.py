@@ -14,40 +14,66 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.data import calibration_of, inference, run_batch, tokens_of
+from ..caller import user_stacklevel
 from ..layouts.base import Layout
-from ..sparsifiers import Sparsifier
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
-from ..training.attribute import trained_of
+from ..training.attribute import SITES, trained_of
 from ..training.reminders import listed
 from ..training.uninterrupted import uninterrupted
-from .arguments import Pattern, requested
+from .arguments import Modules, Pattern, expect_site, requested_modules
 from .defaults import is_linear, kept_dense
-from .select import expect_idle, expect_model, expect_unwrapped, shown
-from .sites import ATTRIBUTE, KINDS, Site, change_first, change_output, checked_on_sample
+from .recipe import Recipe
+from .select import expect_idle, expect_unwrapped, shown
+from .sites import Site, change_first, change_output, checked_on_sample
 
-Modules = Pattern | Iterable[Pattern] | Callable[[str, nn.Module], bool] | None
 SAMPLE = 2**20  # entries of each tensor that calibration reads
 ACTIVATIONS = ("input", "output")
 
 
-def sparsify_site(
-    model: nn.Module, site: str, method: Any, layout: Any, modules: Modules, calibration: Any, others: dict[str, Any]
-) -> None:
-    """Put a site on the chosen modules, or take it off (`method` None); all or nothing."""
-    expect_model(model)
-    _expect_arguments(site, method, layout, others)
+Ready = list[tuple[nn.Module, Site, dict[str, Tensor]]]  # modules that get a site, and the method's tensors
+
+
+def sparsify_site(model: nn.Module, recipe: Recipe, optimizer: Any, calibration: Any) -> None:
+    """Put a site on the chosen modules, or take it off (`sparsifier` None); all or nothing."""
+    ready = prepare_sites(model, recipe, optimizer, calibration)
+    with uninterrupted():
+        for module, one, state in ready:
+            if recipe.sparsifier is None:
+                one.remove(module)
+            else:
+                install_site(module, one, state)
+
+
+def prepare_sites(model: nn.Module, recipe: Recipe, optimizer: Any, calibration: Any) -> Ready:
+    """The sites that the chosen modules get, or lose (`sparsifier` None), calibrated; nothing is changed."""
+    site, method, layout = recipe.site, recipe.sparsifier, recipe.layout
+    expect_site(site, method, layout, recipe.modules, {"optimizer": optimizer})
     expect_idle(model)
     expect_unwrapped(model)
     if any(type(module).__name__ == "OptimizedModule" for module in model.modules()):
         raise TypeError("Expected a model before torch.compile, got a compiled one: hooks come first.")
-    chosen = select_modules(model, modules)
+    chosen = select_modules(model, recipe.modules)
     if method is None:
-        _remove(chosen, site)
-        return
-    ready = []
-    unused, weights = uncalled(model), Counter(id(m._parameters.get("weight")) for _, m in model.named_modules())
+        return _with_site(chosen, site)
     for name, module in chosen:
+        _expect_free(name, module, site)
+    expect_sites(model, [(name, module, site) for name, module in chosen])
+    ready = [(module, *site_on(name, module, site, method, layout)) for name, module in chosen]
+    if calibration is not None:
+        _calibrate(model, ready, calibration)
+    elif site in ACTIVATIONS and getattr(method, "sparsity", None) is not None:
+        warnings.warn(
+            f"sten: {method} keeps all entries until its thresholds are loaded; pass calibration= to find them.",
+            stacklevel=user_stacklevel(),
+        )
+    return ready
+
+
+def expect_sites(model: nn.Module, chosen: Iterable[tuple[str, nn.Module, str]]) -> None:
+    """Raise ValueError unless each (name, module, site) can be: the module is called, and has such a tensor."""
+    unused, weights = uncalled(model), Counter(id(m._parameters.get("weight")) for m in model.modules())
+    for name, module, site in chosen:
         _expect_site(name, module, site)
         if id(module) in unused:
             raise ValueError(
@@ -55,55 +81,23 @@ def sparsify_site(
             )
         if site == "grad_weight" and weights[id(module.weight)] > 1:
             raise ValueError(f"grad_weight of {name}: Expected a weight of one module, got one that several share.")
-        linear = is_linear(module, "weight")
-        one, features = Site(name, site, method, layout, linear), features_of(module, site)
+
+
+def site_on(
+    name: str, module: nn.Module, site: str, method: ActivationMethod, layout: Layout | None
+) -> tuple[Site, dict[str, Tensor]]:
+    """(the site, the first state of its method); ValueError if they do not go together."""
+    one, features = Site(name, site, method, layout, is_linear(module, "weight")), features_of(module, site)
+    with torch.device("cpu"):  # from_pretrained makes models under that of meta, which has no numbers to try
         state = method.init(features) if site in ACTIVATIONS else {}
         checked_on_sample(one, state, features)
-        ready.append((module, one, state))
-    if calibration is not None:
-        _calibrate(model, ready, calibration)
-    elif site in ACTIVATIONS and getattr(method, "sparsity", None) is not None:
-        warnings.warn(
-            f"sten: {method} keeps all entries until its thresholds are loaded; pass calibration= to find them.",
-            stacklevel=3,
-        )
-    with uninterrupted():
-        for module, one, state in ready:
-            _place(module, state)
-            one.install(module, state)
+    return one, state
 
 
-def _expect_arguments(site: str, method: Any, layout: Any, others: dict[str, Any]) -> None:
-    if site not in KINDS:
-        raise ValueError(f"Expected site= to be one of {', '.join(map(repr, KINDS))}, got {site!r}.")
-    for name, value in others.items():
-        if value is not None:
-            hint = {
-                "optimizer": "make the optimizer afterwards, so that it has the thresholds that are learned",
-                "sparsity": "the method has it, as in sten.TopK(0.1)",
-                "weights": "modules= chooses modules",
-            }[name]
-            raise TypeError(f"Expected no {name}= with site={site!r}, got {value!r}; {hint}.")
-    if method is not None and not isinstance(method, ActivationMethod):
-        got = f"{method}, which is for weights" if isinstance(method, Sparsifier) else repr(method)
-        raise TypeError(
-            f"Expected a method for activations, such as sten.TopK(0.1), for site={site!r}, got {got}; None takes it "
-            "off."
-        )
-    if layout is not None and not isinstance(layout, Layout):
-        raise TypeError(f"Expected one layout such as sten.FanIn(), or None for dense, with site=, got {layout!r}.")
-    if site == "grad_weight" and layout is not None:
-        raise ValueError(
-            f"Expected layout=None for site='grad_weight', got {layout}: the gradient of a dense Parameter is dense; "
-            "make the weight sparse for one that is not."
-        )
-    if site.startswith("grad") and isinstance(method, ActivationMethod) and not method.takes_gradients:
-        raise ValueError(f"Expected a method without state for site={site!r}, got {method}; use sten.TopK.")
-
-
-def requested_modules(modules: Modules) -> list[Pattern] | Callable | None:
-    """`modules=` as a list of patterns or a function, checked; None if it is left out."""
-    return requested(modules, "modules", {"name": "", "module": nn.Module()})
+def install_site(module: nn.Module, site: Site, state: dict[str, Tensor]) -> None:
+    """Give a module a site, and its tensors, on the module's device."""
+    _place(module, state)
+    site.install(module, state)
 
 
 def names_module(pattern: Pattern, name: str, module: nn.Module) -> bool:
@@ -146,15 +140,19 @@ def uncalled(model: nn.Module) -> set[int]:
     return {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
 
-def _expect_site(name: str, module: nn.Module, site: str) -> None:
-    """Raise unless the module has the site, free."""
-    where = f"{site} of {name or 'the model'}"
-    if site in vars(module).get(ATTRIBUTE, {}):
-        one = vars(module)[ATTRIBUTE][site]
+def _expect_free(name: str, module: nn.Module, site: str) -> None:
+    """Raise if the module has a method on the site."""
+    if site in vars(module).get(SITES, {}):
+        one = vars(module)[SITES][site]
         raise ValueError(
-            f"{where}: Expected one method on a site, got a second beside {one.method}; take that off first, with "
-            "sparsifier=None."
+            f"{site} of {name or 'the model'}: Expected one method on a site, got a second beside {one.method}; take "
+            "that off first, with sparsifier=None."
         )
+
+
+def _expect_site(name: str, module: nn.Module, site: str) -> None:
+    """Raise unless the module has such a site."""
+    where = f"{site} of {name or 'the model'}"
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)):
         raise ValueError(f"{where}: Expected a module with a forward, got {type(module).__name__}; name those inside.")
     if site == "grad_weight":
@@ -187,12 +185,12 @@ def _place(module: nn.Module, state: dict[str, Tensor]) -> None:
             state[name] = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
 
 
-def _remove(chosen: list[tuple[str, nn.Module]], site: str) -> None:
-    with_site = [(m, s) for _, m in chosen if (s := vars(m).get(ATTRIBUTE, {}).get(site)) is not None]
-    if not with_site:
+def _with_site(chosen: list[tuple[str, nn.Module]], site: str) -> Ready:
+    """Those that have a method on the site."""
+    found: Ready = [(m, s, {}) for _, m in chosen if (s := vars(m).get(SITES, {}).get(site)) is not None]
+    if not found:
         raise ValueError(f"Expected a module with a method at its {site}, to be taken off, got none; see sten.summary.")
-    for module, one in with_site:
-        one.remove(module)
+    return found
 
 
 def _calibrate(model: nn.Module, ready: list, calibration: Any) -> None:
@@ -205,6 +203,7 @@ def _calibrate(model: nn.Module, ready: list, calibration: Any) -> None:
     def read(found: list[Tensor], batch: list[int]) -> Callable:
         def keep(x: Tensor) -> Tensor:
             rows = tokens[batch[0]].of(tuple(x.shape))
+            x = x.to_dense() if isinstance(x, SparseTensor) else x
             x = x.detach().reshape(-1, x.shape[-1])
             x = x if rows is None else x[rows.to(x.device)]
             step = -(-len(x) // max(1, most // x.shape[1])) if len(x) else 1

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts.base import Layout
-from ..ops.sparsified import stored, stores, with_gradient
+from ..ops.epilogue import Epilogue, Kept
+from ..ops.sparsified import is_seen, records, stored, stores, with_gradient
 from ..sparsifiers.activation import ActivationMethod
 from ..tensor import SparseTensor
-
-KINDS = ("weight", "input", "output", "grad_weight", "grad_input", "grad_output")
-ATTRIBUTE = "_sten_sites"  # of a module: {site: Site}
+from ..training.attribute import SITES
+from .inline_forward import InlineForward, can_be_inline, finished_by
 
 
 def sites_of(model: nn.Module) -> list[Site]:
     """All sites of a model, in the order of its modules."""
-    return [site for module in model.modules() for site in vars(module).get(ATTRIBUTE, {}).values()]
+    return [site for module in model.modules() for site in vars(module).get(SITES, {}).values()]
 
 
 @dataclass(eq=False)
@@ -42,13 +42,14 @@ class Site:
 
     Attributes:
         name: of the module, as it was called when the site was made.
-        kind: of KINDS.
+        kind: of `arguments.KINDS`.
         method, layout: what is kept, and how it is stored; None: dense, with zeros.
         linear: whether the module acts on the last dimension only, so that it may get a matrix of all tokens.
         state: names of the method's tensors.
         handles: what removes the hooks.
         param, hook: of grad_weight, the Parameter that is hooked, and what removes that.
         frozen: whether it is not hooked, since it does not train; compilers read this, not the hook.
+        plans: the Plans of operators that read its activations, whose patterns are new at each call.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Site:
     param: nn.Parameter | None = field(default=None, repr=False)
     hook: Any = field(default=None, repr=False)
     frozen: bool = False
+    plans: dict = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.method}, {'dense with zeros' if self.layout is None else self.layout}"
@@ -91,12 +93,14 @@ class Site:
             self.handles.append(before(self.change_grad_input, with_kwargs=True, prepend=True))
         elif self.kind == "output":
             self.handles.append(after(self.sparsify_output))
+            if can_be_inline(module, self):
+                module.__dict__["forward"] = InlineForward(module, self)
         elif self.kind == "grad_output":
             self.handles.append(after(self.change_grad_output, prepend=True))
         else:
             self.handles.append(before(self.follow_weight))
             self.follow_weight(module)
-        vars(module).setdefault(ATTRIBUTE, {})[self.kind] = self
+        vars(module).setdefault(SITES, {})[self.kind] = self
 
     def remove(self, module: nn.Module) -> None:
         """Take everything off again."""
@@ -104,9 +108,11 @@ class Site:
             handle.remove()
         if self.hook is not None:
             self.hook.remove()
+        if isinstance(forward := vars(module).get("forward"), InlineForward) and forward.site is self:
+            del module.__dict__["forward"]
         for name in self.state:
             delattr(module, self.full(name))
-        del vars(module)[ATTRIBUTE][self.kind]
+        del vars(module)[SITES][self.kind]
 
     def full(self, name: str) -> str:
         """The name that a tensor of the method has in the module."""
@@ -118,6 +124,8 @@ class Site:
         return change_first(args, kwargs, functools.partial(self.sparsified, module), self.where)
 
     def sparsify_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if finished_by(output, self):
+            return output
         return change_output(output, functools.partial(self.sparsified, module), self.where)
 
     def change_grad_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -151,15 +159,27 @@ class Site:
         x = x.to_dense() if isinstance(x, SparseTensor) else x
         matrix = x.reshape(-1, x.shape[-1])
         self.expect(matrix.shape[1])
-        state = {name: getattr(module, self.full(name)) for name in self.state}
+        epilogue = self.epilogue(module)
+        if self.layout is None and not (is_seen(x) or records(x)):
+            return epilogue.finish(x, own=False)
         if not stores(x, self.layout):
-            return self.method.apply(matrix, state, module.training)[0].view(x.shape)
-        columns = self.method.columns(matrix.detach())
-        y, where = (matrix, columns) if columns is not None else self.method.apply(matrix, state, module.training)
+            return self.method.apply(matrix, epilogue.state, module.training)[0].view(x.shape)
+        kept, columns = epilogue.rule(matrix), None
+        if kept is not None and kept.rule != "random":  # which changes numbers, too
+            y, where = matrix, kept
+        elif (columns := self.method.columns(matrix.detach())) is not None:
+            y, where = matrix, columns
+        else:
+            y, where = self.method.apply(matrix, epilogue.state, module.training)
         y = self.store(y, where, x.shape, self.kind == "input" and self.linear)
         if x.dim() != 2:
             y.leading = x.shape[:-1]
         return y
+
+    def epilogue(self, module: nn.Module, activation: str | None = None) -> Epilogue:
+        """What happens to an activation at the site, for the operator that computes it."""
+        state = {name: getattr(module, self.full(name)) for name in self.state}
+        return Epilogue(self.method, state, module.training, self.layout, activation or "none")
 
     def gradient(self, grad: Tensor) -> Tensor:
         """A gradient as the method leaves it, in the layout."""
@@ -176,7 +196,7 @@ class Site:
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
 
-    def store(self, y: Tensor, where: Tensor, shape: torch.Size, as_matrix: bool = False) -> Tensor:
+    def store(self, y: Tensor, where: Tensor | Kept, shape: torch.Size, as_matrix: bool = False) -> Tensor:
         """In the layout; `shape` is that of the tensor, which has two dimensions unless the module takes a matrix."""
         if len(shape) != 2 and not as_matrix:
             raise ValueError(
@@ -184,14 +204,16 @@ class Site:
                 "flatten the tokens first, or leave layout= out, which gives the same numbers."
             )
         try:
-            return stored(y, where, self.layout, self.method.full_gradient)
+            y = stored(y, where, self.layout, self.method.full_gradient)
+            y.cache.plans = self.plans
+            return y
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
 
     # copies: a Parameter's own hooks are not copied with it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "hook": None}
+        return {**vars(self), "hook": None, "plans": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -226,19 +248,24 @@ def expect_no_gradient_site(targets: Iterable[Any]) -> None:
     """Raise ValueError if the gradient of a weight that is to become sparse, a `Target`, has a site."""
     for target in targets:
         for module, _ in target.owners:
-            if (site := vars(module).get(ATTRIBUTE, {}).get("grad_weight")) is not None:
+            if (site := vars(module).get(SITES, {}).get("grad_weight")) is not None:
                 raise ValueError(
                     f"{target.name}: Expected a weight without a site at its gradient, got {site.method}; take it off "
                     'by sten.sparsify(model, site="grad_weight", sparsifier=None).'
                 )
 
 
+def has_sites(module: nn.Module) -> bool:
+    """Whether a module, not those in it, has a site."""
+    return bool(vars(module).get(SITES))
+
+
 def remove_sites(model: nn.Module) -> None:
     """Take all sites of a model off."""
     for module in model.modules():
-        for site in list(vars(module).get(ATTRIBUTE, {}).values()):
+        for site in list(vars(module).get(SITES, {}).values()):
             site.remove(module)
-        vars(module).pop(ATTRIBUTE, None)
+        vars(module).pop(SITES, None)
 
 
 def checked_on_sample(site: Site, state: dict[str, Tensor], features: int | None) -> None:

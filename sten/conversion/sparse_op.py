@@ -8,11 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._torch_private import PLAIN_TENSORS
 from ..layouts.base import Layout
-from ..ops.fused import ACTIVATIONS, activate
-from ..ops.inline_linear import inline_linear
-from ..ops.sparsified import stores
+from ..ops.epilogue import ACTIVATIONS, activate
+from ..ops.inline_linear import inline_linear, runs_inline
 from ..sparsifiers.activation import ActivationMethod
 from .sites import Site, change_output
 
@@ -48,7 +46,7 @@ class SparseOp(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.inline and (operands := self._operands(*args, **kwargs)) is not None:
-            return inline_linear(*operands, self._choose, self.out.layout)
+            return inline_linear(*operands, self.out.epilogue(self, self.activation))
         y = self.operator(*args, **kwargs)
         y = y if self.activation is None else activate(y, self.activation)
         if self.grad is not None:
@@ -62,18 +60,11 @@ class SparseOp(nn.Module):
 
     def _operands(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple | None:
         """Those of an inline product; None where it runs as the operator, and then the method."""
-        plain = all(t is None or type(t) in PLAIN_TENSORS for t in (input, weight, bias))
-        return (input, weight, bias) if plain and input.dim() == 2 and stores(input, self.out.layout) else None
-
-    def _choose(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        y = z if self.activation is None else activate(z, self.activation)
-        site, columns = self.out, self.out.method.columns(y.detach())
-        if columns is not None:
-            return y, columns
-        return site.method.apply(y, {name: getattr(self, site.full(name)) for name in site.state}, self.training)
+        return (input, weight, bias) if runs_inline(input, weight, bias, self.out.layout) else None
 
     def extra_repr(self) -> str:
-        how = ["inline: the output is sparsified in tiles, and never stored dense"] if self.inline else []
+        end = f"{'' if self.activation is None else f'{self.activation} and '}{self.out.method}" if self.inline else ""
+        how = [f"inline: {end} in the epilogue of linear, whose output is never stored dense"] if self.inline else []
         return "\n".join([*(str(site) for site in (self.out, self.grad) if site is not None), *how])
 
 

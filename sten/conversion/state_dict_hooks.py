@@ -27,6 +27,7 @@ from ..training.run_problems import expect_one_run, problem_of
 from ..training.trained_weight import TrainedWeight, is_of_run
 from .dense_entries import expect_fit
 from .pretrained import note_pretrained, take_run
+from .sites import has_sites
 
 
 class Checked(NamedTuple):
@@ -39,14 +40,16 @@ class Checked(NamedTuple):
 def accept_every_form(model: nn.Module) -> None:
     """Let `load_state_dict` of a model, and of each module that has sparse weights below it, take every form."""
     above: set[str] = set()
+    above_sites: set[str] = set()
     for path, module in model.named_modules():
         has_sparse = any(True for _ in _sparse_weights(module)) or bool(installed(module))
         mark_for_script(module, has_sparse)
-        if has_sparse:
-            steps = path.split(".")
-            above.update(".".join(steps[:depth]) for depth in range(len(steps) + 1))
+        steps = path.split(".")
+        around = {".".join(steps[:depth]) for depth in range(len(steps) + 1)}
+        above |= around if has_sparse else set()
+        above_sites |= around if has_sites(module) else set()
     for path, module in model.named_modules():
-        note_pretrained(module, path in above)
+        note_pretrained(module, path in above or path in above_sites)
     for path in above:
         module = model.get_submodule(path)
         if not any(getattr(hook, "hook", None) is _fit_state for hook in module._load_state_dict_pre_hooks.values()):

@@ -21,6 +21,7 @@ from ..training.inference_mode import ordinary_tensors
 from ..training.pattern_weight import PatternWeight, as_matrix
 from .record import known_optimizers
 from .select import Target, sparse_weights
+from .sites import has_sites
 from .state_dict_hooks import accept_every_form, entry_of
 
 if TYPE_CHECKING:
@@ -158,6 +159,12 @@ def parallelize_module(
         raise ValueError(f"Expected a mesh of one dimension, got {device_mesh.ndim}; take one of them, mesh['tp'].")
     plan = _by_name(model, parallelize_plan)
     modules = {name: model.get_submodule(name) for name in plan}
+    for name, module in modules.items():
+        if has_sites(module):
+            raise ValueError(
+                f"Expected modules without sites to be divided, got {name} with some, whose methods would see a part "
+                "of each token; take them off by sparsifier=None."
+            )
     targets = [target for target in sparse_weights(model) if any(m in modules.values() for m, _ in target.owners)]
     slices = {target.name: _divided(target, device_mesh, modules, plan) for target in targets}
     sparse = {module for target in targets for module, _ in target.owners}

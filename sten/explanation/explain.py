@@ -20,6 +20,7 @@ from ..conversion.record import record_of
 from ..conversion.reparametrize import expect_slots_to_follow, move
 from ..conversion.select import Target, all_weights, movable_weights, sparse_weights
 from ..conversion.sensitivity import Candidate, candidates_of
+from ..conversion.sites import sites_of
 from ..conversion.state_dict_hooks import accept_every_form
 from ..layouts.base import Layout
 from ..training.dense_weight import DenseWeight
@@ -45,11 +46,12 @@ def explain(
 ) -> Explanation:
     """Run a model on inputs and say of each layer which kernel ran, how long it takes against dense, and what to do.
 
-    Each layer is timed on the very inputs that it gets in the model, as it is and with dense weights of the same
-    numbers, in turns; medians and quartiles are of these rounds. Where it is slower than dense, other layouts of the
-    same density are timed, too. The model is called three times and more, in eval mode without gradients, eagerly even
-    if it is compiled. It is not changed, nor are its modes; what a call of the model itself changes, such as a cache
-    among the inputs, does change.
+    Each layer is timed on the very inputs that it gets in the model, as it is and dense (weights, and an input that a
+    site made sparse, with the same numbers), in turns; medians and quartiles are of these rounds. What a site's method
+    takes to choose is time of the model, not of the layer. Where a sparse weight is slower than dense, other layouts of
+    the same density are timed, too. The model is called three times and more, in eval mode without gradients, eagerly
+    even if it is compiled. It is not changed, nor are its modes; what a call of the model itself changes, such as a
+    cache among the inputs, does change.
 
     Args:
         model: any nn.Module, its weights dense, finalized or in training.
@@ -95,7 +97,7 @@ def explain(
     _note_times(layers, rows)
     densified = _densify(model, layers, rows) if keep_faster else []
     sizes = sum(stored for stored, _ in once), sum(dense for _, dense in once)
-    return Explanation(rows, whole, place_of(device), sizes, densified, patterns)
+    return Explanation(rows, whole, place_of(device), sizes, densified, patterns, sites_of(model))
 
 
 def _measured(
@@ -125,7 +127,7 @@ def _one(layer: Layer, args, kwargs, seconds: float, options: list[Candidate] | 
     """One call; layers of one kind that are slower than dense try other layouts once for all of them."""
     alone = is_linear_alone(layer)
     of = measure(layer, args, kwargs, seconds, options if options and alone else ())
-    if options is not None or not alone or of.speedup is None or of.speedup.low >= 1:
+    if options is not None or not alone or not layer.sparse or of.speedup is None or of.speedup.low >= 1:
         return of
     density, kind = _density(layer.targets), _layout(layer.targets)
     key = (kind, layer.targets[0].shape, round(density, 2), signature(args, kwargs))

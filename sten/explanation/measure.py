@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.substitute import substituted
-from ..calibration.trees import mapped
+from ..calibration.trees import leaves, mapped
 from ..conversion.select import Target
 from ..conversion.sensitivity import Candidate
+from ..dispatch import observe
 from ..layouts import BSR, CSR, NM, GroupedNM, VectorNM
 from ..tensor import SparseTensor
 from .layers import Layer, is_sparse
@@ -63,27 +64,37 @@ def measure(layer: Layer, args: tuple, kwargs: dict, seconds: float, candidates:
     args, kwargs = mapped(_copied, args), mapped(_copied, kwargs)
     module, device = layer.module, device_of(layer)
 
+    inputs = [leaf for _, leaf in leaves([args, kwargs]) if isinstance(leaf, SparseTensor)]
+    plain_args, plain_kwargs = mapped(_dense, args), mapped(_dense, kwargs)
+
     def call():
         return module.forward(*args, **kwargs)
 
-    def run(values: list[tuple[Target, Tensor]]):
+    def call_dense():
+        return module.forward(*plain_args, **plain_kwargs)
+
+    def run(values: list[tuple[Target, Tensor]], call=call):
         weights = [(target.owners, value) for target, value in values]
         return (lambda: substituted(weights)), call
 
     sparse = layer.sparse
-    if not sparse and not candidates:
+    if inputs:  # of a site, or of the sparse output before it: what runs is found here, not by the weight
+        with observe() as seen:
+            call()
+        layer.plans += [plan for *_, plan in seen if plan not in layer.plans]
+    if not sparse and not inputs and not candidates:
         return Measurement(Spread.of(take_turns([(contextlib.nullcontext, call)], device, seconds)[0]))
     now = [(target, dense_value(target)) for target in layer.targets]
     dense = [(target, value) for target, value in now if is_sparse(target)]
     others = [(candidate, new) for candidate in candidates if (new := _in(candidate, now)) is not None]
-    runs = [(contextlib.nullcontext, call), run(dense), *(run(new) for _, new in others)]
+    runs = [(contextlib.nullcontext, call), run(dense, call_dense), *(run(new) for _, new in others)]
     whole = seconds * len(runs) / 2
     own, as_dense, *rest = take_turns(runs, device, whole)
     alternatives = tuple(
         Alternative(_title(candidate), _ratio(as_dense, times), _energy(now, new), _bytes(new))
         for (candidate, new), times in zip(others, rest, strict=True)
     )
-    if not sparse:
+    if not sparse and not inputs:
         return Measurement(Spread.of(own), alternatives=alternatives)
     return Measurement(Spread.of(own), Spread.of(as_dense), _ratio(as_dense, own), alternatives)
 
@@ -91,6 +102,10 @@ def measure(layer: Layer, args: tuple, kwargs: dict, seconds: float, candidates:
 def _copied(leaf):
     """A layer may write to its inputs."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _dense(leaf):
+    return leaf.to_dense() if isinstance(leaf, SparseTensor) else leaf
 
 
 def _ratio(dense: list[float], other: list[float]) -> Spread:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import markup
+from ..conversion.sites import Site
 from . import page
 from .measure import Alternative
 from .timing import Spread
@@ -67,6 +68,7 @@ class Explanation(markup.Tabular):
         sizes: bytes of all these weights, as they were, and dense; tied ones count once.
         densified: the names of the weights that `keep_faster` made dense.
         patterns: by name of a weight, HTML of the pictures of its pattern; one of each kind.
+        sites: other sites than weights, with their methods (`sten.sparsify(site=...)`).
     """
 
     rows: list[LayerRow]
@@ -75,6 +77,7 @@ class Explanation(markup.Tabular):
     sizes: tuple[int, int]
     densified: list[str] = field(default_factory=list)
     patterns: dict[str, str] = field(default_factory=dict, repr=False)
+    sites: list[Site] = field(default_factory=list)
 
     numeric = (2, 3, 4, 6, 7, 8)
 
@@ -109,7 +112,7 @@ class Explanation(markup.Tabular):
             found.append("The rounds differ much: the machine has other load. Measure again on a quiet one.")
         if self.densified:
             found.append(f"made dense: {', '.join(self.densified)}")
-        return found
+        return found + [str(site) for site in self.sites]
 
     def in_short(self) -> str:
         """How many sparse layers are worth keeping, in one sentence."""

@@ -1,8 +1,8 @@
-"""Folders of transformers: `save_pretrained` and `from_pretrained` of models with sparse weights.
+"""Folders of transformers: `save_pretrained` and `from_pretrained` of models with sparse weights, or with sites.
 
 transformers reads and writes weights that are no plain tensors through a registered quantizer, which is what sten is to
-it. config.json says so in its entry "quantization_config", and the metadata of each file describes the sparse weights,
-as the header of `sten.save` does. All that is read goes through the same checks.
+it. config.json says so in its entry "quantization_config", and the metadata of each file describes the sparse weights
+and the sites, as the header of `sten.save` does. All that is read goes through the same checks.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..conversion import densify
 from ..conversion.pretrained import KEY, pretrained_state
 from ..conversion.recipe import recipes_of, set_recipes
 from ..conversion.select import movable_weights
+from ..conversion.site_files import change_of_sites, described_sites
 from ..conversion.state_dict_hooks import accept_every_form, finalized_state
 from ..errors import FormatError
 from ..training.attribute import SUFFIX, read_every_finalized
@@ -65,7 +66,7 @@ class SparseConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class SparseQuantizer(HfQuantizer):
-    """Reads and writes the sparse weights of a model.
+    """Reads and writes the sparse weights and the sites of a model.
 
     Attributes:
         weights: name -> the description of each sparse weight in the files that are read.
@@ -103,7 +104,8 @@ class SparseQuantizer(HfQuantizer):
         weights = {name: {**io.description(w), "values": list(w.parts["values"].shape)} for name, w in sparse.items()}
         model.config.quantization_config = SparseConfig(recipes=recipes_of(model))
         model.add_model_tags(["sten", "sparse"])  # of the card that push_to_hub writes
-        return tensors, {KEY: json.dumps({"version": io.VERSION, "sparse": weights, "ties": {}})}
+        header = {"version": io.VERSION, "sparse": weights, "ties": {}, "sites": described_sites(model)}
+        return tensors, {KEY: json.dumps(header)}
 
     # reading
 
@@ -126,9 +128,24 @@ class SparseQuantizer(HfQuantizer):
         ]
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs: Any) -> None:
-        self.weights = _descriptions(checkpoint_files or ())
+        self.weights, sites, names = _descriptions(checkpoint_files or ())
+        self._give_sites(model, sites, names)
         known = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*known, rf"{SUFFIX}\."}  # the state of a run
+
+    def _give_sites(self, model: nn.Module, entries: list[dict[str, Any]], names: set[str]) -> None:
+        """Give a model without numbers, before transformers reads them, the sites of the files, as far as it has the
+        modules; their tensors are read as any others."""
+        modules, own = dict(model.named_modules(remove_duplicate=False)), []
+        for entry in entries:
+            found = next((path for path in self.other_names(model, entry["module"]) if path in modules), None)
+            if found is not None:
+                own.append({**entry, "module": found})
+        change = change_of_sites(model, own, {})
+        for name in change.new_names:
+            if names.isdisjoint(self.other_names(model, name)):
+                raise FormatError(f"Expected {name}, which a site has learned, in the files of the folder, got none.")
+        change.install()
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         del model._keys_to_ignore_on_load_unexpected
@@ -159,27 +176,29 @@ class SparseQuantizer(HfQuantizer):
         return densify(model).to(dtype)
 
 
-def _descriptions(files: Iterable[str | os.PathLike]) -> dict[str, dict[str, Any]]:
-    """What the files say of their sparse weights; FormatError if it is damaged, missing, or not the same in all."""
+def _descriptions(files: Iterable[str | os.PathLike]) -> tuple[dict[str, dict[str, Any]], list, set[str]]:
+    """What the files say of their sparse weights and of their sites, and the names of all tensors in them; FormatError
+    if it is damaged, missing, or not the same in all."""
     found: dict[str, str | os.PathLike] = {}
-    patterns = []
+    names: set[str] = set()
     for path in files:
         with tensor_file.open_file(path) as file:
             header = tensor_file.read_header(file)
-        patterns += [name for name in header.tensors if f"{SUFFIX}." in name]
+        names |= header.tensors.keys()
         if KEY in header.metadata:
             found[header.metadata[KEY]] = path
-    if not found and not patterns:
-        return {}  # a dense model with the configuration of a sparse one
+    if not found and not any(f"{SUFFIX}." in name for name in names):
+        return {}, [], names  # a dense model with the configuration of a sparse one
     if len(found) != 1:
         raise FormatError(
             f"Expected the files of one model with a description of its sparse weights, got {len(found)} descriptions; "
             "call sten.finalize on the whole model before save_pretrained."
         )
     ((text, path),) = found.items()
-    weights = io.header_of(text, path)["sparse"]
+    header = io.header_of(text, path)
+    weights = header["sparse"]
     io.expect_descriptions({name: {**entry, "shape": entry.get("values")} for name, entry in weights.items()})
-    return weights
+    return weights, header.get("sites", []), names
 
 
 class Assemble(ConversionOps):

@@ -20,6 +20,7 @@ from ..conversion import attach, sparsify, summary, trainable
 from ..conversion.arguments import Layouts, Weights
 from ..conversion.recipe import DEFAULT, Recipe, recipe_of, recipes_of
 from ..conversion.select import sparse_weights
+from ..conversion.sites import sites_of
 from ..sparsifiers import Sparsifier
 from ..sparsifiers.allocation import Allocation
 from ..training.engine import engines_of
@@ -40,7 +41,8 @@ class SparsityCallback(TrainerCallback):
 
     `calibration` is that of `sten.sparsify`, for a method that reads activations; it is used once.
 
-    Without arguments, a model that is sparse already is trained in its pattern, or by the method that it has.
+    Without arguments, a model that is sparse already is trained in its pattern, or by the method that it has. With a
+    Recipe for another site than weights, or a model that has such sites, they act from the first step.
 
     Raises:
         ValueError, TypeError: what sparsify raises, when the Trainer is made; what `sten.attach` raises, an optimizer
@@ -72,7 +74,7 @@ class SparsityCallback(TrainerCallback):
         self._make_sparse(model, optimizer)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
-        if not sparse_weights(model):  # made by the Trainer's model_init, after it was made itself
+        if not sparse_weights(model) and not sites_of(model):  # made by model_init, after the Trainer
             if args.world_size > 1 or state.global_step > 0:
                 raise ValueError(
                     "Expected Trainer(model=...) for sten's SparsityCallback on several processes or from a "
@@ -80,6 +82,8 @@ class SparsityCallback(TrainerCallback):
                 )
             self._make_sparse(model, optimizer)
         weights, optimizers = dynamic_weights(model), optimizers_of(optimizer)
+        if not sparse_weights(model):
+            return  # sites alone: their tensors are the optimizer's already
         if not weights or not all(w.engine is not None and any(map(w.engine.acts_in, optimizers)) for w in weights):
             attach(model, optimizer)
 
@@ -95,8 +99,9 @@ class SparsityCallback(TrainerCallback):
 
     def _make_sparse(self, model: nn.Module, optimizer: Any) -> None:
         if self.recipe is not None and recipes_of(model)[-1:] != [self.recipe.record()]:
-            sparsify(model, self.recipe, optimizer=optimizer, calibration=self.calibration)
-        elif not sparse_weights(model):
+            of_weights = self.recipe.site == "weight"
+            sparsify(model, self.recipe, optimizer=optimizer if of_weights else None, calibration=self.calibration)
+        elif not sparse_weights(model) and not sites_of(model):
             raise ValueError("Expected a sparse model, or arguments for SparsityCallback, got neither; pass sparsity=.")
         if optimizer is None:
             trainable(model)

@@ -112,6 +112,15 @@ class Layout(metaclass=Constructor):
         mask = torch.zeros(dense.shape, dtype=torch.bool, device=dense.device)
         return self.pack(dense, mask.scatter_(1, index, True))
 
+    def packs_rows(self, count: int | None, block: int | None) -> bool:
+        """Whether `pack_rows` takes rows of `count` entries (None: of any number), or of so many in each block."""
+        del count, block
+        return False
+
+    def pack_rows(self, values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> Parts:
+        """Store compressed rows, columns ascending in a row, as the kernels of epilogues make them."""
+        raise NotImplementedError(f"{self} has no packs_rows")
+
     @abstractmethod
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         """The dense tensor of this shape, in the dtype of `parts["values"]` (any dtype, integers included)."""

@@ -72,6 +72,12 @@ class BSR(Layout):
         """The sum over each block; padding counts zero."""
         return self.blocks(score).sum((2, 3), dtype=widest_float(score.device))
 
+    def unit_means(self, score: Tensor) -> Tensor:
+        """As of any layout; the sizes of blocks follow from the shape, without sums of ones."""
+        sizes = zip((len(score), math.prod(score.shape[1:])), self.grid(tuple(score.shape)), self.block, strict=True)
+        height, width = ((size - torch.arange(0, n * b, b, device=score.device)).clamp(max=b) for size, n, b in sizes)
+        return self.unit_totals(score) / (height.unsqueeze(1) * width)
+
     def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
         bh, bw = self.block
         return cut(chosen.repeat_interleave(bh, 0).repeat_interleave(bw, 1), shape)
@@ -92,7 +98,7 @@ class BSR(Layout):
         stored = self.blocks(mask).any(3).any(2)
         row, col = stored.nonzero(as_tuple=True)
         return {
-            "values": self.blocks(dense.masked_fill(~mask, 0))[row, col],
+            "values": self.blocks(dense)[row, col].masked_fill(~self.blocks(mask)[row, col], 0),
             "crow": offsets_of(stored.sum(1)),
             "col": col.int(),
             **self.by_columns(row, col, stored.sum(0)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import expect_dense, expect_parts, expect_zero
+from sten.layouts.compiled import runs
 from sten.layouts.compressed_rows import expect_compressed, offsets_of, row_of_slots, slots_of_rows
 
 LIMIT = 2**31 - 1  # the indices are int32
@@ -48,11 +49,25 @@ class CSR(Layout):
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         stored = mask.reshape(len(mask), -1)
+        if runs("compress_masked", dense, stored):
+            matrix = dense.reshape(stored.shape).contiguous()
+            values, crow, col = torch.ops.sten.compress_masked(matrix, stored.contiguous())
+            self._expect_few(len(col))
+            return {"values": values, "crow": crow.int(), "col": col}
         row, col = stored.nonzero(as_tuple=True)
-        if len(col) > LIMIT:
-            raise ValueError(f"Expected at most {LIMIT} entries for {self}, got {len(col)}; use sten.BSR or sten.NM.")
+        self._expect_few(len(col))
         crow = offsets_of(stored.sum(1))
         return {"values": dense.reshape(stored.shape)[row, col], "crow": crow, "col": col.int()}
+
+    def packs_rows(self, count: int | None, block: int | None) -> bool:
+        return True
+
+    def pack_rows(self, values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> Parts:
+        return {"values": values, "crow": crow, "col": col}
+
+    def _expect_few(self, count: int) -> None:
+        if count > LIMIT:
+            raise ValueError(f"Expected at most {LIMIT} entries for {self}, got {count}; use sten.BSR or sten.NM.")
 
     def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
         crow = offsets_of(torch.cat([parts["crow"].diff() for parts in each]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import chunks, count_to_keep, expect_dense, expect_parts, expect_range, expect_score
+from sten.layouts.compiled import runs
 from sten.layouts.topk import complete_groups, top_of_groups
 
 
@@ -58,16 +59,34 @@ class FanIn(Layout):
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         matrix = mask.reshape(len(mask), -1)
-        row = matrix.any(1).nonzero()[:, 0]
-        stored = matrix[row]
-        fan_in = int(stored.sum(1).max()) if len(row) else 0
-        index = complete_groups(stored, fan_in).nonzero()[:, 1].view(len(row), fan_in).int()
+        if runs("compress_masked", dense, matrix):
+            numbers = dense.reshape(matrix.shape).contiguous()
+            values, crow, index = torch.ops.sten.compress_masked(numbers, matrix.contiguous())
+            count = crow.diff()
+            row = count.nonzero()[:, 0]
+            if bool((count[row] == count.max()).all()):
+                size = len(row), int(count.max())
+                return {"values": values.view(size), "index": index.view(size), "row": row.int()}
+        else:
+            count = matrix.sum(1)
+        row, fan_in = count.nonzero()[:, 0], int(count.max())
+        stored = matrix if len(row) == len(matrix) else matrix[row]
+        if bool((count[row] < fan_in).any()):
+            stored = complete_groups(stored, fan_in)
+        index = stored.nonzero()[:, 1].view(len(row), fan_in).int()
         parts = {"index": index, "row": row.int()}
         return {"values": self.pack_like(dense.masked_fill(~mask, 0), parts), **parts}
 
     def pack_columns(self, dense: Tensor, index: Tensor) -> Parts:
         row = torch.arange(len(dense), dtype=torch.int32, device=dense.device)
         return {"values": dense.gather(1, index), "index": index.int(), "row": row}
+
+    def packs_rows(self, count: int | None, block: int | None) -> bool:
+        return count is not None
+
+    def pack_rows(self, values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> Parts:
+        row = torch.arange(shape[0], dtype=torch.int32, device=values.device)
+        return {"values": values.view(shape[0], -1), "index": col.view(shape[0], -1), "row": row}
 
     def join_rows(self, each: Sequence[Parts], rows: Sequence[int]) -> Parts:
         widths = {parts["values"].shape[1] for parts in each}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sten._torch_private import exports_to_onnx
+from sten.layouts.assignment import assign, choose, comparable
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import (
     chunks,
@@ -25,13 +26,11 @@ from sten.layouts.checks import (
     expect_whole,
     expect_zero,
 )  # fmt: skip
+from sten.layouts.compiled import runs
 from sten.layouts.padding import cut, pad_matrix
 from sten.layouts.patterns import patterns, revolving_door
 
 BATCH = 2**23  # entries of the (strip, column, pattern) table worked on at a time: 32 MiB, so that memory is bounded
-PRICE_STEPS = 6
-PRICE_RATE = 0.8
-SWAP_ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,12 @@ class GroupedNM(Layout):
         chunks, strips = self.sizes(tuple(weight.shape))
         return pad_matrix(weight.reshape(len(weight), -1), strips * self.m, chunks * self.width)
 
-    def columns(self, weight: Tensor) -> Tensor:
-        """The weight as columns (B, N, m) of its strips, zero-padded."""
+    def columns(self, weight: Tensor, problems: Tensor | None = None) -> Tensor:
+        """The weight as columns (B, N, m) of its strips, zero-padded; all of them, or those of these problems."""
         chunks, strips = self.sizes(tuple(weight.shape))
         blocks = self.padded(weight).view(strips, self.m, chunks, self.width)
+        if problems is not None:
+            return blocks[problems % strips, :, problems // strips].transpose(1, 2)
         return blocks.permute(2, 0, 3, 1).reshape(-1, self.width, self.m)
 
     def energy(self, columns: Tensor) -> Tensor:
@@ -117,6 +118,12 @@ class GroupedNM(Layout):
         expect_score(self, score, sparsity)
         if torch.compiler.is_compiling():  # the number of exchanges depends on the numbers
             return _mask(score, self.n, self.m, self.g)
+        if runs("grouped_nm_choose", score.detach()):
+            matrix = score.detach().reshape(len(score), -1)
+            if matrix.dtype is torch.float64:
+                matrix = comparable(matrix, self.n)
+            mask = torch.ops.sten.grouped_nm_choose(matrix.float().contiguous(), self.n, self.m, self.g)
+            return mask.view(score.shape)
         chunks, strips = self.sizes(tuple(score.shape))
         columns = self.columns(comparable(score.detach(), self.n))
         chosen = torch.cat([assign(self.energy(part), self.g) for part in columns.split(self.batch)])
@@ -137,19 +144,42 @@ class GroupedNM(Layout):
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
-        chosen = self.recover(self.columns(mask), tuple(dense.shape))
-        index = torch.argsort(chosen, dim=1, stable=True).to(torch.int16)
-        index = index.view(*self.sizes(tuple(dense.shape)), -1, self.g)
-        return {"values": self.pack_like(dense.masked_fill(~mask, 0), {"index": index}), "index": index}
+        index, full = self.index_of(mask)
+        return {
+            "values": self.pack_like(dense if full else dense.masked_fill(~mask, 0), {"index": index}),
+            "index": index,
+        }
 
-    def recover(self, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A pattern for every column (B, N) of a mask's columns (B, N, m); ValueError where there is none."""
+    def index_of(self, mask: Tensor) -> tuple[Tensor, bool]:
+        """The part `index` of a mask, and whether every slot is known to be one of the mask's entries or padding.
+
+        ValueError where there is none.
+        """
+        shape, sizes = tuple(mask.shape), self.sizes(tuple(mask.shape))
+        if runs("grouped_nm_index", mask):  # which leaves columns of fewer than n entries to what follows
+            matrix = mask.reshape(len(mask), -1).contiguous()
+            index, unsolved = torch.ops.sten.grouped_nm_index(matrix, self.n, self.m, self.g)
+            problems = unsolved.flatten().nonzero()[:, 0]
+        else:
+            index = torch.empty(*sizes, len(self.order), self.g, dtype=torch.int16, device=mask.device)
+            problems = torch.arange(math.prod(sizes), device=mask.device)
+        if len(problems):
+            chosen = self.recover(self.columns(mask, problems), shape, problems)
+            index.view(-1, self.width)[problems] = torch.argsort(chosen, dim=1, stable=True).to(torch.int16)
+        return index, not len(problems)
+
+    def recover(self, stored: Tensor, shape: tuple[int, ...], problems: Tensor) -> Tensor:
+        """A pattern for every column (B, N) of a mask's columns (B, N, m); ValueError where there is none.
+
+        The B problems have these numbers among those of the shape.
+        """
         count = stored.sum(-1)
         if bool((count > self.n).any()):
             problem, column = (count > self.n).nonzero()[0].tolist()
+            where = self.describe(int(problems[problem]), shape, column)
             raise ValueError(
                 f"Expected a mask with at most {self.n} of {self.m} outputs at every input for {self}, got "
-                f"{int(count[problem, column])} {self.describe(problem, shape, column)}; use {self}.mask(score)."
+                f"{int(count[problem, column])} {where}; use {self}.mask(score)."
             )
         chosen = torch.cat([self.rank(part) for part in stored.split(self.batch)])
         full = count == self.n
@@ -159,9 +189,10 @@ class GroupedNM(Layout):
         load.scatter_add_(1, where, torch.ones_like(where, dtype=torch.int32))
         if bool((load[:, :-1] > self.g).any()):
             problem, pattern = (load[:, :-1] > self.g).nonzero()[0].tolist()
+            where = self.describe(int(problems[problem]), shape)
             raise ValueError(
                 f"Expected a mask that uses every pattern for exactly {self.g} columns of a chunk for {self}, got "
-                f"{self.order[pattern]} for {int(load[problem, pattern])} {self.describe(problem, shape)}; "
+                f"{self.order[pattern]} for {int(load[problem, pattern])} {where}; "
                 f"use {self}.mask(score)."
             )
         if bool(full.all()):
@@ -169,10 +200,10 @@ class GroupedNM(Layout):
         # Padding columns take the patterns that are left, in order; other columns of fewer than n entries follow below.
         left = (self.g - load[:, :-1]).cumsum(1)
         chosen = torch.where(full, chosen, torch.searchsorted(left, (~full).cumsum(1) - 1, right=True))
-        real = self.columns(torch.ones(shape, dtype=torch.bool, device=stored.device))
+        real = self.columns(torch.ones(shape, dtype=torch.bool, device=stored.device), problems)
         short = (~full & real.any(-1)).any(-1).nonzero()[:, 0]
         for part in short.split(self.batch) if len(short) else ():
-            chosen[part] = self.fit(stored[part], real[part], part, shape)
+            chosen[part] = self.fit(stored[part], real[part], problems[part], shape)
         return chosen
 
     def rank(self, stored: Tensor) -> Tensor:
@@ -224,10 +255,16 @@ class GroupedNM(Layout):
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         values, (chunks, strips) = parts["values"], self.sizes(shape)
+        if runs("grouped_nm_expand", values, parts["index"]):
+            stored, columns = (values.contiguous(), parts["index"].contiguous()), math.prod(shape[1:])
+            return torch.ops.sten.grouped_nm_expand(*stored, self.n, self.m, self.g, shape[0], columns).view(shape)
         out = values.new_zeros(strips * self.m, chunks * self.width).index_put(self.slots(parts["index"]), values)
         return cut(out, shape)
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
+        if runs("grouped_nm_collect", dense, parts["index"]):
+            matrix, index = dense.reshape(len(dense), -1).contiguous(), parts["index"].contiguous()
+            return torch.ops.sten.grouped_nm_collect(matrix, index, self.n, self.m, self.g)
         return self.padded(dense)[self.slots(parts["index"])]
 
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
@@ -276,124 +313,3 @@ def _(score, n, m, g):
     if exports_to_onnx():
         raise RuntimeError("Expected a finalized model for ONNX, got GroupedNM under a method; call sten.finalize.")
     return torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
-
-
-def comparable(score: Tensor, n: int) -> Tensor:
-    """The score as float32 in [-1, 1], so that sums and differences are finite; NaN and -inf below, +inf above."""
-    finite = score.isfinite()
-    scaled = score.masked_fill(~finite, 0).to(torch.promote_types(score.dtype, torch.float32))
-    largest = scaled.abs().amax()
-    scaled = (scaled / largest.masked_fill(largest == 0, 1)).float()
-    return scaled + torch.where(finite, 0, torch.where(score == math.inf, 2 * n, -2 * n))
-
-
-def assign(energy: Tensor, g: int) -> Tensor:
-    """A pattern for each column (B, N), each of P used g times, of (nearly) the highest total energy (B, N, P).
-
-    First an auction: the price of a pattern that too many columns choose rises, until demand is nearly even. Then every
-    column, the one with the largest lead first, takes its best free pattern. Then exchanges of two columns, while any
-    gains. On Gaussian weights this reached at least 99.4 % of the optimum, the greedy step alone 97.6 to 99 %.
-    """
-    price = torch.zeros_like(energy[:, 0])
-    # Columns to which all patterns are equal, as to padding, take what is left: they raise no price, and where there
-    # are some, no pattern needs a negative price.
-    decided = (energy.amax(-1) > energy.amin(-1)).to(energy.dtype)
-    least = torch.where(decided.amin(1, keepdim=True) > 0, -math.inf, 0.0)
-    step = PRICE_RATE * (lead(energy).sum(1) / decided.sum(1).clamp(min=1)).unsqueeze(1)
-    for k in range(PRICE_STEPS):
-        demand = torch.zeros_like(price).scatter_add_(1, (energy - price.unsqueeze(1)).max(-1).indices, decided)
-        price = torch.maximum(price + step * torch.log((demand + 1) / (g + 1)) / math.sqrt(k + 1), least)
-    return swap(energy, greedy(energy - price.unsqueeze(1), g), g)
-
-
-def lead(energy: Tensor) -> Tensor:
-    """By how much each column's best pattern beats its second: (B, N). Three passes, a third of the time of topk."""
-    if energy.shape[-1] == 1:
-        return torch.zeros_like(energy[..., 0])
-    best, which = energy.max(-1, keepdim=True)
-    return (best - energy.scatter(-1, which, -math.inf).amax(-1, keepdim=True)).squeeze(-1)
-
-
-def greedy(energy: Tensor, g: int) -> Tensor:
-    """Each column in turn, by how much its best pattern beats its second, takes the best free pattern: (B, N)."""
-    problems, _, count = energy.shape
-    order = lead(energy).sort(dim=1, descending=True, stable=True).indices
-    turns = energy.gather(1, order.unsqueeze(-1).expand_as(energy)).transpose(0, 1).contiguous()
-    free = torch.full((problems, count), g, dtype=torch.int32, device=energy.device)
-    one = torch.ones(problems, 1, dtype=torch.int32, device=energy.device)
-    picks = []
-    for turn in turns:
-        pick = turn.masked_fill_(free == 0, -math.inf).max(-1, keepdim=True).indices
-        free.scatter_add_(1, pick, -one)
-        picks.append(pick)
-    return torch.empty_like(order).scatter_(1, order, torch.cat(picks, 1))
-
-
-def swap(energy: Tensor, chosen: Tensor, g: int) -> Tensor:
-    """Improve an assignment (B, N) by exchanges of two columns; of each pair of patterns the best one, all at once."""
-    problems, _, count = energy.shape
-    column = torch.argsort(chosen, dim=1, stable=True)
-    table = energy.gather(1, column.unsqueeze(-1).expand_as(energy)).view(problems, count, g, count)
-    number = torch.arange(count, device=energy.device)
-    for _ in range(SWAP_ROUNDS):
-        own = table.diagonal(dim1=1, dim2=3).transpose(1, 2).unsqueeze(-1)
-        move, who = (table - own).max(2)  # the best column of pattern p to give to pattern q
-        gain, partner = (move + move.transpose(1, 2)).max(-1)
-        # Patterns that are each other's best partner: such pairs do not overlap, so their gains add up.
-        pairs = (partner.gather(1, partner) == number) & (number < partner) & (gain > 0)
-        b, p = pairs.nonzero(as_tuple=True)
-        if len(b) == 0:
-            break
-        q = partner[b, p]
-        i, j = who[b, p, q], who[b, q, p]
-        table[b, p, i], table[b, q, j] = table[b, q, j], table[b, p, i]
-        column[b, p * g + i], column[b, q * g + j] = column[b, q * g + j], column[b, p * g + i]
-    return torch.empty_like(chosen).scatter_(1, column, number.repeat_interleave(g).expand_as(column))
-
-
-def choose(options: Tensor, g: int) -> Tensor:
-    """One of each column's options (B, N, P), each pattern g times: (B, N); -1 for problems where there is no way."""
-    chosen = assign(options.float(), g)
-    good = options.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).all(-1)
-    for i in (~good).nonzero()[:, 0].tolist():
-        exact = match(options[i].cpu(), chosen[i].tolist(), g)
-        chosen[i] = -1 if exact is None else torch.tensor(exact, device=chosen.device)
-    return chosen
-
-
-def match(fits: Tensor, chosen: list[int], g: int) -> list[int] | None:
-    """The assignment `chosen` of one problem, repaired so that every column fits (N, P) its pattern; None if none can.
-
-    Augmenting paths: exact, but one column at a time, so only for the few problems that `assign` leaves unsolved.
-    """
-    options = [row.nonzero().flatten().tolist() for row in fits]
-    users: list[set[int]] = [set() for _ in range(fits.shape[1])]
-    for column, pattern in enumerate(chosen):
-        if pattern in options[column]:
-            users[pattern].add(column)
-    for column in range(len(chosen)):
-        if column in users[chosen[column]]:
-            continue
-        came: dict[int, tuple[int, int | None]] = {}  # pattern: the column that moves to it, and the pattern it leaves
-        queue: list[tuple[int, int | None]] = [(column, None)]
-        end = None
-        for mover, leaves in queue:
-            for pattern in options[mover]:
-                if pattern not in came:
-                    came[pattern] = (mover, leaves)
-                    if len(users[pattern]) < g:
-                        end = pattern
-                        break
-                    queue += [(user, pattern) for user in users[pattern]]
-            if end is not None:
-                break
-        if end is None:
-            return None
-        while end is not None:
-            mover, leaves = came[end]
-            users[end].add(mover)
-            chosen[mover] = end
-            if leaves is not None:
-                users[leaves].discard(mover)
-            end = leaves
-    return chosen

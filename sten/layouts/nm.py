@@ -22,8 +22,11 @@ from sten.layouts.checks import (
     expect_score,
     expect_zero,
 )
+from sten.layouts.compiled import runs
 from sten.layouts.padding import describe_column, reduction_back, reduction_groups, reduction_last, reduction_width
 from sten.layouts.topk import complete_groups, top_of_groups
+
+COMPILED = (torch.float32, torch.bfloat16, torch.float16)  # what the C++ operators take
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,11 @@ class NM(Layout):
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
         grouped = self.groups(mask)
+        if runs("nm_index", grouped):
+            index, free = torch.ops.sten.nm_index(grouped.contiguous(), self.n, self.has_bitmap)
+            if free >= 0:  # most slots that a group leaves free, which hold zeros; -1: one has too many
+                kept = dense.masked_fill(~mask, 0) if free else dense
+                return {"values": self.pack_like(kept, {"index": index}), "index": index}
         count = grouped.sum(-1)
         if bool((count > self.n).any()):
             row, group = (count > self.n).nonzero()[0].tolist()
@@ -146,7 +154,10 @@ class NM(Layout):
 
     def unpack(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
         groups, values = self.sizes(shape)[0], parts["values"]
-        if self.has_bitmap:
+        if values.dtype in COMPILED and runs("nm_expand", values, parts["index"]):
+            slots, index = values.contiguous(), parts["index"].contiguous()
+            out = torch.ops.sten.nm_expand(slots, index, self.n, self.m, groups * self.m)
+        elif self.has_bitmap:
             out = spread(parts["index"], values)
         else:
             position = self.positions(parts["index"], groups)
@@ -156,9 +167,23 @@ class NM(Layout):
 
     def pack_like(self, dense: Tensor, parts: Parts) -> Tensor:
         grouped = self.groups(dense)
+        if dense.dtype in COMPILED and runs("nm_collect", dense, parts["index"]):
+            return torch.ops.sten.nm_collect(
+                grouped.flatten(1).contiguous(), parts["index"].contiguous(), self.n, self.m
+            )
         if self.has_bitmap:
             return collect(parts["index"], grouped, self.n).flatten(1)
         return grouped.gather(-1, self.positions(parts["index"], grouped.shape[1])).flatten(1)
+
+    def packs_rows(self, count: int | None, block: int | None) -> bool:
+        return (count, block) == (self.n, self.m)
+
+    def pack_rows(self, values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, ...]) -> Parts:
+        position = col.view(shape[0], -1, self.n) % self.m
+        if not self.has_bitmap:
+            return {"values": values.view(shape[0], -1), "index": self.packed(position)}
+        keep = torch.zeros(*position.shape[:-1], self.m, dtype=torch.bool, device=col.device)
+        return {"values": values.view(shape[0], -1), "index": bytes_of(keep.scatter_(-1, position.long(), True))}
 
     def unpack_rows(self, parts: Parts, shape: tuple[int, ...], rows: Tensor) -> Tensor:
         return self.unpack({name: part[rows] for name, part in parts.items()}, shape)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from sten import kernels
+from sten.layouts.compiled import runs
 
 FEW = 2**18  # entries
+SINGLE = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that float32 holds exactly
 WITHOUT_FLOAT64 = ("mps",)  # device types
 
 
@@ -26,7 +28,10 @@ def top(score: Tensor, count: int) -> Tensor:
 
     NaN counts as the lowest score. A threshold alone would keep every tie, so ties are counted by index.
     """
-    flat = torch.nan_to_num(score.detach().flatten(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    score = score.detach()
+    if score.dtype in SINGLE and runs("top_mask", score):
+        return torch.ops.sten.top_mask(score.float().contiguous(), count)
+    flat = torch.nan_to_num(score.flatten(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if count <= 0 or flat.numel() == 0:
         return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     count = min(count, flat.numel())
@@ -66,7 +71,11 @@ def edge_by_topk(score: Tensor, count: int) -> Tensor:
 
 def top_of_groups(score: Tensor, n: int) -> Tensor:
     """Bool mask of the `n` highest along the last dimension; ties go to the lower index, NaN counts as the lowest."""
-    score = torch.nan_to_num(score.detach(), nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    score = score.detach()
+    if score.dtype in (*SINGLE, torch.float64) and runs("top_of_groups", score):
+        score = score if score.dtype is torch.float64 else score.float()
+        return torch.ops.sten.top_of_groups(score.contiguous(), n)
+    score = torch.nan_to_num(score, nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     if score.shape[-1] > 8:
         order = torch.sort(score, dim=-1, descending=True, stable=True).indices
         return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order[..., :n], True)

@@ -96,7 +96,8 @@ class VectorNM(Layout):
             real = self.vectors(torch.ones_like(score[:1], dtype=torch.bool)).any(1)
             total = total.masked_fill(~real, -torch.inf)
         keep = top_of_groups(total, self.n).flatten(1)
-        return reduction_back(self.columns(keep, len(score)) > 0, tuple(score.shape), self.m)
+        rows = torch.arange(len(score), device=keep.device) // self.v
+        return reduction_back(keep[rows], tuple(score.shape), self.m)
 
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum over each vector, (vectors, G, m)."""

@@ -23,20 +23,10 @@ from torch import Tensor
 from .._torch_private import dispatch_modes, is_compiling, is_intercepted, no_function
 from ..dispatch import Plan, operator, planned_together
 from ..tensor import ATEN, LIBRARY, OPS, SparseTensor
+from .epilogue import ACTIVATIONS, activate
 from .linear import _expect, compute_linear, compute_matmul
 
 FUSED = {"linear_activation": (1,), "gated_linear": (2,), "gated_mlp": (3,), "linears": (2, 3)}  # numbers of weights
-ACTIVATIONS = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
-}
-
-
-def activate(y: Tensor, activation: str) -> Tensor:
-    """The activation of this name, of ACTIVATIONS or "none"."""
-    return y if activation == "none" else ACTIVATIONS[activation](y)
 
 
 # the operators of the kernel table

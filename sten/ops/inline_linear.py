@@ -2,9 +2,9 @@
 
     y = sparsify(activation(x @ weight.T + bias)), in a layout
 
-A tile is computed, sparsified and packed before the next one. Its slope dy / d(x @ weight.T), one number an entry
-since neither an activation nor a method mixes entries, is packed at the same pattern. So the backward pass has a sparse
-gradient of the product, in the layout of y, and both of its products run on kernels for a sparse input:
+A tile is computed, sparsified and packed before the next one (`sten.ops.epilogue`), with its slopes. So the backward
+pass has a sparse gradient of the product, in the layout of y, and both of its products run on kernels for a sparse
+input:
 
     grad_x = grad @ weight      linear of the input `grad` and weight.T
     grad_weight = grad.T @ x    the transpose of linear_grad_weight, x.T @ grad
@@ -12,68 +12,78 @@ gradient of the product, in the layout of y, and both of its products run on ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch_private import autocast_somewhere
+from .._torch_private import PLAIN_TENSORS, autocast_somewhere
 from ..dispatch import planned_input
 from ..layouts.base import Layout
 from ..rule import Rule
 from ..tensor import SparseTensor, project
+from .epilogue import Epilogue
 from .sparse_input import grad_of_weight
+from .sparsified import stores
 
-TILE = 2**23  # entries of a tile of the output
-Choice = Callable[[Tensor], tuple[Tensor, Tensor]]  # activations -> (what is kept of them, where: a mask or columns)
+TILE, TILE_OF_GPU = 2**23, 2**27  # entries of a tile of the output: on a GPU enough to hide what the host does for one
+
+
+def tile_tokens(outputs: int, device: torch.device) -> int:
+    """The tokens of a tile, a multiple of four."""
+    return max(4, (TILE_OF_GPU if device.type == "cuda" else TILE) // max(1, outputs) // 4 * 4)
 
 
 def tiles(x: Tensor, outputs: int) -> tuple[Tensor, ...]:
-    """Rows of x whose outputs have TILE entries, a multiple of four of them."""
-    return x.split(max(4, TILE // outputs // 4 * 4))
+    return x.split(tile_tokens(outputs, x.device))
 
 
-def packed_tiles(x, weight, bias, choose: Choice, layout: Layout, slopes: bool) -> tuple[dict, Tensor | None]:
+def packed_tiles(x, weight, bias, epilogue: Epilogue, slopes: bool) -> tuple[dict, Tensor | None]:
     """The parts of the output, and the slopes as its values are stored."""
-    found, values = [], []
-    for tile in tiles(x, len(weight)):
-        with torch.set_grad_enabled(slopes):
-            z = F.linear(tile, weight, bias).detach().requires_grad_(slopes)
-            y, where = choose(z)
-            slope = torch.autograd.grad(y.sum(), z)[0] if slopes else None
-        pack = layout.pack if where.dtype == torch.bool else layout.pack_columns
-        found.append(pack(y.detach(), where))
-        if slope is not None:
-            values.append(layout.pack_like(slope, found[-1]))
+    stored = [epilogue.stored(F.linear(tile, weight, bias), slopes) for tile in tiles(x, len(weight))]
+    if len(stored) == 1:
+        return stored[0]
     rows = [len(tile) for tile in tiles(x, len(weight))]
-    return layout.join_rows(found, rows), torch.cat(values) if values else None
+    parts = epilogue.layout.join_rows([parts for parts, _ in stored], rows)
+    return parts, None if stored[0][1] is None else torch.cat([slope for _, slope in stored])
 
 
 class InlineLinear(Rule):
-    """The operator; `choose` is the activation, and then the method."""
+    """The operator."""
 
     @staticmethod
-    def forward(x, weight, bias, choose, layout, slopes):
-        parts, slopes = packed_tiles(x.detach(), weight.detach(), bias, choose, layout, slopes)
-        y = SparseTensor(layout, parts, (len(x), len(weight)))
+    @torch.no_grad()
+    def forward(x, weight, bias, epilogue, slopes):
+        parts, slopes = packed_tiles(x.detach(), weight.detach(), bias, epilogue, slopes)
+        y = SparseTensor(epilogue.layout, parts, (len(x), len(weight)))
         y.cache.activation = True
         vars(y)["slopes"] = slopes
         return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.slopes = vars(output).pop("slopes")
+        ctx.slopes, ctx.activation = vars(output).pop("slopes"), inputs[3].activation
         ctx.save_for_backward(*inputs[:2], output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad) -> Any:
         x, weight, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = project(grad, y)
-        grad = y.with_values(grad.parts["values"] * ctx.slopes)
+        if torch.is_grad_enabled():  # create_graph: of operators that have gradients themselves
+            if ctx.activation != "none":
+                raise RuntimeError(
+                    f"Expected first derivatives only of a product with {ctx.activation} in its epilogue, got "
+                    "create_graph=True; leave inline= out."
+                )
+            grad = grad.to_dense()
+            if ctx.slopes is not None:
+                grad = grad * y.with_values(ctx.slopes).to_dense()
+            by_x = grad @ weight if needs_x else None
+            return by_x, grad.t() @ x if needs_weight else None, grad.sum(0) if needs_bias else None, None, None
+        if ctx.slopes is not None:
+            grad = grad.with_values(grad.parts["values"] * ctx.slopes)
         grad.cache.activation = True
         return (
             planned_input("linear", grad, weight.t(), len(x)).run(grad.parts, weight.t(), None) if needs_x else None,
@@ -81,16 +91,21 @@ class InlineLinear(Rule):
             grad_of_weight(x.new_ones(len(x), 1), grad, weight.t()[:1])[0] if needs_bias else None,
             None,
             None,
-            None,
         )
 
 
-def inline_linear(x: Tensor, weight: Tensor, bias: Tensor | None, choose: Choice, layout: Layout) -> SparseTensor:
+def runs_inline(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> bool:
+    """Whether a call may be sparsified inside: of dense operands, which nothing traces."""
+    plain = all(t is None or type(t) in PLAIN_TENSORS for t in (x, weight, bias))
+    return plain and x.dim() == 2 and stores(x, layout)
+
+
+def inline_linear(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: Epilogue) -> SparseTensor:
     """The operator on x (tokens, features), in autocast's dtype where that is on."""
     if autocast_somewhere() and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    layout.check((len(x), len(weight)))
+    epilogue.layout.check((len(x), len(weight)))
     tensors = [t for t in (x, weight, bias) if t is not None]
     slopes = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return InlineLinear.run(x, weight, bias, choose, layout, slopes)
+    return InlineLinear.run(x, weight, bias, epilogue, slopes)

@@ -260,7 +260,11 @@ def _of_sparse_input(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> Te
         weight, x, bias = autocast(weight, x, bias)
     if not input_can_be_sparse(x, weight, bias):
         return F.linear(x.to_dense(), weight, bias)
-    return InputLinear.call(x, weight, bias)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return InputLinear.record(x, weight, bias)
+    return InputLinear.compute(x, weight, bias)
 
 
 def times(x: Tensor, w: SparseTensor, bias: Tensor | None = None) -> Tensor:

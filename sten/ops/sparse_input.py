@@ -71,6 +71,7 @@ class InputLinear(Rule):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        grad = grad.to_dense() if isinstance(grad, SparseTensor) else grad  # of a site at the output's gradient
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph: of operators that have gradients themselves
             dense = grad @ weight

@@ -7,42 +7,65 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._torch_private import is_compiling, transforms_active
+from .._torch_private import is_compiling, level, tracing_state, transforms_active
 from ..layouts.base import Layout
 from ..rule import Rule
-from ..tensor import SparseTensor, traced, without_view
+from ..tensor import SparseTensor, project, traced, without_view
+from .epilogue import Kept, compressed
 
 
 class Store(Rule):
-    """A matrix at a mask, or at columns of each row, in a layout; the gradient is its own, made dense."""
+    """A matrix at a mask, at columns of each row or by a rule, in a layout; the gradient is its own, made dense."""
 
     @staticmethod
     def forward(x, where, layout, full_gradient):
-        pack = layout.pack if where.dtype == torch.bool else layout.pack_columns
-        w = SparseTensor(layout, pack(x.detach(), where), tuple(x.shape))
+        if isinstance(where, Kept):
+            parts = compressed(x, where, layout)[0]
+        else:
+            parts = (layout.pack if where.dtype == torch.bool else layout.pack_columns)(x.detach(), where)
+        w = SparseTensor(layout, parts, tuple(x.shape))
         w.cache.activation, w.cache.full_gradient = True, full_gradient
         return w
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        _, where, _, full_gradient = inputs
+        masked = full_gradient or (isinstance(where, Tensor) and where.dtype == torch.bool)  # x is zero off the mask
+        ctx.save_for_backward(None if masked else output)
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad.to_dense() if isinstance(grad, SparseTensor) else grad), None, None, None
+        [y] = ctx.saved_tensors
+        if not isinstance(grad, SparseTensor):
+            return (grad if y is None else project(grad, y).to_dense()), None, None, None
+        return grad.to_dense(), None, None, None
+
+
+def records(x: Tensor) -> bool:
+    """Whether autograd in either direction, or a tracer, has to see an operator on x."""
+    return (torch.is_grad_enabled() and x.requires_grad) or level._current_level >= 0 or tracing_state() is not None
+
+
+def is_seen(x: Tensor) -> bool:
+    """Whether a compiler or torch.func traces, which see x dense."""
+    return is_compiling() or transforms_active() or traced(x)
 
 
 def stores(x: Tensor, layout: Layout | None) -> bool:
-    """Whether a layout stores x: not if it is empty, nor where a compiler or torch.func traces, which see it dense."""
-    return layout is not None and x.numel() > 0 and not (is_compiling() or transforms_active() or traced(x))
+    """Whether a layout stores x: not if it is empty, nor where it is seen dense."""
+    return layout is not None and x.numel() > 0 and not is_seen(x)
 
 
-def stored(x: Tensor, where: Tensor, layout: Layout, full_gradient: bool) -> Tensor:
-    """x in a layout, at the entries of a mask or at the columns (rows, k); ValueError if the layout cannot hold it.
+def stored(x: Tensor, where: Tensor | Kept, layout: Layout, full_gradient: bool) -> Tensor:
+    """x in a layout, at a mask, at the columns (rows, k), or by a rule that has a kernel.
+
+    ValueError if the layout cannot hold it.
 
     With `full_gradient` the operators that read it compute the gradient of all entries.
     """
     layout.check(tuple(x.shape))
+    if not records(x):
+        return Store.forward(x, where, layout, full_gradient)
     return Store.run(x, where, layout, full_gradient)
 
 

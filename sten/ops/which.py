@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -36,7 +37,7 @@ def which(
             for a contiguous tensor of the weight's dtype and device, as do all other operands. Or a sparse activation:
             a SparseTensor (tokens, features).
         weight: a `SparseTensor`, such as `model[0].weight` of a sparse model, also in trainable form; or, of a sparse
-            activation, a dense one.
+            activation, a dense one. Or a linear layer: then what a method at its output adds to the product is named.
             "gated_linear", "gated_mlp" and "linears", which `sten.fuse` makes a model use, take a list of them.
         bias: of "linear" or "conv2d"; a list where `weight` is one.
         **geometry: of a convolution, as integers or tuples: stride, padding, dilation, groups (for "conv2d" derived
@@ -60,6 +61,8 @@ def which(
     """
     if operator not in OPERATORS:
         raise ValueError(f"Expected one of {', '.join(sorted(OPERATORS))}, got {operator!r}.")
+    if isinstance(weight, torch.nn.Module):
+        return _of_layer(operator, x, weight, bias, geometry)
     if operator in FUSED:
         return _together(operator, x, weight, bias, geometry)
     if isinstance(x, SparseTensor) and not isinstance(weight, SparseTensor) and operator in INPUTS:
@@ -85,6 +88,21 @@ def which(
             operator = _resolve(operator, weight)
             operands, keywords = _in_order(operator, first, weight, bias), geometry
         return planned(operator, weight, operands, keywords)
+
+
+def _of_layer(operator: str, x: Any, layer: torch.nn.Module, bias: Any, geometry: dict[str, Any]) -> Plan:
+    """The Plan of a layer's weight, with what a method at its output adds to the product."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"Expected a weight, or a layer that has one, got {type(layer).__name__}.")
+    if isinstance(weight, SparseTensor) or isinstance(x, SparseTensor):
+        plan = which(operator, x, weight, layer.bias if bias is None and operator == "linear" else bias, **geometry)
+    else:
+        plan = Plan(operator, (), weight.device.type, "dense", None, "a dense product", lambda *operands: None)
+    describe = getattr(vars(layer).get("forward"), "describe", None)
+    if operator != "linear" or describe is None:
+        return plan
+    return dataclasses.replace(plan, reason=f"{plan.reason}; {describe()}")
 
 
 def _expect_matrix(operator: str, x: SparseTensor, weight: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layouts.construct import Constructor
+from ..ops.epilogue import Kept
 from .straight_through import masked_straight_through
 
 State = dict[str, Tensor]
@@ -55,6 +56,8 @@ class ActivationMethod(metaclass=Constructor):
         super().__init_subclass__(**kwargs)
         if "__repr__" not in cls.__dict__:
             cls.__repr__ = ActivationMethod.__repr__
+        if {"mask", "apply"} & vars(cls).keys() and "kept" not in vars(cls):
+            cls.kept = ActivationMethod.kept  # what it inherits says what another `mask` keeps
 
     def __repr__(self) -> str:
         """The dataclass's repr without defaults."""
@@ -92,6 +95,13 @@ class ActivationMethod(metaclass=Constructor):
         A layout then stores them without a mask of the whole matrix; `apply` gives the same numbers.
         """
         del x
+
+    def kept(self, x: Tensor, state: State, training: bool) -> Kept | None:
+        """`mask` as a rule that kernels know, for tensors like x; None: there is none.
+
+        Then an activation, this rule and the storing are one pass over rows that have just been computed.
+        """
+        del x, state, training
 
     def apply(self, x: Tensor, state: State, training: bool) -> tuple[Tensor, Tensor]:
         """(the tensor with zeros for what was dropped, differentiable; the mask of the entries that are stored)."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layouts.topk import edge_by_topk, largest_columns, top, top_of_groups
+from ..ops.epilogue import Kept
 from .activation import ActivationMethod, State, count_of, expect_count, expect_fraction
 
 SAMPLE = 2**22  # entries whose quantile is taken
@@ -48,6 +49,8 @@ class Threshold(ActivationMethod):
     def __post_init__(self) -> None:
         if (self.value is None) == (self.sparsity is None):
             raise ValueError("Expected either value= or sparsity= for Threshold; Threshold(0.1) keeps |x| > 0.1.")
+        if not isinstance(self.value, (int, float, type(None))):
+            raise ValueError(f"Expected a number for Threshold(value=...), got {self.value!r}.")
         if self.sparsity is not None:
             expect_fraction(self, "sparsity")
 
@@ -70,6 +73,9 @@ class Threshold(ActivationMethod):
     def mask(self, x: Tensor, state: State, training: bool) -> Tensor:
         edge = state["threshold"].to(x.dtype) if self.value is None else self.value
         return (x if self.signed else x.abs()) > edge
+
+    def kept(self, x: Tensor, state: State, training: bool) -> Kept:
+        return Kept("above" if self.signed else "magnitude", state["threshold"] if self.value is None else self.value)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,11 @@ class TopK(ActivationMethod):
             blocks = x.abs().unflatten(-1, (-1, self.block))
             return top_of_groups(blocks, count_of(self.k, self.block)).flatten(-2)
         return top_of_rows(x.abs(), count_of(self.k, x.shape[-1]))
+
+    def kept(self, x: Tensor, state: State, training: bool) -> Kept:
+        if self.block is not None:
+            return Kept("blocks", count=count_of(self.k, self.block), block=self.block)
+        return Kept("row", count=count_of(self.k, x.shape[-1]))
 
     def columns(self, x: Tensor) -> Tensor | None:
         if self.block is not None:
@@ -228,6 +239,9 @@ class RandomFraction(ActivationMethod):
 
     def mask(self, x: Tensor, state: State, training: bool) -> Tensor:
         return torch.rand_like(x, dtype=torch.float32) < (self.fraction if training else 1.0)
+
+    def kept(self, x: Tensor, state: State, training: bool) -> Kept:
+        return Kept("random", self.fraction) if training else Kept("all")
 
     def apply(self, x: Tensor, state: State, training: bool) -> tuple[Tensor, Tensor]:
         mask = self.mask(x, state, training)

@@ -61,7 +61,7 @@ def check_mask(mask: Tensor, layout: Layout, sparsity: float | None) -> None:
         return  # pack refuses what an n:m layout cannot hold
     if sparsity is not None:
         units = layout.unit_totals(mask)
-        active, budget = int((units > 0).sum()), count_to_keep(units.numel(), sparsity, layout)
+        active, budget = int(units.count_nonzero()), count_to_keep(units.numel(), sparsity, layout)
         if active > budget and active > _most(layout, mask, sparsity):
             raise ValueError(
                 f"Expected a mask of at most {budget} of {units.numel()} units of {layout}, at sparsity {sparsity:g}, "
@@ -73,4 +73,4 @@ def check_mask(mask: Tensor, layout: Layout, sparsity: float | None) -> None:
 def _most(layout: Layout, mask: Tensor, sparsity: float) -> int:
     """The units of a mask that the layout makes itself: some round up."""
     own = layout.mask(torch.zeros(mask.shape, device=mask.device), sparsity)
-    return int((layout.unit_totals(own) > 0).sum())
+    return int(layout.unit_totals(own).count_nonzero())

@@ -19,6 +19,7 @@ from ..tensor import SparseTensor
 from .distributed import sharded
 from .finalized import Finalized
 
+SITES = "_sten_sites"  # on a module with sites other than its weights: {site: conversion.sites.Site}
 SUFFIX = "_pattern"  # a submodule must not bear the parameter's own name: torch.export fails on that
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..atomic_file import replacing
 from ..errors import FormatError
 from ..tensor import SparseTensor
-from .attribute import SUFFIX, trained_of
+from .attribute import SITES, SUFFIX, trained_of
 from .engine import dynamic_weights
 from .inference_mode import ordinary_tensors
 from .pattern_weight import PatternWeight
@@ -47,7 +47,7 @@ def save_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers, *
     """
     several = isinstance(optimizer, (list, tuple))
     states = [one.state_dict() for one in optimizer] if several else optimizer.state_dict()
-    state = {"model": model.state_dict(), "optimizer": states, "more": more}
+    state = {"model": model.state_dict(), "optimizer": states, "more": more, "sites": _sites(model)}
     with replacing(path) as file:
         torch.save(state, file)
 
@@ -61,8 +61,8 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -
 
     Raises:
         FileNotFoundError: no such file.
-        FormatError: not a complete file of save_run, another model, method or optimizer, or another number of
-            optimizers; nothing was changed.
+        FormatError: not a complete file of save_run, another model, method or optimizer, other sites, or another number
+            of optimizers; nothing was changed.
 
     Example:
         >>> import tempfile, torch, sten
@@ -89,6 +89,7 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -
     if wrong or not all(isinstance(name, str) for key in ("model", "more") for name in state[key]):
         raise FormatError(f"Expected a file of sten.save_run, got {os.fspath(path)!r} with another content.")
     entries = state["model"]
+    _expect_sites(model, state.get("sites"))
     if "sten" in state:
         entries = _from_version_1(model, entries, state["sten"])
     _expect_names(model, entries)
@@ -108,6 +109,28 @@ def load_run(model: nn.Module, path: str | os.PathLike, optimizer: Optimizers) -
         if "sten" in state:
             _flatten_slots(model, one)
     return state["more"]
+
+
+def _sites(model: nn.Module) -> list[str]:
+    """The model's sites in words, with the names that their modules have in it."""
+    found = []
+    for path, module in model.named_modules():
+        for kind, site in vars(module).get(SITES, {}).items():
+            found.append(f"{kind} of {path or 'the model'}: {site.method}, {site.layout}")
+    return sorted(found)
+
+
+def _expect_sites(model: nn.Module, sites: Any) -> None:
+    """Raise FormatError unless the model has the sites of the file; None: of a file that does not say."""
+    own = _sites(model)
+    if sites is None or sites == own:
+        return
+    differing = {*own} ^ {*map(str, sites)} if isinstance(sites, list) else {"no list of sites"}
+    where = ", ".join(sorted(differing)[:3])
+    raise FormatError(
+        f"Expected the sites of the run, got others ({where}); call sten.sparsify(site=...) as for the model that was "
+        "saved."
+    )
 
 
 def _expect_names(model: nn.Module, entries: dict[str, Any]) -> None:

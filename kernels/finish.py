@@ -1,0 +1,69 @@
+"""The end of an operator in one pass over its output: an activation, and which entries are kept, zero elsewhere.
+
+    finish    y = keep(activation(x))
+
+``keep``: "all"; "magnitude", |y| > edge; "above", y > edge; "blocks", of every BLOCK adjacent outputs the COUNT largest
+|y|, where ties go to the first and NaN is lowest. Decided after y was rounded to its dtype.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .backend import INTERPRET
+from .epilogue import activate, activation_name, keep_adjacent
+from .launch import triton_launch
+from .operators import operator
+from .pdl import begin, overlap
+
+KEEPS = ("all", "magnitude", "above", "blocks")
+MOST_BLOCK = 16  # every entry of a block is compared with every other one, in registers
+
+
+@triton.jit
+def _finish(
+    x_ptr, edge_ptr, y_ptr, n,
+    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, KEEP: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """SIZE entries per program: whole blocks, since those of a row are whole."""
+    begin(PDL)
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    y = activate(tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32), ACTIVATION)
+    y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+    edge = 0.0 if edge_ptr is None else tl.load(edge_ptr).to(tl.float32)
+    tl.store(y_ptr + i, keep_adjacent(y, edge, KEEP, COUNT, BLOCK).to(y_ptr.dtype.element_ty), mask=i < n)
+
+
+def takes(keep: str, block: int) -> bool:
+    """Whether ``finish`` has this rule."""
+    return keep in KEEPS and (keep != "blocks" or block in (2, 4, 8, MOST_BLOCK))
+
+
+@operator(
+    "gpu_finish(Tensor x, Tensor? edge, str activation, str keep, int count, int block) -> Tensor",
+    lambda x, edge, activation, keep, count, block: x.shape,
+    strided=(),
+)
+def finish(x, edge, activation, keep, count, block):
+    """x (*, O), a number, or None -> the shape of x."""
+    name = activation_name(activation)
+    if not takes(keep, block):
+        raise ValueError(f"Expected keep of {', '.join(KEEPS)}, blocks of 2, 4, 8 or 16, got {keep!r} of {block}.")
+    if keep == "blocks" and (x.shape[-1] % block or not 1 <= count <= block):
+        raise ValueError(f"Expected rows of whole blocks of {block} and a count in it, got {x.shape[-1]} and {count}.")
+    if (edge is None) != (keep in ("all", "blocks")):
+        raise ValueError(f"Expected an edge for a threshold only, got {keep!r}.")
+    size = 64 if INTERPRET else 1024
+    launch = triton_launch(
+        _finish, (triton.cdiv(x.numel(), size),), SIZE=size, ACTIVATION=name, KEEP=keep, COUNT=count,
+        BLOCK=max(1, block), **overlap(x),
+    )  # fmt: skip
+
+    def call(x, edge):
+        y = torch.empty_like(x)
+        if y.numel():
+            launch(x, edge, y, y.numel())
+        return y
+
+    return call
