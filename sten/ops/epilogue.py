@@ -140,16 +140,17 @@ class Epilogue(NamedTuple):
         return parts, slope
 
     def _by_operators(self, z: Tensor, slopes: bool) -> tuple[Parts, Tensor | None]:
-        z = z.detach()
-        y = activate(z, self.activation)
-        columns = self.method.columns(y)
-        if columns is not None:  # of entries that are kept as they are
-            known = not slopes or self.activation == "none"
-            slope = None if known else slope_of(self.layout.pack_columns(z, columns)["values"], self.activation)
-            return self.layout.pack_columns(y, columns), slope
         with torch.set_grad_enabled(slopes):
-            z.requires_grad_(slopes)
-            y, mask = self.method.apply(activate(z, self.activation), self.state, self.training)
+            z = z.detach().requires_grad_(slopes)
+            y = activate(z, self.activation)
+        columns = self.method.columns(y.detach())
+        if columns is not None:  # of entries that are kept as they are
+            slope = None  # of one
+            if slopes and self.activation != "none":
+                slope = slope_of(self.layout.pack_columns(z.detach(), columns)["values"], self.activation)
+            return self.layout.pack_columns(y.detach(), columns), slope
+        with torch.set_grad_enabled(slopes):
+            y, mask = self.method.apply(y, self.state, self.training)
             slope = torch.autograd.grad(y.sum(), z)[0] if slopes else None
         parts = self.layout.pack(y.detach(), mask)
         return parts, None if slope is None else self.layout.pack_like(slope, parts)
