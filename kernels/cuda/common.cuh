@@ -110,6 +110,29 @@ __device__ __forceinline__ void finish(float sum, int token, int row, int O, con
   y[at] = rounded(sum);
 }
 
+#if defined(WARPS) && defined(TOKENS)
+// The end of a product on CUDA cores whose warps share the columns of 32 rows, a lane a row: ``acc`` has the sums of each warp, of
+// one token in four parts; ``row_of(i)`` is the i-th row, and (WARPS, TOKENS, 32) floats of memory are for them.
+template <int SUMS, class RowOf>
+__device__ __forceinline__ void add_warps(
+    float (&acc)[SUMS], char* memory, RowOf row_of, const u16* bias, const u16* gate, u16* y, int T, int O) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* sums = (float*)memory;
+  __syncthreads();
+  if (TOKENS == 1) acc[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) sums[(warp * TOKENS + t) * 32 + lane] = acc[t];
+  __syncthreads();
+  for (int i = threadIdx.x; i < TOKENS * 32; i += WARPS * 32) {
+    const int t = i / 32, row = row_of(i % 32);
+    if (t >= T || row >= O) continue;
+    float sum = 0;
+    for (int w = 0; w < WARPS; w++) sum += sums[(w * TOKENS + t) * 32 + i % 32];
+    finish(sum, t, row, O, bias, gate, y);
+  }
+}
+#endif
+
 #if defined(WARPS) && defined(TILES)
 // The end of a product by mma whose warps share the columns of 32 rows: ``acc`` has the sums of each warp, in fragments of two
 // tiles of rows; (WARPS, 32, SUMS) floats of memory are for them.

@@ -154,17 +154,5 @@ csr_few(const u16* x, const char* values, const char* table, const int* col, con
     __syncwarp();  // the next copies overwrite this stage
   }
 
-  __syncthreads();
-  float* sums = (float*)memory;  // (WARPS, TOKENS, 32 rows)
-  if (TOKENS == 1) acc[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-#pragma unroll
-  for (int t = 0; t < TOKENS; t++) sums[(warp * TOKENS + t) * 32 + lane] = acc[t];
-  __syncthreads();
-  for (int i = threadIdx.x; i < TOKENS * 32; i += WARPS * 32) {
-    const int t = i / 32, row = rows[i % 32].row;
-    if (t >= T || row >= O) continue;
-    float sum = 0;
-    for (int w = 0; w < WARPS; w++) sum += sums[(w * TOKENS + t) * 32 + i % 32];
-    finish(sum, t, row, O, bias, gate, y);
-  }
+  add_warps(acc, memory, [&](int i) { return rows[i].row; }, bias, gate, y, T, O);
 }
