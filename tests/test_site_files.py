@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import hf_models
 import pytest
 import torch
 from torch import nn
@@ -342,14 +343,9 @@ def test_explain_times_sparse_inputs_and_lists_sites():
 
 
 def llama():
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
+    return hf_models.llama(num_hidden_layers=2, intermediate_size=32, num_key_value_heads=2)
 
 
 IDS = torch.arange(12).view(2, 6)

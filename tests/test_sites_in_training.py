@@ -2,6 +2,7 @@
 
 import copy
 
+import hf_models
 import pytest
 import torch
 from ranks import results
@@ -65,14 +66,9 @@ def test_under_ddp_and_fsdp(tmp_path):
 
 
 def llama():
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
+    return hf_models.llama(intermediate_size=32, num_key_value_heads=2).train()
 
 
 def test_under_trainer(tmp_path):
