@@ -206,9 +206,9 @@ STEN_INLINE const uint8_t* bits_of_row(const BitmapOf<elem>& w, int64_t row, uin
 
 // The values of a row; those at the end of memory are copied, since kernels read whole vectors.
 STEN_INLINE const elem* values_of_row(const BitmapOf<elem>& w, int64_t row, elem* copy) {
-  const int64_t slots = w.slots();
-  const elem* values = w.values + row * slots;
-  if ((row + 1) * slots + kUnitColumns <= w.rows * slots) return values;
+  const int64_t begin = w.begin(row), slots = w.begin(row + 1) - begin;
+  const elem* values = w.values + begin;
+  if (begin + slots + kUnitColumns <= w.begin(w.rows)) return values;
   for (int64_t i = 0; i < slots; ++i) copy[i] = values[i];
   for (int64_t i = slots; i < slots + kUnitColumns; ++i) copy[i] = elem{};
   return copy;
@@ -229,22 +229,34 @@ STEN_INLINE void expand_row(const uint8_t* bits, const elem* values, int64_t uni
     const uint32_t mask = word_at(bits + 4 * u);
     wide w[kUnitColumns / kDot];
     expand_unit(mask, values, w);
-    for (int64_t v = 0; v < step; v += 64 / sizeof(elem)) __builtin_prefetch(values + ahead + v);
+    int64_t v = 0;
+    do __builtin_prefetch(values + ahead + v);
+    while ((v += 64 / sizeof(elem)) < step);
     values += next_values(step, mask);
 #pragma GCC unroll 8
     for (int i = 0; i < kUnitColumns / kDot; ++i) store_wide(out + i * kDot, w[i]);
   }
 }
 
-template <int T, int L, bool kSteps>
+// How many values a unit has: w.step(), where `half` says that these are at most half of its columns; else its bits,
+// where `few` says that these are seldom more than half.
+enum class Unit { counted, few, stepped, half };
+constexpr int kAhead = 4096;    // bytes of values that are prefetched
+
+template <int T, int L, Unit kUnit>
 STEN_INLINE void add_unit(const uint8_t* bits, const elem*& values, int64_t step, const elem* x, int64_t ld, int first,
                           vec (*a)[T]) {
   constexpr int kWides = kUnitColumns / kDot;
   const uint32_t mask = word_at(bits);
   wide expanded[kWides];
-  expand_unit(mask, values, expanded);
-  __builtin_prefetch(reinterpret_cast<const char*>(values) + 1024);
-  values += kSteps ? step : __builtin_popcount(mask);
+  const bool steps = kUnit == Unit::stepped || kUnit == Unit::half;
+  const int64_t count = steps ? step : __builtin_popcount(mask);
+  if (kUnit == Unit::half || (kUnit == Unit::few && __builtin_expect(count <= kUnitColumns / 2, 1)))
+    expand_unit<true>(mask, values, expanded);
+  else
+    expand_unit(mask, values, expanded);
+  __builtin_prefetch(reinterpret_cast<const char*>(values) + kAhead);
+  values += count;
 #pragma GCC unroll 8
   for (int i = 0; i < kWides; ++i)
 #pragma GCC unroll 4
@@ -255,11 +267,11 @@ STEN_INLINE void add_unit(const uint8_t* bits, const elem*& values, int64_t step
 }
 
 // Few tokens: what is expanded stays in registers. One row at a time, so that memory is read in its order.
-template <int T, bool kSteps>
+template <int T, Unit kUnit>
 STEN_FN void bitmap_tokens(const BitmapOf<elem>& w, int64_t row, int64_t rows, const elem* x, int64_t ld,
                            const BitmapScratch<elem>& scratch, float* sums) {
   constexpr int kWides = kUnitColumns / kDot, L = 4, kUnits = L > kWides ? L / kWides : 1;
-  const int64_t units = w.units(), step = kSteps ? w.step() : 0;
+  const int64_t units = w.units(), step = w.step();
   vec all[T][4];
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* bits = bits_of_row(w, row + r, scratch.bits);
@@ -274,8 +286,8 @@ STEN_FN void bitmap_tokens(const BitmapOf<elem>& w, int64_t row, int64_t rows, c
     for (; u + kUnits <= units; u += kUnits, bits += 4 * kUnits, from += kUnits * kUnitColumns)
 #pragma GCC unroll 4
       for (int i = 0; i < kUnits; ++i)
-        add_unit<T, L, kSteps>(bits + 4 * i, values, step, from + i * kUnitColumns, ld, i * kWides, a);
-    for (; u < units; ++u, bits += 4, from += kUnitColumns) add_unit<T, L, kSteps>(bits, values, step, from, ld, 0, a);
+        add_unit<T, L, kUnit>(bits + 4 * i, values, step, from + i * kUnitColumns, ld, i * kWides, a);
+    for (; u < units; ++u, bits += 4, from += kUnitColumns) add_unit<T, L, kUnit>(bits, values, step, from, ld, 0, a);
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
@@ -293,6 +305,11 @@ STEN_FN void bitmap_tokens(const BitmapOf<elem>& w, int64_t row, int64_t rows, c
   }
 }
 
+STEN_INLINE Unit unit_of(const BitmapOf<elem>& w) {
+  if (w.step()) return w.step() > kUnitColumns / 2 ? Unit::stepped : Unit::half;
+  return 3 * w.begin(w.rows) <= w.rows * w.units() * kUnitColumns ? Unit::few : Unit::counted;
+}
+
 STEN_FN void bitmap_dots(const BitmapOf<elem>& w, const elem* bias, int64_t r0, int64_t r1, const elem* x, int64_t ld,
                          int64_t tokens, const BitmapScratch<elem>& scratch, elem* y) {
   float sums[kDotTokens * kSumRows];
@@ -300,15 +317,19 @@ STEN_FN void bitmap_dots(const BitmapOf<elem>& w, const elem* bias, int64_t r0, 
   for (int64_t row = r0, rows; row < r1; row += rows) {
     rows = r1 - row < kSumRows ? r1 - row : kSumRows;
     if (tokens <= 2) {
-      const auto one = w.step() ? bitmap_tokens<1, true> : bitmap_tokens<1, false>;
-      const auto two = w.step() ? bitmap_tokens<2, true> : bitmap_tokens<2, false>;
-      (tokens == 1 ? one : two)(w, row, rows, x, ld, scratch, sums);
+      constexpr decltype(&bitmap_tokens<1, Unit::half>) one[] = {
+          bitmap_tokens<1, Unit::counted>, bitmap_tokens<1, Unit::few>, bitmap_tokens<1, Unit::stepped>,
+          bitmap_tokens<1, Unit::half>};
+      constexpr decltype(&bitmap_tokens<2, Unit::half>) two[] = {
+          bitmap_tokens<2, Unit::counted>, bitmap_tokens<2, Unit::few>, bitmap_tokens<2, Unit::stepped>,
+          bitmap_tokens<2, Unit::half>};
+      (tokens == 1 ? one : two)[static_cast<int>(unit_of(w))](w, row, rows, x, ld, scratch, sums);
     } else {
       for (int64_t r = 0, some; r < rows; r += some) {
         some = rows - r < kTileRows ? rows - r : kTileRows;
         for (int64_t i = 0; i < some; ++i)
           expand_row(bits_of_row(w, row + r + i, scratch.bits), values_of_row(w, row + r + i, scratch.values),
-                     w.units(), w.step(), kTileRows * w.slots(), scratch.rows + i * row_count);
+                     w.units(), w.step(), kTileRows * (w.begin(w.rows) / w.rows), scratch.rows + i * row_count);
         const TileRows tile{scratch.rows, row_count, nullptr, nullptr, w.units() * kUnitColumns, 0};
         add_all_tokens(some, tile, x, ld, tokens, sums + r);
       }

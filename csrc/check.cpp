@@ -47,6 +47,35 @@ bool bands_in_bounds(const Bands& w, int64_t entries, const Pool& pool) {
   return good;
 }
 
+void set_bits(const Bands& w, uint32_t* bits, const Pool& pool) {
+  const int64_t words = ceil_div(w.columns, 32);
+  const int64_t tasks = std::min<int64_t>(useful_threads(pool.threads, entries(w)), w.rows);
+  pool.each(tasks, [&](int64_t first, int64_t last) {
+    for (int64_t r = part(w.rows, tasks, first).begin; r < part(w.rows, tasks, last - 1).end; ++r) {
+      const int64_t end = w.crow ? w.crow[r + 1] : (r + 1) * w.count;
+      for (int64_t i = w.crow ? w.crow[r] : r * w.count; i < end; ++i)
+        bits[r * words + (w.col[i] >> 5)] |= 1u << (w.col[i] & 31);
+    }
+  });
+}
+
+// Without a branch, so that the loops become vector instructions.
+bool all_finite(const float* x, int64_t n) {
+  uint32_t some = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    some |= (bits & 0x7f800000) == 0x7f800000;
+  }
+  return !some;
+}
+
+bool all_finite(const bf16* x, int64_t n) {
+  uint16_t some = 0;
+  for (int64_t i = 0; i < n; ++i) some |= (static_cast<uint16_t>(x[i]) & 0x7f80) == 0x7f80;
+  return !some;
+}
+
 bool grouped_in_bounds(const Grouped& w, const Pool& pool) {
   const int64_t slots = w.chunks * w.strips * w.columns();
   const uint32_t columns = static_cast<uint32_t>(w.columns());

@@ -84,7 +84,7 @@ void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots
 template <typename E>
 void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
-  pool.threads = useful_threads(pool.threads, static_cast<double>(w.rows * w.slots()) * static_cast<double>(p.tokens));
+  pool.threads = useful_threads(pool.threads, static_cast<double>(w.begin(w.rows)) * static_cast<double>(p.tokens));
   const Cut cut(p.tokens, p.out, pool.threads);
   const int64_t ld = BitmapScratch<E>::row_count(w), most = ceil_div(p.tokens, cut.blocks);
   pool.each(cut.tasks(), [&](int64_t begin, int64_t end) {
@@ -97,6 +97,15 @@ void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& d
                   p.y + tokens.begin * p.out);
     }
   });
+}
+
+template <typename E>
+void bits_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const uint8_t* bits, const Dots<E>& dots, Pool pool) {
+  const int64_t words = ceil_div(w.columns, BitmapOf<E>::kUnitColumns);
+  Scratch<int32_t> own(Role::cuts, w.crow ? 1 : w.rows + 1);
+  if (!w.crow)
+    for (int64_t r = 0; r <= w.rows; ++r) own.get()[r] = static_cast<int32_t>(r * w.count);
+  bitmap_linear(p, {w.values, bits, w.rows, words, 4 * words, 32, 32, 1, w.crow ? w.crow : own.get()}, dots, pool);
 }
 
 template <typename E>
@@ -118,6 +127,7 @@ void bitmap_collect(const BitmapOf<E>& w, int64_t columns, const E* dense, const
 #define STEN_INSTANTIATE(E)                                                                             \
   template void dots_linear(const ProblemOf<E>&, const BandsOf<E>&, const Dots<E>&, Pool);              \
   template void bitmap_linear(const ProblemOf<E>&, const BitmapOf<E>&, const Dots<E>&, Pool);           \
+  template void bits_linear(const ProblemOf<E>&, const BandsOf<E>&, const uint8_t*, const Dots<E>&, Pool); \
   template void bitmap_expand(const BitmapOf<E>&, int64_t, const Dots<E>&, E*, Pool);                   \
   template void bitmap_collect(const BitmapOf<E>&, int64_t, const E*, const Dots<E>&, E*, Pool);
 STEN_INSTANTIATE(float)

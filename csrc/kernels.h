@@ -93,16 +93,19 @@ struct LongPanel {
 };
 
 // NM: of every m columns of a row, n are stored. The index has a bit for each column (bits 1), or packed positions.
+// Any pattern: a bitmap with n = m = kUnitColumns and the `first` value of each row.
 template <typename E>
 struct BitmapOf {
-  const E* values;         // (rows, groups * n), ascending in a row
+  const E* values;         // (rows, groups * n), or those of each row, ascending in a row
   const uint8_t* index;    // (rows, row_bytes)
   int64_t rows, groups, row_bytes;
   int n, m, bits;
-  int64_t slots() const { return groups * n; }
+  const int32_t* first = nullptr;    // (rows + 1,); null: each row has `slots`
+  int64_t slots() const { return groups * n; }    // of a row; at most so many with `first`
+  int64_t begin(int64_t row) const { return first ? first[row] : row * slots(); }
   int64_t units() const { return (groups * m + kUnitColumns - 1) / kUnitColumns; }
   // how many values a unit has; 0: as many as bits, which differs
-  int64_t step() const { return kUnitColumns % m == 0 ? kUnitColumns / m * n : 0; }
+  int64_t step() const { return kUnitColumns % m == 0 && !first ? kUnitColumns / m * n : 0; }
   static constexpr int kUnitColumns = 32;    // whose bits are one word
 };
 

@@ -82,6 +82,35 @@ void try_bitmap(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, in
   for (size_t i = 0; i < values.size(); ++i) failures += to_float(collected[i]) != to_float(values[i]);
 }
 
+// Single entries by the bitmap of their pattern: CSR, of which some rows are empty, or lists.
+template <typename E>
+void try_bits(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, bool lists, int threads) {
+  std::vector<int32_t> crow{0}, col;
+  const int64_t count = (in + 1) / 3;
+  for (int64_t r = 0; r < out; ++r) {
+    std::vector<int32_t> all(in);
+    for (int64_t i = 0; i < in; ++i) all[i] = static_cast<int32_t>(i);
+    std::shuffle(all.begin(), all.end(), generator);
+    const int64_t own = lists ? count : r % 3 == 0 ? 0 : r % 3 == 1 ? in : count;
+    std::sort(all.begin(), all.begin() + own);
+    col.insert(col.end(), all.begin(), all.begin() + own);
+    crow.push_back(static_cast<int32_t>(col.size()));
+  }
+  col.shrink_to_fit();
+  const std::vector<E> values = random_elements<E>(static_cast<int64_t>(col.size()));
+  std::vector<float> dense(out * in);
+  for (int64_t r = 0; r < out; ++r)
+    for (int64_t e = crow[r]; e < crow[r + 1]; ++e) dense[r * in + col[e]] = to_float(values[e]);
+  const Pool pool{threads, run_tasks};
+  std::vector<uint32_t> bits(out * ceil_div(in, 32));
+  set_bits({nullptr, lists ? nullptr : crow.data(), col.data(), out, in, 1, 1, count}, bits.data(), pool);
+  Elements<E> data(tokens, in, out, threads == 1);
+  const BandsOf<E> w{values.data(), lists ? nullptr : crow.data(), col.data(), out, in, 1, 1, count};
+  bits_linear(data.problem, w, reinterpret_cast<const uint8_t*>(bits.data()), dots, pool);
+  compare_dots("bits", data.problem, dense);
+  failures += !all_finite(data.x.data(), tokens * in);
+}
+
 // Lists (width 0) or blocks in bfloat16.
 void try_bf16_bands(const Dots<bf16>& dots, const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_t height,
                     int64_t width, int threads) {
@@ -133,8 +162,10 @@ void try_bitmaps(const Dots<E>& dots) {
   const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}};
   for (const int64_t tokens : {1, 2, 3, 6, 49})
     for (const auto& size : sizes)
-      for (const int threads : {1, 3})
+      for (const int threads : {1, 3}) {
+        for (const bool lists : {false, true}) try_bits<E>(dots, tokens, size[0], size[1], lists, threads);
         for (const auto& nm : layouts)
           for (const bool hostile : {false, true})
             try_bitmap<E>(dots, tokens, size[0], size[1], nm[0], nm[1], nm[2], hostile, threads);
+      }
 }

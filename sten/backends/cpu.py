@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
+from ..kernels.pattern_cache import Derived
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from ..layouts.padding import reduction_width
@@ -39,6 +40,31 @@ def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable
         y = operator(*arguments, trusted=now is not None and now == last)
         last = now  # only now: what failed its check is checked again
         return y
+
+    return call
+
+
+def with_bits(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
+    """`call(crow, col, *arguments)`, as of `once_checked`, with the bitmap of the pattern: a bit for each column.
+
+    It is made, and the pattern checked, once for its parts and versions, and cached as long as they live; of tensors
+    made in inference mode at every call.
+    """
+    last: tuple = None, None
+    make = torch.ops.sten.pattern_bits.default
+
+    def call(crow: Tensor | None, col: Tensor, *arguments) -> Tensor:
+        nonlocal last
+        columns, rows = arguments[-2:]
+        if col.is_inference():
+            return operator(*arguments, trusted=True, bits=make(crow, col, columns, rows))
+        now = None if crow is None else (crow.data_ptr(), crow._version), col.data_ptr(), col._version
+        known, bits = last
+        if now != known:
+            derived = Derived(f"bits {columns}", lambda *parts: make(crow, col, columns, rows), values=True)
+            bits, _ = derived(*(part for part in (crow, col) if part is not None))
+            last = now, bits
+        return operator(*arguments, trusted=True, bits=bits)
 
     return call
 
@@ -144,9 +170,9 @@ def stored_rows(parts: Parts, outputs: int) -> Tensor | None:
     return None if row is None or len(row) == outputs else row.long()
 
 
-def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
+def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool, checked=once_checked) -> Run:
     """`run` of linear: one row of a panel of activations for all outputs that share the column."""
-    linear, band = once_checked(torch.ops.sten.band_linear.default, intercepted), BANDS[type(layout)]
+    linear, band = checked(torch.ops.sten.band_linear.default, intercepted), BANDS[type(layout)]
     (height, _, columns), outputs = band.sizes(layout, shape), shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
@@ -228,6 +254,33 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
     return prepare
 
 
+def bitmap_pays(shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> bool:
+    """Whether few tokens of single entries are multiplied fastest by a bitmap, whose rows are expanded in registers.
+
+    It costs the same at any density; the more tokens, the more of its multiplications are with zeros.
+    """
+    features, size = cpp.features(), math.prod(shape)
+    if not flags.tokens or not flags.entries or features["instruction_set"] != "avx512":
+        return False
+    if dtype is torch.bfloat16 and features["bfloat16"]:
+        return flags.entries >= size * max(0.07, flags.tokens / 32)
+    return dtype is torch.float32 and flags.tokens == 1 and flags.entries >= 0.22 * size
+
+
+def single_entries_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
+    """The `prepare` of linear with CSR and FanIn, by a bitmap where that pays."""
+    others = float32_by(run_of)
+
+    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+        if not bitmap_pays(shape, dtype, flags):
+            return others(layout, shape, dtype, flags)
+        why = "C++ kernel: a bitmap, made once from the pattern, expands the stored entries in registers"
+        return Plan.of("bitmap", why, band_linear(layout, shape, False, with_bits))
+
+    prepare.__name__ = run_of.__name__
+    return prepare
+
+
 # NM reads its stored format for a few tokens; a processor's vector units do not skip zeros, so that more of them are
 # multiplied, like gradients, by a dense copy, which takes a small part of the time.
 
@@ -288,12 +341,14 @@ def nm_grad_weight(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags
 
 
 if cpp.available():
-    for _layout, _run_of in (
-        (CSR, csr_linear),
-        (GroupedNM, grouped_nm_linear),
-        *((layout, band_linear) for layout in (VectorNM, BSR, FanIn)),
+    for _layout, _prepare in (
+        (CSR, single_entries_by(csr_linear)),
+        (FanIn, single_entries_by(band_linear)),
+        (GroupedNM, float32_by(grouped_nm_linear)),
+        (VectorNM, float32_by(band_linear)),
+        (BSR, float32_by(band_linear)),
     ):
-        kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
+        kernel("linear", weight=_layout, device="cpu", prepare=True)(_prepare)
     for _name, _prepare in (
         ("linear", nm_linear),
         ("linear_grad_input", nm_grad_input),
