@@ -1,4 +1,6 @@
-"""Few tokens of CSR and FanIn on the CPU by a bitmap of the pattern."""
+"""Few tokens of CSR and FanIn on the CPU by a table of the pattern: bits, or windows."""
+
+import itertools
 
 import pytest
 import torch
@@ -29,14 +31,16 @@ def random_weight(layout, shape, density, dtype):
     return sten.from_dense((torch.randn(shape) * mask).to(dtype), layout, mask)
 
 
-def by_bits(x, weight, bias=None):
-    """The product by `band_linear` with the bits of the pattern, whatever the plan is."""
+def by_table(kind, x, weight, bias=None):
+    """The product by `band_linear` with a table of the pattern, whatever the plan is."""
     parts, out, columns = weight.parts, weight.shape[0], weight.shape[1]
     crow, col = parts.get("crow"), parts["col"] if "crow" in parts else parts["index"]
     stored = torch.arange(out) if crow is not None else parts["row"].long()
-    bits = torch.ops.sten.pattern_bits(crow, col, columns, len(stored))
+    table = getattr(torch.ops.sten, f"pattern_{kind}")(crow, col, columns, len(stored))
     own = None if bias is None else bias[stored]
-    y = torch.ops.sten.band_linear(x, parts["values"], crow, col, own, 1, columns, len(stored), trusted=True, bits=bits)
+    y = torch.ops.sten.band_linear(
+        x, parts["values"], crow, col, own, 1, columns, len(stored), trusted=True, table=table
+    )
     want = torch.zeros(*x.shape[:-1], out, dtype=x.dtype) + (0 if bias is None else bias)
     want[..., stored] = y
     return want
@@ -44,9 +48,10 @@ def by_bits(x, weight, bias=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_instruction_set(instruction_set, poisoned, layout, dtype):
+@pytest.mark.parametrize("kind", ["bits", "windows"])
+def test_every_instruction_set(instruction_set, poisoned, kind, layout, dtype):
     torch.manual_seed(0)
-    for shape in [(1, 1), (4, 31), (70, 33), (13, 520), (130, 96)]:
+    for shape in [(1, 1), (4, 31), (70, 33), (13, 720), (130, 96)]:
         for density in (0.02, 0.3, 0.55, 1.0):
             weight = random_weight(layout, shape, density, dtype)
             for tokens in (0, 1, 2, 3, 7, 16, 49):
@@ -54,7 +59,7 @@ def test_every_instruction_set(instruction_set, poisoned, layout, dtype):
                     torch.randn(tokens, shape[1]).to(dtype),
                     torch.randn(shape[0]).to(dtype) if tokens % 2 else None,
                 )
-                assert_product(by_bits(x, weight, bias), x, weight.to_dense(), bias)
+                assert_product(by_table(kind, x, weight, bias), x, weight.to_dense(), bias)
 
 
 def test_bits_are_the_mask():
@@ -72,7 +77,8 @@ def test_bits_are_the_mask():
 def test_which(layout):
     sizes = {  # density, dtype, tokens
         (0.5, torch.bfloat16, 1): "bitmap",
-        (0.1, torch.bfloat16, 1): "bitmap",
+        (0.125, torch.bfloat16, 4): "windows",
+        (0.125, torch.bfloat16, 5): "bfloat16",
         (0.04, torch.bfloat16, 1): "bfloat16",
         (0.5, torch.bfloat16, 16): "bitmap",
         (0.25, torch.bfloat16, 6): "bitmap",
@@ -93,8 +99,8 @@ def test_which(layout):
 def test_a_plan_outlives_its_instruction_set():
     torch.manual_seed(0)
     x = torch.randn(2, 70).bfloat16()
-    for layout in LAYOUTS:
-        weight = random_weight(layout, (20, 70), 0.5, torch.bfloat16)
+    for layout, density in itertools.product(LAYOUTS, (0.5, 0.1)):
+        weight = random_weight(layout, (21, 70), density, torch.bfloat16)
         F.linear(x, weight)
         for name in cpp.features()["instruction_sets"]:
             cpp.set_instruction_set(name)
@@ -107,22 +113,19 @@ def test_a_plan_outlives_its_instruction_set():
 @wide
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_zero_multiplies_no_infinity(layout, dtype):
+@pytest.mark.parametrize("kind", ["bits", "windows"])
+def test_a_zero_multiplies_no_infinity(kind, layout, dtype):
     """Outputs without an entry in the infinite column are those of a finite activation."""
     torch.manual_seed(0)
-    weight = random_weight(layout, (40, 75), 0.5, dtype)
-    stored = weight.to_dense()[:, 40] != 0
-    for number in (torch.inf, torch.nan):
-        for tokens in (1, 2, 6):
-            x = torch.randn(tokens, 75).to(dtype)
-            want = F.linear(x, weight)
-            x[:, 40] = number
-            got = F.linear(x, weight)
-            assert sten.which("linear", x, weight).variant == (
-                "bitmap" if dtype is torch.bfloat16 or tokens == 1 else "float32"
-            )
-            assert not got[:, stored].isfinite().any()
-            torch.testing.assert_close(got[:, ~stored], want[:, ~stored])
+    weight = random_weight(layout, (40, 75), 0.3, dtype)
+    for number, tokens, column in itertools.product((torch.inf, torch.nan), (1, 2, 6), (0, 32, 40, 74)):
+        stored = weight.to_dense()[:, column] != 0
+        x = torch.randn(tokens, 75).to(dtype)
+        want = by_table(kind, x, weight)
+        x[:, column] = number
+        got = by_table(kind, x, weight)
+        assert not got[:, stored].isfinite().any()
+        torch.testing.assert_close(got[:, ~stored], want[:, ~stored])
 
 
 @wide
@@ -185,15 +188,15 @@ def test_a_wrong_pattern_is_refused():
     with pytest.raises(ValueError, match="columns below 64"):
         F.linear(torch.ones(1, 64).bfloat16(), weight)
     crow, col = weight.parts["crow"], weight.parts["col"].clamp(max=63)
-    with pytest.raises(RuntimeError, match="Expected bits"):
+    with pytest.raises(RuntimeError, match="Expected a table"):
         torch.ops.sten.band_linear(
             torch.ones(1, 64).bfloat16(), weight.parts["values"], crow, col, None, 1, 64, 40, trusted=True,
-            bits=torch.zeros(40, 4, dtype=torch.uint8),
+            table=torch.zeros(40, 4, dtype=torch.uint8),
         )  # fmt: skip
 
 
 @wide
-def test_training_and_compile():
+def test_gradients_and_compile():
     torch.manual_seed(0)
     weight = random_weight(sten.CSR(), (40, 64), 0.5, torch.bfloat16).requires_grad_()
     x, grad = torch.randn(1, 64).bfloat16().requires_grad_(), torch.randn(1, 40).bfloat16()
@@ -207,4 +210,4 @@ def test_training_and_compile():
     torch.library.opcheck(torch.ops.sten.pattern_bits.default, (crow, col, 64, 40))
     bits = torch.ops.sten.pattern_bits(crow, col, 64, 40)
     numbers = weight.parts["values"].detach(), crow, col, None, 1, 64, 40
-    torch.library.opcheck(torch.ops.sten.band_linear.default, (x.detach(), *numbers), {"trusted": True, "bits": bits})
+    torch.library.opcheck(torch.ops.sten.band_linear.default, (x.detach(), *numbers), {"trusted": True, "table": bits})

@@ -44,29 +44,32 @@ def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable
     return call
 
 
-def with_bits(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
-    """`call(crow, col, *arguments)`, as of `once_checked`, with the bitmap of the pattern: a bit for each column.
+def with_table(kind: str) -> Callable[..., Callable[..., Tensor]]:
+    """As `once_checked`, with a table of the pattern, "bits" or "windows", which takes the place of the columns.
 
     It is made, and the pattern checked, once for its parts and versions, and cached as long as they live; of tensors
     made in inference mode at every call.
     """
-    last: tuple = None, None
-    make = torch.ops.sten.pattern_bits.default
+    make = {"bits": torch.ops.sten.pattern_bits.default, "windows": torch.ops.sten.pattern_windows.default}[kind]
 
-    def call(crow: Tensor | None, col: Tensor, *arguments) -> Tensor:
-        nonlocal last
-        columns, rows = arguments[-2:]
-        if col.is_inference():
-            return operator(*arguments, trusted=True, bits=make(crow, col, columns, rows))
-        now = None if crow is None else (crow.data_ptr(), crow._version), col.data_ptr(), col._version
-        known, bits = last
-        if now != known:
-            derived = Derived(f"bits {columns}", lambda *parts: make(crow, col, columns, rows), values=True)
-            bits, _ = derived(*(part for part in (crow, col) if part is not None))
-            last = now, bits
-        return operator(*arguments, trusted=True, bits=bits)
+    def checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
+        last: tuple = None, None
 
-    return call
+        def call(crow: Tensor | None, col: Tensor, *arguments) -> Tensor:
+            nonlocal last
+            if col.is_inference():
+                return operator(*arguments, trusted=True, table=make(crow, col, *arguments[-2:]))
+            now = None if crow is None else (crow.data_ptr(), crow._version), col.data_ptr(), col._version
+            known, table = last
+            if now != known:
+                derived = Derived(f"{kind} {arguments[-2:]}", lambda *_: make(crow, col, *arguments[-2:]), values=True)
+                table, _ = derived(*(part for part in (crow, col) if part is not None))
+                last = now, table
+            return operator(*arguments, trusted=True, table=table)
+
+        return call
+
+    return checked
 
 
 # The two below write that out, because a Python function less is seen in the time of a small product.
@@ -254,28 +257,40 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
     return prepare
 
 
-def bitmap_pays(shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> bool:
-    """Whether few tokens of single entries are multiplied fastest by a bitmap, whose rows are expanded in registers.
+def table_of(shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> str | None:
+    """The table that multiplies few tokens of single entries fastest, if one does: measured on Zen 4.
 
-    It costs the same at any density; the more tokens, the more of its multiplications are with zeros.
+    A bitmap costs the same at any density: rows are expanded, and zeros multiplied. Windows cost the same for each
+    group, of at most 32 entries within 256 columns.
     """
-    features, size = cpp.features(), math.prod(shape)
-    if not flags.tokens or not flags.entries or features["instruction_set"] != "avx512":
-        return False
-    if dtype is torch.bfloat16 and features["bfloat16"]:
-        return flags.entries >= size * max(0.07, flags.tokens / 32)
-    return dtype is torch.float32 and flags.tokens == 1 and flags.entries >= 0.22 * size
+    features, density = cpp.features(), (flags.entries or 0) / max(1, math.prod(shape))
+    if not flags.tokens or features["instruction_set"] != "avx512":
+        return None
+    if dtype is torch.float32:
+        return "bits" if flags.tokens == 1 and density >= 0.22 else None
+    if dtype is not torch.bfloat16 or not features["bfloat16"]:
+        return None
+    if density >= 0.2:
+        return "bits" if flags.tokens <= 32 * density else None
+    return "windows" if flags.tokens <= 4 and density >= 0.05 else None
+
+
+WHY = {
+    "bits": "a bitmap, made once from the pattern, expands the stored entries in registers",
+    "windows": "a table of columns within 256, made once from the pattern, selects activations in registers",
+}
 
 
 def single_entries_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
-    """The `prepare` of linear with CSR and FanIn, by a bitmap where that pays."""
+    """The `prepare` of linear with CSR and FanIn, by a table of the pattern where that pays."""
     others = float32_by(run_of)
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        if not bitmap_pays(shape, dtype, flags):
+        kind = table_of(shape, dtype, flags)
+        if kind is None:
             return others(layout, shape, dtype, flags)
-        why = "C++ kernel: a bitmap, made once from the pattern, expands the stored entries in registers"
-        return Plan.of("bitmap", why, band_linear(layout, shape, False, with_bits))
+        run = band_linear(layout, shape, False, with_table(kind))
+        return Plan.of("bitmap" if kind == "bits" else kind, f"C++ kernel: {WHY[kind]}", run)
 
     prepare.__name__ = run_of.__name__
     return prepare
