@@ -14,17 +14,27 @@ constexpr int kUnitColumns = BitmapOf<elem>::kUnitColumns;
 // A sum of products has to wait for the one before, so few of them are cut into partial ones.
 constexpr int partial_sums(int sums) { return sums >= 6 ? 1 : sums >= 3 ? 2 : 4; }
 
-// a[l][r][t] += w[r] * x[t] over `count` columns; with kAhead the rows that follow are prefetched
+// What is prefetched while a tile is multiplied: a cache line for each of its rows, `row` elements apart, `step` further
+// with each vector.
+struct Ahead {
+  const elem* from;
+  int64_t row, step;
+};
+
+// a[l][r][t] += w[r] * x[t] over `count` columns
 template <int R, int T, int L, bool kAhead>
-STEN_INLINE void add_tile(const elem* w, int64_t step, const elem* x, int64_t ld, int64_t count, vec (*a)[R][T]) {
+STEN_INLINE void add_tile(const elem* w, int64_t step, const elem* x, int64_t ld, int64_t count, Ahead ahead,
+                          vec (*a)[R][T]) {
   int64_t j = 0;
   for (; j + L * kDot <= count; j += L * kDot)
 #pragma GCC unroll 4
     for (int l = 0; l < L; ++l) {
       const elem *ws = w + j + l * kDot, *xs = x + j + l * kDot;
+      if (kAhead) {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        if (kAhead) __builtin_prefetch(ws + (R == 1 ? 1024 / sizeof(elem) : (R + r) * step));
+        for (int r = 0; r < R; ++r) __builtin_prefetch(ahead.from + r * ahead.row);
+        ahead.from += ahead.step;
+      }
       if constexpr (T == 1) {
         const wide one = hold(load_wide(xs));
 #pragma GCC unroll 16
@@ -61,6 +71,7 @@ struct TileRows {
   int64_t step;              // from one row to the next
   const int32_t *col, *end;  // of blocks
   int64_t width, block;      // columns of the list, or of a block; elements of a block, 0 for a list
+  Ahead ahead;               // of a list
 };
 
 // sums[t, r] of R rows and T tokens
@@ -77,9 +88,9 @@ STEN_FN void sum_rows(const TileRows& w, const elem* x, int64_t ld, float* sums)
   if (w.block) {
     const elem* values = w.values;
     for (const int32_t* c = w.col; c < w.end; ++c, values += w.block)
-      add_tile<R, T, 1, false>(values, w.step, x + *c * w.width, ld, w.width, a);
+      add_tile<R, T, 1, false>(values, w.step, x + *c * w.width, ld, w.width, {}, a);
   } else {
-    add_tile<R, T, L, true>(w.values, w.step, x, ld, w.width, a);
+    add_tile<R, T, L, true>(w.values, w.step, x, ld, w.width, w.ahead, a);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
@@ -161,12 +172,14 @@ STEN_FN void bands_dots(const BandsOf<elem>& w, const elem* bias, int64_t r0, in
         float* to = sums + r;
         if (w.crow) {
           const int64_t first_row = row + r - band * w.height;
-          const TileRows tile{w.values + (begin * w.height + first_row) * w.width, w.width,    w.col + begin,
-                              w.col + w.crow[band + 1],                            w.width, w.height * w.width};
+          const TileRows tile{w.values + (begin * w.height + first_row) * w.width, w.width, w.col + begin,
+                              w.col + w.crow[band + 1], w.width, w.height * w.width, {}};
           if (alone) sum_rows_or_fewer<kBlockRows, 1>(some, tile, x, ld, to);
           else add_all_tokens(some, tile, x, ld, tokens, to);
         } else {
-          const TileRows tile{w.values + (row + r) * w.count, w.count, nullptr, nullptr, w.count, 0};
+          const elem* values = w.values + (row + r) * w.count;
+          const Ahead ahead{values + (some == 1 ? 1024 / sizeof(elem) : some * w.count), w.count, kDot};
+          const TileRows tile{values, w.count, nullptr, nullptr, w.count, 0, ahead};
           add_all_tokens(some, tile, gathered, gathered_ld, tokens, to);
         }
       }
@@ -222,16 +235,13 @@ STEN_INLINE uint32_t word_at(const uint8_t* bytes) {
 
 STEN_INLINE int64_t next_values(int64_t step, uint32_t mask) { return step ? step : __builtin_popcount(mask); }
 
-// The row that follows after `ahead` values is prefetched: it is expanded when this one has been multiplied.
-STEN_INLINE void expand_row(const uint8_t* bits, const elem* values, int64_t units, int64_t step, int64_t ahead,
-                            elem* out) {
+template <bool kAhead>
+STEN_INLINE void expand_row(const uint8_t* bits, const elem* values, int64_t units, int64_t step, elem* out) {
   for (int64_t u = 0; u < units; ++u, out += kUnitColumns) {
     const uint32_t mask = word_at(bits + 4 * u);
     wide w[kUnitColumns / kDot];
     expand_unit(mask, values, w);
-    int64_t v = 0;
-    do __builtin_prefetch(values + ahead + v);
-    while ((v += 64 / sizeof(elem)) < step);
+    if (kAhead) __builtin_prefetch(values + 512);
     values += next_values(step, mask);
 #pragma GCC unroll 8
     for (int i = 0; i < kUnitColumns / kDot; ++i) store_wide(out + i * kDot, w[i]);
@@ -325,13 +335,14 @@ STEN_FN void bitmap_dots(const BitmapOf<elem>& w, const elem* bias, int64_t r0, 
           bitmap_tokens<2, Unit::half>};
       (tokens == 1 ? one : two)[static_cast<int>(unit_of(w))](w, row, rows, x, ld, scratch, sums);
     } else {
+      const int64_t count = w.units() * kUnitColumns, next = kTileRows * w.begin(w.rows) / w.rows;    // values of a tile
       for (int64_t r = 0, some; r < rows; r += some) {
         some = rows - r < kTileRows ? rows - r : kTileRows;
         for (int64_t i = 0; i < some; ++i)
-          expand_row(bits_of_row(w, row + r + i, scratch.bits), values_of_row(w, row + r + i, scratch.values),
-                     w.units(), w.step(), kTileRows * (w.begin(w.rows) / w.rows), scratch.rows + i * row_count);
-        const TileRows tile{scratch.rows, row_count, nullptr, nullptr, w.units() * kUnitColumns, 0};
-        add_all_tokens(some, tile, x, ld, tokens, sums + r);
+          expand_row<false>(bits_of_row(w, row + r + i, scratch.bits), values_of_row(w, row + r + i, scratch.values),
+                            w.units(), w.step(), scratch.rows + i * row_count);
+        const Ahead ahead{w.values + w.begin(row + r + some), 64 / sizeof(elem), next * kDot / count};
+        add_all_tokens(some, {scratch.rows, row_count, nullptr, nullptr, count, 0, ahead}, x, ld, tokens, sums + r);
       }
     }
     store_all(sums, bias, row, rows, tokens, w.rows, y);
@@ -343,7 +354,7 @@ STEN_FN void bitmap_expand(const BitmapOf<elem>& w, int64_t r0, int64_t r1, int6
   const bool whole = columns == w.units() * kUnitColumns;
   for (int64_t row = r0; row < r1; ++row) {
     elem* out = whole ? dense + row * columns : scratch.rows;
-    expand_row(bits_of_row(w, row, scratch.bits), values_of_row(w, row, scratch.values), w.units(), w.step(), 512, out);
+    expand_row<true>(bits_of_row(w, row, scratch.bits), values_of_row(w, row, scratch.values), w.units(), w.step(), out);
     if (!whole)
       for (int64_t c = 0; c < columns; ++c) dense[row * columns + c] = out[c];
   }
