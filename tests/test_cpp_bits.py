@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cpp_dots import assert_product
 
 import sten
 from sten.backends import cpp
@@ -17,6 +16,16 @@ if not cpp.available():
 LAYOUTS = [sten.CSR(), sten.FanIn()]
 DTYPES = [torch.float32, torch.bfloat16]
 wide = pytest.mark.skipif(not cpp.features()["bfloat16"], reason="this processor does not multiply bfloat16")
+
+
+def assert_product(got, left, right, bias=None):
+    """Check `got` against left @ right.T (+ bias) in float64: float32 sums, rounded once to the dtype."""
+    left, right, bias = left.double(), right.double(), 0 if bias is None else bias.double()
+    want, scale = left @ right.t() + bias, left.abs() @ right.abs().t() + abs(bias)
+    rounding = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[got.dtype]
+    assert got.shape == want.shape
+    error = (got.double() - want).abs() - 2e-6 * scale - rounding * want.abs()
+    assert not got.numel() or float(error.max()) <= 1e-7
 
 
 def random_weight(layout, shape, density, dtype):
@@ -75,16 +84,21 @@ def test_bits_are_the_mask():
 @wide
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_which(layout):
+    half, single = torch.bfloat16, torch.float32
     sizes = {  # density, dtype, tokens
-        (0.5, torch.bfloat16, 1): "bitmap",
-        (0.125, torch.bfloat16, 4): "windows",
-        (0.125, torch.bfloat16, 5): "bfloat16",
-        (0.04, torch.bfloat16, 1): "bfloat16",
-        (0.5, torch.bfloat16, 16): "bitmap",
-        (0.25, torch.bfloat16, 6): "bitmap",
-        (0.25, torch.bfloat16, 16): "bfloat16",
-        (0.5, torch.float32, 1): "bitmap",
-        (0.1, torch.float32, 1): "float32",
+        (0.5, half, 1): "bitmap",
+        (0.5, half, 28): "bitmap",
+        (0.5, half, 29): "bfloat16",
+        (0.25, half, 12): "bitmap",
+        (0.25, half, 13): "bfloat16",
+        (0.125, half, 1): "windows",
+        (0.125, half, 4): "windows",
+        (0.125, half, 5): "bfloat16",
+        (0.015, half, 1): "bfloat16",
+        (0.5, single, 1): "bitmap",
+        (0.5, single, 12): "bitmap",
+        (0.5, single, 13): "float32",
+        (0.1, single, 1): "float32",
         (0.5, torch.float16, 1): "converted",
     }
     for (density, dtype, tokens), variant in sizes.items():

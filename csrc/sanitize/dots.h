@@ -82,9 +82,9 @@ void try_bitmap(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, in
   for (size_t i = 0; i < values.size(); ++i) failures += to_float(collected[i]) != to_float(values[i]);
 }
 
-// Single entries by the bitmap of their pattern: CSR, of which some rows are empty, or lists.
+// Single entries by the tables of their pattern: CSR, of which some rows are empty, or lists.
 template <typename E>
-void try_bits(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, bool lists, int threads) {
+void try_tables(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, bool lists, int threads) {
   std::vector<int32_t> crow{0}, col;
   const int64_t count = (in + 1) / 3;
   for (int64_t r = 0; r < out; ++r) {
@@ -108,7 +108,18 @@ void try_bits(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, bool
   const BandsOf<E> w{values.data(), lists ? nullptr : crow.data(), col.data(), out, in, 1, 1, count};
   bits_linear(data.problem, w, reinterpret_cast<const uint8_t*>(bits.data()), dots, pool);
   compare_dots("bits", data.problem, dense);
-  failures += !all_finite(data.x.data(), tokens * in);
+  if (!dots.windows) return;
+  std::vector<int32_t> first(out + 1);
+  const Bands pattern{nullptr, w.crow, w.col, out, in, 1, 1, count};
+  count_windows(pattern, first.data(), pool);
+  for (int64_t r = 0; r < out; ++r) first[r + 1] += first[r];
+  std::vector<int32_t> table(first);
+  table.resize(out + 1 + first[out] * (1 + kGroup / 4));
+  table.shrink_to_fit();
+  uint32_t* head = reinterpret_cast<uint32_t*>(table.data() + out + 1);
+  set_windows(pattern, first.data(), head, reinterpret_cast<uint8_t*>(head + first[out]), pool);
+  windows_linear(data.problem, w, table.data(), dots, pool);
+  compare_dots("windows", data.problem, dense);
 }
 
 // Lists (width 0) or blocks in bfloat16.
@@ -159,11 +170,11 @@ template <typename E>
 void try_bitmaps(const Dots<E>& dots) {
   const int layouts[][3] = {{16, 32, 1}, {5, 16, 1}, {2, 8, 1}, {32, 32, 1}, {2, 4, 2}, {1, 4, 2}, {1, 1, 2},
                             {3, 7, 4},   {1, 16, 4}, {3, 32, 8}, {9, 64, 8}};
-  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}};
+  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}, {1100, 4}};
   for (const int64_t tokens : {1, 2, 3, 6, 49})
     for (const auto& size : sizes)
       for (const int threads : {1, 3}) {
-        for (const bool lists : {false, true}) try_bits<E>(dots, tokens, size[0], size[1], lists, threads);
+        for (const bool lists : {false, true}) try_tables<E>(dots, tokens, size[0], size[1], lists, threads);
         for (const auto& nm : layouts)
           for (const bool hostile : {false, true})
             try_bitmap<E>(dots, tokens, size[0], size[1], nm[0], nm[1], nm[2], hostile, threads);

@@ -258,21 +258,21 @@ def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callab
 
 
 def table_of(shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> str | None:
-    """The table that multiplies few tokens of single entries fastest, if one does: measured on Zen 4.
+    """The table that multiplies few tokens of single entries fastest, or None; the numbers are measured on Zen 4.
 
-    A bitmap costs the same at any density: rows are expanded, and zeros multiplied. Windows cost the same for each
-    group, of at most 32 entries within 256 columns.
+    By bits a token costs the same at any density, since zeros are multiplied; by windows each group does, which has at
+    most 32 entries within 256 columns. Both are compared with panels, whose cost is that of the entries.
     """
-    features, density = cpp.features(), (flags.entries or 0) / max(1, math.prod(shape))
-    if not flags.tokens or features["instruction_set"] != "avx512":
+    features, density, tokens = cpp.features(), (flags.entries or 0) / max(1, math.prod(shape)), flags.tokens
+    if not tokens or features["instruction_set"] != "avx512":
         return None
     if dtype is torch.float32:
-        return "bits" if flags.tokens == 1 and density >= 0.22 else None
+        return "bits" if (density >= 0.22 if tokens == 1 else tokens <= 28 * density - 2) else None
     if dtype is not torch.bfloat16 or not features["bfloat16"]:
         return None
-    if density >= 0.2:
-        return "bits" if flags.tokens <= 32 * density else None
-    return "windows" if flags.tokens <= 4 and density >= 0.05 else None
+    if density < 0.2 and tokens <= min(4, 32 * density):
+        return "windows"
+    return "bits" if tokens <= 64 * density - 4 else None
 
 
 WHY = {
