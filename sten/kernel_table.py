@@ -56,6 +56,8 @@ class Plan:
         variant: the chosen variant of the kernel, if it has several.
         reason: why this kernel and variant run.
         run: `run(*operands, **geometry)`: the operands of a kernel, a sparse one as its dictionary of parts.
+        derive: `derive(parts, shape)`, of linear_grad_weight with a sparse input: what the kernel derives from the
+            pattern of the input, which products of one pattern share: `run(*operands, derived=...)`.
 
     Example:
         >>> import torch, sten
@@ -71,9 +73,12 @@ class Plan:
     variant: str | None
     reason: str
     run: Callable[..., Any]
+    derive: Callable[..., Any] | None = None
 
     @classmethod
-    def of(cls, variant: str | None, reason: str, run: Callable[..., Any] | None) -> Plan:
+    def of(
+        cls, variant: str | None, reason: str, run: Callable[..., Any] | None, derive: Callable[..., Any] | None = None
+    ) -> Plan:
         """Make the Plan that a `prepare` function returns; `sten.extend.run` fills in the other attributes.
 
         Args:
@@ -81,6 +86,7 @@ class Plan:
                 implementation; `run` may be None then.
             reason: why this variant runs, for `sten.which`.
             run: `run(*operands, **geometry)`, a sparse operand as its dictionary of parts.
+            derive: `derive(parts, shape)`, where `run` takes what it returns as `derived=`; or computes it without.
 
         Returns:
             A Plan whose `operator`, `layouts`, `device` and `kernel` are empty.
@@ -90,7 +96,7 @@ class Plan:
             >>> sten.extend.Plan.of("dense", "multiplies all entries", lambda x, weight, bias: x).variant
             'dense'
         """
-        return cls("", (), "", "", variant, reason, run)
+        return cls("", (), "", "", variant, reason, run, derive)
 
     def __str__(self) -> str:
         variant = f" [{self.variant}]" if self.variant else ""

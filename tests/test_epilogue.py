@@ -60,7 +60,7 @@ def test_stored_and_finished(poisoned, method, layout, activation, dtype):
         scale = 2.0 if isinstance(method, sten.RandomFraction) else 1.0
         want = scale * mask * ((z > 0) | (activation == "none") | z.isnan())
         slopes = torch.ones_like(parts["values"]) if slopes is None else slopes
-        torch.testing.assert_close(layout.unpack({**parts, "values": slopes}, z.shape), want.to(dtype))
+        torch.testing.assert_close(layout.unpack({**parts, "values": slopes.to(dtype)}, z.shape), want.to(dtype))
         if not isinstance(method, sten.RandomFraction):
             end = end._replace(layout=None)
             before = z.clone()

@@ -30,6 +30,10 @@ def rows(tokens, columns, k, dtype):
     return torch.cat([dense[keep], random(2, dtype=dtype)]), crow, index, dense
 
 
+def grad_weight(values, crow, index, grad, columns):
+    return codes.grad_weight(values, *codes.by_columns(crow, index, columns), grad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("make", [lists, rows])
 def test_products(make, dtype):
@@ -39,7 +43,7 @@ def test_products(make, dtype):
         bias = random(outputs, dtype=dtype) if number % 2 else None
         exact = dense.double() @ weight.double() + (0 if bias is None else bias.double())
         close(codes.linear(values, crow, index, weight, bias, tokens=tokens), exact, dtype)
-        close(codes.grad_weight(values, crow, index, grad, columns=columns), dense.double().t() @ grad.double(), dtype)
+        close(grad_weight(values, crow, index, grad, columns), dense.double().t() @ grad.double(), dtype)
         got = codes.grad_values(grad, crow, index, weight)
         stored = int(crow[-1]) if crow is not None else got.numel()
         token = (dense != 0).nonzero()[:, 0] if crow is not None else torch.arange(tokens).repeat_interleave(k)
@@ -71,10 +75,10 @@ def test_a_column_that_all_tokens_use():
     tokens = 200
     index = torch.full((tokens, 1), 3, dtype=torch.int32, device=DEVICE)
     values, grad = random(tokens, 1), random(tokens, 8)
-    got = codes.grad_weight(values, None, index, grad, columns=5)
+    got = grad_weight(values, None, index, grad, 5)
     close(got[3], values[:, 0].double() @ grad.double())
     assert (got[[0, 1, 2, 4]] == 0).all()
-    assert torch.equal(got, codes.grad_weight(values, None, index, grad, columns=5))
+    assert torch.equal(got, grad_weight(values, None, index, grad, 5))
 
 
 @pytest.mark.parametrize("make", [lists, rows])
@@ -83,7 +87,7 @@ def test_no_tokens(make):
     values, index = values[:0], index[:0]
     assert codes.linear(values, crow, index, random(8, 6), None, tokens=0).shape == (0, 6)
     assert codes.grad_values(random(0, 6), crow, index, random(8, 6)).shape == values.shape
-    assert torch.equal(codes.grad_weight(values, crow, index, random(0, 6), columns=8), torch.zeros(8, 6).to(DEVICE))
+    assert torch.equal(grad_weight(values, crow, index, random(0, 6), 8), torch.zeros(8, 6).to(DEVICE))
 
 
 def test_opcheck():
@@ -91,7 +95,7 @@ def test_opcheck():
     weight, grad = random(20, 8), random(4, 8)
     torch.library.opcheck(codes.linear.overload, (values, crow, index, weight, None, 4))
     torch.library.opcheck(codes.grad_values.overload, (grad, crow, index, weight))
-    torch.library.opcheck(codes.grad_weight.overload, (values, crow, index, grad, 20))
+    torch.library.opcheck(codes.grad_weight.overload, (values, *codes.by_columns(crow, index, 20), grad))
 
 
 def test_wrong_calls_raise():
@@ -103,6 +107,8 @@ def test_wrong_calls_raise():
         codes.linear(values, None, index, weight, None, tokens=5)
     with pytest.raises(ValueError, match="contiguous weight"):
         codes.linear(values, None, index, random(8, 20).t(), None, tokens=4)
+    with pytest.raises(ValueError, match=r"and order \(20,\) of 3 tokens"):
+        codes.grad_weight(values, *codes.by_columns(None, index, 20), random(3, 8))
 
 
 @pytest.mark.parametrize("layout", [sten.FanIn(), sten.CSR(), sten.BSR((1, 1))], ids=str)

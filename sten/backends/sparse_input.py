@@ -63,11 +63,22 @@ def singles_back(values: Tensor, blocks: bool) -> Tensor:
 
 def cuda_operators() -> tuple[Callable, Callable, Callable]:
     codes = kernels.codes
+    linear, grad_values, grad_weight = codes.linear.overload, codes.grad_values.overload, codes.grad_weight.overload
+
+    def weight_of(values, crow, index, grad, height, columns, derived=None):
+        derived = codes.by_columns(crow, index, columns) if derived is None else derived
+        return grad_weight(singles(values), *derived, grad)
+
     return (
-        lambda *tensors_height, tokens: codes.linear(*tensors_height[:-1], tokens=tokens),
-        lambda grad, *pattern, height, blocks: singles_back(codes.grad_values(grad, *pattern), blocks),
-        lambda values, *rest, height, columns: codes.grad_weight(singles(values), *rest, columns=columns),
+        lambda *tensors_height, tokens: linear(*tensors_height[:-1], tokens),
+        lambda grad, *pattern, height, blocks: singles_back(grad_values(grad, *pattern), blocks),
+        weight_of,
     )
+
+
+def by_columns(input: Parts, shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+    """What the kernel of linear_grad_weight for CUDA derives from a pattern."""
+    return kernels.codes.by_columns(input.get("crow"), input["index" if "index" in input else "col"], shape[1])
 
 
 # `run` of the three products
@@ -96,10 +107,10 @@ def grad_values(operator: Callable, height: int, tokens: int, columns: int) -> C
 
 
 def grad_weight(operator: Callable, height: int, tokens: int, columns: int) -> Callable[..., Tensor]:
-    def run(grad: Tensor, input: Parts, weight: Tensor) -> Tensor:
+    def run(grad: Tensor, input: Parts, weight: Tensor, **derived) -> Tensor:
         row = stored_tokens(input, tokens)
         grad = grad.contiguous() if row is None else grad.index_select(0, row)
-        return operator(*pattern(input), grad, height=height, columns=columns).t()
+        return operator(*pattern(input), grad, height=height, columns=columns, **derived).t()
 
     return run
 
@@ -127,8 +138,8 @@ def why_dense(name: str, layout: Layout, shape: tuple, dtype: torch.dtype, flags
     return f"expands the input to dense: {use} and above {limit:g} a dense product is faster"
 
 
-def prepare_by(name: str, operator: Callable) -> Callable[..., Plan]:
-    """The `prepare` of a product by the operator of a device."""
+def prepare_by(name: str, operator: Callable, derive: Callable | None = None) -> Callable[..., Plan]:
+    """The `prepare` of a product by the operator of a device, and by what that derives from the pattern."""
     reference, make = OPERATORS[name].reference, PRODUCTS[name]
 
     def prepare(layout: tuple, shape: tuple, dtype: torch.dtype, flags: Flags) -> Plan:
@@ -138,19 +149,19 @@ def prepare_by(name: str, operator: Callable) -> Callable[..., Plan]:
         height = layout[0].tile(shape[0])[0]  # the tokens that share their entries
         share = flags.entries / max(1, math.prod(shape[0]))
         reason = f"reads only the rows of the input-major weight that the input uses: about {share:.2g} of them"
-        return Plan.of("codes", reason, make(operator, height, *shape[0]))
+        return Plan.of("codes", reason, make(operator, height, *shape[0]), derive)
 
     prepare.__name__ = f"sparse_input_{name}"
     return prepare
 
 
-def register(device: str, operators: tuple[Callable, Callable, Callable]) -> None:
+def register(device: str, operators: tuple[Callable, Callable, Callable], **derive: Callable) -> None:
     for name, operator in zip(PRODUCTS, operators, strict=True):
         for layout in (FanIn, CSR, BSR):
-            kernel(name, input=layout, device=device, prepare=True)(prepare_by(name, operator))
+            kernel(name, input=layout, device=device, prepare=True)(prepare_by(name, operator, derive.get(name)))
 
 
 if cpp.available():
     register("cpu", cpu_operators())
 if kernels.available():
-    register("cuda", cuda_operators())
+    register("cuda", cuda_operators(), linear_grad_weight=by_columns)

@@ -179,7 +179,7 @@ class Site:
     def epilogue(self, module: nn.Module, activation: str | None = None) -> Epilogue:
         """What happens to an activation at the site, for the operator that computes it."""
         state = {name: getattr(module, self.full(name)) for name in self.state}
-        return Epilogue(self.method, state, module.training, self.layout, activation or "none")
+        return Epilogue(self.method, state, module.training, self.layout, activation or "none", self.plans)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """A gradient as the method leaves it, in the layout."""

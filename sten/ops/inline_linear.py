@@ -58,19 +58,29 @@ class InlineLinear(Rule):
         parts, slopes = packed_tiles(x.detach(), weight.detach(), bias, epilogue, slopes)
         y = SparseTensor(epilogue.layout, parts, (len(x), len(weight)))
         y.cache.activation = True
+        if epilogue.plans is not None:
+            y.cache.plans = epilogue.plans
         vars(y)["slopes"] = slopes
         return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.slopes, ctx.activation = vars(output).pop("slopes"), inputs[3].activation
-        ctx.save_for_backward(*inputs[:2], output)
+        # its parts, since a saved output costs two wrappers
+        ctx.layout, ctx.shape, ctx.cache, ctx.names = (
+            output.sparse_layout,
+            output.stored_shape,
+            output.cache,
+            tuple(output.parts),
+        )
+        ctx.save_for_backward(*inputs[:2], *output.parts.values())
 
     @staticmethod
     def backward(ctx, grad) -> Any:
-        x, weight, y = ctx.saved_tensors
+        x, weight, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad = project(grad, y)
+        y = SparseTensor(ctx.layout, dict(zip(ctx.names, parts, strict=True)), ctx.shape, cache=ctx.cache)
+        received = grad = project(grad, y)
         if torch.is_grad_enabled():  # create_graph: of operators that have gradients themselves
             if ctx.activation != "none":
                 raise RuntimeError(
@@ -87,8 +97,8 @@ class InlineLinear(Rule):
         grad.cache.activation = True
         return (
             planned_input("linear", grad, weight.t(), len(x)).run(grad.parts, weight.t(), None) if needs_x else None,
-            grad_of_weight(x, grad, weight.t()).t() if needs_weight else None,
-            grad_of_weight(x.new_ones(len(x), 1), grad, weight.t()[:1])[0] if needs_bias else None,
+            grad_of_weight(x, grad, weight.t(), received).t() if needs_weight else None,
+            grad_of_weight(x.new_ones(len(x), 1), grad, weight.t()[:1], received)[0] if needs_bias else None,
             None,
             None,
         )

@@ -80,9 +80,10 @@ class InputLinear(Rule):
                 grad.t() @ x.to_dense() if needs_weight else None,
                 grad.sum(0) if needs_bias else None,
             )
+        of_x = grad_of_input(grad, weight, x) if needs_x else None
         return (
-            grad_of_input(grad, weight, x) if needs_x else None,
-            grad_of_weight(grad, x, weight) if needs_weight else None,
+            of_x,
+            grad_of_weight(grad, x, weight, of_x if isinstance(of_x, SparseTensor) else None) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
         )
 
@@ -95,6 +96,15 @@ def grad_of_input(grad: Tensor, weight: Tensor, x: SparseTensor) -> Tensor:
     return x.with_values(plan.run(grad, weight, x.parts))
 
 
-def grad_of_weight(grad: Tensor, x: SparseTensor, weight: Tensor) -> Tensor:
-    """grad.T @ x, dense."""
-    return planned_input("linear_grad_weight", x, weight, len(grad)).run(grad, x.parts, weight)
+def grad_of_weight(grad: Tensor, x: SparseTensor, weight: Tensor, like: SparseTensor | None = None) -> Tensor:
+    """grad.T @ x, dense. `like`: a gradient with the pattern of x, with which further products may come.
+
+    It then has what the kernel derives from the pattern. The activation has not: it may outlive a recorded CUDA graph.
+    """
+    plan = planned_input("linear_grad_weight", x, weight, len(grad))
+    if plan.derive is None or like is None:
+        return plan.run(grad, x.parts, weight)
+    known = vars(like).setdefault("derived", {})
+    if plan.derive not in known:
+        known[plan.derive] = plan.derive(x.parts, x.stored_shape)
+    return plan.run(grad, x.parts, weight, derived=known[plan.derive])
