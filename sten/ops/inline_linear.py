@@ -36,16 +36,17 @@ def tile_tokens(outputs: int, device: torch.device) -> int:
 
 
 def tiles(x: Tensor, outputs: int) -> tuple[Tensor, ...]:
-    return x.split(tile_tokens(outputs, x.device))
+    size = tile_tokens(outputs, x.device)
+    return (x,) if len(x) <= size else x.split(size)
 
 
 def packed_tiles(x, weight, bias, epilogue: Epilogue, slopes: bool) -> tuple[dict, Tensor | None]:
     """The parts of the output, and the slopes as its values are stored."""
-    stored = [epilogue.stored(F.linear(tile, weight, bias), slopes) for tile in tiles(x, len(weight))]
+    pieces = tiles(x, len(weight))
+    stored = [epilogue.stored(F.linear(tile, weight, bias), slopes) for tile in pieces]
     if len(stored) == 1:
         return stored[0]
-    rows = [len(tile) for tile in tiles(x, len(weight))]
-    parts = epilogue.layout.join_rows([parts for parts, _ in stored], rows)
+    parts = epilogue.layout.join_rows([parts for parts, _ in stored], [len(tile) for tile in pieces])
     return parts, None if stored[0][1] is None else torch.cat([slope for _, slope in stored])
 
 
@@ -53,9 +54,8 @@ class InlineLinear(Rule):
     """The operator."""
 
     @staticmethod
-    @torch.no_grad()
     def forward(x, weight, bias, epilogue, slopes):
-        parts, slopes = packed_tiles(x.detach(), weight.detach(), bias, epilogue, slopes)
+        parts, slopes = packed_tiles(x, weight, bias, epilogue, slopes)
         y = SparseTensor(epilogue.layout, parts, (len(x), len(weight)))
         y.cache.activation = True
         if epilogue.plans is not None:
@@ -66,20 +66,16 @@ class InlineLinear(Rule):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.slopes, ctx.activation = vars(output).pop("slopes"), inputs[3].activation
-        # its parts, since a saved output costs two wrappers
-        ctx.layout, ctx.shape, ctx.cache, ctx.names = (
-            output.sparse_layout,
-            output.stored_shape,
-            output.cache,
-            tuple(output.parts),
-        )
+        # the parts, since an output that is saved itself is wrapped twice more
+        ctx.like = output.sparse_layout, tuple(output.parts), output.stored_shape, output.cache
         ctx.save_for_backward(*inputs[:2], *output.parts.values())
 
     @staticmethod
     def backward(ctx, grad) -> Any:
         x, weight, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        y = SparseTensor(ctx.layout, dict(zip(ctx.names, parts, strict=True)), ctx.shape, cache=ctx.cache)
+        layout, names, shape, cache = ctx.like
+        y = SparseTensor(layout, dict(zip(names, parts, strict=True)), shape, cache=cache)
         received = grad = project(grad, y)
         if torch.is_grad_enabled():  # create_graph: of operators that have gradients themselves
             if ctx.activation != "none":
