@@ -121,7 +121,10 @@ def test_output_site_runs_inside(method, layout, bias):
         sparse, b = layer(bias), x.clone().requires_grad_()
         sten.sparsify(sparse, own, method, site="output", modules="")
         end = "in the epilogue, by one C++ pass" if own else "after it, by one C++ pass where no gradient is needed"
-        assert f"{method} {end}" in sten.which("linear", (7, 16), sparse).reason
+        sentence = sten.which("linear", (7, 16), sparse).reason.partition("; ")[2]
+        assert f"{method} {end}" in sentence and sentence.endswith(f"stored as {own}" if own else "dense with zeros")
+        for table in (sten.summary(sparse), sten.explain(sparse, x, seconds=0.001)):
+            assert f"output of the model: {sentence}" in str(table)
         with torch.no_grad():
             z = sparse(x)
             torch.testing.assert_close(z.to_dense() if own else z, y.detach())

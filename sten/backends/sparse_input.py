@@ -63,7 +63,7 @@ def singles_back(values: Tensor, blocks: bool) -> Tensor:
 
 def cuda_operators() -> tuple[Callable, Callable, Callable]:
     codes = kernels.codes
-    linear, grad_values, grad_weight = codes.linear.overload, codes.grad_values.overload, codes.grad_weight.overload
+    linear, grad_values, grad_weight = codes.linear.direct, codes.grad_values.direct, codes.grad_weight.direct
 
     def weight_of(values, crow, index, grad, height, columns, derived=None):
         derived = codes.by_columns(crow, index, columns) if derived is None else derived

@@ -78,7 +78,7 @@ def compressed(
     """The parts of activation(z) at what is kept, by the kernel, and there z itself (`before`; on the CPU)."""
     z = z.detach().contiguous()
     if z.is_cuda:
-        values, col = kernels.top_columns.top_columns.overload(z, kept.count, activation == "relu")
+        values, col = kernels.top_columns.top_columns.direct(z, kept.count, activation == "relu")
         crow = None  # of a layout that takes rows of any number of entries
         if layout.packs_rows(None, None):
             values, col = values.flatten(), col.flatten()
@@ -128,13 +128,15 @@ class Epilogue(NamedTuple):
         return kept if served else None
 
     def describe(self, z: Tensor, tokens: int | None) -> str:
-        """What `sten.which` says of outputs like z, of which so many are a tile; None: they are finished as a whole."""
+        """What `sten.which` and `sten.summary` say of outputs like z, of which so many are a tile; None: they are
+        finished as a whole."""
         kernel = self.rule(z) is not None
         language = "C++" if not z.is_cuda else "Triton" if self.layout is None else "CUDA C++"
         by = f"one {language} pass" if kernel else "PyTorch's operators"
+        end = "dense with zeros" if self.layout is None else f"stored as {self.layout}"
         if tokens is None:
-            return f"{self} after it, by {by}" + (" where no gradient is needed" if kernel else "")
-        return f"{self} in the epilogue, by {by} over up to {tokens} tokens at a time, stored as {self.layout}"
+            return f"{self} after it, by {by}{' where no gradient is needed' if kernel else ''}, {end}"
+        return f"{self} in the epilogue, by {by} over up to {tokens} tokens at a time, {end}"
 
     def stored(self, z: Tensor, slopes: bool) -> tuple[Parts, Tensor | None]:
         """The parts, and if asked for the slopes as values are stored, None for ones; z may be overwritten."""
