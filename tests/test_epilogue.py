@@ -125,6 +125,9 @@ def test_output_site_runs_inside(method, layout, bias):
         assert f"{method} {end}" in sentence and sentence.endswith(f"stored as {own}" if own else "dense with zeros")
         for table in (sten.summary(sparse), sten.explain(sparse, x, seconds=0.001)):
             assert f"output of the model: {sentence}" in str(table)
+        another = sparse.register_forward_hook(lambda *call: None, prepend=True)
+        assert f"output of the model: {method} after it, by" in str(sten.summary(sparse))
+        another.remove()
         with torch.no_grad():
             z = sparse(x)
             torch.testing.assert_close(z.to_dense() if own else z, y.detach())
