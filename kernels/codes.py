@@ -278,7 +278,5 @@ def grad_weight(values, starts, order, token, grad):
     if values.numel() == 0:
         return lambda values, starts, order, token, grad: grad.new_zeros(columns, grad.shape[1])
     count = values.shape[1] if token is None else 0
-    launch = into_new(
-        _sums(values, starts, order, token, grad, None, columns, count), values, (columns, grad.shape[1])
-    )
+    launch = into_new(_sums(values, starts, order, token, grad, None, columns, count), values, (columns, grad.shape[1]))
     return lambda values, starts, order, token, grad: launch(values, starts, order, token, grad, None)

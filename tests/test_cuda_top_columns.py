@@ -39,7 +39,14 @@ def expect_selected(selected, x, count, relu=False):
 def emulate(folder, dtype, columns, warps=1, relu=False):
     size = dtype.itemsize
     vector = math.gcd(columns * size, 16) // size
-    macros = {"SIZE": size, "INF": module.INFINITY[dtype], "VECTOR": vector, "ACTIVATION": 0, "BF16": 1, "RELU": int(relu)}
+    macros = {
+        "SIZE": size,
+        "INF": module.INFINITY[dtype],
+        "VECTOR": vector,
+        "ACTIVATION": 0,
+        "BF16": 1,
+        "RELU": int(relu),
+    }
     return emulated(folder, "top_columns", WARPS=warps, **macros)
 
 

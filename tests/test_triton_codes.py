@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from triton_cases import DEVICE, close, random
 
 import sten
 from sten.backends import sparse_input
-from sten.kernel_table import Flags
+from sten.kernel_table import KERNELS, Flags
 from sten.kernels import codes
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -130,3 +131,74 @@ def test_plans_of_cuda(layout, monkeypatch):
     close(run("linear_grad_weight", grad, x.parts, weight), grad.double().t() @ dense)
     exact = layout.pack_like(grad.double() @ weight.double(), x.parts)
     close(run("linear_grad_sparse_input", grad, weight, x.parts), exact)
+
+
+@pytest.fixture
+def on_this_device():
+    """The kernels of a GPU, also for the CPU of the interpreter."""
+    before = dict(KERNELS)
+    if DEVICE == "cpu":
+        sparse_input.register("cpu", sparse_input.cuda_operators(), linear_grad_weight=sparse_input.by_columns)
+    yield
+    for key, entry in before.items():
+        if KERNELS[key] is not entry:
+            KERNELS[key] = entry
+
+
+class Autoencoder(torch.nn.Module):
+    def __init__(self, layout):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = torch.nn.Linear(8, 40), torch.nn.Parameter(torch.randn(40, 8))
+        how = {"out": (sten.TopK(3), layout), "activation": "relu", "inline": True}
+        self.encode = None if layout is None else sten.sparse_op(F.linear, **how)
+
+    def forward(self, x):
+        if self.encode is not None:
+            return self.encode(x, self.encoder.weight, self.encoder.bias) @ self.decoder
+        y = self.encoder(x).relu()
+        return y.where(sten.TopK(3).mask(y.detach(), {}, True), 0) @ self.decoder
+
+
+@pytest.mark.parametrize("layout", [sten.FanIn(), sten.CSR()], ids=str)
+def test_an_autoencoder_sorts_its_codes_once(layout, on_this_device):
+    """In a step, whose gradients are those of dense PyTorch."""
+    x = random(10, 8)
+    sparse, dense = (Autoencoder(each).to(DEVICE) for each in (layout, None))
+    for model in (sparse, dense):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            (model(x) - x).square().mean().backward()
+        names = [event.name for event in profile.events()]
+        if model is sparse:
+            assert names.count("aten::sort") == 1
+            assert sum("linear_grad_weight" in name and "[codes]" in name for name in names) == 3
+    for one, other in zip(sparse.parameters(), dense.parameters(), strict=True):
+        close(one.grad, other.grad.double())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_an_autoencoder_in_a_cuda_graph():
+    """A recorded step, replayed, changes the parameters as it does eagerly."""
+    x, models = random(10, 8), [Autoencoder(sten.FanIn()).to(DEVICE) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(models[0], optimizers[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(models[0], optimizers[0])
+    for _ in range(4):
+        graph.replay()
+    for _ in range(7):
+        step(models[1], optimizers[1])
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
