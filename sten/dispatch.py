@@ -9,9 +9,9 @@ are stored in its `PatternCache` (`w.cache.plans`), and hold no pointer to a pat
                  while a CUDA graph is captured) and runs it.
     prepared     after an earlier call, or `sten.which`. A call is one dictionary look-up, then `plan.run`.
     invalidated  after the pattern was written: `PatternCache.invalidate` cleared the plans. As absent.
-    intercepted  under a compiler, a mode, torch.func or forward AD. Nothing is looked up or stored: each call prepares a
-                 Plan with `tokens=None`, which runs operators that these can see. Compilers and dispatch modes see one
-                 operator on the SparseTensor (`sten.ops.traceable`), which runs not intercepted.
+    intercepted  under a compiler, a mode, torch.func or forward AD. Nothing is looked up or stored: each call prepares
+                 a Plan with `tokens=None`, which runs operators that these can see. Compilers and dispatch modes see
+                 one operator on the SparseTensor (`sten.ops.traceable`), which runs not intercepted.
 
 Under torch.profiler the same Plans run, each in a range with its name.
 """
