@@ -81,10 +81,10 @@ def planned(
 
 def _named(plan: Plan) -> Plan:
     """The Plan in a range of the profiler."""
-    what = f"{plan.operator}({', '.join(plan.layouts)}): {plan.kernel}{f' [{plan.variant}]' if plan.variant else ''}"
+    name = f"sten::{plan.product}: {plan.kernel}{f' [{plan.variant}]' if plan.variant else ''}"
 
     def run(*operands: Any, **keywords: Any) -> Any:
-        with torch.profiler.record_function(f"sten::{what}"):
+        with torch.profiler.record_function(name):
             return plan.run(*operands, **keywords)
 
     return plan if plan.run is None else dataclasses.replace(plan, run=run)

@@ -100,12 +100,16 @@ class Plan:
 
     def __str__(self) -> str:
         variant = f" [{self.variant}]" if self.variant else ""
-        return f"{self.operator}({', '.join(self.layouts)}) on {self.device}: {self.kernel}{variant}: {self.reason}"
+        return f"{self.product} on {self.device}: {self.kernel}{variant}: {self.reason}"
+
+    @property
+    def product(self) -> str:
+        """The operator and the layouts of its sparse operands."""
+        return f"{self.operator}({', '.join(self.layouts)})" if self.layouts else self.operator
 
     def _repr_html_(self) -> str:
         named = ("kernel", "variant", "reason")
-        what = f"{self.operator}({', '.join(self.layouts)}) on {self.device}"
-        return facts(what, {name: value for name in named if (value := getattr(self, name))})
+        return facts(f"{self.product} on {self.device}", {name: value for name in named if (value := getattr(self, name))})
 
 
 @dataclass(frozen=True)
