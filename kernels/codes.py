@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import autotune
-from .backend import INTERPRET
+from .backend import INTERPRET, backend
 from .launch import into_new, triton_launch
 from .operators import operator
 from .pdl import begin, overlap
@@ -44,12 +44,13 @@ def _load_rows(w_ptr, row, used, o, O, EVEN: tl.constexpr):
 
 @triton.jit
 def _sum_rows(
-    values_ptr, crow_ptr, order_ptr, index_ptr, w_ptr, bias_ptr, y_ptr, K, O,
+    values_ptr, crow_ptr, order_ptr, index_ptr, w_ptr, bias_ptr, sums_ptr, y_ptr, K, O,
     BK: tl.constexpr, BO: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token and BO outputs per program. While rows are added, the next ones and the entries after those come.
 
     ``order``: where the values of the entries are; without ``index`` their row of w is that number divided by K.
+    ``sums``: of the values of each token.
     """
     begin(PDL)
     token, o = tl.program_id(0), tl.program_id(1) * BO + tl.arange(0, BO)
@@ -60,12 +61,16 @@ def _sum_rows(
     value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, start, stop, K, BK, WIDE)
     w = _load_rows(w_ptr, row, used, o, O, EVEN)
     next_value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, start + BK, stop, K, BK, WIDE)
-    acc = tl.zeros((BK, BO), tl.float32)
+    acc, total = tl.zeros((BK, BO), tl.float32), tl.zeros((BK,), tl.float32)
     for at in range(start, stop, BK):
         next_w = _load_rows(w_ptr, row, used, o, O, EVEN)
         last_value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, at + 2 * BK, stop, K, BK, WIDE)
         acc += value[:, None] * w.to(tl.float32)
+        total += value
         value, next_value, w = next_value, last_value, next_w
+    if sums_ptr is not None:
+        if tl.program_id(1) == 0:
+            tl.store(sums_ptr + token, tl.sum(total, 0).to(sums_ptr.dtype.element_ty))
     y = tl.sum(acc, 0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
@@ -140,7 +145,7 @@ def _rows_configs(tokens: int, each: int) -> list[dict]:
     return [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
 
 
-def _sums(values, crow, order, index, weight, bias, tokens: int, count: int):
+def _sums(values, crow, order, index, weight, bias, sums, tokens: int, count: int):
     """The prepared launch of linear, and of grad_weight as the product with S^T; `count`: entries of a row of S."""
     outputs = weight.shape[1]
     constants = {"WIDE": wide(weight), **overlap(weight)}
@@ -155,7 +160,7 @@ def _sums(values, crow, order, index, weight, bias, tokens: int, count: int):
         return lambda *tensors: None
     each = values.numel() // max(1, tokens)
     key = (weight.dtype, power_of_two(tokens, 1, 4096), power_of_two(each, 1, 1 << 16), outputs, crow is None)
-    tensors = (values, crow, order, index, weight, bias, y)
+    tensors = (values, crow, order, index, weight, bias, sums, y)
     return autotune.pick("codes_linear", key, _rows_configs(tokens, each), prepare, tensors)
 
 
@@ -207,9 +212,9 @@ def linear(values, crow, index, weight, bias, tokens):
     if values.dim() == 3:
         launch = _shared_sums(values, crow, index, weight, bias, tokens)
         return into_new(launch, values, (tokens, weight.shape[1]))
-    sums = _sums(values, crow, None, index, weight, bias, tokens, index.shape[-1] if crow is None else 0)
+    sums = _sums(values, crow, None, index, weight, bias, None, tokens, index.shape[-1] if crow is None else 0)
     launch = into_new(sums, values, (tokens, weight.shape[1]))
-    return lambda values, crow, index, weight, bias: launch(values, crow, None, index, weight, bias)
+    return lambda values, crow, index, weight, bias: launch(values, crow, None, index, weight, bias, None)
 
 
 @operator(
@@ -265,18 +270,28 @@ def by_columns(crow, index, columns: int):
 
 
 @operator(
-    "gpu_codes_grad_weight(Tensor values, Tensor starts, Tensor order, Tensor? token, Tensor grad) -> Tensor",
-    lambda values, starts, order, token, grad: (starts.shape[0] - 1, grad.shape[1]),
+    "gpu_codes_grad_weight(Tensor values, Tensor starts, Tensor order, Tensor? token, Tensor grad) -> (Tensor, Tensor)",
+    lambda values, starts, order, token, grad: [(starts.shape[0] - 1, grad.shape[1]), (starts.shape[0] - 1,)],
     strided=(),
 )
 def grad_weight(values, starts, order, token, grad):
-    """values, what ``by_columns`` made of the pattern, grad (tokens, O) -> (columns, O)."""
+    """values, what ``by_columns`` made of the pattern, grad (tokens, O >= 1) -> (columns, O), and the values' sums by
+    columns: the gradient of a bias whose gradient S is."""
     columns = len(starts) - 1
     if values.numel() != len(order) or (token is None and (values.dim() != 2 or len(values) != len(grad))):
         got = f"got values {tuple(values.shape)} and order {tuple(order.shape)} of {len(grad)} tokens"
         raise ValueError(f"Expected values (tokens, K) or, with token, (entries,), and their order, {got}.")
-    if values.numel() == 0:
-        return lambda values, starts, order, token, grad: grad.new_zeros(columns, grad.shape[1])
+    if grad.shape[1] == 0:
+        raise ValueError(f"Expected at least one output, got a gradient of shape {tuple(grad.shape)}.")
+    new, new_sums = backend.empty(grad, columns, grad.shape[1]), backend.empty(values, columns)
+    if values.numel() == 0 or columns == 0:
+        return lambda *tensors: (new().zero_(), new_sums().zero_())
     count = values.shape[1] if token is None else 0
-    launch = into_new(_sums(values, starts, order, token, grad, None, columns, count), values, (columns, grad.shape[1]))
-    return lambda values, starts, order, token, grad: launch(values, starts, order, token, grad, None)
+    launch = _sums(values, starts, order, token, grad, None, new_sums(), columns, count)
+
+    def call(values, starts, order, token, grad):
+        out, sums = new(), new_sums()
+        launch(values, starts, order, token, grad, None, sums, out)
+        return out, sums
+
+    return call

@@ -34,7 +34,8 @@ class Operator:
     """See the module. ``strided``: the tensors that may have any strides, as activations do.
 
     A schema may give defaults, at its end. What has its default is not passed: each argument costs the host time.
-    ``dtype``: of the result, if not that of the first tensor; a tuple: of several results of one shape.
+    ``dtype``: of the result, if not that of the first tensor. For several results ``shape`` returns a list, and
+    ``dtype``, if there is one, is a list.
     """
 
     def __init__(self, schema: str, shape, make, strided: tuple[str, ...] = ("x",), choose=None, dtype=None):
@@ -53,9 +54,10 @@ class Operator:
         def fake(*arguments):
             named = self._named(arguments)
             size = shape(*map(named.get, self.tensors), *map(named.get, self.numbers))
-            if isinstance(dtype, tuple):
-                return tuple(arguments[0].new_empty(size, dtype=kind) for kind in dtype)
-            return arguments[0].new_empty(size, dtype=dtype)
+            if not isinstance(size, list):
+                return arguments[0].new_empty(size, dtype=dtype)
+            dtypes = dtype or [None] * len(size)
+            return tuple(arguments[0].new_empty(one, dtype=kind) for one, kind in zip(size, dtypes, strict=True))
 
         torch.library.register_fake(f"sten::{self.name}", fake, lib=LIB)
         if FunctionalTensorMode is not None:

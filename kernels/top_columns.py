@@ -28,9 +28,9 @@ def shared_bytes(warps: int) -> int:
 
 @operator(
     "gpu_top_columns(Tensor x, int count, bool relu) -> (Tensor, Tensor)",
-    lambda x, count, relu: (x.shape[0], count),
+    lambda x, count, relu: 2 * [(x.shape[0], count)],
     strided=(),
-    dtype=(None, torch.int32),
+    dtype=[None, torch.int32],
 )
 def top_columns(x, count, relu):
     """x (rows, columns) -> (values, columns) of the ``count`` largest |x| of each row, the columns ascending, int32.

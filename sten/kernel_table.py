@@ -57,7 +57,8 @@ class Plan:
         reason: why this kernel and variant run.
         run: `run(*operands, **geometry)`: the operands of a kernel, a sparse one as its dictionary of parts.
         derive: `derive(parts, shape)`, of linear_grad_weight with a sparse input: what the kernel derives from the
-            pattern of the input, which products of one pattern share: `run(*operands, derived=...)`.
+            pattern of the input, which products of one pattern share: `run(*operands, derived=...)`. With `sums=True`
+            this also returns the sums of the input's columns.
 
     Example:
         >>> import torch, sten
@@ -86,7 +87,8 @@ class Plan:
                 implementation; `run` may be None then.
             reason: why this variant runs, for `sten.which`.
             run: `run(*operands, **geometry)`, a sparse operand as its dictionary of parts.
-            derive: `derive(parts, shape)`, where `run` takes what it returns as `derived=`; or computes it without.
+            derive: `derive(parts, shape)`, where `run` takes what it returns as `derived=`, which it computes itself if
+                there is none, and `sums=`.
 
         Returns:
             A Plan whose `operator`, `layouts`, `device` and `kernel` are empty.
@@ -109,7 +111,9 @@ class Plan:
 
     def _repr_html_(self) -> str:
         named = ("kernel", "variant", "reason")
-        return facts(f"{self.product} on {self.device}", {name: value for name in named if (value := getattr(self, name))})
+        return facts(
+            f"{self.product} on {self.device}", {name: value for name in named if (value := getattr(self, name))}
+        )
 
 
 @dataclass(frozen=True)

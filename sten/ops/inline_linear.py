@@ -24,7 +24,7 @@ from ..layouts.base import Layout
 from ..rule import Rule
 from ..tensor import SparseTensor, project
 from .epilogue import Epilogue
-from .sparse_input import grad_of_weight
+from .sparse_input import grads_of_sparse_grad
 from .sparsified import stores
 
 TILE, TILE_OF_GPU = 2**23, 2**27  # entries of a tile of the output: on a GPU enough to hide what the host does for one
@@ -91,13 +91,10 @@ class InlineLinear(Rule):
         if ctx.slopes is not None:
             grad = grad.with_values(grad.parts["values"] * ctx.slopes)
         grad.cache.activation = True
-        return (
-            planned_input("linear", grad, weight.t(), len(x)).run(grad.parts, weight.t(), None) if needs_x else None,
-            grad_of_weight(x, grad, weight.t(), received).t() if needs_weight else None,
-            grad_of_weight(x.new_ones(len(x), 1), grad, weight.t()[:1], received)[0] if needs_bias else None,
-            None,
-            None,
-        )
+        of_x = None
+        if needs_x:
+            of_x = planned_input("linear", grad, weight.t(), len(x)).run(grad.parts, weight.t(), None)
+        return of_x, *grads_of_sparse_grad(grad, x, weight, received, needs_weight, needs_bias), None, None
 
 
 def runs_inline(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> bool:
