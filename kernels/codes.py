@@ -69,8 +69,8 @@ def _sum_rows(
         total += value
         value, next_value, w = next_value, last_value, next_w
     if sums_ptr is not None:
-        if tl.program_id(1) == 0:
-            tl.store(sums_ptr + token, tl.sum(total, 0).to(sums_ptr.dtype.element_ty))
+        total_of_token = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
+        tl.store(sums_ptr + token, total_of_token, mask=tl.program_id(1) == 0)
     y = tl.sum(acc, 0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
