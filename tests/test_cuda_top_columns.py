@@ -11,6 +11,7 @@ from triton_cases import random
 import sten
 from sten.kernels import top_columns as module
 from sten.layouts.topk import largest_columns
+from sten.ops.epilogue import selected
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(3, 5, 5), (4, 100, 1), (6, 264, 32), (2, 300, 299), (1, 2501, 40), (2, 4096, 32)]  # rows, columns, count
@@ -69,6 +70,20 @@ def test_several_warps_and_no_rows(tmp_path, monkeypatch):
         expect_selected(module.top_columns(x, count=32, relu=False), x, 32)
     assert all(part.shape == (0, 32) for part in module.top_columns(x[:0], count=32, relu=False))
     torch.library.opcheck(module.top_columns.overload, (x, 3, False))
+
+
+@needs_compiler
+@on_cpu
+@pytest.mark.parametrize("layout", [sten.FanIn(), sten.CSR()], ids=str)
+def test_stored_in_a_layout(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "warps_for", lambda count: 1)
+    in_place_of_the_driver(monkeypatch, top_columns=emulate(tmp_path, torch.float32, 264, relu=True))
+    x = random(6, 264)
+    x[1] = -x[1].abs()
+    parts = selected(x, 32, layout, relu=True)
+    layout.validate(parts, (6, 264))
+    want, mask = sten.TopK(32).apply(x.relu(), {}, True)
+    assert torch.equal(layout.unpack(parts, (6, 264)), want) and torch.equal(layout.support(parts, (6, 264)), mask)
 
 
 def test_a_wrong_count_raises():

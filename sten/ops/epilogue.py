@@ -78,17 +78,22 @@ def compressed(
     """The parts of activation(z) at what is kept, by the kernel, and there z itself (`before`; on the CPU)."""
     z = z.detach().contiguous()
     if z.is_cuda:
-        values, col = kernels.top_columns.top_columns.direct(z, kept.count, activation == "relu")
-        crow = None  # of a layout that takes rows of any number of entries
-        if layout.packs_rows(None, None):
-            values, col = values.flatten(), col.flatten()
-            crow = torch.arange(0, values.numel() + 1, kept.count, dtype=torch.int32, device=z.device)
-        return layout.pack_rows(values, crow, col, tuple(z.shape)), None
+        return selected(z, kept.count, layout, activation == "relu"), None
     uniform = torch.rand_like(z, dtype=torch.float32) if kept.rule == "random" else None
     values, crow, col, z_kept = torch.ops.sten.compress.default(
         z, NUMBERS[activation], *kept.numbers(z.dtype), uniform, before
     )
     return layout.pack_rows(values, crow, col, tuple(z.shape)), z_kept
+
+
+def selected(z: Tensor, count: int, layout: Layout, relu: bool) -> Parts:
+    """The parts of z, or of relu(z), at the largest of each row, by the kernel for a GPU."""
+    values, col = kernels.top_columns.top_columns.direct(z, count, relu)
+    crow = None  # which a layout of equal rows does not read
+    if layout.packs_rows(None, None):
+        values, col = values.flatten(), col.flatten()
+        crow = torch.arange(0, values.numel() + 1, count, dtype=torch.int32, device=z.device)
+    return layout.pack_rows(values, crow, col, tuple(z.shape))
 
 
 class Epilogue(NamedTuple):
