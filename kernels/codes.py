@@ -29,8 +29,8 @@ def _load_entries(values_ptr, order_ptr, index_ptr, at, stop, K, BK: tl.constexp
     """BK entries: their values, their rows, and which of them are there."""
     e = at + tl.arange(0, BK)
     used = e < stop
-    slot = e if order_ptr is None else tl.load(order_ptr + e, mask=used, other=0)
-    row = (slot // K).to(tl.int32) if index_ptr is None else tl.load(index_ptr + e, mask=used, other=0)
+    slot = e if order_ptr is None else tl.load(order_ptr + e, mask=used, other=0).to(tl.int32)
+    row = slot // K if index_ptr is None else tl.load(index_ptr + e, mask=used, other=0)
     if WIDE:
         row = row.to(tl.int64)
     return tl.load(values_ptr + slot, mask=used, other=0.0).to(tl.float32), row, used
@@ -66,7 +66,8 @@ def _sum_rows(
         next_w = _load_rows(w_ptr, row, used, o, O, EVEN)
         last_value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, at + 2 * BK, stop, K, BK, WIDE)
         acc += value[:, None] * w.to(tl.float32)
-        total += value
+        if sums_ptr is not None:
+            total += value
         value, next_value, w = next_value, last_value, next_w
     if sums_ptr is not None:
         total_of_token = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
@@ -281,8 +282,9 @@ def grad_weight(values, starts, order, token, grad):
     if values.numel() != len(order) or (token is None and (values.dim() != 2 or len(values) != len(grad))):
         got = f"got values {tuple(values.shape)} and order {tuple(order.shape)} of {len(grad)} tokens"
         raise ValueError(f"Expected values (tokens, K) or, with token, (entries,), and their order, {got}.")
-    if grad.shape[1] == 0:
-        raise ValueError(f"Expected at least one output, got a gradient of shape {tuple(grad.shape)}.")
+    if grad.shape[1] == 0 or values.numel() >= 2**31:
+        got = f"got a gradient of shape {tuple(grad.shape)} and {values.numel()} entries"
+        raise ValueError(f"Expected at least one output and fewer than 2**31 entries, {got}.")
     new, new_sums = backend.empty(grad, columns, grad.shape[1]), backend.empty(values, columns)
     if values.numel() == 0 or columns == 0:
         return lambda *tensors: (new().zero_(), new_sums().zero_())
