@@ -66,18 +66,19 @@ void check_columns(const char* op, int64_t in, int64_t columns) {
 }
 
 Tensor band_linear_op(const Tensor& x, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
-                      const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out, bool trusted) {
+                      const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out, bool trusted,
+                      int64_t activation) {
   static constexpr const char* op = "sten::band_linear";
   const Dots<bf16>* dots = bf16_dots();
   if (x.scalar_type() == at::kBFloat16 && !dots)
-    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted)
+    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted, activation)
         .to(at::kBFloat16);
   check_input(x, op, out, x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
   check_columns(op, x.size(-1), columns);
   const auto product = [&]<typename E>(const Dots<E>& kernels_of) {
     const BandsOf<E> w = make_weight<E>(op, values, crow, col, height, columns, out, trusted);
     Tensor owner, y;
-    bands_linear(make_problem<E>(op, x, bias, out, owner, y), w, kernels_of, kernels(), make_pool());
+    bands_linear(make_problem<E>(op, x, bias, out, owner, y, activation), w, kernels_of, kernels(), make_pool());
     return y;
   };
   return x.scalar_type() == at::kBFloat16 ? product(*dots) : product(kernels().dots);
@@ -123,7 +124,7 @@ Tensor band_grad_values_op(const Tensor& grad, const Tensor& x, const std::optio
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "band_linear(Tensor x, Tensor values, Tensor? crow, Tensor col, Tensor? bias, int height, int columns, "
-      "int out_features, *, bool trusted=False) -> Tensor");
+      "int out_features, *, bool trusted=False, int activation=0) -> Tensor");
   m.def(
       "band_grad_input(Tensor grad, Tensor values, Tensor? crow, Tensor col, int height, int columns, "
       "int in_features, *, bool trusted=False) -> Tensor");

@@ -241,4 +241,4 @@ def test_fused_activation_of_a_sparse_weight(layout, activation, dtype):
         got = fused.linear_activation(x, w, bias, activation, False)
         torch.testing.assert_close(got, activate(F.linear(x, w.to_dense(), bias), activation), rtol=3e-2, atol=3e-2)
     reason = sten.which("linear_activation", (9, 16), w, bias, activation=activation).reason
-    assert dtype == torch.float64 or f"{activation} in the epilogue" in reason
+    assert dtype == torch.float64 or f"{activation} in the product" in reason
