@@ -221,8 +221,9 @@ void few_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& po
       for (int64_t r = rows.begin; r < rows.end; r += k.width) {
         const int64_t stop = std::min<int64_t>(r + k.width, rows.end);
         k.csr_rows(w, p.bias, r, stop, panel.get(), v, out.get());
-        store_and_finish(p, out.get(), {r, stop}, {t0, t0 + tokens}, k.dots.panels, k);
+        k.store_panel(out.get(), stop - r, tokens, v, p.y + t0 * p.out + r, p.out);
       }
+      finish_rows(p, rows, {t0, t0 + tokens}, k);
     }
   });
 }

@@ -26,7 +26,7 @@ void compare_dots(const char* what, const ProblemOf<E>& p, const std::vector<flo
         scale += std::abs(product);
       }
       const double error = std::abs(to_float(p.y[t * p.out + r]) - activation_of(p.activation, sum));
-      const double activating = p.activation ? 1e-6 : 0.0, rounding = p.activation ? 1.0 / 200 : 1.0 / 256;
+      const double activating = p.activation ? 1e-6 : 0.0, rounding = p.activation ? 2.2 / 256 : 1.0 / 256;
       if (error <= 2e-6 * scale + activating + (std::is_same_v<E, bf16> ? std::abs(sum) * rounding : 0.0)) continue;
       std::printf("%s: %ld tokens, %ld -> %ld: error %g of %g\n", what, static_cast<long>(p.tokens),
                   static_cast<long>(p.in), static_cast<long>(p.out), error, scale);
