@@ -143,6 +143,13 @@ bool csr_in_bounds(const Csr& w, int64_t rows, int64_t slots, int64_t in, const 
 bool grouped_in_bounds(const Grouped& w, const Pool& pool);
 
 bool bands_in_bounds(const Bands& w, int64_t entries, const Pool& pool);
+// The bitmap of a pattern of single entries: bits, zero before, has a word for each 32 columns of a row.
+void set_bits(const Bands& w, uint32_t* bits, const Pool& pool);
+// The groups of a pattern of single entries, see WindowsOf: counts[r + 1] of row r; then, by their sums, the groups
+void count_windows(const Bands& w, int32_t* counts, const Pool& pool);
+void set_windows(const Bands& w, const int32_t* first, uint32_t* head, uint8_t* offset, const Pool& pool);
+bool all_finite(const float* x, int64_t n);
+bool all_finite(const bf16* x, int64_t n);
 
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
 // the same for several panels of tokens, where repacking the weight pays
@@ -163,6 +170,14 @@ template <typename E>
 void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool);
 template <typename E>
 void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool);
+// single entries in single rows, by the bitmap of their pattern; x is finite, since zeros between entries multiply it
+template <typename E>
+void bits_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const uint8_t* bits, const Dots<E>& dots, const Kernels& k,
+                 Pool pool);
+// the same by their groups, at `table`: first, head and offset, one after the other; dots.windows exists
+template <typename E>
+void windows_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const int32_t* table, const Dots<E>& dots, const Kernels& k,
+                    Pool pool);
 // a bitmap as a dense matrix (rows, columns), and the values of a dense matrix
 template <typename E>
 void bitmap_expand(const BitmapOf<E>& w, int64_t columns, const Dots<E>& dots, E* dense, Pool pool);

@@ -3,6 +3,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "register.h"
 
 namespace sten {
@@ -28,6 +32,17 @@ void check_input(const Tensor& x, const char* op, int64_t out, at::ScalarType dt
   TORCH_CHECK(x.scalar_type() == dtype, op, ": Expected x of dtype ", dtype, ", got ", x.scalar_type());
   TORCH_CHECK(x.dim() >= 1, op, ": Expected x with at least one dimension, got a scalar");
   TORCH_CHECK(out >= 0, op, ": Expected out_features >= 0, got ", text(out));
+}
+
+Tensor empty_part(at::IntArrayRef size, const at::TensorOptions& options) {
+  const Tensor t = at::empty(size, options);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (begin + t.nbytes()) / kHuge * kHuge;
+  if (t.nbytes() >= 2 * kHuge) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);    // or not
+#endif
+  return t;
 }
 
 // C(m, n), or limit + 1 when it is larger than limit

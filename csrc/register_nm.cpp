@@ -69,7 +69,7 @@ Tensor nm_collect_op(const Tensor& dense, const Tensor& index, int64_t n, int64_
   const int64_t rows = dense.size(0), in = dense.size(1);
   const BitmapOf<bf16> half = make_bitmap<bf16>(op, nullptr, index, n, m, in);
   TORCH_CHECK(half.rows == rows, op, ": Expected index of ", text(rows), " rows, got ", text(half.rows));
-  const Tensor values = at::empty({rows, half.slots()}, dense.options());
+  const Tensor values = empty_part({rows, half.slots()}, dense.options());
   if (is_half(dense.scalar_type()))
     bitmap_collect(half, in, data_of<bf16>(dense), *dots, static_cast<bf16*>(values.mutable_data_ptr()), make_pool());
   else

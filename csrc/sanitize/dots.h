@@ -83,6 +83,46 @@ void try_bitmap(const Dots<E>& dots, const Kernels& k, int64_t tokens, int64_t i
   for (size_t i = 0; i < values.size(); ++i) failures += to_float(collected[i]) != to_float(values[i]);
 }
 
+// Single entries by the tables of their pattern: CSR, of which some rows are empty, or lists.
+template <typename E>
+void try_tables(const Dots<E>& dots, const Kernels& k, int64_t tokens, int64_t in, int64_t out, bool lists, int threads) {
+  std::vector<int32_t> crow{0}, col;
+  const int64_t count = (in + 1) / 3;
+  for (int64_t r = 0; r < out; ++r) {
+    std::vector<int32_t> all(in);
+    for (int64_t i = 0; i < in; ++i) all[i] = static_cast<int32_t>(i);
+    std::shuffle(all.begin(), all.end(), generator);
+    const int64_t own = lists ? count : r % 3 == 0 ? 0 : r % 3 == 1 ? in : count;
+    std::sort(all.begin(), all.begin() + own);
+    col.insert(col.end(), all.begin(), all.begin() + own);
+    crow.push_back(static_cast<int32_t>(col.size()));
+  }
+  col.shrink_to_fit();
+  const std::vector<E> values = random_elements<E>(static_cast<int64_t>(col.size()));
+  std::vector<float> dense(out * in);
+  for (int64_t r = 0; r < out; ++r)
+    for (int64_t e = crow[r]; e < crow[r + 1]; ++e) dense[r * in + col[e]] = to_float(values[e]);
+  const Pool pool{threads, run_tasks};
+  std::vector<uint32_t> bits(out * ceil_div(in, 32));
+  set_bits({nullptr, lists ? nullptr : crow.data(), col.data(), out, in, 1, 1, count}, bits.data(), pool);
+  Elements<E> data(tokens, in, out, threads == 1);
+  const BandsOf<E> w{values.data(), lists ? nullptr : crow.data(), col.data(), out, in, 1, 1, count};
+  bits_linear(data.problem, w, reinterpret_cast<const uint8_t*>(bits.data()), dots, k, pool);
+  compare_dots("bits", data.problem, dense);
+  if (!dots.windows) return;
+  std::vector<int32_t> first(out + 1);
+  const Bands pattern{nullptr, w.crow, w.col, out, in, 1, 1, count};
+  count_windows(pattern, first.data(), pool);
+  for (int64_t r = 0; r < out; ++r) first[r + 1] += first[r];
+  std::vector<int32_t> table(first);
+  table.resize(out + 1 + first[out] * (1 + kGroup / 4));
+  table.shrink_to_fit();
+  uint32_t* head = reinterpret_cast<uint32_t*>(table.data() + out + 1);
+  set_windows(pattern, first.data(), head, reinterpret_cast<uint8_t*>(head + first[out]), pool);
+  windows_linear(data.problem, w, table.data(), dots, k, pool);
+  compare_dots("windows", data.problem, dense);
+}
+
 // Lists (width 0) or blocks in bfloat16.
 void try_bf16_bands(const Dots<bf16>& dots, const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_t height,
                     int64_t width, int threads) {
@@ -131,11 +171,13 @@ template <typename E>
 void try_bitmaps(const Dots<E>& dots, const Kernels& k) {
   const int layouts[][3] = {{16, 32, 1}, {5, 16, 1}, {2, 8, 1}, {32, 32, 1}, {2, 4, 2}, {1, 4, 2}, {1, 1, 2},
                             {3, 7, 4},   {1, 16, 4}, {3, 32, 8}, {9, 64, 8}};
-  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}};
+  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}, {1100, 4}};
   for (const int64_t tokens : {1, 2, 3, 6, 49})
     for (const auto& size : sizes)
-      for (const int threads : {1, 3})
+      for (const int threads : {1, 3}) {
+        for (const bool lists : {false, true}) try_tables<E>(dots, k, tokens, size[0], size[1], lists, threads);
         for (const auto& nm : layouts)
           for (const bool hostile : {false, true})
             try_bitmap<E>(dots, k, tokens, size[0], size[1], nm[0], nm[1], nm[2], hostile, threads);
+      }
 }
