@@ -65,7 +65,7 @@ int64_t most_dots(int64_t height, int64_t width) {
 }
 
 template <typename E>
-void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, Pool pool) {
+void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
   pool.threads = useful_threads(pool.threads, entries(w) * static_cast<double>(p.tokens));
   const Cut cut(p.tokens, p.out, pool.threads);
@@ -77,12 +77,13 @@ void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots
       copy_tokens(p, tokens, ld, x.get());
       dots.bands(w, p.bias, rows.begin, rows.end, x.get(), ld, tokens.end - tokens.begin, gathered.get(),
                  p.y + tokens.begin * p.out);
+      finish_rows(p, rows, tokens, k);
     }
   });
 }
 
 template <typename E>
-void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, Pool pool) {
+void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
   pool.threads = useful_threads(pool.threads, static_cast<double>(w.begin(w.rows)) * static_cast<double>(p.tokens));
   const Cut cut(p.tokens, p.out, pool.threads);
@@ -95,6 +96,7 @@ void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& d
       copy_tokens(p, tokens, ld, x.get());
       dots.bitmap(w, p.bias, rows.begin, rows.end, x.get(), ld, tokens.end - tokens.begin, memory.get(),
                   p.y + tokens.begin * p.out);
+      finish_rows(p, rows, tokens, k);
     }
   });
 }
@@ -120,14 +122,16 @@ class Rows {
 }  // namespace
 
 template <typename E>
-void bits_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const uint8_t* bits, const Dots<E>& dots, Pool pool) {
+void bits_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const uint8_t* bits, const Dots<E>& dots, const Kernels& k,
+                 Pool pool) {
   const int64_t words = ceil_div(w.columns, BitmapOf<E>::kUnitColumns);
   const Rows<E> rows(w);
-  bitmap_linear(p, {w.values, bits, w.rows, words, 4 * words, 32, 32, 1, rows.get()}, dots, pool);
+  bitmap_linear(p, {w.values, bits, w.rows, words, 4 * words, 32, 32, 1, rows.get()}, dots, k, pool);
 }
 
 template <typename E>
-void windows_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const int32_t* table, const Dots<E>& dots, Pool pool) {
+void windows_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const int32_t* table, const Dots<E>& dots, const Kernels& k,
+                    Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
   const Rows<E> rows(w);
   const int64_t groups = table[w.rows];
@@ -144,6 +148,7 @@ void windows_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const int32_t* t
       copy_tokens(p, tokens, ld, x.get());
       dots.windows(windows, p.bias, own.begin, own.end, x.get(), ld, tokens.end - tokens.begin,
                    p.y + tokens.begin * p.out);
+      finish_rows(p, own, tokens, k);
     }
   });
 }
@@ -165,10 +170,11 @@ void bitmap_collect(const BitmapOf<E>& w, int64_t columns, const E* dense, const
 }
 
 #define STEN_INSTANTIATE(E)                                                                             \
-  template void dots_linear(const ProblemOf<E>&, const BandsOf<E>&, const Dots<E>&, Pool);              \
-  template void bitmap_linear(const ProblemOf<E>&, const BitmapOf<E>&, const Dots<E>&, Pool);           \
-  template void bits_linear(const ProblemOf<E>&, const BandsOf<E>&, const uint8_t*, const Dots<E>&, Pool); \
-  template void windows_linear(const ProblemOf<E>&, const BandsOf<E>&, const int32_t*, const Dots<E>&, Pool); \
+  template void dots_linear(const ProblemOf<E>&, const BandsOf<E>&, const Dots<E>&, const Kernels&, Pool);    \
+  template void bitmap_linear(const ProblemOf<E>&, const BitmapOf<E>&, const Dots<E>&, const Kernels&, Pool); \
+  template void bits_linear(const ProblemOf<E>&, const BandsOf<E>&, const uint8_t*, const Dots<E>&, const Kernels&, Pool); \
+  template void windows_linear(const ProblemOf<E>&, const BandsOf<E>&, const int32_t*, const Dots<E>&, const Kernels&,    \
+                               Pool);                                                                                     \
   template void bitmap_expand(const BitmapOf<E>&, int64_t, const Dots<E>&, E*, Pool);                   \
   template void bitmap_collect(const BitmapOf<E>&, int64_t, const E*, const Dots<E>&, E*, Pool);
 STEN_INSTANTIATE(float)

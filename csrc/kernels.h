@@ -21,6 +21,7 @@ struct ProblemOf {
   const E* bias;   // (out,) or null
   E* y;            // (tokens, out)
   int64_t tokens, in, out;
+  int activation = 0;   // of y, a number of `Activation` in epilogue.h
 };
 using Problem = ProblemOf<float>;
 

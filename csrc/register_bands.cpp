@@ -96,29 +96,29 @@ Tensor pattern_windows_op(const std::optional<Tensor>& crow, const Tensor& col, 
 
 Tensor band_linear_op(const Tensor& x, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                       const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out, bool trusted,
-                      const std::optional<Tensor>& table) {
+                      const std::optional<Tensor>& table, int64_t activation) {
   static constexpr const char* op = "sten::band_linear";
   const Dots<bf16>* dots = bf16_dots();
   if (x.scalar_type() == at::kBFloat16 && !dots)
-    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted, {})
+    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted, {}, activation)
         .to(at::kBFloat16);
   check_input(x, op, out, x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
   check_columns(op, x.size(-1), columns);
   const auto product = [&]<typename E>(const Dots<E>& kernels_of) {
     const BandsOf<E> w = make_weight<E>(op, values, crow, col, height, columns, out, trusted);
     Tensor owner, y;
-    const ProblemOf<E> p = make_problem<E>(op, x, bias, out, owner, y);
+    const ProblemOf<E> p = make_problem<E>(op, x, bias, out, owner, y, activation);
     const bool single = w.height == 1 && w.width == 1;
     if (table && table->dim() == 1 && kernels_of.windows) {
       check(*table, op, "table", 1, at::kInt);
       TORCH_CHECK(single && table->size(0) >= out + 1, op, ": Expected a table of single entries, got ",
                   text(table->sizes()), " for ", text({out, columns}));
-      windows_linear(p, w, table->const_data_ptr<int32_t>(), kernels_of, make_pool());
+      windows_linear(p, w, table->const_data_ptr<int32_t>(), kernels_of, kernels(), make_pool());
     } else if (table && table->dim() == 2 && all_finite(p.x, p.tokens * p.in)) {
       check(*table, op, "table", 2, at::kByte);
       TORCH_CHECK(single && table->sizes() == at::IntArrayRef({out, bits_row(columns)}), op, ": Expected a table ",
                   text({out, bits_row(columns)}), " of single entries, got ", text(table->sizes()));
-      bits_linear(p, w, table->const_data_ptr<uint8_t>(), kernels_of, make_pool());
+      bits_linear(p, w, table->const_data_ptr<uint8_t>(), kernels_of, kernels(), make_pool());
     } else {
       bands_linear(p, w, kernels_of, kernels(), make_pool());
     }
@@ -167,7 +167,7 @@ Tensor band_grad_values_op(const Tensor& grad, const Tensor& x, const std::optio
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "band_linear(Tensor x, Tensor values, Tensor? crow, Tensor col, Tensor? bias, int height, int columns, "
-      "int out_features, *, bool trusted=False, Tensor? table=None) -> Tensor");
+      "int out_features, *, bool trusted=False, Tensor? table=None, int activation=0) -> Tensor");
   m.def("pattern_bits(Tensor? crow, Tensor col, int columns, int rows) -> Tensor");
   m.def("pattern_windows(Tensor? crow, Tensor col, int columns, int rows) -> Tensor");
   m.def(
