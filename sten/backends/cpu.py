@@ -16,7 +16,7 @@ from ..dispatch import Flags, Plan, kernel
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from ..layouts.padding import reduction_width
-from ..ops.epilogue import NUMBERS, activate
+from ..ops.epilogue import NUMBERS
 from ..ops.linear import dense_grad_weight
 from . import cpp
 from .cpu_tables import WHY, table_linear, table_of, with_empty_rows
