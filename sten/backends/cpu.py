@@ -16,10 +16,9 @@ from ..dispatch import Flags, Plan, kernel
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from ..layouts.padding import reduction_width
-from ..ops.epilogue import NUMBERS
+from ..ops.epilogue import NUMBERS, activate
 from ..ops.linear import dense_grad_weight
 from . import cpp
-from .cpu_tables import WHY, table_linear, table_of, with_empty_rows
 
 Run = Callable[..., Tensor]
 PAIR_ROWS = 4  # kPairRows in csrc/kernels.h: the largest n of GroupedNM that bfloat16 is multiplied with
@@ -157,6 +156,12 @@ def stored_rows(parts: Parts, outputs: int) -> Tensor | None:
     return None if row is None or len(row) == outputs else row.long()
 
 
+def with_empty_rows(some: Tensor, row: Tensor, outputs: int, bias: Tensor | None, activation: str) -> Tensor:
+    """All outputs, from those of the stored rows: the others are what becomes of the bias."""
+    y = some.new_zeros(*some.shape[:-1], outputs)
+    return (y if bias is None else y.copy_(activate(bias, activation))).index_copy_(-1, row, some)
+
+
 def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear: one row of a panel of activations for all outputs that share the column."""
     linear = once_checked(ended(torch.ops.sten.band_linear.default, activation), intercepted)
@@ -241,21 +246,6 @@ def float32_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
     return prepare
 
 
-def single_entries_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
-    """The `prepare` of linear with CSR and FanIn, by a table of the pattern where that pays."""
-    others = float32_by(run_of)
-
-    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        kind, end = table_of(shape, dtype, flags), end_of(flags)
-        if kind is None:
-            return others(layout, shape, dtype, flags)
-        run = table_linear(ended(torch.ops.sten.band_linear.default, **end), shape, kind, **end)
-        return Plan.of("bitmap" if kind == "bits" else kind, f"C++ kernel: {WHY[kind]}", run)
-
-    prepare.__name__ = run_of.__name__
-    return prepare
-
-
 # NM reads its stored format for a few tokens; a processor's vector units do not skip zeros, so that more of them are
 # multiplied, like gradients, by a dense copy, which takes a small part of the time.
 
@@ -315,9 +305,7 @@ def nm_grad_weight(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags
     return nm_plan(layout, dtype, math.inf, run, dense, dense)
 
 
-LINEAR = {
-    CSR: single_entries_by(csr_linear),
-    FanIn: single_entries_by(band_linear),
+LINEAR = {  # but CSR and FanIn, which cpu_tables has
     GroupedNM: float32_by(grouped_nm_linear),
     VectorNM: float32_by(band_linear),
     BSR: float32_by(band_linear),

@@ -11,34 +11,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..dispatch import Flags
+from ..dispatch import Flags, Plan, kernel
 from ..kernels.pattern_cache import Derived
-from ..layouts.base import Parts
-from ..ops.epilogue import activate
+from ..layouts import CSR, FanIn
+from ..layouts.base import Layout, Parts
 from . import cpp
-
-WHY = {
-    "bits": "a bitmap, made once from the pattern, expands the stored entries in registers",
-    "windows": "a table of columns within 256, made once from the pattern, selects activations in registers",
-}
+from .cpu import LINEAR as OTHERS
+from .cpu import Run, band_linear, csr_linear, end_of, ended, float32_by, with_empty_rows
 
 
-def with_empty_rows(some: Tensor, row: Tensor, outputs: int, bias: Tensor | None, activation: str) -> Tensor:
-    """All outputs, from those of the stored rows: the others are the activation of the bias."""
-    y = some.new_zeros(*some.shape[:-1], outputs)
-    return (y if bias is None else y.copy_(activate(bias, activation))).index_copy_(-1, row, some)
-
-
-def table_linear(
-    linear: Callable[..., Tensor], shape: tuple[int, ...], kind: str, activation: str = "none"
-) -> Callable[..., Tensor]:
+def table_linear(shape: tuple[int, ...], kind: str, activation: str = "none") -> Run:
     """`run` of linear with CSR (crow, col) or FanIn (index, row): a table, "bits" or "windows", replaces the columns.
-
-    `linear` is the operator, which ends with the activation.
 
     It is made, and the pattern checked, once for its parts and versions, and cached as long as they live; of tensors
     made in inference mode at every call.
     """
+    linear = ended(torch.ops.sten.band_linear.default, activation)
     outputs, columns, last = shape[0], math.prod(shape[1:]), (None, None)
     make = {"bits": torch.ops.sten.pattern_bits.default, "windows": torch.ops.sten.pattern_windows.default}[kind]
 
@@ -79,3 +67,32 @@ def table_of(shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> str | 
     if density < 0.2 and tokens <= min(4, 32 * density):
         return "windows"
     return "bits" if tokens <= 64 * density - 4 else None
+
+
+WHY = {
+    "bits": "a bitmap, made once from the pattern, expands the stored entries in registers",
+    "windows": "a table of columns within 256, made once from the pattern, selects activations in registers",
+}
+
+
+def single_entries_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
+    """The `prepare` of linear with CSR and FanIn, by a table of the pattern where that pays."""
+    others = float32_by(run_of)
+
+    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
+        kind = table_of(shape, dtype, flags)
+        if kind is None:
+            return others(layout, shape, dtype, flags)
+        run = table_linear(shape, kind, **end_of(flags))
+        return Plan.of("bitmap" if kind == "bits" else kind, f"C++ kernel: {WHY[kind]}", run)
+
+    prepare.__name__ = run_of.__name__
+    return prepare
+
+
+SINGLE = {CSR: single_entries_by(csr_linear), FanIn: single_entries_by(band_linear)}
+LINEAR = OTHERS | SINGLE
+
+if cpp.available():
+    for _layout, _prepare in SINGLE.items():
+        kernel("linear", weight=_layout, device="cpu", prepare=True)(_prepare)
