@@ -8,10 +8,15 @@
 // after that
 #include "bodies_grouped_bf16.h"
 #include "bodies_dots.h"
+#include "bodies_tiles.h"
 
 namespace sten {
 const Dots<bf16>* bf16_dots_avx512() {
   static constexpr Dots<bf16> dots = avx512_bf16::make_dots();
+  return &dots;
+}
+const Dots<bf16>* bf16_dots_amx() {
+  static constexpr Dots<bf16> dots = avx512_bf16::make_tiles();
   return &dots;
 }
 }  // namespace sten
@@ -20,5 +25,6 @@ const Dots<bf16>* bf16_dots_avx512() {
 
 namespace sten {
 const Dots<bf16>* bf16_dots_avx512() { return nullptr; }
+const Dots<bf16>* bf16_dots_amx() { return nullptr; }
 }  // namespace sten
 #endif

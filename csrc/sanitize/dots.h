@@ -131,7 +131,7 @@ void try_bitmaps(const Dots<E>& dots) {
   const int layouts[][3] = {{16, 32, 1}, {5, 16, 1}, {2, 8, 1}, {32, 32, 1}, {2, 4, 2}, {1, 4, 2}, {1, 1, 2},
                             {3, 7, 4},   {1, 16, 4}, {3, 32, 8}, {9, 64, 8}};
   const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}};
-  for (const int64_t tokens : {1, 2, 3, 6, 49})
+  for (const int64_t tokens : {1, 2, 3, 6, 20, 49})
     for (const auto& size : sizes)
       for (const int threads : {1, 3})
         for (const auto& nm : layouts)
