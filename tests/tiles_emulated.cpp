@@ -28,6 +28,7 @@ void band_linear(const bf16* x, const bf16* bias, bf16* y, int64_t tokens, int64
   const BandsOf<bf16> w{values, crow, col, out, columns, height, width, count};
   Kernels k{};
   k.width = 16;
+  k.rows_at_once = 4;
   bands_linear<bf16>({x, bias, y, tokens, in, out}, w, *bf16_dots_amx(), k, {threads, run_tasks});
 }
 }
