@@ -37,7 +37,7 @@ def features():
 
     Returns:
         A dict: `available` (bool), `instruction_sets` (list of str, what this processor can run, fastest first),
-        `instruction_set` (str, the one in use, or None; `STEN_CPU=amx|avx512|avx2|portable` in the environment chooses it)
+        `instruction_set` (str, the one in use, or None; `STEN_CPU=amx|avx512|avx2|portable` in the environment chooses)
         and `bfloat16` (bool, whether it multiplies bfloat16).
     """
     if not available():
