@@ -1,7 +1,6 @@
 // What csrc/tiles.h needs in order to run on a processor without AMX, as the manual defines it; a use that would fault,
 // or read what nobody wrote, ends the program.
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -57,14 +56,17 @@ void multiply() {
   static_assert(C != A && C != B && A != B, "an illegal instruction");
   expect(registers.configured);
   ++products;
+  float a[16][32], b[16][32], sums[16][16];
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) {
-      float sum;
-      std::memcpy(&sum, registers.data[C][i] + 4 * j, 4);
-      for (int k = 0; k < 16; ++k)
-        for (int l = 0; l < 2; ++l) sum = std::fma(element(A, i, 2 * k + l), element(B, k, 2 * j + l), sum);
-      std::memcpy(registers.data[C][i] + 4 * j, &sum, 4);
-    }
+    for (int k = 0; k < 32; ++k) a[i][k] = element(A, i, k), b[i][k] = element(B, i, k);
+  std::memcpy(sums, registers.data[C], sizeof sums);
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 16; ++j) {    // products of bfloat16 are exact in float
+        sums[i][j] += a[i][2 * k] * b[k][2 * j];
+        sums[i][j] += a[i][2 * k + 1] * b[k][2 * j + 1];
+      }
+  std::memcpy(registers.data[C], sums, sizeof sums);
 }
 
 }  // namespace sten::tiles
