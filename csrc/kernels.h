@@ -268,10 +268,10 @@ const Kernels* kernels_portable();
 const Dots<bf16>* bf16_dots_avx512();    // needs AVX512_VBMI2 and AVX512_BF16 as well; null if this build has none
 const Dots<bf16>* bf16_dots_amx();       // the same with products in AMX's tiles, which the kernel has to permit
 
-// The fastest set this processor has, unless STEN_CPU or set_instruction_set named another; throws
+// The fastest set this processor has, but not "amx", unless STEN_CPU or set_instruction_set named another; throws
 // std::invalid_argument for a name that is unknown or that this processor lacks.
 const Kernels& kernels();
-void set_instruction_set(const char* name);     // "auto" returns to the fastest
+void set_instruction_set(const char* name);     // "auto" returns to the default
 bool has_instruction_set(const char* name);
 
 // Dot products of bfloat16 in the instruction set in use; null if it has none.
