@@ -90,7 +90,7 @@ def assert_product(y, x, dense, bias):
 @pytest.mark.parametrize("layout", NMS + BANDED + OTHERS, ids=str)
 @pytest.mark.parametrize("shape", [(3, 130), (100, 126), (70, 200), (150, 330)], ids=str)
 def test_products(emulated, layout, shape):
-    """Rows, tokens and columns that are no multiple of a tile; one block of columns and several, one thread and more."""
+    """Rows, tokens and columns that are no multiple of a tile; several blocks of columns, several threads."""
     weight, used = random_weight(layout, shape), 0
     for tokens in TOKENS:
         x, bias = torch.randn(tokens, shape[1]).bfloat16(), torch.randn(shape[0]).bfloat16() if tokens % 2 else None
