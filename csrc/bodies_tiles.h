@@ -16,6 +16,14 @@ constexpr int kTwoTiles = 2 * kTile;             // rows, or tokens, that are mu
 constexpr int kLeastTileTokens = 8;              // fewer tokens of a bitmap are dot products
 constexpr int kLeastTileRows = 8;                // a band with fewer rows is multiplied without tiles
 
+// Tiles that are filled in part: the build for tests detects what is multiplied and was not written.
+template <int64_t N>
+STEN_INLINE void poison([[maybe_unused]] elem (&tiles)[N]) {
+#ifdef STEN_POISON
+  for (elem& e : tiles) e = static_cast<elem>(0xffff);    // NaN
+#endif
+}
+
 // What R tiles of rows and T of tokens have in registers: sums in 0 to 3, weights in 4 and 5, activations in 6 and 7.
 template <int R, int T>
 STEN_INLINE void load_sums(const float* sums, int64_t ld) {
@@ -63,6 +71,8 @@ template <int R, int T>
 STEN_FN void multiply_bitmap(const uint8_t* const* bits, const elem** values, int64_t rows, int64_t units, int64_t step,
                              int64_t ahead, const elem* x, int64_t next, float* sums) {
   alignas(64) elem w[2][R * kTileSize];
+  poison(w[0]);
+  poison(w[1]);
   load_sums<R, T>(sums, T * kTile);
   for (int64_t u = 0; u < units; ++u) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -177,6 +187,7 @@ STEN_FN void band_tiles(const BandsOf<elem>& w, const BandRange& b, const BandRo
   constexpr int S = V * kWidth;
   alignas(64) elem x[V][kBlockTiles * kTileSize], rows[kTwoTiles * kBlockStep];
   alignas(64) float some[kTwoTiles * S];
+  poison(rows);
   if (start)
     for (int64_t row = q.lo - b.r0; row < q.hi - b.r0; ++row)
       for (int v = 0; v < V; ++v) store(acc + row * S + v * kWidth, broadcast(start + row));
