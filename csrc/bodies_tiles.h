@@ -13,8 +13,9 @@ constexpr int kTile = 16;                        // rows of a tile, and tokens
 constexpr int kTileColumns = 32;                 // columns of a tile of weights
 constexpr int kTileSize = kTile * kTileColumns;  // its elements
 constexpr int kTwoTiles = 2 * kTile;             // rows, or tokens, that are multiplied together
-constexpr int kLeastTileTokens = 8;              // fewer tokens of a bitmap are dot products
+constexpr int kLeastTileTokens = 4;              // fewer tokens of a bitmap are dot products, measured
 constexpr int kLeastTileRows = 8;                // a band with fewer rows is multiplied without tiles
+constexpr int kFewTileTokens = 5;                // of a band that are dot products, measured: more are panels
 
 // Tiles that are filled in part: the build for tests detects what is multiplied and was not written.
 template <int64_t N>
@@ -91,9 +92,10 @@ STEN_FN void multiply_bitmap(const uint8_t* const* bits, const elem** values, in
 
 STEN_FN void bitmap_tiles(const BitmapOf<elem>& w, const elem* bias, int64_t r0, int64_t r1, const elem* x, int64_t ld,
                           int64_t tokens, const BitmapScratch<elem>& scratch, elem* y) {
-  // with fewer slots, the values of several rows would have to be copied: those that end less than a vector before the end
-  if (tokens < kLeastTileTokens || w.slots() < kUnitColumns)
-    return bitmap_dots(w, bias, r0, r1, x, ld, tokens, scratch, y);
+  int64_t last = tokens < kLeastTileTokens ? r0 : r1;
+  while (last > r0 && w.begin(last) + kUnitColumns > w.begin(w.rows)) --last;    // or more would be read than there is
+  if (last < r1) bitmap_dots(w, bias, last, r1, x, ld, tokens, scratch, y);
+  if (last == r0) return;
   static_assert(kTileColumns == kUnitColumns && kDot == kUnitColumns);
   const int64_t units = w.units(), next = kTile * BitmapScratch<elem>::row_count(w);
   const int T = tokens > kTile ? 2 : 1;
@@ -106,17 +108,17 @@ STEN_FN void bitmap_tiles(const BitmapOf<elem>& w, const elem* bias, int64_t r0,
   alignas(64) float sums[kTwoTiles * kTwoTiles];
   const uint8_t* bits[kTwoTiles];
   const elem* values[kTwoTiles];
-  for (int64_t row = r0, rows; row < r1; row += rows) {
-    rows = r1 - row < kTwoTiles ? r1 - row : kTwoTiles;
+  for (int64_t row = r0, rows; row < last; row += rows) {
+    rows = last - row < kTwoTiles ? last - row : kTwoTiles;
     for (int64_t r = 0; r < rows; ++r) {
       bits[r] = bits_of_row(w, row + r, scratch.bits + r * BitmapScratch<elem>::mask_bytes(w));
-      values[r] = values_of_row(w, row + r, scratch.values);
+      values[r] = w.values + w.begin(row + r);
       for (int64_t t = 0; t < T; ++t)
         store(sums + (r * T + t) * kTile, bias ? single(bias + row + r) : zero());
     }
     const auto multiply = rows > kTile ? (T > 1 ? multiply_bitmap<2, 2> : multiply_bitmap<2, 1>)
                                        : (T > 1 ? multiply_bitmap<1, 2> : multiply_bitmap<1, 1>);
-    multiply(bits, values, rows, units, w.step(), kTwoTiles * w.slots(), scratch.rows, next, sums);
+    multiply(bits, values, rows, units, w.step(), kTwoTiles * w.begin(w.rows) / w.rows, scratch.rows, next, sums);
     store_panel(sums, rows, tokens, T, y + row, w.rows);
   }
 }
@@ -227,7 +229,7 @@ STEN_FN void bands_tiles(const BandsOf<elem>& w, const BandRange& b, const float
 
 constexpr Dots<elem> make_tiles() {
   return {bands_dots, bitmap_tiles, bitmap_expand, bitmap_collect,
-          {load_panel, store_panel, csr_block, bands_tiles, grouped_block}, kTwoTiles, kTwoTiles};
+          {load_panel, store_panel, csr_block, bands_tiles, grouped_block}, kTwoTiles, kTwoTiles, kFewTileTokens};
 }
 
 }  // namespace sten::avx512_bf16

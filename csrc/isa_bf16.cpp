@@ -9,14 +9,20 @@
 #include "bodies_grouped_bf16.h"
 #include "bodies_dots.h"
 #include "bodies_tiles.h"
+// after that
+#include "bodies_windows.h"
 
 namespace sten {
+static constexpr Dots<bf16> with_windows(Dots<bf16> dots) {
+  dots.windows = avx512_bf16::windows_dots;
+  return dots;
+}
 const Dots<bf16>* bf16_dots_avx512() {
-  static constexpr Dots<bf16> dots = avx512_bf16::make_dots();
+  static constexpr Dots<bf16> dots = with_windows(avx512_bf16::make_dots());
   return &dots;
 }
 const Dots<bf16>* bf16_dots_amx() {
-  static constexpr Dots<bf16> dots = avx512_bf16::make_tiles();
+  static constexpr Dots<bf16> dots = with_windows(avx512_bf16::make_tiles());
   return &dots;
 }
 }  // namespace sten

@@ -14,11 +14,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "cpu_features",
       [] {
         std::vector<std::string> names;
-        for (const char* name : {"avx512", "amx", "avx2", "portable"})
+        for (const char* name : {"amx", "avx512", "avx2", "portable"})
           if (sten::has_instruction_set(name)) names.emplace_back(name);
         return names;
       },
-      "The instruction sets this processor can run; the first is used unless another is named.");
+      "The instruction sets this processor can run, fastest first.");
   m.def(
       "instruction_set", [] { return std::string(sten::kernels().name); }, "The instruction set the kernels use.");
   m.def(

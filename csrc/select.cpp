@@ -64,9 +64,8 @@ const Kernels* supported(const std::string& name) {
   return name == "portable" ? kernels_portable() : nullptr;
 }
 
-// "amx" only where it is named: its products have run emulated, and were timed on no processor.
 const Kernels* fastest() {
-  for (const char* name : {"avx512", "avx2"})
+  for (const char* name : {"amx", "avx512", "avx2"})
     if (const Kernels* set = supported(name)) return set;
   return kernels_portable();
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import sten
 from sten.backends import cpp
@@ -99,6 +100,22 @@ def test_products(emulated, layout, shape):
         assert_product(y, x, weight.to_dense(), bias)
         used += products
     assert (used > 0) == (layout not in OTHERS)
+
+
+@pytest.mark.parametrize("rows", [3, 40, 100])
+def test_bits_of_csr(emulated, rows):
+    """Rows of any length, some at the end of memory shorter than a vector; infinite activations are not for bits."""
+    mask = torch.rand(rows, 90) < torch.rand(rows, 1)
+    mask[-2] = False
+    weight = sten.from_dense((torch.randn(rows, 90) * mask).bfloat16(), sten.CSR(), mask)
+    bits = (F.pad(mask, (0, 6)).view(rows, 12, 8).int() << torch.arange(8)).sum(2).to(torch.uint8)
+    values, crow, used = weight.parts["values"], weight.parts["crow"], emulated.products()
+    for tokens in TOKENS:
+        x, y = torch.randn(tokens, 90).bfloat16(), torch.full((tokens, rows), torch.nan).bfloat16()
+        sizes = map(ctypes.c_int64, (tokens, 90, rows))
+        emulated.csr_bits_linear(address(x), None, address(y), *sizes, 2, address(values), address(crow), address(bits))
+        assert_product(y, x, weight.to_dense(), None)
+    assert emulated.products() > used or rows == 3
 
 
 @pytest.mark.parametrize("layout", BANDED, ids=str)

@@ -36,7 +36,7 @@ def features():
     """Describe the compiled kernels.
 
     Returns:
-        A dict: `available` (bool), `instruction_sets` (list of str, what this processor can run, the default first),
+        A dict: `available` (bool), `instruction_sets` (list of str, what this processor can run, fastest first),
         `instruction_set` (str, the one in use, or None; `STEN_CPU=amx|avx512|avx2|portable` in the environment chooses)
         and `bfloat16` (bool, whether it multiplies bfloat16).
     """
@@ -51,9 +51,9 @@ def features():
 
 
 def set_instruction_set(name):
-    """Set the instruction set of the kernels: "amx", "avx512", "avx2", "portable", or "auto" for the default.
+    """Set the instruction set of the kernels: "amx", "avx512", "avx2", "portable", or "auto" for the fastest.
 
-    "amx" is "avx512" with products of bfloat16 in AMX's tiles, which have been tested in emulation and were not timed.
+    "amx" is "avx512" with products of bfloat16 in AMX's tiles.
 
     Raises:
         ValueError: the name is unknown, or this processor cannot run it.
@@ -70,9 +70,20 @@ def crc32():
     return _library.crc32 if compiled else zlib.crc32
 
 
-def _fake(x, *arguments, trusted=False):
+def _fake(x, *arguments, trusted=False, table=None, activation=0):
     """Return an empty `(*, out_features)` tensor for x `(*, in)`; `out_features` is the last argument."""
     return x.new_empty((*x.shape[:-1], arguments[-1]))
+
+
+def _fake_bits(crow, col, columns, rows):
+    """Return empty bits: (rows, bytes of whole words of 32 columns)."""
+    return col.new_empty((rows, -(-columns // 32) * 4), dtype=torch.uint8)
+
+
+def _fake_windows(crow, col, columns, rows):
+    """Return an empty table of as many groups as the pattern has."""
+    groups = torch.library.get_ctx().new_dynamic_size()
+    return col.new_empty(rows + 1 + 9 * groups)
 
 
 def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
@@ -126,6 +137,8 @@ def _load():
     for name in ("grouped_nm_grad_input", "band_grad_input"):
         torch.library.register_fake(f"sten::{name}", _fake)
     torch.library.register_fake("sten::band_grad_values", _fake_values)
+    torch.library.register_fake("sten::pattern_bits", _fake_bits)
+    torch.library.register_fake("sten::pattern_windows", _fake_windows)
     torch.library.register_fake("sten::grouped_nm_grad_values", _fake_grouped_values)
     torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
     torch.library.register_fake("sten::nm_collect", _fake_collect)
