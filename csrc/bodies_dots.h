@@ -217,14 +217,16 @@ STEN_INLINE const uint8_t* bits_of_row(const BitmapOf<elem>& w, int64_t row, uin
   return w.bits == 1 && w.row_bytes % 4 == 0 ? w.index + row * w.row_bytes : make_bits(w, row, out);
 }
 
-// The values of a row; those at the end of memory are copied, since kernels read whole vectors.
-STEN_INLINE const elem* values_of_row(const BitmapOf<elem>& w, int64_t row, elem* copy) {
+__attribute__((noinline)) STEN_FN const elem* copy_values(const BitmapOf<elem>& w, int64_t row, elem* copy) {
   const int64_t begin = w.begin(row), slots = w.begin(row + 1) - begin;
-  const elem* values = w.values + begin;
-  if (begin + slots + kUnitColumns <= w.begin(w.rows)) return values;
-  for (int64_t i = 0; i < slots; ++i) copy[i] = values[i];
+  for (int64_t i = 0; i < slots; ++i) copy[i] = w.values[begin + i];
   for (int64_t i = slots; i < slots + kUnitColumns; ++i) copy[i] = elem{};
   return copy;
+}
+
+// The values of a row; those at the end of memory are copied, since kernels read whole vectors.
+STEN_INLINE const elem* values_of_row(const BitmapOf<elem>& w, int64_t row, elem* copy) {
+  return w.begin(row + 1) + kUnitColumns <= w.begin(w.rows) ? w.values + w.begin(row) : copy_values(w, row, copy);
 }
 
 STEN_INLINE uint32_t word_at(const uint8_t* bytes) {
@@ -308,9 +310,7 @@ STEN_FN void bitmap_tokens(const BitmapOf<elem>& w, int64_t row, int64_t rows, c
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       for (int64_t l = r % 4 + 1; l < 4; ++l) all[t][l] = zero();
-      float out[4];
-      sum_four(all[t], out);
-      for (int64_t l = 0; l <= r % 4; ++l) sums[t * kSumRows + r - r % 4 + l] = out[l];
+      sum_four(all[t], sums + t * kSumRows + r / 4 * 4);
     }
   }
 }

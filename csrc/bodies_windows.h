@@ -42,9 +42,7 @@ STEN_FN void window_rows(const WindowsOf<elem>& w, int64_t row, int64_t rows, co
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       for (int64_t l = r % 4 + 1; l < 4; ++l) all[t][l] = zero();
-      float out[4];
-      sum_four(all[t], out);
-      for (int64_t l = 0; l <= r % 4; ++l) sums[t * kSumRows + r - r % 4 + l] = out[l];
+      sum_four(all[t], sums + t * kSumRows + r / 4 * 4);
     }
   }
 }

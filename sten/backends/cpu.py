@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import ops as ops  # declares the operators
 from ..dispatch import Flags, Plan, kernel
-from ..kernels.pattern_cache import Derived
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from ..layouts.padding import reduction_width
@@ -54,34 +53,6 @@ def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable
         return y
 
     return call
-
-
-def with_table(kind: str) -> Callable[..., Callable[..., Tensor]]:
-    """As `once_checked`, with a table of the pattern, "bits" or "windows", which takes the place of the columns.
-
-    It is made, and the pattern checked, once for its parts and versions, and cached as long as they live; of tensors
-    made in inference mode at every call.
-    """
-    make = {"bits": torch.ops.sten.pattern_bits.default, "windows": torch.ops.sten.pattern_windows.default}[kind]
-
-    def checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
-        last: tuple = None, None
-
-        def call(crow: Tensor | None, col: Tensor, *arguments) -> Tensor:
-            nonlocal last
-            if col.is_inference():
-                return operator(*arguments, trusted=True, table=make(crow, col, *arguments[-2:]))
-            now = None if crow is None else (crow.data_ptr(), crow._version), col.data_ptr(), col._version
-            known, table = last
-            if now != known:
-                derived = Derived(f"{kind} {arguments[-2:]}", lambda *_: make(crow, col, *arguments[-2:]), values=True)
-                table, _ = derived(*(part for part in (crow, col) if part is not None))
-                last = now, table
-            return operator(*arguments, trusted=True, table=table)
-
-        return call
-
-    return checked
 
 
 # The two below write that out, because a Python function less is seen in the time of a small product.
@@ -185,11 +156,15 @@ def stored_rows(parts: Parts, outputs: int) -> Tensor | None:
     return None if row is None or len(row) == outputs else row.long()
 
 
-def band_linear(
-    layout: Layout, shape: tuple[int, ...], intercepted: bool, activation: str = "none", checked=once_checked
-) -> Run:
+def with_empty_rows(some: Tensor, row: Tensor, outputs: int, bias: Tensor | None, activation: str) -> Tensor:
+    """All outputs, from those of the stored rows: the others are what becomes of the bias."""
+    y = some.new_zeros(*some.shape[:-1], outputs)
+    return (y if bias is None else y.copy_(activate(bias, activation))).index_copy_(-1, row, some)
+
+
+def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear: one row of a panel of activations for all outputs that share the column."""
-    linear = checked(ended(torch.ops.sten.band_linear.default, activation), intercepted)
+    linear = once_checked(ended(torch.ops.sten.band_linear.default, activation), intercepted)
     band = BANDS[type(layout)]
     (height, _, columns), outputs = band.sizes(layout, shape), shape[0]
 
@@ -199,8 +174,7 @@ def band_linear(
             return linear(crow, col, x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
         own = None if bias is None else bias[row]  # added in float32, before the sum is rounded
         some = linear(crow, col, x, weight["values"].contiguous(), crow, col, own, height, columns, len(row))
-        y = x.new_zeros(*x.shape[:-1], outputs)
-        return (y if bias is None else y.copy_(activate(bias, activation))).index_copy_(-1, row, some)
+        return with_empty_rows(some, row, outputs, bias, activation)
 
     return run
 
@@ -272,45 +246,6 @@ def float32_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
     return prepare
 
 
-def table_of(shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> str | None:
-    """The table that multiplies few tokens of single entries fastest, or None; the numbers are measured on Zen 4.
-
-    By bits a token costs the same at any density, since zeros are multiplied; by windows each group does, which has at
-    most 32 entries within 256 columns. Both are compared with panels, whose cost is that of the entries.
-    """
-    features, density, tokens = cpp.features(), (flags.entries or 0) / max(1, math.prod(shape)), flags.tokens
-    if not tokens or features["instruction_set"] not in ("amx", "avx512"):
-        return None
-    if dtype is torch.float32:
-        return "bits" if (density >= 0.22 if tokens == 1 else tokens <= 28 * density - 2) else None
-    if dtype is not torch.bfloat16 or not features["bfloat16"]:
-        return None
-    if density < 0.2 and tokens <= min(4, 32 * density):
-        return "windows"
-    return "bits" if tokens <= 64 * density - 4 else None
-
-
-WHY = {
-    "bits": "a bitmap, made once from the pattern, expands the stored entries in registers",
-    "windows": "a table of columns within 256, made once from the pattern, selects activations in registers",
-}
-
-
-def single_entries_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
-    """The `prepare` of linear with CSR and FanIn, by a table of the pattern where that pays."""
-    others = float32_by(run_of)
-
-    def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        kind = table_of(shape, dtype, flags)
-        if kind is None:
-            return others(layout, shape, dtype, flags)
-        run = band_linear(layout, shape, False, checked=with_table(kind), **end_of(flags))
-        return Plan.of("bitmap" if kind == "bits" else kind, f"C++ kernel: {WHY[kind]}", run)
-
-    prepare.__name__ = run_of.__name__
-    return prepare
-
-
 # NM reads its stored format for a few tokens; a processor's vector units do not skip zeros, so that more of them are
 # multiplied, like gradients, by a dense copy, which takes a small part of the time.
 
@@ -370,9 +305,7 @@ def nm_grad_weight(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags
     return nm_plan(layout, dtype, math.inf, run, dense, dense)
 
 
-LINEAR = {
-    CSR: single_entries_by(csr_linear),
-    FanIn: single_entries_by(band_linear),
+LINEAR = {  # but CSR and FanIn, which cpu_tables has
     GroupedNM: float32_by(grouped_nm_linear),
     VectorNM: float32_by(band_linear),
     BSR: float32_by(band_linear),

@@ -11,7 +11,7 @@ from ..dispatch import Flags, Plan, kernel
 from ..layouts.base import Layout, Parts
 from ..ops import fused as fused  # declares the operators
 from . import cpp
-from .cpu import LINEAR
+from .cpu_tables import LINEAR
 
 
 def prepare_activation(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
