@@ -141,7 +141,8 @@ void clear_padding(const Bands& w, int64_t in, float* out) {
 template <typename E>
 void bands_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
-  if (p.tokens <= most_dots(w.height, w.crow ? w.width : 0)) return dots_linear(p, w, dots, k, pool);
+  if (p.tokens <= std::min<int64_t>(most_dots(w.height, w.crow ? w.width : 0), dots.few_tokens))
+    return dots_linear(p, w, dots, k, pool);
   pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
   const bool single = w.height == 1 && w.width == 1 && 0 < p.in && p.in == w.columns && entries(w) < INT32_MAX;
   if (single && p.tokens > (kRepackPanels - 1) * kMaxVectors * k.width)

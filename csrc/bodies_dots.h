@@ -382,7 +382,7 @@ STEN_FN void bitmap_collect(const BitmapOf<elem>& w, int64_t r0, int64_t r1, int
 
 constexpr Dots<elem> make_dots() {
   return {bands_dots, bitmap_dots, bitmap_expand, bitmap_collect,
-          {load_panel, store_panel, csr_block, bands_block, grouped_block}};
+          {load_panel, store_panel, csr_block, bands_block, grouped_block}, kDotTokens, kTileRows, kDotTokens};
 }
 
 }  // namespace sten::STEN_ISA

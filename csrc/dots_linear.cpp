@@ -13,8 +13,8 @@ constexpr int64_t kUnit = 8;    // rows that are not divided between tasks
 
 // The fewest pieces of rows that keep all threads busy: each of them copies, and gathers, its tokens again.
 struct Cut {
-  Cut(int64_t tokens, int64_t rows, int threads)
-      : rows(rows), tokens(tokens), blocks(ceil_div(tokens, kDotTokens)), units(ceil_div(rows, kUnit)) {
+  Cut(int64_t tokens, int64_t rows, int threads, int most)
+      : rows(rows), tokens(tokens), blocks(ceil_div(tokens, most)), units(ceil_div(rows, kUnit)) {
     pieces = std::min<int64_t>(units, threads / std::gcd(static_cast<int64_t>(threads), blocks));
   }
   int64_t tasks() const { return blocks * pieces; }
@@ -38,10 +38,10 @@ void copy_tokens(const ProblemOf<E>& p, Range tokens, int64_t ld, E* out) {
 template <typename E>
 class Memory {
  public:
-  explicit Memory(const BitmapOf<E>& w)
-      : bits_(Role::bits, BitmapScratch<E>::mask_bytes(w)),
+  explicit Memory(const BitmapOf<E>& w, int rows = 1)
+      : bits_(Role::bits, rows * BitmapScratch<E>::mask_bytes(w)),
         values_(Role::values, BitmapScratch<E>::value_count(w)),
-        rows_(Role::panel, kTileRows * BitmapScratch<E>::row_count(w)) {}
+        rows_(Role::panel, rows * BitmapScratch<E>::row_count(w)) {}
   BitmapScratch<E> get() const { return {bits_.get(), values_.get(), rows_.get()}; }
 
  private:
@@ -68,7 +68,7 @@ template <typename E>
 void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
   pool.threads = useful_threads(pool.threads, entries(w) * static_cast<double>(p.tokens));
-  const Cut cut(p.tokens, p.out, pool.threads);
+  const Cut cut(p.tokens, p.out, pool.threads, kDotTokens);
   const int64_t ld = w.columns + kTokenPadding, most = ceil_div(p.tokens, cut.blocks);
   pool.each(cut.tasks(), [&](int64_t begin, int64_t end) {
     Scratch<E> x(Role::small, most * ld), gathered(Role::panel, w.crow ? 1 : most * (w.count + kTokenPadding));
@@ -86,11 +86,11 @@ template <typename E>
 void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
   pool.threads = useful_threads(pool.threads, static_cast<double>(w.begin(w.rows)) * static_cast<double>(p.tokens));
-  const Cut cut(p.tokens, p.out, pool.threads);
+  const Cut cut(p.tokens, p.out, pool.threads, dots.bitmap_tokens);
   const int64_t ld = BitmapScratch<E>::row_count(w), most = ceil_div(p.tokens, cut.blocks);
   pool.each(cut.tasks(), [&](int64_t begin, int64_t end) {
     Scratch<E> x(Role::small, most * ld);
-    const Memory<E> memory(w);
+    const Memory<E> memory(w, dots.bitmap_rows);
     for (int64_t task = begin; task < end; ++task) {
       const Range tokens = cut.tokens_of(task), rows = cut.rows_of(task);
       copy_tokens(p, tokens, ld, x.get());
@@ -139,7 +139,7 @@ void windows_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const int32_t* t
   const uint8_t* offset = reinterpret_cast<const uint8_t*>(head + groups);
   const WindowsOf<E> windows{w.values, rows.get(), table, head, offset, w.rows};
   pool.threads = useful_threads(pool.threads, entries(w) * static_cast<double>(p.tokens));
-  const Cut cut(p.tokens, p.out, pool.threads);
+  const Cut cut(p.tokens, p.out, pool.threads, kDotTokens);
   const int64_t ld = ceil_div(w.columns, 32) * 32 + kTokenPadding, most = ceil_div(p.tokens, cut.blocks);
   pool.each(cut.tasks(), [&](int64_t begin, int64_t end) {
     Scratch<E> x(Role::small, most * ld);

@@ -8,16 +8,21 @@
 // after that
 #include "bodies_grouped_bf16.h"
 #include "bodies_dots.h"
+#include "bodies_tiles.h"
 // after that
 #include "bodies_windows.h"
 
 namespace sten {
+static constexpr Dots<bf16> with_windows(Dots<bf16> dots) {
+  dots.windows = avx512_bf16::windows_dots;
+  return dots;
+}
 const Dots<bf16>* bf16_dots_avx512() {
-  static constexpr Dots<bf16> dots = [] {
-    Dots<bf16> all = avx512_bf16::make_dots();
-    all.windows = avx512_bf16::windows_dots;
-    return all;
-  }();
+  static constexpr Dots<bf16> dots = with_windows(avx512_bf16::make_dots());
+  return &dots;
+}
+const Dots<bf16>* bf16_dots_amx() {
+  static constexpr Dots<bf16> dots = with_windows(avx512_bf16::make_tiles());
   return &dots;
 }
 }  // namespace sten
@@ -26,5 +31,6 @@ const Dots<bf16>* bf16_dots_avx512() {
 
 namespace sten {
 const Dots<bf16>* bf16_dots_avx512() { return nullptr; }
+const Dots<bf16>* bf16_dots_amx() { return nullptr; }
 }  // namespace sten
 #endif

@@ -113,9 +113,9 @@ struct BitmapOf {
 // Memory for one task of a bitmap's kernels; the values and rows of x begin at multiples of a cache line.
 template <typename E>
 struct BitmapScratch {
-  uint8_t* bits;     // mask_bytes: of a row whose index is no bitmap, or not of whole units
+  uint8_t* bits;     // Dots::bitmap_rows times mask_bytes: of rows whose index is no bitmap, or not of whole units
   E* values;         // value_count: of a row at the end of memory, or collected
-  E* rows;           // kTileRows rows, row_count apart, expanded
+  E* rows;           // Dots::bitmap_rows rows, row_count apart
   static int64_t mask_bytes(const BitmapOf<E>& w) { return w.units() * 4 + 64; }    // a wrong position adds up to 32
   static int64_t value_count(const BitmapOf<E>& w) { return (w.units() + 2) * BitmapOf<E>::kUnitColumns; }
   static int64_t row_count(const BitmapOf<E>& w) { return (w.units() + 1) * BitmapOf<E>::kUnitColumns; }
@@ -151,7 +151,7 @@ struct Panels {
 };
 
 constexpr int kTileRows = 4;     // rows of a weight that dot products multiply together
-constexpr int kDotTokens = 48;   // the most tokens of one call of the kernels below
+constexpr int kDotTokens = 48;   // the most tokens of one call of `bands` below
 
 // Dot products along the columns, for one token and for a few, and panels; sums in float, rounded once.
 template <typename E>
@@ -170,6 +170,8 @@ struct Dots {
   void (*collect)(const BitmapOf<E>& w, int64_t r0, int64_t r1, int64_t columns, const E* dense,
                   const BitmapScratch<E>& scratch, E* values);
   Panels<E> panels;
+  int bitmap_tokens, bitmap_rows;    // the most tokens of one call of `bitmap`, and the rows of its scratch memory
+  int few_tokens;                    // the most tokens for which `bands` may be faster than panels
   // as `bands`; null where registers do not hold a window
   void (*windows)(const WindowsOf<E>& w, const E* bias, int64_t r0, int64_t r1, const E* x, int64_t ld, int64_t tokens,
                   E* y) = nullptr;
@@ -284,6 +286,7 @@ const Kernels* kernels_avx512();     // null if this build has none
 const Kernels* kernels_avx2();
 const Kernels* kernels_portable();
 const Dots<bf16>* bf16_dots_avx512();    // needs AVX512_VBMI2 and AVX512_BF16 as well; null if this build has none
+const Dots<bf16>* bf16_dots_amx();       // the same with products in AMX's tiles, which the kernel has to permit
 
 // The fastest set this processor has, unless STEN_CPU or set_instruction_set named another; throws
 // std::invalid_argument for a name that is unknown or that this processor lacks.

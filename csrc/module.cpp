@@ -14,7 +14,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "cpu_features",
       [] {
         std::vector<std::string> names;
-        for (const char* name : {"avx512", "avx2", "portable"})
+        for (const char* name : {"amx", "avx512", "avx2", "portable"})
           if (sten::has_instruction_set(name)) names.emplace_back(name);
         return names;
       },
@@ -23,7 +23,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "instruction_set", [] { return std::string(sten::kernels().name); }, "The instruction set the kernels use.");
   m.def(
       "set_instruction_set", [](const std::string& name) { sten::set_instruction_set(name.c_str()); },
-      pybind11::arg("name"), "Use avx512, avx2 or portable from now on; auto is the fastest one.");
+      pybind11::arg("name"), "Use amx, avx512, avx2 or portable from now on; auto is the fastest one.");
   m.def(
       "bfloat16", [] { return sten::bf16_dots() != nullptr; }, "Whether the instruction set in use multiplies bfloat16.");
   m.def(

@@ -6,12 +6,56 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace sten {
 namespace {
+
+// Whether this process may use AMX's tiles. Linux grants them to all threads of a process that asked, if the processor has
+// them, and refuses where a thread's alternate signal stack is too small for their 8 KB.
+bool tiles_permitted() {
+#ifdef STEN_TILES
+  return true;    // emulated
+#elif defined(__x86_64__) && defined(__linux__)
+  static const bool permitted = [] {
+    constexpr unsigned kTiles = 1u << 24 | 1u << 22;    // AMX-TILE, AMX-BF16
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return permitted;
+#else
+  return false;
+#endif
+}
+
+bool has_bf16() {
+#if defined(__x86_64__)
+  return kernels_avx512() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// Those of AVX-512, whose products of bfloat16 are others.
+const Kernels* kernels_amx() {
+  static const Kernels kernels = [] {
+    Kernels k = *kernels_avx512();
+    k.name = "amx";
+    return k;
+  }();
+  return &kernels;
+}
 
 const Kernels* supported(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if (name == "amx" && supported("avx512") && has_bf16() && tiles_permitted()) return kernels_amx();
   if (name == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return kernels_avx512();
@@ -21,7 +65,7 @@ const Kernels* supported(const std::string& name) {
 }
 
 const Kernels* fastest() {
-  for (const char* name : {"avx512", "avx2"})
+  for (const char* name : {"amx", "avx512", "avx2"})
     if (const Kernels* set = supported(name)) return set;
   return kernels_portable();
 }
@@ -29,7 +73,7 @@ const Kernels* fastest() {
 const Kernels* named(const std::string& name) {
   if (name.empty() || name == "auto") return fastest();
   if (const Kernels* set = supported(name)) return set;
-  throw std::invalid_argument("Expected an instruction set of this processor (auto, avx512, avx2 or portable), got '" +
+  throw std::invalid_argument("Expected an instruction set of this processor (auto, amx, avx512, avx2 or portable), got '" +
                               name + "'");
 }
 
@@ -48,12 +92,9 @@ const Kernels& kernels() {
 }
 
 const Dots<bf16>* bf16_dots() {
-#if defined(__x86_64__)
-  if (kernels_avx512() && &kernels() == kernels_avx512() && __builtin_cpu_supports("avx512vbmi2") &&
-      __builtin_cpu_supports("avx512bf16"))
-    return bf16_dots_avx512();
-#endif
-  return nullptr;
+  const Kernels* k = &kernels();
+  if (!has_bf16()) return nullptr;
+  return k == kernels_amx() ? bf16_dots_amx() : k == kernels_avx512() ? bf16_dots_avx512() : nullptr;
 }
 
 void set_instruction_set(const char* name) { current.store(named(name), std::memory_order_relaxed); }

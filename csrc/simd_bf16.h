@@ -171,29 +171,35 @@ STEN_INLINE void interleave(const bf16* x, const bf16* y, wide* out) {
   }
 }
 
-// Transposed as pairs of columns in 32 bits, whose halves are the rows of the panel.
+// pairs[c, t] = columns 2 c and 2 c + 1 of token t, in 32 bits, for 16 tokens and 32 columns, some of which exist
+STEN_INLINE void transpose_pairs(const bf16* x, int64_t ld, int64_t tokens, __mmask32 some, float* pairs) {
+  alignas(64) float rows[16 * 16];
+  for (int64_t t = 0; t < 16; ++t)
+    store(rows + 16 * t, _mm512_castsi512_ps(t < tokens ? _mm512_maskz_loadu_epi16(some, x + t * ld) : _mm512_setzero_si512()));
+  avx512::transpose(rows, 16, 16, 16, pairs, 16, true);
+}
+
+// A quarter of a vector of 32 tokens holds four of the first half and four of the second, which is how 32-bit numbers of
+// two vectors are packed.
 STEN_FN inline void load_panel(const bf16* x, int64_t ld, int64_t tokens, int64_t cols, int v, bf16* panel) {
-  alignas(64) float rows[16 * 16], pairs[16 * 16];
-  for (int i = 0; i < v; ++i) {
-    // a quarter of a vector holds four tokens of this half and four of the other, unless there is no other
-    const bool halves = i < v / 2 * 2;
-    const __m512i spread = _mm512_setr_epi64(0, 0, 1, 1, 2, 2, 3, 3);
-    const int64_t real = tokens - 16 * i;
+  alignas(64) float pairs[2][16 * 16];
+  const __m512i low = _mm512_set1_epi32(0xffff);
+  for (int i = 0; i < v; i += 2) {
+    const bool both = i + 1 < v;
     for (int64_t k = 0; k < cols; k += 32) {
       const __mmask32 some = first_elements(cols - k);
-      for (int64_t t = 0; t < 16; ++t)
-        store(rows + 16 * t, _mm512_castsi512_ps(t < real ? _mm512_maskz_loadu_epi16(some, x + (16 * i + t) * ld + k)
-                                                          : _mm512_setzero_si512()));
-      avx512::transpose(rows, 16, 16, 16, pairs, 16, true);
+      transpose_pairs(x + 16 * i * ld + k, ld, tokens - 16 * i, some, pairs[0]);
+      if (both) transpose_pairs(x + 16 * (i + 1) * ld + k, ld, tokens - 16 * (i + 1), some, pairs[1]);
       for (int64_t c = k; c < k + 32 && c < cols; ++c) {
-        const __m512i pair = _mm512_castps_si512(load(pairs + (c - k) / 2 * 16));
-        const __m256i row = _mm512_cvtepi32_epi16((c - k) % 2 ? _mm512_srli_epi32(pair, 16) : pair);
-        bf16* to = panel + (c * v + i / 2 * 2) * 16;
-        if (halves)
-          _mm512_mask_storeu_epi64(to, static_cast<__mmask8>(i % 2 ? 0xaa : 0x55),
-                                   _mm512_permutexvar_epi64(spread, _mm512_castsi256_si512(row)));
+        const bool odd = (c - k) % 2;
+        const int64_t at = (c - k) / 2 * 16;
+        const __m512i a = _mm512_castps_si512(load(pairs[0] + at)), b = _mm512_castps_si512(load(pairs[both] + at));
+        const __m512i one = odd ? _mm512_srli_epi32(a, 16) : _mm512_and_si512(a, low);
+        bf16* to = panel + (c * v + i) * 16;
+        if (both)
+          store_wide(to, _mm512_packus_epi32(one, odd ? _mm512_srli_epi32(b, 16) : _mm512_and_si512(b, low)));
         else
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), row);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(one));
       }
     }
   }

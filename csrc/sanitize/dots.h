@@ -172,7 +172,7 @@ void try_bitmaps(const Dots<E>& dots, const Kernels& k) {
   const int layouts[][3] = {{16, 32, 1}, {5, 16, 1}, {2, 8, 1}, {32, 32, 1}, {2, 4, 2}, {1, 4, 2}, {1, 1, 2},
                             {3, 7, 4},   {1, 16, 4}, {3, 32, 8}, {9, 64, 8}};
   const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}, {1100, 4}};
-  for (const int64_t tokens : {1, 2, 3, 6, 49})
+  for (const int64_t tokens : {1, 2, 3, 6, 20, 49})
     for (const auto& size : sizes)
       for (const int threads : {1, 3}) {
         for (const bool lists : {false, true}) try_tables<E>(dots, k, tokens, size[0], size[1], lists, threads);
@@ -180,4 +180,16 @@ void try_bitmaps(const Dots<E>& dots, const Kernels& k) {
           for (const bool hostile : {false, true})
             try_bitmap<E>(dots, k, tokens, size[0], size[1], nm[0], nm[1], nm[2], hostile, threads);
       }
+}
+
+constexpr int64_t sizes[][2] = {{1, 1}, {17, 3}, {3, 63}, {100, 37}, {63, 130}, {300, 65}, {0, 5}, {5, 0}};
+constexpr int bands[][2] = {{1, 0}, {3, 0}, {8, 0}, {9, 0}, {500, 0}, {1, 1}, {4, 3}, {16, 16}, {9, 40}};
+
+void try_bf16(const Dots<bf16>& dots, const Kernels& k) {
+  try_bitmaps<bf16>(dots, k);
+  for (const int64_t tokens : {1, 2, 7, 17, 50, 64, 130})
+    for (const auto& size : sizes)
+      for (const int threads : {1, 3})
+        for (const auto& band : bands)
+          try_bf16_bands(dots, k, tokens, size[0], size[1], band[0], band[1], threads);
 }

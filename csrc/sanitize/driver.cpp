@@ -428,10 +428,8 @@ int try_hostile(const Kernels& k, int64_t tokens, int rounds) {
 }
 
 void try_all(const Kernels& k) {
-  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {3, 63}, {100, 37}, {63, 130}, {300, 65}, {0, 5}, {5, 0}};
   const int groups[][3] = {{1, 10, 8}, {1, 4, 16}, {1, 3, 5}, {2, 4, 8}, {2, 4, 3}, {2, 5, 1},
                            {3, 5, 2},  {4, 8, 4},  {5, 6, 2}, {7, 9, 1}, {4, 4, 3}};
-  const int bands[][2] = {{1, 0}, {3, 0}, {8, 0}, {9, 0}, {500, 0}, {1, 1}, {4, 3}, {16, 16}, {9, 40}};
   for (const int64_t tokens : {1, 2, 4, 12, 16, 17, 40, 65, 200})
     for (const auto& size : sizes)
       for (const int threads : {1, 3}) {
@@ -449,14 +447,7 @@ void try_all(const Kernels& k) {
   try_codes<float>(k, 2, 40, 2500, 0, 0.5, 3);    // several pieces of a row
   try_codes<bf16>(k, 40, 40, 2500, 40, 0.5, 3);
   try_bitmaps<float>(k.dots, k);
-  if (const Dots<bf16>* dots = bf16_dots()) {
-    try_bitmaps<bf16>(*dots, k);
-    for (const int64_t tokens : {1, 2, 7, 17, 50, 64, 130})
-      for (const auto& size : sizes)
-        for (const int threads : {1, 3})
-          for (const auto& band : bands)
-            try_bf16_bands(*dots, k, tokens, size[0], size[1], band[0], band[1], threads);
-  }
+  if (const Dots<bf16>* dots = bf16_dots()) try_bf16(*dots, k);
   try_csr(k, 130, 140, 2000, 0.1, true, 3);    // several pieces of rows
   try_grouped(k, 130, 100, 2000, 1, 10, 8, true, 3);
 }
@@ -483,6 +474,10 @@ int main() {
   for (const int64_t columns : {1, 2, 63, 5000}) {
     try_topk<float>(5, columns, 3);
     try_topk<bf16>(5, columns, 1);
+  }
+  if (has_instruction_set("amx")) {    // what it does not share with avx512
+    set_instruction_set("amx");
+    try_bf16(*bf16_dots(), kernels());
   }
   for (const char* name : {"avx512", "avx2", "portable"}) {
     if (!has_instruction_set(name)) continue;

@@ -37,7 +37,7 @@ def features():
 
     Returns:
         A dict: `available` (bool), `instruction_sets` (list of str, what this processor can run, fastest first),
-        `instruction_set` (str, the one in use, or None; `STEN_CPU=avx512|avx2|portable` in the environment chooses it)
+        `instruction_set` (str, the one in use, or None; `STEN_CPU=amx|avx512|avx2|portable` in the environment chooses)
         and `bfloat16` (bool, whether it multiplies bfloat16).
     """
     if not available():
@@ -51,7 +51,9 @@ def features():
 
 
 def set_instruction_set(name):
-    """Set the instruction set of the kernels: "avx512", "avx2", "portable", or "auto" for the fastest.
+    """Set the instruction set of the kernels: "amx", "avx512", "avx2", "portable", or "auto" for the fastest.
+
+    "amx" is "avx512" with products of bfloat16 in AMX's tiles.
 
     Raises:
         ValueError: the name is unknown, or this processor cannot run it.

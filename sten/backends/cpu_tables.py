@@ -58,7 +58,7 @@ def table_of(shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> str | 
     most 32 entries within 256 columns. Both are compared with panels, whose cost is that of the entries.
     """
     features, density, tokens = cpp.features(), (flags.entries or 0) / max(1, math.prod(shape)), flags.tokens
-    if not tokens or features["instruction_set"] != "avx512":
+    if not tokens or features["instruction_set"] not in ("amx", "avx512"):
         return None
     if dtype is torch.float32:
         return "bits" if (density >= 0.22 if tokens == 1 else tokens <= 28 * density - 2) else None
