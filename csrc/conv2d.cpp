@@ -1,4 +1,4 @@
-// A direct convolution by a weight whose bands of rows are lists of columns, or CSR.
+// A direct convolution by a sparse weight: rows in bands (CSR, FanIn, VectorNM, BSR), or GroupedNM.
 //
 // A tile is a few rows of an output image, or a window of their columns, in up to eight vectors. What it needs of the
 // input is copied to a panel that fits the first-level cache, a block of channels at a time; then every entry of the
@@ -20,6 +20,25 @@ constexpr int64_t kTileColumns = 2;      // vectors: the taller a tile, the fewe
 constexpr int64_t kLeastTiles = 2;       // from which on deriving the offsets pays
 constexpr int64_t kLeastEntries = 16;    // of a row in a block, or reading and writing the sums would take longer
 
+// What the driver asks of a weight, whichever its format.
+struct Sizes {
+  double entries;
+  int64_t columns, bands, offsets;    // with padding; lists or rows of blocks; of all entries
+  int64_t unit;                       // rows that are better not divided
+  bool single_columns;    // an entry is one column, so that its offset can be looked up
+  bool single_rows;       // no two rows have the same columns, so that a row can be computed by blocks of channels
+};
+
+Sizes sizes_of(const Bands& w) {
+  const int64_t bands = w.bands(), offsets = w.crow ? w.crow[bands] * w.width : bands * w.count;
+  return {entries(w), w.columns, bands, offsets, kUnit, w.width == 1, w.width == 1 && w.height == 1};
+}
+
+Sizes sizes_of(const Grouped& w) {
+  const int64_t columns = w.chunks * w.columns();
+  return {entries(w), columns, 0, w.strips * columns, w.m, false, false};
+}
+
 struct Tiling {
   bool flat, derived;    // derived: the offset of every entry is computed once, and not looked up for every tile
   int64_t columns, windows;    // of a window, and how many there are; the last one may overlap
@@ -27,7 +46,7 @@ struct Tiling {
   int64_t pitch, panel_rows, plane;    // floats of a row, rows of a phase and floats of a channel in a panel
   int64_t channels, blocks;    // of a block
 
-  Tiling(const ConvShape& s, int64_t images, const Bands& w, bool inputs_last, int64_t width) {
+  Tiling(const ConvShape& s, int64_t images, int64_t groups, const Sizes& w, bool inputs_last, int64_t width) {
     const int64_t halo[] = {(s.kernel[0] - 1) * s.dilation[0] / s.stride[0],
                             (s.kernel[1] - 1) * s.dilation[1] / s.stride[1]};
     flat = s.out_w < width;
@@ -40,28 +59,27 @@ struct Tiling {
     panel_rows = rows + halo[0];
     plane = s.row_phases * s.column_phases * panel_rows * pitch;
     const int64_t bytes = s.channels * plane * static_cast<int64_t>(sizeof(float));
-    const int64_t each = (w.crow ? w.crow[w.rows] : w.rows * w.count) / std::max<int64_t>(1, w.rows);
-    derived = images * tiles * windows >= kLeastTiles;
-    blocks = inputs_last || !derived ? 1 : std::min(ceil_div(bytes, kPanelBytes), each / kLeastEntries);
+    const int64_t each = static_cast<int64_t>(w.entries) / std::max<int64_t>(1, groups * s.out);
+    derived = images * tiles * windows >= kLeastTiles || !w.single_columns;
+    blocks = inputs_last || !derived || !w.single_rows ? 1 : std::min(ceil_div(bytes, kPanelBytes), each / kLeastEntries);
     blocks = std::max<int64_t>(1, std::min(blocks, s.channels));
     channels = ceil_div(s.channels, blocks);
     blocks = std::max<int64_t>(1, ceil_div(s.channels, channels));
   }
 };
 
-// offset[column - first column of a block]; padding channels are the zeros behind the panel
-void fill_offsets(const ConvShape& s, const Tiling& t, const Bands& w, bool inputs_last, int32_t* offset) {
-  const int64_t positions = s.kernel[0] * s.kernel[1], step = inputs_last ? w.columns / std::max<int64_t>(1, positions) : 1;
+// offset[column - first column of a block]; columns of padding are the zeros behind the panel
+void fill_offsets(const ConvShape& s, const Tiling& t, int64_t columns, bool inputs_last, int32_t* offset) {
+  const int64_t positions = s.kernel[0] * s.kernel[1], step = inputs_last ? columns / positions : 1;
+  const auto zeros = static_cast<int32_t>(t.channels * t.plane);
+  if (t.blocks == 1) std::fill(offset, offset + columns, zeros);
   for (int64_t i = 0, at = 0; i < s.kernel[0]; ++i)
     for (int64_t j = 0; j < s.kernel[1]; ++j, ++at) {
       const int64_t row = i * s.dilation[0], column = j * s.dilation[1];
       const int64_t phase = row % s.stride[0] * s.column_phases + column % s.stride[1];
       const int64_t first = (phase * t.panel_rows + row / s.stride[0]) * t.pitch + column / s.stride[1];
-      if (inputs_last)
-        for (int64_t c = 0; c < step; ++c)
-          offset[at * step + c] = static_cast<int32_t>(c < s.channels ? c * t.plane + first : s.channels * t.plane);
-      else
-        for (int64_t c = 0; c < t.channels; ++c) offset[c * positions + at] = static_cast<int32_t>(c * t.plane + first);
+      for (int64_t c = 0; c < t.channels; ++c)
+        offset[inputs_last ? at * step + c : c * positions + at] = static_cast<int32_t>(c * t.plane + first);
     }
 }
 
@@ -81,7 +99,8 @@ int64_t place_vectors(const ConvShape& s, const Tiling& t, int64_t rows, int64_t
   return n;
 }
 
-// The offset of every entry, and where each band crosses from one block of columns to the next: begin[block][band].
+// The offset of every column of every entry, and where each band crosses from one block of columns to the next:
+// begin[block][band].
 void derive(const Bands& w, int64_t columns, int64_t blocks, const int32_t* table, int32_t* index, int32_t* begin,
             const Pool& pool) {
   const int64_t bands = w.bands(), tasks = std::max<int64_t>(1, std::min<int64_t>(pool.threads, bands));
@@ -95,6 +114,8 @@ void derive(const Bands& w, int64_t columns, int64_t blocks, const int32_t* tabl
         begin[b * bands + band] = static_cast<int32_t>(e);
         if (!index) break;
         const int64_t k0 = b * columns, k1 = b + 1 == blocks ? w.columns : k0 + columns;
+        if (w.width > 1)
+          for (; e < end; ++e) std::copy_n(table + col[e] * w.width, w.width, index + e * w.width);
         for (; e < end && col[e] < k1; ++e) index[skip + e] = table[col[e] - k0];
       }
       begin[blocks * bands + band] = static_cast<int32_t>(end);
@@ -102,29 +123,46 @@ void derive(const Bands& w, int64_t columns, int64_t blocks, const int32_t* tabl
   });
 }
 
+void derive(const Grouped& w, int64_t, int64_t, const int32_t* table, int32_t* index, int32_t*, const Pool& pool) {
+  const int64_t columns = w.columns(), chunk = w.strips * columns;
+  pool.each(w.chunks, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c)
+      for (int64_t i = c * chunk; i < (c + 1) * chunk; ++i) index[i] = table[c * columns + w.index[i]];
+  });
+}
+
+void multiply(const Bands& w, ConvBlock block, const Kernels& k) {
+  if (block.table) block.index = w.col;
+  k.conv_block(w, block);
+}
+void multiply(const Grouped& w, const ConvBlock& block, const Kernels& k) { k.conv_grouped(w, block); }
+
 }  // namespace
 
-void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const Bands& w,
-                bool inputs_last, const Kernels& k, Pool pool) {
+template <typename W>
+void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const W& w,
+              bool inputs_last, const Kernels& k, Pool pool) {
   const int64_t group_rows = s.out, positions = s.kernel[0] * s.kernel[1];
-  if (images == 0 || w.rows == 0 || s.out_h == 0 || s.out_w == 0) return;
+  if (images == 0 || groups * group_rows == 0 || s.out_h == 0 || s.out_w == 0) return;
   if (positions == 1 && s.stride[0] * s.stride[1] == 1 && s.padding[0] + s.padding[1] == 0) {
     s.w *= std::exchange(s.h, 1);    // one long row
     s.out_w *= std::exchange(s.out_h, 1);
   }
-  const Tiling t(s, images, w, inputs_last, k.width);
-  const double entries = w.crow ? w.crow[w.rows] : static_cast<double>(w.rows) * w.count;
-  pool.threads = useful_threads(pool.threads, entries * images * s.out_h * s.out_w);
-  const int64_t slack = kConvVectors * k.width, zeros = inputs_last ? t.plane : 0;
-  Scratch<int32_t> offsets(Role::index, inputs_last ? w.columns : t.channels * positions);
-  fill_offsets(s, t, w, inputs_last, offsets.get());
-  const int64_t bands = w.bands(), all = w.crow ? w.crow[bands] : bands * w.count;
-  Scratch<int32_t> index(Role::repacked, t.derived ? all : 0), cuts(Role::cuts, (t.blocks + 1) * bands);
-  derive(w, t.channels * positions, t.blocks, offsets.get(), t.derived ? index.get() : nullptr, cuts.get(), pool);
+  const Sizes sizes = sizes_of(w);
+  const Tiling t(s, images, groups, sizes, inputs_last, k.width);
+  pool.threads = useful_threads(pool.threads, sizes.entries * images * s.out_h * s.out_w);
+  const int64_t slack = kConvVectors * k.width, zeros = sizes.columns > s.channels * positions ? t.plane : 0;
+  Scratch<int32_t> offsets(Role::index, std::max(sizes.columns, t.channels * positions));
+  fill_offsets(s, t, sizes.columns, inputs_last, offsets.get());
+  const int64_t bands = sizes.bands;
+  Scratch<int32_t> derived(Role::repacked, t.derived ? sizes.offsets : 0), cuts(Role::cuts, (t.blocks + 1) * bands);
+  int32_t* index = t.derived ? derived.get() : nullptr;
+  const Pool few{useful_threads(pool.threads, static_cast<double>(sizes.offsets)), pool.run};
+  derive(w, t.channels * positions, t.blocks, offsets.get(), index, cuts.get(), few);
 
-  const int64_t image_tiles = images * groups * t.tiles;
-  const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, std::max<int64_t>(1, group_rows / kUnit));
-  const int64_t most_rows = ceil_div(ceil_div(group_rows, kUnit), pieces) * kUnit;
+  const int64_t image_tiles = images * groups * t.tiles, units = ceil_div(group_rows, sizes.unit);
+  const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, units);
+  const int64_t most_rows = ceil_div(units, pieces) * sizes.unit;
   pool.each(pieces * image_tiles, [&](int64_t begin, int64_t end) {
     Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + t.pitch + slack);
     Scratch<float> sums(Role::sums, most_rows * (t.flat ? slack + 1 : 1));
@@ -133,8 +171,9 @@ void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, con
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task % image_tiles / t.tiles, group = image % groups;
       const Range high = part(s.out_h, t.tiles, task % t.tiles);
-      const Range some = piece_rows(group_rows, pieces, task / image_tiles);
-      const int64_t r0 = group * group_rows + some.begin, r1 = group * group_rows + some.end;
+      const Range some = part(units, pieces, task / image_tiles);
+      const int64_t first = group * group_rows, r0 = first + some.begin * sizes.unit;
+      const int64_t r1 = first + std::min(some.end * sizes.unit, group_rows);
       if (r0 == r1) continue;
       for (int64_t r = r0; r < r1; ++r) start[r - r0] = bias ? bias[r] : 0.0f;
       const int64_t vectors = place_vectors(s, t, high.end - high.begin, k.width, x_at, y_at);
@@ -150,9 +189,9 @@ void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, con
           k.conv_load(s, read, from + c0 * s.h * s.w, count, panel.get());
           if (zeros) std::memset(panel.get() + count * t.plane, 0, (t.plane + slack) * sizeof(float));
           const int32_t* from_entry = cuts.get() + b * bands;
-          k.conv_block(w, {r0, r1, from_entry, from_entry + bands, t.derived ? index.get() : w.col,
-                           t.derived ? nullptr : offsets.get(), panel.get(), vectors, x_at, y_at, b ? nullptr : start,
-                           t.flat ? sums.get() : to + column, t.flat ? slack : size});
+          multiply(w, {r0, r1, from_entry, from_entry + bands, index, t.derived ? nullptr : offsets.get(), panel.get(),
+                       vectors, x_at, y_at, b ? nullptr : start, t.flat ? sums.get() : to + column, t.flat ? slack : size},
+                   k);
         }
         if (t.flat)
           k.conv_store(sums.get(), r1 - r0, high.end - high.begin, s.out_w, t.pitch, slack, to, size);
@@ -160,5 +199,10 @@ void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, con
     }
   });
 }
+
+template void convolve(ConvShape, int64_t, int64_t, const float*, const float*, float*, const Bands&, bool,
+                       const Kernels&, Pool);
+template void convolve(ConvShape, int64_t, int64_t, const float*, const float*, float*, const Grouped&, bool,
+                       const Kernels&, Pool);
 
 }  // namespace sten

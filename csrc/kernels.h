@@ -175,7 +175,7 @@ struct ConvWindow {
 struct ConvBlock {
   int64_t r0, r1;
   const int32_t *begin, *end;    // (bands,) positions as in BandRange
-  const int32_t *index, *table;  // index is shaped as col
+  const int32_t *index, *table;  // index is shaped as col, or without a table has `width` offsets for a block
   const float* panel;
   int64_t vectors;
   const int64_t *x_at, *y_at;
@@ -230,8 +230,9 @@ struct Kernels {
 
   // fills a panel with `channels` channels; may write a row and a vector beyond it
   void (*conv_load)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, float* panel);
-  // BSR has no such kernel
   void (*conv_block)(const Bands& w, const ConvBlock& block);
+  // the same, of all columns; the index is shaped as that of w
+  void (*conv_grouped)(const Grouped& w, const ConvBlock& block);
   // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
   void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
                      float* y, int64_t ld);
