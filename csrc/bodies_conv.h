@@ -43,6 +43,31 @@ STEN_FN void conv_store(const float* sums, int64_t rows, int64_t height, int64_t
       store_first(y + r * ld + h * columns, load(sums + r * ls + h * pitch), columns);
 }
 
+STEN_FN void conv_load_spread(const ConvShape& s, const ConvWindow& b, const float* x, int64_t channels, int64_t spread,
+                              float* rows, float* panel) {
+  const int64_t vectors = (b.pitch - spread * kWidth) + spread, count = s.row_phases * b.rows;
+  for (int64_t c = 0; c < channels; ++c, x += s.h * s.w) {
+    conv_load(s, b, x, 1, rows);
+    for (int64_t t = 0; t < count; ++t, panel += vectors * kWidth)
+      for (int64_t v = 0; v < vectors; v += spread) {
+        const float* from = rows + t * b.pitch + v;
+        if (spread == 1) store(panel + v * kWidth, load(from));
+        else split_pairs(from, panel + v * kWidth, panel + (v + 1) * kWidth);
+      }
+  }
+}
+
+STEN_FN void conv_store_spread(const float* sums, int64_t rows, int64_t height, int64_t spread, int64_t ls, float* y,
+                               int64_t step, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = 0; h < height; ++h) {
+      const float* from = sums + r * ls + h * spread * kWidth;
+      float* to = y + r * ld + h * step;
+      if (spread == 1) store(to, load(from));
+      else join_pairs(from, from + kWidth, to);
+    }
+}
+
 // What an entry multiplies, from the place of a vector in the panel on: the offset itself, or that of its column.
 template <bool kTable>
 STEN_INLINE int64_t offset_of(const ConvBlock& b, const int32_t* index, int64_t e) {

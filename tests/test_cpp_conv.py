@@ -91,7 +91,7 @@ def test_fuzz(instruction_set, poisoned, seed):
 def test_many_channels(instruction_set, poisoned):
     """Several blocks of channels, whose sums are kept in the output or beside it."""
     torch.manual_seed(0)
-    for size in ((3, 3), (9, 40), (2, 120)):
+    for size in ((3, 3), (9, 40), (2, 120), (10, 16)):
         weight = random_weight(sten.CSR(), (17, 200, 3, 3), 0.7)
         assert_conv(torch.randn(3, 200, *size), weight, torch.randn(17), padding=1)
         weight = random_weight(sten.CSR(), (17, 200, 1, 1), 0.5)
