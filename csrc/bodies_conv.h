@@ -223,7 +223,7 @@ STEN_FN void conv_block(const Bands& w, const ConvBlock& b) {
   conv_block_t<false>(w, b);
 }
 
-constexpr int64_t kRunColumns = 32;    // of a pattern together
+constexpr int64_t kRunColumns = 64;    // of a pattern together
 
 // The sums of a pattern's rows are written after a few chunks, and read again for the next pattern that has the row: the
 // values are read almost in order, and what they multiply stays in the first-level cache. A few vectors at a time: of

@@ -14,11 +14,13 @@ void check_conv(const Kernels& k, const ConvShape& s, int64_t images, int64_t gr
     const int64_t q = i % ow, p = i / ow % oh, r = i / (ow * oh) % rows, image = i / (ow * oh * rows);
     double sum = bias[r], scale = std::abs(sum);
     for (int64_t e = 0; e < s.channels * positions; ++e) {
+      const double value = dense[r * s.channels * positions + e];
+      if (value == 0.0) continue;
       const int64_t a = p * s.stride[0] - s.padding[0] + e % positions / s.kernel[1] * s.dilation[0];
       const int64_t b = q * s.stride[1] - s.padding[1] + e % s.kernel[1] * s.dilation[1];
       if (a < 0 || a >= s.h || b < 0 || b >= s.w) continue;
       const int64_t channel = (image * groups + r / s.out) * s.channels + e / positions;
-      const double product = dense[r * s.channels * positions + e] * x[(channel * s.h + a) * s.w + b];
+      const double product = value * x[(channel * s.h + a) * s.w + b];
       sum += product;
       scale += std::abs(product);
     }
