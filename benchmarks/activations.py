@@ -143,27 +143,68 @@ def autoencoder(args) -> list[dict]:
         first, sparse = measure(args, run, [None])
         print(f"{name}: dense {first:.0f} us, sparse {sparse:.0f}: {first / sparse:.1f} x ({plan.variant})")
         results.append({"name": name, "dense": first, "sparse": sparse})
-    x, models = torch.randn(tokens, WIDTH, device=args.device, dtype=dtype), []
-    for sparse in (False, True):
+    return results + training_steps(torch.randn(tokens, WIDTH, device=args.device, dtype=dtype), latents, args)
+
+
+def training_steps(x: torch.Tensor, latents: int, args) -> list[dict]:
+    """A step with SGD: dense and sparse, on a GPU also dense compiled, and each recorded in a CUDA graph."""
+
+    def make(sparse: bool, compiled: bool = False):
         torch.manual_seed(0)
-        model = Autoencoder(latents, WIDTH, sparse).to(args.device, dtype)
-        models.append((model, torch.optim.SGD(model.parameters(), lr=1e-3)))
+        model = Autoencoder(latents, WIDTH, sparse).to(x)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        loss = (model(x) - x).square().mean()
-        loss.backward()
-        optimizer.step()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        return loss.item()
+        def loss_of(x):
+            return (model(x) - x).square().mean()
 
-    losses = [step(*pair) for pair in models * 2]
-    if abs(losses[2] - losses[3]) > 1e-2 * losses[2]:
-        sys.exit(f"a step: losses {losses[2]} and {losses[3]}; a wrong result is not timed")
-    first, sparse = in_turn([lambda pair=pair: step(*pair) for pair in models], args.seconds, args.clock)
-    print(f"a training step: dense {first:.0f} us, sparse {sparse:.0f}: {first / sparse:.2f} x")
-    return [*results, {"name": "a training step", "dense": first, "sparse": sparse}]
+        loss_of = torch.compile(loss_of) if compiled else loss_of
+
+        def step():
+            optimizer.zero_grad()
+            loss = loss_of(x)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step
+
+    def to_the_end(step):
+        def call():
+            step()
+            if x.is_cuda:
+                torch.cuda.synchronize()
+
+        return call
+
+    steps = {"dense": make(False), "sparse": make(True)}
+    if x.is_cuda:
+        steps["dense, compiled"] = make(False, compiled=True)
+    losses = {name: [step().item() for _ in range(2)] for name, step in steps.items()}
+    if any(abs(each[1] - losses["dense"][1]) > 1e-2 * losses["dense"][1] for each in losses.values()):
+        sys.exit(f"a step: losses {losses}; a wrong result is not timed")
+    if x.is_cuda:
+        steps |= {f"{name}, in a CUDA graph": recorded(step) for name, step in steps.items()}
+    times = in_turn([*map(to_the_end, steps.values())], args.seconds, args.clock)
+    times = dict(zip(steps, times, strict=True))
+    for name, own in times.items():
+        graph = name.endswith("graph")
+        first = min(taken for other, taken in times.items() if "dense" in other and other.endswith("graph") == graph)
+        print(f"a training step, {name}: {own:.0f} us, {first / own:.2f} x the best dense one")
+    return [{"name": f"a training step, {name}", "microseconds": own} for name, own in times.items()]
+
+
+def recorded(step):
+    """A training step as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def minilm_tokens(args) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from gpu_rivals import Float8, Int4
+from torch.nn import functional as F
 
 import sten
 
@@ -22,8 +23,8 @@ TINY = {
 }  # fmt: skip
 
 
-def plans(tiny: bool) -> dict[str, tuple]:
-    """{name: (layout of the MLP, layout of the other linear layers, sparsity)}."""
+def plans(tiny: bool) -> dict[str, tuple | sten.TopK]:
+    """{name: (layout of the MLP, layout of the other linear layers, sparsity), or what the inputs of the MLP keep}."""
     vector = sten.VectorNM(1, 4, 16 if tiny else 128)
     blocks = sten.BSR(block=(16, 16) if tiny else (128, 128))
     return {
@@ -32,6 +33,8 @@ def plans(tiny: bool) -> dict[str, tuple]:
         "16:32": (sten.NM(16, 32), sten.NM(16, 32), None),
         "vector-mlp+2:4": (vector, sten.NM(2, 4), None),
         "bsr80-mlp": (blocks, None, 0.8),
+        "inputs50-mlp": sten.TopK(0.5),
+        "inputs70-mlp": sten.TopK(0.3),
     }
 
 
@@ -66,10 +69,38 @@ def copy_of(model, shared: set[str]):
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
-def sparsified(model, plan: tuple, chosen: dict[str, bool], **keywords):
+def sparsified(model, plan, chosen: dict[str, bool], **keywords):
+    if isinstance(plan, sten.TopK):
+        return sparse_inputs(model, plan, chosen)
     mlp, other, sparsity = plan
     layouts = {model.get_submodule(name): mlp if in_mlp else other for name, in_mlp in chosen.items()}
     return sten.sparsify(model, layouts, sparsity=sparsity, **keywords)
+
+
+def sparse_inputs(model, method: sten.TopK, chosen: dict[str, bool]):
+    names = [name for name, in_mlp in chosen.items() if in_mlp]
+    for name in names:  # input-major: what an entry of the input reads is contiguous
+        weight = model.get_submodule(name).weight
+        weight.data = weight.data.t().contiguous().t()
+    return sten.sparsify(model, sten.FanIn(), method, site="input", modules=names)
+
+
+def worst_product(model, chosen: dict[str, bool], inputs: dict) -> float:
+    """The largest relative error of a layer with a sparse input, on the input that it gets: which entries are the
+    largest is decided by the last bits of the layers before it, so whole models cannot be compared."""
+    errors = []
+
+    def compare(layer, arguments, y):
+        x = arguments[0].to_dense().flatten(0, -2)
+        right = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+        errors.append(((y.flatten(0, -2).double() - right).norm() / right.norm()).item())
+
+    layers = [model.get_submodule(name) for name, in_mlp in chosen.items() if in_mlp]
+    hooks = [layer.register_forward_hook(compare) for layer in layers]
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return max(errors)
 
 
 def stored_bytes(model) -> int:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import autotune
-from .backend import INTERPRET
+from .backend import INTERPRET, backend
 from .launch import into_new, triton_launch
 from .operators import operator
 from .pdl import begin, overlap
@@ -25,13 +25,15 @@ from .tiles import power_of_two, wide
 
 
 @triton.jit
-def _load_entries(values_ptr, index_ptr, at, stop, BK: tl.constexpr, WIDE: tl.constexpr):
+def _load_entries(values_ptr, order_ptr, index_ptr, at, stop, K, BK: tl.constexpr, WIDE: tl.constexpr):
     """BK entries: their values, their rows, and which of them are there."""
     e = at + tl.arange(0, BK)
-    row = tl.load(index_ptr + e, mask=e < stop, other=0)
+    used = e < stop
+    slot = e if order_ptr is None else tl.load(order_ptr + e, mask=used, other=0).to(tl.int32)
+    row = slot // K if index_ptr is None else tl.load(index_ptr + e, mask=used, other=0)
     if WIDE:
         row = row.to(tl.int64)
-    return tl.load(values_ptr + e, mask=e < stop, other=0.0).to(tl.float32), row, e < stop
+    return tl.load(values_ptr + slot, mask=used, other=0.0).to(tl.float32), row, used
 
 
 @triton.jit
@@ -42,25 +44,34 @@ def _load_rows(w_ptr, row, used, o, O, EVEN: tl.constexpr):
 
 @triton.jit
 def _sum_rows(
-    values_ptr, crow_ptr, index_ptr, w_ptr, bias_ptr, y_ptr, K, O,
+    values_ptr, crow_ptr, order_ptr, index_ptr, w_ptr, bias_ptr, sums_ptr, y_ptr, K, O,
     BK: tl.constexpr, BO: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token and BO outputs per program. While rows are added, the next ones and the entries after those come."""
+    """One token and BO outputs per program. While rows are added, the next ones and the entries after those come.
+
+    ``order``: where the values of the entries are; without ``index`` their row of w is that number divided by K.
+    ``sums``: of the values of each token.
+    """
     begin(PDL)
     token, o = tl.program_id(0), tl.program_id(1) * BO + tl.arange(0, BO)
     if crow_ptr is None:
         start, stop = token * K, token * K + K
     else:
         start, stop = tl.load(crow_ptr + token), tl.load(crow_ptr + token + 1)
-    value, row, used = _load_entries(values_ptr, index_ptr, start, stop, BK, WIDE)
+    value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, start, stop, K, BK, WIDE)
     w = _load_rows(w_ptr, row, used, o, O, EVEN)
-    next_value, row, used = _load_entries(values_ptr, index_ptr, start + BK, stop, BK, WIDE)
-    acc = tl.zeros((BK, BO), tl.float32)
+    next_value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, start + BK, stop, K, BK, WIDE)
+    acc, total = tl.zeros((BK, BO), tl.float32), tl.zeros((BK,), tl.float32)
     for at in range(start, stop, BK):
         next_w = _load_rows(w_ptr, row, used, o, O, EVEN)
-        last_value, row, used = _load_entries(values_ptr, index_ptr, at + 2 * BK, stop, BK, WIDE)
+        last_value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, at + 2 * BK, stop, K, BK, WIDE)
         acc += value[:, None] * w.to(tl.float32)
+        if sums_ptr is not None:
+            total += value
         value, next_value, w = next_value, last_value, next_w
+    if sums_ptr is not None:
+        total_of_token = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
+        tl.store(sums_ptr + token, total_of_token, mask=tl.program_id(1) == 0)
     y = tl.sum(acc, 0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
@@ -135,10 +146,9 @@ def _rows_configs(tokens: int, each: int) -> list[dict]:
     return [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
 
 
-def _sums(values, crow, index, weight, bias, tokens: int):
-    """The prepared launch of linear, and of grad_weight as the product with S^T."""
+def _sums(values, crow, order, index, weight, bias, sums, tokens: int, count: int):
+    """The prepared launch of linear, and of grad_weight as the product with S^T; `count`: entries of a row of S."""
     outputs = weight.shape[1]
-    count = index.shape[-1] if crow is None else 0
     constants = {"WIDE": wide(weight), **overlap(weight)}
 
     def prepare(config):
@@ -149,9 +159,9 @@ def _sums(values, crow, index, weight, bias, tokens: int):
     y = weight.new_empty(tokens, outputs)
     if y.numel() == 0:
         return lambda *tensors: None
-    each = index.numel() // max(1, tokens)
+    each = values.numel() // max(1, tokens)
     key = (weight.dtype, power_of_two(tokens, 1, 4096), power_of_two(each, 1, 1 << 16), outputs, crow is None)
-    tensors = (values, crow, index, weight, bias, y)
+    tensors = (values, crow, order, index, weight, bias, sums, y)
     return autotune.pick("codes_linear", key, _rows_configs(tokens, each), prepare, tensors)
 
 
@@ -200,9 +210,12 @@ def _check(values, crow, index, weight, tokens: int):
 def linear(values, crow, index, weight, bias, tokens):
     """values, crow or None, index, weight (columns, O), bias -> (tokens, O). A last block may have fewer tokens."""
     _check(values, crow, index, weight, tokens)
-    sums = _shared_sums if values.dim() == 3 else _sums
-    launch = sums(values, crow, index, weight, bias, tokens)
-    return into_new(launch, values, (tokens, weight.shape[1]))
+    if values.dim() == 3:
+        launch = _shared_sums(values, crow, index, weight, bias, tokens)
+        return into_new(launch, values, (tokens, weight.shape[1]))
+    sums = _sums(values, crow, None, index, weight, bias, None, tokens, index.shape[-1] if crow is None else 0)
+    launch = into_new(sums, values, (tokens, weight.shape[1]))
+    return lambda values, crow, index, weight, bias: launch(values, crow, None, index, weight, bias, None)
 
 
 @operator(
@@ -240,32 +253,47 @@ def grad_values(grad, crow, index, weight):
     return call
 
 
-def by_columns(values, crow, index, columns: int):
-    """(values, crow, token) of the compressed rows of S^T; in a row, tokens ascend."""
-    index = index.contiguous()
-    if crow is None:
-        token = None
-    else:
+def by_columns(crow, index, columns: int):
+    """(starts, order, token): the entries of S by columns, as ``grad_weight`` takes them.
+
+    Those of column c are ``order[starts[c]:starts[c + 1]]``, places in the values, of tokens that ascend; ``token`` has
+    their tokens, and is None of lists.
+    """
+    index, token = index.flatten(), None
+    if crow is not None:
         slots = torch.arange(index.numel(), device=index.device, dtype=crow.dtype)
         token = torch.searchsorted(crow, slots, right=True, out_int32=True) - 1
         index = index.masked_fill(slots >= crow[-1], columns)  # free slots come last
-    column, order = torch.sort(index.flatten(), stable=True)
+    column, order = torch.sort(index, stable=True)
     edges = torch.arange(columns + 1, device=index.device, dtype=index.dtype)
-    token = order.div(index.shape[-1], rounding_mode="floor").int() if token is None else token[order]
-    return values.flatten()[order], torch.searchsorted(column, edges, out_int32=True), token
+    starts = torch.searchsorted(column, edges, out_int32=True)
+    return starts, order, None if token is None else token[order]
 
 
 @operator(
-    "gpu_codes_grad_weight(Tensor values, Tensor? crow, Tensor index, Tensor grad, int columns) -> Tensor",
-    lambda values, crow, index, grad, columns: (columns, grad.shape[1]),
+    "gpu_codes_grad_weight(Tensor values, Tensor starts, Tensor order, Tensor? token, Tensor grad) -> (Tensor, Tensor)",
+    lambda values, starts, order, token, grad: [(starts.shape[0] - 1, grad.shape[1]), (starts.shape[0] - 1,)],
     strided=(),
 )
-def grad_weight(values, crow, index, grad, columns):
-    """values, crow or None, index, grad (tokens, O) -> (columns, O)."""
-    _check(values, crow, index, grad, len(grad))
-    if index.numel() == 0:
-        return lambda values, crow, index, grad: grad.new_zeros(columns, grad.shape[1])
-    sums = into_new(
-        _sums(*by_columns(values, crow, index, columns), grad, None, columns), values, (columns, grad.shape[1])
-    )
-    return lambda values, crow, index, grad: sums(*by_columns(values, crow, index, columns), grad, None)
+def grad_weight(values, starts, order, token, grad):
+    """values, what ``by_columns`` made of the pattern, grad (tokens, O >= 1) -> (columns, O), and the values' sums by
+    columns: the gradient of a bias whose gradient S is."""
+    columns = len(starts) - 1
+    if values.numel() != len(order) or (token is None and (values.dim() != 2 or len(values) != len(grad))):
+        got = f"got values {tuple(values.shape)} and order {tuple(order.shape)} of {len(grad)} tokens"
+        raise ValueError(f"Expected values (tokens, K) or, with token, (entries,), and their order, {got}.")
+    if grad.shape[1] == 0 or values.numel() >= 2**31:
+        got = f"got a gradient of shape {tuple(grad.shape)} and {values.numel()} entries"
+        raise ValueError(f"Expected at least one output and fewer than 2**31 entries, {got}.")
+    new, new_sums = backend.empty(grad, columns, grad.shape[1]), backend.empty(values, columns)
+    if values.numel() == 0 or columns == 0:
+        return lambda *tensors: (new().zero_(), new_sums().zero_())
+    count = values.shape[1] if token is None else 0
+    launch = _sums(values, starts, order, token, grad, None, new_sums(), columns, count)
+
+    def call(values, starts, order, token, grad):
+        out, sums = new(), new_sums()
+        launch(values, starts, order, token, grad, None, sums, out)
+        return out, sums
+
+    return call

@@ -1,4 +1,4 @@
-"""The columns of the largest magnitudes of each row of a dense matrix, in CUDA C++ (``cuda/top_columns.cu``)."""
+"""The entries of the largest magnitudes of each row of a dense matrix, in CUDA C++ (``cuda/top_columns.cu``)."""
 
 import math
 
@@ -27,26 +27,30 @@ def shared_bytes(warps: int) -> int:
 
 
 @operator(
-    "gpu_top_columns(Tensor x, int count) -> Tensor",
-    lambda x, count: (x.shape[0], count),
+    "gpu_top_columns(Tensor x, int count, bool relu) -> (Tensor, Tensor)",
+    lambda x, count, relu: 2 * [(x.shape[0], count)],
     strided=(),
-    dtype=torch.int32,
+    dtype=[None, torch.int32],
 )
-def top_columns(x, count):
-    """x (rows, columns) -> the columns of the ``count`` largest |x| of each row, ascending; NaN is lowest, and of equal
-    magnitudes the first ones are taken."""
+def top_columns(x, count, relu):
+    """x (rows, columns) -> (values, columns) of the ``count`` largest |x| of each row, the columns ascending, int32.
+
+    NaN is lowest, and of equal magnitudes the first ones are taken. ``relu``: of relu(x).
+    """
     rows, columns = x.shape
     if not 1 <= count <= columns:
         raise ValueError(f"Expected a count from 1 to the columns, got {count} of {columns}.")
     size, warps = x.element_size(), warps_for(count)
-    known = {"SIZE": size, "INF": INFINITY[x.dtype], "WARPS": warps}
+    known = {"SIZE": size, "INF": INFINITY[x.dtype], "WARPS": warps, "RELU": int(relu)}
     known["VECTOR"] = math.gcd(columns * size, x.data_ptr() or PIECE, PIECE) // size
     launch = nvrtc.cuda_launch("top_columns", (rows,), 32 * warps, shared_bytes(warps), **known)
+    dtype, device = x.dtype, x.device
 
     def call(x):
-        out = torch.empty(rows, count, dtype=torch.int32, device=x.device)
+        values = torch.empty(rows, count, dtype=dtype, device=device)
+        index = torch.empty(rows, count, dtype=torch.int32, device=device)
         if rows:
-            launch(x, out, columns, count)
-        return out
+            launch(x, values, index, columns, count)
+        return values, index
 
     return call

@@ -59,12 +59,12 @@ dispatch_modes = _fetch("dispatch_modes", "_C._len_torch_dispatch_stack", _one)
 function_modes = _fetch("function_modes", "_C._len_torch_function_stack", _one)
 transforms_active = _fetch("transforms_active", "_C._are_functorch_transforms_active", _one)
 tracing_state = _fetch("tracing_state", "_C._get_tracing_state", _one)
-profiler_enabled = _fetch("profiler_enabled", "_C._autograd._profiler_enabled", _one)
 global_hooks = _fetch("global_hooks", "nn.modules.module._has_any_global_hook", _one)  # of all modules
 is_zero_tensor = _fetch("is_zero_tensor", "Tensor._is_zerotensor", _yes)
 level = forward_ad if hasattr(forward_ad, "_current_level") else types.SimpleNamespace(_current_level=0)
 PATHS["_current_level"] = "autograd.forward_ad._current_level"
 
+profiler_enabled = _fetch("profiler_enabled", "_C._autograd._profiler_enabled", _one)  # then calls are named in it
 no_function = torch._C.DisableTorchFunctionSubclass  # documented, in "Extending PyTorch"
 autocast_somewhere = _fetch("autocast_somewhere", "_C._is_any_autocast_enabled", _one)  # then read for the device
 backward_pass = _fetch("backward_pass", "_C._current_graph_task_id", _minus_one)  # -1 outside: dense writes are refused
@@ -100,11 +100,12 @@ def refuse_tracing() -> None:
 
 
 def is_intercepted(w: Any, *operands: Any) -> bool:
-    """Whether a compiler, a mode, torch.func, a tracer, the profiler or forward AD has to see the operators of a call,
-    or an operand is more than its numbers (a subclass such as a fake tensor, a lazy negation).
+    """Whether a compiler, a mode, torch.func, a tracer or forward AD has to see the operators of a call, or an operand
+    is more than its numbers (a subclass such as a fake tensor, a lazy negation).
 
     If so, no Plan is looked up or stored, and operators go through torch's dispatcher. It runs before every call, so it
-    is written for speed. Reverse-mode autograd does not count.
+    is written for speed. Reverse-mode autograd does not count, nor does the profiler, which is to see what runs
+    without it.
 
     Args:
         w: the SparseTensor of the call, represented by its values.
@@ -116,7 +117,6 @@ def is_intercepted(w: Any, *operands: Any) -> bool:
         or function_modes()
         or transforms_active()
         or (tracing_state() is not None and refuse_tracing())
-        or profiler_enabled()
         or level._current_level >= 0
     ):
         return True

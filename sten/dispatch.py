@@ -9,15 +9,18 @@ are stored in its `PatternCache` (`w.cache.plans`), and hold no pointer to a pat
                  while a CUDA graph is captured) and runs it.
     prepared     after an earlier call, or `sten.which`. A call is one dictionary look-up, then `plan.run`.
     invalidated  after the pattern was written: `PatternCache.invalidate` cleared the plans. As absent.
-    intercepted  under a compiler, a mode, torch.func, the profiler or forward AD. Nothing is looked up or stored: each
-                 call prepares a Plan with `tokens=None`, which runs operators that these can see. Compilers and
-                 dispatch modes see one operator on the SparseTensor (`sten.ops.traceable`), which runs not intercepted.
+    intercepted  under a compiler, a mode, torch.func or forward AD. Nothing is looked up or stored: each call prepares
+                 a Plan with `tokens=None`, which runs operators that these can see. Compilers and dispatch modes see
+                 one operator on the SparseTensor (`sten.ops.traceable`), which runs not intercepted.
+
+Under torch.profiler the same Plans run, each in a range with its name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._torch_private import allows_tf32, exports_to_onnx, is_compiling, is_intercepted
+from ._torch_private import allows_tf32, exports_to_onnx, is_compiling, is_intercepted, profiler_enabled
 from .caller import refuse_shards, user_stacklevel, weight_name
 from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
@@ -71,7 +74,20 @@ def planned(
         key.append(allows_tf32())
     signature = tuple(key)
     plan = w.cache.plans.get(signature)
-    return _prepare_and_store(name, w, operands, geometry or {}, signature) if plan is None else plan
+    if plan is None:
+        plan = _prepare_and_store(name, w, operands, geometry or {}, signature)
+    return _named(plan) if profiler_enabled() else plan
+
+
+def _named(plan: Plan) -> Plan:
+    """The Plan in a range of the profiler."""
+    name = f"sten::{plan.product}: {plan.kernel}{f' [{plan.variant}]' if plan.variant else ''}"
+
+    def run(*operands: Any, **keywords: Any) -> Any:
+        with torch.profiler.record_function(name):
+            return plan.run(*operands, **keywords)
+
+    return plan if plan.run is None else dataclasses.replace(plan, run=run)
 
 
 def _prepare_and_store(name: str, w: SparseTensor, operands: tuple, geometry: dict[str, Any], signature: tuple) -> Plan:
@@ -128,7 +144,9 @@ def planned_input(name: str, x: SparseTensor, weight: Any, tokens: int | None) -
     size = weight.shape, weight.stride(), values.dtype, values.device
     signature = (name, KERNELS.version, shape, *size, share)
     plan = x.cache.plans.get(signature)
-    return _prepare_input(name, x, weight, tokens, signature) if plan is None else plan
+    if plan is None:
+        plan = _prepare_input(name, x, weight, tokens, signature)
+    return _named(plan) if profiler_enabled() else plan
 
 
 def _prepare_input(name: str, x: SparseTensor, weight: Any, tokens: int | None, signature: tuple) -> Plan:
@@ -167,7 +185,7 @@ def planned_together(
         key = tuple(key)
         plan = weights[0].cache.plans.get(key)
         if plan is not None:
-            return plan
+            return _named(plan) if profiler_enabled() else plan
     return _prepare_together(name, weights, x, biases, geometry, serves, key)
 
 

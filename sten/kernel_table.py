@@ -56,6 +56,9 @@ class Plan:
         variant: the chosen variant of the kernel, if it has several.
         reason: why this kernel and variant run.
         run: `run(*operands, **geometry)`: the operands of a kernel, a sparse one as its dictionary of parts.
+        derive: `derive(parts, shape)`, of linear_grad_weight with a sparse input: what the kernel derives from the
+            pattern of the input, which products of one pattern share: `run(*operands, derived=...)`. With `sums=True`
+            this also returns the sums of the input's columns.
 
     Example:
         >>> import torch, sten
@@ -71,9 +74,12 @@ class Plan:
     variant: str | None
     reason: str
     run: Callable[..., Any]
+    derive: Callable[..., Any] | None = None
 
     @classmethod
-    def of(cls, variant: str | None, reason: str, run: Callable[..., Any] | None) -> Plan:
+    def of(
+        cls, variant: str | None, reason: str, run: Callable[..., Any] | None, derive: Callable[..., Any] | None = None
+    ) -> Plan:
         """Make the Plan that a `prepare` function returns; `sten.extend.run` fills in the other attributes.
 
         Args:
@@ -81,6 +87,8 @@ class Plan:
                 implementation; `run` may be None then.
             reason: why this variant runs, for `sten.which`.
             run: `run(*operands, **geometry)`, a sparse operand as its dictionary of parts.
+            derive: `derive(parts, shape)`, where `run` takes what it returns as `derived=`, which it computes itself if
+                there is none, and `sums=`.
 
         Returns:
             A Plan whose `operator`, `layouts`, `device` and `kernel` are empty.
@@ -90,16 +98,22 @@ class Plan:
             >>> sten.extend.Plan.of("dense", "multiplies all entries", lambda x, weight, bias: x).variant
             'dense'
         """
-        return cls("", (), "", "", variant, reason, run)
+        return cls("", (), "", "", variant, reason, run, derive)
 
     def __str__(self) -> str:
         variant = f" [{self.variant}]" if self.variant else ""
-        return f"{self.operator}({', '.join(self.layouts)}) on {self.device}: {self.kernel}{variant}: {self.reason}"
+        return f"{self.product} on {self.device}: {self.kernel}{variant}: {self.reason}"
+
+    @property
+    def product(self) -> str:
+        """The operator and the layouts of its sparse operands."""
+        return f"{self.operator}({', '.join(self.layouts)})" if self.layouts else self.operator
 
     def _repr_html_(self) -> str:
         named = ("kernel", "variant", "reason")
-        what = f"{self.operator}({', '.join(self.layouts)}) on {self.device}"
-        return facts(what, {name: value for name in named if (value := getattr(self, name))})
+        return facts(
+            f"{self.product} on {self.device}", {name: value for name in named if (value := getattr(self, name))}
+        )
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_stored_and_finished(poisoned, method, layout, activation, dtype):
         scale = 2.0 if isinstance(method, sten.RandomFraction) else 1.0
         want = scale * mask * ((z > 0) | (activation == "none") | z.isnan())
         slopes = torch.ones_like(parts["values"]) if slopes is None else slopes
-        torch.testing.assert_close(layout.unpack({**parts, "values": slopes}, z.shape), want.to(dtype))
+        torch.testing.assert_close(layout.unpack({**parts, "values": slopes.to(dtype)}, z.shape), want.to(dtype))
         if not isinstance(method, sten.RandomFraction):
             end = end._replace(layout=None)
             before = z.clone()
@@ -121,7 +121,13 @@ def test_output_site_runs_inside(method, layout, bias):
         sparse, b = layer(bias), x.clone().requires_grad_()
         sten.sparsify(sparse, own, method, site="output", modules="")
         end = "in the epilogue, by one C++ pass" if own else "after it, by one C++ pass where no gradient is needed"
-        assert f"{method} {end}" in sten.which("linear", (7, 16), sparse).reason
+        sentence = sten.which("linear", (7, 16), sparse).reason.partition("; ")[2]
+        assert f"{method} {end}" in sentence and sentence.endswith(f"stored as {own}" if own else "dense with zeros")
+        for table in (sten.summary(sparse), sten.explain(sparse, x, seconds=0.001)):
+            assert f"output of the model: {sentence}" in str(table)
+        another = sparse.register_forward_hook(lambda *call: None, prepend=True)
+        assert f"output of the model: {method} after it, by" in str(sten.summary(sparse))
+        another.remove()
         with torch.no_grad():
             z = sparse(x)
             torch.testing.assert_close(z.to_dense() if own else z, y.detach())

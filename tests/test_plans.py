@@ -311,15 +311,8 @@ def test_private_names_of_torch():
         assert value is not None, f"torch.{path} ({name}) no longer exists: sten works, more slowly"
 
 
-def inspecting(kind):
-    if kind == "profiler":
-        return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    return torch.autograd.forward_ad.dual_level()
-
-
-@pytest.mark.parametrize("kind", ["profiler", "forward AD"])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_intercepted_calls_store_nothing(kind, recorded):
+def test_intercepted_calls_store_nothing(recorded):
     w, dense = make(CSR(), (7, 5))
     w = nn.Parameter(w, requires_grad=recorded)
     x, tokens = torch.randn(3, 5), []
@@ -329,12 +322,44 @@ def test_intercepted_calls_store_nothing(kind, recorded):
         tokens.append(flags.tokens)
         return None
 
-    with inspecting(kind):
+    with torch.autograd.forward_ad.dual_level():
         for _ in range(2):
             torch.testing.assert_close(F.linear(x, w), F.linear(x, dense))
     assert tokens == [None, None] and not w.cache.plans
     F.linear(x, w)
     assert tokens == [None, None, 3] and len(w.cache.plans) == 1
+
+
+def profiled(call):
+    """The result of a call, and the names in its profile."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = call()
+    return result, [event.name for event in profile.events()]
+
+
+@every_layout
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_profiler_sees_what_runs_without_it(layout, recorded):
+    w = nn.Parameter(make(layout, (8, 12))[0], requires_grad=recorded)
+    x = torch.randn(3, 12, requires_grad=recorded)
+
+    def call():
+        y = F.linear(x, w)
+        return torch.autograd.grad(y.sum(), (x, w)) if recorded else (y,)
+
+    with dispatch.observe() as seen:
+        exact = call()
+    exact, plans = [t.to_dense() for t in exact], [plan for *_, plan in seen]
+    assert len(plans) == (3 if recorded else 1)
+    call()
+    stored = dict(w.cache.plans)
+    got, names = profiled(call)
+    assert w.cache.plans == stored
+    for one, other in zip(got, exact, strict=True):
+        assert torch.equal(one.to_dense(), other)
+    for plan in plans:
+        variant = f" [{plan.variant}]" if plan.variant else ""
+        assert f"sten::{plan.operator}({layout}): {plan.kernel}{variant}" in names
 
 
 def test_fake_tensors_and_lazy_negations():

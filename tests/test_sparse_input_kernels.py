@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sten
 from sten.backends import cpp, sparse_input
@@ -100,6 +101,36 @@ def test_gradients_of_linear(layout):
         torch.testing.assert_close(got_bias, bias.grad)
         expected = layout.pack_like(dense.grad, x.parts)
         torch.testing.assert_close(sparse.grad.parts["values"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_profiler_sees_what_runs_without_it():
+    """And a dispatch mode, which sees every operator, a dense product."""
+    x, weight = activation(sten.CSR(), 40, 130), weight_of(100, 130).requires_grad_()
+    x.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(F.linear(x, weight).square().sum(), (x, weight))
+
+    exact = step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        got = step()
+    names = {event.key for event in profile.key_averages()}
+    for name in sparse_input.PRODUCTS:
+        assert f"sten::{name}(CSR()): sparse_input_{name} [codes]" in names
+    assert {"sten::codes_linear", "sten::codes_grad_values", "sten::codes_grad_weight"} <= names
+    assert all(torch.equal(one.to_dense(), other.to_dense()) for one, other in zip(got, exact, strict=True))
+
+    class Seen(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names = (*self.names, str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        y = F.linear(x, weight)
+    torch.testing.assert_close(y, F.linear(x.to_dense(), weight))
+    assert not any("codes" in name for name in seen.names)
 
 
 def test_without_tokens_or_entries():

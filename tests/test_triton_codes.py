@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from triton_cases import DEVICE, close, random
 
 import sten
 from sten.backends import sparse_input
-from sten.kernel_table import Flags
+from sten.kernel_table import KERNELS, Flags
 from sten.kernels import codes
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -30,6 +31,16 @@ def rows(tokens, columns, k, dtype):
     return torch.cat([dense[keep], random(2, dtype=dtype)]), crow, index, dense
 
 
+def grad_weight(values, crow, index, grad, columns):
+    """The product, once the sums of the columns are right."""
+    got, sums = codes.grad_weight(values, *codes.by_columns(crow, index, columns), grad)
+    stored = values.numel() if crow is None else int(crow[-1])
+    exact = values.new_zeros(columns, dtype=torch.float64)
+    exact.index_add_(0, index.flatten()[:stored].long(), values.flatten()[:stored].double())
+    close(sums, exact, values.dtype)
+    return got
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("make", [lists, rows])
 def test_products(make, dtype):
@@ -39,7 +50,7 @@ def test_products(make, dtype):
         bias = random(outputs, dtype=dtype) if number % 2 else None
         exact = dense.double() @ weight.double() + (0 if bias is None else bias.double())
         close(codes.linear(values, crow, index, weight, bias, tokens=tokens), exact, dtype)
-        close(codes.grad_weight(values, crow, index, grad, columns=columns), dense.double().t() @ grad.double(), dtype)
+        close(grad_weight(values, crow, index, grad, columns), dense.double().t() @ grad.double(), dtype)
         got = codes.grad_values(grad, crow, index, weight)
         stored = int(crow[-1]) if crow is not None else got.numel()
         token = (dense != 0).nonzero()[:, 0] if crow is not None else torch.arange(tokens).repeat_interleave(k)
@@ -71,10 +82,10 @@ def test_a_column_that_all_tokens_use():
     tokens = 200
     index = torch.full((tokens, 1), 3, dtype=torch.int32, device=DEVICE)
     values, grad = random(tokens, 1), random(tokens, 8)
-    got = codes.grad_weight(values, None, index, grad, columns=5)
+    got = grad_weight(values, None, index, grad, 5)
     close(got[3], values[:, 0].double() @ grad.double())
     assert (got[[0, 1, 2, 4]] == 0).all()
-    assert torch.equal(got, codes.grad_weight(values, None, index, grad, columns=5))
+    assert torch.equal(got, grad_weight(values, None, index, grad, 5))
 
 
 @pytest.mark.parametrize("make", [lists, rows])
@@ -83,7 +94,7 @@ def test_no_tokens(make):
     values, index = values[:0], index[:0]
     assert codes.linear(values, crow, index, random(8, 6), None, tokens=0).shape == (0, 6)
     assert codes.grad_values(random(0, 6), crow, index, random(8, 6)).shape == values.shape
-    assert torch.equal(codes.grad_weight(values, crow, index, random(0, 6), columns=8), torch.zeros(8, 6).to(DEVICE))
+    assert torch.equal(grad_weight(values, crow, index, random(0, 6), 8), torch.zeros(8, 6).to(DEVICE))
 
 
 def test_opcheck():
@@ -91,7 +102,7 @@ def test_opcheck():
     weight, grad = random(20, 8), random(4, 8)
     torch.library.opcheck(codes.linear.overload, (values, crow, index, weight, None, 4))
     torch.library.opcheck(codes.grad_values.overload, (grad, crow, index, weight))
-    torch.library.opcheck(codes.grad_weight.overload, (values, crow, index, grad, 20))
+    torch.library.opcheck(codes.grad_weight.overload, (values, *codes.by_columns(crow, index, 20), grad))
 
 
 def test_wrong_calls_raise():
@@ -103,6 +114,10 @@ def test_wrong_calls_raise():
         codes.linear(values, None, index, weight, None, tokens=5)
     with pytest.raises(ValueError, match="contiguous weight"):
         codes.linear(values, None, index, random(8, 20).t(), None, tokens=4)
+    with pytest.raises(ValueError, match=r"and order \(20,\) of 3 tokens"):
+        codes.grad_weight(values, *codes.by_columns(None, index, 20), random(3, 8))
+    with pytest.raises(ValueError, match="at least one output"):
+        codes.grad_weight(values, *codes.by_columns(None, index, 20), random(4, 0))
 
 
 @pytest.mark.parametrize("layout", [sten.FanIn(), sten.CSR(), sten.BSR((1, 1))], ids=str)
@@ -117,10 +132,82 @@ def test_plans_of_cuda(layout, monkeypatch):
     flags = Flags(6, x.parts["values"].numel(), torch.device("cuda"), geometry={"input_major": True})
 
     def run(name, *operands):
-        prepare = sparse_input.prepare_by(name, operators[name])
+        prepare = sparse_input.prepare_by(name, operators[name], "cuda")
         return prepare((layout, None), ((6, 40), (16, 40)), torch.float32, flags).run(*operands)
 
     close(run("linear", x.parts, weight, bias), dense @ weight.double().t() + bias.double())
     close(run("linear_grad_weight", grad, x.parts, weight), grad.double().t() @ dense)
     exact = layout.pack_like(grad.double() @ weight.double(), x.parts)
     close(run("linear_grad_sparse_input", grad, weight, x.parts), exact)
+
+
+@pytest.fixture
+def on_this_device(monkeypatch):
+    """The kernels of a GPU, also for the CPU of the interpreter, and where a dense product would be faster."""
+    monkeypatch.setattr(sparse_input, "OWN", dict.fromkeys(sparse_input.OWN, {None: 1.0}))
+    before = dict(KERNELS)
+    if DEVICE == "cpu":
+        sparse_input.register("cpu", sparse_input.cuda_operators(), "cuda")
+    yield
+    for key, entry in before.items():
+        if KERNELS[key] is not entry:
+            KERNELS[key] = entry
+
+
+class Autoencoder(torch.nn.Module):
+    def __init__(self, layout):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.decoder = torch.nn.Linear(8, 40), torch.nn.Parameter(torch.randn(40, 8))
+        how = {"out": (sten.TopK(3), layout), "activation": "relu", "inline": True}
+        self.encode = None if layout is None else sten.sparse_op(F.linear, **how)
+
+    def forward(self, x):
+        if self.encode is not None:
+            return self.encode(x, self.encoder.weight, self.encoder.bias) @ self.decoder
+        y = self.encoder(x).relu()
+        return y.where(sten.TopK(3).mask(y.detach(), {}, True), 0) @ self.decoder
+
+
+@pytest.mark.parametrize("layout", [sten.FanIn(), sten.CSR()], ids=str)
+def test_an_autoencoder_sorts_its_codes_once(layout, on_this_device):
+    """In a step, whose gradients are those of dense PyTorch."""
+    x = random(10, 8)
+    sparse, dense = (Autoencoder(each).to(DEVICE) for each in (layout, None))
+    for model in (sparse, dense):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            (model(x) - x).square().mean().backward()
+        names = [event.name for event in profile.events()]
+        if model is sparse:
+            assert names.count("aten::sort") == 1
+            assert sum("linear_grad_weight" in name and "[codes]" in name for name in names) == 2
+    for one, other in zip(sparse.parameters(), dense.parameters(), strict=True):
+        close(one.grad, other.grad.double())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_an_autoencoder_in_a_cuda_graph(on_this_device):
+    """A recorded step, replayed, changes the parameters as it does eagerly."""
+    x, models = random(10, 8), [Autoencoder(sten.FanIn()).to(DEVICE) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(models[0], optimizers[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(models[0], optimizers[0])
+    for _ in range(4):
+        graph.replay()
+    for _ in range(7):
+        step(models[1], optimizers[1])
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -116,6 +116,8 @@ def prepare(tokens, v, block, dtype=HALF):
     codes.linear.prepare(activation, None, index, torch.empty(I, O, dtype=HALF), None, tokens=tokens)
     codes.grad_values.prepare(grad, None, index, torch.empty(I, O, dtype=HALF))
     if tokens == 16:
+        starts, order = torch.zeros(I + 1, dtype=torch.int32), torch.zeros(tokens * 32, dtype=torch.int64)
+        codes.grad_weight.prepare(activation, starts, order, None, grad)
         shared, crow = torch.empty(32, tokens, 1, dtype=HALF), torch.tensor([0, 32], dtype=torch.int32)
         codes.linear.prepare(shared, crow, index[0], torch.empty(I, O, dtype=HALF), None, tokens=tokens)
     for n, m, g in ((1, 16, 16), (2, 4, 8), (1, 200, 2)):

@@ -222,25 +222,28 @@ def targets(results: Results) -> Iterator[tuple[str, bool | None, str]]:
 
 
 def trained_layouts() -> str:
-    """Of benchmarks/training/gpt.py --compare layouts: the loss by each method, and how fast the layout is."""
-    path = ROOT / "benchmarks" / "training" / "results" / "gpt-layouts.json"
-    content = json.loads(path.read_text()) if path.exists() else {"about": {}, "results": {}}
-    runs = content["results"]
+    """Of benchmarks/training/gpt.py --compare layouts: the loss by each method, and how fast the layout is.
+
+    Times are of short runs, one at a time; the pattern that a method finds does not matter to them, so of the runs of a
+    layout the least disturbed counts.
+    """
+    folder = ROOT / "benchmarks" / "training" / "results"
+    paths = [folder / name for name in ("gpt-layouts.json", "gpt-layouts-times.json")]
+    runs, timed = (json.loads(path.read_text())["results"] if path.exists() else {} for path in paths)
     methods = {"decaying ": "DecayingMask", "cast, teacher ": "CAST", "prune and grow ": "BlockPruneGrow"}
     layouts = dict.fromkeys(name.removeprefix(m) for name in runs for m in methods if name.startswith(m))
+    times = {"pattern_": "ms a step in the final pattern", "forward_": "ms a forward pass"}
 
-    times = {"": "ms a step, as trained", "pattern_": "ms a step in the final pattern", "forward_": "ms a forward pass"}
-    if content["about"].get("workers", 1) > 1:  # several on one device: no time is of one alone
-        times = {}
+    def loss(name: str) -> str:
+        losses = [run["loss"] for run in runs.get(name, [])]
+        return f"{statistics.mean(losses):.3f}" if losses else ""
 
-    def mean(names: list[str], what: str, form: str) -> str:
-        values = [run[what] for name in names for run in runs.get(name, []) if what in run]
-        deviation = f" ± {statistics.stdev(values):.3f}" if what == "loss" and len(values) > 1 else ""
-        return f"{statistics.mean(values):{form}}{deviation}" if values else ""
+    def least(names: list[str], what: str) -> str:
+        values = [run[f"{what}milliseconds"] for name in names for run in timed.get(name, [])]
+        return f"{min(values):.1f}" if values else ""
 
     def row(title: str, losses: list[str], names: list[str]) -> list[str]:
-        numbers = [mean(names, f"{what}milliseconds", ".1f") for what in times]
-        return [title, *(mean([name], "loss", ".3f") for name in losses), *numbers]
+        return [title, *(loss(name) for name in losses), *(least(names, what) for what in times)]
 
     rows = [row("dense", ["dense", "", ""], ["dense"])] if "dense" in runs else []
     rows += [row(layout, [m + layout for m in methods], [m + layout for m in methods]) for layout in layouts]

@@ -66,7 +66,9 @@ def recipes(
         table[f"set {at}"] = Recipe(lambda n: sten.SET(n, every=interval(n), stop=0.75), free, erk)
         table[f"rigl {at}"] = Recipe(lambda n: sten.RigL(n, every=interval(n)), free, erk)
         table[f"srigl {at}"] = Recipe(lambda n: sten.SRigL(n, every=interval(n)), sten.FanIn(), erk)
-    for layout in (sten.NM(2, 4), sten.NM(1, 4), sten.NM(1, 8)):
+    half = sten.Uniform(0.5)
+    table["gradual 50%"] = Recipe(lambda n: sten.Gradual(n // 10, 3 * n // 4, interval(n)), free, half)
+    for layout in (sten.NM(2, 4), sten.NM(16, 32), sten.NM(1, 4), sten.NM(1, 8)):
         at = f"{layout.n}:{layout.m}"
         table[f"magnitude {at}"] = Recipe(lambda n: sten.Magnitude(), layout, start=0.5)
         table[f"ste {at}"] = Recipe(lambda n: sten.STE(), layout)

@@ -1,4 +1,5 @@
-// x (rows, C) -> out (rows, K): the columns of the K largest magnitudes of each row, ascending. A CTA a row.
+// x (rows, C) -> values and out (rows, K): the entries of the K largest magnitudes of each row, and their columns, ascending.
+// A CTA a row.
 //
 // Keys are the bits of the magnitude plus one, 0 for NaN; of equal keys the first columns are taken. The K-th largest of the
 // threads' own maxima is a lower bound of the K-th largest key, which few entries reach: these candidates are compared with
@@ -6,7 +7,7 @@
 // and the columns are written as they are counted.
 //
 // Macros: WARPS; SIZE, bytes of an entry (2, 4); INF, the bits of infinity; VECTOR, entries of a load, of which a row has a
-// multiple. K <= C.
+// multiple; RELU, whether negative entries count as 0. K <= C.
 #include "common.cuh"
 
 constexpr int THREADS = WARPS * 32, MOST = 1024;
@@ -17,8 +18,16 @@ typedef u16 Bits;
 #endif
 struct alignas(VECTOR * SIZE) Entries { Bits bits[VECTOR]; };
 
+constexpr u32 MAGNITUDE = SIZE == 4 ? 0x7fffffff : 0x7fff;
+
+// An entry as it is stored: of a negative one, with RELU, the bits of 0.
+__device__ __forceinline__ Bits stored(Bits bits) {
+  const u32 magnitude = bits & MAGNITUDE;
+  return RELU && bits > magnitude && magnitude <= INF ? 0 : bits;
+}
+
 __device__ __forceinline__ int key(const Entries& entries, int i) {
-  const u32 magnitude = entries.bits[i] & (SIZE == 4 ? 0x7fffffff : 0x7fff);
+  const u32 magnitude = stored(entries.bits[i]) & MAGNITUDE;
   return magnitude > INF ? 0 : (int)magnitude + 1;
 }
 
@@ -36,14 +45,15 @@ __device__ __forceinline__ int sum_before(int mine, int* sums) {
   return sums[threadIdx.x] - mine;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) top_columns(const void* x, int* out, int C, int K) {
+extern "C" __global__ void __launch_bounds__(THREADS) top_columns(const void* x, Bits* values, int* out, int C, int K) {
   extern __shared__ __align__(16) char memory[];
   wait_for_kernel_before();
   let_next_kernel_start();
   const Entries* row = (const Entries*)((const char*)x + (size_t)blockIdx.x * C * SIZE);
   const int thread = threadIdx.x, loads = C / VECTOR;
   int *sums = (int*)memory, *keys = sums + THREADS, *columns = keys + MOST, *kept = columns + MOST, *number = kept + MOST;
-  out += (size_t)blockIdx.x * K;
+  values += (size_t)blockIdx.x * K, out += (size_t)blockIdx.x * K;
+  auto write = [&](int place, int column) { out[place] = column, values[place] = stored(((const Bits*)row)[column]); };
 
   int highest = -1;
 #pragma unroll 4
@@ -87,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_columns(const void* x,
     for (int at = thread; at < K; at += THREADS) {
       int place = 0;
       for (int i = 0; i < K; i++) place += kept[i] < kept[at];
-      out[place] = kept[at];
+      write(place, kept[at]);
     }
     return;
   }
@@ -120,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) top_columns(const void* x,
     int place = written + sum_before(keep, sums);
     written += sums[THREADS - 1];
     for (int i = 0, t = tie; i < VECTOR && there; i++)
-      if (taken(i, t)) out[place++] = (first + thread) * VECTOR + i;
+      if (taken(i, t)) write(place++, (first + thread) * VECTOR + i);
     ties = max(ties - all, 0);
   }
 }

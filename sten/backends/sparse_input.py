@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,11 +64,18 @@ def singles_back(values: Tensor, blocks: bool) -> Tensor:
 
 def cuda_operators() -> tuple[Callable, Callable, Callable]:
     codes = kernels.codes
+    linear, grad_values, grad_weight = codes.linear.direct, codes.grad_values.direct, codes.grad_weight.direct
+
     return (
-        lambda *tensors_height, tokens: codes.linear(*tensors_height[:-1], tokens=tokens),
-        lambda grad, *pattern, height, blocks: singles_back(codes.grad_values(grad, *pattern), blocks),
-        lambda values, *rest, height, columns: codes.grad_weight(singles(values), *rest, columns=columns),
+        lambda *tensors_height, tokens: linear(*tensors_height[:-1], tokens),
+        lambda grad, *pattern, height, blocks: singles_back(grad_values(grad, *pattern), blocks),
+        lambda values, by_columns, grad: grad_weight(singles(values), *by_columns, grad),
     )
+
+
+def by_columns(input: Parts, shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+    """What the kernel of linear_grad_weight for CUDA derives from a pattern."""
+    return kernels.codes.by_columns(input.get("crow"), input["index" if "index" in input else "col"], shape[1])
 
 
 # `run` of the three products
@@ -104,6 +112,19 @@ def grad_weight(operator: Callable, height: int, tokens: int, columns: int) -> C
     return run
 
 
+def grad_weight_by_columns(operator: Callable, tokens: int, columns: int) -> Callable[..., Any]:
+    """The same on CUDA; with `sums` also those of the columns."""
+
+    def run(grad: Tensor, input: Parts, weight: Tensor, derived: Any = None, sums: bool = False) -> Any:
+        row = stored_tokens(input, tokens)
+        grad = grad.contiguous() if row is None else grad.index_select(0, row)
+        derived = by_columns(input, (tokens, columns)) if derived is None else derived
+        product, of_columns = operator(input["values"].contiguous(), derived, grad)
+        return (product.t(), of_columns) if sums else product.t()
+
+    return run
+
+
 PRODUCTS = {"linear": linear, "linear_grad_sparse_input": grad_values, "linear_grad_weight": grad_weight}
 
 
@@ -127,9 +148,10 @@ def why_dense(name: str, layout: Layout, shape: tuple, dtype: torch.dtype, flags
     return f"expands the input to dense: {use} and above {limit:g} a dense product is faster"
 
 
-def prepare_by(name: str, operator: Callable) -> Callable[..., Plan]:
+def prepare_by(name: str, operator: Callable, device: str) -> Callable[..., Plan]:
     """The `prepare` of a product by the operator of a device."""
     reference, make = OPERATORS[name].reference, PRODUCTS[name]
+    on_columns = device == "cuda" and name == "linear_grad_weight"
 
     def prepare(layout: tuple, shape: tuple, dtype: torch.dtype, flags: Flags) -> Plan:
         why = why_dense(name, layout[0], shape, dtype, flags)
@@ -138,19 +160,21 @@ def prepare_by(name: str, operator: Callable) -> Callable[..., Plan]:
         height = layout[0].tile(shape[0])[0]  # the tokens that share their entries
         share = flags.entries / max(1, math.prod(shape[0]))
         reason = f"reads only the rows of the input-major weight that the input uses: about {share:.2g} of them"
+        if on_columns:
+            return Plan.of("codes", reason, grad_weight_by_columns(operator, *shape[0]), by_columns)
         return Plan.of("codes", reason, make(operator, height, *shape[0]))
 
     prepare.__name__ = f"sparse_input_{name}"
     return prepare
 
 
-def register(device: str, operators: tuple[Callable, Callable, Callable]) -> None:
+def register(device: str, operators: tuple[Callable, Callable, Callable], kernels_of: str) -> None:
     for name, operator in zip(PRODUCTS, operators, strict=True):
         for layout in (FanIn, CSR, BSR):
-            kernel(name, input=layout, device=device, prepare=True)(prepare_by(name, operator))
+            kernel(name, input=layout, device=device, prepare=True)(prepare_by(name, operator, kernels_of))
 
 
 if cpp.available():
-    register("cpu", cpu_operators())
+    register("cpu", cpu_operators(), "cpu")
 if kernels.available():
-    register("cuda", cuda_operators())
+    register("cuda", cuda_operators(), "cuda")

@@ -27,7 +27,7 @@ class InlineForward:
 
     def __call__(self, input: Tensor) -> Tensor:
         module, site = self.module, self.site
-        if is_compiling() or global_hooks() or next(iter(module._forward_hooks)) != site.handles[0].id:
+        if is_compiling() or global_hooks() or not self.comes_first():
             return type(module).forward(module, input)
         if site.layout is not None:
             weight, bias = module.weight, module.bias
@@ -42,10 +42,15 @@ class InlineForward:
         vars(y)["finished_by"] = site
         return y
 
+    def comes_first(self) -> bool:
+        """Whether the site's hook is the first that sees the output."""
+        return next(iter(self.module._forward_hooks), None) == self.site.handles[0].id
+
     def describe(self) -> str:
-        """For `sten.which`: what happens to the product."""
+        """For `sten.which` and `sten.summary`: what happens to the product."""
         weight, site = self.module.weight, self.site
-        z, inside = weight.new_empty(1, weight.shape[0]), site.layout is not None and type(weight) in PLAIN_TENSORS
+        inside = site.layout is not None and type(weight) in PLAIN_TENSORS and self.comes_first()
+        z = weight.new_empty(1, weight.shape[0])
         return site.epilogue(self.module).describe(z, tile_tokens(len(weight), weight.device) if inside else None)
 
 

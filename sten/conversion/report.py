@@ -85,7 +85,7 @@ class Table(Tabular):
         return ["total", "", "", density, size, "", *("" for _ in self._measured()), ratio]
 
     def notes(self) -> list[str]:
-        return [self.chosen(), *map(str, self.sites)]
+        return [self.chosen(), *(site.described() for site in self.sites)]
 
     def dim(self) -> list[bool]:
         return [bool(row.why) for row in self.rows]

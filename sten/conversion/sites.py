@@ -50,6 +50,7 @@ class Site:
         param, hook: of grad_weight, the Parameter that is hooked, and what removes that.
         frozen: whether it is not hooked, since it does not train; compilers read this, not the hook.
         plans: the Plans of operators that read its activations, whose patterns are new at each call.
+        inline: of the output of a linear layer, the forward that sparsifies it inside the product.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Site:
     hook: Any = field(default=None, repr=False)
     frozen: bool = False
     plans: dict = field(default_factory=dict, repr=False)
+    inline: InlineForward | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return f"{self.where}: {self.method}, {'dense with zeros' if self.layout is None else self.layout}"
@@ -71,6 +73,10 @@ class Site:
     def where(self) -> str:
         """In messages."""
         return f"{self.kind} of {self.name or 'the model'}"
+
+    def described(self) -> str:
+        """As `str`, and what runs inside the product."""
+        return str(self) if self.inline is None else f"{self.where}: {self.inline.describe()}"
 
     def keep(self, module: nn.Module, state: dict[str, Tensor]) -> None:
         """Give the module the method's tensors."""
@@ -94,7 +100,7 @@ class Site:
         elif self.kind == "output":
             self.handles.append(after(self.sparsify_output))
             if can_be_inline(module, self):
-                module.__dict__["forward"] = InlineForward(module, self)
+                module.__dict__["forward"] = self.inline = InlineForward(module, self)
         elif self.kind == "grad_output":
             self.handles.append(after(self.change_grad_output, prepend=True))
         else:
@@ -108,7 +114,7 @@ class Site:
             handle.remove()
         if self.hook is not None:
             self.hook.remove()
-        if isinstance(forward := vars(module).get("forward"), InlineForward) and forward.site is self:
+        if self.inline is not None and vars(module).get("forward") is self.inline:
             del module.__dict__["forward"]
         for name in self.state:
             delattr(module, self.full(name))
@@ -179,7 +185,7 @@ class Site:
     def epilogue(self, module: nn.Module, activation: str | None = None) -> Epilogue:
         """What happens to an activation at the site, for the operator that computes it."""
         state = {name: getattr(module, self.full(name)) for name in self.state}
-        return Epilogue(self.method, state, module.training, self.layout, activation or "none")
+        return Epilogue(self.method, state, module.training, self.layout, activation or "none", self.plans)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """A gradient as the method leaves it, in the layout."""

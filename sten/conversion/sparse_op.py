@@ -63,7 +63,7 @@ class SparseOp(nn.Module):
         return (input, weight, bias) if runs_inline(input, weight, bias, self.out.layout) else None
 
     def extra_repr(self) -> str:
-        end = f"{'' if self.activation is None else f'{self.activation} and '}{self.out.method}" if self.inline else ""
+        end = self.out.epilogue(self, self.activation) if self.inline else None
         how = [f"inline: {end} in the epilogue of linear, whose output is never stored dense"] if self.inline else []
         return "\n".join([*(str(site) for site in (self.out, self.grad) if site is not None), *how])
 

@@ -112,7 +112,7 @@ class Explanation(markup.Tabular):
             found.append("The rounds differ much: the machine has other load. Measure again on a quiet one.")
         if self.densified:
             found.append(f"made dense: {', '.join(self.densified)}")
-        return found + [str(site) for site in self.sites]
+        return found + [site.described() for site in self.sites]
 
     def in_short(self) -> str:
         """How many sparse layers are worth keeping, in one sentence."""

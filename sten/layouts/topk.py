@@ -54,7 +54,7 @@ def largest_columns(x: Tensor, count: int) -> Tensor | None:
     if device == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and hasattr(torch.ops.sten, "codes_topk"):
         return torch.ops.sten.codes_topk(x.contiguous(), count).long()
     if device == "cuda" and kernels.available() and kernels.top_columns.takes(x):
-        return kernels.top_columns.top_columns(x.contiguous(), count=count).long()
+        return kernels.top_columns.top_columns(x.contiguous(), count=count, relu=False)[1].long()
     return None
 
 

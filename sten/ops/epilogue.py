@@ -63,20 +63,37 @@ class Kept(NamedTuple):
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the device has kernels for rows of this dtype."""
+    """Whether the CPU has kernels for rows of this dtype."""
     return x.device.type == "cpu" and x.dtype in DTYPES and hasattr(torch.ops.sten, "compress")
+
+
+def selects_on_gpu(x: Tensor, kept: Kept, activation: str) -> bool:
+    """Whether a GPU has a kernel that stores what is kept of activation(x)."""
+    return x.is_cuda and kept.rule == "row" and activation in ("none", "relu") and kernels.top_columns.takes(x)
 
 
 def compressed(
     z: Tensor, kept: Kept, layout: Layout, activation: str = "none", before: bool = False
-) -> tuple[Parts, Tensor]:
-    """The parts of activation(z) at what is kept, by the kernel, and there z itself (`before`)."""
+) -> tuple[Parts, Tensor | None]:
+    """The parts of activation(z) at what is kept, by the kernel, and there z itself (`before`; on the CPU)."""
     z = z.detach().contiguous()
+    if z.is_cuda:
+        return selected(z, kept.count, layout, activation == "relu"), None
     uniform = torch.rand_like(z, dtype=torch.float32) if kept.rule == "random" else None
     values, crow, col, z_kept = torch.ops.sten.compress.default(
         z, NUMBERS[activation], *kept.numbers(z.dtype), uniform, before
     )
     return layout.pack_rows(values, crow, col, tuple(z.shape)), z_kept
+
+
+def selected(z: Tensor, count: int, layout: Layout, relu: bool) -> Parts:
+    """The parts of z, or of relu(z), at the largest of each row, by the kernel for a GPU."""
+    values, col = kernels.top_columns.top_columns.direct(z, count, relu)
+    crow = None  # which a layout of equal rows does not read
+    if layout.packs_rows(None, None):
+        values, col = values.flatten(), col.flatten()
+        crow = torch.arange(0, values.numel() + 1, count, dtype=torch.int32, device=z.device)
+    return layout.pack_rows(values, crow, col, tuple(z.shape))
 
 
 class Epilogue(NamedTuple):
@@ -86,6 +103,7 @@ class Epilogue(NamedTuple):
         method, state, training: an activation method, its tensors, and whether the module trains.
         layout: of the output; None: dense, with zeros.
         activation: before the method.
+        plans: of the site: the Plans of operators that read what is stored, whose pattern is new at each call.
     """
 
     method: Any
@@ -93,6 +111,7 @@ class Epilogue(NamedTuple):
     training: bool
     layout: Layout | None
     activation: str = "none"
+    plans: dict | None = None
 
     def __str__(self) -> str:
         first = "" if self.activation == "none" else f"{self.activation} and "
@@ -100,25 +119,29 @@ class Epilogue(NamedTuple):
 
     def rule(self, z: Tensor) -> Kept | None:
         """The rule that a kernel runs on tensors like z; None: PyTorch's operators run."""
-        on_cpu, on_gpu = has_kernel(z), self.layout is None and z.is_cuda and kernels.available()
-        if not (on_cpu or on_gpu):
+        on_cpu = has_kernel(z)
+        if not (on_cpu or (z.is_cuda and kernels.available())):
             return None
         kept = self.method.kept(z, self.state, self.training)
         if kept is None:
             return None
         if self.layout is not None:
-            served = kept.stored_by(self.layout, z.shape[-1])
+            served = on_cpu or selects_on_gpu(z, kept, self.activation)
+            served = served and kept.stored_by(self.layout, z.shape[-1])
         else:
             served = kept.rule != "random" if on_cpu else kernels.finish.takes(kept.rule, kept.block)
         return kept if served else None
 
     def describe(self, z: Tensor, tokens: int | None) -> str:
-        """What `sten.which` says of outputs like z, of which so many are a tile; None: they are finished as a whole."""
+        """What `sten.which` and `sten.summary` say of outputs like z, of which so many are a tile; None: they are
+        finished as a whole."""
         kernel = self.rule(z) is not None
-        by = f"one {'Triton' if z.is_cuda else 'C++'} pass" if kernel else "PyTorch's operators"
+        language = "C++" if not z.is_cuda else "Triton" if self.layout is None else "CUDA C++"
+        by = f"one {language} pass" if kernel else "PyTorch's operators"
+        end = "dense with zeros" if self.layout is None else f"stored as {self.layout}"
         if tokens is None:
-            return f"{self} after it, by {by}" + (" where no gradient is needed" if kernel else "")
-        return f"{self} in the epilogue, by {by} over up to {tokens} tokens at a time, stored as {self.layout}"
+            return f"{self} after it, by {by}{' where no gradient is needed' if kernel else ''}, {end}"
+        return f"{self} in the epilogue, by {by} over up to {tokens} tokens at a time, {end}"
 
     def stored(self, z: Tensor, slopes: bool) -> tuple[Parts, Tensor | None]:
         """The parts, and if asked for the slopes as values are stored, None for ones; z may be overwritten."""
@@ -127,16 +150,20 @@ class Epilogue(NamedTuple):
 
     def _by_kernel(self, z: Tensor, kept: Kept, slopes: bool) -> tuple[Parts, Tensor | None]:
         activation = self.activation
-        before = slopes and activation != "none"
-        if not slopes and activation != "none":  # in place, without memory for a second tile
+        before = slopes and activation not in ("none", "relu")
+        if not (slopes or z.is_cuda) and activation != "none":  # in place, without memory for a second tile
             z, activation = z.contiguous(), "none"
             torch.ops.sten.epilogue_.default(z, NUMBERS[self.activation], *Kept("all").numbers(z.dtype))
         parts, z_kept = compressed(z, kept, self.layout, activation, before)
         if not slopes:
             return parts, None
-        slope = slope_of(z_kept, self.activation).view_as(parts["values"]) if before else None
+        values, slope = parts["values"], None
+        if before:
+            slope = slope_of(z_kept, self.activation).view_as(values)
+        elif activation == "relu":
+            slope = values != 0  # as of z: NaN, too, is stored, and no zero is stored of what is positive
         if kept.rule == "random":
-            slope = (torch.ones_like(parts["values"]) if slope is None else slope) / kept.edge
+            slope = (torch.ones_like(values) if slope is None else slope.to(values.dtype)) / kept.edge
         return parts, slope
 
     def _by_operators(self, z: Tensor, slopes: bool) -> tuple[Parts, Tensor | None]:

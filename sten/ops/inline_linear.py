@@ -24,7 +24,7 @@ from ..layouts.base import Layout
 from ..rule import Rule
 from ..tensor import SparseTensor, project
 from .epilogue import Epilogue
-from .sparse_input import grad_of_weight
+from .sparse_input import grads_of_sparse_grad
 from .sparsified import stores
 
 TILE, TILE_OF_GPU = 2**23, 2**27  # entries of a tile of the output: on a GPU enough to hide what the host does for one
@@ -36,16 +36,17 @@ def tile_tokens(outputs: int, device: torch.device) -> int:
 
 
 def tiles(x: Tensor, outputs: int) -> tuple[Tensor, ...]:
-    return x.split(tile_tokens(outputs, x.device))
+    size = tile_tokens(outputs, x.device)
+    return (x,) if len(x) <= size else x.split(size)
 
 
 def packed_tiles(x, weight, bias, epilogue: Epilogue, slopes: bool) -> tuple[dict, Tensor | None]:
     """The parts of the output, and the slopes as its values are stored."""
-    stored = [epilogue.stored(F.linear(tile, weight, bias), slopes) for tile in tiles(x, len(weight))]
+    pieces = tiles(x, len(weight))
+    stored = [epilogue.stored(F.linear(tile, weight, bias), slopes) for tile in pieces]
     if len(stored) == 1:
         return stored[0]
-    rows = [len(tile) for tile in tiles(x, len(weight))]
-    parts = epilogue.layout.join_rows([parts for parts, _ in stored], rows)
+    parts = epilogue.layout.join_rows([parts for parts, _ in stored], [len(tile) for tile in pieces])
     return parts, None if stored[0][1] is None else torch.cat([slope for _, slope in stored])
 
 
@@ -53,24 +54,29 @@ class InlineLinear(Rule):
     """The operator."""
 
     @staticmethod
-    @torch.no_grad()
     def forward(x, weight, bias, epilogue, slopes):
-        parts, slopes = packed_tiles(x.detach(), weight.detach(), bias, epilogue, slopes)
+        parts, slopes = packed_tiles(x, weight, bias, epilogue, slopes)
         y = SparseTensor(epilogue.layout, parts, (len(x), len(weight)))
         y.cache.activation = True
+        if epilogue.plans is not None:
+            y.cache.plans = epilogue.plans
         vars(y)["slopes"] = slopes
         return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.slopes, ctx.activation = vars(output).pop("slopes"), inputs[3].activation
-        ctx.save_for_backward(*inputs[:2], output)
+        # the parts, since an output that is saved itself is wrapped twice more
+        ctx.like = output.sparse_layout, tuple(output.parts), output.stored_shape, output.cache
+        ctx.save_for_backward(*inputs[:2], *output.parts.values())
 
     @staticmethod
     def backward(ctx, grad) -> Any:
-        x, weight, y = ctx.saved_tensors
+        x, weight, *parts = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad = project(grad, y)
+        layout, names, shape, cache = ctx.like
+        y = SparseTensor(layout, dict(zip(names, parts, strict=True)), shape, cache=cache)
+        received = grad = project(grad, y)
         if torch.is_grad_enabled():  # create_graph: of operators that have gradients themselves
             if ctx.activation != "none":
                 raise RuntimeError(
@@ -85,13 +91,10 @@ class InlineLinear(Rule):
         if ctx.slopes is not None:
             grad = grad.with_values(grad.parts["values"] * ctx.slopes)
         grad.cache.activation = True
-        return (
-            planned_input("linear", grad, weight.t(), len(x)).run(grad.parts, weight.t(), None) if needs_x else None,
-            grad_of_weight(x, grad, weight.t()).t() if needs_weight else None,
-            grad_of_weight(x.new_ones(len(x), 1), grad, weight.t()[:1])[0] if needs_bias else None,
-            None,
-            None,
-        )
+        of_x = None
+        if needs_x:
+            of_x = planned_input("linear", grad, weight.t(), len(x)).run(grad.parts, weight.t(), None)
+        return of_x, *grads_of_sparse_grad(grad, x, weight, received, needs_weight, needs_bias), None, None
 
 
 def runs_inline(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> bool:

@@ -10,6 +10,9 @@ of W), and the weight as it lies in memory: of x @ M the weight is M.t(), whose 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,9 +83,10 @@ class InputLinear(Rule):
                 grad.t() @ x.to_dense() if needs_weight else None,
                 grad.sum(0) if needs_bias else None,
             )
+        of_x = grad_of_input(grad, weight, x) if needs_x else None
         return (
-            grad_of_input(grad, weight, x) if needs_x else None,
-            grad_of_weight(grad, x, weight) if needs_weight else None,
+            of_x,
+            grad_of_weight(grad, x, weight, of_x if isinstance(of_x, SparseTensor) else None) if needs_weight else None,
             grad.sum(0) if needs_bias else None,
         )
 
@@ -95,6 +99,39 @@ def grad_of_input(grad: Tensor, weight: Tensor, x: SparseTensor) -> Tensor:
     return x.with_values(plan.run(grad, weight, x.parts))
 
 
-def grad_of_weight(grad: Tensor, x: SparseTensor, weight: Tensor) -> Tensor:
-    """grad.T @ x, dense."""
-    return planned_input("linear_grad_weight", x, weight, len(grad)).run(grad, x.parts, weight)
+def grad_of_weight(grad: Tensor, x: SparseTensor, weight: Tensor, like: SparseTensor | None = None) -> Tensor:
+    """grad.T @ x, dense. `like`: a gradient with the pattern of x, with which further products may come."""
+    plan = planned_input("linear_grad_weight", x, weight, len(grad))
+    if plan.derive is None or like is None:
+        return plan.run(grad, x.parts, weight)
+    return plan.run(grad, x.parts, weight, derived=_derived(plan.derive, like))
+
+
+def _derived(derive: Callable[..., Any], like: SparseTensor) -> Any:
+    """What a kernel derives from the pattern of a gradient, which has it from then on.
+
+    The activation has it not: it may outlive a recorded CUDA graph, whose memory that would be.
+    """
+    known = vars(like).setdefault("derived", {})
+    if derive not in known:
+        known[derive] = derive(like.parts, like.stored_shape)
+    return known[derive]
+
+
+def grads_of_sparse_grad(
+    grad: SparseTensor, x: Tensor, weight: Tensor, like: SparseTensor, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of a linear product whose gradient is sparse: the gradients of weight and bias, grad.T @ x and the sums of its
+    columns. `like`: a tensor with its pattern, which may have what products before have derived from it."""
+    of_weight = of_bias = None
+    if needs_weight and needs_bias and x.shape[1] > 0:
+        plan = planned_input("linear_grad_weight", grad, weight.t(), len(x))
+        if plan.derive is not None:
+            derived = _derived(plan.derive, like)
+            of_weight, of_bias = plan.run(x, grad.parts, weight.t(), derived=derived, sums=True)
+            return of_weight.t(), of_bias
+    if needs_weight:
+        of_weight = grad_of_weight(x, grad, weight.t(), like).t()
+    if needs_bias:
+        of_bias = grad_of_weight(x.new_ones(len(x), 1), grad, weight.t()[:1], like)[0]
+    return of_weight, of_bias

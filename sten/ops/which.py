@@ -27,8 +27,8 @@ def which(
 ) -> Plan:
     """Return the Plan that runs an operator on a sparse weight, without running it; print it to read the reason.
 
-    It is the same object that a call with such operands runs, unless the call is intercepted by a compiler, a mode, a
-    profiler, torch.func or forward AD.
+    It is the same object that a call with such operands runs, unless the call is intercepted by a compiler, a mode,
+    torch.func or forward AD.
 
     Args:
         operator: a name in `sten.extend.OPERATORS`: "linear" is x @ weight.T, "matmul" is x @ weight. For a transposed
