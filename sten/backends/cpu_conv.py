@@ -74,7 +74,7 @@ def grouped_nm_conv(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool
 
 def direct_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of conv1d and conv2d: each stored entry multiplies the pixels of a tile, which are side by side."""
-    conv = (grouped_nm_conv if isinstance(layout, GroupedNM) else band_conv)(layout, shape, intercepted)
+    conv = (band_conv if type(layout) in BANDS else grouped_nm_conv)(layout, shape, intercepted)
     flat = len(shape) == 3
     two = functools.partial(two_sizes, flat)
     size = two(shape[2:], 1)
