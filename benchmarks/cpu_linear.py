@@ -3,6 +3,7 @@
     python benchmarks/cpu_linear.py                                   # every layout, forward, about ten minutes
     python benchmarks/cpu_linear.py --tokens 1024 --layouts csr90 1:10:8 v8:1:4 bsr90 --products linear grad_weight
     python benchmarks/cpu_linear.py --dtype bfloat16 --layouts nm16:32 nm2:4 v128:2:4 v128:1:4 v128:1:8 csr90
+    python benchmarks/cpu_linear.py --products gelu relu              # products with their activation, as of sten.fuse
     python benchmarks/cpu_linear.py --json results.json
     python benchmarks/cpu_linear.py --against ../before               # another checkout, in turn with this one
 
@@ -32,11 +33,12 @@ import workers
 
 import sten
 from sten.backends import cpp
+from sten.ops.fused import linear_activation
 
 SHAPES = [(3072, 768), (768, 3072)]  # (out, in)
 LAYOUTS = ["csr75", "csr90", "csr95", "1:10:8", "1:4:16", "2:4:8"]
 LAYOUTS += ["v8:2:4", "v8:1:4", "v8:1:8", "v8:1:16", "bsr80", "bsr90", "bsr95", "fanin90", "nm16:32", "nm2:4"]
-PRODUCTS = ["linear", "grad_input", "grad_weight"]
+PRODUCTS = ["linear", "gelu", "relu", "grad_input", "grad_weight"]
 
 
 def make_layout(name):
@@ -65,9 +67,16 @@ def make_weight(name, shape, dtype):
 # A product -> (the dense one, the sparse one), each a function of x, grad, a weight and the bias.
 CALLS = {
     "linear": (lambda x, grad, w, bias: F.linear(x, w, bias),) * 2,
+    "gelu": (lambda x, grad, w, bias: F.gelu(F.linear(x, w, bias)), lambda *operands: activated("gelu", *operands)),
+    "relu": (lambda x, grad, w, bias: F.relu(F.linear(x, w, bias)), lambda *operands: activated("relu", *operands)),
     "grad_input": (lambda x, grad, w, bias: grad @ w,) * 2,
     "grad_weight": (lambda x, grad, w, bias: grad.t() @ x, lambda x, grad, w, bias: compute_grad_weight(grad, x, w)),
 }
+
+
+def activated(activation, x, grad, weight, bias):
+    """What the forward of a fused module calls."""
+    return linear_activation(x, weight, bias, activation, False)
 
 
 def compute_grad_weight(grad, x, weight):

@@ -108,7 +108,7 @@ void many_tokens(const ProblemOf<E>& p, const BandsOf<E>& w, const Panels<E>& pa
         load_columns(panels, k.width, p.x + t0 * p.in, p.in, count, k0, k1, v, panel.get());
         panels.bands(w, cuts.range(b, rows.begin, rows.end), b == 0 ? start : nullptr, panel.get(), v, acc.get());
       }
-      panels.store(acc.get(), rows.end - rows.begin, count, v, p.y + t0 * p.out + rows.begin, p.out);
+      store_and_finish(p, acc.get(), rows, {t0, t0 + count}, panels, k);
     }
   });
 }
@@ -141,7 +141,7 @@ void clear_padding(const Bands& w, int64_t in, float* out) {
 template <typename E>
 void bands_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
-  if (p.tokens <= most_dots(w.height, w.crow ? w.width : 0)) return dots_linear(p, w, dots, pool);
+  if (p.tokens <= most_dots(w.height, w.crow ? w.width : 0)) return dots_linear(p, w, dots, k, pool);
   pool.threads = useful_threads(pool.threads, entries(w) * p.tokens);
   const bool single = w.height == 1 && w.width == 1 && 0 < p.in && p.in == w.columns && entries(w) < INT32_MAX;
   if (single && p.tokens > (kRepackPanels - 1) * kMaxVectors * k.width)

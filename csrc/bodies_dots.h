@@ -14,17 +14,27 @@ constexpr int kUnitColumns = BitmapOf<elem>::kUnitColumns;
 // A sum of products has to wait for the one before, so few of them are cut into partial ones.
 constexpr int partial_sums(int sums) { return sums >= 6 ? 1 : sums >= 3 ? 2 : 4; }
 
-// a[l][r][t] += w[r] * x[t] over `count` columns; with kAhead the rows that follow are prefetched
+// What is prefetched while a tile is multiplied: a cache line for each of its rows, `row` elements apart, `step` further
+// with each vector.
+struct Ahead {
+  const elem* from;
+  int64_t row, step;
+};
+
+// a[l][r][t] += w[r] * x[t] over `count` columns
 template <int R, int T, int L, bool kAhead>
-STEN_INLINE void add_tile(const elem* w, int64_t step, const elem* x, int64_t ld, int64_t count, vec (*a)[R][T]) {
+STEN_INLINE void add_tile(const elem* w, int64_t step, const elem* x, int64_t ld, int64_t count, Ahead ahead,
+                          vec (*a)[R][T]) {
   int64_t j = 0;
   for (; j + L * kDot <= count; j += L * kDot)
 #pragma GCC unroll 4
     for (int l = 0; l < L; ++l) {
       const elem *ws = w + j + l * kDot, *xs = x + j + l * kDot;
+      if (kAhead) {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        if (kAhead) __builtin_prefetch(ws + (R == 1 ? 1024 / sizeof(elem) : (R + r) * step));
+        for (int r = 0; r < R; ++r) __builtin_prefetch(ahead.from + r * ahead.row);
+        ahead.from += ahead.step;
+      }
       if constexpr (T == 1) {
         const wide one = hold(load_wide(xs));
 #pragma GCC unroll 16
@@ -61,6 +71,7 @@ struct TileRows {
   int64_t step;              // from one row to the next
   const int32_t *col, *end;  // of blocks
   int64_t width, block;      // columns of the list, or of a block; elements of a block, 0 for a list
+  Ahead ahead;               // of a list
 };
 
 // sums[t, r] of R rows and T tokens
@@ -77,9 +88,9 @@ STEN_FN void sum_rows(const TileRows& w, const elem* x, int64_t ld, float* sums)
   if (w.block) {
     const elem* values = w.values;
     for (const int32_t* c = w.col; c < w.end; ++c, values += w.block)
-      add_tile<R, T, 1, false>(values, w.step, x + *c * w.width, ld, w.width, a);
+      add_tile<R, T, 1, false>(values, w.step, x + *c * w.width, ld, w.width, {}, a);
   } else {
-    add_tile<R, T, L, true>(w.values, w.step, x, ld, w.width, a);
+    add_tile<R, T, L, true>(w.values, w.step, x, ld, w.width, w.ahead, a);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
@@ -161,12 +172,14 @@ STEN_FN void bands_dots(const BandsOf<elem>& w, const elem* bias, int64_t r0, in
         float* to = sums + r;
         if (w.crow) {
           const int64_t first_row = row + r - band * w.height;
-          const TileRows tile{w.values + (begin * w.height + first_row) * w.width, w.width,    w.col + begin,
-                              w.col + w.crow[band + 1],                            w.width, w.height * w.width};
+          const TileRows tile{w.values + (begin * w.height + first_row) * w.width, w.width, w.col + begin,
+                              w.col + w.crow[band + 1], w.width, w.height * w.width, {}};
           if (alone) sum_rows_or_fewer<kBlockRows, 1>(some, tile, x, ld, to);
           else add_all_tokens(some, tile, x, ld, tokens, to);
         } else {
-          const TileRows tile{w.values + (row + r) * w.count, w.count, nullptr, nullptr, w.count, 0};
+          const elem* values = w.values + (row + r) * w.count;
+          const Ahead ahead{values + (some == 1 ? 1024 / sizeof(elem) : some * w.count), w.count, kDot};
+          const TileRows tile{values, w.count, nullptr, nullptr, w.count, 0, ahead};
           add_all_tokens(some, tile, gathered, gathered_ld, tokens, to);
         }
       }
@@ -204,14 +217,16 @@ STEN_INLINE const uint8_t* bits_of_row(const BitmapOf<elem>& w, int64_t row, uin
   return w.bits == 1 && w.row_bytes % 4 == 0 ? w.index + row * w.row_bytes : make_bits(w, row, out);
 }
 
-// The values of a row; those at the end of memory are copied, since kernels read whole vectors.
-STEN_INLINE const elem* values_of_row(const BitmapOf<elem>& w, int64_t row, elem* copy) {
-  const int64_t slots = w.slots();
-  const elem* values = w.values + row * slots;
-  if ((row + 1) * slots + kUnitColumns <= w.rows * slots) return values;
-  for (int64_t i = 0; i < slots; ++i) copy[i] = values[i];
+__attribute__((noinline)) STEN_FN const elem* copy_values(const BitmapOf<elem>& w, int64_t row, elem* copy) {
+  const int64_t begin = w.begin(row), slots = w.begin(row + 1) - begin;
+  for (int64_t i = 0; i < slots; ++i) copy[i] = w.values[begin + i];
   for (int64_t i = slots; i < slots + kUnitColumns; ++i) copy[i] = elem{};
   return copy;
+}
+
+// The values of a row; those at the end of memory are copied, since kernels read whole vectors.
+STEN_INLINE const elem* values_of_row(const BitmapOf<elem>& w, int64_t row, elem* copy) {
+  return w.begin(row + 1) + kUnitColumns <= w.begin(w.rows) ? w.values + w.begin(row) : copy_values(w, row, copy);
 }
 
 STEN_INLINE uint32_t word_at(const uint8_t* bytes) {
@@ -222,29 +237,38 @@ STEN_INLINE uint32_t word_at(const uint8_t* bytes) {
 
 STEN_INLINE int64_t next_values(int64_t step, uint32_t mask) { return step ? step : __builtin_popcount(mask); }
 
-// The row that follows after `ahead` values is prefetched: it is expanded when this one has been multiplied.
-STEN_INLINE void expand_row(const uint8_t* bits, const elem* values, int64_t units, int64_t step, int64_t ahead,
-                            elem* out) {
+template <bool kAhead>
+STEN_INLINE void expand_row(const uint8_t* bits, const elem* values, int64_t units, int64_t step, elem* out) {
   for (int64_t u = 0; u < units; ++u, out += kUnitColumns) {
     const uint32_t mask = word_at(bits + 4 * u);
     wide w[kUnitColumns / kDot];
     expand_unit(mask, values, w);
-    for (int64_t v = 0; v < step; v += 64 / sizeof(elem)) __builtin_prefetch(values + ahead + v);
+    if (kAhead) __builtin_prefetch(values + 512);
     values += next_values(step, mask);
 #pragma GCC unroll 8
     for (int i = 0; i < kUnitColumns / kDot; ++i) store_wide(out + i * kDot, w[i]);
   }
 }
 
-template <int T, int L, bool kSteps>
+// How many values a unit has: w.step(), where `half` says that these are at most half of its columns; else its bits,
+// where `few` says that these are seldom more than half.
+enum class Unit { counted, few, stepped, half };
+constexpr int kAhead = 4096;    // bytes of values that are prefetched
+
+template <int T, int L, Unit kUnit>
 STEN_INLINE void add_unit(const uint8_t* bits, const elem*& values, int64_t step, const elem* x, int64_t ld, int first,
                           vec (*a)[T]) {
   constexpr int kWides = kUnitColumns / kDot;
   const uint32_t mask = word_at(bits);
   wide expanded[kWides];
-  expand_unit(mask, values, expanded);
-  __builtin_prefetch(reinterpret_cast<const char*>(values) + 1024);
-  values += kSteps ? step : __builtin_popcount(mask);
+  const bool steps = kUnit == Unit::stepped || kUnit == Unit::half;
+  const int64_t count = steps ? step : __builtin_popcount(mask);
+  if (kUnit == Unit::half || (kUnit == Unit::few && __builtin_expect(count <= kUnitColumns / 2, 1)))
+    expand_unit<true>(mask, values, expanded);
+  else
+    expand_unit(mask, values, expanded);
+  __builtin_prefetch(reinterpret_cast<const char*>(values) + kAhead);
+  values += count;
 #pragma GCC unroll 8
   for (int i = 0; i < kWides; ++i)
 #pragma GCC unroll 4
@@ -255,11 +279,11 @@ STEN_INLINE void add_unit(const uint8_t* bits, const elem*& values, int64_t step
 }
 
 // Few tokens: what is expanded stays in registers. One row at a time, so that memory is read in its order.
-template <int T, bool kSteps>
+template <int T, Unit kUnit>
 STEN_FN void bitmap_tokens(const BitmapOf<elem>& w, int64_t row, int64_t rows, const elem* x, int64_t ld,
                            const BitmapScratch<elem>& scratch, float* sums) {
   constexpr int kWides = kUnitColumns / kDot, L = 4, kUnits = L > kWides ? L / kWides : 1;
-  const int64_t units = w.units(), step = kSteps ? w.step() : 0;
+  const int64_t units = w.units(), step = w.step();
   vec all[T][4];
   for (int64_t r = 0; r < rows; ++r) {
     const uint8_t* bits = bits_of_row(w, row + r, scratch.bits);
@@ -274,8 +298,8 @@ STEN_FN void bitmap_tokens(const BitmapOf<elem>& w, int64_t row, int64_t rows, c
     for (; u + kUnits <= units; u += kUnits, bits += 4 * kUnits, from += kUnits * kUnitColumns)
 #pragma GCC unroll 4
       for (int i = 0; i < kUnits; ++i)
-        add_unit<T, L, kSteps>(bits + 4 * i, values, step, from + i * kUnitColumns, ld, i * kWides, a);
-    for (; u < units; ++u, bits += 4, from += kUnitColumns) add_unit<T, L, kSteps>(bits, values, step, from, ld, 0, a);
+        add_unit<T, L, kUnit>(bits + 4 * i, values, step, from + i * kUnitColumns, ld, i * kWides, a);
+    for (; u < units; ++u, bits += 4, from += kUnitColumns) add_unit<T, L, kUnit>(bits, values, step, from, ld, 0, a);
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
@@ -286,11 +310,14 @@ STEN_FN void bitmap_tokens(const BitmapOf<elem>& w, int64_t row, int64_t rows, c
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
       for (int64_t l = r % 4 + 1; l < 4; ++l) all[t][l] = zero();
-      float out[4];
-      sum_four(all[t], out);
-      for (int64_t l = 0; l <= r % 4; ++l) sums[t * kSumRows + r - r % 4 + l] = out[l];
+      sum_four(all[t], sums + t * kSumRows + r / 4 * 4);
     }
   }
+}
+
+STEN_INLINE Unit unit_of(const BitmapOf<elem>& w) {
+  if (w.step()) return w.step() > kUnitColumns / 2 ? Unit::stepped : Unit::half;
+  return 3 * w.begin(w.rows) <= w.rows * w.units() * kUnitColumns ? Unit::few : Unit::counted;
 }
 
 STEN_FN void bitmap_dots(const BitmapOf<elem>& w, const elem* bias, int64_t r0, int64_t r1, const elem* x, int64_t ld,
@@ -300,17 +327,22 @@ STEN_FN void bitmap_dots(const BitmapOf<elem>& w, const elem* bias, int64_t r0, 
   for (int64_t row = r0, rows; row < r1; row += rows) {
     rows = r1 - row < kSumRows ? r1 - row : kSumRows;
     if (tokens <= 2) {
-      const auto one = w.step() ? bitmap_tokens<1, true> : bitmap_tokens<1, false>;
-      const auto two = w.step() ? bitmap_tokens<2, true> : bitmap_tokens<2, false>;
-      (tokens == 1 ? one : two)(w, row, rows, x, ld, scratch, sums);
+      constexpr decltype(&bitmap_tokens<1, Unit::half>) one[] = {
+          bitmap_tokens<1, Unit::counted>, bitmap_tokens<1, Unit::few>, bitmap_tokens<1, Unit::stepped>,
+          bitmap_tokens<1, Unit::half>};
+      constexpr decltype(&bitmap_tokens<2, Unit::half>) two[] = {
+          bitmap_tokens<2, Unit::counted>, bitmap_tokens<2, Unit::few>, bitmap_tokens<2, Unit::stepped>,
+          bitmap_tokens<2, Unit::half>};
+      (tokens == 1 ? one : two)[static_cast<int>(unit_of(w))](w, row, rows, x, ld, scratch, sums);
     } else {
+      const int64_t count = w.units() * kUnitColumns, next = kTileRows * w.begin(w.rows) / w.rows;    // values of a tile
       for (int64_t r = 0, some; r < rows; r += some) {
         some = rows - r < kTileRows ? rows - r : kTileRows;
         for (int64_t i = 0; i < some; ++i)
-          expand_row(bits_of_row(w, row + r + i, scratch.bits), values_of_row(w, row + r + i, scratch.values),
-                     w.units(), w.step(), kTileRows * w.slots(), scratch.rows + i * row_count);
-        const TileRows tile{scratch.rows, row_count, nullptr, nullptr, w.units() * kUnitColumns, 0};
-        add_all_tokens(some, tile, x, ld, tokens, sums + r);
+          expand_row<false>(bits_of_row(w, row + r + i, scratch.bits), values_of_row(w, row + r + i, scratch.values),
+                            w.units(), w.step(), scratch.rows + i * row_count);
+        const Ahead ahead{w.values + w.begin(row + r + some), 64 / sizeof(elem), next * kDot / count};
+        add_all_tokens(some, {scratch.rows, row_count, nullptr, nullptr, count, 0, ahead}, x, ld, tokens, sums + r);
       }
     }
     store_all(sums, bias, row, rows, tokens, w.rows, y);
@@ -322,7 +354,7 @@ STEN_FN void bitmap_expand(const BitmapOf<elem>& w, int64_t r0, int64_t r1, int6
   const bool whole = columns == w.units() * kUnitColumns;
   for (int64_t row = r0; row < r1; ++row) {
     elem* out = whole ? dense + row * columns : scratch.rows;
-    expand_row(bits_of_row(w, row, scratch.bits), values_of_row(w, row, scratch.values), w.units(), w.step(), 512, out);
+    expand_row<true>(bits_of_row(w, row, scratch.bits), values_of_row(w, row, scratch.values), w.units(), w.step(), out);
     if (!whole)
       for (int64_t c = 0; c < columns; ++c) dense[row * columns + c] = out[c];
   }

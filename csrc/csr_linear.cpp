@@ -173,25 +173,24 @@ class Repacked {
 };
 
 template <typename E>
-void panel_task(const ProblemOf<E>& p, const Panels<E>& panels, int width, const Repacked<E>& w, int64_t piece,
+void panel_task(const ProblemOf<E>& p, const Panels<E>& panels, const Kernels& k, const Repacked<E>& w, int64_t piece,
                 Range tokens, E* panel, float* start, float* acc) {
   const int64_t count = tokens.end - tokens.begin;
-  const int v = static_cast<int>(ceil_div(count, width));
-  const int64_t row_floats = static_cast<int64_t>(v) * width;
-  const Range rows = w.rows(piece);
+  const int v = static_cast<int>(ceil_div(count, k.width));
+  const int64_t row_floats = static_cast<int64_t>(v) * k.width;
   std::memset(panel + kBlock<E> * row_floats, 0, row_floats * sizeof(E));
   for (int64_t b = 0; b < w.blocks(); ++b) {
     const int64_t k0 = b * kBlock<E>;
     panels.load(p.x + tokens.begin * p.in + k0, p.in, count, std::min(kBlock<E>, p.in - k0), v, panel);
     panels.csr(w.block(piece, b), b == 0 ? start : nullptr, panel, v, acc);
   }
-  panels.store(acc, rows.end - rows.begin, count, v, p.y + tokens.begin * p.out + rows.begin, p.out);
+  store_and_finish(p, acc, w.rows(piece), tokens, panels, k);
 }
 
 // Tasks begin to end - 1 of the grid, piece after piece, so that the weights of a piece stay in the second-level cache
 // from panel to panel.
 template <typename E>
-void panel_tasks(const ProblemOf<E>& p, const Panels<E>& panels, int width, const Repacked<E>& w, const Grid& grid,
+void panel_tasks(const ProblemOf<E>& p, const Panels<E>& panels, const Kernels& k, const Repacked<E>& w, const Grid& grid,
                  int64_t begin, int64_t end) {
   const Range first = w.rows(0), last = w.rows(grid.pieces - 1);
   const int64_t most = grid.panel_tokens, most_rows = ceil_div(last.end - first.begin, grid.pieces) + 1;
@@ -203,7 +202,7 @@ void panel_tasks(const ProblemOf<E>& p, const Panels<E>& panels, int width, cons
     const Range rows = w.rows(piece);
     fill_start(p, rows.begin, rows.end - rows.begin, start);
     start[rows.end - rows.begin] = 0.0f;
-    panel_task(p, panels, width, w, piece, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
+    panel_task(p, panels, k, w, piece, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
   }
 }
 
@@ -224,6 +223,7 @@ void few_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& po
         k.csr_rows(w, p.bias, r, stop, panel.get(), v, out.get());
         k.store_panel(out.get(), stop - r, tokens, v, p.y + t0 * p.out + r, p.out);
       }
+      finish_rows(p, rows, {t0, t0 + tokens}, k);
     }
   });
 }
@@ -231,7 +231,9 @@ void few_tokens(const Problem& p, const Csr& w, const Kernels& k, const Pool& po
 void one_token(const Problem& p, const Csr& w, const Kernels& k, const Pool& pool) {
   const int64_t tasks = std::min<int64_t>(pool.threads, p.out);
   pool.each(tasks, [&](int64_t begin, int64_t end) {
-    k.csr_token(w, p.bias, part(p.out, tasks, begin).begin, part(p.out, tasks, end - 1).end, p.x, p.y);
+    const Range rows{part(p.out, tasks, begin).begin, part(p.out, tasks, end - 1).end};
+    k.csr_token(w, p.bias, rows.begin, rows.end, p.x, p.y);
+    finish_rows(p, rows, {0, 1}, k);
   });
 }
 
@@ -249,13 +251,13 @@ void csr_panels(const ProblemOf<E>& p, const CsrOf<E>& w, const Panels<E>& panel
     return pool.each(own, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Repacked<E> repacked(w, p.in, part(p.out, own, i), k.rows_at_once, one_thread, 1);
-        panel_tasks(p, panels, k.width, repacked, grid, 0, grid.tasks());
+        panel_tasks(p, panels, k, repacked, grid, 0, grid.tasks());
       }
     });
   }
   const Repacked<E> repacked(w, p.in, {0, p.out}, k.rows_at_once, pool, grid.pieces);
   pool.each(grid.tasks(),
-            [&](int64_t begin, int64_t end) { panel_tasks(p, panels, k.width, repacked, grid, begin, end); });
+            [&](int64_t begin, int64_t end) { panel_tasks(p, panels, k, repacked, grid, begin, end); });
 }
 
 template void csr_panels(const Problem&, const Csr&, const Panels<float>&, const Kernels&, Pool);

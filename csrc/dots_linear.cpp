@@ -65,7 +65,7 @@ int64_t most_dots(int64_t height, int64_t width) {
 }
 
 template <typename E>
-void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, Pool pool) {
+void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
   pool.threads = useful_threads(pool.threads, entries(w) * static_cast<double>(p.tokens));
   const Cut cut(p.tokens, p.out, pool.threads);
@@ -77,14 +77,15 @@ void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots
       copy_tokens(p, tokens, ld, x.get());
       dots.bands(w, p.bias, rows.begin, rows.end, x.get(), ld, tokens.end - tokens.begin, gathered.get(),
                  p.y + tokens.begin * p.out);
+      finish_rows(p, rows, tokens, k);
     }
   });
 }
 
 template <typename E>
-void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, Pool pool) {
+void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool) {
   if (p.tokens == 0 || p.out == 0) return;
-  pool.threads = useful_threads(pool.threads, static_cast<double>(w.rows * w.slots()) * static_cast<double>(p.tokens));
+  pool.threads = useful_threads(pool.threads, static_cast<double>(w.begin(w.rows)) * static_cast<double>(p.tokens));
   const Cut cut(p.tokens, p.out, pool.threads);
   const int64_t ld = BitmapScratch<E>::row_count(w), most = ceil_div(p.tokens, cut.blocks);
   pool.each(cut.tasks(), [&](int64_t begin, int64_t end) {
@@ -95,6 +96,59 @@ void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& d
       copy_tokens(p, tokens, ld, x.get());
       dots.bitmap(w, p.bias, rows.begin, rows.end, x.get(), ld, tokens.end - tokens.begin, memory.get(),
                   p.y + tokens.begin * p.out);
+      finish_rows(p, rows, tokens, k);
+    }
+  });
+}
+
+namespace {
+
+// crow of single entries in single rows, or of lists
+template <typename E>
+class Rows {
+ public:
+  explicit Rows(const BandsOf<E>& w) : crow_(w.crow), own_(Role::cuts, w.crow ? 1 : w.rows + 1) {
+    if (crow_) return;
+    for (int64_t r = 0; r <= w.rows; ++r) own_.get()[r] = static_cast<int32_t>(r * w.count);
+    crow_ = own_.get();
+  }
+  const int32_t* get() const { return crow_; }
+
+ private:
+  const int32_t* crow_;
+  Scratch<int32_t> own_;
+};
+
+}  // namespace
+
+template <typename E>
+void bits_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const uint8_t* bits, const Dots<E>& dots, const Kernels& k,
+                 Pool pool) {
+  const int64_t words = ceil_div(w.columns, BitmapOf<E>::kUnitColumns);
+  const Rows<E> rows(w);
+  bitmap_linear(p, {w.values, bits, w.rows, words, 4 * words, 32, 32, 1, rows.get()}, dots, k, pool);
+}
+
+template <typename E>
+void windows_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const int32_t* table, const Dots<E>& dots, const Kernels& k,
+                    Pool pool) {
+  if (p.tokens == 0 || p.out == 0) return;
+  const Rows<E> rows(w);
+  const int64_t groups = table[w.rows];
+  const uint32_t* head = reinterpret_cast<const uint32_t*>(table + w.rows + 1);
+  const uint8_t* offset = reinterpret_cast<const uint8_t*>(head + groups);
+  const WindowsOf<E> windows{w.values, rows.get(), table, head, offset, w.rows};
+  pool.threads = useful_threads(pool.threads, entries(w) * static_cast<double>(p.tokens));
+  const Cut cut(p.tokens, p.out, pool.threads);
+  const int64_t ld = ceil_div(w.columns, 32) * 32 + kTokenPadding, most = ceil_div(p.tokens, cut.blocks);
+  pool.each(cut.tasks(), [&](int64_t begin, int64_t end) {
+    Scratch<E> x(Role::small, most * ld);
+    for (int64_t task = begin; task < end; ++task) {
+      const Range tokens = cut.tokens_of(task), own = cut.rows_of(task);
+      copy_tokens(p, tokens, ld, x.get());
+      dots.windows(windows, p.bias, own.begin, own.end, x.get(), ld, tokens.end - tokens.begin,
+                   p.y + tokens.begin * p.out);
+      finish_rows(p, own, tokens, k);
     }
   });
 }
@@ -116,8 +170,11 @@ void bitmap_collect(const BitmapOf<E>& w, int64_t columns, const E* dense, const
 }
 
 #define STEN_INSTANTIATE(E)                                                                             \
-  template void dots_linear(const ProblemOf<E>&, const BandsOf<E>&, const Dots<E>&, Pool);              \
-  template void bitmap_linear(const ProblemOf<E>&, const BitmapOf<E>&, const Dots<E>&, Pool);           \
+  template void dots_linear(const ProblemOf<E>&, const BandsOf<E>&, const Dots<E>&, const Kernels&, Pool);    \
+  template void bitmap_linear(const ProblemOf<E>&, const BitmapOf<E>&, const Dots<E>&, const Kernels&, Pool); \
+  template void bits_linear(const ProblemOf<E>&, const BandsOf<E>&, const uint8_t*, const Dots<E>&, const Kernels&, Pool); \
+  template void windows_linear(const ProblemOf<E>&, const BandsOf<E>&, const int32_t*, const Dots<E>&, const Kernels&,    \
+                               Pool);                                                                                     \
   template void bitmap_expand(const BitmapOf<E>&, int64_t, const Dots<E>&, E*, Pool);                   \
   template void bitmap_collect(const BitmapOf<E>&, int64_t, const E*, const Dots<E>&, E*, Pool);
 STEN_INSTANTIATE(float)

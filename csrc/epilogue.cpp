@@ -17,17 +17,6 @@ float number(bf16 x) {
 void round_to(const Kernels&, float x, float* to) { *to = x; }
 void round_to(const Kernels& k, float x, bf16* to) { k.narrow(&x, 1, to); }
 
-// y = activation(x), rounded; they may be the same
-void activated(const Epilogue& e, const float* x, int64_t n, float* y, float*, const Kernels& k) {
-  if (x != y) std::memcpy(y, x, static_cast<size_t>(n) * sizeof(float));
-  k.activate(static_cast<int>(e.activation), y, n);
-}
-void activated(const Epilogue& e, const bf16* x, int64_t n, bf16* y, float* scratch, const Kernels& k) {
-  k.widen(x, n, scratch);
-  k.activate(static_cast<int>(e.activation), scratch, n);
-  k.narrow(scratch, n, y);
-}
-
 // The columns of the largest of every block of M (0: of e.block): each is compared with all others of its block. One more
 // than there are may be written.
 template <int M>
@@ -94,12 +83,11 @@ Pool pool_for(Pool pool, int64_t rows, int64_t columns) {
 
 template <typename E>
 void finish_rows(const Epilogue& e, E* y, int64_t ld, int64_t rows, int64_t columns, const Kernels& k) {
-  Scratch<float> numbers(Role::small, columns);
   Scratch<uint32_t> keys(Role::index, e.counts() ? 2 * columns : 1);
   Scratch<int32_t> kept(Role::cuts, e.counts() ? columns + 1 : 1);
   Scratch<E> copy(Role::values, e.counts() ? columns : 1);
   for (int64_t r = 0; r < rows; ++r, y += ld) {
-    if (e.activation != Activation::none) activated(e, y, columns, y, numbers.get(), k);
+    activate(static_cast<int>(e.activation), y, columns, k);
     if (!e.counts()) {
       if (e.keep != Keep::all)
         each_choice(e, y, nullptr, columns, [&](int64_t i, bool keeps) { y[i] = keeps ? y[i] : E{}; });
@@ -125,10 +113,12 @@ bool count_kept(const Epilogue& e, const E* x, const float* uniform, int64_t row
                 const Kernels& k, Pool pool) {
   crow[0] = 0;
   pool_for(pool, rows, columns).each(rows, [&](int64_t begin, int64_t end) {
-    Scratch<float> numbers(Role::small, columns);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = r * columns;
-      if (e.activation != Activation::none) activated(e, x + at, columns, y + at, numbers.get(), k);
+      if (e.activation != Activation::none) {
+        std::copy(x + at, x + at + columns, y + at);
+        activate(static_cast<int>(e.activation), y + at, columns, k);
+      }
       int32_t count = 0;
       if (e.counts()) count = static_cast<int32_t>(e.entries(columns));
       else each_choice(e, y + at, uniform ? uniform + at : nullptr, columns, [&](int64_t, bool keeps) { count += keeps; });

@@ -43,23 +43,24 @@ void one_token(const Problem& p, const Grouped& w, const Kernels& k, const Pool&
   pool.each(tasks, [&](int64_t begin, int64_t end) {
     Scratch<float> acc(Role::sums, together * block), gathered(Role::panel, columns + k.width);
     std::memset(gathered.get(), 0, (columns + k.width) * sizeof(float));
-    const int64_t last = part(w.strips, tasks, end - 1).end;
-    for (int64_t s = part(w.strips, tasks, begin).begin; s < last; s += together) {
+    const int64_t first = part(w.strips, tasks, begin).begin, last = part(w.strips, tasks, end - 1).end;
+    for (int64_t s = first; s < last; s += together) {
       const int64_t stop = std::min(s + together, last);
       std::memset(acc.get(), 0, (stop - s) * block * sizeof(float));
       for (int64_t c = 0; c < w.chunks; ++c)
         k.grouped_token(w, c, s, stop, x.get() + c * columns, spread.get(), gathered.get(), acc.get());
       token_rows(p, w, s, stop, acc.get());
     }
+    finish_rows(p, {first * w.m, std::min(last * w.m, p.out)}, {0, 1}, k);
   });
 }
 
 template <typename E>
-void panel_task(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& panels, int width_of_vector, Range strips,
+void panel_task(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& panels, const Kernels& k, Range strips,
                 Range tokens, E* panel, float* start, float* acc) {
   const int64_t count = tokens.end - tokens.begin, columns = w.columns();
-  const int v = static_cast<int>(ceil_div(count, width_of_vector));
-  const int64_t row_floats = static_cast<int64_t>(v) * width_of_vector;
+  const int v = static_cast<int>(ceil_div(count, k.width));
+  const int64_t row_floats = static_cast<int64_t>(v) * k.width;
   const int64_t most = std::max<int64_t>(1, kPanelBytes / (columns * row_floats * static_cast<int64_t>(sizeof(E))));
   const int64_t blocks = std::max<int64_t>(1, ceil_div(w.chunks, most));    // one without columns: y is the bias
   for (int64_t b = 0; b < blocks; ++b) {
@@ -70,8 +71,7 @@ void panel_task(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& p
     std::memset(panel + real * row_floats, 0, (width - real) * row_floats * sizeof(E));
     panels.grouped(w, {chunks.begin, chunks.end, strips.begin, strips.end}, b == 0 ? start : nullptr, panel, v, acc);
   }
-  const int64_t r0 = strips.begin * w.m, rows = std::min(strips.end * w.m, p.out) - r0;
-  panels.store(acc, rows, count, v, p.y + tokens.begin * p.out + r0, p.out);
+  store_and_finish(p, acc, {strips.begin * w.m, std::min(strips.end * w.m, p.out)}, tokens, panels, k);
 }
 
 template <typename E>
@@ -90,7 +90,7 @@ void many_tokens(const ProblemOf<E>& p, const GroupedOf<E>& w, const Panels<E>& 
       const int64_t t0 = task % grid.panels * grid.panel_tokens;
       const Range strips = part(w.strips, grid.pieces, task / grid.panels);
       fill_start(p, strips.begin * w.m, (strips.end - strips.begin) * w.m, start);
-      panel_task(p, w, panels, k.width, strips, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
+      panel_task(p, w, panels, k, strips, {t0, std::min(t0 + grid.panel_tokens, p.tokens)}, panel.get(), start, acc.get());
     }
   });
 }

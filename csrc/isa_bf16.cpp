@@ -8,10 +8,16 @@
 // after that
 #include "bodies_grouped_bf16.h"
 #include "bodies_dots.h"
+// after that
+#include "bodies_windows.h"
 
 namespace sten {
 const Dots<bf16>* bf16_dots_avx512() {
-  static constexpr Dots<bf16> dots = avx512_bf16::make_dots();
+  static constexpr Dots<bf16> dots = [] {
+    Dots<bf16> all = avx512_bf16::make_dots();
+    all.windows = avx512_bf16::windows_dots;
+    return all;
+  }();
   return &dots;
 }
 }  // namespace sten

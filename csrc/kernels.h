@@ -21,6 +21,7 @@ struct ProblemOf {
   const E* bias;   // (out,) or null
   E* y;            // (tokens, out)
   int64_t tokens, in, out;
+  int activation = 0;   // of y, a number of `Activation` in epilogue.h
 };
 using Problem = ProblemOf<float>;
 
@@ -93,16 +94,19 @@ struct LongPanel {
 };
 
 // NM: of every m columns of a row, n are stored. The index has a bit for each column (bits 1), or packed positions.
+// Any pattern: a bitmap with n = m = kUnitColumns and the `first` value of each row.
 template <typename E>
 struct BitmapOf {
-  const E* values;         // (rows, groups * n), ascending in a row
+  const E* values;         // (rows, groups * n), or those of each row, ascending in a row
   const uint8_t* index;    // (rows, row_bytes)
   int64_t rows, groups, row_bytes;
   int n, m, bits;
-  int64_t slots() const { return groups * n; }
+  const int32_t* first = nullptr;    // (rows + 1,); null: each row has `slots`
+  int64_t slots() const { return groups * n; }    // of a row; at most so many with `first`
+  int64_t begin(int64_t row) const { return first ? first[row] : row * slots(); }
   int64_t units() const { return (groups * m + kUnitColumns - 1) / kUnitColumns; }
   // how many values a unit has; 0: as many as bits, which differs
-  int64_t step() const { return kUnitColumns % m == 0 ? kUnitColumns / m * n : 0; }
+  int64_t step() const { return kUnitColumns % m == 0 && !first ? kUnitColumns / m * n : 0; }
   static constexpr int kUnitColumns = 32;    // whose bits are one word
 };
 
@@ -116,6 +120,18 @@ struct BitmapScratch {
   static int64_t value_count(const BitmapOf<E>& w) { return (w.units() + 2) * BitmapOf<E>::kUnitColumns; }
   static int64_t row_count(const BitmapOf<E>& w) { return (w.units() + 1) * BitmapOf<E>::kUnitColumns; }
 };
+
+// A pattern of single entries in groups: up to 32 of a row that follow each other and lie within kWindow columns.
+template <typename E>
+struct WindowsOf {
+  const E* values;         // as in CSR
+  const int32_t* crow;     // (rows + 1,)
+  const int32_t* first;    // (rows + 1,) groups of a row
+  const uint32_t* head;    // (groups,) the window's first column, a multiple of 32, times two, plus the number of entries
+  const uint8_t* offset;   // (groups, 32) columns from the first on; zeros behind the entries
+  int64_t rows;
+};
+constexpr int kWindow = 256, kGroup = 32;
 
 // Panels of E, whose sums are panels of floats. A panel of bfloat16 has its tokens by halves of two vectors, so that the
 // pairs that an interleaving of two of its rows makes are in order: bodies_panels.h and simd_bf16.h.
@@ -154,6 +170,9 @@ struct Dots {
   void (*collect)(const BitmapOf<E>& w, int64_t r0, int64_t r1, int64_t columns, const E* dense,
                   const BitmapScratch<E>& scratch, E* values);
   Panels<E> panels;
+  // as `bands`; null where registers do not hold a window
+  void (*windows)(const WindowsOf<E>& w, const E* bias, int64_t r0, int64_t r1, const E* x, int64_t ld, int64_t tokens,
+                  E* y) = nullptr;
 };
 
 // The images of one group of a convolution. A stride divides the rows and columns of the input into phases, those with

@@ -106,6 +106,37 @@ inline void fill_start(const ProblemOf<bf16>& p, int64_t r0, int64_t rows, float
   for (int64_t r = 0; r < rows; ++r) start[r] = p.bias && r0 + r < p.out ? to_float(p.bias[r0 + r]) : 0.0f;
 }
 
+// y = an activation of y
+inline void activate(int activation, float* y, int64_t n, const Kernels& k) { k.activate(activation, y, n); }
+inline void activate(int activation, bf16* y, int64_t n, const Kernels& k) {
+  constexpr int64_t kSome = 512;
+  float numbers[kSome];
+  for (int64_t i = 0; i < n && activation; i += kSome) {
+    const int64_t some = std::min(kSome, n - i);
+    k.widen(y + i, some, numbers);
+    k.activate(activation, numbers, some);
+    k.narrow(numbers, some, y + i);
+  }
+}
+
+// What a task does with the block of y that it has just computed, which the caches hold.
+template <typename E>
+void finish_rows(const ProblemOf<E>& p, Range rows, Range tokens, const Kernels& k) {
+  for (int64_t t = tokens.begin; t < tokens.end && p.activation; ++t)
+    activate(p.activation, p.y + t * p.out + rows.begin, rows.end - rows.begin, k);
+}
+
+// The same from a panel of sums, which are rounded afterwards; with few tokens much of a panel is padding.
+template <typename E>
+void store_and_finish(const ProblemOf<E>& p, float* sums, Range rows, Range tokens, const Panels<E>& panels,
+                      const Kernels& k) {
+  const int64_t count = tokens.end - tokens.begin, v = ceil_div(count, k.width), all = rows.end - rows.begin;
+  const bool padding = 2 * p.tokens <= k.width;
+  if (!padding) k.activate(p.activation, sums, all * v * k.width);
+  panels.store(sums, all, count, static_cast<int>(v), p.y + tokens.begin * p.out + rows.begin, p.out);
+  if (padding) finish_rows(p, rows, tokens, k);
+}
+
 // The numbers alone, for the functions that cut the work.
 template <typename E>
 Problem sizes_of(const ProblemOf<E>& p) {
@@ -117,6 +148,13 @@ bool csr_in_bounds(const Csr& w, int64_t rows, int64_t slots, int64_t in, const 
 bool grouped_in_bounds(const Grouped& w, const Pool& pool);
 
 bool bands_in_bounds(const Bands& w, int64_t entries, const Pool& pool);
+// The bitmap of a pattern of single entries: bits, zero before, has a word for each 32 columns of a row.
+void set_bits(const Bands& w, uint32_t* bits, const Pool& pool);
+// The groups of a pattern of single entries, see WindowsOf: counts[r + 1] of row r; then, by their sums, the groups
+void count_windows(const Bands& w, int32_t* counts, const Pool& pool);
+void set_windows(const Bands& w, const int32_t* first, uint32_t* head, uint8_t* offset, const Pool& pool);
+bool all_finite(const float* x, int64_t n);
+bool all_finite(const bf16* x, int64_t n);
 
 void csr_linear(const Problem& p, const Csr& w, const Kernels& k, Pool pool);
 // the same for several panels of tokens, where repacking the weight pays
@@ -134,9 +172,17 @@ void grouped_grad_values(const float* grad, const float* x, int64_t tokens, int6
 // Dot products along the columns, and the number of tokens up to which they are the fastest way: lists if width is 0.
 int64_t most_dots(int64_t height, int64_t width);
 template <typename E>
-void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, Pool pool);
+void dots_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool);
 template <typename E>
-void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, Pool pool);
+void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& dots, const Kernels& k, Pool pool);
+// single entries in single rows, by the bitmap of their pattern; x is finite, since zeros between entries multiply it
+template <typename E>
+void bits_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const uint8_t* bits, const Dots<E>& dots, const Kernels& k,
+                 Pool pool);
+// the same by their groups, at `table`: first, head and offset, one after the other; dots.windows exists
+template <typename E>
+void windows_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const int32_t* table, const Dots<E>& dots, const Kernels& k,
+                    Pool pool);
 // a bitmap as a dense matrix (rows, columns), and the values of a dense matrix
 template <typename E>
 void bitmap_expand(const BitmapOf<E>& w, int64_t columns, const Dots<E>& dots, E* dense, Pool pool);

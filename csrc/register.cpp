@@ -3,6 +3,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "register.h"
 
 namespace sten {
@@ -30,6 +34,17 @@ void check_input(const Tensor& x, const char* op, int64_t out, at::ScalarType dt
   TORCH_CHECK(out >= 0, op, ": Expected out_features >= 0, got ", text(out));
 }
 
+Tensor empty_part(at::IntArrayRef size, const at::TensorOptions& options) {
+  const Tensor t = at::empty(size, options);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), first = (begin + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (begin + t.nbytes()) / kHuge * kHuge;
+  if (t.nbytes() >= 2 * kHuge) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);    // or not
+#endif
+  return t;
+}
+
 // C(m, n), or limit + 1 when it is larger than limit
 int64_t count_patterns(int64_t m, int64_t n, int64_t limit) {
   int64_t c = 1;
@@ -44,7 +59,7 @@ int64_t count_patterns(int64_t m, int64_t n, int64_t limit) {
 namespace {
 
 Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
-                     const std::optional<Tensor>& bias, int64_t out, bool trusted) {
+                     const std::optional<Tensor>& bias, int64_t out, bool trusted, int64_t activation) {
   static constexpr const char* op = "sten::csr_linear";
   check_input(x, op, out);
   check(values, op, "values", 1, at::kFloat);
@@ -59,7 +74,7 @@ Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, 
               ": Expected crow from 0 to at most ", text(col.size(0)), ", got ", text(w.crow[0]), " to ",
               text(w.crow[out]));
   Tensor owner, y;
-  const Problem p = make_problem(op, x, bias, out, owner, y);
+  const Problem p = make_problem(op, x, bias, out, owner, y, activation);
   TORCH_CHECK_VALUE(trusted || csr_in_bounds(w, out, col.size(0), p.in, make_pool()), op,
                     ": Expected crow that never falls and columns below ", text(p.in),
                     " that ascend within a row, got others; make the parts with pack.");
@@ -120,19 +135,20 @@ namespace {
 
 Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index,
                             const std::optional<Tensor>& bias, int64_t n, int64_t m, int64_t g, int64_t out,
-                            bool trusted) {
+                            bool trusted, int64_t activation) {
   static constexpr const char* op = "sten::grouped_nm_linear";
   const bool half = x.scalar_type() == at::kBFloat16;
   const Dots<bf16>* dots = bf16_dots();
   int64_t tokens = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
   if (half && (!dots || n > kPairRows || tokens == 1))    // one token: float32 selects activations by permutation
-    return grouped_nm_linear_op(single(x), single(values), index, single(bias), n, m, g, out, trusted).to(at::kBFloat16);
+    return grouped_nm_linear_op(single(x), single(values), index, single(bias), n, m, g, out, trusted, activation)
+        .to(at::kBFloat16);
   check_input(x, op, out, half ? at::kBFloat16 : at::kFloat);
   const auto product = [&]<typename E>(const Dots<E>& kernels_of) {
     const GroupedOf<E> w = make_grouped<E>(op, values, index, n, m, g, out, x.size(-1), trusted);
     Tensor owner, y;
-    grouped_linear(make_problem<E>(op, x, bias, out, owner, y), w, kernels_of.panels, kernels(), make_pool());
+    grouped_linear(make_problem<E>(op, x, bias, out, owner, y, activation), w, kernels_of.panels, kernels(), make_pool());
     return y;
   };
   return half ? product(*dots) : product(kernels().dots);
@@ -173,10 +189,10 @@ Tensor grouped_nm_grad_values_op(const Tensor& grad, const Tensor& x, const Tens
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, int out_features, *, "
-      "bool trusted=False) -> Tensor");
+      "bool trusted=False, int activation=0) -> Tensor");
   m.def(
       "grouped_nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, int n, int m, int g, "
-      "int out_features, *, bool trusted=False) -> Tensor");
+      "int out_features, *, bool trusted=False, int activation=0) -> Tensor");
   m.def(
       "grouped_nm_grad_input(Tensor grad, Tensor values, Tensor index, int n, int m, int g, int in_features, *, "
       "bool trusted=False) -> Tensor");

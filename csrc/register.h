@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "epilogue.h"
 #include "linear.h"
 
 namespace sten {
@@ -19,6 +20,10 @@ std::string text(at::IntArrayRef sizes);
 
 Pool make_pool();
 
+// Memory for a part, in huge pages where Linux has them and the part is large: a product of one token reads it once, and
+// takes a fifth longer with pages of 4 KB. Advice before the first write costs nothing.
+Tensor empty_part(at::IntArrayRef size, const at::TensorOptions& options);
+
 // C(m, n), or limit + 1 when it is larger than limit
 int64_t count_patterns(int64_t m, int64_t n, int64_t limit);
 
@@ -28,6 +33,11 @@ void check_input(const Tensor& x, const char* op, int64_t out, at::ScalarType dt
 // The pattern of rows in bands (register_bands.cpp), checked; `values` may be null, `size` is theirs.
 Bands make_bands(const char* op, const float* values, at::IntArrayRef size, const std::optional<Tensor>& crow,
                  const Tensor& col, int64_t height, int64_t columns, int64_t rows, bool trusted);
+
+inline void check_activation(const char* op, int64_t number) {
+  TORCH_CHECK(0 <= number && number < static_cast<int64_t>(Activation::count), op,
+              ": Expected the number of an activation, got ", text(number));
+}
 
 // The dtype of the elements of a kernel.
 template <typename E>
@@ -43,7 +53,8 @@ const E* data_of(const Tensor& t) {
 // Checks the bias, allocates y and fills in the problem; `owner` holds a contiguous x; y is not written.
 template <typename E = float>
 ProblemOf<E> make_problem(const char* op, const Tensor& x, const std::optional<Tensor>& bias, int64_t out,
-                          Tensor& owner, Tensor& y) {
+                          Tensor& owner, Tensor& y, int64_t activation = 0) {
+  check_activation(op, activation);
   if (bias) {
     check(*bias, op, "bias", 1, dtype_of<E>);
     TORCH_CHECK(bias->size(0) == out, op, ": Expected a bias of ", text(out), " entries, got ", text(bias->size(0)));
@@ -56,7 +67,7 @@ ProblemOf<E> make_problem(const char* op, const Tensor& x, const std::optional<T
   shape.back() = out;
   y = at::empty(shape, x.options().memory_format(at::MemoryFormat::Contiguous));
   return {data_of<E>(owner), bias ? data_of<E>(*bias) : nullptr, static_cast<E*>(y.mutable_data_ptr()), tokens, in,
-          out};
+          out, static_cast<int>(activation)};
 }
 
 inline bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }

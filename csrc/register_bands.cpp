@@ -1,7 +1,10 @@
 // The operators of rows that share their columns: VectorNM and FanIn (lists, without crow), BSR (blocks, with crow) and
 // the gradients of CSR (single entries, with crow; their values have one dimension).
 //
-//   band_linear       y = x W^T + bias; bfloat16 is converted where the processor does not multiply it
+//   band_linear       y = x W^T + bias; bfloat16 is converted where the processor does not multiply it; with a
+//                     table of a pattern of single entries, which is not checked, activations are selected by it
+//   pattern_bits      the table of dense patterns: bit c % 8 of byte c / 8 of a row is column c
+//   pattern_windows   the table of sparse ones: groups of entries (WindowsOf)
 //   band_grad_input   y = grad W
 //   band_grad_values  grad^T x at the stored entries
 //
@@ -65,19 +68,60 @@ void check_columns(const char* op, int64_t in, int64_t columns) {
   TORCH_CHECK(in <= columns, op, ": Expected at most ", text(columns), " input features, got ", text(in));
 }
 
+int64_t bits_row(int64_t columns) { return ceil_div(columns, 32) * 4; }
+
+Tensor pattern_bits_op(const std::optional<Tensor>& crow, const Tensor& col, int64_t columns, int64_t rows) {
+  static constexpr const char* op = "sten::pattern_bits";
+  const Bands w = make_bands(op, nullptr, col.sizes(), crow, col, 1, columns, rows, false);
+  const Tensor bits = at::zeros({rows, bits_row(columns)}, col.options().dtype(at::kByte));
+  set_bits(w, static_cast<uint32_t*>(bits.mutable_data_ptr()), make_pool());
+  return bits;
+}
+
+Tensor pattern_windows_op(const std::optional<Tensor>& crow, const Tensor& col, int64_t columns, int64_t rows) {
+  static constexpr const char* op = "sten::pattern_windows";
+  const Bands w = make_bands(op, nullptr, col.sizes(), crow, col, 1, columns, rows, false);
+  const Tensor counts = at::zeros({rows + 1}, col.options());
+  int32_t* first = counts.mutable_data_ptr<int32_t>();
+  count_windows(w, first, make_pool());
+  for (int64_t r = 0; r < rows; ++r) first[r + 1] += first[r];
+  const int64_t groups = first[rows];
+  const Tensor table = at::zeros({rows + 1 + groups * (1 + kGroup / 4)}, col.options());
+  int32_t* begin = table.mutable_data_ptr<int32_t>();
+  std::copy(first, first + rows + 1, begin);
+  uint32_t* head = reinterpret_cast<uint32_t*>(begin + rows + 1);
+  set_windows(w, first, head, reinterpret_cast<uint8_t*>(head + groups), make_pool());
+  return table;
+}
+
 Tensor band_linear_op(const Tensor& x, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
-                      const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out, bool trusted) {
+                      const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out, bool trusted,
+                      const std::optional<Tensor>& table, int64_t activation) {
   static constexpr const char* op = "sten::band_linear";
   const Dots<bf16>* dots = bf16_dots();
   if (x.scalar_type() == at::kBFloat16 && !dots)
-    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted)
+    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted, {}, activation)
         .to(at::kBFloat16);
   check_input(x, op, out, x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
   check_columns(op, x.size(-1), columns);
   const auto product = [&]<typename E>(const Dots<E>& kernels_of) {
     const BandsOf<E> w = make_weight<E>(op, values, crow, col, height, columns, out, trusted);
     Tensor owner, y;
-    bands_linear(make_problem<E>(op, x, bias, out, owner, y), w, kernels_of, kernels(), make_pool());
+    const ProblemOf<E> p = make_problem<E>(op, x, bias, out, owner, y, activation);
+    const bool single = w.height == 1 && w.width == 1;
+    if (table && table->dim() == 1 && kernels_of.windows) {
+      check(*table, op, "table", 1, at::kInt);
+      TORCH_CHECK(single && table->size(0) >= out + 1, op, ": Expected a table of single entries, got ",
+                  text(table->sizes()), " for ", text({out, columns}));
+      windows_linear(p, w, table->const_data_ptr<int32_t>(), kernels_of, kernels(), make_pool());
+    } else if (table && table->dim() == 2 && all_finite(p.x, p.tokens * p.in)) {
+      check(*table, op, "table", 2, at::kByte);
+      TORCH_CHECK(single && table->sizes() == at::IntArrayRef({out, bits_row(columns)}), op, ": Expected a table ",
+                  text({out, bits_row(columns)}), " of single entries, got ", text(table->sizes()));
+      bits_linear(p, w, table->const_data_ptr<uint8_t>(), kernels_of, kernels(), make_pool());
+    } else {
+      bands_linear(p, w, kernels_of, kernels(), make_pool());
+    }
     return y;
   };
   return x.scalar_type() == at::kBFloat16 ? product(*dots) : product(kernels().dots);
@@ -123,7 +167,9 @@ Tensor band_grad_values_op(const Tensor& grad, const Tensor& x, const std::optio
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "band_linear(Tensor x, Tensor values, Tensor? crow, Tensor col, Tensor? bias, int height, int columns, "
-      "int out_features, *, bool trusted=False) -> Tensor");
+      "int out_features, *, bool trusted=False, Tensor? table=None, int activation=0) -> Tensor");
+  m.def("pattern_bits(Tensor? crow, Tensor col, int columns, int rows) -> Tensor");
+  m.def("pattern_windows(Tensor? crow, Tensor col, int columns, int rows) -> Tensor");
   m.def(
       "band_grad_input(Tensor grad, Tensor values, Tensor? crow, Tensor col, int height, int columns, "
       "int in_features, *, bool trusted=False) -> Tensor");
@@ -134,6 +180,8 @@ TORCH_LIBRARY_FRAGMENT(sten, m) {
 
 TORCH_LIBRARY_IMPL(sten, CPU, m) {
   m.impl("band_linear", &sten::band_linear_op);
+  m.impl("pattern_bits", &sten::pattern_bits_op);
+  m.impl("pattern_windows", &sten::pattern_windows_op);
   m.impl("band_grad_input", &sten::band_grad_input_op);
   m.impl("band_grad_values", &sten::band_grad_values_op);
 }

@@ -5,7 +5,6 @@
 
 #include <tuple>
 
-#include "epilogue.h"
 #include "register.h"
 
 namespace sten {
@@ -13,8 +12,7 @@ namespace {
 
 Epilogue make_epilogue(const char* op, int64_t activation, int64_t keep, double edge, int64_t count, int64_t block,
                        int64_t columns) {
-  TORCH_CHECK(0 <= activation && activation < static_cast<int64_t>(Activation::count), op,
-              ": Expected the number of an activation, got ", text(activation));
+  check_activation(op, activation);
   TORCH_CHECK(0 <= keep && keep < static_cast<int64_t>(Keep::kinds), op, ": Expected the number of a rule, got ",
               text(keep));
   const Epilogue e{static_cast<Activation>(activation), static_cast<Keep>(keep), static_cast<float>(edge), count, block};

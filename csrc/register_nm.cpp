@@ -69,7 +69,7 @@ Tensor nm_collect_op(const Tensor& dense, const Tensor& index, int64_t n, int64_
   const int64_t rows = dense.size(0), in = dense.size(1);
   const BitmapOf<bf16> half = make_bitmap<bf16>(op, nullptr, index, n, m, in);
   TORCH_CHECK(half.rows == rows, op, ": Expected index of ", text(rows), " rows, got ", text(half.rows));
-  const Tensor values = at::empty({rows, half.slots()}, dense.options());
+  const Tensor values = empty_part({rows, half.slots()}, dense.options());
   if (is_half(dense.scalar_type()))
     bitmap_collect(half, in, data_of<bf16>(dense), *dots, static_cast<bf16*>(values.mutable_data_ptr()), make_pool());
   else
@@ -80,15 +80,28 @@ Tensor nm_collect_op(const Tensor& dense, const Tensor& index, int64_t n, int64_
 
 template <typename E>
 Tensor few(const char* op, const Tensor& x, const Tensor& values, const Tensor& index, const std::optional<Tensor>& bias,
-           int64_t n, int64_t m, int64_t out, const Dots<E>& dots) {
+           int64_t n, int64_t m, int64_t out, int64_t activation, const Dots<E>& dots) {
   Tensor owner, y;
-  bitmap_linear(make_problem<E>(op, x, bias, out, owner, y), make_weight<E>(op, values, index, n, m, x.size(-1)), dots,
-                make_pool());
+  bitmap_linear(make_problem<E>(op, x, bias, out, owner, y, activation),
+                make_weight<E>(op, values, index, n, m, x.size(-1)), dots, kernels(), make_pool());
+  return y;
+}
+
+// activation(y), a pass over it
+Tensor finish(const char* op, const Tensor& y, int64_t activation) {
+  check_activation(op, activation);
+  if (activation == 0 || y.numel() == 0) return y;
+  if (y.scalar_type() == at::kHalf) return finish(op, single(y), activation).to(at::kHalf);
+  const Epilogue end{static_cast<Activation>(activation), Keep::all, 0.0f, 0, 0};
+  const int64_t columns = y.size(-1), rows = y.numel() / columns;
+  void* data = y.mutable_data_ptr();
+  if (y.scalar_type() == at::kFloat) finish_rows(end, static_cast<float*>(data), rows, columns, kernels(), make_pool());
+  else finish_rows(end, static_cast<bf16*>(data), rows, columns, kernels(), make_pool());
   return y;
 }
 
 Tensor nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index, const std::optional<Tensor>& bias,
-                    int64_t n, int64_t m, int64_t few_tokens, int64_t out) {
+                    int64_t n, int64_t m, int64_t few_tokens, int64_t out, int64_t activation) {
   static constexpr const char* op = "sten::nm_linear";
   check_dtype(values, op, "values");
   check_input(x, op, out, values.scalar_type());
@@ -96,11 +109,12 @@ Tensor nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index, 
               text(values.sizes()));
   int64_t tokens = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
-  if (tokens > few_tokens) return at::linear(x, nm_expand_op(values, index, n, m, x.size(-1)), bias);
-  if (x.scalar_type() == at::kFloat) return few(op, x, values, index, bias, n, m, out, kernels().dots);
+  if (tokens > few_tokens) return finish(op, at::linear(x, nm_expand_op(values, index, n, m, x.size(-1)), bias), activation);
+  if (x.scalar_type() == at::kFloat) return few(op, x, values, index, bias, n, m, out, activation, kernels().dots);
   const Dots<bf16>* dots = bf16_dots();
-  if (x.scalar_type() == at::kBFloat16 && dots) return few(op, x, values, index, bias, n, m, out, *dots);
-  return few(op, single(x), single(values), index, single(bias), n, m, out, kernels().dots).to(x.scalar_type());
+  if (x.scalar_type() == at::kBFloat16 && dots) return few(op, x, values, index, bias, n, m, out, activation, *dots);
+  return few(op, single(x), single(values), index, single(bias), n, m, out, activation, kernels().dots)
+      .to(x.scalar_type());
 }
 
 }  // namespace
@@ -109,7 +123,7 @@ Tensor nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index, 
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, int n, int m, int few_tokens, "
-      "int out_features) -> Tensor");
+      "int out_features, *, int activation=0) -> Tensor");
   m.def("nm_expand(Tensor values, Tensor index, int n, int m, int in_features) -> Tensor");
   m.def("nm_collect(Tensor dense, Tensor index, int n, int m) -> Tensor");
 }

@@ -69,7 +69,8 @@ std::tuple<Tensor, Tensor, Tensor> compress_masked_op(const Tensor& dense, const
   const Tensor crow = at::empty({rows + 1}, mask.options().dtype(at::kLong));
   count_rows(data_of<uint8_t>(mask), rows, columns, numbers<int64_t>(crow), make_pool());
   const int64_t count = data_of<int64_t>(crow)[rows];
-  const Tensor values = at::empty({count}, dense.options()), col = at::empty({count}, mask.options().dtype(at::kInt));
+  const Tensor values = empty_part({count}, dense.options());
+  const Tensor col = empty_part({count}, mask.options().dtype(at::kInt));
   by_width(dense, op, [&](auto number) {
     using T = decltype(number);
     compress(data_of<T>(dense), data_of<uint8_t>(mask), rows, columns, data_of<int64_t>(crow), numbers<T>(values),
@@ -88,7 +89,7 @@ std::tuple<Tensor, int64_t> nm_index_op(const Tensor& mask, int64_t n, bool bitm
   const int64_t width = bitmap ? groups * m / 8 : ceil_div(groups * n * bits, 8);
   std::vector<int64_t> size{rows, bitmap ? groups : width};
   if (bitmap) size.push_back(m / 8);
-  const Tensor index = at::empty(size, mask.options().dtype(at::kByte));
+  const Tensor index = empty_part(size, mask.options().dtype(at::kByte));
   const int64_t free = nm_index(data_of<uint8_t>(mask), rows, groups, n, m, bits, width, numbers<uint8_t>(index), make_pool());
   return {index, free};
 }
@@ -116,7 +117,7 @@ std::tuple<Tensor, Tensor> grouped_nm_index_op(const Tensor& mask, int64_t n, in
   static constexpr const char* op = "sten::grouped_nm_index";
   check(mask, op, "mask", 2, at::kBool);
   const GroupedShape s = make_shape(op, n, m, g, mask.size(0), mask.size(1));
-  const Tensor index = at::empty({s.chunks, s.strips, s.patterns, g}, mask.options().dtype(at::kShort));
+  const Tensor index = empty_part({s.chunks, s.strips, s.patterns, g}, mask.options().dtype(at::kShort));
   const Tensor unsolved = at::empty({s.chunks, s.strips}, mask.options());
   grouped_index(s, data_of<uint8_t>(mask), numbers<int16_t>(index), numbers<bool>(unsolved), make_pool());
   return {index, unsolved};
@@ -152,7 +153,7 @@ Tensor grouped_nm_collect_op(const Tensor& dense, const Tensor& index, int64_t n
   check(dense, op, "dense", 2, dense.scalar_type());
   const GroupedShape s = make_shape(op, n, m, g, dense.size(0), dense.size(1));
   check_slots(op, index, s);
-  const Tensor values = at::empty({s.chunks, s.strips, s.patterns, s.g, s.n}, dense.options());
+  const Tensor values = empty_part({s.chunks, s.strips, s.patterns, s.g, s.n}, dense.options());
   by_width(dense, op, [&](auto number) {
     using T = decltype(number);
     TORCH_CHECK_INDEX(grouped_collect(s, data_of<T>(dense), data_of<int16_t>(index), numbers<T>(values), make_pool()), op,

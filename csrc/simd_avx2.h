@@ -144,6 +144,7 @@ constexpr Places make_places() {
 inline constexpr Places kPlaces = make_places();
 
 // Values of a unit in their columns: a permutation, and zero where the sign bit is not set.
+template <bool kHalf = false>
 STEN_INLINE void expand_unit(uint32_t mask, const float* values, vec* out) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {

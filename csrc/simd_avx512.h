@@ -175,6 +175,7 @@ STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_
 
 // Values of a unit in their columns. On Zen 4 an expansion waits for the last use of its register, though it zeroes
 // the other elements; the exclusive or says that it need not.
+template <bool kHalf = false>
 STEN_INLINE void expand_unit(uint32_t mask, const float* values, vec* out) {
   const uint32_t low = mask & 0xffff, high = mask >> 16;
   const vec v = load(values), w = load(values + __builtin_popcount(low));

@@ -28,6 +28,9 @@ STEN_INLINE __mmask32 first_elements(int64_t n) {
 }
 STEN_INLINE wide load_wide(const bf16* p) { return _mm512_loadu_si512(p); }
 STEN_INLINE wide load_wide_first(const bf16* p, int64_t n) { return _mm512_maskz_loadu_epi16(first_elements(n), p); }
+STEN_INLINE wide sixteen(const bf16* p) {
+  return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 STEN_INLINE void store_wide(bf16* p, wide a) { _mm512_storeu_si512(p, a); }
 STEN_INLINE vec multiply_add(wide a, wide b, vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 STEN_INLINE wide hold(wide a) {
@@ -37,8 +40,10 @@ STEN_INLINE wide hold(wide a) {
 
 // Values of a unit in their columns. On Zen 4 an expansion waits for the last use of its register, though it zeroes
 // the other elements; the exclusive or says that it need not.
+// kHalf: of at most 16 values, which lie in fewer cache lines than 32.
+template <bool kHalf = false>
 STEN_INLINE void expand_unit(uint32_t mask, const bf16* values, wide* out) {
-  const wide v = load_wide(values);
+  const wide v = kHalf ? sixteen(values) : load_wide(values);
   __asm__("vpxord %x0, %x0, %x0\n\tvpexpandw %1, %0%{%2%}%{z%}" : "=&v"(out[0]) : "v"(v), "Yk"(__mmask32(mask)));
 }
 // The elements of a unit whose bits are 1, followed by others.
@@ -149,9 +154,6 @@ STEN_INLINE wide broadcast_entries(const bf16* value) {
   return _mm512_set1_epi32(pair);
 }
 STEN_INLINE wide broadcast_last(const bf16* value) { return _mm512_set1_epi32(static_cast<uint16_t>(*value)); }
-STEN_INLINE wide sixteen(const bf16* p) {
-  return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 
 // Pairs (x[t], y[t]) of V times sixteen tokens; load_panel has put them in the order that this makes right.
 template <int V>

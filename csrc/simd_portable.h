@@ -95,6 +95,7 @@ STEN_INLINE void spread_madd(const float* x, const float* v, int n, const int32_
 }
 
 // Values of a unit in their columns.
+template <bool kHalf = false>
 STEN_INLINE void expand_unit(uint32_t mask, const float* values, vec* out) {
   for (int i = 0; i < 8; ++i) {
     float lanes[kWidth];

@@ -1,8 +1,9 @@
 """The pattern cache: tables computed once from a stored tensor, cached until it is freed, at one address.
 
 A key is a tag and the identity of each source's storage, address and shape. There is no limit: an entry is dropped when
-one of its sources is freed. Versions of a *pattern* are not checked: code that writes a pattern in place calls
-``invalidate``. Versions of trained *values* (cuSPARSELt's form of a weight) are, since values change at every step.
+one of its sources is freed. Versions of a *pattern* are not checked on a GPU: code that writes a pattern in place calls
+``invalidate``. Versions of trained *values* (cuSPARSELt's form of a weight) are, since values change at every step, and
+those of a pattern on the CPU, whose writes are noticed there.
 
 | state of a key | reached by | a look-up | a look-up in a capture of a CUDA graph |
 |---|---|---|---|
@@ -47,8 +48,8 @@ class _Entry:
 class Derived:
     """A cached ``make(*sources)``; it remembers the entries of its last sources, since weights may share a launch.
 
-    Call it with the sources; it returns (tensor, ready). ``values``: the source is trained values, whose version is
-    checked; then ``make`` may differ from call to call, as it reads other tensors too.
+    Call it with the sources; it returns (tensor, ready). ``values``: the sources' versions are checked, as of trained
+    values; then ``make`` may differ from call to call, as it may read other tensors too.
     """
 
     def __init__(self, tag: str, make=None, values: bool = False):
@@ -131,9 +132,9 @@ def invalidate(*pattern: torch.Tensor) -> None:
     by_identity = {_identity(t): t for t in pattern}
     with _lock:
         for key, entry in list(_entries.items()):
-            if entry.make is not None and all(identity in by_identity for identity in key[1:]):
+            if all(identity in by_identity for identity in key[1:]):
                 sources = [by_identity[identity] for identity in key[1:]]
-                if backend.capturing(sources[0]):
+                if entry.make is None or backend.capturing(sources[0]):
                     entry.versions = OUTDATED
                     continue
                 made = lambda entry=entry, sources=sources: _at_same_address(entry, entry.make(*sources))  # noqa: E731

@@ -59,12 +59,12 @@ class PatternCache:
 
         Args:
             *pattern: the parts that were written. What CUDA kernels derived from them is made again at the same
-                address, which a recorded CUDA graph reads.
+                address, which a recorded CUDA graph reads; what the CPU's derived, at their next call.
         """
         self.generation += 1
         self.plans.clear()
         self.used_slots = self.times = None
-        if pattern and pattern[0].is_cuda:
+        if pattern and not pattern[0].is_meta:
             kernels.pattern_cache.invalidate(*pattern)
 
     def __reduce__(self) -> tuple:

@@ -70,10 +70,10 @@ def test_products(instruction_set, poisoned, layout):
 def test_which_names_the_kernel(layout):
     weight = random_weight(layout, (32, 64))
     for operator, features in (("linear", 64), ("matmul", 32), ("linear_grad_weight", 32)):
-        plan = sten.which(operator, (5, features), weight)
+        plan = sten.which(operator, (20, features), weight)
         assert plan.kernel.startswith(("band_", "csr_", "grouped_nm_")) and plan.variant == "float32", plan
-    assert sten.which("linear", (5, 64), weight.to(torch.float16)).variant == "converted"
-    assert sten.which("linear", (5, 64), weight.to(torch.float64)).kernel == "reference"
+    assert sten.which("linear", (20, 64), weight.to(torch.float16)).variant == "converted"
+    assert sten.which("linear", (20, 64), weight.to(torch.float64)).kernel == "reference"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

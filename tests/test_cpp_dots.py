@@ -103,6 +103,7 @@ def test_which():
         plans[sten.NM(2, 4), torch.bfloat16, 1] = "bitmap"
         for layout in (sten.VectorNM(1, 4, 64), sten.FanIn(), sten.CSR(), sten.GroupedNM(2, 4, 8)):
             plans |= {(layout, torch.bfloat16, tokens): "bfloat16" for tokens in (1, 60, 500)}
+        plans |= {(layout, torch.bfloat16, 1): "bitmap" for layout in (sten.FanIn(), sten.CSR())}
         plans[sten.GroupedNM(2, 4, 8), torch.bfloat16, 1] = "converted"
     for (layout, dtype, tokens), variant in plans.items():
         weight = random_weight(layout, (64, 64), dtype)

@@ -3,6 +3,8 @@
 Under a dispatch mode, which has to see every operator, layouts do not use the C++ ones.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,3 +204,18 @@ def test_sparsify_with_the_extension_is_sparsify_without_it(layout):
         if isinstance(layout, (FanIn, BSR)):
             with pytest.raises(ValueError, match="Expected a mask that"):
                 sten.from_dense(weight, layout, wrong)
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+@pytest.mark.parametrize("layout", [sten.CSR(), sten.NM(16, 32), sten.FanIn(), sten.GroupedNM(2, 4, 8)], ids=str)
+def test_large_parts_ask_for_huge_pages(layout):
+    """The middle of the values is memory with the advice ("hg"), whether or not the system has followed it."""
+    score = torch.randn(2048, 2112)
+    weight = sten.from_dense(score, layout, layout.mask(score, None if layout.rate else 0.25))
+    values, flags, inside = weight.parts["values"], "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("VmFlags:") and inside:
+            flags = line
+        elif (span := line.split(" ")[0].split("-")) and len(span) == 2:
+            inside = int(span[0], 16) <= values.data_ptr() + values.nbytes // 2 < int(span[1], 16)
+    assert values.nbytes >= 4 << 20 and " hg" in flags, flags

@@ -14,7 +14,7 @@ std::vector<E> random_elements(int64_t n) {
   return out;
 }
 
-// y against x W^T + bias, dense (out, in); rounded to 8 bits if E is bf16.
+// y against activation(x W^T + bias), dense (out, in); rounded to 8 bits, once or twice, if E is bf16.
 template <typename E>
 void compare_dots(const char* what, const ProblemOf<E>& p, const std::vector<float>& dense) {
   for (int64_t t = 0; t < p.tokens; ++t)
@@ -25,8 +25,9 @@ void compare_dots(const char* what, const ProblemOf<E>& p, const std::vector<flo
         sum += product;
         scale += std::abs(product);
       }
-      const double error = std::abs(to_float(p.y[t * p.out + r]) - sum);
-      if (error <= 2e-6 * scale + (std::is_same_v<E, bf16> ? std::abs(sum) / 256 : 0.0)) continue;
+      const double error = std::abs(to_float(p.y[t * p.out + r]) - activation_of(p.activation, sum));
+      const double activating = p.activation ? 1e-6 : 0.0, rounding = p.activation ? 2.2 / 256 : 1.0 / 256;
+      if (error <= 2e-6 * scale + activating + (std::is_same_v<E, bf16> ? std::abs(sum) * rounding : 0.0)) continue;
       std::printf("%s: %ld tokens, %ld -> %ld: error %g of %g\n", what, static_cast<long>(p.tokens),
                   static_cast<long>(p.in), static_cast<long>(p.out), error, scale);
       ++failures;
@@ -42,13 +43,13 @@ struct Elements {
       : x(random_elements<E>(tokens * in)),
         bias(random_elements<E>(out)),
         y(tokens * out),
-        problem{x.data(), biased ? bias.data() : nullptr, y.data(), tokens, in, out} {}
+        problem{x.data(), biased ? bias.data() : nullptr, y.data(), tokens, in, out, int(generator() % 5)} {}
 };
 
 // NM: a bitmap, or positions of `bits` bits; with `hostile`, of random bytes, where no result is compared.
 template <typename E>
-void try_bitmap(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, int n, int m, int bits, bool hostile,
-                int threads) {
+void try_bitmap(const Dots<E>& dots, const Kernels& k, int64_t tokens, int64_t in, int64_t out, int n, int m, int bits,
+                bool hostile, int threads) {
   const int64_t groups = ceil_div(in, m), slots = groups * n;
   const int64_t bytes = bits == 1 ? groups * m / 8 : ceil_div(slots * bits, 8);
   std::vector<uint8_t> index(out * bytes);
@@ -73,13 +74,53 @@ void try_bitmap(const Dots<E>& dots, int64_t tokens, int64_t in, int64_t out, in
   const BitmapOf<E> w{values.data(), index.data(), out, groups, bytes, n, m, bits};
   Elements<E> data(tokens, in, out, threads == 1);
   const Pool pool{threads, run_tasks};
-  bitmap_linear(data.problem, w, dots, pool);
+  bitmap_linear(data.problem, w, dots, k, pool);
   bitmap_expand(w, in, dots, expanded.data(), pool);
   bitmap_collect(w, in, expanded.data(), dots, collected.data(), pool);
   if (hostile) return;
   compare_dots("bitmap", data.problem, dense);
   for (int64_t i = 0; i < out * in; ++i) failures += to_float(expanded[i]) != dense[i];
   for (size_t i = 0; i < values.size(); ++i) failures += to_float(collected[i]) != to_float(values[i]);
+}
+
+// Single entries by the tables of their pattern: CSR, of which some rows are empty, or lists.
+template <typename E>
+void try_tables(const Dots<E>& dots, const Kernels& k, int64_t tokens, int64_t in, int64_t out, bool lists, int threads) {
+  std::vector<int32_t> crow{0}, col;
+  const int64_t count = (in + 1) / 3;
+  for (int64_t r = 0; r < out; ++r) {
+    std::vector<int32_t> all(in);
+    for (int64_t i = 0; i < in; ++i) all[i] = static_cast<int32_t>(i);
+    std::shuffle(all.begin(), all.end(), generator);
+    const int64_t own = lists ? count : r % 3 == 0 ? 0 : r % 3 == 1 ? in : count;
+    std::sort(all.begin(), all.begin() + own);
+    col.insert(col.end(), all.begin(), all.begin() + own);
+    crow.push_back(static_cast<int32_t>(col.size()));
+  }
+  col.shrink_to_fit();
+  const std::vector<E> values = random_elements<E>(static_cast<int64_t>(col.size()));
+  std::vector<float> dense(out * in);
+  for (int64_t r = 0; r < out; ++r)
+    for (int64_t e = crow[r]; e < crow[r + 1]; ++e) dense[r * in + col[e]] = to_float(values[e]);
+  const Pool pool{threads, run_tasks};
+  std::vector<uint32_t> bits(out * ceil_div(in, 32));
+  set_bits({nullptr, lists ? nullptr : crow.data(), col.data(), out, in, 1, 1, count}, bits.data(), pool);
+  Elements<E> data(tokens, in, out, threads == 1);
+  const BandsOf<E> w{values.data(), lists ? nullptr : crow.data(), col.data(), out, in, 1, 1, count};
+  bits_linear(data.problem, w, reinterpret_cast<const uint8_t*>(bits.data()), dots, k, pool);
+  compare_dots("bits", data.problem, dense);
+  if (!dots.windows) return;
+  std::vector<int32_t> first(out + 1);
+  const Bands pattern{nullptr, w.crow, w.col, out, in, 1, 1, count};
+  count_windows(pattern, first.data(), pool);
+  for (int64_t r = 0; r < out; ++r) first[r + 1] += first[r];
+  std::vector<int32_t> table(first);
+  table.resize(out + 1 + first[out] * (1 + kGroup / 4));
+  table.shrink_to_fit();
+  uint32_t* head = reinterpret_cast<uint32_t*>(table.data() + out + 1);
+  set_windows(pattern, first.data(), head, reinterpret_cast<uint8_t*>(head + first[out]), pool);
+  windows_linear(data.problem, w, table.data(), dots, k, pool);
+  compare_dots("windows", data.problem, dense);
 }
 
 // Lists (width 0) or blocks in bfloat16.
@@ -110,7 +151,7 @@ void try_bf16_bands(const Dots<bf16>& dots, const Kernels& k, int64_t tokens, in
   const BandsOf<bf16> w{values.data(), width ? crow.data() : nullptr, col.data(), out, slots * unit, height, unit, count};
   bands_linear(data.problem, w, dots, k, {threads, run_tasks});
   compare_dots("bands of bfloat16", data.problem, dense);
-  dots_linear(data.problem, w, dots, {threads, run_tasks});
+  dots_linear(data.problem, w, dots, k, {threads, run_tasks});
   compare_dots("dot products of bfloat16", data.problem, dense);
 }
 
@@ -127,14 +168,16 @@ void try_bf16_grouped(int64_t tokens, int64_t in, int64_t out, const Grouped& w,
 }
 
 template <typename E>
-void try_bitmaps(const Dots<E>& dots) {
+void try_bitmaps(const Dots<E>& dots, const Kernels& k) {
   const int layouts[][3] = {{16, 32, 1}, {5, 16, 1}, {2, 8, 1}, {32, 32, 1}, {2, 4, 2}, {1, 4, 2}, {1, 1, 2},
                             {3, 7, 4},   {1, 16, 4}, {3, 32, 8}, {9, 64, 8}};
-  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}};
+  const int64_t sizes[][2] = {{1, 1}, {17, 3}, {64, 70}, {130, 63}, {300, 5}, {1100, 4}};
   for (const int64_t tokens : {1, 2, 3, 6, 49})
     for (const auto& size : sizes)
-      for (const int threads : {1, 3})
+      for (const int threads : {1, 3}) {
+        for (const bool lists : {false, true}) try_tables<E>(dots, k, tokens, size[0], size[1], lists, threads);
         for (const auto& nm : layouts)
           for (const bool hostile : {false, true})
-            try_bitmap<E>(dots, tokens, size[0], size[1], nm[0], nm[1], nm[2], hostile, threads);
+            try_bitmap<E>(dots, k, tokens, size[0], size[1], nm[0], nm[1], nm[2], hostile, threads);
+      }
 }

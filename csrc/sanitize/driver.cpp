@@ -37,7 +37,9 @@ std::vector<float> random_floats(int64_t n) {
   return out;
 }
 
-// Compares y with x W^T + bias in double precision, where dense is W, (out, in).
+double activation_of(int activation, double z);    // epilogues.h
+
+// Compares y with activation(x W^T + bias) in double precision, where dense is W, (out, in).
 void compare(const char* what, const Problem& p, const std::vector<double>& dense) {
   for (int64_t t = 0; t < p.tokens; ++t)
     for (int64_t r = 0; r < p.out; ++r) {
@@ -47,7 +49,8 @@ void compare(const char* what, const Problem& p, const std::vector<double>& dens
         sum += product;
         scale += std::abs(product);
       }
-      if (std::abs(p.y[t * p.out + r] - sum) <= 2e-6 * scale) continue;
+      sum = activation_of(p.activation, sum);
+      if (std::abs(p.y[t * p.out + r] - sum) <= 2e-6 * scale + (p.activation ? 1e-6 : 0.0)) continue;
       std::printf("%s: %ld tokens, %ld -> %ld, row %ld: %g instead of %g\n", what, static_cast<long>(p.tokens),
                   static_cast<long>(p.in), static_cast<long>(p.out), static_cast<long>(r), p.y[t * p.out + r], sum);
       ++failures;
@@ -62,7 +65,7 @@ struct Data {
       : x(random_floats(tokens * in)),
         bias(random_floats(out)),
         y(tokens * out, NAN),
-        problem{x.data(), biased ? bias.data() : nullptr, y.data(), tokens, in, out} {}
+        problem{x.data(), biased ? bias.data() : nullptr, y.data(), tokens, in, out, biased * int(generator() % 5)} {}
 };
 
 // The gradient of the values, where at[row, column] is the entry, against grad^T x.
@@ -386,9 +389,9 @@ void try_all(const Kernels& k) {
       }
   try_codes<float>(k, 2, 40, 2500, 0, 0.5, 3);    // several pieces of a row
   try_codes<bf16>(k, 40, 40, 2500, 40, 0.5, 3);
-  try_bitmaps<float>(k.dots);
+  try_bitmaps<float>(k.dots, k);
   if (const Dots<bf16>* dots = bf16_dots()) {
-    try_bitmaps<bf16>(*dots);
+    try_bitmaps<bf16>(*dots, k);
     for (const int64_t tokens : {1, 2, 7, 17, 50, 64, 130})
       for (const auto& size : sizes)
         for (const int threads : {1, 3})

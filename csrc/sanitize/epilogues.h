@@ -1,5 +1,6 @@
 // Epilogues against what the definitions say, entry by entry; included by driver.cpp.
-double activation_of(Activation activation, double z) {
+double activation_of(int number, double z) {
+  const auto activation = static_cast<Activation>(number);
   if (activation == Activation::relu) return z < 0 ? 0 : z;
   if (activation == Activation::gelu) return 0.5 * z * std::erfc(-z / std::sqrt(2.0));
   if (activation == Activation::gelu_tanh)
@@ -40,7 +41,7 @@ void try_epilogue(const Kernels& k, const Epilogue& e, int64_t rows, int64_t col
   for (int64_t r = 0, at = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t i = r * columns + c;
-      const double z = to_float(x[i]), exact = activation_of(e.activation, z), f = to_float(y[i]);
+      const double z = to_float(x[i]), exact = activation_of(static_cast<int>(e.activation), z), f = to_float(y[i]);
       const bool keep = keeps(e, y.data() + r * columns, u ? u + r * columns : nullptr, columns, c);
       failures += !(std::abs(f - exact) <= 1e-6 + rounding * std::abs(exact));
       if (!u) failures += to_float(finished[i]) != (keep ? f : 0.0);

@@ -3,6 +3,6 @@
 They are registered by `sten.kernel`, as every kernel is.
 """
 
-from . import cpu, cpu_conv, cpu_fused, cuda, cuda_fused, dual_mask, expand, sparse_input
+from . import cpu, cpu_conv, cpu_fused, cpu_tables, cuda, cuda_fused, dual_mask, expand, sparse_input
 
-__all__ = ["cpu", "cpu_conv", "cpu_fused", "cuda", "cuda_fused", "dual_mask", "expand", "sparse_input"]
+__all__ = ["cpu", "cpu_conv", "cpu_fused", "cpu_tables", "cuda", "cuda_fused", "dual_mask", "expand", "sparse_input"]

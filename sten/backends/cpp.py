@@ -68,9 +68,20 @@ def crc32():
     return _library.crc32 if compiled else zlib.crc32
 
 
-def _fake(x, *arguments, trusted=False):
+def _fake(x, *arguments, trusted=False, table=None, activation=0):
     """Return an empty `(*, out_features)` tensor for x `(*, in)`; `out_features` is the last argument."""
     return x.new_empty((*x.shape[:-1], arguments[-1]))
+
+
+def _fake_bits(crow, col, columns, rows):
+    """Return empty bits: (rows, bytes of whole words of 32 columns)."""
+    return col.new_empty((rows, -(-columns // 32) * 4), dtype=torch.uint8)
+
+
+def _fake_windows(crow, col, columns, rows):
+    """Return an empty table of as many groups as the pattern has."""
+    groups = torch.library.get_ctx().new_dynamic_size()
+    return col.new_empty(rows + 1 + 9 * groups)
 
 
 def _fake_values(grad, x, crow, col, height, width, columns, *, trusted=False):
@@ -123,6 +134,8 @@ def _load():
     for name in ("grouped_nm_grad_input", "band_grad_input"):
         torch.library.register_fake(f"sten::{name}", _fake)
     torch.library.register_fake("sten::band_grad_values", _fake_values)
+    torch.library.register_fake("sten::pattern_bits", _fake_bits)
+    torch.library.register_fake("sten::pattern_windows", _fake_windows)
     torch.library.register_fake("sten::grouped_nm_grad_values", _fake_grouped_values)
     torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
     torch.library.register_fake("sten::nm_collect", _fake_collect)

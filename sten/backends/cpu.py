@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -15,11 +16,22 @@ from ..dispatch import Flags, Plan, kernel
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from ..layouts.padding import reduction_width
+from ..ops.epilogue import NUMBERS, activate
 from ..ops.linear import dense_grad_weight
 from . import cpp
 
 Run = Callable[..., Tensor]
 PAIR_ROWS = 4  # kPairRows in csrc/kernels.h: the largest n of GroupedNM that bfloat16 is multiplied with
+
+
+def ended(product: Callable[..., Tensor], activation: str = "none") -> Callable[..., Tensor]:
+    """The operator of a product that ends with an activation, for each block of the output when it is computed."""
+    return product if activation == "none" else functools.partial(product, activation=NUMBERS[activation])
+
+
+def end_of(flags: Flags) -> dict[str, str]:
+    """The keyword of `ended` for linear_activation; empty for other operators."""
+    return {name: value for name, value in (flags.geometry or {}).items() if name == "activation"}
 
 
 def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
@@ -46,9 +58,9 @@ def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable
 # The two below write that out, because a Python function less is seen in the time of a small product.
 
 
-def csr_linear(layout: CSR, shape: tuple[int, ...], intercepted: bool) -> Run:
+def csr_linear(layout: CSR, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear with CSR: row by row, gathering activations from a panel."""
-    linear, outputs, last = torch.ops.sten.csr_linear.default, shape[0], None
+    linear, outputs, last = ended(torch.ops.sten.csr_linear.default, activation), shape[0], None
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         nonlocal last
@@ -62,10 +74,10 @@ def csr_linear(layout: CSR, shape: tuple[int, ...], intercepted: bool) -> Run:
     return run
 
 
-def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
+def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
-    linear, n, m, g, last = torch.ops.sten.grouped_nm_linear.default, layout.n, layout.m, layout.g, None
-    outputs = shape[0]
+    linear, last = ended(torch.ops.sten.grouped_nm_linear.default, activation), None
+    n, m, g, outputs = layout.n, layout.m, layout.g, shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         nonlocal last
@@ -144,9 +156,16 @@ def stored_rows(parts: Parts, outputs: int) -> Tensor | None:
     return None if row is None or len(row) == outputs else row.long()
 
 
-def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
+def with_empty_rows(some: Tensor, row: Tensor, outputs: int, bias: Tensor | None, activation: str) -> Tensor:
+    """All outputs, from those of the stored rows: the others are what becomes of the bias."""
+    y = some.new_zeros(*some.shape[:-1], outputs)
+    return (y if bias is None else y.copy_(activate(bias, activation))).index_copy_(-1, row, some)
+
+
+def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear: one row of a panel of activations for all outputs that share the column."""
-    linear, band = once_checked(torch.ops.sten.band_linear.default, intercepted), BANDS[type(layout)]
+    linear = once_checked(ended(torch.ops.sten.band_linear.default, activation), intercepted)
+    band = BANDS[type(layout)]
     (height, _, columns), outputs = band.sizes(layout, shape), shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
@@ -155,8 +174,7 @@ def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Ru
             return linear(crow, col, x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
         own = None if bias is None else bias[row]  # added in float32, before the sum is rounded
         some = linear(crow, col, x, weight["values"].contiguous(), crow, col, own, height, columns, len(row))
-        y = x.new_zeros(*x.shape[:-1], outputs)
-        return (y if bias is None else y.copy_(bias)).index_copy_(-1, row, some)
+        return with_empty_rows(some, row, outputs, bias, activation)
 
     return run
 
@@ -207,18 +225,18 @@ def multiplies_bfloat16(run_of: Callable[..., Run], layout: Layout, tokens: int 
     return band_linear
 
 
-def float32_by(run_of: Callable[[Layout, tuple[int, ...], bool], Run]) -> Callable[..., Plan]:
+def float32_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
     """The `prepare` of an operator by a C++ kernel, which computes in float32."""
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        name = str(dtype).removeprefix("torch.")
+        name, end = str(dtype).removeprefix("torch."), end_of(flags)
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Plan.of("reference", f"expands to dense: the C++ kernel computes in float32, not {name}", None)
         bfloat16_by = multiplies_bfloat16(run_of, layout, flags.tokens) if dtype is torch.bfloat16 else None
         if bfloat16_by:
-            run = bfloat16_by(layout, shape, flags.tokens is None)
+            run = bfloat16_by(layout, shape, flags.tokens is None, **end)
             return Plan.of(name, "C++ kernel: multiplies only the stored entries, sums in float32", run)
-        run = run_of(layout, shape, flags.tokens is None)
+        run = run_of(layout, shape, flags.tokens is None, **end)
         if dtype is torch.float32:
             return Plan.of(name, "C++ kernel: multiplies only the stored entries", run)
         why = f"C++ kernel: multiplies only the stored entries, in float32: {name} is converted at every call"
@@ -255,7 +273,7 @@ def nm_plan(layout: NM, dtype: torch.dtype, tokens: int | None, run: Run, few: s
 
 def nm_linear(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
     """linear with NM: values are expanded in registers, or all of them once for many tokens."""
-    linear, n, m, outputs = torch.ops.sten.nm_linear.default, layout.n, layout.m, shape[0]
+    linear, n, m, outputs = ended(torch.ops.sten.nm_linear.default, **end_of(flags)), layout.n, layout.m, shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         return linear(x, weight["values"].contiguous(), weight["index"], bias, n, m, FEW_TOKENS, outputs)
@@ -287,18 +305,17 @@ def nm_grad_weight(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags
     return nm_plan(layout, dtype, math.inf, run, dense, dense)
 
 
+LINEAR = {  # but CSR and FanIn, which cpu_tables has
+    GroupedNM: float32_by(grouped_nm_linear),
+    VectorNM: float32_by(band_linear),
+    BSR: float32_by(band_linear),
+    NM: nm_linear,
+}
+
 if cpp.available():
-    for _layout, _run_of in (
-        (CSR, csr_linear),
-        (GroupedNM, grouped_nm_linear),
-        *((layout, band_linear) for layout in (VectorNM, BSR, FanIn)),
-    ):
-        kernel("linear", weight=_layout, device="cpu", prepare=True)(float32_by(_run_of))
-    for _name, _prepare in (
-        ("linear", nm_linear),
-        ("linear_grad_input", nm_grad_input),
-        ("linear_grad_weight", nm_grad_weight),
-    ):
+    for _layout, _prepare in LINEAR.items():
+        kernel("linear", weight=_layout, device="cpu", prepare=True)(_prepare)
+    for _name, _prepare in (("linear_grad_input", nm_grad_input), ("linear_grad_weight", nm_grad_weight)):
         kernel(_name, weight=NM, device="cpu", prepare=True)(_prepare)
     for _layout, _grad_input, _grad_weight in (
         *((layout, band_grad_input, band_grad_weight) for layout in BANDS),

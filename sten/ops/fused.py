@@ -111,8 +111,8 @@ def compute_gated_linear(x, gate, gate_bias, up, up_bias, activation, transposed
     geometry, serves = {"activation": activation}, SERVES["gated_linear"][transposed]
     plan = planned_together("gated_linear", (gate, up), x, (gate_bias, up_bias), geometry, serves, intercepted)
     if plan.run is None:
-        y = _product(x, gate, gate_bias, transposed, intercepted)
-        return activate(y, activation) * _product(x, up, up_bias, transposed, intercepted)
+        y = compute_linear_activation(x, gate, gate_bias, activation, transposed, intercepted)
+        return y * _product(x, up, up_bias, transposed, intercepted)
     return plan.run(x, gate.parts, gate_bias, up.parts, up_bias, **geometry)
 
 
