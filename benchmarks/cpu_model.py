@@ -107,7 +107,7 @@ def layer(channels):
 
 
 for _name, (_channels, _size) in LAYERS.items():
-    _plans = ["csr90", "csr95", "fanin90", "v4:1:8", "v4:1:16"]
+    _plans = ["csr90", "csr95", "fanin90", "bsr90", "1:10:8", "v4:1:8", "v4:1:16"]
     MODELS[_name] = (functools.partial(layer, _channels), images(_size, _channels), [1, 16], _plans, "the layer")
 
 

@@ -1,8 +1,6 @@
 // The kernels of a direct convolution, a part of bodies.h.
 //
-// Letters: R rows (outputs) of a band at a time, N vectors of pixels, L partial sums.
-
-constexpr int kSharedVectors = kRegisters == 32 ? 4 : 2;    // with four rows that share their columns
+// Letters: R rows (outputs) at a time, N vectors of pixels, L partial sums.
 
 // One phase of a row: dst[u] = row[u * step] for lo <= u < hi, else zero, for u < count. What lies below `lo` is zero
 // already, and as much behind `count` is made so for the next row.
@@ -16,7 +14,7 @@ STEN_INLINE void load_pixels(const float* row, int64_t lo, int64_t hi, int64_t s
       for (; u < hi; ++u) dst[u] = row[2 * u];
     for (; u < hi; ++u) dst[u] = row[step * u];
   }
-  for (; u < count; u += kWidth) store(dst + u, zero());
+  for (; u < count; u += kWidth) store(dst + u, keep(zero()));    // else the compiler calls memset for each row
 }
 
 STEN_FN void conv_load(const ConvShape& s, const ConvWindow& b, const float* x, int64_t channels, float* panel) {
@@ -26,7 +24,8 @@ STEN_FN void conv_load(const ConvShape& s, const ConvWindow& b, const float* x, 
     for (int64_t i = 0; i < s.row_phases; ++i)
       for (int64_t j = 0; j < s.column_phases; ++j) {
         const int64_t first = b.column + j;
-        int64_t lo = first < 0 ? (step - 1 - first) / step : 0, hi = first < s.w ? (s.w - first + step - 1) / step : 0;
+        int64_t lo = first < 0 ? -first : 0, hi = first < s.w ? s.w - first : 0;
+        if (step > 1) lo = (lo + step - 1) / step, hi = (hi + step - 1) / step;    // a division takes as long as a row
         hi = hi < b.pitch ? hi : b.pitch;
         lo = lo < hi ? lo : hi;
         for (int64_t t = 0; t < b.rows; ++t, panel += b.pitch) {
@@ -42,6 +41,31 @@ STEN_FN void conv_store(const float* sums, int64_t rows, int64_t height, int64_t
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t h = 0; h < height; ++h)
       store_first(y + r * ld + h * columns, load(sums + r * ls + h * pitch), columns);
+}
+
+STEN_FN void conv_load_spread(const ConvShape& s, const ConvWindow& b, const float* x, int64_t channels, int64_t spread,
+                              float* rows, float* panel) {
+  const int64_t vectors = (b.pitch - spread * kWidth) + spread, count = s.row_phases * b.rows;
+  for (int64_t c = 0; c < channels; ++c, x += s.h * s.w) {
+    conv_load(s, b, x, 1, rows);
+    for (int64_t t = 0; t < count; ++t, panel += vectors * kWidth)
+      for (int64_t v = 0; v < vectors; v += spread) {
+        const float* from = rows + t * b.pitch + v;
+        if (spread == 1) store(panel + v * kWidth, load(from));
+        else split_pairs(from, panel + v * kWidth, panel + (v + 1) * kWidth);
+      }
+  }
+}
+
+STEN_FN void conv_store_spread(const float* sums, int64_t rows, int64_t height, int64_t spread, int64_t ls, float* y,
+                               int64_t step, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = 0; h < height; ++h) {
+      const float* from = sums + r * ls + h * spread * kWidth;
+      float* to = y + r * ld + h * step;
+      if (spread == 1) store(to, load(from));
+      else join_pairs(from, from + kWidth, to);
+    }
 }
 
 // What an entry multiplies, from the place of a vector in the panel on: the offset itself, or that of its column.
@@ -100,45 +124,69 @@ STEN_FN void conv_single(const Bands& w, const ConvBlock& b) {
   }
 }
 
-// Rows of one band, and N vectors from v0 on. Bands of several rows have one block of columns, so `out` is not read.
+// The entries of a few rows: runs of columns that these rows share. What column c of a run multiplies is given by
+// index[run * index_step + c], and its value in the i-th row is values[run * value_step + c * column_step + i * row_step].
+struct ConvRuns {
+  const int32_t* index;
+  const float* values;
+  int64_t runs, count;
+  int64_t index_step, value_step, column_step, row_step;
+};
+
+constexpr int kSharedRows = 4;
+constexpr int32_t kNextRows[kSharedRows] = {0, 1, 2, 3};
+
+// How many vectors of pixels go with R rows.
+constexpr int shared_vectors(int64_t rows) {
+  return kRegisters == 32 ? (rows <= 2 ? 8 : 4) : rows == 1 ? 8 : rows == 2 ? 4 : 2;
+}
+
+// R rows, row + which[i], and N vectors from v0 on. `fresh`: the sums begin with `start`, else with what `out` holds.
 template <int R, int N, bool kTable>
-STEN_INLINE void conv_rows(const Bands& w, const ConvBlock& b, int64_t band, int64_t row, int64_t v0) {
+STEN_INLINE void conv_rows(const ConvRuns& q, const ConvBlock& b, int64_t row, const int32_t* which, bool fresh,
+                           int64_t v0) {
   vec a[R][N];
   const float* at[N];
-  float* out = b.out + (row - b.r0) * b.ld;
-#pragma GCC unroll 4
+  float* out[R];
+#pragma GCC unroll 8
   for (int v = 0; v < N; ++v) at[v] = b.panel + b.x_at[v0 + v];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) begin_pixels<N>(b, row + r, out + r * b.ld, b.y_at + v0, a[r]);
-  const int32_t* index = b.index + band * w.count;
-  const float* value = w.values + row * w.count;
-  const int64_t step = w.count;
-  for (int64_t e = b.begin[band]; e < b.end[band]; ++e) {
-    const int64_t o = offset_of<kTable>(b, index, e);
-    vec xs[N];
+  for (int r = 0; r < R; ++r) {
+    const int64_t own = row + which[r] - b.r0;
+    out[r] = b.out + own * b.ld;
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) a[r][v] = fresh ? broadcast(b.start + own) : load(out[r] + b.y_at[v0 + v]);
+  }
+  for (int64_t run = 0; run < q.runs; ++run) {
+    const int32_t* index = q.index + run * q.index_step;
+    const float* value = q.values + run * q.value_step;
+    for (int64_t c = 0; c < q.count; ++c, value += q.column_step) {
+      const int64_t o = offset_of<kTable>(b, index, c);
+      vec xs[N];
+#pragma GCC unroll 8
+      for (int v = 0; v < N; ++v) xs[v] = keep(load(at[v] + o));
 #pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) xs[v] = keep(load(at[v] + o));
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const vec s = broadcast(value + r * step + e);
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) a[r][v] = madd(s, xs[v], a[r][v]);
+      for (int r = 0; r < R; ++r) {
+        const vec s = broadcast(value + r * q.row_step);
+#pragma GCC unroll 8
+        for (int v = 0; v < N; ++v) a[r][v] = madd(s, xs[v], a[r][v]);
+      }
     }
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < N; ++v) store(out + r * b.ld + b.y_at[v0 + v], a[r][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) store(out[r] + b.y_at[v0 + v], a[r][v]);
 }
 
 template <int R, int N, bool kTable>
-STEN_FN void conv_some(int64_t rows, int64_t vectors, const Bands& w, const ConvBlock& b, int64_t band, int64_t row,
-                       int64_t v0) {
+STEN_FN void conv_some(int64_t rows, int64_t vectors, const ConvRuns& q, const ConvBlock& b, int64_t row,
+                       const int32_t* which, bool fresh, int64_t v0) {
   if constexpr (R > 1)
-    if (rows < R) return conv_some<R - 1, N, kTable>(rows, vectors, w, b, band, row, v0);
+    if (rows < R) return conv_some<R - 1, shared_vectors(R - 1), kTable>(rows, vectors, q, b, row, which, fresh, v0);
   if constexpr (N > 1)
-    if (vectors < N) return conv_some<R, N - 1, kTable>(rows, vectors, w, b, band, row, v0);
-  conv_rows<R, N, kTable>(w, b, band, row, v0);
+    if (vectors < N) return conv_some<R, N - 1, kTable>(rows, vectors, q, b, row, which, fresh, v0);
+  conv_rows<R, N, kTable>(q, b, row, which, fresh, v0);
 }
 
 template <int N, bool kTable>
@@ -148,16 +196,23 @@ STEN_FN void conv_singles(const Bands& w, const ConvBlock& b) {
   conv_single<N, kTable>(w, b);
 }
 
+// Bands of several rows have one block of columns, so `out` is not read.
 template <bool kTable>
 STEN_FN void conv_block_t(const Bands& w, const ConvBlock& b) {
-  if (w.height == 1) return conv_singles<kConvVectors, kTable>(w, b);
+  if (w.height == 1 && w.width == 1) return conv_singles<kConvVectors, kTable>(w, b);
   for (int64_t band = b.r0 / w.height; band * w.height < b.r1; ++band) {
     const int64_t lo = band * w.height, hi = lo + w.height, r1 = hi < b.r1 ? hi : b.r1;
     for (int64_t row = lo > b.r0 ? lo : b.r0, n; row < r1; row += n) {
-      n = next_rows(r1 - row, 4);
+      n = next_rows(r1 - row, kSharedRows);
+      ConvRuns q{b.index + band * w.count, w.values + row * w.count, 1, w.count, 0, 0, 1, w.count};
+      if (w.crow) {
+        const int64_t first = b.begin[band], size = w.height * w.width;
+        q = {b.index + first * w.width, w.values + first * size + (row - lo) * w.width, b.end[band] - first, w.width,
+             w.width, size, 1, w.width};
+      }
       for (int64_t v = 0, some; v < b.vectors; v += some) {
-        some = next_rows(b.vectors - v, kSharedVectors);
-        conv_some<4, kSharedVectors, kTable>(n, some, w, b, band, row, v);
+        some = next_rows(b.vectors - v, shared_vectors(n));
+        conv_some<kSharedRows, shared_vectors(kSharedRows), kTable>(n, some, q, b, row, kNextRows, true, v);
       }
     }
   }
@@ -166,4 +221,36 @@ STEN_FN void conv_block_t(const Bands& w, const ConvBlock& b) {
 STEN_FN void conv_block(const Bands& w, const ConvBlock& b) {
   if (b.table) return conv_block_t<true>(w, b);
   conv_block_t<false>(w, b);
+}
+
+constexpr int64_t kRunColumns = 64;    // of a pattern together
+
+// The sums of a pattern's rows are written after a few chunks, and read again for the next pattern that has the row: the
+// values are read almost in order, and what they multiply stays in the first-level cache. A few vectors at a time: of
+// two that overlap, those in one call are read together, and a later one begins anew.
+STEN_FN void conv_grouped(const Grouped& w, const ConvBlock& b) {
+  const int64_t columns = w.columns(), chunk = w.strips * columns, most = w.g < kRunColumns ? kRunColumns / w.g : 1;
+  for (int64_t v = 0, some; v < b.vectors; v += some) {
+    some = next_rows(b.vectors - v, shared_vectors(w.n < kSharedRows ? w.n : kSharedRows));
+    for (int64_t r = 0; r < b.r1 - b.r0; ++r)
+      for (int64_t i = v; i < v + some; ++i) store(b.out + r * b.ld + b.y_at[i], broadcast(b.start + r));
+    for (int64_t c = 0; c < w.chunks; c += most) {
+      const int64_t runs = c + most < w.chunks ? most : w.chunks - c;
+      for (int64_t strip = b.r0 / w.m; strip * w.m < b.r1; ++strip) {
+        const int64_t row = strip * w.m;
+        for (int64_t p = 0; p < w.patterns; ++p) {
+          const int32_t* rows = w.rows + p * w.n;
+          const int64_t slot = c * chunk + strip * columns + p * w.g;
+          int64_t i = 0, end = w.n;
+          while (i < end && row + rows[i] < b.r0) ++i;
+          while (i < end && row + rows[end - 1] >= b.r1) --end;
+          for (int64_t n; i < end; i += n) {
+            n = next_rows(end - i, kSharedRows);
+            const ConvRuns q{b.index + slot, w.values + slot * w.n + i, runs, w.g, chunk, chunk * w.n, w.n, 1};
+            conv_some<kSharedRows, shared_vectors(kSharedRows), false>(n, some, q, b, row, rows + i, false, v);
+          }
+        }
+      }
+    }
+  }
 }

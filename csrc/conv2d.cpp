@@ -1,9 +1,13 @@
-// A direct convolution by a weight whose bands of rows are lists of columns, or CSR.
+// A direct convolution by a sparse weight: rows in bands (CSR, FanIn, VectorNM, BSR), or GroupedNM.
 //
 // A tile is a few rows of an output image, or a window of their columns, in up to eight vectors. What it needs of the
 // input is copied to a panel that fits the first-level cache, a block of channels at a time; then every entry of the
 // weight multiplies all vectors of the tile, which stay in registers. In a panel the pixels that one entry multiplies
 // lie side by side for any stride, and padding is zeros.
+//
+// Where rows do not share their columns, loads take longer than multiply-adds, and twice as long where they cross a
+// cache line. So a panel of a 3x3 kernel may be `spread`: a row of 32 pixels is the vectors of its even and of its odd
+// columns, and of each the one that is shifted by a pixel.
 //
 // An image narrower than a vector is computed `flat`: vectors run across the ends of rows, and the sums that lie
 // between two rows are dropped.
@@ -18,50 +22,79 @@ namespace {
 constexpr int64_t kPanelBytes = 32 << 10;
 constexpr int64_t kTileColumns = 2;      // vectors: the taller a tile, the fewer rows are copied twice
 constexpr int64_t kLeastTiles = 2;       // from which on deriving the offsets pays
+constexpr int64_t kLine = 64;            // bytes of a cache line
+constexpr int64_t kSpreadEntries = 40;   // of a row, from which on writing and reading a spread panel pays
 constexpr int64_t kLeastEntries = 16;    // of a row in a block, or reading and writing the sums would take longer
+
+// What the driver asks of a weight, whichever its format.
+struct Sizes {
+  double entries;
+  int64_t columns, bands, offsets;    // with padding; lists or rows of blocks; of all entries
+  int64_t unit;                       // rows that are better not divided
+  int64_t together;                   // rows that have the same columns
+  bool single;    // an entry is one column, so that its offset can be looked up
+};
+
+Sizes sizes_of(const Bands& w) {
+  const int64_t bands = w.bands(), offsets = w.crow ? w.crow[bands] * w.width : bands * w.count;
+  return {entries(w), w.columns, bands, offsets, kUnit, w.height, w.width == 1};
+}
+
+Sizes sizes_of(const Grouped& w) {
+  const int64_t columns = w.chunks * w.columns();
+  return {entries(w), columns, 0, w.strips * columns, w.m, w.n, false};
+}
 
 struct Tiling {
   bool flat, derived;    // derived: the offset of every entry is computed once, and not looked up for every tile
   int64_t columns, windows;    // of a window, and how many there are; the last one may overlap
   int64_t rows, tiles;         // of the highest tile
+  int64_t spread;              // vectors of a row of a tile whose columns take turns, or 0
+  int64_t row_floats;          // of the input, for a row of a window
   int64_t pitch, panel_rows, plane;    // floats of a row, rows of a phase and floats of a channel in a panel
   int64_t channels, blocks;    // of a block
 
-  Tiling(const ConvShape& s, int64_t images, const Bands& w, bool inputs_last, int64_t width) {
+  Tiling(const ConvShape& s, int64_t images, int64_t groups, const Sizes& w, bool inputs_last, int64_t width) {
     const int64_t halo[] = {(s.kernel[0] - 1) * s.dilation[0] / s.stride[0],
                             (s.kernel[1] - 1) * s.dilation[1] / s.stride[1]};
     flat = s.out_w < width;
     columns = std::min(s.out_w, width * std::max(kTileColumns, kConvVectors / s.out_h));
     windows = ceil_div(s.out_w, columns);
-    pitch = columns + halo[1];
+    row_floats = columns + halo[1];
+    const int64_t each = static_cast<int64_t>(w.entries) / std::max<int64_t>(1, groups * s.out);
+    const bool pays = !flat && w.together == 1 && each >= kSpreadEntries && width * sizeof(float) == kLine;
+    const bool whole = s.stride[1] == 1 && columns % width == 0 && columns / width <= kTileColumns;
+    spread = pays && whole && halo[1] > 0 && halo[1] <= kTileColumns ? columns / width : 0;
+    pitch = spread ? (spread + halo[1]) * width : row_floats;
     const int64_t most = flat ? (kConvVectors * width - s.out_w) / pitch + 1 : kConvVectors / ceil_div(columns, width);
     tiles = ceil_div(s.out_h, most);
     rows = ceil_div(s.out_h, tiles);
     panel_rows = rows + halo[0];
     plane = s.row_phases * s.column_phases * panel_rows * pitch;
     const int64_t bytes = s.channels * plane * static_cast<int64_t>(sizeof(float));
-    const int64_t each = (w.crow ? w.crow[w.rows] : w.rows * w.count) / std::max<int64_t>(1, w.rows);
-    derived = images * tiles * windows >= kLeastTiles;
-    blocks = inputs_last || !derived ? 1 : std::min(ceil_div(bytes, kPanelBytes), each / kLeastEntries);
+    derived = images * tiles * windows >= kLeastTiles || !w.single;
+    const bool by_rows = derived && w.single && w.together == 1 && !inputs_last;
+    const int64_t most_bytes = spread ? 2 * kPanelBytes : kPanelBytes;    // spread, pixels are stored more than once
+    blocks = by_rows ? std::min(ceil_div(bytes, most_bytes), each / kLeastEntries) : 1;
     blocks = std::max<int64_t>(1, std::min(blocks, s.channels));
     channels = ceil_div(s.channels, blocks);
     blocks = std::max<int64_t>(1, ceil_div(s.channels, channels));
   }
 };
 
-// offset[column - first column of a block]; padding channels are the zeros behind the panel
-void fill_offsets(const ConvShape& s, const Tiling& t, const Bands& w, bool inputs_last, int32_t* offset) {
-  const int64_t positions = s.kernel[0] * s.kernel[1], step = inputs_last ? w.columns / std::max<int64_t>(1, positions) : 1;
+// offset[column - first column of a block]; columns of padding are the zeros behind the panel
+void fill_offsets(const ConvShape& s, const Tiling& t, int64_t columns, bool inputs_last, int64_t width, int32_t* offset) {
+  const int64_t positions = s.kernel[0] * s.kernel[1], step = inputs_last ? columns / positions : 1;
+  const auto zeros = static_cast<int32_t>(t.channels * t.plane);
+  if (t.blocks == 1) std::fill(offset, offset + columns, zeros);
   for (int64_t i = 0, at = 0; i < s.kernel[0]; ++i)
     for (int64_t j = 0; j < s.kernel[1]; ++j, ++at) {
       const int64_t row = i * s.dilation[0], column = j * s.dilation[1];
       const int64_t phase = row % s.stride[0] * s.column_phases + column % s.stride[1];
-      const int64_t first = (phase * t.panel_rows + row / s.stride[0]) * t.pitch + column / s.stride[1];
-      if (inputs_last)
-        for (int64_t c = 0; c < step; ++c)
-          offset[at * step + c] = static_cast<int32_t>(c < s.channels ? c * t.plane + first : s.channels * t.plane);
-      else
-        for (int64_t c = 0; c < t.channels; ++c) offset[c * positions + at] = static_cast<int32_t>(c * t.plane + first);
+      const int64_t first = (phase * t.panel_rows + row / s.stride[0]) * t.pitch +
+                            column / s.stride[1] * (t.spread ? width : 1);
+      for (int64_t c = 0; c < t.channels; ++c)
+        offset[inputs_last ? at * step + c : c * positions + at] = static_cast<int32_t>(c * t.plane + first);
     }
 }
 
@@ -72,7 +105,9 @@ int64_t place_vectors(const ConvShape& s, const Tiling& t, int64_t rows, int64_t
     for (; n * width < (rows - 1) * t.pitch + s.out_w; ++n) x_at[n] = y_at[n] = n * width;
     return n;
   }
-  for (int64_t h = 0; h < rows; ++h)
+  for (int64_t h = 0; t.spread && h < rows; ++h)
+    for (int64_t u = 0; u < t.spread; ++u, ++n) x_at[n] = h * t.pitch + u * width, y_at[n] = n * width;
+  for (int64_t h = 0; !t.spread && h < rows; ++h)
     for (int64_t u = 0; u < t.columns; u += width, ++n) {
       const int64_t column = std::min(u, t.columns - width);
       x_at[n] = h * t.pitch + column;
@@ -81,7 +116,8 @@ int64_t place_vectors(const ConvShape& s, const Tiling& t, int64_t rows, int64_t
   return n;
 }
 
-// The offset of every entry, and where each band crosses from one block of columns to the next: begin[block][band].
+// The offset of every column of every entry, and where each band crosses from one block of columns to the next:
+// begin[block][band].
 void derive(const Bands& w, int64_t columns, int64_t blocks, const int32_t* table, int32_t* index, int32_t* begin,
             const Pool& pool) {
   const int64_t bands = w.bands(), tasks = std::max<int64_t>(1, std::min<int64_t>(pool.threads, bands));
@@ -95,6 +131,8 @@ void derive(const Bands& w, int64_t columns, int64_t blocks, const int32_t* tabl
         begin[b * bands + band] = static_cast<int32_t>(e);
         if (!index) break;
         const int64_t k0 = b * columns, k1 = b + 1 == blocks ? w.columns : k0 + columns;
+        if (w.width > 1)
+          for (; e < end; ++e) std::copy_n(table + col[e] * w.width, w.width, index + e * w.width);
         for (; e < end && col[e] < k1; ++e) index[skip + e] = table[col[e] - k0];
       }
       begin[blocks * bands + band] = static_cast<int32_t>(end);
@@ -102,39 +140,59 @@ void derive(const Bands& w, int64_t columns, int64_t blocks, const int32_t* tabl
   });
 }
 
+void derive(const Grouped& w, int64_t, int64_t, const int32_t* table, int32_t* index, int32_t*, const Pool& pool) {
+  const int64_t columns = w.columns(), chunk = w.strips * columns;
+  pool.each(w.chunks, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c)
+      for (int64_t i = c * chunk; i < (c + 1) * chunk; ++i) index[i] = table[c * columns + w.index[i]];
+  });
+}
+
+void multiply(const Bands& w, ConvBlock block, const Kernels& k) {
+  if (block.table) block.index = w.col;
+  k.conv_block(w, block);
+}
+void multiply(const Grouped& w, const ConvBlock& block, const Kernels& k) { k.conv_grouped(w, block); }
+
 }  // namespace
 
-void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const Bands& w,
-                bool inputs_last, const Kernels& k, Pool pool) {
+template <typename W>
+void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const W& w,
+              bool inputs_last, const Kernels& k, Pool pool) {
   const int64_t group_rows = s.out, positions = s.kernel[0] * s.kernel[1];
-  if (images == 0 || w.rows == 0 || s.out_h == 0 || s.out_w == 0) return;
+  if (images == 0 || groups * group_rows == 0 || s.out_h == 0 || s.out_w == 0) return;
   if (positions == 1 && s.stride[0] * s.stride[1] == 1 && s.padding[0] + s.padding[1] == 0) {
     s.w *= std::exchange(s.h, 1);    // one long row
     s.out_w *= std::exchange(s.out_h, 1);
   }
-  const Tiling t(s, images, w, inputs_last, k.width);
-  const double entries = w.crow ? w.crow[w.rows] : static_cast<double>(w.rows) * w.count;
-  pool.threads = useful_threads(pool.threads, entries * images * s.out_h * s.out_w);
-  const int64_t slack = kConvVectors * k.width, zeros = inputs_last ? t.plane : 0;
-  Scratch<int32_t> offsets(Role::index, inputs_last ? w.columns : t.channels * positions);
-  fill_offsets(s, t, w, inputs_last, offsets.get());
-  const int64_t bands = w.bands(), all = w.crow ? w.crow[bands] : bands * w.count;
-  Scratch<int32_t> index(Role::repacked, t.derived ? all : 0), cuts(Role::cuts, (t.blocks + 1) * bands);
-  derive(w, t.channels * positions, t.blocks, offsets.get(), t.derived ? index.get() : nullptr, cuts.get(), pool);
+  const Sizes sizes = sizes_of(w);
+  const Tiling t(s, images, groups, sizes, inputs_last, k.width);
+  pool.threads = useful_threads(pool.threads, sizes.entries * images * s.out_h * s.out_w);
+  const int64_t slack = kConvVectors * k.width, zeros = sizes.columns > s.channels * positions ? t.plane : 0;
+  Scratch<int32_t> offsets(Role::index, std::max(sizes.columns, t.channels * positions));
+  fill_offsets(s, t, sizes.columns, inputs_last, k.width, offsets.get());
+  const int64_t bands = sizes.bands;
+  Scratch<int32_t> derived(Role::repacked, t.derived ? sizes.offsets : 0), cuts(Role::cuts, (t.blocks + 1) * bands);
+  int32_t* index = t.derived ? derived.get() : nullptr;
+  const Pool few{useful_threads(pool.threads, static_cast<double>(sizes.offsets)), pool.run};
+  derive(w, t.channels * positions, t.blocks, offsets.get(), index, cuts.get(), few);
 
-  const int64_t image_tiles = images * groups * t.tiles;
-  const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, std::max<int64_t>(1, group_rows / kUnit));
-  const int64_t most_rows = ceil_div(ceil_div(group_rows, kUnit), pieces) * kUnit;
+  const int64_t image_tiles = images * groups * t.tiles, units = ceil_div(group_rows, sizes.unit);
+  const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, units);
+  const int64_t most_rows = ceil_div(units, pieces) * sizes.unit;
+  const bool apart = t.flat || t.spread;    // the sums are stored apart from the output
   pool.each(pieces * image_tiles, [&](int64_t begin, int64_t end) {
     Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + t.pitch + slack);
-    Scratch<float> sums(Role::sums, most_rows * (t.flat ? slack + 1 : 1));
-    float* start = sums.get() + (t.flat ? most_rows * slack : 0);
+    Scratch<float> sums(Role::sums, most_rows * (apart ? slack + 1 : 1));
+    Scratch<float> rows(Role::values, t.spread ? s.row_phases * t.panel_rows * t.row_floats + t.pitch + slack : 0);
+    float* start = sums.get() + (apart ? most_rows * slack : 0);
     int64_t x_at[kConvVectors], y_at[kConvVectors];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task % image_tiles / t.tiles, group = image % groups;
       const Range high = part(s.out_h, t.tiles, task % t.tiles);
-      const Range some = piece_rows(group_rows, pieces, task / image_tiles);
-      const int64_t r0 = group * group_rows + some.begin, r1 = group * group_rows + some.end;
+      const Range some = part(units, pieces, task / image_tiles);
+      const int64_t first = group * group_rows, r0 = first + some.begin * sizes.unit;
+      const int64_t r1 = first + std::min(some.end * sizes.unit, group_rows);
       if (r0 == r1) continue;
       for (int64_t r = r0; r < r1; ++r) start[r - r0] = bias ? bias[r] : 0.0f;
       const int64_t vectors = place_vectors(s, t, high.end - high.begin, k.width, x_at, y_at);
@@ -144,21 +202,28 @@ void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, con
       for (int64_t window = 0; window < t.windows; ++window) {
         const int64_t column = std::min(window * t.columns, s.out_w - t.columns);
         const ConvWindow read{high.begin * s.stride[0] - s.padding[0], column * s.stride[1] - s.padding[1],
-                              t.panel_rows, t.pitch};
+                              t.panel_rows, t.row_floats};
         for (int64_t c0 = 0, b = 0; b < t.blocks; ++b, c0 += t.channels) {
           const int64_t count = std::min(t.channels, s.channels - c0);
-          k.conv_load(s, read, from + c0 * s.h * s.w, count, panel.get());
+          if (t.spread) k.conv_load_spread(s, read, from + c0 * s.h * s.w, count, t.spread, rows.get(), panel.get());
+          else k.conv_load(s, read, from + c0 * s.h * s.w, count, panel.get());
           if (zeros) std::memset(panel.get() + count * t.plane, 0, (t.plane + slack) * sizeof(float));
           const int32_t* from_entry = cuts.get() + b * bands;
-          k.conv_block(w, {r0, r1, from_entry, from_entry + bands, t.derived ? index.get() : w.col,
-                           t.derived ? nullptr : offsets.get(), panel.get(), vectors, x_at, y_at, b ? nullptr : start,
-                           t.flat ? sums.get() : to + column, t.flat ? slack : size});
+          multiply(w, {r0, r1, from_entry, from_entry + bands, index, t.derived ? nullptr : offsets.get(), panel.get(),
+                       vectors, x_at, y_at, b ? nullptr : start, apart ? sums.get() : to + column, apart ? slack : size},
+                   k);
         }
-        if (t.flat)
-          k.conv_store(sums.get(), r1 - r0, high.end - high.begin, s.out_w, t.pitch, slack, to, size);
+        const int64_t height = high.end - high.begin;
+        if (t.flat) k.conv_store(sums.get(), r1 - r0, height, s.out_w, t.pitch, slack, to, size);
+        if (t.spread) k.conv_store_spread(sums.get(), r1 - r0, height, t.spread, slack, to + column, s.out_w, size);
       }
     }
   });
 }
+
+template void convolve(ConvShape, int64_t, int64_t, const float*, const float*, float*, const Bands&, bool,
+                       const Kernels&, Pool);
+template void convolve(ConvShape, int64_t, int64_t, const float*, const float*, float*, const Grouped&, bool,
+                       const Kernels&, Pool);
 
 }  // namespace sten

@@ -14,9 +14,6 @@ constexpr int64_t kLongPanels = 4;           // most panels whose tokens are sum
 constexpr int64_t kSkew = 256;               // floats between panels, or all would fall into the same cache sets
 constexpr int64_t kTokenFloats = 4096;       // one token: partial sums that stay in the first-level cache
 
-template <typename E>
-double entries(const GroupedOf<E>& w) { return static_cast<double>(w.chunks * w.strips) * w.columns() * w.n; }
-
 // y of one token from its sums: acc is (strips, P, g, n)
 void token_rows(const Problem& p, const Grouped& w, int64_t strip0, int64_t strip1, const float* acc) {
   for (int64_t s = strip0; s < strip1; ++s) {

@@ -196,7 +196,7 @@ struct ConvWindow {
 struct ConvBlock {
   int64_t r0, r1;
   const int32_t *begin, *end;    // (bands,) positions as in BandRange
-  const int32_t *index, *table;  // index is shaped as col
+  const int32_t *index, *table;  // index is shaped as col, or without a table has `width` offsets for a block
   const float* panel;
   int64_t vectors;
   const int64_t *x_at, *y_at;
@@ -251,11 +251,19 @@ struct Kernels {
 
   // fills a panel with `channels` channels; may write a row and a vector beyond it
   void (*conv_load)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, float* panel);
-  // BSR has no such kernel
+  // the same with columns that take turns: lane l of vector v of a row is its column l * spread + v, so that the pixels
+  // which one entry multiplies are whole vectors; `rows` has room for a channel as conv_load writes it
+  void (*conv_load_spread)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, int64_t spread,
+                           float* rows, float* panel);
   void (*conv_block)(const Bands& w, const ConvBlock& block);
+  // the same, of all columns; the index is shaped as that of w
+  void (*conv_grouped)(const Grouped& w, const ConvBlock& block);
   // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
   void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
                      float* y, int64_t ld);
+  // y[r * ld + h * step + l * spread + v] = sums[r * ls + (h * spread + v) * width + l]
+  void (*conv_store_spread)(const float* sums, int64_t rows, int64_t height, int64_t spread, int64_t ls, float* y,
+                            int64_t step, int64_t ld);
 
   // y[i] = an activation of it, a number of `Activation` in epilogue.h, for i < n
   void (*activate)(int activation, float* y, int64_t n);

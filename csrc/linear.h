@@ -16,6 +16,11 @@ double entries(const BandsOf<E>& w) {
   return w.crow ? static_cast<double>(w.crow[w.bands()]) * w.height * w.width : static_cast<double>(w.rows) * w.count;
 }
 
+template <typename E>
+double entries(const GroupedOf<E>& w) {
+  return static_cast<double>(w.chunks * w.strips) * w.columns() * w.n;
+}
+
 // How tasks are spread over threads; `run` calls body(context, begin, end) for ranges that cover 0 to tasks - 1.
 struct Pool {
   int threads;
@@ -196,8 +201,9 @@ void bands_grad_values(const float* grad, const float* x, int64_t tokens, int64_
 // A convolution of images (images, groups * channels, h, w), computed directly: no matrix of patches is made. A column
 // of w is (channel, kernel row, kernel column), or with `inputs_last` (kernel row, kernel column, channel), where the
 // channels have their padding.
-void bands_conv(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const Bands& w,
-                bool inputs_last, const Kernels& k, Pool pool);
+template <typename W>    // Bands or Grouped
+void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const float* bias, float* y, const W& w,
+              bool inputs_last, const Kernels& k, Pool pool);
 
 // Sparse activations S (tokens, columns), bands of width 1, times a dense matrix of s.columns rows: codes.cpp
 template <typename E>

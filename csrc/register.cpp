@@ -93,8 +93,8 @@ bool compressed_in_bounds_op(const Tensor& crow, const Tensor& col, int64_t colu
 }
 
 // The pattern of a weight (out, in), checked, without values, whose shape `full` receives.
-Grouped make_grouped(const char* op, const Tensor& index, int64_t n, int64_t m, int64_t g, int64_t out, int64_t in,
-                     bool trusted, std::vector<int64_t>& full) {
+Grouped grouped_pattern(const char* op, const Tensor& index, int64_t n, int64_t m, int64_t g, int64_t out, int64_t in,
+                        bool trusted, std::vector<int64_t>& full) {
   constexpr int64_t kMostColumns = 32767;    // an int16 offset reaches every column of a chunk
   check(index, op, "index", 4, at::kShort);
   TORCH_CHECK(1 <= n && n <= m && m <= kMostColumns && 1 <= g && g <= kMostColumns, op,
@@ -115,16 +115,23 @@ Grouped make_grouped(const char* op, const Tensor& index, int64_t n, int64_t m, 
   return w;
 }
 
-template <typename E = float>
+}  // namespace
+
+template <typename E>
 GroupedOf<E> make_grouped(const char* op, const Tensor& values, const Tensor& index, int64_t n, int64_t m, int64_t g,
                           int64_t out, int64_t in, bool trusted) {
   check(values, op, "values", 5, dtype_of<E>);
   std::vector<int64_t> full;
-  const Grouped w = make_grouped(op, index, n, m, g, out, in, trusted, full);
+  const Grouped w = grouped_pattern(op, index, n, m, g, out, in, trusted, full);
   TORCH_CHECK(values.sizes() == at::IntArrayRef(full), op, ": Expected values (chunks, strips, patterns, g, n) = ",
               text(full), " for a weight ", text({out, in}), ", got ", text(values.sizes()));
   return {data_of<E>(values), w.index, w.rows, w.exchanges, w.n, w.m, w.g, w.patterns, w.chunks, w.strips};
 }
+
+template Grouped make_grouped<float>(const char*, const Tensor&, const Tensor&, int64_t, int64_t, int64_t, int64_t,
+                                     int64_t, bool);
+
+namespace {
 
 Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index,
                             const std::optional<Tensor>& bias, int64_t n, int64_t m, int64_t g, int64_t out,
@@ -167,7 +174,7 @@ Tensor grouped_nm_grad_values_op(const Tensor& grad, const Tensor& x, const Tens
               text(x.sizes()));
   std::vector<int64_t> full;
   const int64_t rows = grad.size(-1), in = x.size(-1);
-  const Grouped w = make_grouped(op, index, n, m, g, rows, in, trusted, full);
+  const Grouped w = grouped_pattern(op, index, n, m, g, rows, in, trusted, full);
   const Tensor left = grad.contiguous(), right = x.contiguous(), out = at::zeros(full, x.options());
   int64_t tokens = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);

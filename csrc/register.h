@@ -83,4 +83,9 @@ template <typename E = float>
 BandsOf<E> make_weight(const char* op, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                        int64_t height, int64_t columns, int64_t rows, bool trusted);
 
+// The same of GroupedNM (register.cpp): a weight (out, in).
+template <typename E = float>
+GroupedOf<E> make_grouped(const char* op, const Tensor& values, const Tensor& index, int64_t n, int64_t m, int64_t g,
+                          int64_t out, int64_t in, bool trusted);
+
 }  // namespace sten

@@ -39,6 +39,12 @@ STEN_INLINE vec keep(vec a) {
   return a;
 }
 STEN_INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
+STEN_INLINE void split_pairs(const float* p, float* even, float* odd) {
+  for (int i = 0; i < kWidth; ++i) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
+}
+STEN_INLINE void join_pairs(const float* even, const float* odd, float* p) {
+  for (int i = 0; i < kWidth; ++i) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
+}
 
 STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
   if (rows < 8 || cols < 8) {

@@ -37,6 +37,20 @@ STEN_INLINE vec keep(vec a) {
 }
 STEN_INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
 
+// 32 floats as those in even and those in odd places, and back
+STEN_INLINE void split_pairs(const float* p, float* even, float* odd) {
+  const __m512i two = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const vec a = load(p), b = load(p + 16);
+  store(even, _mm512_permutex2var_ps(a, two, b));
+  store(odd, _mm512_permutex2var_ps(a, _mm512_add_epi32(two, _mm512_set1_epi32(1)), b));
+}
+STEN_INLINE void join_pairs(const float* even, const float* odd, float* p) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const vec a = load(even), b = load(odd);
+  store(p, _mm512_permutex2var_ps(a, low, b));
+  store(p + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b));
+}
+
 // dst[c, r] = src[r, c] for r < rows, c < cols; lanes r >= rows are written as zero when `fill`, else left alone
 STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
   const __mmask16 mc = first(cols), mr = fill ? first(16) : first(rows);

@@ -59,6 +59,12 @@ STEN_INLINE vec broadcast(const float* p) { return vec{*p, *p, *p, *p}; }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
 STEN_INLINE vec keep(vec a) { return a; }
 STEN_INLINE vec add(vec a, vec b) { return a + b; }
+STEN_INLINE void split_pairs(const float* p, float* even, float* odd) {
+  for (int i = 0; i < kWidth; ++i) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
+}
+STEN_INLINE void join_pairs(const float* even, const float* odd, float* p) {
+  for (int i = 0; i < kWidth; ++i) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
+}
 
 STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
   for (int c = 0; c < cols; ++c)

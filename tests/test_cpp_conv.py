@@ -9,17 +9,22 @@ from torch import nn
 
 import sten
 from sten.backends import cpp
+from sten.backends.cpu_conv import DIRECT
 
 if not cpp.available():
     pytest.skip("the extension sten._C is not built", allow_module_level=True)
 
-LAYOUTS = [sten.CSR(), sten.FanIn(), sten.VectorNM(1, 4, 4), sten.VectorNM(2, 5, 3), sten.VectorNM(1, 2, 8)]
+LAYOUTS = [
+    *(sten.CSR(), sten.FanIn(), sten.VectorNM(1, 4, 4), sten.VectorNM(2, 5, 3), sten.VectorNM(1, 2, 8)),
+    *(sten.BSR((4, 4)), sten.BSR((1, 8)), sten.BSR((3, 2)), sten.BSR((2, 1)), sten.BSR((6, 16))),
+    *(sten.GroupedNM(2, 4, 2), sten.GroupedNM(1, 10, 2), sten.GroupedNM(3, 5, 1), sten.GroupedNM(5, 6, 3)),
+]
 
 
 def random_weight(layout, shape, sparsity=0.8, empty=False):
     """A sparse weight; with `empty`, its second output has no entries."""
     score = torch.randn(shape)
-    mask = layout.mask(score) if isinstance(layout, sten.VectorNM) else layout.mask(score, sparsity)
+    mask = layout.mask(score) if layout.rate is not None else layout.mask(score, sparsity)
     if empty:
         mask[1] = False
     return sten.from_dense(score * mask, layout, mask)
@@ -41,6 +46,11 @@ def is_direct(x, weight, **geometry):
     return sten.which("conv2d", x, weight, **geometry).kernel.endswith("_conv")
 
 
+def expands_for_speed(weight):
+    """Whether so many entries are stored that a dense convolution of many pixels is faster."""
+    return weight.parts["values"].numel() > DIRECT[type(weight.sparse_layout)][1] * weight.numel()
+
+
 @pytest.mark.parametrize("width", [1, 3, 4, 7, 8, 14, 16, 17, 28, 33, 56])
 def test_widths(instruction_set, poisoned, width):
     """Images narrower than a vector, and rows whose last vectors overlap."""
@@ -49,7 +59,7 @@ def test_widths(instruction_set, poisoned, width):
         weight = random_weight(layout, (9, 20, 3, 3))
         for height, stride in ((width, 1), (5, 2)):
             x = torch.randn(2, 20, height, width)
-            assert is_direct(x, weight, padding=1, stride=stride)
+            assert is_direct(x, weight, padding=1, stride=stride) or expands_for_speed(weight)
             assert_conv(x, weight, torch.randn(9), padding=1, stride=stride)
 
 
@@ -81,7 +91,7 @@ def test_fuzz(instruction_set, poisoned, seed):
 def test_many_channels(instruction_set, poisoned):
     """Several blocks of channels, whose sums are kept in the output or beside it."""
     torch.manual_seed(0)
-    for size in ((3, 3), (9, 40), (2, 120)):
+    for size in ((3, 3), (9, 40), (2, 120), (10, 16)):
         weight = random_weight(sten.CSR(), (17, 200, 3, 3), 0.7)
         assert_conv(torch.randn(3, 200, *size), weight, torch.randn(17), padding=1)
         weight = random_weight(sten.CSR(), (17, 200, 1, 1), 0.5)
@@ -101,10 +111,10 @@ def test_empty_rows_and_memory_formats(instruction_set):
         assert F.conv2d(x[0], weight).shape == (6, 7, 16)
 
 
-def test_infinity_stays_in_its_channel(instruction_set):
-    """Padding columns of VectorNM never multiply a pixel, and pixels beside an image are zeros."""
+@pytest.mark.parametrize("layout", [sten.VectorNM(2, 4, 4), sten.BSR((3, 4)), sten.GroupedNM(2, 4, 2)], ids=str)
+def test_infinity_stays_in_its_channel(instruction_set, layout):
+    """Columns of padding never multiply a pixel, and pixels beside an image are zeros."""
     torch.manual_seed(0)
-    layout = sten.VectorNM(2, 4, 4)
     weight = random_weight(layout, (8, 5, 3, 3))
     x = torch.full((1, 5, 6, 6), torch.inf)
     dense = F.conv2d(x, weight.to_dense().abs(), padding=1)
@@ -118,7 +128,7 @@ def test_infinity_stays_in_its_channel(instruction_set):
     torch.testing.assert_close(F.conv2d(hot, weight, padding=1)[:, clean], want[:, clean], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS[:3], *LAYOUTS[5:7], *LAYOUTS[10:12]], ids=str)
 def test_gradients_dtypes_and_conv1d(layout):
     torch.manual_seed(0)
     weight = random_weight(layout, (8, 6, 3, 3))
@@ -155,6 +165,9 @@ def test_compiled_and_checked():
     crow, col, values = (weight.parts[name] for name in ("crow", "col", "values"))
     geometry = (36, False, [3, 3], [2, 2], [1, 1], [1, 1], 1, 6)
     torch.library.opcheck(torch.ops.sten.band_conv2d.default, (x, values, crow, col, None, 1, *geometry))
+    parts = random_weight(sten.GroupedNM(2, 4, 3), (6, 4, 3, 3)).parts
+    operands = (x, parts["values"], parts["index"], None, 2, 4, 3, *geometry[2:])
+    torch.library.opcheck(torch.ops.sten.grouped_nm_conv2d.default, operands)
 
 
 def test_what_expands():
@@ -163,7 +176,8 @@ def test_what_expands():
     cases = [
         (csr, (8, 1, 3, 3), (1, 8, 40, 40), "depthwise"),
         (csr, (8, 8, 3, 3, 3), (1, 8, 9, 9, 9), "three dimensions"),
-        (sten.GroupedNM(1, 4, 4), (8, 8, 3, 3), image, "for GroupedNM only"),
+        (sten.NM(2, 4), (8, 8, 3, 3), image, "for NM only"),
+        (sten.GroupedNM(2, 3, 2), (9, 8, 3, 3), image, "a dense convolution is faster"),
         (sten.FanIn(), (8, 4, 3, 3), image, "groups=1"),
         (sten.VectorNM(9, 10, 4), (8, 8, 3, 3), image, "a dense convolution is faster"),
     ]

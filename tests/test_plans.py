@@ -109,12 +109,13 @@ def test_the_memory_format_decides(layout):
         conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
         x = torch.randn(2, 12, *size)
         last = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        assert which("conv2d", x, w).kernel == "reference" and "channels_last" in which("conv2d", x, w).reason
+        plan, volume = which("conv2d", x, w), len(size) == 3  # of a smaller one: the direct convolution
+        assert "channels_last" in plan.reason if volume else plan.variant == "float32"
         assert which("conv2d", last, w).variant == "float32"
         assert which("conv2d", last[0], w).variant == "float32"
         for picture in (x, last, last[0]):
             torch.testing.assert_close(conv(picture, w), conv(picture, dense), atol=1e-5, rtol=1e-5)
-        assert {plan.variant for plan in plans(w)} == {None, "float32"}
+        assert {plan.variant for plan in plans(w)} == ({None, "float32"} if volume else {"float32"})
 
 
 def test_which_of_a_bias_and_a_weight_in_trainable_form():

@@ -190,66 +190,6 @@ void try_bands(const Kernels& k, int64_t tokens, int64_t in, int64_t out, int64_
   compare_values("bands", back, data, at, gradient);
 }
 
-// A convolution against its definition; `height` 0 is CSR, else lists with the channels last in a row.
-void try_conv(const Kernels& k, int64_t images, int64_t groups, int64_t channels, int64_t out, int64_t h, int64_t w,
-              int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t height, int threads) {
-  const int64_t reach = (kernel - 1) * dilation + 1, positions = kernel * kernel, rows = groups * out;
-  if (h + 2 * padding < reach || w + 2 * padding < reach) return;
-  const int64_t oh = (h + 2 * padding - reach) / stride + 1, ow = (w + 2 * padding - reach) / stride + 1;
-  const int64_t phases = std::min(stride, reach);
-  const ConvShape s{channels, h, w, out, oh, ow, {kernel, kernel}, {stride, stride}, {padding, padding},
-                    {dilation, dilation}, phases, phases};
-  const bool lists = height > 0;
-  const int64_t padded = lists ? channels + 2 : channels, columns = positions * padded, band = lists ? height : 1;
-  const int64_t bands = ceil_div(rows, band), count = columns / 3;
-  std::vector<int32_t> crow{0}, col;
-  for (int64_t b = 0; b < bands; ++b) {
-    std::vector<int32_t> all(columns);
-    for (int64_t i = 0; i < columns; ++i) all[i] = static_cast<int32_t>(i);
-    std::shuffle(all.begin(), all.end(), generator);
-    all.resize(lists ? count : generator() % (columns + 1));
-    std::sort(all.begin(), all.end());
-    col.insert(col.end(), all.begin(), all.end());
-    crow.push_back(static_cast<int32_t>(col.size()));
-  }
-  col.shrink_to_fit();
-  std::vector<float> values = random_floats(lists ? rows * count : static_cast<int64_t>(col.size()));
-  const std::vector<float> x = random_floats(images * groups * channels * h * w), bias = random_floats(rows);
-  std::vector<float> y(images * rows * oh * ow, NAN);
-  const Bands weight{values.data(), lists ? nullptr : crow.data(), col.data(), rows, columns, band, 1, count};
-  bands_conv(s, images, groups, x.data(), bias.data(), y.data(), weight, lists, k, {threads, run_tasks});
-  for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
-    const int64_t q = i % ow, p = i / ow % oh, r = i / (ow * oh) % rows, image = i / (ow * oh * rows);
-    double sum = bias[r], scale = std::abs(sum);
-    for (int64_t e = crow[r / band]; e < crow[r / band + 1]; ++e) {
-      const int64_t at = lists ? col[e] / padded : col[e] % positions, c = lists ? col[e] % padded : col[e] / positions;
-      const int64_t a = p * stride - padding + at / kernel * dilation, b = q * stride - padding + at % kernel * dilation;
-      if (c >= channels || a < 0 || a >= h || b < 0 || b >= w) continue;
-      const double product = static_cast<double>(values[lists ? r * count + e - crow[r / band] : e]) *
-                             x[(((image * groups + r / out) * channels + c) * h + a) * w + b];
-      sum += product;
-      scale += std::abs(product);
-    }
-    if (std::abs(y[i] - sum) <= 2e-6 * scale) continue;
-    std::printf("conv: %ld x %ld, kernel %ld, stride %ld, padding %ld, dilation %ld: %g instead of %g\n",
-                static_cast<long>(h), static_cast<long>(w), static_cast<long>(kernel), static_cast<long>(stride),
-                static_cast<long>(padding), static_cast<long>(dilation), y[i], sum);
-    ++failures;
-    return;
-  }
-}
-
-void try_convs(const Kernels& k, int rounds) {
-  const int64_t sizes[] = {1, 3, 4, 7, 8, 15, 16, 17, 32, 33, 40};
-  auto among = [&](auto... values) {
-    return std::array<int64_t, sizeof...(values)>{values...}[generator() % sizeof...(values)];
-  };
-  for (int round = 0; round < rounds; ++round)
-    try_conv(k, among(1, 1, 2), among(1, 1, 3), among(1, 2, 5, 20), among(1, 3, 9), sizes[generator() % std::size(sizes)],
-             sizes[generator() % std::size(sizes)], among(1, 2, 3, 3, 5), among(1, 1, 2, 3), among(0, 1, 1, 2, 9),
-             among(1, 1, 2), among(0, 0, 1, 3, 8), round % 2 ? 3 : 1);
-}
-
 bf16 to_bfloat(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -362,6 +302,7 @@ void try_topk(int64_t rows, int64_t columns, int threads) {
   }
 }
 
+#include "conv.h"
 #include "dots.h"
 #include "epilogues.h"
 #include "packing.h"

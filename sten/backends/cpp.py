@@ -1,4 +1,4 @@
-"""The compiled CPU kernels, if they are built: `csr_linear`, `grouped_nm_linear`, `band_*`, `nm_*` and `codes_*`.
+"""The compiled CPU kernels, if they are built: `csr_linear`, `grouped_nm_*`, `band_*`, `nm_*` and `codes_*`.
 
 They are operators of `torch.ops.sten`.
 
@@ -103,10 +103,9 @@ def _fake_collect(dense, index, n, m):
     return dense.new_empty((len(dense), -(-dense.shape[1] // m) * n))
 
 
-def _fake_conv(
-    x, values, crow, col, bias, height, columns, inputs_last, kernel, stride, padding, dilation, groups, out, **_
-):
-    """Return an empty (images, out_channels, rows, columns) tensor."""
+def _fake_conv(x, *arguments, trusted=False):
+    """Return an empty (images, out_channels, rows, columns) tensor; the geometry and the outputs are the last."""
+    kernel, stride, padding, dilation, _, out = arguments[-6:]
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     sizes = zip(x.shape[2:], reach, stride, padding, strict=True)
     return x.new_empty((x.shape[0], out, *((n + 2 * p - r) // s + 1 for n, r, s, p in sizes)))
@@ -142,7 +141,8 @@ def _load():
     torch.library.register_fake("sten::grouped_nm_grad_values", _fake_grouped_values)
     torch.library.register_fake("sten::nm_expand", lambda values, *sizes: values.new_empty((len(values), sizes[-1])))
     torch.library.register_fake("sten::nm_collect", _fake_collect)
-    torch.library.register_fake("sten::band_conv2d", _fake_conv)
+    for name in ("band_conv2d", "grouped_nm_conv2d"):
+        torch.library.register_fake(f"sten::{name}", _fake_conv)
     for name in ("codes_linear", "codes_grad_weight"):
         torch.library.register_fake(f"sten::{name}", _fake_codes)
     torch.library.register_fake("sten::codes_grad_values", _fake_codes_values)

@@ -30,7 +30,13 @@ LAST = (torch.channels_last, torch.channels_last_3d)
 FEW_PIXELS = 256  # of all images: expanding takes longer than multiplying too many entries
 # layouts with a direct convolution -> (whether the channels come last in a row of the weight; up to which density it is
 # faster than a dense convolution of many images)
-DIRECT: dict[type[Layout], tuple[bool, float]] = {CSR: (False, 0.5), FanIn: (False, 0.5), VectorNM: (True, 0.8)}
+DIRECT: dict[type[Layout], tuple[bool, float]] = {
+    CSR: (False, 0.5),
+    FanIn: (False, 0.5),
+    VectorNM: (True, 0.8),
+    BSR: (False, 0.7),
+    GroupedNM: (False, 0.6),
+}
 
 
 def two_sizes(flat: bool, sizes: tuple[int, ...], usual: int) -> tuple[int, ...]:
@@ -38,24 +44,44 @@ def two_sizes(flat: bool, sizes: tuple[int, ...], usual: int) -> tuple[int, ...]
     return (usual, *sizes) if flat else tuple(sizes) * (2 // len(sizes))
 
 
-def direct_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
-    """`run` of conv1d and conv2d: each stored entry multiplies the pixels of a tile, which are side by side."""
+def band_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """The convolution (x, parts, bias, *geometry) of a layout whose rows are in bands."""
     conv, band = once_checked(torch.ops.sten.band_conv2d.default, intercepted), BANDS[type(layout)]
     (height, _, columns), outputs, inputs_last = band.sizes(layout, shape), shape[0], DIRECT[type(layout)][0]
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None, *geometry) -> Tensor:
+        (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
+        values, sizes = weight["values"].contiguous(), (height, columns, inputs_last)
+        if row is None:
+            return conv(crow, col, x, values, crow, col, bias, *sizes, *geometry, outputs)
+        some = conv(crow, col, x, values, crow, col, None, *sizes, *geometry, len(row))
+        y = some.new_zeros(len(some), outputs, *some.shape[2:]).index_copy_(1, row, some)
+        return y if bias is None else y.add_(bias.view(-1, 1, 1))
+
+    return run
+
+
+def grouped_nm_conv(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """The same for GroupedNM."""
+    conv, sizes = once_checked(torch.ops.sten.grouped_nm_conv2d.default, intercepted), (layout.n, layout.m, layout.g)
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None, *geometry) -> Tensor:
+        index = weight["index"]
+        return conv(None, index, x, weight["values"].contiguous(), index, bias, *sizes, *geometry, shape[0])
+
+    return run
+
+
+def direct_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
+    """`run` of conv1d and conv2d: each stored entry multiplies the pixels of a tile, which are side by side."""
+    conv = (band_conv if type(layout) in BANDS else grouped_nm_conv)(layout, shape, intercepted)
     flat = len(shape) == 3
     two = functools.partial(two_sizes, flat)
     size = two(shape[2:], 1)
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None, *, stride, padding, dilation, groups) -> Tensor:
-        (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         images = x.unsqueeze(2) if flat else x
-        values, count = weight["values"].contiguous(), outputs if row is None else len(row)
-        geometry = (size, two(stride, 1), two(padding, 0), two(dilation, 1), groups, count)
-        some_bias = bias if row is None else None
-        y = conv(crow, col, images, values, crow, col, some_bias, height, columns, inputs_last, *geometry)
-        if row is not None:
-            y = y.new_zeros(len(y), outputs, *y.shape[2:]).index_copy_(1, row, y)
-            y = y if bias is None else y.add_(bias.view(-1, 1, 1))
+        y = conv(images, weight, bias, size, two(stride, 1), two(padding, 0), two(dilation, 1), groups)
         if flat:
             return y.squeeze(2)
         return y if x.is_contiguous() or memory_format(x) not in LAST else y.contiguous(memory_format=LAST[0])
