@@ -144,7 +144,7 @@ def test_plans_of_cuda(layout, monkeypatch):
 @pytest.fixture
 def on_this_device(monkeypatch):
     """The kernels of a GPU, also for the CPU of the interpreter, and where a dense product would be faster."""
-    monkeypatch.setattr(sparse_input, "OWN", dict.fromkeys(sparse_input.OWN, {None: 1.0}))
+    monkeypatch.setattr(sparse_input, "OWN", {device: {None: 1.0} for device in sparse_input.OWN})
     before = dict(KERNELS)
     if DEVICE == "cpu":
         sparse_input.register("cpu", sparse_input.cuda_operators(), "cuda")
