@@ -469,8 +469,9 @@ def test_kernel_size_one_is_a_product(layout):
     x, bias = torch.randn(2, 12, 5, 4), torch.randn(8)
     last = x.to(memory_format=torch.channels_last)
     assert which("conv2d", last, w).variant == "float32"
-    for operand, weight in ((x, w), ((2, 12, 5, 4), w), (last, make(layout, (8, 12, 3, 3))[0]), (last, w.double())):
-        assert which("conv2d", operand, weight).kernel == "reference"
+    for operand, weight in ((x, w), ((2, 12, 5, 4), w), (last, make(layout, (8, 12, 3, 3))[0])):
+        assert which("conv2d", operand, weight).kernel in ("band_conv", "grouped_nm_conv")
+    assert which("conv2d", last, w.double()).kernel == "reference"
     for picture in (x, x.to(memory_format=torch.channels_last), x[:, :, ::2], x[:0]):
         for geometry in ({}, {"stride": (2, 1), "padding": (1, 0)}):
             got, want = F.conv2d(picture, w, bias, **geometry), F.conv2d(picture, dense, bias, **geometry)
