@@ -9,21 +9,16 @@
 namespace sten {
 namespace {
 
-constexpr int64_t kUnit = 8;    // rows that are not divided between tasks
-
 // The fewest pieces of rows that keep all threads busy: each of them copies, and gathers, its tokens again.
 struct Cut {
   Cut(int64_t tokens, int64_t rows, int threads, int most)
-      : rows(rows), tokens(tokens), blocks(ceil_div(tokens, most)), units(ceil_div(rows, kUnit)) {
-    pieces = std::min<int64_t>(units, threads / std::gcd(static_cast<int64_t>(threads), blocks));
+      : rows(rows), tokens(tokens), blocks(ceil_div(tokens, most)) {
+    pieces = std::min<int64_t>(ceil_div(rows, kUnit), threads / std::gcd(static_cast<int64_t>(threads), blocks));
   }
   int64_t tasks() const { return blocks * pieces; }
   Range tokens_of(int64_t task) const { return part(tokens, blocks, task % blocks); }
-  Range rows_of(int64_t task) const {
-    const Range r = part(units, pieces, task / blocks);
-    return {r.begin * kUnit, std::min(r.end * kUnit, rows)};
-  }
-  int64_t rows, tokens, blocks, units, pieces;
+  Range rows_of(int64_t task) const { return piece_rows(rows, pieces, task / blocks); }
+  int64_t rows, tokens, blocks, pieces;
 };
 
 template <typename E>
