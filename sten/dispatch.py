@@ -183,10 +183,10 @@ def planned_together(
         if v.is_cuda and v.dtype is torch.float32:
             key.append(allows_tf32())
         key = tuple(key)
-        plan = weights[0].cache.plans.get(key)
-        if plan is not None:
-            return _named(plan) if profiler_enabled() else plan
-    return _prepare_together(name, weights, x, biases, geometry, serves, key)
+    plan = None if key is None else weights[0].cache.plans.get(key)
+    if plan is None:
+        plan = _prepare_together(name, weights, x, biases, geometry, serves, key)
+    return _named(plan) if key is not None and profiler_enabled() else plan
 
 
 def _prepare_together(name, weights, x, biases, geometry, serves, key) -> Plan:
