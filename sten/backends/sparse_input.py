@@ -45,6 +45,12 @@ def stored_tokens(parts: Parts, tokens: int) -> Tensor | None:
     return None if row is None or len(row) == tokens else row.long()
 
 
+def of_stored_tokens(grad: Tensor, parts: Parts, tokens: int) -> Tensor:
+    """The rows of a gradient that belong to the rows of the parts, contiguous."""
+    row = stored_tokens(parts, tokens)
+    return grad.contiguous() if row is None else grad.index_select(0, row)
+
+
 # The operators of a device: (values, crow, index, ...), as those of csrc/register_codes.cpp
 
 
@@ -96,8 +102,8 @@ def linear(operator: Callable, height: int, tokens: int, columns: int) -> Callab
 
 def grad_values(operator: Callable, height: int, tokens: int, columns: int) -> Callable[..., Tensor]:
     def run(grad: Tensor, weight: Tensor, input: Parts) -> Tensor:
-        row, (values, crow, index) = stored_tokens(input, tokens), pattern(input)
-        grad = grad.contiguous() if row is None else grad.index_select(0, row)
+        values, crow, index = pattern(input)
+        grad = of_stored_tokens(grad, input, tokens)
         return operator(grad, crow, index, weight.t(), height=height, blocks=values.dim() == 3)
 
     return run
@@ -105,8 +111,7 @@ def grad_values(operator: Callable, height: int, tokens: int, columns: int) -> C
 
 def grad_weight(operator: Callable, height: int, tokens: int, columns: int) -> Callable[..., Tensor]:
     def run(grad: Tensor, input: Parts, weight: Tensor) -> Tensor:
-        row = stored_tokens(input, tokens)
-        grad = grad.contiguous() if row is None else grad.index_select(0, row)
+        grad = of_stored_tokens(grad, input, tokens)
         return operator(*pattern(input), grad, height=height, columns=columns).t()
 
     return run
@@ -116,8 +121,7 @@ def grad_weight_by_columns(operator: Callable, tokens: int, columns: int) -> Cal
     """The same on CUDA; with `sums` also those of the columns."""
 
     def run(grad: Tensor, input: Parts, weight: Tensor, derived: Any = None, sums: bool = False) -> Any:
-        row = stored_tokens(input, tokens)
-        grad = grad.contiguous() if row is None else grad.index_select(0, row)
+        grad = of_stored_tokens(grad, input, tokens)
         derived = by_columns(input, (tokens, columns)) if derived is None else derived
         product, of_columns = operator(input["values"].contiguous(), derived, grad)
         return (product.t(), of_columns) if sums else product.t()
