@@ -183,7 +183,9 @@ def training_steps(x: torch.Tensor, latents: int, args) -> list[dict]:
     if any(abs(each[1] - losses["dense"][1]) > 1e-2 * losses["dense"][1] for each in losses.values()):
         sys.exit(f"a step: losses {losses}; a wrong result is not timed")
     if x.is_cuda:
-        steps |= {f"{name}, in a CUDA graph": recorded(step) for name, step in steps.items()}
+        from gpu_timing import captured
+
+        steps |= {f"{name}, in a CUDA graph": captured(step) for name, step in steps.items()}
     times = in_turn([*map(to_the_end, steps.values())], args.seconds, args.clock)
     times = dict(zip(steps, times, strict=True))
     for name, own in times.items():
@@ -191,20 +193,6 @@ def training_steps(x: torch.Tensor, latents: int, args) -> list[dict]:
         first = min(taken for other, taken in times.items() if "dense" in other and other.endswith("graph") == graph)
         print(f"a training step, {name}: {own:.0f} us, {first / own:.2f} x the best dense one")
     return [{"name": f"a training step, {name}", "microseconds": own} for name, own in times.items()]
-
-
-def recorded(step):
-    """A training step as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def minilm_tokens(args) -> tuple[torch.Tensor, torch.Tensor]:

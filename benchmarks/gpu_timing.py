@@ -6,6 +6,7 @@ Shared by the gpu_* benchmarks. Times are microseconds a call, the median of sev
 import json
 import pathlib
 import statistics
+import time
 
 import torch
 import triton
@@ -57,6 +58,63 @@ def eager_time(call, weights, calls: int = 48, repeats: int = 7) -> float:
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e3 / calls)
     return statistics.median(times[1:])
+
+
+class Clock:
+    """Microseconds between two points of the device's stream, or of the host's clock on a CPU."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+
+    def __call__(self, call, repeats: int) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            return (time.perf_counter() - start) / repeats * 1e6
+        torch.cuda.synchronize()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            call()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e3 / repeats
+
+
+def in_turns(calls: dict, clock: Clock, rounds: int, repeats: int, before=None) -> dict[str, dict]:
+    """{plan: times and the paired ratio to "dense"}; `before()` runs before each block of calls, not timed."""
+    names = list(calls)
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if before is not None:
+                before()
+            calls[name]()  # not timed: what the plans before it left in the caches, and in Dynamo's order of entries
+            spent[name].append(clock(calls[name], repeats))
+    result = {}
+    for name, times in spent.items():
+        ratios = sorted(dense / mine for dense, mine in zip(spent.get("dense", times), times, strict=True))
+        quarter = len(ratios) // 4
+        result[name] = {"us": statistics.median(times), "ratio": statistics.median(ratios)}
+        result[name]["quartiles"] = [ratios[quarter], ratios[-1 - quarter]]
+    return result
+
+
+def captured(call, before=None):
+    """A function that replays a CUDA graph of the call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    if before is not None:
+        before()
+    return graph.replay
 
 
 def check(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = 1e-2) -> None:
