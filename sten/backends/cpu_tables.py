@@ -31,7 +31,7 @@ def table_linear(shape: tuple[int, ...], kind: str, activation: str = "none") ->
     make = {"bits": torch.ops.sten.pattern_bits.default, "windows": torch.ops.sten.pattern_windows.default}[kind]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
-        nonlocal last
+        nonlocal last  # `Band.pattern` and `stored_rows` are written out: a call of Python is seen in the time
         crow = weight.get("crow")
         col, lists = weight["col" if crow is not None else "index"], crow is None
         now, rows = None, col.shape[0] if lists else outputs
