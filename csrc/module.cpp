@@ -1,4 +1,5 @@
-// The Python module sten._C: functions without tensors. The operators are in torch.ops.sten (register.cpp).
+// The Python module sten._C: functions without tensors, and those of register_direct.cpp. The operators are in
+// torch.ops.sten (register.cpp).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,8 +9,13 @@
 #include "crc32.h"
 #include "linear.h"
 
+namespace sten {
+void define_direct(pybind11::module_& m);
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled CPU kernels of sten.";
+  sten::define_direct(m);
   m.def(
       "cpu_features",
       [] {

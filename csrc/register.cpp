@@ -59,7 +59,7 @@ int64_t count_patterns(int64_t m, int64_t n, int64_t limit) {
 namespace {
 
 Tensor csr_linear_op(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
-                     const std::optional<Tensor>& bias, int64_t out, bool trusted, int64_t activation) {
+                     const std::optional<Tensor>& bias, int64_t out, int64_t activation, bool trusted) {
   static constexpr const char* op = "sten::csr_linear";
   check_input(x, op, out);
   check(values, op, "values", 1, at::kFloat);
@@ -135,14 +135,14 @@ namespace {
 
 Tensor grouped_nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index,
                             const std::optional<Tensor>& bias, int64_t n, int64_t m, int64_t g, int64_t out,
-                            bool trusted, int64_t activation) {
+                            int64_t activation, bool trusted) {
   static constexpr const char* op = "sten::grouped_nm_linear";
   const bool half = x.scalar_type() == at::kBFloat16;
   const Dots<bf16>* dots = bf16_dots();
   int64_t tokens = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
   if (half && (!dots || n > kPairRows || tokens == 1))    // one token: float32 selects activations by permutation
-    return grouped_nm_linear_op(single(x), single(values), index, single(bias), n, m, g, out, trusted, activation)
+    return grouped_nm_linear_op(single(x), single(values), index, single(bias), n, m, g, out, activation, trusted)
         .to(at::kBFloat16);
   check_input(x, op, out, half ? at::kBFloat16 : at::kFloat);
   const auto product = [&]<typename E>(const Dots<E>& kernels_of) {
@@ -189,10 +189,10 @@ Tensor grouped_nm_grad_values_op(const Tensor& grad, const Tensor& x, const Tens
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, int out_features, *, "
-      "bool trusted=False, int activation=0) -> Tensor");
+      "int activation=0, bool trusted=False) -> Tensor");
   m.def(
       "grouped_nm_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, int n, int m, int g, "
-      "int out_features, *, bool trusted=False, int activation=0) -> Tensor");
+      "int out_features, *, int activation=0, bool trusted=False) -> Tensor");
   m.def(
       "grouped_nm_grad_input(Tensor grad, Tensor values, Tensor index, int n, int m, int g, int in_features, *, "
       "bool trusted=False) -> Tensor");

@@ -95,12 +95,12 @@ Tensor pattern_windows_op(const std::optional<Tensor>& crow, const Tensor& col, 
 }
 
 Tensor band_linear_op(const Tensor& x, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
-                      const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out, bool trusted,
-                      const std::optional<Tensor>& table, int64_t activation) {
+                      const std::optional<Tensor>& bias, int64_t height, int64_t columns, int64_t out,
+                      const std::optional<Tensor>& table, int64_t activation, bool trusted) {
   static constexpr const char* op = "sten::band_linear";
   const Dots<bf16>* dots = bf16_dots();
   if (x.scalar_type() == at::kBFloat16 && !dots)
-    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, trusted, {}, activation)
+    return band_linear_op(single(x), single(values), crow, col, single(bias), height, columns, out, {}, activation, trusted)
         .to(at::kBFloat16);
   check_input(x, op, out, x.scalar_type() == at::kBFloat16 ? at::kBFloat16 : at::kFloat);
   check_columns(op, x.size(-1), columns);
@@ -167,7 +167,7 @@ Tensor band_grad_values_op(const Tensor& grad, const Tensor& x, const std::optio
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "band_linear(Tensor x, Tensor values, Tensor? crow, Tensor col, Tensor? bias, int height, int columns, "
-      "int out_features, *, bool trusted=False, Tensor? table=None, int activation=0) -> Tensor");
+      "int out_features, *, Tensor? table=None, int activation=0, bool trusted=False) -> Tensor");
   m.def("pattern_bits(Tensor? crow, Tensor col, int columns, int rows) -> Tensor");
   m.def("pattern_windows(Tensor? crow, Tensor col, int columns, int rows) -> Tensor");
   m.def(

@@ -1,4 +1,4 @@
-"""The private names of torch that sten uses, and `is_intercepted`, which most of them are for.
+"""The private names of torch that sten uses, and `is_intercepted` and `facts`, which most of them are for.
 
 Each name is fetched with a fallback that is slower and safe: where torch no longer has one that `is_intercepted` reads,
 every call counts as intercepted (a Plan is prepared each time), and nothing else changes. `PATHS` lists them.
@@ -84,7 +84,6 @@ HigherOrderOperator = _fetch("HigherOrderOperator", "_ops.HigherOrderOperator", 
 BELOW_FUNCTIONS = (OpOverload, type(torch.ops.aten.mm), HigherOrderOperator)  # operators that autograd sees first
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-NON_TENSORS = {type(None), int, float, bool, str, tuple, list, dict, torch.Size}  # tensor.py adds SparseTensor
 
 
 def refuse_tracing() -> None:
@@ -99,35 +98,45 @@ def refuse_tracing() -> None:
         )
 
 
-def is_intercepted(w: Any, *operands: Any) -> bool:
-    """Whether a compiler, a mode, torch.func, a tracer or forward AD has to see the operators of a call, or an operand
-    is more than its numbers (a subclass such as a fake tensor, a lazy negation).
+def is_intercepted() -> bool:
+    """Whether a compiler, a mode, torch.func, a tracer or forward AD has to see the operators of a call.
 
     If so, no Plan is looked up or stored, and operators go through torch's dispatcher. It runs before every call, so it
     is written for speed. Reverse-mode autograd does not count, nor does the profiler, which is to see what runs
-    without it.
-
-    Args:
-        w: the SparseTensor of the call, represented by its values.
-        *operands: the other operands; those that are no tensors (None, parts, geometry) do not count.
+    without it. Operands that are more than their numbers intercept a call, too: `facts`.
     """
-    if (
+    return bool(
         is_compiling()  # first, so that Dynamo traces no further
         or dispatch_modes()
         or function_modes()
         or transforms_active()
         or (tracing_state() is not None and refuse_tracing())
         or level._current_level >= 0
-    ):
-        return True
-    for a in (w.parts["values"], *operands):
-        kind = type(a)
-        if kind in PLAIN_TENSORS:
-            if a.is_neg() or is_zero_tensor(a):
-                return True
-        elif kind not in NON_TENSORS:  # a symbolic size is none of them
-            return True
-    return False
+    )
+
+
+def facts_in_python(*operands: Any) -> Any:
+    """What a Plan depends on of the operands of a call, as a key: shape, strides, dtype, device and alignment.
+
+    Returns:
+        None if one of them is more than its numbers (a subclass such as a fake tensor, a lazy negation): the call is
+        intercepted. None and parts, among the operands, count by their position.
+    """
+    key: list[Any] = []
+    for a in operands:
+        if a is None or type(a) is dict:
+            key.append(None)
+        elif isinstance(a, Tensor) and (type(a) not in PLAIN_TENSORS or a.is_neg() or is_zero_tensor(a)):
+            return None
+        else:
+            key += (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
+    return tuple(key)
+
+
+try:
+    from ._C import facts
+except ImportError:  # not built; `sten.backends.cpp` says so
+    facts = facts_in_python
 
 
 def exports_to_onnx() -> bool:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._torch_private import allows_tf32, exports_to_onnx, is_compiling, is_intercepted, profiler_enabled
+from ._torch_private import allows_tf32, exports_to_onnx, facts, is_compiling, is_intercepted, profiler_enabled
 from .caller import refuse_shards, user_stacklevel, weight_name
 from .kernel_table import KERNELS, OPERATORS, Flags, Kernel, Plan, _warned, find, prepare
 from .kernel_table import kernel as kernel
@@ -56,23 +56,17 @@ def planned(
 
     Args:
         name, w, operands, geometry: as in `run`; the weight among `operands` is `w.parts` itself.
-        intercepted: whether the call is intercepted (`sten._torch_private.is_intercepted`).
+        intercepted: whether the call is intercepted (`sten._torch_private.is_intercepted`); it is, too, if an operand
+            is more than its numbers.
     """
-    if intercepted:
-        return _new_plan(name, w, operands, geometry or {}, intercepted)
-    parts = w.parts
-    values = parts["values"]
-    key = [name, KERNELS.version, values.dtype, values.stride(), values.data_ptr() & 15]
-    for a in operands:
-        if a is None:
-            key.append(None)
-        elif a is not parts:
-            key += (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
+    values = w.parts["values"]
+    if intercepted or (key := facts(values, *operands)) is None:
+        return _new_plan(name, w, operands, geometry or {}, intercepted=True)
+    signature = (name, KERNELS.version, key)
     if geometry:
-        key += geometry.values()
+        signature += tuple(geometry.values())
     if values.is_cuda and values.dtype is torch.float32:
-        key.append(allows_tf32())
-    signature = tuple(key)
+        signature += (allows_tf32(),)
     plan = w.cache.plans.get(signature)
     if plan is None:
         plan = _prepare_and_store(name, w, operands, geometry or {}, signature)
@@ -172,17 +166,13 @@ def planned_together(
     Where no kernel is registered for their layouts, or `serves(weights)` is False, its `run` is None: the caller runs
     the operators that this one is made of.
     """
-    key = None
-    if not intercepted:
-        key = [name, KERNELS.version, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15]
-        key += (serves, *geometry.values())
-        for w, bias in zip(weights, biases, strict=True):
-            v = w.parts["values"]
-            key += (w.cache, w.transposed, v.shape, v.stride(), v.dtype, v.data_ptr() & 15)
-            key.append(None if bias is None else (bias.stride(), bias.dtype, bias.data_ptr() & 15))
-        if v.is_cuda and v.dtype is torch.float32:
-            key.append(allows_tf32())
-        key = tuple(key)
+    key, values = None, [w.parts["values"] for w in weights]
+    if not intercepted and (of_operands := facts(x, *values, *biases)) is not None:
+        key = (name, KERNELS.version, of_operands, serves, *geometry.values())
+        for w in weights:
+            key += (w.cache, w.transposed)
+        if values[0].is_cuda and values[0].dtype is torch.float32:
+            key += (allows_tf32(),)
     plan = None if key is None else weights[0].cache.plans.get(key)
     if plan is None:
         plan = _prepare_together(name, weights, x, biases, geometry, serves, key)
@@ -234,7 +224,7 @@ def run(name: str, w: SparseTensor, *operands: Any, **geometry: Any) -> Any:
     Returns:
         What the kernel returns.
     """
-    plan = planned(name, w, operands, geometry, is_intercepted(w, *operands))
+    plan = planned(name, w, operands, geometry, is_intercepted())
     return plan.run(*operands, **geometry)
 
 

@@ -40,7 +40,7 @@ class Rule(torch.autograd.Function):
     @classmethod
     def call(cls, *args):
         """Call the rule only if the call is intercepted or an argument requires a gradient; otherwise `compute`."""
-        intercepted = private.is_intercepted(args[cls.weight_position], *args)
+        intercepted = private.is_intercepted()
         if intercepted and private.must_apply():
             return cls.apply(*args)
         if torch.is_grad_enabled():

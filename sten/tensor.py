@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ._torch_private import NON_TENSORS, as_no_view, is_compiling, is_view, no_function, refuse_data_pointer
+from ._torch_private import as_no_view, is_compiling, is_view, no_function, refuse_data_pointer
 from .checked import checked
 from .layouts.base import Layout, Parts
 from .layouts.checks import expect_held
@@ -389,5 +389,4 @@ def _load(name: str, values: dict, parts: Parts, shape, transposed, requires_gra
 
 ATEN[OPS.to_dense.default] = lambda _, w: unpack(w)
 ATEN[OPS.project.default] = lambda _, dense, like: project_now(dense, like)
-NON_TENSORS.add(SparseTensor)
 torch.serialization.add_safe_globals([_load, SparseTensor])

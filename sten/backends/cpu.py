@@ -19,6 +19,7 @@ from ..layouts.padding import reduction_width
 from ..ops.epilogue import NUMBERS, activate
 from ..ops.linear import dense_grad_weight
 from . import cpp
+from .cpp import operator
 
 Run = Callable[..., Tensor]
 PAIR_ROWS = 4  # kPairRows in csrc/kernels.h: the largest n of GroupedNM that bfloat16 is multiplied with
@@ -34,83 +35,44 @@ def end_of(flags: Flags) -> dict[str, str]:
     return {name: value for name, value in (flags.geometry or {}).items() if name == "activation"}
 
 
-def once_checked(operator: Callable[..., Tensor], intercepted: bool) -> Callable[..., Tensor]:
-    """`call(crow, col, *arguments)`, which calls the operator; crow is None for a pattern that is one tensor.
-
-    The operator checks the bounds of a pattern once, not again while its parts and versions are those of the last call.
-    Tensors made in inference mode have no version, and intercepted calls no memory: these are checked at every call.
-    """
-    last = None
-
-    def call(crow: Tensor | None, col: Tensor, *arguments) -> Tensor:
-        nonlocal last
-        now = None
-        if not intercepted and not col.is_inference():
-            rows = None if crow is None else (crow.data_ptr(), crow._version)
-            now = rows, col.data_ptr(), col._version
-        y = operator(*arguments, trusted=now is not None and now == last)
-        last = now  # only now: what failed its check is checked again
-        return y
-
-    return call
-
-
-# The two below write that out, because a Python function less is seen in the time of a small product.
-
-
 def csr_linear(layout: CSR, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear with CSR: row by row, gathering activations from a panel."""
-    linear, outputs, last = ended(torch.ops.sten.csr_linear.default, activation), shape[0], None
+    linear, outputs = ended(operator("csr_linear", intercepted), activation), shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
-        nonlocal last
-        crow, col, now = weight["crow"], weight["col"], None
-        if not intercepted and not col.is_inference():
-            now = crow.data_ptr(), crow._version, col.data_ptr(), col._version
-        y = linear(x, weight["values"], crow, col, bias, outputs, trusted=now is not None and now == last)
-        last = now
-        return y
+        return linear(x, weight["values"], weight["crow"], weight["col"], bias, outputs)
 
     return run
 
 
 def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
-    linear, last = ended(torch.ops.sten.grouped_nm_linear.default, activation), None
+    linear = ended(operator("grouped_nm_linear", intercepted), activation)
     n, m, g, outputs = layout.n, layout.m, layout.g, shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
-        nonlocal last
-        index, now = weight["index"], None
-        if not intercepted and not index.is_inference():
-            now = index.data_ptr(), index._version
-        y = linear(x, weight["values"], index, bias, n, m, g, outputs, trusted=now is not None and now == last)
-        last = now
-        return y
+        return linear(x, weight["values"], weight["index"], bias, n, m, g, outputs)
 
     return run
 
 
 def grouped_nm_grad_input(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear_grad_input: the gradients of a pattern's outputs stay in registers."""
-    product = once_checked(torch.ops.sten.grouped_nm_grad_input.default, intercepted)
-    sizes, inputs = (layout.n, layout.m, layout.g), math.prod(shape[1:])
+    product, inputs = operator("grouped_nm_grad_input", intercepted), math.prod(shape[1:])
+    sizes = layout.n, layout.m, layout.g
 
     def run(grad: Tensor, weight: Parts) -> Tensor:
-        index = weight["index"]
-        return product(None, index, grad, weight["values"], index, *sizes, inputs)
+        return product(grad, weight["values"], weight["index"], *sizes, inputs)
 
     return run
 
 
 def grouped_nm_grad_weight(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear_grad_weight: a dot product over the tokens for every stored entry."""
-    product = once_checked(torch.ops.sten.grouped_nm_grad_values.default, intercepted)
-    sizes = layout.n, layout.m, layout.g
+    product, sizes = operator("grouped_nm_grad_values", intercepted), (layout.n, layout.m, layout.g)
 
     def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
-        index = weight["index"]
-        return product(None, index, grad, x, index, *sizes)
+        return product(grad, x, weight["index"], *sizes)
 
     return run
 
@@ -164,16 +126,16 @@ def with_empty_rows(some: Tensor, row: Tensor, outputs: int, bias: Tensor | None
 
 def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear: one row of a panel of activations for all outputs that share the column."""
-    linear = once_checked(ended(torch.ops.sten.band_linear.default, activation), intercepted)
+    linear = ended(operator("band_linear", intercepted), activation)
     band = BANDS[type(layout)]
     (height, _, columns), outputs = band.sizes(layout, shape), shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         if row is None:
-            return linear(crow, col, x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
+            return linear(x, weight["values"].contiguous(), crow, col, bias, height, columns, outputs)
         own = None if bias is None else bias[row]  # added in float32, before the sum is rounded
-        some = linear(crow, col, x, weight["values"].contiguous(), crow, col, own, height, columns, len(row))
+        some = linear(x, weight["values"].contiguous(), crow, col, own, height, columns, len(row))
         return with_empty_rows(some, row, outputs, bias, activation)
 
     return run
@@ -181,26 +143,26 @@ def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool, activ
 
 def band_grad_input(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear_grad_input: the gradients of a band's outputs stay in registers from column to column."""
-    product, band = once_checked(torch.ops.sten.band_grad_input.default, intercepted), BANDS[type(layout)]
+    product, band = operator("band_grad_input", intercepted), BANDS[type(layout)]
     (height, _, columns), outputs, inputs = band.sizes(layout, shape), shape[0], math.prod(shape[1:])
 
     def run(grad: Tensor, weight: Parts) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         grad = grad if row is None else grad.index_select(-1, row)
-        return product(crow, col, grad, weight["values"].contiguous(), crow, col, height, columns, inputs)
+        return product(grad, weight["values"].contiguous(), crow, col, height, columns, inputs)
 
     return run
 
 
 def band_grad_weight(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear_grad_weight: a dot product over the tokens for every stored entry."""
-    product, band = once_checked(torch.ops.sten.band_grad_values.default, intercepted), BANDS[type(layout)]
+    product, band = operator("band_grad_values", intercepted), BANDS[type(layout)]
     sizes, outputs = band.sizes(layout, shape), shape[0]
 
     def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         grad = grad if row is None else grad.index_select(-1, row)
-        return product(crow, col, grad, x, crow, col, *sizes)
+        return product(grad, x, crow, col, *sizes)
 
     return run
 
@@ -273,7 +235,8 @@ def nm_plan(layout: NM, dtype: torch.dtype, tokens: int | None, run: Run, few: s
 
 def nm_linear(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
     """linear with NM: values are expanded in registers, or all of them once for many tokens."""
-    linear, n, m, outputs = ended(torch.ops.sten.nm_linear.default, **end_of(flags)), layout.n, layout.m, shape[0]
+    linear = ended(operator("nm_linear", flags.tokens is None), **end_of(flags))
+    n, m, outputs = layout.n, layout.m, shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         return linear(x, weight["values"].contiguous(), weight["index"], bias, n, m, FEW_TOKENS, outputs)

@@ -14,6 +14,7 @@ from ..dispatch import Flags, Plan, kernel, memory_format
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from . import cpp
+from .cpp import operator
 from .cpu import (
     BANDS,
     Run,
@@ -22,7 +23,6 @@ from .cpu import (
     float32_by,
     grouped_nm_linear,
     nm_linear,
-    once_checked,
     stored_rows,
 )
 
@@ -46,15 +46,15 @@ def two_sizes(flat: bool, sizes: tuple[int, ...], usual: int) -> tuple[int, ...]
 
 def band_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
     """The convolution (x, parts, bias, *geometry) of a layout whose rows are in bands."""
-    conv, band = once_checked(torch.ops.sten.band_conv2d.default, intercepted), BANDS[type(layout)]
+    conv, band = operator("band_conv2d", intercepted), BANDS[type(layout)]
     (height, _, columns), outputs, inputs_last = band.sizes(layout, shape), shape[0], DIRECT[type(layout)][0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None, *geometry) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
         values, sizes = weight["values"].contiguous(), (height, columns, inputs_last)
         if row is None:
-            return conv(crow, col, x, values, crow, col, bias, *sizes, *geometry, outputs)
-        some = conv(crow, col, x, values, crow, col, None, *sizes, *geometry, len(row))
+            return conv(x, values, crow, col, bias, *sizes, *geometry, outputs)
+        some = conv(x, values, crow, col, None, *sizes, *geometry, len(row))
         y = some.new_zeros(len(some), outputs, *some.shape[2:]).index_copy_(1, row, some)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
@@ -63,11 +63,10 @@ def band_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
 
 def grouped_nm_conv(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
     """The same for GroupedNM."""
-    conv, sizes = once_checked(torch.ops.sten.grouped_nm_conv2d.default, intercepted), (layout.n, layout.m, layout.g)
+    conv, sizes = operator("grouped_nm_conv2d", intercepted), (layout.n, layout.m, layout.g)
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None, *geometry) -> Tensor:
-        index = weight["index"]
-        return conv(None, index, x, weight["values"].contiguous(), index, bias, *sizes, *geometry, shape[0])
+        return conv(x, weight["values"].contiguous(), weight["index"], bias, *sizes, *geometry, shape[0])
 
     return run
 

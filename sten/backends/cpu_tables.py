@@ -16,6 +16,7 @@ from ..kernels.pattern_cache import Derived
 from ..layouts import CSR, FanIn
 from ..layouts.base import Layout, Parts
 from . import cpp
+from .cpp import operator
 from .cpu import LINEAR as OTHERS
 from .cpu import Run, band_linear, csr_linear, end_of, ended, float32_by, with_empty_rows
 
@@ -26,7 +27,7 @@ def table_linear(shape: tuple[int, ...], kind: str, activation: str = "none") ->
     It is made, and the pattern checked, once for its parts and versions, and cached as long as they live; of tensors
     made in inference mode at every call.
     """
-    linear = ended(torch.ops.sten.band_linear.default, activation)
+    linear = ended(operator("band_linear", False), activation)
     outputs, columns, last = shape[0], math.prod(shape[1:]), (None, None)
     make = {"bits": torch.ops.sten.pattern_bits.default, "windows": torch.ops.sten.pattern_windows.default}[kind]
 
@@ -45,7 +46,7 @@ def table_linear(shape: tuple[int, ...], kind: str, activation: str = "none") ->
             last = now, table
         values, row = weight["values"].contiguous(), None if rows == outputs else weight["row"].long()
         own = bias if bias is None or row is None else bias[row]
-        y = linear(x, values, crow, col, own, 1, columns, rows, trusted=True, table=table)
+        y = linear(x, values, crow, col, own, 1, columns, rows, table)
         return y if row is None else with_empty_rows(y, row, outputs, bias, activation)
 
     return run

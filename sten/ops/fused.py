@@ -158,20 +158,13 @@ def _opaque(schema: str, compute):
     name = schema.partition("(")[0]
     overload = getattr(OPS, name).default
 
-    def intercepts(x, weights, *rest) -> bool:
-        several = isinstance(weights, (list, tuple))
-        biases = rest[0] if several else rest
-        values = [w.parts["values"] for w in weights[1:]] if several else []
-        values += [a.parts["values"] for a in rest if isinstance(a, SparseTensor)]
-        return is_intercepted(weights[0] if several else weights, x, *biases, *values)
-
     def call(x, weights, *rest):
         with no_function():
             if is_compiling() or dispatch_modes():
                 return overload(x, weights, *rest)
-            return compute(x, weights, *rest, intercepts(x, weights, *rest))
+            return compute(x, weights, *rest, is_intercepted())
 
-    ATEN[overload] = lambda _, *args: compute(*args, intercepts(*args))
+    ATEN[overload] = lambda _, *args: compute(*args, is_intercepted())
     return call
 
 

@@ -238,7 +238,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         input, weight, bias = autocast(input, weight, bias)
     if bias is not None and (bias.dim() != 1 or bias.numel() == 1 or not bias.is_contiguous()):
         bias = bias_row(bias, weight.shape[0], repeat=True)
-    intercepted = is_intercepted(weight, input, bias)
+    intercepted = is_intercepted()
     if intercepted and must_apply():
         return Linear.apply(input, weight, bias)
     if torch.is_grad_enabled() and (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_private import is_intercepted
+from .._torch_private import facts, is_intercepted
 from ..dispatch import operator, planned_input
 from ..rule import Rule
 from ..tensor import SparseTensor, project
@@ -37,7 +37,9 @@ def linear_grad_sparse_input_reference(grad, weight, input, *, layout, shape):
 
 def input_can_be_sparse(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a kernel for a sparse input may run: of a matrix, not transposed, in a call that nobody intercepts."""
-    return x.dim() == weight.dim() == 2 and not x.transposed and not is_intercepted(x, weight, bias)
+    if x.dim() != 2 or weight.dim() != 2 or x.transposed or is_intercepted():
+        return False
+    return facts(x.parts["values"], weight, bias) is not None
 
 
 def _expect(x: SparseTensor, weight: Tensor, bias: Tensor | None) -> None:

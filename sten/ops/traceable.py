@@ -22,7 +22,7 @@ def traceable(schema: str) -> Callable[[type[Rule]], type[Rule]]:
         position, compute = rule.weight_position, rule.compute
 
         def forward(*args):
-            intercepted = is_intercepted(args[position], *args)
+            intercepted = is_intercepted()
             if intercepted and not args[position].assembled and (is_compiling() or dispatch_modes()):
                 return operator(*args)
             out = compute(*args, intercepted)
@@ -31,7 +31,7 @@ def traceable(schema: str) -> Callable[[type[Rule]], type[Rule]]:
         *parameters, _ = inspect.signature(compute).parameters.values()
         forward.__signature__ = inspect.Signature(parameters)  # Dynamo passes a ctx unless it counts all arguments
         rule.forward = staticmethod(forward)
-        ATEN[operator.default] = lambda _, *args: compute(*args, is_intercepted(args[position], *args))
+        ATEN[operator.default] = lambda _, *args: compute(*args, is_intercepted())
         return rule
 
     return decorate
