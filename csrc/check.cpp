@@ -1,6 +1,6 @@
 // The bounds of a pattern: after these checks no kernel reads or writes beyond its operands.
 //
-// Each is one pass over the index. The Python side passes `trusted` while the pattern is the one, in the version, that
+// Each is one pass over the index. register_direct.cpp passes `trusted` while the pattern is the one, in the version, that
 // its last call checked; any other caller pays for a check at every call.
 #include <atomic>
 

@@ -72,7 +72,7 @@ py::object call_of(const std::string& name, const Defaults&... defaults) {
       }
       END_HANDLE_TH_ERRORS_PYBIND
     };
-    return py::cpp_function(call, ((void)Required, py::arg())..., defaults...);
+    return py::cpp_function(call, py::name(name.c_str()), ((void)Required, py::arg())..., defaults...);
   }(std::make_index_sequence<count>(), std::make_index_sequence<count - sizeof...(Defaults)>());
 }
 
@@ -125,7 +125,8 @@ PyObject* facts(PyObject*, PyObject* const* operands, Py_ssize_t count) {
     } else if (type == THPVariableClass || type == parameter_class) {
       const Tensor& t = THPVariable_Unpack(a.ptr());
       if (t.is_neg() || t._is_zerotensor()) Py_RETURN_NONE;
-      append(key, t.sizes(), t.strides(), t.scalar_type(), t.device(), reinterpret_cast<uintptr_t>(t.const_data_ptr()));
+      const at::IntArrayRef strides = t.strides();    // first: what torch says of a sparse tensor is to the point
+      append(key, t.sizes(), strides, t.scalar_type(), t.device(), reinterpret_cast<uintptr_t>(t.const_data_ptr()));
     } else if (THPVariable_Check(a.ptr())) {
       Py_RETURN_NONE;
     } else {    // what stands for a tensor in `sten.which`

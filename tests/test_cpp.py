@@ -260,17 +260,46 @@ def bad_grouped():
 @pytest.mark.parametrize("case", range(12))
 def test_csr_raises(case):
     arguments, message = bad_csr()[case]
-    with pytest.raises(RuntimeError) as caught:
-        torch.ops.sten.csr_linear(*arguments)
-    assert message in str(caught.value)
+    for intercepted in (True, False):
+        with pytest.raises(RuntimeError) as caught:
+            cpp.operator("csr_linear", intercepted)(*arguments)
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("case", range(10))
 def test_grouped_nm_raises(case):
     arguments, message = bad_grouped()[case]
-    with pytest.raises(RuntimeError) as caught:
-        torch.ops.sten.grouped_nm_linear(*arguments)
-    assert message in str(caught.value)
+    for intercepted in (True, False):
+        with pytest.raises(RuntimeError) as caught:
+            cpp.operator("grouped_nm_linear", intercepted)(*arguments)
+        assert message in str(caught.value)
+
+
+def test_a_pattern_is_checked_once():
+    """While it is the same, in the same version; by each Plan for itself, and of tensors without a version every time."""
+    x, (values, crow, col) = torch.randn(3, 5), random_csr(4, 5, 0.6)[1]
+    linear, another = (cpp.operator("csr_linear", intercepted=False) for _ in range(2))
+
+    def wrong(call, columns):
+        with pytest.raises(ValueError, match="Expected crow that never falls and columns below 5"):
+            call(x, values, crow, columns, None, 4)
+
+    expected = torch.ops.sten.csr_linear(x, values, crow, col, None, 4)
+    for _ in range(2):
+        assert torch.equal(linear(x, values, crow, col, None, 4), expected)
+        wrong(linear, col + 9)
+    assert torch.equal(linear(x, values, crow, col, None, 4, activation=1), expected.relu())
+    with torch.no_grad():
+        col.add_(9)
+    for call in (linear, another, linear):
+        wrong(call, col)
+    with torch.inference_mode():
+        inference = col - 9
+        assert torch.equal(linear(x, values, crow, inference, None, 4), expected)
+        inference.add_(9)
+        wrong(linear, inference)
+    with pytest.raises(RuntimeError, match="Expected values and col of equal size"):
+        linear(x, values[1:], crow, col, None, 4)
 
 
 def test_instruction_sets():

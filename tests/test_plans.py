@@ -312,6 +312,23 @@ def test_private_names_of_torch():
         assert value is not None, f"torch.{path} ({name}) no longer exists: sten works, more slowly"
 
 
+@pytest.mark.skipif(not cpp.available(), reason="the extension is not built")
+def test_facts_in_c_and_in_python():
+    """Both tell the same operands apart, and say None of the same."""
+    x, half = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.bfloat16)
+    with FakeTensorMode():
+        fake = torch.zeros(4, 8)
+    others = x._neg_view(), torch._efficientzerotensor(4, 8), fake, make(CSR(), (7, 5))[0]
+    assert all(facts(x, None, each) is None for each in others for facts in (private.facts, private.facts_in_python))
+    operands = [
+        *[(x,), (nn.Parameter(x),), (x.clone(),), (half,), (x.double(),), (x.t(),), (x.view(8, 4),), (x.view(2, 2, 8),)],
+        *[(x[:1],), (x[:, :4],), (x.view(-1)[1:9],), (x[0],), (x[:0],), (x[0].expand(4, 8),), (torch.zeros(()),)],
+        *[(x.to("meta"),), (x, None), (None, x), (x, {}), (x, x), (x, x[0]), (x[0], x), (x[0], x[0]), (None, None), ()],
+    ]
+    keys, expected = ([facts(*each) for each in operands] for facts in (private.facts, private.facts_in_python))
+    assert [[a == b for b in keys] for a in keys] == [[a == b for b in expected] for a in expected]
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 def test_intercepted_calls_store_nothing(recorded):
     w, dense = make(CSR(), (7, 5))
