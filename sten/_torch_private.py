@@ -124,12 +124,13 @@ def facts_in_python(*operands: Any) -> Any:
     """
     key: list[Any] = []
     for a in operands:
-        if a is None or type(a) is dict:
+        kind = type(a)
+        if a is None or kind is dict:
             key.append(None)
-        elif isinstance(a, Tensor) and (type(a) not in PLAIN_TENSORS or a.is_neg() or is_zero_tensor(a)):
+            continue
+        if a.is_neg() or is_zero_tensor(a) if kind in PLAIN_TENSORS else isinstance(a, Tensor):
             return None
-        else:
-            key += (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
+        key += (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
     return tuple(key)
 
 
