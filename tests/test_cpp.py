@@ -276,7 +276,7 @@ def test_grouped_nm_raises(case):
 
 
 def test_a_pattern_is_checked_once():
-    """While it is the same, in the same version; by each Plan for itself, and of tensors without a version every time."""
+    """While it is the same, in the same version; by each Plan for itself. Tensors without a version: every time."""
     x, (values, crow, col) = torch.randn(3, 5), random_csr(4, 5, 0.6)[1]
     linear, another = (cpp.operator("csr_linear", intercepted=False) for _ in range(2))
 

@@ -321,8 +321,17 @@ def test_facts_in_c_and_in_python():
     others = x._neg_view(), torch._efficientzerotensor(4, 8), fake, make(CSR(), (7, 5))[0]
     assert all(facts(x, None, each) is None for each in others for facts in (private.facts, private.facts_in_python))
     operands = [
-        *[(x,), (nn.Parameter(x),), (x.clone(),), (half,), (x.double(),), (x.t(),), (x.view(8, 4),), (x.view(2, 2, 8),)],
-        *[(x[:1],), (x[:, :4],), (x.view(-1)[1:9],), (x[0],), (x[:0],), (x[0].expand(4, 8),), (torch.zeros(()),)],
+        *[(x,), (nn.Parameter(x),), (x.clone(),), (half,), (x.double(),), (x.t(),), (x.view(8, 4),)],
+        *[
+            (x.view(2, 2, 8),),
+            (x[:1],),
+            (x[:, :4],),
+            (x.view(-1)[1:9],),
+            (x[0],),
+            (x[:0],),
+            (x[0].expand(4, 8),),
+            (torch.zeros(()),),
+        ],
         *[(x.to("meta"),), (x, None), (None, x), (x, {}), (x, x), (x, x[0]), (x[0], x), (x[0], x[0]), (None, None), ()],
     ]
     keys, expected = ([facts(*each) for each in operands] for facts in (private.facts, private.facts_in_python))
