@@ -202,7 +202,8 @@ def float32_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
         if dtype is torch.float32:
             return Plan.of(name, "C++ kernel: multiplies only the stored entries", run)
         why = f"C++ kernel: multiplies only the stored entries, in float32: {name} is converted at every call"
-        return Plan.of("converted", why, converted(run, dtype))
+        itself = dtype is torch.bfloat16 and run_of in (band_linear, grouped_nm_linear)  # these operators convert it
+        return Plan.of("converted", why, run if itself else converted(run, dtype))
 
     prepare.__name__ = run_of.__name__
     return prepare
