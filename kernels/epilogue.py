@@ -39,8 +39,9 @@ def apply(y: torch.Tensor, activation: str, gate: torch.Tensor | None) -> torch.
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
+    if ACTIVATION == "relu" or ACTIVATION == "relu2":
         y = tl.where(y < 0, 0.0, y)  # a maximum would turn NaN into 0
+        y = y * y if ACTIVATION == "relu2" else y
     elif ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .backend import INTERPRET
-from .epilogue import activate, activation_name, keep_adjacent
+from .epilogue import ACTIVATIONS, activate, keep_adjacent
 from .launch import triton_launch
 from .operators import operator
 from .pdl import begin, overlap
@@ -47,7 +47,8 @@ def takes(keep: str, block: int) -> bool:
 )
 def finish(x, edge, activation, keep, count, block):
     """x (*, O), a number, or None -> the shape of x."""
-    name = activation_name(activation)
+    if activation not in (*ACTIVATIONS, "relu2"):
+        raise ValueError(f"Expected an activation of {', '.join(ACTIVATIONS)} or relu2, got {activation!r}.")
     if not takes(keep, block):
         raise ValueError(f"Expected keep of {', '.join(KEEPS)}, blocks of 2, 4, 8 or 16, got {keep!r} of {block}.")
     if keep == "blocks" and (x.shape[-1] % block or not 1 <= count <= block):
@@ -56,7 +57,7 @@ def finish(x, edge, activation, keep, count, block):
         raise ValueError(f"Expected an edge for a threshold only, got {keep!r}.")
     size = 64 if INTERPRET else 1024
     launch = triton_launch(
-        _finish, (triton.cdiv(x.numel(), size),), SIZE=size, ACTIVATION=name, KEEP=keep, COUNT=count,
+        _finish, (triton.cdiv(x.numel(), size),), SIZE=size, ACTIVATION=activation, KEEP=keep, COUNT=count,
         BLOCK=max(1, block), **overlap(x),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from triton_cases import random
 import sten
 from sten.kernels import top_columns as module
 from sten.layouts.topk import largest_columns
-from sten.ops.epilogue import selected
+from sten.ops.epilogue import Kept, selected
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(3, 5, 5), (4, 100, 1), (6, 264, 32), (2, 300, 299), (1, 2501, 40), (2, 4096, 32)]  # rows, columns, count
@@ -80,7 +80,7 @@ def test_stored_in_a_layout(layout, tmp_path, monkeypatch):
     in_place_of_the_driver(monkeypatch, top_columns=emulate(tmp_path, torch.float32, 264, relu=True))
     x = random(6, 264)
     x[1] = -x[1].abs()
-    parts = selected(x, 32, layout, relu=True)
+    parts = selected(x, Kept("row", count=32), layout, relu=True)
     layout.validate(parts, (6, 264))
     want, mask = sten.TopK(32).apply(x.relu(), {}, True)
     assert torch.equal(layout.unpack(parts, (6, 264)), want) and torch.equal(layout.support(parts, (6, 264)), mask)
