@@ -38,7 +38,7 @@ class SparseOp(nn.Module):
             raise ValueError(
                 f"Expected a function or one of {names}, without inline= and activation=, got {operator!r}."
             )
-        self.operator, self.inline, self.activation = operator, inline, operator if named else activation
+        self.operator, self.inline, self.activation = operator, inline, activation
         self.out, self.grad = _site("output", operator, out), _site("grad_output", operator, grad)
         for site in (self.grad, self.out):
             if site is not None:
@@ -56,9 +56,9 @@ class SparseOp(nn.Module):
         if self.inline and (operands := self._operands(*args, **kwargs)) is not None:
             return inline_linear(*operands, self.out.epilogue(self, self.activation))
         if isinstance(self.operator, str):
-            [y] = args
-            if self._finishes(y):
-                return self.out.epilogue(self, self.activation).finish(y, own=False)
+            if len(args) == 1 and self._finishes(*args):
+                return self.out.epilogue(self, self.operator).finish(*args, own=False)
+            y = activate(*args, activation=self.operator)
         else:
             y = self.operator(*args, **kwargs)
         y = y if self.activation is None else activate(y, self.activation)
