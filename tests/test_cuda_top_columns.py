@@ -100,10 +100,27 @@ def test_it_compiles(architecture, size, vector, tmp_path, monkeypatch):
     expect_registers(tmp_path, 64, "top_columns", architecture, SIZE=size, INF=0x7F80, VECTOR=vector, WARPS=8, RELU=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_of_a_row(dtype, monkeypatch):
+    """The Triton kernel, in the interpreter or on a GPU, with ties, NaN, infinities and rows of zeros."""
+    monkeypatch.setattr(module, "MOST", 0)
+    for rows, columns, count in [(1, 1, 1), *SHAPES]:
+        x = matrix(rows, columns, dtype)
+        for relu in (False, True):
+            expect_selected(module.top_columns.prepare(x, count=count, relu=relu)(x), x, count, relu)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_gpu(dtype):
-    for rows, columns, count in [*SHAPES, (300, 32768, 32), (4, 40000, 700), (0, 16, 4)]:
+    for rows, columns, count in [
+        *SHAPES,
+        (300, 32768, 32),
+        (4, 40000, 700),
+        (0, 16, 4),
+        (1, 4096, 2048),
+        (3, 14336, 7168),
+    ]:
         made = matrix(rows, columns, dtype)
         shifted = torch.cat([made.new_zeros(1), made.flatten()])[1:].view_as(made)  # at an address that is not aligned
         for x in (made, shifted):
