@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .backend import INTERPRET
+from .epilogue import bits_of, edge_of
 from .launch import triton_launch
 from .operators import operator
 from .pdl import begin, overlap
@@ -35,15 +36,10 @@ def _above(
     """OWN entries per program, which counts all kept ones before them, so that programs need not wait for each other.
 
     Kept entries go to the slots from the first one on, the others, as zeros, to those from the last one back.
-    ``number``: the bits of the threshold, if that is no tensor.
     """
     begin(PDL)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if edge_ptr is None:
-        edge = tl.full((), number, tl.int32).to(tl.float32, bitcast=True)
-    else:
-        edge = tl.load(edge_ptr).to(tl.float32)
-    edge = edge.to(dtype).to(tl.float32)  # as PyTorch compares
+    edge = edge_of(edge_ptr, number, dtype)
     first = tl.program_id(0) * OWN
     count = 0
     for at in range(0, first, SIZE):
@@ -83,7 +79,7 @@ def above(x, edge, number, signed, relu):
     if edge is not None and (edge.numel() != 1 or not edge.is_floating_point()):
         raise ValueError(f"Expected one floating-point threshold, got {tuple(edge.shape)} of {edge.dtype}.")
     columns, dtype, device = x.shape[1], x.dtype, x.device
-    bits = torch.tensor(number, dtype=torch.float32).view(torch.int32).item()
+    bits = bits_of(number)
     own, size = (16, 32) if INTERPRET else (OWN, power_of_two(columns, OWN, MOST))
     launch = triton_launch(
         _above, (triton.cdiv(columns, own),), OWN=own, SIZE=size, RELU=relu, SIGNED=signed, num_warps=8, **overlap(x)

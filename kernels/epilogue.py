@@ -52,6 +52,22 @@ def activate(y, ACTIVATION: tl.constexpr):
     return y
 
 
+def bits_of(number: float) -> int:
+    """The bits of a number in float32, as ``edge_of`` takes them."""
+    return torch.tensor(number, dtype=torch.float32).view(torch.int32).item()
+
+
+@triton.jit
+def edge_of(edge_ptr, number, dtype: tl.constexpr):
+    """A threshold, rounded as PyTorch rounds what it compares with a tensor of this dtype: of one element in memory, or
+    if there is none, ``bits_of`` a number."""
+    if edge_ptr is None:
+        edge = tl.full((), number, tl.int32).to(tl.float32, bitcast=True)
+    else:
+        edge = tl.load(edge_ptr).to(tl.float32)
+    return edge.to(dtype).to(tl.float32)
+
+
 @triton.jit
 def _keep_of_four(y, COUNT: tl.constexpr):
     """``keep_adjacent`` for blocks of 4, which a thread has in registers: six comparisons a block."""

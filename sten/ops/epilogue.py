@@ -58,6 +58,10 @@ class Kept(NamedTuple):
             edge = float(edge if dtype is torch.float32 else torch.as_tensor(edge, dtype=dtype))
         return RULES[self.rule], edge, self.count, self.block
 
+    def threshold(self) -> tuple[Tensor | None, float]:
+        """The edge as the operators for a GPU take it: a tensor, or a number."""
+        return (self.edge, 0.0) if isinstance(self.edge, Tensor) else (None, float(self.edge))
+
     def stored_by(self, layout: Layout, features: int) -> bool:
         """Whether the layout stores what the kernel makes of rows of so many features."""
         counts = {"row": (self.count, None), "blocks": (self.count, self.block), "all": (features, None)}
@@ -96,7 +100,7 @@ def compressed(
 def selected(z: Tensor, kept: Kept, layout: Layout, relu: bool) -> Parts:
     """The parts of z, or of relu(z), at what is kept, by a kernel for a GPU."""
     if kept.rule in THRESHOLDS:
-        edge, number = (kept.edge, 0.0) if isinstance(kept.edge, Tensor) else (None, float(kept.edge))
+        edge, number = kept.threshold()
         values, crow, col = kernels.above.above.direct(z, edge, number, kept.rule == "above", relu)
         return layout.pack_rows(values, crow, col, tuple(z.shape))
     count = kept.count
@@ -209,10 +213,8 @@ class Epilogue(NamedTuple):
 
 def finished_on_gpu(z: Tensor, kept: Kept, activation: str) -> Tensor:
     """keep(activation(z)) by the Triton kernel, for a contiguous z."""
-    edge = None
-    if kept.rule in THRESHOLDS:
-        edge = kept.edge.to(z.dtype) if isinstance(kept.edge, Tensor) else z.new_full((), kept.edge)
-    return kernels.finish.finish(z, edge, activation=activation, keep=kept.rule, count=kept.count, block=kept.block)
+    edge, number = kept.threshold()
+    return kernels.finish.finish.direct(z, edge, activation, kept.rule, kept.count, kept.block, number)
 
 
 def slope_of(z: Tensor, activation: str) -> Tensor:
