@@ -37,10 +37,11 @@ def expect_selected(x, kept, relu=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 7, 33, 100])
-def test_as_the_mask_says(columns, dtype):
+def test_as_the_mask_says(dtype):
     """For each rule, a number and a tensor, and of all entries, some and none."""
-    x = row(columns, dtype)
+    for columns in (1, 7, 16, 100):
+        expect_selected(row(columns, dtype), Kept("magnitude", 0.5))
+    x = row(33, dtype)
     for rule in ("magnitude", "above"):
         for edge in (0.5, torch.tensor(0.5, device=DEVICE)):
             for relu in (False, True):
@@ -50,9 +51,9 @@ def test_as_the_mask_says(columns, dtype):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: many programs, each of which counts many entries")
-@pytest.mark.parametrize("columns", [1023, 4096, 14336, 16385, 100_000])
+@pytest.mark.parametrize("columns", [1023, 14336, 100_000])
 def test_wide_rows(columns):
-    for dtype in DTYPES:
+    for dtype in DTYPES[::2]:
         expect_selected(row(columns, dtype), Kept("magnitude", 0.7))
 
 
