@@ -47,6 +47,17 @@ __device__ __forceinline__ void add_product_if(u32 condition, float& sum, float 
 __device__ __forceinline__ u32 moved(u32 low, u32 high, u32 bits) { return __funnelshift_rc(low, high, bits); }
 // A byte of a word, times a factor below 256, plus ``to``.
 __device__ __forceinline__ u32 add_byte(u32 word, int byte, u32 factor, u32 to) { return __dp4a(word, factor << 8 * byte, to); }
+// The products of the bytes of two words, plus ``to``.
+__device__ __forceinline__ u32 add_bytes(u32 a, u32 b, u32 to) { return __dp4a(a, b, to); }
+// Of WIDTH lanes beside each other: a value of another lane, and sums; of the whole warp the largest.
+template <int WIDTH = 32, class Value> __device__ __forceinline__ Value from_lane(Value value, int lane) { return __shfl_sync(~0u, value, lane, WIDTH); }
+template <int WIDTH> __device__ __forceinline__ u32 from_lane_before(u32 value, int by) { return __shfl_up_sync(~0u, value, by, WIDTH); }
+template <int WIDTH> __device__ __forceinline__ float sum_of_lanes(float value) {
+#pragma unroll
+  for (int by = WIDTH / 2; by > 0; by /= 2) value += __shfl_xor_sync(~0u, value, by);
+  return value;
+}
+__device__ __forceinline__ u32 largest(u32 value) { return __reduce_max_sync(~0u, value); }
 // Bytes of two words; each of four nibbles of ``bytes`` is below 8 (__byte_perm takes an instruction to make it so).
 __device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) {
   u32 r;
