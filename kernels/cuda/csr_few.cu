@@ -14,8 +14,34 @@
 //
 // Macros: TOKENS (1, 2, 4), WARPS, CTAS of a multiprocessor, LANES, PIECES (1, 2, 4), BF16 (else fp16), ACTIVATION (see common.cuh).
 #include "common.cuh"
+#ifndef EARLY
+#define EARLY 0
+#endif
+#ifndef HINT
+#define HINT 0
+#endif
+#ifndef WIDE
+#define WIDE 0
+#endif
+#ifdef EMULATED
+static float as_float(u32 w) { float f; return std::memcpy(&f, &w, 4), f; }
+static void prefetch(const void*) {}
+static Piece load_once(const Piece* p) { return *p; }
+#else
+__device__ __forceinline__ float as_float(u32 w) { return __uint_as_float(w); }
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+__device__ __forceinline__ Piece load_once(const Piece* p) {
+  Piece r;
+#if HINT == 1
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.word[0]), "=r"(r.word[1]), "=r"(r.word[2]), "=r"(r.word[3]) : "l"(p));
+#else
+  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.word[0]), "=r"(r.word[1]), "=r"(r.word[2]), "=r"(r.word[3]) : "l"(p));
+#endif
+  return r;
+}
+#endif
 
-constexpr int COLUMN = 2 * TOKENS;           // bytes of a column of x
+constexpr int COLUMN = (WIDE ? 4 : 2) * TOKENS;           // bytes of a column of x
 constexpr int ROWS = 32 / LANES;             // of a warp
 constexpr int WORDS = (PIECES + 1) / 2;      // of sums of gaps: of two pieces, 16 bits each
 constexpr u32 NIBBLES = 0x0f0f0f0f, MIDDLE = 0x30303030, HIGH = 0xc0c0c0c0, ONES = 0x01010101;
@@ -28,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 csr_few(const u16* x, const u16* values, const char* table, const int* col, const u16* bias, const u16* gate, u16* y,
         int T, int O, int I, int entries) {
   extern __shared__ __align__(16) char memory[];
-  wait_for_kernel_before();
+  if (!EARLY) wait_for_kernel_before();
   let_next_kernel_start();
   const int lane = threadIdx.x % LANES, stride = gridDim.x * WARPS, groups = (O + ROWS - 1) / ROWS;
   const Row* rows = (const Row*)table;
@@ -56,7 +82,7 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
       to.values[j] = Piece{0, 0, 0, 0}, to.low[j] = to.middle[j] = to.high[j] = 0;
       if (mine[j]) {
         if (8 * piece + 8 <= entries) {
-          to.values[j] = ((const Piece*)values)[piece];
+          to.values[j] = HINT ? load_once((const Piece*)values + piece) : ((const Piece*)values)[piece];
         } else {
 #pragma unroll
           for (int i = 0; i < 8; i++)
@@ -98,9 +124,15 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
         words[i] = TOKENS == 1 ? given[0].word[i]
                                : permuted(given[t].word[column / 2], given[t + (TOKENS > 1)].word[column / 2], column % 2 ? 0x7632 : 0x5410);
       }
+#if WIDE
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        *(Piece*)(memory + c * COLUMN + 16 * i) = Piece{words[2 * i] << 16, words[2 * i] & 0xffff0000u, words[2 * i + 1] << 16, words[2 * i + 1] & 0xffff0000u};
+#else
 #pragma unroll
       for (int i = 0; i < TOKENS; i++)
         *(Piece*)(memory + c * COLUMN + 16 * i) = Piece{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
+#endif
     }
   };
 
@@ -112,6 +144,14 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
   Row next = row_of(group), after = row_of(group + stride);
   int next_batch = 0, next_batches = batches_of(next);
   u32 base = 0;  // the column before the batch
+  if (EARLY) {
+    const int first = next.begin / 8, stop = min((next.end + 7) / 8, first + LANES * PIECES * EARLY);
+    for (int i = first + lane * 8; i < stop; i += LANES * 8) prefetch(values + 8 * (size_t)i);
+    for (int i = first + lane * 32; i < stop; i += LANES * 32) prefetch(lows + i);
+    if (next.widths)
+      for (int i = first + lane * 64; i < stop; i += LANES * 64) prefetch(middles + i), prefetch(highs + i);
+    wait_for_kernel_before();
+  }
   for (;;) {
     Batch ahead;
     if (group < groups) load(ahead, next, next_batch);
@@ -140,7 +180,7 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
         const u32 pair = now.values[j].word[k / 2];
         const float value = k % 2 ? high(pair) : low(pair);
         if (TOKENS == 1) {
-          add_product_if(valid[j] & 1u << k, acc[k % 4], value, low(half_at(at)));
+          add_product_if(valid[j] & 1u << k, acc[k % 4], value, WIDE ? as_float(word_at(at)) : low(half_at(at)));
         } else {
           Pair two = {0, 0};
           if (TOKENS == 4) two = pair_at(at);
