@@ -1,6 +1,6 @@
-"""CSR for one to four tokens, in CUDA C++ (``cuda/csr_few.cu``): columns as gaps of 4 to 8 bits.
+"""CSR for one to four tokens, in CUDA C++ (``cuda/csr_few.cu``): columns as steps of 4 to 8 bits.
 
-A table, derived from a pattern, replaces the 32 bits of each column by the gap to the one before. Values stay where
+A table, derived from a pattern, replaces the 32 bits of each column by the step to the one before. Values stay where
 CSR has them: there is no copy that could become outdated. The size of the table depends on the sizes of a weight alone,
 so that a mask update writes it in place, and it may be made in a capture.
 
@@ -20,7 +20,7 @@ from .pattern_cache import Derived
 from .tiles import power_of_two
 
 FEW, LEAST_ROWS = 4, 2048  # tokens; outputs, below which a program for each row keeps more of a GPU busy
-PIECE, UNIT, WIDTHS = 8, 256, 8  # entries of a piece, and of a unit of those whose gaps have one width; widths of a row
+PIECE, UNIT, WIDTHS = 8, 256, 8  # entries of a piece, and of a unit of those whose steps have one width; widths of a row
 MOST_INPUTS = 1 << 16  # a column has 16 bits
 SPREAD = (0, 4, 1, 5, 2, 6, 3, 7)  # the entries of a piece in the order of their higher bits
 
@@ -53,27 +53,30 @@ def table(crow: Tensor, col: Tensor) -> Tensor:
     """The table of a pattern, bytes; see the source for its parts. No size in here depends on the pattern."""
     outputs, entries, device = len(crow) - 1, len(col), col.device
     begin, end = crow[:-1], crow[1:]
-    pieces = torch.where(end > begin, (end + PIECE - 1) // PIECE - begin // PIECE, 0)
-    _, order = pieces.sort(descending=True, stable=True)
+    lengths = end - begin // PIECE * PIECE
+    order = ((lengths + PIECE - 1) // PIECE).sort(descending=True, stable=True)[1]
 
     entry = torch.arange(entries, device=device, dtype=torch.int32)
     row = torch.searchsorted(crow, entry, right=True, out_int32=True) - 1
     free = row >= outputs  # slots without an entry
     row = row.clamp(max=max(outputs - 1, 0))
-    gap = torch.where(free | (entry == begin[row]), 0, col - pad(col[:-1], (1, 0)))
+    step = torch.where(free | (entry == begin[row]), 0, col - pad(col[:-1], (1, 0)))
 
     unit = (entry - begin[row] // PIECE * PIECE) // UNIT
-    last = (pieces - 1).clamp(min=0) * PIECE // UNIT  # unit of a row
+    last = (lengths - 1).clamp(min=0) // UNIT  # unit of a row
     scale = sum((last >= WIDTHS << bits).int() for bits in range(16))  # of a unit to the width that holds for it
-    longest = torch.zeros(outputs * WIDTHS, dtype=gap.dtype, device=device)
-    longest.scatter_reduce_(0, row.long() * WIDTHS + torch.where(free, 0, unit >> scale[row]), gap, "amax")
+    longest = torch.zeros(outputs * WIDTHS, dtype=step.dtype, device=device)
+    longest.scatter_reduce_(0, row.long() * WIDTHS + torch.where(free, 0, unit >> scale[row]), step, "amax")
     width = sum((longest >= 1 << bits).int() for bits in (4, 6, 8)).view(outputs, WIDTHS)
     widths = (width << torch.arange(0, 2 * WIDTHS, 2, device=device)).sum(1, dtype=torch.int32)
     start = torch.where(end > begin, pad(col, (0, 1))[begin], 0)
     rows = torch.stack([begin, end, torch.arange(outputs, device=device), start | widths << 16], 1)[order].int()
 
-    gaps = pad(gap.clamp(max=255), (0, -entries % PIECE)).to(torch.uint8).view(-1, PIECE)
-    low, above = gaps & 15, (gaps >> 4)[:, SPREAD].view(-1, 2, 4)
+    pieces = -(-entries // PIECE) + outputs  # a row begins a new one: entries of the rows beside it have no steps there
+    steps = torch.zeros((pieces + 1) * PIECE, dtype=torch.uint8, device=device)
+    steps[torch.where(free, pieces * PIECE, entry + row.long() * PIECE)] = step.clamp(max=255).to(torch.uint8)
+    steps = steps[:-PIECE].view(-1, PIECE)
+    low, above = steps & 15, (steps >> 4)[:, SPREAD].view(-1, 2, 4)
     shift = torch.arange(0, 8, 2, dtype=torch.uint8, device=device)
     planes = [((above >> plane & 3) << shift).sum(-1, dtype=torch.uint8) for plane in (0, 2)]
     return torch.cat([part.flatten() for part in (rows.view(torch.uint8), low[:, ::2] | low[:, 1::2] << 4, *planes)])
@@ -82,7 +85,7 @@ def table(crow: Tensor, col: Tensor) -> Tensor:
 def launch(x, values, crow, col, bias, gate, y, activation: str):
     """A function of such tensors that writes y (T, O)."""
     (tokens, inputs), outputs, entries = x.shape, y.shape[1], len(col)
-    gaps, copied, macro = Derived("csr gaps", table), begin_at_words(values, 2 * PIECE), power_of_two(tokens, 1, FEW)
+    steps, copied, macro = Derived("csr steps", table), begin_at_words(values, 2 * PIECE), power_of_two(tokens, 1, FEW)
     known = {"TOKENS": macro, "BF16": int(x.dtype == torch.bfloat16), "ACTIVATION": ACTIVATIONS.index(activation)}
     shared, most = shared_bytes(inputs, macro), backend.shared_memory(x.device)
     multiprocessors = backend.multiprocessors(x)
@@ -94,7 +97,7 @@ def launch(x, values, crow, col, bias, gate, y, activation: str):
 
         def call(x, values, crow, col, bias, gate, y):
             values = values if copied is None else copied(values)
-            start(x, values, gaps(crow, col)[0], col, bias, gate, y, tokens, outputs, inputs, entries)
+            start(x, values, steps(crow, col)[0], col, bias, gate, y, tokens, outputs, inputs, entries)
 
         return call
 

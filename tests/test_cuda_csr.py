@@ -29,7 +29,7 @@ def parts_of(dense, free=0):
 
 
 def rows_of_all_kinds(outputs, inputs, dtype=torch.float32):
-    """Empty and full rows, entries in the first and last column only, and gaps that need each number of bits."""
+    """Empty and full rows, entries in the first and last column only, and steps that need each number of bits."""
     dense = random(outputs, inputs)
     dense[dense == 0] = 1
     keep = torch.rand(dense.shape, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 1, outputs)[:, None]
@@ -42,25 +42,26 @@ def rows_of_all_kinds(outputs, inputs, dtype=torch.float32):
 
 def decoded(table, crow, col):
     """The column of each entry, as the source says to read it; None where it reads ``col``."""
-    outputs, pieces = len(crow) - 1, -(-len(col) // 8)
+    outputs = len(crow) - 1
+    pieces = -(-len(col) // 8) + outputs
     ends = torch.tensor([16 * outputs, 4 * pieces, 2 * pieces, 2 * pieces]).cumsum(0).tolist()
     assert len(table) == ends[-1]
     rows, *planes = table.tensor_split(ends[:-1])
-    gaps = (planes[0][:, None] >> torch.tensor([0, 4]) & 15).view(-1, 8).int()
+    steps = (planes[0][:, None] >> torch.tensor([0, 4]) & 15).view(-1, 8).int()
     order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # of the entries whose bits follow each other
     middle, high = ((p[:, None] >> torch.arange(0, 8, 2) & 3).view(-1, 8).int()[:, order.argsort()] for p in planes[1:])
     found, lengths = [None] * int(crow[-1]), []
     for begin, end, row, last in rows.view(torch.int32).view(-1, 4).tolist():
         assert (begin, end) == (int(crow[row]), int(crow[row + 1]))
-        lengths.append((end + 7) // 8 - begin // 8 if end > begin else 0)
+        lengths.append((end + 7) // 8 - begin // 8)
         column, widths, units = last & 0xFFFF, last >> 16 & 0xFFFF, 1
         while -(-lengths[-1] // 32) > 8 * units:
             units *= 2
         for entry in range(begin, end):
-            piece, k = divmod(entry, 8)
-            width = widths >> 2 * ((piece - begin // 8) // 32 // units) & 3
-            gap = gaps[piece, k] + 16 * middle[piece, k] * (width > 0) + 64 * high[piece, k] * (width > 1)
-            column = column + int(gap) if width < 3 else int(col[entry])
+            piece, k = entry // 8 + row, entry % 8
+            width = widths >> 2 * ((entry // 8 - begin // 8) // 32 // units) & 3
+            step = steps[piece, k] + 16 * middle[piece, k] * (width > 0) + 64 * high[piece, k] * (width > 1)
+            column = column + int(step) if width < 3 else int(col[entry])
             found[entry] = None if width == 3 else column
     assert lengths == sorted(lengths, reverse=True)
     return found
@@ -147,7 +148,7 @@ def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch, steps)
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("tokens, inputs, length", [(1, 4096, 2048), (2, 4096, 200), (4, 14336, 700)])
-def test_gaps_compile(architecture, tokens, inputs, length, tmp_path, monkeypatch):
+def test_steps_compile(architecture, tokens, inputs, length, tmp_path, monkeypatch):
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
     for config in csr_few.configs(inputs, tokens, length, 227 << 10):
         macros = {"TOKENS": tokens, "BF16": tokens % 2, "ACTIVATION": 2, **config}

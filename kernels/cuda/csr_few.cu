@@ -4,12 +4,12 @@
 // reads consecutive memory, whatever the lengths of rows are. Each lane takes PIECES of them at a time, and loads the next
 // ones meanwhile, of the next row, if need be. CTAs stay until all rows are done.
 //
-// A column is the one before plus a gap, 4 bits, or 6 or 8 where a row needs them; a sum over the lanes finds the column
-// before a piece. Parts of a row with a longer gap, which is rare, read ``col`` itself. Gaps of other rows in a row's first
+// A column is the one before plus a step, 4 bits, or 6 or 8 where a row needs them; a sum over the lanes finds the column
+// before a piece. Parts of a row with a longer step, which is rare, read ``col`` itself. Steps of other rows in a row's first
 // and last piece count as 0, so that every lane points to a column of its row. The activations of all columns are in shared
 // memory, the tokens of a column beside each other.
 //
-// ``table`` (csr_few.table): a Row for each row, longest first; for each piece the low four bits of its gaps, a word; the two
+// ``table`` (csr_few.table): a Row for each row, longest first; for each piece the low four bits of its steps, a word; the two
 // bits above, in the order in which they are spread over bytes here, a half; the two highest, likewise.
 //
 // Macros: TOKENS (1, 2, 4), WARPS, CTAS of a multiprocessor, LANES, PIECES (1, 2, 4), BF16 (else fp16), ACTIVATION (see common.cuh).
@@ -26,9 +26,11 @@
 #ifdef EMULATED
 static float as_float(u32 w) { float f; return std::memcpy(&f, &w, 4), f; }
 static void prefetch(const void*) {}
+static u32 ones_below(u32 bits) { return bits > 31 ? ~0u : (1u << bits) - 1; }
 static Piece load_once(const Piece* p) { return *p; }
 #else
 __device__ __forceinline__ float as_float(u32 w) { return __uint_as_float(w); }
+__device__ __forceinline__ u32 ones_below(u32 bits) { u32 r; asm("shl.b32 %0, %1, %2;" : "=r"(r) : "r"(~0u), "r"(bits)); return ~r; }
 __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ Piece load_once(const Piece* p) {
   Piece r;
@@ -43,9 +45,10 @@ __device__ __forceinline__ Piece load_once(const Piece* p) {
 
 constexpr int COLUMN = (WIDE ? 4 : 2) * TOKENS;           // bytes of a column of x
 constexpr int ROWS = 32 / LANES;             // of a warp
-constexpr int WORDS = (PIECES + 1) / 2;      // of sums of gaps: of two pieces, 16 bits each
+constexpr int BATCH = 8 * LANES * PIECES, UNIT = 256;  // entries
+constexpr int WORDS = (PIECES + 1) / 2;      // of sums of steps: of two pieces, 16 bits each
 constexpr u32 NIBBLES = 0x0f0f0f0f, MIDDLE = 0x30303030, HIGH = 0xc0c0c0c0, ONES = 0x01010101;
-// ``widths``: for each eighth of the row, in units of 32 pieces: the planes of gaps that it needs above the low one, or 3 if a gap
+// ``widths``: for each eighth of the row, in units of 32 pieces: the planes of steps that it needs above the low one, or 3 if a step
 // does not fit into 8 bits
 struct alignas(16) Row { int begin, end, row; u16 start, widths; };
 struct Batch { Piece values[PIECES]; u32 low[PIECES], middle[PIECES], high[PIECES], width; };
@@ -56,52 +59,67 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
   extern __shared__ __align__(16) char memory[];
   if (!EARLY) wait_for_kernel_before();
   let_next_kernel_start();
-  const int lane = threadIdx.x % LANES, stride = gridDim.x * WARPS, groups = (O + ROWS - 1) / ROWS;
+  const int lane = threadIdx.x % LANES, stride = gridDim.x * WARPS, groups = (O + ROWS - 1) / ROWS, pieces = (entries + 7) / 8 + O;
   const Row* rows = (const Row*)table;
   const u32* lows = (const u32*)(rows + O);
-  const u16 *middles = (const u16*)(lows + (entries + 7) / 8), *highs = middles + (entries + 7) / 8;
+  const u16 *middles = (const u16*)(lows + pieces), *highs = middles + pieces;
   const u32 columns = place_of(memory);
 
   auto row_of = [&](int group) {
     const int at = group * ROWS + threadIdx.x % 32 / LANES;
     return group < groups && at < O ? rows[at] : Row{0, 0, O, 0, 0};
   };
-  auto pieces_of = [](const Row& row) { return row.end > row.begin ? (row.end + 7) / 8 - row.begin / 8 : 0; };
+  auto first_of = [&](const Row& row) { return row.begin / 8 * 8 + lane * 8; };
   auto batches_of = [&](const Row& row) {  // the first of a warp's rows is the longest
-    return max(1, (int)(from_lane(pieces_of(row), 0) + LANES * PIECES - 1) / (LANES * PIECES));
+    return max(1, from_lane((row.end - row.begin / 8 * 8 + BATCH - 1) / BATCH, 0));
   };
-  auto load = [&](Batch& to, const Row& row, int batch) {
-    const int pieces = pieces_of(row), first = row.begin / 8;
-    const u32 shift = highest_bit((u32)max(pieces - 1, 0) / 256) + 1;  // of a unit to the width that holds for it
+  auto width_of = [&](const Row& row) {
+    const u32 w = row.widths;
+    return largest(w & w >> 1 & 0x5555 ? 3 : w & 0xaaaa ? 2 : w ? 1 : 0);
+  };
+  auto load = [&](Batch& to, const Row& row, int entry, u32 width) {
     bool mine[PIECES];
-    u32 width = 0;
+    const int piece = entry / 8 + row.row;
 #pragma unroll
     for (int j = 0; j < PIECES; j++) {
-      const int number = (batch * PIECES + j) * LANES + lane, piece = first + number;
-      mine[j] = number < pieces;
-      to.values[j] = Piece{0, 0, 0, 0}, to.low[j] = to.middle[j] = to.high[j] = 0;
-      if (mine[j]) {
-        if (8 * piece + 8 <= entries) {
-          to.values[j] = HINT ? load_once((const Piece*)values + piece) : ((const Piece*)values)[piece];
-        } else {
+      mine[j] = entry + j * LANES * 8 < row.end;
+      to.low[j] = to.middle[j] = to.high[j] = 0;
+      if (mine[j]) to.low[j] = lows[piece + j * LANES];
+    }
+    if (row.end <= entries / 8 * 8) {
 #pragma unroll
-          for (int i = 0; i < 8; i++)
-            if (8 * piece + i < entries) to.values[j].word[i / 2] |= (u32)values[8 * piece + i] << 16 * (i % 2);
+      for (int j = 0; j < PIECES; j++)
+        if (mine[j]) to.values[j] = HINT ? load_once((const Piece*)(values + entry) + j * LANES) : ((const Piece*)(values + entry))[j * LANES];
+    } else {  // the last piece of all is not whole
+#pragma unroll
+      for (int j = 0; j < PIECES; j++) {
+        to.values[j] = Piece{0, 0, 0, 0};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const int k = entry + j * LANES * 8 + i;
+          if (k < row.end) to.values[j].word[i / 2] |= (u32)values[k] << 16 * (i % 2);
         }
-        to.low[j] = lows[piece];
-        width = max(width, (u32)row.widths >> 2 * (number / 32 >> shift) & 3);
       }
     }
-    to.width = largest(width);
-    if (to.width == 1 || to.width == 2) {
+    if (width == 3) {
+      const int begin = row.begin / 8 * 8, last = max(row.end - begin - 1, 0) / UNIT;
+      const u32 scale = highest_bit(last / 8) + 1;  // of a unit to the width that holds for it
+      width = 0;
 #pragma unroll
       for (int j = 0; j < PIECES; j++)
-        if (mine[j]) to.middle[j] = middles[first + (batch * PIECES + j) * LANES + lane];
+        if (mine[j]) width = max(width, (u32)row.widths >> 2 * ((entry - begin + j * LANES * 8) / UNIT >> scale) & 3);
+      width = largest(width);
     }
-    if (to.width == 2) {
+    to.width = width;
+    if (width == 1 || width == 2) {
 #pragma unroll
       for (int j = 0; j < PIECES; j++)
-        if (mine[j]) to.high[j] = highs[first + (batch * PIECES + j) * LANES + lane];
+        if (mine[j]) to.middle[j] = middles[piece + j * LANES];
+    }
+    if (width == 2) {
+#pragma unroll
+      for (int j = 0; j < PIECES; j++)
+        if (mine[j]) to.high[j] = highs[piece + j * LANES];
     }
   };
   auto stage_x = [&]() {
@@ -138,41 +156,43 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
 
   float acc[4] = {0, 0, 0, 0};  // of up to four tokens; of one token four parts of its sum
   Batch now;
-  Row row = {0, 0, O, 0, 0};
-  int batch = 0, batches = 0;  // of the row whose values are multiplied now; none at first
+  int row = O, entry = 0, end = 0, left = 0;  // the row whose values are multiplied now, its batches that are left; none at first
+  u32 head = 0, base = 0;                     // which entries of the first piece are its own; the column before the batch
   int group = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   Row next = row_of(group), after = row_of(group + stride);
-  int next_batch = 0, next_batches = batches_of(next);
-  u32 base = 0;  // the column before the batch
+  int next_entry = first_of(next), next_left = batches_of(next);
+  u32 next_width = width_of(next);
+  bool starts = true;  // the next batch a row
   if (EARLY) {
-    const int first = next.begin / 8, stop = min((next.end + 7) / 8, first + LANES * PIECES * EARLY);
-    for (int i = first + lane * 8; i < stop; i += LANES * 8) prefetch(values + 8 * (size_t)i);
-    for (int i = first + lane * 32; i < stop; i += LANES * 32) prefetch(lows + i);
+    const int piece = next.begin / 8, stop = min((next.end + 7) / 8, piece + LANES * PIECES * EARLY);
+    for (int i = piece + lane * 8; i < stop; i += LANES * 8) prefetch(values + 8 * (size_t)i);
+    for (int i = piece + lane * 32; i < stop; i += LANES * 32) prefetch(lows + i + next.row);
     if (next.widths)
-      for (int i = first + lane * 64; i < stop; i += LANES * 64) prefetch(middles + i), prefetch(highs + i);
+      for (int i = piece + lane * 64; i < stop; i += LANES * 64) prefetch(middles + i + next.row), prefetch(highs + i + next.row);
     wait_for_kernel_before();
   }
   for (;;) {
     Batch ahead;
-    if (group < groups) load(ahead, next, next_batch);
-    if (batches == 0) {
+    if (group < groups) load(ahead, next, next_entry, next_width);
+    if (left == 0) {
       stage_x();
       __syncthreads();
     } else {
       u32 even[PIECES], odd[PIECES], valid[PIECES], sums[WORDS];
-      const int first = row.begin / 8 * 8 + (batch * PIECES * LANES + lane) * 8;
 #pragma unroll
       for (int j = 0; j < PIECES; j++) {
-        const int entry = first + j * LANES * 8;
-        const u32 before = max(row.begin - entry, 0), until = min(max(row.end - entry, 0), 8);
-        const u32 its = moved(~0u, 0, 32 - 4 * until) & ~0u << 4 * before;
-        valid[j] = 0xffu >> (8 - until) & 0xffu << before;
-        even[j] = now.low[j] & its & NIBBLES, odd[j] = now.low[j] >> 4 & its >> 4 & NIBBLES;
-        if (now.width > 0) {
+        valid[j] = ones_below(max(end - entry - j * LANES * 8, 0));
+        if (j == 0) valid[j] &= head;
+        even[j] = now.low[j] & NIBBLES, odd[j] = now.low[j] >> 4 & NIBBLES;
+      }
+      if (now.width > 0)
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
           const u32 spread = now.middle[j] | now.middle[j] << 14, top = now.high[j] | now.high[j] << 14;
-          even[j] |= ((spread << 4 & MIDDLE) | (top << 6 & HIGH)) & (its & NIBBLES) * 17;
-          odd[j] |= ((spread & MIDDLE) | (top << 2 & HIGH)) & (its >> 4 & NIBBLES) * 17;
+          even[j] |= (spread << 4 & MIDDLE) | (top << 6 & HIGH), odd[j] |= (spread & MIDDLE) | (top << 2 & HIGH);
         }
+#pragma unroll
+      for (int j = 0; j < PIECES; j++) {
         const u32 sum = add_bytes(even[j], ONES, add_bytes(odd[j], ONES, 0));
         sums[j / 2] = j % 2 ? sums[j / 2] | sum << 16 : sum;
       }
@@ -218,11 +238,11 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
         for (int j = 0; j < PIECES; j++)
 #pragma unroll
           for (int k = 0; k < 8; k++)
-            multiply(j, k, columns + (valid[j] & 1u << k ? col[first + j * LANES * 8 + k] : 0) * COLUMN);
-        const int end = min(row.end, row.begin / 8 * 8 + (batch + 1) * PIECES * LANES * 8);
-        if (end > row.begin) base = col[end - 1];
+            multiply(j, k, columns + (valid[j] & 1u << k ? col[entry + j * LANES * 8 + k] : 0) * COLUMN);
+        const int last = min(end, entry + BATCH - lane * 8) - 1;
+        if (last >= 0) base = col[last];
       }
-      if (batch + 1 == batches) {
+      if (left == 1) {
         if (TOKENS == 1) acc[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
         float sum = 0;
 #pragma unroll
@@ -230,18 +250,20 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
           const float all = sum_of_lanes<LANES>(acc[t]);
           if (lane == t) sum = all;
         }
-        if (lane < T && row.row < O) finish(sum, lane, row.row, O, bias, gate, y);
+        if (lane < T && row < O) finish(sum, lane, row, O, bias, gate, y);
 #pragma unroll
         for (int t = 0; t < 4; t++) acc[t] = 0;
       }
     }
     if (group >= groups) break;
-    now = ahead, row = next, batch = next_batch, batches = next_batches;
-    if (batch == 0) base = row.start;
-    if (++next_batch == next_batches) {
+    now = ahead, entry = next_entry, left = next_left, head = ~0u;
+    if (starts) row = next.row, end = next.end, base = next.start, head = lane == 0 ? ~0u << next.begin % 8 : ~0u;
+    next_entry += BATCH, next_left--;
+    starts = next_left == 0;
+    if (starts) {
       group += stride;
       next = after, after = row_of(group + stride);
-      next_batch = 0, next_batches = batches_of(next);
+      next_entry = first_of(next), next_left = batches_of(next), next_width = width_of(next);
     }
   }
 }
