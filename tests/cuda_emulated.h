@@ -72,9 +72,10 @@ template <class Value, class Take> Value exchanged(Value value, Take take) {  //
 template <int WIDTH = 32, class Value> Value from_lane(Value value, int lane) {
   return exchanged(value, [&](auto given) { return given(threadIdx.x % 32 / WIDTH * WIDTH + lane); });
 }
-template <int WIDTH> unsigned from_lane_before(unsigned value, int by) {
+template <int WIDTH> unsigned add_lane_before(unsigned value, int by) {
   const int lane = threadIdx.x % WIDTH;
-  return from_lane<WIDTH>(value, lane < by ? lane : lane - by);
+  const unsigned other = from_lane<WIDTH>(value, lane < by ? lane : lane - by);
+  return value + (lane < by ? 0 : other);
 }
 template <int WIDTH> float sum_of_lanes(float value) {
   for (int by = WIDTH / 2; by > 0; by /= 2) value += exchanged(value, [&](auto given) { return given((threadIdx.x ^ by) % 32); });

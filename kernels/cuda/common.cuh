@@ -51,7 +51,10 @@ __device__ __forceinline__ u32 add_byte(u32 word, int byte, u32 factor, u32 to) 
 __device__ __forceinline__ u32 add_bytes(u32 a, u32 b, u32 to) { return __dp4a(a, b, to); }
 // Of WIDTH lanes beside each other: a value of another lane, and sums; of the whole warp the largest.
 template <int WIDTH = 32, class Value> __device__ __forceinline__ Value from_lane(Value value, int lane) { return __shfl_sync(~0u, value, lane, WIDTH); }
-template <int WIDTH> __device__ __forceinline__ u32 from_lane_before(u32 value, int by) { return __shfl_up_sync(~0u, value, by, WIDTH); }
+template <int WIDTH> __device__ __forceinline__ u32 add_lane_before(u32 value, int by) {  // of so many lanes before, if there is one
+  asm volatile("{.reg .pred p; .reg .u32 r; shfl.sync.up.b32 r|p, %0, %1, %2, -1; @p add.u32 %0, r, %0;}" : "+r"(value) : "r"(by), "n"((32 - WIDTH) << 8));
+  return value;
+}
 template <int WIDTH> __device__ __forceinline__ float sum_of_lanes(float value) {
 #pragma unroll
   for (int by = WIDTH / 2; by > 0; by /= 2) value += __shfl_xor_sync(~0u, value, by);

@@ -20,6 +20,9 @@
 #ifndef HINT
 #define HINT 0
 #endif
+#ifndef TWICE
+#define TWICE 0
+#endif
 #ifndef WIDE
 #define WIDE 0
 #endif
@@ -155,7 +158,6 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
   };
 
   float acc[4] = {0, 0, 0, 0};  // of up to four tokens; of one token four parts of its sum
-  Batch now;
   int row = O, entry = 0, end = 0, left = 0;  // the row whose values are multiplied now, its batches that are left; none at first
   u32 head = 0, base = 0;                     // which entries of the first piece are its own; the column before the batch
   int group = threadIdx.x / 32 * gridDim.x + blockIdx.x;
@@ -171,8 +173,8 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
       for (int i = piece + lane * 64; i < stop; i += LANES * 64) prefetch(middles + i + next.row), prefetch(highs + i + next.row);
     wait_for_kernel_before();
   }
-  for (;;) {
-    Batch ahead;
+  // Loads a batch, and multiplies the one that was loaded before; false at the end.
+  auto advance = [&](Batch& now, Batch& ahead) {
     if (group < groups) load(ahead, next, next_entry, next_width);
     if (left == 0) {
       stage_x();
@@ -217,10 +219,7 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
 #pragma unroll
         for (int by = 1; by < LANES; by *= 2)
 #pragma unroll
-          for (int w = 0; w < WORDS; w++) {
-            const u32 more = from_lane_before<LANES>(to[w], by);
-            to[w] += lane >= by ? more : 0;
-          }
+          for (int w = 0; w < WORDS; w++) to[w] = add_lane_before<LANES>(to[w], by);
 #pragma unroll
         for (int w = 0; w < WORDS; w++) all[w] = from_lane<LANES>(to[w], LANES - 1), to[w] -= sums[w];
 #pragma unroll
@@ -255,8 +254,8 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
         for (int t = 0; t < 4; t++) acc[t] = 0;
       }
     }
-    if (group >= groups) break;
-    now = ahead, entry = next_entry, left = next_left, head = ~0u;
+    if (group >= groups) return false;
+    entry = next_entry, left = next_left, head = ~0u;
     if (starts) row = next.row, end = next.end, base = next.start, head = lane == 0 ? ~0u << next.begin % 8 : ~0u;
     next_entry += BATCH, next_left--;
     starts = next_left == 0;
@@ -265,5 +264,12 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
       next = after, after = row_of(group + stride);
       next_entry = first_of(next), next_left = batches_of(next), next_width = width_of(next);
     }
-  }
+    return true;
+  };
+  Batch one, other;
+#if TWICE
+  while (advance(one, other) && advance(other, one)) {}
+#else
+  while (advance(one, other)) one = other;
+#endif
 }
