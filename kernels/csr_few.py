@@ -22,6 +22,9 @@ from .tiles import power_of_two
 FEW, LEAST_ROWS = 4, 2048  # tokens; outputs, below which a program for each row keeps more of a GPU busy
 PIECE, UNIT, WIDTHS = 8, 256, 8  # entries of a piece, and of a unit of those whose steps have one width; widths of a row
 MOST_INPUTS = 1 << 16  # a column has 16 bits
+LONG = ((8, 3, 32, 2), (16, 1, 32, 2), (8, 2, 32, 4), (16, 2, 32, 1), (8, 3, 16, 2))  # WARPS, CTAS, LANES, PIECES
+SHORT = ((16, 1, 16, 1), (16, 2, 16, 1), (16, 1, 8, 2), (16, 2, 32, 1), (16, 1, 16, 2))
+RESERVED = 1 << 10  # bytes of shared memory of each CTA
 SPREAD = (0, 4, 1, 5, 2, 6, 3, 7)  # the entries of a piece in the order of their higher bits
 
 
@@ -40,16 +43,16 @@ def shared_bytes(inputs: int, tokens: int) -> int:
 
 def configs(inputs: int, tokens: int, length: int, most: int) -> list[dict[str, int]]:
     """For rows of such a mean length, on a GPU whose CTAs have so much shared memory."""
-    shared, found = shared_bytes(inputs, tokens), []
-    sizes = [(32, 2), (32, 1), (16, 2)] if length >= UNIT else [(32, 1), (16, 1), (16, 2), (8, 1)]
-    for lanes, pieces in sizes:
-        for warps, ctas in ((32, 1), (16, 2), (8, 4), (16, 1)):
-            if warps * ctas * pieces <= 64 and (ctas == 1 or ctas * (shared + 1024) <= most):
-                found.append({"WARPS": warps, "CTAS": ctas, "LANES": lanes, "PIECES": pieces})
-    return [config for config in found if shared <= most]
+    shared = shared_bytes(inputs, tokens)
+    sizes = LONG if length >= UNIT else SHORT
+    return [
+        {"WARPS": warps, "CTAS": ctas, "LANES": lanes, "PIECES": pieces}
+        for warps, ctas, lanes, pieces in sizes
+        if shared <= most and (ctas == 1 or ctas * (shared + RESERVED) <= most)
+    ]
 
 
-def table(crow: Tensor, col: Tensor) -> Tensor:
+def table_of(crow: Tensor, col: Tensor) -> Tensor:
     """The table of a pattern, bytes; see the source for its parts. No size in here depends on the pattern."""
     outputs, entries, device = len(crow) - 1, len(col), col.device
     begin, end = crow[:-1], crow[1:]
@@ -85,7 +88,7 @@ def table(crow: Tensor, col: Tensor) -> Tensor:
 def launch(x, values, crow, col, bias, gate, y, activation: str):
     """A function of such tensors that writes y (T, O)."""
     (tokens, inputs), outputs, entries = x.shape, y.shape[1], len(col)
-    steps, copied, macro = Derived("csr steps", table), begin_at_words(values, 2 * PIECE), power_of_two(tokens, 1, FEW)
+    steps, copied, macro = Derived("csr steps", table_of), begin_at_words(values, 2 * PIECE), power_of_two(tokens, 1, FEW)
     known = {"TOKENS": macro, "BF16": int(x.dtype == torch.bfloat16), "ACTIVATION": ACTIVATIONS.index(activation)}
     shared, most = shared_bytes(inputs, macro), backend.shared_memory(x.device)
     multiprocessors = backend.multiprocessors(x)
@@ -97,7 +100,8 @@ def launch(x, values, crow, col, bias, gate, y, activation: str):
 
         def call(x, values, crow, col, bias, gate, y):
             values = values if copied is None else copied(values)
-            start(x, values, steps(crow, col)[0], col, bias, gate, y, tokens, outputs, inputs, entries)
+            table, ready = steps(crow, col)
+            start(x, values, table, col, bias, gate, y, tokens, outputs, inputs, entries, int(ready))
 
         return call
 

@@ -34,6 +34,13 @@ static void let_next_kernel_start() {}
 static unsigned place_of(const char* shared) { return shared - memory; }
 static unsigned short half_at(unsigned place) { unsigned short r; return std::memcpy(&r, memory + place, 2), r; }
 static unsigned word_at(unsigned place) { unsigned r; return std::memcpy(&r, memory + place, 4), r; }
+struct Load {
+  const void* from;
+  template <class Piece> operator Piece() const { Piece r; return std::memcpy(&r, from, sizeof r), r; }
+};
+static Load load_once(const void* from) { return {from}; }
+static void fetch_early(const void*) {}
+static unsigned ones_below(unsigned bit) { return bit > 31 ? ~0u : (1u << bit) - 1; }
 struct Words {
   unsigned place;
   template <class Pair> operator Pair() const { Pair r; return std::memcpy(&r, memory + place, sizeof r), r; }

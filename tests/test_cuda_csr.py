@@ -71,14 +71,14 @@ def decoded(table, crow, col):
 def test_the_table_has_each_column(shape, free):
     dense = rows_of_all_kinds(*shape).cpu() if shape[0] > 30 else random(*shape).cpu()
     _, crow, col = parts_of(dense, free)
-    found = decoded(csr_few.table(crow, col), crow, col)
+    found = decoded(csr_few.table_of(crow, col), crow, col)
     assert all(column in (None, its) for column, its in zip(found, col.tolist()[: int(crow[-1])], strict=True))
     assert 0 < found.count(None) < len(found) / 2 if shape[0] > 30 else found.count(None) == 0
 
 
 def test_the_table_of_no_entries():
     crow, col = torch.zeros(34, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
-    assert decoded(csr_few.table(crow, col), crow, col) == []
+    assert decoded(csr_few.table_of(crow, col), crow, col) == []
 
 
 CASES = [  # outputs, inputs, tokens, warps, lanes, pieces, CTAs, dtype, activation, bias and gate, free slots
@@ -100,8 +100,8 @@ def test_steps_on_a_cpu(case, tmp_path):
     used = dense[: outputs // 2].any(0)
     x, bias, gate = (random(*size, dtype=dtype).cpu() for size in ((tokens, inputs), (outputs,), (tokens, outputs)))
     y = torch.full((tokens, outputs), torch.nan, dtype=dtype)
-    given = x, values, csr_few.table(crow, col), col, *((bias, gate) if more else (None, None)), y
-    given += tokens, outputs, inputs, len(col)
+    given = x, values, csr_few.table_of(crow, col), col, *((bias, gate) if more else (None, None)), y
+    given += tokens, outputs, inputs, len(col), 1
     macros = {"TOKENS": 4 if tokens > 2 else tokens, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
     driver = emulated(tmp_path, "csr_few", **macros, WARPS=warps, CTAS=1, LANES=lanes, PIECES=pieces)
     shared = csr_few.shared_bytes(inputs, tokens)

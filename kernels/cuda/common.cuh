@@ -18,6 +18,15 @@ __device__ __forceinline__ void let_next_kernel_start() {  // which waits for th
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ Piece load_once(const Piece* from) {  // which is not read again: around the L1 cache
+  Piece r;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.word[0]), "=r"(r.word[1]), "=r"(r.word[2]), "=r"(r.word[3]) : "l"(from));
+  return r;
+}
+// A line to the L2 cache, also before the end of a kernel that writes it: it is written there.
+__device__ __forceinline__ void fetch_early(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+__device__ __forceinline__ u32 ones_below(u32 bit) { u32 above; asm("shl.b32 %0, %1, %2;" : "=r"(above) : "r"(~0u), "r"(bit)); return ~above; }
 __device__ __forceinline__ u32 highest_bit(u32 bits) { u32 at; asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(bits)); return at; }
 __device__ __forceinline__ void copy_async(char* to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");

@@ -14,39 +14,7 @@
 //
 // Macros: TOKENS (1, 2, 4), WARPS, CTAS of a multiprocessor, LANES, PIECES (1, 2, 4), BF16 (else fp16), ACTIVATION (see common.cuh).
 #include "common.cuh"
-#ifndef EARLY
-#define EARLY 0
-#endif
-#ifndef HINT
-#define HINT 0
-#endif
-#ifndef TWICE
-#define TWICE 0
-#endif
-#ifndef WIDE
-#define WIDE 0
-#endif
-#ifdef EMULATED
-static float as_float(u32 w) { float f; return std::memcpy(&f, &w, 4), f; }
-static void prefetch(const void*) {}
-static u32 ones_below(u32 bits) { return bits > 31 ? ~0u : (1u << bits) - 1; }
-static Piece load_once(const Piece* p) { return *p; }
-#else
-__device__ __forceinline__ float as_float(u32 w) { return __uint_as_float(w); }
-__device__ __forceinline__ u32 ones_below(u32 bits) { u32 r; asm("shl.b32 %0, %1, %2;" : "=r"(r) : "r"(~0u), "r"(bits)); return ~r; }
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-__device__ __forceinline__ Piece load_once(const Piece* p) {
-  Piece r;
-#if HINT == 1
-  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.word[0]), "=r"(r.word[1]), "=r"(r.word[2]), "=r"(r.word[3]) : "l"(p));
-#else
-  asm volatile("ld.global.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.word[0]), "=r"(r.word[1]), "=r"(r.word[2]), "=r"(r.word[3]) : "l"(p));
-#endif
-  return r;
-}
-#endif
-
-constexpr int COLUMN = (WIDE ? 4 : 2) * TOKENS;           // bytes of a column of x
+constexpr int COLUMN = 2 * TOKENS;           // bytes of a column of x
 constexpr int ROWS = 32 / LANES;             // of a warp
 constexpr int BATCH = 8 * LANES * PIECES, UNIT = 256;  // entries
 constexpr int WORDS = (PIECES + 1) / 2;      // of sums of steps: of two pieces, 16 bits each
@@ -58,9 +26,9 @@ struct Batch { Piece values[PIECES]; u32 low[PIECES], middle[PIECES], high[PIECE
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 csr_few(const u16* x, const u16* values, const char* table, const int* col, const u16* bias, const u16* gate, u16* y,
-        int T, int O, int I, int entries) {
+        int T, int O, int I, int entries, int ready) {
   extern __shared__ __align__(16) char memory[];
-  if (!EARLY) wait_for_kernel_before();
+  if (!ready) wait_for_kernel_before();
   let_next_kernel_start();
   const int lane = threadIdx.x % LANES, stride = gridDim.x * WARPS, groups = (O + ROWS - 1) / ROWS, pieces = (entries + 7) / 8 + O;
   const Row* rows = (const Row*)table;
@@ -92,7 +60,7 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
     if (row.end <= entries / 8 * 8) {
 #pragma unroll
       for (int j = 0; j < PIECES; j++)
-        if (mine[j]) to.values[j] = HINT ? load_once((const Piece*)(values + entry) + j * LANES) : ((const Piece*)(values + entry))[j * LANES];
+        if (mine[j]) to.values[j] = load_once((const Piece*)(values + entry) + j * LANES);
     } else {  // the last piece of all is not whole
 #pragma unroll
       for (int j = 0; j < PIECES; j++) {
@@ -145,15 +113,9 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
         words[i] = TOKENS == 1 ? given[0].word[i]
                                : permuted(given[t].word[column / 2], given[t + (TOKENS > 1)].word[column / 2], column % 2 ? 0x7632 : 0x5410);
       }
-#if WIDE
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        *(Piece*)(memory + c * COLUMN + 16 * i) = Piece{words[2 * i] << 16, words[2 * i] & 0xffff0000u, words[2 * i + 1] << 16, words[2 * i + 1] & 0xffff0000u};
-#else
 #pragma unroll
       for (int i = 0; i < TOKENS; i++)
         *(Piece*)(memory + c * COLUMN + 16 * i) = Piece{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]};
-#endif
     }
   };
 
@@ -165,12 +127,10 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
   int next_entry = first_of(next), next_left = batches_of(next);
   u32 next_width = width_of(next);
   bool starts = true;  // the next batch a row
-  if (EARLY) {
-    const int piece = next.begin / 8, stop = min((next.end + 7) / 8, piece + LANES * PIECES * EARLY);
-    for (int i = piece + lane * 8; i < stop; i += LANES * 8) prefetch(values + 8 * (size_t)i);
-    for (int i = piece + lane * 32; i < stop; i += LANES * 32) prefetch(lows + i + next.row);
-    if (next.widths)
-      for (int i = piece + lane * 64; i < stop; i += LANES * 64) prefetch(middles + i + next.row), prefetch(highs + i + next.row);
+  if (ready) {
+    const int piece = next.begin / 8, stop = min((next.end + 7) / 8, piece + LANES * PIECES);
+    for (int i = piece + lane * 8; i < stop; i += LANES * 8) fetch_early(values + 8 * (size_t)i);
+    for (int i = piece + lane * 32; i < stop; i += LANES * 32) fetch_early(lows + i + next.row);
     wait_for_kernel_before();
   }
   // Loads a batch, and multiplies the one that was loaded before; false at the end.
@@ -202,7 +162,7 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
         const u32 pair = now.values[j].word[k / 2];
         const float value = k % 2 ? high(pair) : low(pair);
         if (TOKENS == 1) {
-          add_product_if(valid[j] & 1u << k, acc[k % 4], value, WIDE ? as_float(word_at(at)) : low(half_at(at)));
+          add_product_if(valid[j] & 1u << k, acc[k % 4], value, low(half_at(at)));
         } else {
           Pair two = {0, 0};
           if (TOKENS == 4) two = pair_at(at);
@@ -267,9 +227,5 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
     return true;
   };
   Batch one, other;
-#if TWICE
-  while (advance(one, other) && advance(other, one)) {}
-#else
   while (advance(one, other)) one = other;
-#endif
 }
