@@ -20,6 +20,11 @@
 using std::max, std::min;
 static int atomicAdd(int* to, int more) { return __atomic_fetch_add(to, more, __ATOMIC_RELAXED); }
 
+static void atomicMax(int* to, int least) {
+  int found = __atomic_load_n(to, __ATOMIC_RELAXED);
+  while (found < least && !__atomic_compare_exchange_n(to, &found, least, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+}
+
 struct Index { unsigned x; };
 static thread_local Index threadIdx;
 static Index blockIdx, gridDim;

@@ -26,23 +26,26 @@ struct Batch { Piece values[PIECES]; u32 low[PIECES], middle[PIECES], high[PIECE
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 csr_few(const u16* x, const u16* values, const char* table, const int* col, const u16* bias, const u16* gate, u16* y,
-        int T, int O, int I, int entries, int ready) {
+        int T, int O, int I, int entries, int ready, int chunk) {
   extern __shared__ __align__(16) char memory[];
   if (!ready) wait_for_kernel_before();
   let_next_kernel_start();
-  const int lane = threadIdx.x % LANES, stride = gridDim.x * WARPS, groups = (O + ROWS - 1) / ROWS, pieces = (entries + 7) / 8 + O;
+  const int lane = threadIdx.x % LANES, part = threadIdx.x % 32 / LANES, pieces = (entries + 7) / 8 + O;
+  const int groups = ((O + ROWS - 1) / ROWS + gridDim.x - 1 - blockIdx.x) / gridDim.x;  // of rows, of this CTA
   const Row* rows = (const Row*)table;
   const u32* lows = (const u32*)(rows + O);
   const u16 *middles = (const u16*)(lows + pieces), *highs = middles + pieces;
   const u32 columns = place_of(memory);
+  int* counter = (int*)(memory + (I + 7) / 8 * 16 * TOKENS);
+  float* results = (float*)(counter + 4);  // of each row and chunk
 
+  auto place_of_row = [&](int group) { return (group * (int)gridDim.x + (int)blockIdx.x) * ROWS; };
   auto row_of = [&](int group) {
-    const int at = group * ROWS + threadIdx.x % 32 / LANES;
-    return group < groups && at < O ? rows[at] : Row{0, 0, O, 0, 0};
+    const int at = place_of_row(group) + part;
+    return at < O ? rows[at] : Row{0, 0, O, 0, 0};
   };
-  auto first_of = [&](const Row& row) { return row.begin / 8 * 8 + lane * 8; };
   auto batches_of = [&](const Row& row) {  // the first of a warp's rows is the longest
-    return max(1, from_lane((row.end - row.begin / 8 * 8 + BATCH - 1) / BATCH, 0));
+    return from_lane((row.end - row.begin / 8 * 8 + BATCH - 1) / BATCH, 0);
   };
   auto width_of = [&](const Row& row) {
     const u32 w = row.widths;
@@ -120,24 +123,38 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
   };
 
   float acc[4] = {0, 0, 0, 0};  // of up to four tokens; of one token four parts of its sum
-  int row = O, entry = 0, end = 0, left = 0;  // the row whose values are multiplied now, its batches that are left; none at first
-  u32 head = 0, base = 0;                     // which entries of the first piece are its own; the column before the batch
-  int group = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-  Row next = row_of(group), after = row_of(group + stride);
-  int next_entry = first_of(next), next_left = batches_of(next);
-  u32 next_width = width_of(next);
-  bool starts = true;  // the next batch a row
+  int slot = 0, entry = 0, end = 0, left = 0;  // of the item that is multiplied now: the place of its sum, its batches that are left
+  u32 head = 0, base = 0;                      // which entries of the first piece are its own; the column before the batch
+  // An item is a chunk of the rows of a group: the first ones of all groups, then the second ones.
+  struct Item { int chunk, group; };
+  auto item_of = [&](int number) { const int c = number / groups; return Item{c, number - c * groups}; };
+  Item item = item_of(threadIdx.x / 32), item_after = item_of(threadIdx.x / 32 + WARPS);
+  Row next = row_of(item.group), after = row_of(item_after.group);
+  const int all = batches_of(row_of(0)), chunks = max(1, (all + chunk - 1) / chunk), size = (all + chunks - 1) / chunks;  // batches
+  int next_entry, next_left;
+  u32 next_width, next_base;
+  bool starts = true;  // the next batch an item
+  auto begin_item = [&]() {
+    const int first = next.begin / 8 * 8 + item.chunk * size * BATCH;
+    next_left = item.chunk < chunks ? min(batches_of(next) - item.chunk * size, size) : 1;
+    next_entry = first + lane * 8, next_width = width_of(next);
+    next_base = item.chunk > 0 && item.chunk < chunks && first < next.end ? col[first - 1] : next.start;
+  };
+  begin_item();
+  next_left = max(next_left, 1);  // it may be empty, as may all
   if (ready) {
-    const int piece = next.begin / 8, stop = min((next.end + 7) / 8, piece + LANES * PIECES);
+    const int piece = next_entry / 8 - lane, stop = min((next.end + 7) / 8, piece + LANES * PIECES);
     for (int i = piece + lane * 8; i < stop; i += LANES * 8) fetch_early(values + 8 * (size_t)i);
     for (int i = piece + lane * 32; i < stop; i += LANES * 32) fetch_early(lows + i + next.row);
     wait_for_kernel_before();
   }
   // Loads a batch, and multiplies the one that was loaded before; false at the end.
   auto advance = [&](Batch& now, Batch& ahead) {
-    if (group < groups) load(ahead, next, next_entry, next_width);
+    if (item.chunk < chunks) load(ahead, next, next_entry, next_width);
     if (left == 0) {
       stage_x();
+      for (int i = threadIdx.x; i < groups * ROWS * chunks * TOKENS; i += WARPS * 32) results[i] = 0;
+      if (threadIdx.x == 0) *counter = 2 * WARPS;
       __syncthreads();
     } else {
       u32 even[PIECES], odd[PIECES], valid[PIECES], sums[WORDS];
@@ -203,29 +220,40 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
       }
       if (left == 1) {
         if (TOKENS == 1) acc[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-        float sum = 0;
 #pragma unroll
         for (int t = 0; t < TOKENS; t++) {
-          const float all = sum_of_lanes<LANES>(acc[t]);
-          if (lane == t) sum = all;
+          const float sum = sum_of_lanes<LANES>(acc[t]);
+          if (lane == t) results[slot + t] = sum;
         }
-        if (lane < T && row < O) finish(sum, lane, row, O, bias, gate, y);
 #pragma unroll
         for (int t = 0; t < 4; t++) acc[t] = 0;
       }
     }
-    if (group >= groups) return false;
+    if (item.chunk >= chunks) return false;
     entry = next_entry, left = next_left, head = ~0u;
-    if (starts) row = next.row, end = next.end, base = next.start, head = lane == 0 ? ~0u << next.begin % 8 : ~0u;
+    if (starts) {
+      end = next.end, base = next_base, slot = ((item.group * ROWS + part) * chunks + item.chunk) * TOKENS;
+      if (lane == 0 && item.chunk == 0) head = ~0u << next.begin % 8;
+    }
     next_entry += BATCH, next_left--;
     starts = next_left == 0;
-    if (starts) {
-      group += stride;
-      next = after, after = row_of(group + stride);
-      next_entry = first_of(next), next_left = batches_of(next), next_width = width_of(next);
-    }
+    if (starts) do {
+        item = item_after, next = after;
+        item_after = item_of(take(counter)), after = row_of(item_after.group);
+        begin_item();
+        if (next_left <= 0) skip_to(counter, (item.chunk + 1) * groups);  // rows behind are not longer
+      } while (next_left <= 0);
     return true;
   };
   Batch one, other;
   while (advance(one, other)) one = other;
+
+  __syncthreads();
+  for (int i = threadIdx.x; i < groups * ROWS * T; i += WARPS * 32) {
+    const int r = i / T, t = i % T, at = place_of_row(r / ROWS) + r % ROWS;
+    if (at >= O) continue;
+    float sum = 0;
+    for (int c = 0; c < chunks; c++) sum += results[(r * chunks + c) * TOKENS + t];
+    finish(sum, t, rows[at].row, O, bias, gate, y);
+  }
 }
