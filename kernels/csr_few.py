@@ -22,9 +22,9 @@ from .tiles import power_of_two
 FEW, LEAST_ROWS = 4, 2048  # tokens; outputs, below which a program for each row keeps more of a GPU busy
 PIECE, UNIT, WIDTHS = 8, 256, 8  # entries of a piece, and of a unit of those whose steps have one width; widths of a row
 MOST_INPUTS = 1 << 16  # a column has 16 bits
-LONG = ((8, 3, 32, 2), (16, 1, 32, 2), (8, 2, 32, 4), (16, 2, 32, 1), (8, 3, 16, 2))  # WARPS, CTAS, LANES, PIECES
-SHORT = ((16, 1, 16, 1), (16, 2, 16, 1), (16, 1, 8, 2), (16, 2, 32, 1), (16, 1, 16, 2))
-CHUNK, MOST_SUMS = 2048, 2048  # entries of a chunk; sums of rows and chunks that a CTA keeps for a token
+# WARPS, CTAS, LANES, PIECES, BUFFERS, for rows of more and of fewer than UNIT entries
+LONG = ((8, 3, 32, 2, 2), (8, 2, 32, 4, 2), (16, 1, 32, 2, 2), (20, 1, 32, 4, 1), (16, 2, 32, 2, 1), (8, 3, 16, 2, 2))
+SHORT = ((16, 1, 16, 1, 2), (16, 2, 16, 1, 1), (16, 1, 8, 2, 2), (8, 3, 16, 2, 1), (8, 3, 16, 1, 2), (16, 2, 8, 2, 1))
 RESERVED = 1 << 10  # bytes of shared memory of each CTA
 SPREAD = (0, 4, 1, 5, 2, 6, 3, 7)  # the entries of a piece in the order of their higher bits
 
@@ -37,31 +37,18 @@ def fits(tokens: int, outputs: int, inputs: int, dtype: torch.dtype) -> bool:
     return few and half and inputs <= MOST_INPUTS // power_of_two(tokens, 1, FEW)
 
 
-def shared_bytes(inputs: int, tokens: int, sums: int = 0) -> int:
-    """The shared memory of a CTA that holds so many sums of each token."""
-    tokens = power_of_two(tokens, 1, FEW)
-    return 16 * tokens * -(-inputs // 8) + 16 + 4 * tokens * sums
-
-
-def division(outputs: int, inputs: int, ctas: int, config: dict[str, int]) -> tuple[int, int, int]:
-    """(CTAs, the batches of a chunk, the sums of a CTA) on a GPU for so many CTAs: each row, cut into chunks."""
-    rows, batch = 32 // config["LANES"], PIECE * config["LANES"] * config["PIECES"]
-    groups = -(-outputs // rows)
-    ctas, batches, chunk = min(ctas, groups), -(-(inputs + PIECE - 1) // batch), max(1, CHUNK // batch)
-    own = -(-groups // ctas) * rows
-    while own * -(-batches // chunk) > MOST_SUMS and chunk < batches:
-        chunk *= 2
-    return ctas, chunk, own * -(-batches // chunk)
+def shared_bytes(inputs: int, tokens: int) -> int:
+    """The shared memory of a CTA."""
+    return max(1, -(-inputs // 8)) * 16 * power_of_two(tokens, 1, FEW)
 
 
 def configs(inputs: int, tokens: int, length: int, most: int) -> list[dict[str, int]]:
     """For rows of such a mean length, on a GPU whose CTAs have so much shared memory."""
-    shared = shared_bytes(inputs, tokens, MOST_SUMS) + RESERVED
-    return [
-        {"WARPS": warps, "CTAS": ctas, "LANES": lanes, "PIECES": pieces}
-        for warps, ctas, lanes, pieces in (LONG if length >= UNIT else SHORT)
-        if ctas == 1 or ctas * shared <= most
-    ]
+    shared = shared_bytes(inputs, tokens)
+    sizes = LONG if length >= UNIT else SHORT
+    names = "WARPS", "CTAS", "LANES", "PIECES", "BUFFERS"
+    found = [dict(zip(names, config, strict=True)) for config in (LONG if length >= UNIT else SHORT)]
+    return [c for c in found if shared <= most and (c["CTAS"] == 1 or c["CTAS"] * (shared + RESERVED) <= most)]
 
 
 def table_of(crow: Tensor, col: Tensor) -> Tensor:
@@ -102,17 +89,18 @@ def launch(x, values, crow, col, bias, gate, y, activation: str):
     (tokens, inputs), outputs, entries = x.shape, y.shape[1], len(col)
     steps, copied, macro = Derived("csr steps", table_of), begin_at_words(values, 2 * PIECE), power_of_two(tokens, 1, FEW)
     known = {"TOKENS": macro, "BF16": int(x.dtype == torch.bfloat16), "ACTIVATION": ACTIVATIONS.index(activation)}
-    most, multiprocessors = backend.shared_memory(x.device), backend.multiprocessors(x)
+    shared, most = shared_bytes(inputs, macro), backend.shared_memory(x.device)
+    multiprocessors = backend.multiprocessors(x)
 
     def prepare(config):
-        ctas, chunk, sums = division(outputs, inputs, multiprocessors * config["CTAS"], config)
-        shared = shared_bytes(inputs, macro, sums)
-        start = nvrtc.cuda_launch("csr_few", (ctas,), 32 * config["WARPS"], shared, **known, **config)
+        warps = config["WARPS"]
+        ctas = min(multiprocessors * config["CTAS"], -(-outputs * config["LANES"] // (32 * warps)))
+        start = nvrtc.cuda_launch("csr_few", (ctas,), 32 * warps, shared, **known, **config)
 
         def call(x, values, crow, col, bias, gate, y):
             values = values if copied is None else copied(values)
             table, ready = steps(crow, col)
-            start(x, values, table, col, bias, gate, y, tokens, outputs, inputs, entries, int(ready), chunk)
+            start(x, values, table, col, bias, gate, y, tokens, outputs, inputs, entries, int(ready))
 
         return call
 

@@ -20,11 +20,6 @@
 using std::max, std::min;
 static int atomicAdd(int* to, int more) { return __atomic_fetch_add(to, more, __ATOMIC_RELAXED); }
 
-static void atomicMax(int* to, int least) {
-  int found = __atomic_load_n(to, __ATOMIC_RELAXED);
-  while (found < least && !__atomic_compare_exchange_n(to, &found, least, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
-}
-
 struct Index { unsigned x; };
 static thread_local Index threadIdx;
 static Index blockIdx, gridDim;
@@ -39,11 +34,11 @@ static void let_next_kernel_start() {}
 static unsigned place_of(const char* shared) { return shared - memory; }
 static unsigned short half_at(unsigned place) { unsigned short r; return std::memcpy(&r, memory + place, 2), r; }
 static unsigned word_at(unsigned place) { unsigned r; return std::memcpy(&r, memory + place, 4), r; }
-struct Load {
+struct Loaded {
   const void* from;
   template <class Piece> operator Piece() const { Piece r; return std::memcpy(&r, from, sizeof r), r; }
 };
-static Load load_once(const void* from) { return {from}; }
+static Loaded load_once(const void* from) { return {from}; }
 static void fetch_early(const void*) {}
 static unsigned ones_below(unsigned bit) { return bit > 31 ? ~0u : (1u << bit) - 1; }
 struct Words {

@@ -81,33 +81,30 @@ def test_the_table_of_no_entries():
     assert decoded(csr_few.table_of(crow, col), crow, col) == []
 
 
-CASES = [  # outputs, inputs, tokens, warps, lanes, pieces, CTAs, dtype, activation, bias and gate, free slots
-    (70, 400, 1, 2, 32, 2, 3, torch.bfloat16, 0, False, 0),
-    (40, 1001, 2, 2, 8, 1, 4, torch.float16, 4, True, 5),
-    (33, 330, 3, 1, 4, 4, 2, torch.bfloat16, 3, True, 0),
-    (35, 408, 4, 2, 16, 2, 9, torch.float16, 0, True, 0),
-    (33, 5000, 1, 4, 32, 4, 1, torch.bfloat16, 0, False, 0),
+CASES = [  # outputs, inputs, tokens, CTAs, warps, lanes, pieces, buffers, dtype, activation, bias and gate, free slots
+    (70, 400, 1, 3, 2, 32, 2, 2, torch.bfloat16, 0, False, 0),
+    (40, 1001, 2, 4, 2, 8, 1, 1, torch.float16, 4, True, 5),
+    (33, 330, 3, 2, 1, 4, 4, 2, torch.bfloat16, 3, True, 0),
+    (35, 408, 4, 9, 2, 16, 2, 1, torch.float16, 0, True, 0),
+    (33, 5000, 1, 1, 4, 32, 4, 1, torch.bfloat16, 0, False, 0),
 ]
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_steps_on_a_cpu(case, tmp_path, monkeypatch):
+def test_steps_on_a_cpu(case, tmp_path):
     """No value, activation or column that a row does not own is used: they are NaN or infinite here."""
-    outputs, inputs, tokens, warps, lanes, pieces, ctas, dtype, activation, more, free = case
+    outputs, inputs, tokens, ctas, warps, lanes, pieces, buffers, dtype, activation, more, free = case
     dense = rows_of_all_kinds(outputs, inputs, dtype).cpu()
     values, crow, col = parts_of(dense, free)
     used = dense[: outputs // 2].any(0)
     x, bias, gate = (random(*size, dtype=dtype).cpu() for size in ((tokens, inputs), (outputs,), (tokens, outputs)))
     y = torch.full((tokens, outputs), torch.nan, dtype=dtype)
     given = x, values, csr_few.table_of(crow, col), col, *((bias, gate) if more else (None, None)), y
-    config = {"WARPS": warps, "CTAS": 1, "LANES": lanes, "PIECES": pieces}
-    monkeypatch.setattr(csr_few, "CHUNK", 300)
-    ctas, chunk, sums = csr_few.division(outputs, inputs, ctas, config)
-    given += tokens, outputs, inputs, len(col), 1, chunk
+    given += tokens, outputs, inputs, len(col), 1
     macros = {"TOKENS": 4 if tokens > 2 else tokens, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
-    driver = emulated(tmp_path, "csr_few", **macros, **config)
-    shared = csr_few.shared_bytes(inputs, tokens, sums)
+    driver = emulated(tmp_path, "csr_few", **macros, WARPS=warps, CTAS=1, LANES=lanes, PIECES=pieces, BUFFERS=buffers)
+    shared = csr_few.shared_bytes(inputs, tokens)
     start = csr.nvrtc.starter("csr_few", driver, 0, 32 * warps, shared, given)
     want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
     want = want * gate.double() if more else want
@@ -125,7 +122,7 @@ def test_steps_on_a_cpu(case, tmp_path, monkeypatch):
 @on_cpu
 def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch, steps):
     """From x of any strides and parts of any alignment to y; after a mask update by the new pattern."""
-    config = {"WARPS": 4, "CTAS": 1, "LANES": 16, "PIECES": 2}
+    config = {"WARPS": 4, "CTAS": 1, "LANES": 16, "PIECES": 2, "BUFFERS": 1}
     monkeypatch.setattr(csr_few, "configs", lambda *sizes: [config])
     dtype, macros = torch.bfloat16, {"TOKENS": 4, "BF16": 1, "ACTIVATION": 4, **config}
     in_place_of_the_driver(monkeypatch, csr_few=emulated(tmp_path, "csr_few", **macros))

@@ -111,16 +111,6 @@ __device__ __forceinline__ void load_matrices(u32* a, const char* at) {
 }
 #endif
 
-// Work that the warps of a CTA share out among themselves: the next number, and none below ``number`` any more.
-__device__ __forceinline__ int take(int* counter) {
-  int taken = 0;
-  if (threadIdx.x % 32 == 0) taken = atomicAdd(counter, 1);
-  return from_lane(taken, 0);
-}
-__device__ __forceinline__ void skip_to(int* counter, int number) {
-  if (threadIdx.x % 32 == 0) atomicMax(counter, number);
-}
-
 __device__ __forceinline__ float activated(float y) {
 #if ACTIVATION == 1
   return y < 0 ? 0 : y;  // a maximum would turn NaN into 0
