@@ -20,11 +20,16 @@ from .pattern_cache import Derived
 from .tiles import power_of_two
 
 FEW, LEAST_ROWS = 4, 2048  # tokens; outputs, below which a program for each row keeps more of a GPU busy
-PIECE, UNIT, WIDTHS = 8, 256, 8  # entries of a piece, and of a unit of those whose steps have one width; widths of a row
+PIECE, UNIT, WIDTHS = (
+    8,
+    256,
+    8,
+)  # entries of a piece, and of a unit of those whose steps have one width; widths of a row
 MOST_INPUTS = 1 << 16  # a column has 16 bits
-# WARPS, CTAS, LANES, PIECES, BUFFERS, for rows of more and of fewer than UNIT entries
-LONG = ((8, 3, 32, 2, 2), (8, 2, 32, 4, 2), (16, 1, 32, 2, 2), (20, 1, 32, 4, 1), (16, 2, 32, 2, 1), (8, 3, 16, 2, 2))
-SHORT = ((16, 1, 16, 1, 2), (16, 2, 16, 1, 1), (16, 1, 8, 2, 2), (8, 3, 16, 2, 1), (8, 3, 16, 1, 2), (16, 2, 8, 2, 1))
+# WARPS, CTAS, LANES, PIECES, BUFFERS, for rows of at least UNIT entries and for shorter ones
+LONG = ((8, 3, 32, 2, 2), (20, 1, 32, 4, 1), (8, 2, 32, 4, 2), (16, 1, 32, 2, 2), (16, 2, 32, 2, 1), (8, 3, 16, 2, 2))
+SHORT = ((16, 1, 16, 1, 2), (16, 2, 16, 1, 1), (16, 1, 8, 2, 2), (8, 3, 16, 1, 2), (8, 3, 16, 2, 1), (8, 3, 8, 2, 1))
+MOST_WARPS = {1: 32, 2: 32, 4: 24}  # of a multiprocessor, whose registers hold what so many tokens need
 RESERVED = 1 << 10  # bytes of shared memory of each CTA
 SPREAD = (0, 4, 1, 5, 2, 6, 3, 7)  # the entries of a piece in the order of their higher bits
 
@@ -45,9 +50,9 @@ def shared_bytes(inputs: int, tokens: int) -> int:
 def configs(inputs: int, tokens: int, length: int, most: int) -> list[dict[str, int]]:
     """For rows of such a mean length, on a GPU whose CTAs have so much shared memory."""
     shared = shared_bytes(inputs, tokens)
-    sizes = LONG if length >= UNIT else SHORT
     names = "WARPS", "CTAS", "LANES", "PIECES", "BUFFERS"
     found = [dict(zip(names, config, strict=True)) for config in (LONG if length >= UNIT else SHORT)]
+    found = [c for c in found if c["WARPS"] * c["CTAS"] <= MOST_WARPS[power_of_two(tokens, 1, FEW)]]
     return [c for c in found if shared <= most and (c["CTAS"] == 1 or c["CTAS"] * (shared + RESERVED) <= most)]
 
 
@@ -87,7 +92,11 @@ def table_of(crow: Tensor, col: Tensor) -> Tensor:
 def launch(x, values, crow, col, bias, gate, y, activation: str):
     """A function of such tensors that writes y (T, O)."""
     (tokens, inputs), outputs, entries = x.shape, y.shape[1], len(col)
-    steps, copied, macro = Derived("csr steps", table_of), begin_at_words(values, 2 * PIECE), power_of_two(tokens, 1, FEW)
+    steps, copied, macro = (
+        Derived("csr steps", table_of),
+        begin_at_words(values, 2 * PIECE),
+        power_of_two(tokens, 1, FEW),
+    )
     known = {"TOKENS": macro, "BF16": int(x.dtype == torch.bfloat16), "ACTIVATION": ACTIVATIONS.index(activation)}
     shared, most = shared_bytes(inputs, macro), backend.shared_memory(x.device)
     multiprocessors = backend.multiprocessors(x)

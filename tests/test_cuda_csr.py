@@ -1,7 +1,5 @@
 """CSR for one to four tokens in CUDA C++: its table against the pattern, and the kernel on a CPU and on a GPU."""
 
-import itertools
-
 import pytest
 import torch
 from cuda_cases import (
@@ -145,13 +143,23 @@ def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch, steps)
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("tokens, inputs, length", [(1, 4096, 2048), (2, 4096, 200), (4, 14336, 700)])
-def test_steps_compile(architecture, tokens, inputs, length, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "tokens, config", [(1, (20, 1, 32, 4, 1)), (2, (16, 2, 16, 1, 1)), (4, (8, 3, 32, 2, 2)), (4, (8, 2, 32, 4, 2))]
+)
+def test_steps_compile(architecture, tokens, config, tmp_path, monkeypatch):
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
-    for config in csr_few.configs(inputs, tokens, length, 227 << 10):
-        macros = {"TOKENS": tokens, "BF16": tokens % 2, "ACTIVATION": 2, **config}
-        most = 65536 // (32 * config["WARPS"] * config["CTAS"])
-        expect_registers(tmp_path, min(most, 255), "csr_few", architecture, **macros)
+    assert config in csr_few.LONG + csr_few.SHORT
+    macros = dict(zip(("WARPS", "CTAS", "LANES", "PIECES", "BUFFERS"), config, strict=True))
+    most = 65536 // (32 * config[0] * config[1])
+    expect_registers(tmp_path, most, "csr_few", architecture, TOKENS=tokens, BF16=tokens % 2, ACTIVATION=2, **macros)
+
+
+def test_a_gpu_with_little_shared_memory():
+    """An L40S has 99 kB for a CTA."""
+    for tokens, inputs, some in ((1, 50000, True), (1, 52000, False), (4, 12000, True), (4, 14336, False)):
+        found = csr_few.configs(inputs, tokens, 1000, 99 << 10)
+        assert bool(found) == some and all(c["CTAS"] == 1 for c in found)
+        assert some == (csr_few.shared_bytes(inputs, tokens) <= 99 << 10)
 
 
 def test_what_fits():

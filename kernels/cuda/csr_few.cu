@@ -112,10 +112,10 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
       to.width = largest(width);
     }
 #pragma unroll
-    for (int j = 0; j < PIECES; j++) {
-      to.middle[j] = mine(j) ? middles[piece + j * LANES] : 0;
-      to.high[j] = mine(j) && to.width > 1 ? highs[piece + j * LANES] : 0;
-    }
+    for (int j = 0; j < PIECES; j++) to.middle[j] = mine(j) ? middles[piece + j * LANES] : 0;
+    if (to.width == 1) return;
+#pragma unroll
+    for (int j = 0; j < PIECES; j++) to.high[j] = mine(j) ? highs[piece + j * LANES] : 0;
   };
   auto load_values = [&](Batch& to, int j) {
     if (next_entry + j * LANES * 8 < next_whole) to.values[j] = load_once((const Piece*)(values + next_entry) + j * LANES);
@@ -151,18 +151,24 @@ csr_few(const u16* x, const u16* values, const char* table, const int* col, cons
         if (j == 0) valid[j] &= head;
         even[j] = now.low[j] & NIBBLES, odd[j] = now.low[j] >> 4 & NIBBLES;
       }
-      if (now.width > 0)
+      const u32 width = now.width;
+      if (width > 0)
 #pragma unroll
         for (int j = 0; j < PIECES; j++) {
-          const u32 spread = now.middle[j] | now.middle[j] << 14, top = now.high[j] | now.high[j] << 14;
-          even[j] |= (spread << 4 & MIDDLE) | (top << 6 & HIGH), odd[j] |= (spread & MIDDLE) | (top << 2 & HIGH);
+          const u32 spread = now.middle[j] | now.middle[j] << 14;
+          even[j] |= spread << 4 & MIDDLE, odd[j] |= spread & MIDDLE;
+        }
+      if (width > 1)
+#pragma unroll
+        for (int j = 0; j < PIECES; j++) {
+          const u32 spread = now.high[j] | now.high[j] << 14;
+          even[j] |= spread << 6 & HIGH, odd[j] |= spread << 2 & HIGH;
         }
 #pragma unroll
       for (int j = 0; j < PIECES; j++) {
         const u32 sum = add_bytes(even[j], ONES, add_bytes(odd[j], ONES, 0));
         sums[j / 2] = j % 2 ? sums[j / 2] | sum << 16 : sum;
       }
-      const u32 width = now.width;
       if (more && BUFFERS == 1) load_steps(ahead);
       auto multiply = [&](int j, int k, u32 at) {  // j, k are known here: entry k of piece j; ``at``: the place of its activations
         const u32 pair = now.values[j].word[k / 2];
