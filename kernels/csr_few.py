@@ -20,11 +20,7 @@ from .pattern_cache import Derived
 from .tiles import power_of_two
 
 FEW, LEAST_ROWS = 4, 2048  # tokens; outputs, below which a program for each row keeps more of a GPU busy
-PIECE, UNIT, WIDTHS = (
-    8,
-    256,
-    8,
-)  # entries of a piece, and of a unit of those whose steps have one width; widths of a row
+PIECE, UNIT, WIDTHS = 8, 256, 8  # entries of a piece, and of a unit whose steps have one width; widths of a row
 MOST_INPUTS = 1 << 16  # a column has 16 bits
 # WARPS, CTAS, LANES, PIECES, BUFFERS, for rows of at least UNIT entries and for shorter ones
 LONG = ((8, 3, 32, 2, 2), (20, 1, 32, 4, 1), (8, 2, 32, 4, 2), (16, 1, 32, 2, 2), (16, 2, 32, 2, 1), (8, 3, 16, 2, 2))
