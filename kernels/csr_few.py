@@ -109,6 +109,6 @@ def launch(x, values, crow, col, bias, gate, y, activation: str):
 
         return call
 
-    key = (x.dtype, outputs, inputs, entries.bit_length(), macro)
-    candidates = configs(inputs, macro, entries // max(1, outputs), most)
+    length = entries // max(1, outputs)
+    key, candidates = (x.dtype, outputs, inputs, length.bit_length(), macro), configs(inputs, macro, length, most)
     return autotune.pick("csr_few_cuda", key, candidates, prepare, (x, values, crow, col, bias, gate, y))
