@@ -113,7 +113,7 @@ class CSRLinear(Linear):
         if tokens == 0 or outputs == 0:
             return "empty", "nothing to compute"
         density = entries / max(1, outputs * inputs)
-        if csr_few.fits(tokens, outputs, inputs, dtype) and nvrtc.available():
+        if csr_few.fits(tokens, outputs, inputs, dtype) and nvrtc.available(csr_few.shared_bytes(inputs, tokens)):
             read = "each is read once, and finds its activations by a step of 4 to 8 bits from the one before"
             return "steps", f"{tokens} tokens, {entries} entries ({density:.2g}): {read}"
         if tokens <= FEW and density * -(-tokens // 16) <= (0.6 if tokens == 1 else 0.3):

@@ -39,13 +39,15 @@ MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
 INVALID_CONTEXT = 201  # CUDA_ERROR_*
 
 
-def available() -> bool:
-    """Whether kernels can be compiled for the current GPU, and run. Where they should but cannot, one warning says why,
-    and products take another variant."""
+def available(shared: int = 0) -> bool:
+    """Whether kernels can be compiled for the current GPU, and run, with so many bytes of shared memory. Where they
+    should but cannot, one warning says why, and products take another variant."""
     if INTERPRET or not torch.cuda.is_available():
         return False
     index = backend.device()
-    return backend.capability(torch.device("cuda", index)) >= OLDEST and _works(index)
+    device = torch.device("cuda", index)
+    fits = shared == 0 or shared <= backend.shared_memory(device)
+    return backend.capability(device) >= OLDEST and fits and _works(index)
 
 
 @functools.cache

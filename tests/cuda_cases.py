@@ -77,7 +77,7 @@ def in_place_of_the_driver(monkeypatch, **kernels):
 
     monkeypatch.setattr(nvrtc, "_driver", lambda: types.SimpleNamespace(cuLaunchKernel=start))
     monkeypatch.setattr(nvrtc, "function", lambda kernel, macros, shared, device: numbers[kernel])
-    monkeypatch.setattr(nvrtc, "available", lambda: True)
+    monkeypatch.setattr(nvrtc, "available", lambda shared=0: True)
     monkeypatch.setattr(type(nvrtc.backend), "shared_memory", lambda self, device: 227 << 10)
     for name in ("device", "stream"):
         monkeypatch.setattr(nvrtc.backend, name, lambda *device: 0)

@@ -16,13 +16,13 @@
 #define __shared__
 #define __align__(bytes)
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 using std::max, std::min;
 static int atomicAdd(int* to, int more) { return __atomic_fetch_add(to, more, __ATOMIC_RELAXED); }
 
 struct Index { unsigned x; };
 static thread_local Index threadIdx;
-static Index blockIdx;
+static Index blockIdx, gridDim;
 alignas(16) char memory[1 << 18];
 static std::vector<std::unique_ptr<std::barrier<>>> warps;
 static std::unique_ptr<std::barrier<>> cta;
@@ -34,6 +34,13 @@ static void let_next_kernel_start() {}
 static unsigned place_of(const char* shared) { return shared - memory; }
 static unsigned short half_at(unsigned place) { unsigned short r; return std::memcpy(&r, memory + place, 2), r; }
 static unsigned word_at(unsigned place) { unsigned r; return std::memcpy(&r, memory + place, 4), r; }
+struct Loaded {
+  const void* from;
+  template <class Piece> operator Piece() const { Piece r; return std::memcpy(&r, from, sizeof r), r; }
+};
+static Loaded load_once(const void* from) { return {from}; }
+static void fetch_early(const void*) {}
+static unsigned ones_below(unsigned bit) { return bit > 31 ? ~0u : (1u << bit) - 1; }
 struct Words {
   unsigned place;
   template <class Pair> operator Pair() const { Pair r; return std::memcpy(&r, memory + place, sizeof r), r; }
@@ -56,6 +63,34 @@ static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits);
 static void copy_async(char* to, const char* from) { copied({to, from, 16, 16}); }
 static void copy_some_async(char* to, const char* from, int bytes) { copied({to, from, bytes, 16}); }
 static unsigned add_byte(unsigned word, int byte, unsigned factor, unsigned to) { return to + (word >> 8 * byte & 255) * factor; }
+static unsigned add_bytes(unsigned a, unsigned b, unsigned to) {
+  for (int i = 0; i < 4; i++) to += (a >> 8 * i & 255) * (b >> 8 * i & 255);
+  return to;
+}
+static unsigned of_lanes[32][32];
+template <class Value, class Take> Value exchanged(Value value, Take take) {  // take(lane) of what the lanes give
+  auto& all = of_lanes[threadIdx.x / 32];
+  std::memcpy(&all[threadIdx.x % 32], &value, 4);
+  __syncwarp();
+  const Value taken = take([&](int lane) { Value v; return std::memcpy(&v, &all[lane], 4), v; });
+  __syncwarp();
+  return taken;
+}
+template <int WIDTH = 32, class Value> Value from_lane(Value value, int lane) {
+  return exchanged(value, [&](auto given) { return given(threadIdx.x % 32 / WIDTH * WIDTH + lane); });
+}
+template <int WIDTH> unsigned add_lane_before(unsigned value, int by) {
+  const int lane = threadIdx.x % WIDTH;
+  const unsigned other = from_lane<WIDTH>(value, lane < by ? lane : lane - by);
+  return value + (lane < by ? 0 : other);
+}
+template <int WIDTH> float sum_of_lanes(float value) {
+  for (int by = WIDTH / 2; by > 0; by /= 2) value += exchanged(value, [&](auto given) { return given((threadIdx.x ^ by) % 32); });
+  return value;
+}
+static unsigned largest(unsigned value) {
+  return exchanged(value, [](auto given) { unsigned most = 0; for (int i = 0; i < 32; i++) most = max(most, given(i)); return most; });
+}
 static void commit() { groups.emplace_back(); }
 #ifdef STAGES
 static void wait_for_oldest() {  // of the closed groups all but STAGES - 1
@@ -121,7 +156,7 @@ static void load_matrices(unsigned* a, const char* at) {
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, int ctas, int threads, Arguments... arguments) {
   for (int b = 0; b < ctas; b++) {
-    blockIdx.x = b;
+    blockIdx.x = b, gridDim.x = ctas;
     cta = std::make_unique<std::barrier<>>(threads);
     warps.clear();
     for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));

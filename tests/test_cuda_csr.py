@@ -1,7 +1,5 @@
 """CSR for one to four tokens in CUDA C++: its table against the pattern, and the kernel on a CPU and on a GPU."""
 
-import itertools
-
 import pytest
 import torch
 from cuda_cases import (
@@ -29,7 +27,7 @@ def parts_of(dense, free=0):
 
 
 def rows_of_all_kinds(outputs, inputs, dtype=torch.float32):
-    """Empty and full rows, entries in the first and last column only, and gaps that need each number of bits."""
+    """Empty and full rows, entries in the first and last column only, and steps that need each number of bits."""
     dense = random(outputs, inputs)
     dense[dense == 0] = 1
     keep = torch.rand(dense.shape, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, 1, outputs)[:, None]
@@ -40,66 +38,53 @@ def rows_of_all_kinds(outputs, inputs, dtype=torch.float32):
     return (dense.to(dtype) * keep.to(DEVICE)).to(dtype)
 
 
-def decoded(table, outputs, inputs, entries):
-    """(row, column) of each entry, read from the table as the source says."""
-    slices, most = -(-outputs // 32), csr_few.most_blocks(outputs, inputs, entries)
-    ends = torch.tensor([16 * 32 * slices, 4 * (-(-(slices + 1) // 4) * 4), 4 * most, 1088 * most]).cumsum(0).tolist()
+def decoded(table, crow, col):
+    """The column of each entry, as the source says to read it; None where it reads ``col``."""
+    outputs = len(crow) - 1
+    pieces = -(-len(col) // 8) + outputs
+    ends = torch.tensor([16 * outputs, 4 * pieces, 2 * pieces, 2 * pieces]).cumsum(0).tolist()
     assert len(table) == ends[-1]
-    parts = table.tensor_split(ends[:-1])
-    rows, firsts, sizes = parts[0].view(torch.int32).view(-1, 32, 4), *(part.view(torch.int32) for part in parts[1:3])
-    records, found = parts[3].view(most, 1088).int(), {}
-    for slice_, (first, stop) in enumerate(itertools.pairwise(firsts[: slices + 1])):
-        for block in range(first, stop):
-            starts, low, middle, high = records[block].tensor_split([64, 576, 832])
-            nibbles = torch.stack([low & 15, low >> 4], 1).view(32, 32)
-            crumbs = [(part[:, None] >> torch.arange(0, 8, 2) & 3).view(32, 32) for part in (middle, high)]
-            planes = {36: 0, 52: 1, 68: 2, 4: None}[int(sizes[block])]
-            step = nibbles if planes == 0 else nibbles + 16 * crumbs[0]
-            step = step + 64 * crumbs[1] if planes == 2 else step
-            at = (starts[::2] + 256 * starts[1::2])[:, None] - 8 + step.cumsum(1) + torch.arange(32)
-            for lane, (row, begin, end, _) in enumerate(rows[slice_].tolist()):
-                entry = begin // 8 * 8 + 32 * (block - int(first)) + torch.arange(32)
-                for k in ((entry >= begin) & (entry < end)).nonzero().flatten().tolist():
-                    assert int(entry[k]) not in found
-                    found[int(entry[k])] = row, None if planes is None else int(at[lane, k])
+    rows, *planes = table.tensor_split(ends[:-1])
+    steps = (planes[0][:, None] >> torch.tensor([0, 4]) & 15).view(-1, 8).int()
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # of the entries whose bits follow each other
+    middle, high = ((p[:, None] >> torch.arange(0, 8, 2) & 3).view(-1, 8).int()[:, order.argsort()] for p in planes[1:])
+    found, lengths = [None] * int(crow[-1]), []
+    for begin, end, row, last in rows.view(torch.int32).view(-1, 4).tolist():
+        assert (begin, end) == (int(crow[row]), int(crow[row + 1]))
+        lengths.append((end + 7) // 8 - begin // 8)
+        column, widths, units = last & 0xFFFF, last >> 16 & 0xFFFF, 1
+        while -(-lengths[-1] // 32) > 8 * units:
+            units *= 2
+        for entry in range(begin, end):
+            piece, k = entry // 8 + row, entry % 8
+            width = widths >> 2 * ((entry // 8 - begin // 8) // 32 // units) & 3
+            step = steps[piece, k] + 16 * middle[piece, k] * (width > 0) + 64 * high[piece, k] * (width > 1)
+            column = column + int(step) if width < 3 else int(col[entry])
+            found[entry] = None if width == 3 else column
+    assert lengths == sorted(lengths, reverse=True)
     return found
 
 
-@pytest.mark.parametrize("shape, free", [((70, 400), 0), ((40, 1000), 30), ((1, 3), 0), ((3, 2), 1)])
-def test_the_table_has_each_entry_once(shape, free):
-    outputs, inputs = shape
-    dense = rows_of_all_kinds(*shape).cpu() if outputs > 30 else random(*shape).cpu()
+@pytest.mark.parametrize("shape, free", [((70, 400), 0), ((40, 1000), 30), ((35, 5000), 3), ((1, 3), 0), ((3, 2), 1)])
+def test_the_table_has_each_column(shape, free):
+    dense = rows_of_all_kinds(*shape).cpu() if shape[0] > 30 else random(*shape).cpu()
     _, crow, col = parts_of(dense, free)
-    found = decoded(csr_few.table(crow, col, inputs), outputs, inputs, len(col))
-    row = torch.repeat_interleave(torch.arange(outputs), crow.diff().long())
-    assert sorted(found) == list(range(int(crow[-1])))
-    for entry, (its, column) in found.items():
-        assert its == row[entry] and column in (None, col[entry])
-    absolute = sum(column is None for _, column in found.values())
-    assert 0 < absolute < len(found) / 2 if outputs > 30 else absolute == 0
+    found = decoded(csr_few.table_of(crow, col), crow, col)
+    assert all(column in (None, its) for column, its in zip(found, col.tolist()[: int(crow[-1])], strict=True))
+    assert 0 < found.count(None) < len(found) / 2 if shape[0] > 30 else found.count(None) == 0
 
 
 def test_the_table_of_no_entries():
-    table = csr_few.table(torch.zeros(34, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), 50)
-    assert decoded(table, 33, 50, 0) == {}
+    crow, col = torch.zeros(34, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
+    assert decoded(csr_few.table_of(crow, col), crow, col) == []
 
 
-@pytest.mark.parametrize("outputs, inputs", [(64, 64), (33, 129), (200, 7)])
-def test_blocks_never_exceed_the_capacity(outputs, inputs):
-    """The worst is one long row a slice, or all full rows."""
-    for full in (torch.arange(outputs) % 32 == 0, torch.ones(outputs, dtype=torch.bool), torch.arange(outputs) == 1):
-        crow = F.pad((full * inputs).cumsum(0), (1, 0)).int()
-        col = torch.arange(inputs).repeat(int(full.sum())).int()
-        table, slices = csr_few.table(crow, col, inputs), -(-outputs // 32)
-        used = table[512 * slices :].view(torch.int32)[slices]
-        assert used <= csr_few.most_blocks(outputs, inputs, len(col)) < used + slices + inputs / 32 + outputs / 32 + 8
-
-
-CASES = [  # outputs, inputs, tokens, warps, stages, dtype, activation, bias and gate, free slots
-    (70, 400, 1, 2, 2, torch.bfloat16, 0, False, 0),
-    (40, 1001, 2, 2, 3, torch.float16, 4, True, 5),
-    (33, 330, 3, 1, 3, torch.bfloat16, 3, True, 0),
-    (35, 408, 4, 2, 2, torch.float16, 0, True, 0),
+CASES = [  # outputs, inputs, tokens, CTAs, warps, lanes, pieces, buffers, dtype, activation, bias and gate, free slots
+    (70, 400, 1, 3, 2, 32, 2, 2, torch.bfloat16, 0, False, 0),
+    (40, 1001, 2, 4, 2, 8, 1, 1, torch.float16, 4, True, 5),
+    (33, 330, 3, 2, 1, 4, 4, 2, torch.bfloat16, 3, True, 0),
+    (35, 408, 4, 9, 2, 16, 2, 1, torch.float16, 0, True, 0),
+    (33, 5000, 1, 1, 4, 32, 4, 1, torch.bfloat16, 0, False, 0),
 ]
 
 
@@ -107,30 +92,27 @@ CASES = [  # outputs, inputs, tokens, warps, stages, dtype, activation, bias and
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_steps_on_a_cpu(case, tmp_path):
     """No value, activation or column that a row does not own is used: they are NaN or infinite here."""
-    outputs, inputs, tokens, warps, stages, dtype, activation, more, free = case
+    outputs, inputs, tokens, ctas, warps, lanes, pieces, buffers, dtype, activation, more, free = case
     dense = rows_of_all_kinds(outputs, inputs, dtype).cpu()
     values, crow, col = parts_of(dense, free)
     used = dense[: outputs // 2].any(0)
     x, bias, gate = (random(*size, dtype=dtype).cpu() for size in ((tokens, inputs), (outputs,), (tokens, outputs)))
     y = torch.full((tokens, outputs), torch.nan, dtype=dtype)
-    given = x, values, csr_few.table(crow, col, inputs), col, *((bias, gate) if more else (None, None)), y
-    given += tokens, outputs, inputs, csr_few.most_blocks(outputs, inputs, len(col))
+    given = x, values, csr_few.table_of(crow, col), col, *((bias, gate) if more else (None, None)), y
+    given += tokens, outputs, inputs, len(col), 1
     macros = {"TOKENS": 4 if tokens > 2 else tokens, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
-    driver = emulated(tmp_path, "csr_few", **macros, WARPS=warps, STAGES=stages)
-    shared = csr_few.shared_bytes(inputs, tokens, warps, stages)
+    driver = emulated(tmp_path, "csr_few", **macros, WARPS=warps, CTAS=1, LANES=lanes, PIECES=pieces, BUFFERS=buffers)
+    shared = csr_few.shared_bytes(inputs, tokens)
     start = csr.nvrtc.starter("csr_few", driver, 0, 32 * warps, shared, given)
     want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
     want = want * gate.double() if more else want
-    for late in (0, 1):
-        y.fill_(torch.nan)
-        driver.late.value = late
-        start(-(-outputs // 32), 1, 1, 0, *given)
-        torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+    start(ctas, 1, 1, 0, *given)
+    torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
     half = outputs // 2  # rows below are not to be seen in rows above, nor columns that these do not have
     values[int(crow[half]) :] = torch.nan
     x[:, ~used] = torch.inf
     y.fill_(torch.nan)
-    start(-(-outputs // 32), 1, 1, 0, *given)
+    start(ctas, 1, 1, 0, *given)
     torch.testing.assert_close(y.double()[:, :half], want[:, :half], rtol=1e-2, atol=1e-2 * float(want.abs().max()))
 
 
@@ -138,8 +120,9 @@ def test_steps_on_a_cpu(case, tmp_path):
 @on_cpu
 def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch, steps):
     """From x of any strides and parts of any alignment to y; after a mask update by the new pattern."""
-    (warps, stages), dtype = csr_few.WARPS_AND_STAGES[0], torch.bfloat16
-    macros = {"TOKENS": 4, "BF16": 1, "ACTIVATION": 4, "WARPS": warps, "STAGES": stages}
+    config = {"WARPS": 4, "CTAS": 1, "LANES": 16, "PIECES": 2, "BUFFERS": 1}
+    monkeypatch.setattr(csr_few, "configs", lambda *sizes: [config])
+    dtype, macros = torch.bfloat16, {"TOKENS": 4, "BF16": 1, "ACTIVATION": 4, **config}
     in_place_of_the_driver(monkeypatch, csr_few=emulated(tmp_path, "csr_few", **macros))
     dense, bias = rows_of_all_kinds(70, 256, dtype), random(70, dtype=dtype)
     values, crow, col = parts_of(dense)
@@ -160,11 +143,23 @@ def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch, steps)
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("tokens, dtype", [(1, 1), (2, 0), (4, 1)])
-def test_steps_compile(architecture, tokens, dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "tokens, config", [(1, (20, 1, 32, 4, 1)), (2, (16, 2, 16, 1, 1)), (4, (8, 3, 32, 2, 2)), (4, (8, 2, 32, 4, 2))]
+)
+def test_steps_compile(architecture, tokens, config, tmp_path, monkeypatch):
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
-    macros = {"TOKENS": tokens, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2}
-    expect_registers(tmp_path, 96, "csr_few", architecture, **macros)
+    assert config in csr_few.LONG + csr_few.SHORT
+    macros = dict(zip(("WARPS", "CTAS", "LANES", "PIECES", "BUFFERS"), config, strict=True))
+    most = 65536 // (32 * config[0] * config[1])
+    expect_registers(tmp_path, most, "csr_few", architecture, TOKENS=tokens, BF16=tokens % 2, ACTIVATION=2, **macros)
+
+
+def test_a_gpu_with_little_shared_memory():
+    """An L40S has 99 kB for a CTA."""
+    for tokens, inputs, some in ((1, 50000, True), (1, 52000, False), (4, 12000, True), (4, 14336, False)):
+        found = csr_few.configs(inputs, tokens, 1000, 99 << 10)
+        assert bool(found) == some and all(c["CTAS"] == 1 for c in found)
+        assert some == (csr_few.shared_bytes(inputs, tokens) <= 99 << 10)
 
 
 def test_what_fits():

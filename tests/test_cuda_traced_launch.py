@@ -37,8 +37,8 @@ def bitmap_of_more_tokens(folder, monkeypatch):
 
 
 def steps(folder, monkeypatch):
-    (warps, stages), tokens = csr_few.WARPS_AND_STAGES[0], 2
-    driver = emulated(folder, "csr_few", TOKENS=2, WARPS=warps, STAGES=stages, **KNOWN)
+    tokens, config = 2, csr_few.configs(INPUTS, 2, 51, 227 << 10)[0]
+    driver = emulated(folder, "csr_few", TOKENS=2, **config, **KNOWN)
     in_place_of_the_driver(monkeypatch, csr_few=driver)
     monkeypatch.setattr(csr_few, "LEAST_ROWS", OUTPUTS)
     dense = random(OUTPUTS, INPUTS, dtype=DTYPE)

@@ -100,7 +100,7 @@ def main():
     results = {}
     csr_few.LEAST_ROWS = O
     for name, (layout, sparsity) in LAYOUTS.items():
-        nvrtc.available = lambda name=name: name in ("bitmap", "steps of CSR")
+        nvrtc.available = lambda shared=0, name=name: name in ("bitmap", "steps of CSR")
         for tokens, sizes in TOKENS.items():
             for form in ("finalized", "trainable") if tokens == "dynamic" else ("finalized",):
                 model = make(layout, sparsity, form)

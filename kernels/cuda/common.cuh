@@ -18,6 +18,15 @@ __device__ __forceinline__ void let_next_kernel_start() {  // which waits for th
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ Piece load_once(const Piece* from) {  // which is not read again: around the L1 cache
+  Piece r;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.word[0]), "=r"(r.word[1]), "=r"(r.word[2]), "=r"(r.word[3]) : "l"(from));
+  return r;
+}
+// A line to the L2 cache, also before the end of a kernel that writes it: it is written there.
+__device__ __forceinline__ void fetch_early(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+__device__ __forceinline__ u32 ones_below(u32 bit) { u32 above; asm("shl.b32 %0, %1, %2;" : "=r"(above) : "r"(~0u), "r"(bit)); return ~above; }
 __device__ __forceinline__ u32 highest_bit(u32 bits) { u32 at; asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(bits)); return at; }
 __device__ __forceinline__ void copy_async(char* to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
@@ -47,6 +56,20 @@ __device__ __forceinline__ void add_product_if(u32 condition, float& sum, float 
 __device__ __forceinline__ u32 moved(u32 low, u32 high, u32 bits) { return __funnelshift_rc(low, high, bits); }
 // A byte of a word, times a factor below 256, plus ``to``.
 __device__ __forceinline__ u32 add_byte(u32 word, int byte, u32 factor, u32 to) { return __dp4a(word, factor << 8 * byte, to); }
+// The products of the bytes of two words, plus ``to``.
+__device__ __forceinline__ u32 add_bytes(u32 a, u32 b, u32 to) { return __dp4a(a, b, to); }
+// Of WIDTH lanes beside each other: a value of another lane, and sums; of the whole warp the largest.
+template <int WIDTH = 32, class Value> __device__ __forceinline__ Value from_lane(Value value, int lane) { return __shfl_sync(~0u, value, lane, WIDTH); }
+template <int WIDTH> __device__ __forceinline__ u32 add_lane_before(u32 value, int by) {  // of so many lanes before, if there is one
+  asm volatile("{.reg .pred p; .reg .u32 r; shfl.sync.up.b32 r|p, %0, %1, %2, -1; @p add.u32 %0, r, %0;}" : "+r"(value) : "r"(by), "n"((32 - WIDTH) << 8));
+  return value;
+}
+template <int WIDTH> __device__ __forceinline__ float sum_of_lanes(float value) {
+#pragma unroll
+  for (int by = WIDTH / 2; by > 0; by /= 2) value += __shfl_xor_sync(~0u, value, by);
+  return value;
+}
+__device__ __forceinline__ u32 largest(u32 value) { return __reduce_max_sync(~0u, value); }
 // Bytes of two words; each of four nibbles of ``bytes`` is below 8 (__byte_perm takes an instruction to make it so).
 __device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) {
   u32 r;
