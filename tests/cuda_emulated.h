@@ -16,9 +16,11 @@
 #define __shared__
 #define __align__(bytes)
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 using std::max, std::min;
 static int atomicAdd(int* to, int more) { return __atomic_fetch_add(to, more, __ATOMIC_RELAXED); }
+
+static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 struct Index { unsigned x; };
 static thread_local Index threadIdx;
@@ -52,6 +54,9 @@ extern "C" { int late = 0; }
 static thread_local std::vector<std::vector<Copy>> groups(1);  // the last one is open
 static void done(const Copy& c) { std::memset(c.to, 0, c.zeros), std::memcpy(c.to, c.from, c.bytes); }
 static void copied(Copy c) { late ? groups.back().push_back(c) : done(c); }
+static void prefetch(const char*) {}
+static float fresh(const float* from) { return *from; }
+static unsigned bits_below(unsigned bits, unsigned count) { return count > 31 ? bits : bits & (1u << count) - 1; }
 static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
 static void copy_async(char* to, const char* from) { copied({to, from, 16, 16}); }
 static void copy_some_async(char* to, const char* from, int bytes) { copied({to, from, bytes, 16}); }

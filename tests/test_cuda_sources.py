@@ -22,13 +22,13 @@ from triton_cases import DEVICE, close, nm_parts, random
 
 from sten.kernels import fragments, nm, nm24, nm_bitmap, nvrtc
 
-CASES = [  # n, m, tokens, warps, stages, dtype, activation, bias and gate
-    (16, 32, 1, 2, 3, torch.bfloat16, 0, False),
-    (6, 16, 3, 2, 2, torch.float16, 4, True),
-    (2, 8, 2, 1, 3, torch.bfloat16, 3, True),
-    (16, 32, 13, 2, 2, torch.bfloat16, 0, False),
-    (6, 16, 40, 2, 2, torch.float16, 4, True),
-    (2, 8, 5, 1, 3, torch.bfloat16, 3, True),
+CASES = [  # n, m, tokens, warps, stages, CTAs, dtype, activation, bias and gate
+    (16, 32, 1, 2, 3, 1, torch.bfloat16, 0, False),
+    (6, 16, 3, 2, 1, 3, torch.float16, 4, True),
+    (2, 8, 2, 1, 2, 10, torch.bfloat16, 3, True),
+    (16, 32, 13, 2, 0, 0, torch.bfloat16, 0, False),
+    (6, 16, 40, 2, 0, 0, torch.float16, 4, True),
+    (2, 8, 5, 1, 0, 0, torch.bfloat16, 3, True),
 ]
 CASES_24 = [  # tokens, warps, stages, dtype, activation, bias and gate
     (2, 2, 3, torch.bfloat16, 0, False),
@@ -41,7 +41,7 @@ def bitmap(folder, count, tokens, dtype, activation, warps, stages):
     """The emulated kernel for so many values of each 32."""
     kernel, macros = nm_bitmap.kernel_for(tokens)
     known = {"N": count, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
-    stages = {"STAGES": stages} if tokens <= nm_bitmap.FEW else {}
+    stages = {"STAGES": stages, "CTAS": 1} if tokens <= nm_bitmap.FEW else {}
     return emulated(folder, kernel, **macros, **known, **stages, WARPS=warps)
 
 
@@ -66,8 +66,8 @@ def test_activations_in_the_order_of_fragments_on_a_cpu(tokens, segments, tmp_pa
     assert torch.equal(got, want)
 
 
-def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype):
-    """y is written, and is the dense product."""
+def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype, ctas=None):
+    """y is written, and is the dense product. CTAs that share rows leave the counters as they were."""
     values, index, dense = parts
     outputs, tokens = len(values), len(x)
     bias, gate = (random(*size, dtype=dtype).cpu() for size in ((outputs,), (tokens, outputs)))
@@ -75,28 +75,34 @@ def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtyp
     if kernel.endswith("many"):
         ordered = in_order(x, kernel.startswith("bitmap"))
     given = ordered, values, index, *((bias, gate) if more else (None, None)), y, tokens, *dense.shape
+    if ctas:
+        partial, counters = torch.full((2 * ctas * 4 * 32,), torch.nan), torch.zeros(-(-outputs // 32), dtype=torch.int32)
+        given = *given[:6], partial, counters, *given[6:], ctas
     want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
     want = want * gate.double() if more else want
     for late in (0, 1):
         y.fill_(torch.nan)
         driver.late.value = late
-        nvrtc.starter(kernel, driver, 0, 32 * warps, shared, given)(-(-outputs // 32), 1, 1, 0, *given)
+        nvrtc.starter(kernel, driver, 0, 32 * warps, shared, given)(ctas or -(-outputs // 32), 1, 1, 0, *given)
         torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
+        assert not ctas or not counters.any()
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bitmaps_on_a_cpu(case, tmp_path):
-    """40 rows: the second CTA has 24 too many; five blocks of 128 columns, which the warps share unequally."""
-    n, m, tokens, warps, stages, dtype, activation, more = case
+    """40 rows: the second group has 24 too many; five blocks of 128 columns, which warps and CTAs share unequally."""
+    n, m, tokens, warps, stages, ctas, dtype, activation, more = case
     count, outputs, inputs = n * 32 // m, 40, 640
     parts = [t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3]]
     driver = bitmap(tmp_path, count, tokens, dtype, activation, warps, stages)
     kernel, _ = nm_bitmap.kernel_for(tokens)
-    many = kernel == "bitmap_many"
-    shared = fragments.sums_bytes(tokens, warps) if many else nm_bitmap.shared_bytes(count, tokens, warps, stages)
+    if ctas:
+        shared = nm_bitmap.shared_bytes(count, tokens, nm_bitmap.most_touched(2, 5, ctas), warps, stages)
+    else:
+        shared = fragments.sums_bytes(tokens, warps)
     x = random(tokens, inputs, dtype=dtype).cpu()
-    run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype)
+    run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype, ctas)
 
 
 def sparse_mma(folder, tokens, dtype, activation, warps, stages):
@@ -121,8 +127,9 @@ def test_24_on_a_cpu(case, tmp_path):
 @on_cpu
 def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
     """From x of any strides and parts of any alignment to y, with the grid, memory and macros of the first choice."""
-    (warps, stages), dtype = nm_bitmap.WARPS_AND_STAGES[0], torch.bfloat16
-    in_place_of_the_driver(monkeypatch, bitmap_few=bitmap(tmp_path, 16, 3, dtype, 4, warps, stages))
+    config, dtype = nm_bitmap.CONFIGS[0], torch.bfloat16
+    driver = bitmap(tmp_path, 16, 3, dtype, 4, config["WARPS"], config["STAGES"])
+    in_place_of_the_driver(monkeypatch, bitmap_few=driver)
     parts, bias = nm_parts(70, 256, 8, 16, dtype), random(70, dtype=dtype)
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
     x, gate = random(3, 2, 259, dtype=dtype)[:, 1, 1:257], random(3, 70, dtype=dtype, seed=3)
@@ -164,8 +171,8 @@ def test_bitmaps_compile(architecture, count, tokens, dtype, tmp_path, monkeypat
     """Without a stack: no register spills, and no array of registers is indexed by an unknown number."""
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
     kernel, macros = nm_bitmap.kernel_for(tokens)
-    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2}
-    expect_registers(tmp_path, 168 if tokens <= 16 else 255, kernel, architecture, **macros)
+    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2, "CTAS": 2}
+    expect_registers(tmp_path, 128 if tokens <= 4 else 168 if tokens <= 16 else 255, kernel, architecture, **macros)
 
 
 @needs_nvrtc

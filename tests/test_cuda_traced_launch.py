@@ -14,9 +14,9 @@ KNOWN = {"BF16": 1, "ACTIVATION": 4}
 
 
 def bitmap(folder, monkeypatch):
-    (warps, stages), tokens = nm_bitmap.WARPS_AND_STAGES[0], 3
+    tokens = 3
     kernel, macros = nm_bitmap.kernel_for(tokens)
-    driver = emulated(folder, kernel, N=16, WARPS=warps, STAGES=stages, **KNOWN, **macros)
+    driver = emulated(folder, kernel, N=16, **nm_bitmap.CONFIGS[0], **KNOWN, **macros)
     in_place_of_the_driver(monkeypatch, **{kernel: driver})
     values, index, dense, n, m = nm_parts(OUTPUTS, INPUTS, 8, 16, DTYPE)
     return nm.linear, tokens, (values, index), dense, {"n": n, "m": m, "save_memory": False}

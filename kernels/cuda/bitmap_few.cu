@@ -1,100 +1,182 @@
 // x (T, I) times NM as a bitmap, for one to four tokens: activation(x @ W.T + bias) * gate, (T, O).
 //
 // N of each 32 columns of a row are stored, so that every value has a place that is known here. A lane owns a row, and a warp
-// a block of 32 rows x 128 columns at a time. Rows come to shared memory in pieces of 16 bytes (cp.async, STAGES - 1 blocks
-// ahead); a row's pitch there is an odd number of pieces, so that lanes which read the same piece of their own rows have no
-// bank conflict. x of the block stands beside, as 32-bit words: the 32 columns of a segment lie in 32 banks, and lanes that
-// gather from one segment have no conflict either. The highest bit of a mask belongs to the last value of its segment.
+// a block of 32 rows x 128 columns at a time. The blocks of the matrix, row after row of them, are divided evenly among the
+// CTAs, whatever rows they belong to, and the warps of a CTA take turns. Rows come to shared memory in pieces of 16 bytes
+// (cp.async), where a row's pitch is an odd number of pieces, so that lanes which read the same piece of their own rows have no
+// bank conflict. A lane reads all its values of a block at once, and the next block comes to the same place meanwhile. x of
+// the block stands beside, as 32-bit words: the 32 columns of a segment lie in 32 banks, and lanes that gather from one segment
+// have no conflict either. The highest bit of a mask belongs to the last value of its segment.
+//
+// ``partial`` has 2 x TOKENS x 32 floats for each CTA: sums of rows that it shares with others. ``counters`` has a zero for each
+// 32 rows, and has it again at the end: the CTA that comes last adds up, in the order of the CTAs.
 //
 // Macros: N (even), TOKENS (1, 2, 4), WARPS, STAGES, BF16 (else fp16), ACTIVATION (see common.cuh).
 #include "common.cuh"
 
 constexpr int PIECES = N / 2;                       // of the values of a row in a block, 16 bytes each
 constexpr int PITCH = PIECES | 1;                   // of a row in shared memory, in pieces
+constexpr int AT_ONCE = 32 / PIECES;                // rows that one instruction copies
 constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;  // bytes: values, then masks
 constexpr int WORDS = TOKENS == 4 ? 2 : 1;          // of x for each column: fp32, or pairs of tokens
 constexpr int WARP = STAGES * STAGE + WORDS * 512;  // bytes of a warp
-constexpr int MEMORY = WARPS * WARP;
+#ifndef PREFETCH
+#define PREFETCH 1
+#endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
-bitmap_few(const u16* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, int T, int O, int I) {
+extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
+bitmap_few(const u16* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, float* partial,
+           int* counters, int T, int O, int I, int ctas) {
   extern __shared__ __align__(16) char memory[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = I / 128, groups = (O + 31) / 32;
+  const u32 row_values = I / 16 * N, row_bits = I / 8;  // bytes
+  const int all = groups * blocks;
+  auto begin_of = [&](int cta) { return (int)((long long)all * cta / ctas); };
+  const int begin = begin_of(blockIdx.x), end = begin_of(blockIdx.x + 1);
+  const int first_group = begin / blocks, touched = end > begin ? (end - 1) / blocks - first_group + 1 : 0;
+  char* own = memory + warp * WARP;
+  Piece* xs = (Piece*)(own + STAGES * STAGE);
+  float* sums = (float*)(memory + WARPS * WARP);  // (touched, WARPS, TOKENS, 32)
+
+  // the blocks that this warp takes: ``at`` in the matrix, and in a group of 32 rows
+  struct Place { int at, group, block; };
+  auto advance = [&](Place& place) {
+    place.at += WARPS, place.block += WARPS;
+#pragma unroll 1
+    while (place.block >= blocks) place.block -= blocks, place.group++;
+  };
+  Place now = {begin + warp, (begin + warp) / blocks, (begin + warp) % blocks}, next = now;
+
+  // the copies of this lane: of pieces of rows that are AT_ONCE apart, and of the bits of one row
+  const int copied_row = lane / PIECES, copied_piece = lane % PIECES;
+  const char* from = values + (size_t)(now.group * 32 + copied_row) * row_values + (now.block * PIECES + copied_piece) * 16;
+  const char* bits_from = index + (size_t)(now.group * 32 + lane) * row_bits + now.block * 16;
+  char* const to = own + (copied_row * PITCH + copied_piece) * 16;
+  auto fetch = [&](int stage) {
+    const int rows = next.at < end ? O - next.group * 32 : 0, left = copied_row < AT_ONCE ? rows - copied_row : 0;
+#pragma unroll
+    for (int i = 0; i * AT_ONCE < 32; i++) {
+      if (i * AT_ONCE < left && (i * AT_ONCE + AT_ONCE <= 32 || copied_row < 32 - i * AT_ONCE))
+        copy_async(to + stage * STAGE + i * AT_ONCE * PITCH * 16, from + (size_t)(row_values * (i * AT_ONCE)));
+    }
+    if (lane < rows) copy_async(own + stage * STAGE + VALUES + lane * 16, bits_from);
+    commit();  // also of nothing, so that the oldest group is always that of the block which is next
+    const int before = next.group;
+    advance(next);
+    from += WARPS * PIECES * 16, bits_from += WARPS * 16;
+#pragma unroll 1
+    for (int i = before; i < next.group; i++) from += (size_t)31 * row_values, bits_from += (size_t)31 * row_bits;
+  };
+  Pair ahead[TOKENS];  // four columns of each token; of a token that does not exist, those of the last one
+  u32 token_at[TOKENS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) token_at[t] = min(t, T - 1) * I + lane * 4;
+  auto fetch_x = [&](const Place& place) {
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) ahead[t] = *(const Pair*)(x + (token_at[t] + place.block * 128));
+  };
+
+  {
+    Place coming = now;
+    for (int s = 0; s < PREFETCH; s++, advance(coming)) {
+      const int first = coming.group * 32, rows = coming.at < end ? min(32, O - first) : 0;
+      for (int i = lane; i < rows * PIECES / 2; i += 32)  // by 32 bytes
+        prefetch(values + (size_t)(first + i / (PIECES / 2)) * row_values + (coming.block * PIECES + i % (PIECES / 2) * 2) * 16);
+      if (lane < rows) prefetch(index + (size_t)(first + lane) * row_bits + coming.block * 16);
+    }
+  }
+  for (int i = lane; i < touched * TOKENS * 32; i += 32) sums[(i / (TOKENS * 32) * WARPS + warp) * TOKENS * 32 + i % (TOKENS * 32)] = 0;
   wait_for_kernel_before();
   let_next_kernel_start();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = I / 128, first = blockIdx.x * 32;
-  const size_t row_values = (size_t)I / 16 * N, row_bits = I / 8;  // bytes
-  char* own = memory + warp * WARP;
-  u32* xs = (u32*)(own + STAGES * STAGE);
-
-  auto fetch = [&](int block, int stage) {
-    char* to = own + stage * STAGE;
-    if (block < blocks) {
 #pragma unroll
-      for (int i = 0; i < PIECES; i++) {
-        const int k = lane + 32 * i, r = k / PIECES, piece = k % PIECES, row = min(first + r, O - 1);
-        copy_async(to + (r * PITCH + piece) * 16, values + row * row_values + ((size_t)block * PIECES + piece) * 16);
-      }
-      copy_async(to + VALUES + lane * 16, index + min(first + lane, O - 1) * row_bits + (size_t)block * 16);
-    }
-    commit();  // also of nothing, so that the oldest group is always that of the block which is next
-  };
-  Pair ahead[TOKENS];  // four columns of each token
-  auto fetch_x = [&](int block) {
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-      ahead[t] = Pair{0, 0};
-      if (block < blocks && t < T) ahead[t] = *(const Pair*)(x + (size_t)t * I + block * 128 + lane * 4);
-    }
-  };
+  for (int s = 0; s < STAGES; s++) fetch(s);
+  fetch_x(now);
 
   float acc[4] = {0, 0, 0, 0};  // of the four segments of one token, or of up to four tokens
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) fetch(warp + s * WARPS, s);
-  fetch_x(warp);
   int stage = 0;
-  for (int block = warp; block < blocks; block += WARPS) {
-    fetch(block + (STAGES - 1) * WARPS, stage == 0 ? STAGES - 1 : stage - 1);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      auto number = [&](int t) { u32 pair = ahead[t].word[i / 2]; return i % 2 ? pair >> 16 : pair & 0xffff; };
-      if (TOKENS == 1) {
-        float f = i % 2 ? high(ahead[0].word[i / 2]) : low(ahead[0].word[i / 2]);
-        ((float*)xs)[lane * 4 + i] = f;
-      } else {
-#pragma unroll
-        for (int w = 0; w < WORDS; w++)
-          xs[w * 128 + lane * 4 + i] = number(2 * w < TOKENS ? 2 * w : 0) | number(2 * w + 1 < TOKENS ? 2 * w + 1 : 0) << 16;
-      }
-    }
-    fetch_x(block + WARPS);
+  while (now.at < end) {
     wait_for_oldest();
     __syncwarp();
-    const Piece* piece = (const Piece*)(own + stage * STAGE);
+    char* place = own + stage * STAGE;
+    const Piece* piece = (const Piece*)place;
     Piece v[PIECES], masks = piece[32 * PITCH + lane];
 #pragma unroll
     for (int j = 0; j < PIECES; j++) v[j] = piece[lane * PITCH + j];
+    if (TOKENS == 1) {
+      ((Floats*)xs)[lane] = Floats{low(ahead[0].word[0]), high(ahead[0].word[0]), low(ahead[0].word[1]), high(ahead[0].word[1])};
+    } else {
+#pragma unroll
+      for (int w = 0; w < WORDS; w++) {
+        const Pair a = ahead[2 * w], b = ahead[2 * w + 1];
+        xs[w * 32 + lane] = Piece{permuted(a.word[0], b.word[0], 0x5410), permuted(a.word[0], b.word[0], 0x7632),
+                                  permuted(a.word[1], b.word[1], 0x5410), permuted(a.word[1], b.word[1], 0x7632)};
+      }
+    }
+    __syncwarp();  // all have read this stage, and written x
+    fetch(stage);
+    const int group = now.group;
+    advance(now);
+    fetch_x(now);  // also behind the last one, where there are columns, too
 #pragma unroll
     for (int i = N - 1; i >= 0; i--)
 #pragma unroll
       for (int s = 0; s < 4; s++) {
         const int at = s * N + i;
         const u32 c = highest_bit(masks.word[s]), pair = v[at / 8].word[at / 2 % 4];
-        masks.word[s] ^= 1u << c;
+        masks.word[s] = bits_below(masks.word[s], c);
         const float value = at % 2 ? high(pair) : low(pair);
         if (TOKENS == 1) {
           acc[s] = fmaf(value, ((float*)xs)[s * 32 + c], acc[s]);
         } else {
 #pragma unroll
           for (int w = 0; w < WORDS; w++) {
-            const u32 two = xs[w * 128 + s * 32 + c];
+            const u32 two = ((u32*)xs)[w * 128 + s * 32 + c];
             acc[2 * w] = fmaf(value, low(two), acc[2 * w]);
             acc[2 * w + 1] = fmaf(value, high(two), acc[2 * w + 1]);
           }
         }
       }
     stage = stage == STAGES - 1 ? 0 : stage + 1;
-    __syncwarp();  // the next copies overwrite this stage, the next x these words
+    if (now.at >= end || now.group != group) {
+      if (TOKENS == 1) acc[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+#pragma unroll
+      for (int t = 0; t < TOKENS; t++) sums[(((group - first_group) * WARPS + warp) * TOKENS + t) * 32 + lane] = acc[t];
+#pragma unroll
+      for (int t = 0; t < 4; t++) acc[t] = 0;
+    }
   }
 
-  add_warps(acc, memory, [&](int i) { return first + i; }, bias, gate, y, T, O);
+  // the rows of a group: its sums are here, or with those of the CTAs that have its other blocks
+  auto whole = [&](int group) { return group * blocks >= begin && (group + 1) * blocks <= end; };
+  auto share = [&](int cta, int group) { return partial + (size_t)(2 * cta + (group != begin_of(cta) / blocks)) * TOKENS * 32; };
+  __syncthreads();
+  for (int i = threadIdx.x; i < touched * TOKENS * 32; i += WARPS * 32) {
+    const int k = i / (TOKENS * 32), t = i / 32 % TOKENS, group = first_group + k, row = group * 32 + i % 32;
+    float sum = 0;
+#pragma unroll 4
+    for (int w = 0; w < WARPS; w++) sum += sums[((k * WARPS + w) * TOKENS + t) * 32 + i % 32];
+    if (!whole(group)) {
+      share(blockIdx.x, group)[i % (TOKENS * 32)] = sum;
+    } else if (t < T && row < O) {
+      finish(sum, t, row, O, bias, gate, y);
+    }
+  }
+  for (int k = 0; k < touched; k += max(1, touched - 1)) {  // the first and the last may be shared
+    const int group = first_group + k;
+    if (whole(group)) continue;
+    auto owner = [&](int at) {  // the CTA that has this block: the last which begins no later
+      int cta = (int)((long long)at * ctas / all);
+      while (begin_of(cta + 1) <= at) cta++;
+      return cta;
+    };
+    const int from = owner(group * blocks), to = owner((group + 1) * blocks - 1);
+    if (!comes_last(counters + group, to - from + 1, (int*)memory)) continue;
+    for (int i = threadIdx.x; i < TOKENS * 32; i += WARPS * 32) {
+      const int t = i / 32, row = group * 32 + i % 32;
+      if (t >= T || row >= O) continue;
+      float sum = 0;
+      for (int cta = from; cta <= to; cta++) sum += fresh(share(cta, group) + i);
+      finish(sum, t, row, O, bias, gate, y);
+    }
+  }
 }

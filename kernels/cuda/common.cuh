@@ -5,6 +5,7 @@ typedef unsigned short u16;
 
 struct alignas(16) Piece { u32 word[4]; };
 struct alignas(8) Pair { u32 word[2]; };
+struct alignas(16) Floats { float value[4]; };
 
 #ifndef EMULATED  // by a test, on a CPU
 // The kernel may have been started while the one before it in the stream still ran (PDL): wait for its end and its writes.
@@ -19,6 +20,11 @@ __device__ __forceinline__ void let_next_kernel_start() {  // which waits for th
 #endif
 }
 __device__ __forceinline__ u32 highest_bit(u32 bits) { u32 at; asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(bits)); return at; }
+__device__ __forceinline__ u32 bits_below(u32 bits, u32 count) {  // the lowest ``count``; one instruction, where a shift and a mask are two
+  u32 r;
+  asm("szext.clamp.u32 %0, %1, %2;" : "=r"(r) : "r"(bits), "r"(count));
+  return r;
+}
 __device__ __forceinline__ void copy_async(char* to, const char* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
@@ -26,10 +32,14 @@ __device__ __forceinline__ void copy_async(char* to, const char* from) {
 __device__ __forceinline__ void copy_some_async(char* to, const char* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
 }
+// A hint: what is here comes to L2, which is right also if a kernel before this one is still to write it.
+__device__ __forceinline__ void prefetch(const char* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 #ifdef STAGES
 __device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory"); }
 #endif
+// What another CTA has written, from where all of them see it.
+__device__ __forceinline__ float fresh(const float* from) { return __ldcg(from); }
 // Shared memory by its own 32-bit addresses, to which constants are added for nothing.
 __device__ __forceinline__ u32 place_of(const char* shared) { return (u32)__cvta_generic_to_shared(shared); }
 __device__ __forceinline__ u16 half_at(u32 place) { u16 r; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(place)); return r; }
@@ -132,6 +142,20 @@ __device__ __forceinline__ void add_warps(
   }
 }
 #endif
+
+// Whether ``count - 1`` other CTAs have come here before this one, by the same counter, which begins and ends as 0: what they
+// wrote before is then read by ``fresh``.
+__device__ __forceinline__ bool comes_last(int* counter, int count, int* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *shared = atomicAdd(counter, 1) == count - 1;
+    if (*shared) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return *shared;
+}
 
 #if defined(WARPS) && defined(TILES)
 // The end of a product by mma whose warps share the columns of 32 rows: ``acc`` has the sums of each warp, in fragments of two
