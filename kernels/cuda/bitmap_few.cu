@@ -12,12 +12,9 @@
 // 32 rows, and has it again at the end: the CTA that comes last adds up, in the order of the CTAs.
 //
 // Macros: N (even), TOKENS (1, 2, 4), WARPS, STAGES, BF16 (else fp16), ACTIVATION (see common.cuh).
+#define GROUPS 1
 #include "common.cuh"
 
-constexpr int PIECES = N / 2;                       // of the values of a row in a block, 16 bytes each
-constexpr int PITCH = PIECES | 1;                   // of a row in shared memory, in pieces
-constexpr int AT_ONCE = 32 / PIECES;                // rows that one instruction copies
-constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;  // bytes: values, then masks
 constexpr int WORDS = TOKENS == 4 ? 2 : 1;          // of x for each column: fp32, or pairs of tokens
 constexpr int WARP = STAGES * STAGE + WORDS * 512;  // bytes of a warp
 #ifndef PREFETCH
@@ -28,45 +25,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 bitmap_few(const u16* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, float* partial,
            int* counters, int T, int O, int I, int ctas) {
   extern __shared__ __align__(16) char memory[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = I / 128, groups = (O + 31) / 32;
-  const u32 row_values = I / 16 * N, row_bits = I / 8;  // bytes
-  const int all = groups * blocks;
-  auto begin_of = [&](int cta) { return (int)((long long)all * cta / ctas); };
-  const int begin = begin_of(blockIdx.x), end = begin_of(blockIdx.x + 1);
-  const int first_group = begin / blocks, touched = end > begin ? (end - 1) / blocks - first_group + 1 : 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Share share(O, I, ctas);
+  const int blocks = share.blocks, first_group = share.begin / blocks, touched = (share.end - 1) / blocks - first_group + 1;
   char* own = memory + warp * WARP;
   Piece* xs = (Piece*)(own + STAGES * STAGE);
   float* sums = (float*)(memory + WARPS * WARP);  // (touched, WARPS, TOKENS, 32)
-
-  // the blocks that this warp takes: ``at`` in the matrix, and in a group of 32 rows
-  struct Place { int at, group, block; };
-  auto advance = [&](Place& place) {
-    place.at += WARPS, place.block += WARPS;
-#pragma unroll 1
-    while (place.block >= blocks) place.block -= blocks, place.group++;
-  };
-  Place now = {begin + warp, (begin + warp) / blocks, (begin + warp) % blocks}, next = now;
-
-  // the copies of this lane: of pieces of rows that are AT_ONCE apart, and of the bits of one row
-  const int copied_row = lane / PIECES, copied_piece = lane % PIECES;
-  const char* from = values + (size_t)(now.group * 32 + copied_row) * row_values + (now.block * PIECES + copied_piece) * 16;
-  const char* bits_from = index + (size_t)(now.group * 32 + lane) * row_bits + now.block * 16;
-  char* const to = own + (copied_row * PITCH + copied_piece) * 16;
-  auto fetch = [&](int stage) {
-    const int rows = next.at < end ? O - next.group * 32 : 0, left = copied_row < AT_ONCE ? rows - copied_row : 0;
-#pragma unroll
-    for (int i = 0; i * AT_ONCE < 32; i++) {
-      if (i * AT_ONCE < left && (i * AT_ONCE + AT_ONCE <= 32 || copied_row < 32 - i * AT_ONCE))
-        copy_async(to + stage * STAGE + i * AT_ONCE * PITCH * 16, from + (size_t)(row_values * (i * AT_ONCE)));
-    }
-    if (lane < rows) copy_async(own + stage * STAGE + VALUES + lane * 16, bits_from);
-    commit();  // also of nothing, so that the oldest group is always that of the block which is next
-    const int before = next.group;
-    advance(next);
-    from += WARPS * PIECES * 16, bits_from += WARPS * 16;
-#pragma unroll 1
-    for (int i = before; i < next.group; i++) from += (size_t)31 * row_values, bits_from += (size_t)31 * row_bits;
-  };
+  Place now(share);
+  Copies copies(share, values, index, own, O, I);
   Pair ahead[TOKENS];  // four columns of each token; of a token that does not exist, those of the last one
   u32 token_at[TOKENS];
 #pragma unroll
@@ -78,23 +44,23 @@ bitmap_few(const u16* x, const char* values, const char* index, const u16* bias,
 
   {
     Place coming = now;
-    for (int s = 0; s < PREFETCH; s++, advance(coming)) {
-      const int first = coming.group * 32, rows = coming.at < end ? min(32, O - first) : 0;
+    for (int s = 0; s < PREFETCH; s++, coming.advance(share)) {
+      const int first = coming.group * 32, rows = coming.at < share.end ? min(32, O - first) : 0;
       for (int i = lane; i < rows * PIECES / 2; i += 32)  // by 32 bytes
-        prefetch(values + (size_t)(first + i / (PIECES / 2)) * row_values + (coming.block * PIECES + i % (PIECES / 2) * 2) * 16);
-      if (lane < rows) prefetch(index + (size_t)(first + lane) * row_bits + coming.block * 16);
+        prefetch(values + (size_t)(first + i / (PIECES / 2)) * copies.row_values + (coming.block * PIECES + i % (PIECES / 2) * 2) * 16);
+      if (lane < rows) prefetch(index + (size_t)(first + lane) * copies.row_masks + coming.block * 16);
     }
   }
   for (int i = lane; i < touched * TOKENS * 32; i += 32) sums[(i / (TOKENS * 32) * WARPS + warp) * TOKENS * 32 + i % (TOKENS * 32)] = 0;
   wait_for_kernel_before();
   let_next_kernel_start();
 #pragma unroll
-  for (int s = 0; s < STAGES; s++) fetch(s);
+  for (int s = 0; s < STAGES; s++) copies.fetch(share, s);
   fetch_x(now);
 
   float acc[4] = {0, 0, 0, 0};  // of the four segments of one token, or of up to four tokens
   int stage = 0;
-  while (now.at < end) {
+  while (now.at < share.end) {
     wait_for_oldest();
     __syncwarp();
     char* place = own + stage * STAGE;
@@ -113,9 +79,9 @@ bitmap_few(const u16* x, const char* values, const char* index, const u16* bias,
       }
     }
     __syncwarp();  // all have read this stage, and written x
-    fetch(stage);
+    copies.fetch(share, stage);
     const int group = now.group;
-    advance(now);
+    now.advance(share);
     fetch_x(now);  // also behind the last one, where there are columns, too
 #pragma unroll
     for (int i = N - 1; i >= 0; i--)
@@ -137,7 +103,7 @@ bitmap_few(const u16* x, const char* values, const char* index, const u16* bias,
         }
       }
     stage = stage == STAGES - 1 ? 0 : stage + 1;
-    if (now.at >= end || now.group != group) {
+    if (now.at >= share.end || now.group != group) {
       if (TOKENS == 1) acc[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
 #pragma unroll
       for (int t = 0; t < TOKENS; t++) sums[(((group - first_group) * WARPS + warp) * TOKENS + t) * 32 + lane] = acc[t];
@@ -147,35 +113,28 @@ bitmap_few(const u16* x, const char* values, const char* index, const u16* bias,
   }
 
   // the rows of a group: its sums are here, or with those of the CTAs that have its other blocks
-  auto whole = [&](int group) { return group * blocks >= begin && (group + 1) * blocks <= end; };
-  auto share = [&](int cta, int group) { return partial + (size_t)(2 * cta + (group != begin_of(cta) / blocks)) * TOKENS * 32; };
   __syncthreads();
   for (int i = threadIdx.x; i < touched * TOKENS * 32; i += WARPS * 32) {
     const int k = i / (TOKENS * 32), t = i / 32 % TOKENS, group = first_group + k, row = group * 32 + i % 32;
     float sum = 0;
 #pragma unroll 4
     for (int w = 0; w < WARPS; w++) sum += sums[((k * WARPS + w) * TOKENS + t) * 32 + i % 32];
-    if (!whole(group)) {
-      share(blockIdx.x, group)[i % (TOKENS * 32)] = sum;
+    if (!share.whole(group)) {
+      share.of_group(partial, blockIdx.x, group, TOKENS * 32)[i % (TOKENS * 32)] = sum;
     } else if (t < T && row < O) {
       finish(sum, t, row, O, bias, gate, y);
     }
   }
   for (int k = 0; k < touched; k += max(1, touched - 1)) {  // the first and the last may be shared
     const int group = first_group + k;
-    if (whole(group)) continue;
-    auto owner = [&](int at) {  // the CTA that has this block: the last which begins no later
-      int cta = (int)((long long)at * ctas / all);
-      while (begin_of(cta + 1) <= at) cta++;
-      return cta;
-    };
-    const int from = owner(group * blocks), to = owner((group + 1) * blocks - 1);
+    if (share.whole(group)) continue;
+    const int from = share.owner(group * blocks), to = share.owner((group + 1) * blocks - 1);
     if (!comes_last(counters + group, to - from + 1, (int*)memory)) continue;
     for (int i = threadIdx.x; i < TOKENS * 32; i += WARPS * 32) {
       const int t = i / 32, row = group * 32 + i % 32;
       if (t >= T || row >= O) continue;
       float sum = 0;
-      for (int cta = from; cta <= to; cta++) sum += fresh(share(cta, group) + i);
+      for (int cta = from; cta <= to; cta++) sum += fresh(share.of_group(partial, cta, group, TOKENS * 32) + i);
       finish(sum, t, row, O, bias, gate, y);
     }
   }

@@ -120,6 +120,90 @@ __device__ __forceinline__ void finish(float sum, int token, int row, int O, con
   y[at] = rounded(sum);
 }
 
+// Whether ``count - 1`` other CTAs have come here before this one, by the same counter, which begins and ends as 0: what they
+// wrote before is then read by ``fresh``.
+__device__ __forceinline__ bool comes_last(int* counter, int count, int* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *shared = atomicAdd(counter, 1) == count - 1;
+    if (*shared) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return *shared;
+}
+
+#if defined(N) && defined(STAGES)
+// Blocks of 32 rows x 128 columns of a bitmap, which a warp copies to shared memory, in pieces of 16 bytes: N of each 32 columns
+// are stored, and a row has PIECES of values in a block. Its pitch is an odd number of pieces, so that lanes which read the same
+// piece of their own rows have no bank conflict.
+//
+// The blocks of the weight, GROUPS x 32 rows after GROUPS x 32 rows, are divided evenly among the CTAs, whatever rows they belong
+// to. The warps of a CTA take turns, GROUPS of them with the same columns.
+constexpr int PIECES = N / 2, PITCH = PIECES | 1, AT_ONCE = 32 / PIECES;    // AT_ONCE rows are copied by one instruction
+constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;           // bytes of a block: values, then masks
+constexpr int TURNS = WARPS / GROUPS;
+struct Share {  // of the weight, that a CTA has
+  int ctas, blocks, all, begin, end;
+  __device__ __forceinline__ Share(int O, int I, int ctas) : ctas(ctas), blocks(I / 128) {
+    all = (O + 32 * GROUPS - 1) / (32 * GROUPS) * blocks, begin = begin_of(blockIdx.x), end = begin_of(blockIdx.x + 1);
+  }
+  __device__ __forceinline__ int begin_of(int cta) const { return (int)((long long)all * cta / ctas); }
+  __device__ __forceinline__ bool whole(int group) const { return group * blocks >= begin && (group + 1) * blocks <= end; }
+  __device__ __forceinline__ int owner(int at) const {  // the CTA that has this block
+    int cta = (int)((long long)at * ctas / all);
+    while (begin_of(cta + 1) <= at) cta++;
+    return cta;
+  }
+  // where a CTA puts ``size`` sums of a group that it does not have alone: its first one or its last one
+  __device__ __forceinline__ float* of_group(float* partial, int cta, int group, int size) const {
+    return partial + (size_t)(2 * cta + (group != begin_of(cta) / blocks)) * size;
+  }
+};
+struct Place {  // of a block: in the weight, and in a group
+  int at, group, block;
+  __device__ __forceinline__ Place(const Share& share) : at(share.begin + threadIdx.x / 32 / GROUPS) {
+    group = at / share.blocks, block = at % share.blocks;
+  }
+  __device__ __forceinline__ void advance(const Share& share) {
+    at += TURNS, block += TURNS;
+#pragma unroll 1
+    while (block >= share.blocks) block -= share.blocks, group++;
+  }
+};
+struct Copies {  // of the blocks of a warp, one after the other, by this lane: of pieces of rows that are AT_ONCE apart, and of one row's masks
+  Place next;
+  const char *values, *masks;
+  char *values_to, *masks_to;
+  u32 row_values, row_masks;  // bytes
+  int left;                   // rows of the matrix from the first of the group on
+  __device__ __forceinline__ Copies(const Share& share, const char* all_values, const char* all_masks, char* own, int O, int I) : next(share) {
+    const int lane = threadIdx.x % 32, row = lane / PIECES, piece = lane % PIECES, first = (next.group * GROUPS + threadIdx.x / 32 % GROUPS) * 32;
+    row_values = I / 16 * N, row_masks = I / 8, left = O - first;
+    values = all_values + (size_t)(first + row) * row_values + (next.block * PIECES + piece) * 16;
+    masks = all_masks + (size_t)(first + lane) * row_masks + next.block * 16;
+    values_to = own + (row * PITCH + piece) * 16, masks_to = own + VALUES + lane * 16;
+  }
+  __device__ __forceinline__ void fetch(const Share& share, int stage) {
+    const int lane = threadIdx.x % 32, row = lane / PIECES, rows = next.at < share.end ? left : 0, below = row < AT_ONCE ? rows - row : 0;
+#pragma unroll
+    for (int i = 0; i < 32; i += AT_ONCE)
+      if (i < below && (i + AT_ONCE <= 32 || row < 32 - i))
+        copy_async(values_to + stage * STAGE + i * PITCH * 16, values + (size_t)(row_values * i));
+    if (lane < rows) copy_async(masks_to + stage * STAGE, masks);
+    commit();  // also of nothing, so that the oldest group of copies is always that of the block which is next
+    const int before = next.group;
+    next.advance(share);
+    values += TURNS * PIECES * 16, masks += TURNS * 16;
+#pragma unroll 1
+    for (int i = before; i < next.group; i++) {
+      values += (size_t)(GROUPS * 32 - 1) * row_values, masks += (size_t)(GROUPS * 32 - 1) * row_masks, left -= GROUPS * 32;
+    }
+  }
+};
+#endif
+
 #if defined(WARPS) && defined(TOKENS)
 // The end of a product on CUDA cores whose warps share the columns of 32 rows, a lane a row: ``acc`` has the sums of each warp, of
 // one token in four parts; ``row_of(i)`` is the i-th row, and (WARPS, TOKENS, 32) floats of memory are for them.
@@ -142,20 +226,6 @@ __device__ __forceinline__ void add_warps(
   }
 }
 #endif
-
-// Whether ``count - 1`` other CTAs have come here before this one, by the same counter, which begins and ends as 0: what they
-// wrote before is then read by ``fresh``.
-__device__ __forceinline__ bool comes_last(int* counter, int count, int* shared) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *shared = atomicAdd(counter, 1) == count - 1;
-    if (*shared) *counter = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return *shared;
-}
 
 #if defined(WARPS) && defined(TILES)
 // The end of a product by mma whose warps share the columns of 32 rows: ``acc`` has the sums of each warp, in fragments of two
