@@ -3,8 +3,6 @@
 Letters as in ``nm``: T tokens, I inputs, O outputs.
 """
 
-import functools
-
 import torch
 
 from . import autotune, fragments, nvrtc
@@ -16,13 +14,18 @@ from .tiles import power_of_two
 
 FEW, MOST = 4, fragments.MOST  # tokens: values multiplied one by one, and by tensor cores
 BLOCK, ROWS, PIECE = 128, 32, 16  # columns and rows of a warp's block; bytes of a copy
-# of up to FEW tokens: warps of a CTA, CTAs of a multiprocessor, blocks on their way for each warp
-CONFIGS = [
-    dict(zip(("WARPS", "CTAS", "STAGES"), config, strict=True))
-    for config in ((16, 1, 1), (8, 2, 1), (16, 1, 2), (8, 3, 1), (4, 2, 1))
-]
-MOST_GROUPS = 4  # of rows that a CTA has, but for a group at each end
-MANY_WARPS = (8, 4, 16, 2)  # with more
+MOST_GROUPS = 4  # of rows that a CTA of up to FEW tokens has, but for one at each end
+
+
+def _configs(names: str, *numbers: tuple[int, ...]) -> list[dict[str, int]]:
+    return [dict(zip(names.split(), config, strict=True)) for config in numbers]
+
+
+# warps of a CTA, CTAs of a multiprocessor, blocks on their way for each warp; warps that take the same columns of x
+CONFIGS = _configs("WARPS CTAS STAGES", (16, 1, 1), (8, 2, 1), (16, 1, 2), (8, 3, 1), (4, 2, 1))
+MANY_CONFIGS = _configs(
+    "WARPS CTAS STAGES GROUPS", (8, 2, 2, 2), (8, 2, 2, 1), (8, 1, 2, 4), (4, 3, 2, 1), (4, 1, 2, 2)
+)
 
 
 def fits(tokens: int, inputs: int, dtype: torch.dtype, n: int, m: int) -> bool:
@@ -38,11 +41,14 @@ def kernel_for(tokens: int) -> tuple[str, dict[str, int]]:
     return "bitmap_many", {"TILES": fragments.tiles(tokens)}
 
 
-def shared_bytes(count: int, tokens: int, touched: int, WARPS: int, STAGES: int) -> int:
-    """The shared memory of a CTA of up to FEW tokens: ``count`` values of each 32 columns, blocks of ``touched`` groups."""
-    stage = ROWS * (count // 2 | 1) * PIECE + ROWS * PIECE
+def shared_bytes(count: int, tokens: int, touched: int, WARPS: int, STAGES: int, GROUPS: int = 1, CTAS: int = 1) -> int:
+    """The shared memory of a CTA: ``count`` values of each 32 columns, blocks of ``touched`` groups of rows."""
+    stages = STAGES * ROWS * ((count // 2 | 1) + 1) * PIECE
+    if tokens > FEW:
+        sums = WARPS // GROUPS * fragments.TILE * fragments.tiles(tokens) * (GROUPS * ROWS + 1)
+        return WARPS * stages + 4 * sums
     x, sums = (2 if tokens > 2 else 1) * 4 * BLOCK, power_of_two(tokens, 1, FEW) * 4 * ROWS
-    return WARPS * (STAGES * stage + x + touched * sums)
+    return WARPS * (stages + x + touched * sums)
 
 
 def most_touched(groups: int, blocks: int, ctas: int) -> int:
@@ -51,48 +57,41 @@ def most_touched(groups: int, blocks: int, ctas: int) -> int:
 
 
 def launch(x, values, index, bias, gate, y, activation: str, n: int, m: int):
-    """A function of such tensors that writes y (T, O)."""
-    tokens, count = len(x), n * 32 // m
+    """A function of such tensors that writes y (T, O).
+
+    The CTAs, as many as run at once, divide the blocks of the weight evenly. Those that share rows leave their sums in
+    the workspace, and the last of them adds up.
+    """
+    (tokens, inputs), outputs, count = x.shape, len(values), n * 32 // m
     tensors = x, values, index, bias, gate, y
     copies = tuple(begin_at_words(t, PIECE) for t in (values, index))
-    if tokens > FEW:
-        configs = [
-            {"WARPS": warps} for warps in MANY_WARPS if warps * fragments.tiles(tokens) <= 64
-        ]  # of the registers
-        shared = functools.partial(fragments.sums_bytes, tokens)
-        return fragments.product("bitmap_many", tensors, activation, True, copies, configs, shared, N=count)
-    return few(tensors, copies, activation, count)
-
-
-def few(tensors: tuple, copies: tuple, activation: str, count: int):
-    """The same for up to FEW tokens: one wave of CTAs, which share the blocks of the weight evenly."""
-    x, y = tensors[0], tensors[-1]
-    (tokens, inputs), outputs = x.shape, y.shape[1]
     kernel, macros = kernel_for(tokens)
     known = {"N": count, "BF16": int(x.dtype == torch.bfloat16), "ACTIVATION": ACTIVATIONS.index(activation), **macros}
-    groups, blocks, multiprocessors = -(-outputs // ROWS), inputs // BLOCK, backend.multiprocessors(x)
+    blocks, multiprocessors, most = inputs // BLOCK, backend.multiprocessors(x), backend.shared_memory(x.device)
+    arrange = fragments.ordered(x, True) if tokens > FEW else None
 
-    def ctas_and_memory(config):
-        """More than a wave where sums of all the groups that a CTA touches would be too large."""
-        warps, a_wave = config["WARPS"], config["CTAS"] * multiprocessors
-        waves = -(-groups // (a_wave * MOST_GROUPS))
+    def sizes(config):
+        """Groups of rows, CTAs and the memory of each: more than one wave where each would touch too many groups."""
+        groups, a_wave = -(-outputs // (ROWS * config.get("GROUPS", 1))), config["CTAS"] * multiprocessors
+        waves = 1 if tokens > FEW else -(-groups // (a_wave * MOST_GROUPS))
         ctas = min(waves * a_wave, groups * blocks)
-        return ctas, shared_bytes(count, tokens, most_touched(groups, blocks, ctas), warps, config["STAGES"])
-
-    most = backend.shared_memory(x.device)
-    configs = [config for config in CONFIGS if config["CTAS"] * ctas_and_memory(config)[1] <= most]
+        return groups, ctas, shared_bytes(count, tokens, most_touched(groups, blocks, ctas), **config)
 
     def prepare(config):
-        ctas, shared = ctas_and_memory(config)
+        groups, ctas, shared = sizes(config)
         start = nvrtc.cuda_launch(kernel, (ctas,), 32 * config["WARPS"], shared, **known, **config)
-        size = 2 * ctas * macros["TOKENS"] * ROWS
+        rows = ROWS * config.get("GROUPS", 1)
+        partial_size = 2 * ctas * rows * (tokens if tokens > FEW else macros["TOKENS"])
 
         def call(x, values, index, bias, gate, y):
             values, index = (t if copy is None else copy(t) for t, copy in zip((values, index), copies, strict=True))
-            partial, counters = workspace.partial_sums(x, size), workspace.counters(x, groups)
+            partial, counters = workspace.partial_sums(x, partial_size), workspace.counters(x, groups)
+            x = x if arrange is None else arrange(x)
             start(x, values, index, bias, gate, y, partial, counters, tokens, outputs, inputs, ctas)
 
         return call
 
+    all_configs = MANY_CONFIGS if tokens > FEW else CONFIGS
+    configs = [config for config in all_configs if config["CTAS"] * sizes(config)[2] <= most]
     key = (kernel, x.dtype, outputs, inputs, count, *macros.values())
     return autotune.pick("nm_bitmap", key, configs, prepare, tensors)

@@ -34,6 +34,7 @@ static void __syncthreads() { cta->arrive_and_wait(); }
 static void wait_for_kernel_before() {}
 static void let_next_kernel_start() {}
 static unsigned place_of(const char* shared) { return shared - memory; }
+static unsigned kept(unsigned number) { return number; }
 static unsigned short half_at(unsigned place) { unsigned short r; return std::memcpy(&r, memory + place, 2), r; }
 static unsigned word_at(unsigned place) { unsigned r; return std::memcpy(&r, memory + place, 4), r; }
 struct Words {
@@ -43,6 +44,7 @@ struct Words {
 static Words pair_at(unsigned place) { return {place}; }
 static void add_product_if(unsigned condition, float& sum, float a, float b) { sum = condition ? std::fma(a, b, sum) : sum; }
 static unsigned moved(unsigned low, unsigned high, unsigned bits) { return ((unsigned long)high << 32 | low) >> min(bits, 32u); }
+static unsigned moved_up(unsigned low, unsigned high, unsigned bits) { return (((unsigned long)high << 32 | low) << min(bits, 32u)) >> 32; }
 static unsigned permuted(unsigned low, unsigned high, unsigned bytes) {
   unsigned long both = (unsigned long)high << 32 | low;
   unsigned out = 0;
@@ -59,6 +61,7 @@ static float fresh(const float* from) { return *from; }
 static unsigned bits_below(unsigned bits, unsigned count) { return count > 31 ? bits : bits & (1u << count) - 1; }
 static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
 static void copy_async(char* to, const char* from) { copied({to, from, 16, 16}); }
+static void copy_async(unsigned to, const char* from) { copied({memory + to, from, 16, 16}); }
 static void copy_some_async(char* to, const char* from, int bytes) { copied({to, from, bytes, 16}); }
 static unsigned add_byte(unsigned word, int byte, unsigned factor, unsigned to) { return to + (word >> 8 * byte & 255) * factor; }
 static void commit() { groups.emplace_back(); }

@@ -22,13 +22,14 @@ from triton_cases import DEVICE, close, nm_parts, random
 
 from sten.kernels import fragments, nm, nm24, nm_bitmap, nvrtc
 
-CASES = [  # n, m, tokens, warps, stages, CTAs, dtype, activation, bias and gate
-    (16, 32, 1, 2, 3, 1, torch.bfloat16, 0, False),
-    (6, 16, 3, 2, 1, 3, torch.float16, 4, True),
-    (2, 8, 2, 1, 2, 10, torch.bfloat16, 3, True),
-    (16, 32, 13, 2, 0, 0, torch.bfloat16, 0, False),
-    (6, 16, 40, 2, 0, 0, torch.float16, 4, True),
-    (2, 8, 5, 1, 0, 0, torch.bfloat16, 3, True),
+CASES = [  # n, m, tokens, warps, stages, groups, CTAs, dtype, activation, bias and gate
+    (16, 32, 1, 2, 3, 1, 1, torch.bfloat16, 0, False),
+    (6, 16, 3, 2, 1, 1, 3, torch.float16, 4, True),
+    (2, 8, 2, 1, 2, 1, 10, torch.bfloat16, 3, True),
+    (16, 32, 13, 2, 2, 1, 3, torch.bfloat16, 0, False),
+    (6, 16, 40, 2, 3, 1, 1, torch.float16, 4, True),
+    (10, 32, 5, 4, 2, 2, 3, torch.bfloat16, 3, True),
+    (14, 16, 20, 2, 2, 2, 5, torch.bfloat16, 3, True),
 ]
 CASES_24 = [  # tokens, warps, stages, dtype, activation, bias and gate
     (2, 2, 3, torch.bfloat16, 0, False),
@@ -37,12 +38,11 @@ CASES_24 = [  # tokens, warps, stages, dtype, activation, bias and gate
 ]
 
 
-def bitmap(folder, count, tokens, dtype, activation, warps, stages):
+def bitmap(folder, count, tokens, dtype, activation, config):
     """The emulated kernel for so many values of each 32."""
     kernel, macros = nm_bitmap.kernel_for(tokens)
     known = {"N": count, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
-    stages = {"STAGES": stages, "CTAS": 1} if tokens <= nm_bitmap.FEW else {}
-    return emulated(folder, kernel, **macros, **known, **stages, WARPS=warps)
+    return emulated(folder, kernel, **macros, **known, **config)
 
 
 def in_order(x, segments):
@@ -66,7 +66,7 @@ def test_activations_in_the_order_of_fragments_on_a_cpu(tokens, segments, tmp_pa
     assert torch.equal(got, want)
 
 
-def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype, ctas=None):
+def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype, ctas=None, groups=1):
     """y is written, and is the dense product. CTAs that share rows leave the counters as they were."""
     values, index, dense = parts
     outputs, tokens = len(values), len(x)
@@ -76,7 +76,8 @@ def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtyp
         ordered = in_order(x, kernel.startswith("bitmap"))
     given = ordered, values, index, *((bias, gate) if more else (None, None)), y, tokens, *dense.shape
     if ctas:
-        partial, counters = torch.full((2 * ctas * 4 * 32,), torch.nan), torch.zeros(-(-outputs // 32), dtype=torch.int32)
+        partial = torch.full((2 * ctas * max(tokens, 4) * 32 * groups,), torch.nan)
+        counters = torch.zeros(-(-outputs // (32 * groups)), dtype=torch.int32)
         given = *given[:6], partial, counters, *given[6:], ctas
     want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
     want = want * gate.double() if more else want
@@ -92,17 +93,15 @@ def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtyp
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bitmaps_on_a_cpu(case, tmp_path):
     """40 rows: the second group has 24 too many; five blocks of 128 columns, which warps and CTAs share unequally."""
-    n, m, tokens, warps, stages, ctas, dtype, activation, more = case
+    n, m, tokens, warps, stages, groups, ctas, dtype, activation, more = case
     count, outputs, inputs = n * 32 // m, 40, 640
     parts = [t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3]]
-    driver = bitmap(tmp_path, count, tokens, dtype, activation, warps, stages)
+    config = {"WARPS": warps, "CTAS": 1, "STAGES": stages} | ({"GROUPS": groups} if tokens > nm_bitmap.FEW else {})
+    driver = bitmap(tmp_path, count, tokens, dtype, activation, config)
     kernel, _ = nm_bitmap.kernel_for(tokens)
-    if ctas:
-        shared = nm_bitmap.shared_bytes(count, tokens, nm_bitmap.most_touched(2, 5, ctas), warps, stages)
-    else:
-        shared = fragments.sums_bytes(tokens, warps)
+    shared = nm_bitmap.shared_bytes(count, tokens, nm_bitmap.most_touched(2, 5, ctas), **config)
     x = random(tokens, inputs, dtype=dtype).cpu()
-    run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype, ctas)
+    run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype, ctas, groups)
 
 
 def sparse_mma(folder, tokens, dtype, activation, warps, stages):
@@ -128,7 +127,7 @@ def test_24_on_a_cpu(case, tmp_path):
 def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
     """From x of any strides and parts of any alignment to y, with the grid, memory and macros of the first choice."""
     config, dtype = nm_bitmap.CONFIGS[0], torch.bfloat16
-    driver = bitmap(tmp_path, 16, 3, dtype, 4, config["WARPS"], config["STAGES"])
+    driver = bitmap(tmp_path, 16, 3, dtype, 4, config)
     in_place_of_the_driver(monkeypatch, bitmap_few=driver)
     parts, bias = nm_parts(70, 256, 8, 16, dtype), random(70, dtype=dtype)
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
@@ -146,7 +145,8 @@ def test_the_product_of_a_weight_orders_its_activations(n, m, tmp_path, monkeypa
     """The same for the two kernels of a product."""
     warps, stages, dtype, tokens = 2, 2, torch.bfloat16, 17 if m == 4 else 9
     monkeypatch.setattr(nm24, "CONFIGS", [{"WARPS": warps, "STAGES": stages}])
-    monkeypatch.setattr(nm_bitmap, "MANY_WARPS", [warps])
+    config = {"WARPS": warps, "CTAS": 1, "STAGES": stages, "GROUPS": 2}
+    monkeypatch.setattr(nm_bitmap, "MANY_CONFIGS", [config])
     order = emulated(
         tmp_path, "order", TILES=fragments.tiles(tokens), SEGMENTS=int(m > 4), WARPS=8, ACTIVATION=0, BF16=1
     )
@@ -154,7 +154,7 @@ def test_the_product_of_a_weight_orders_its_activations(n, m, tmp_path, monkeypa
     if m == 4:
         kernels = {"nm24_many": sparse_mma(tmp_path / "many", tokens, dtype, 4, warps, stages)}
     else:
-        kernels = {"bitmap_many": bitmap(tmp_path / "many", 16, tokens, dtype, 4, warps, stages)}
+        kernels = {"bitmap_many": bitmap(tmp_path / "many", 16, tokens, dtype, 4, config)}
     in_place_of_the_driver(monkeypatch, order=order, **kernels)
     parts, bias = nm_parts(70, 256, n, m, dtype), random(70, dtype=dtype)
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
@@ -171,8 +171,9 @@ def test_bitmaps_compile(architecture, count, tokens, dtype, tmp_path, monkeypat
     """Without a stack: no register spills, and no array of registers is indexed by an unknown number."""
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
     kernel, macros = nm_bitmap.kernel_for(tokens)
-    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2, "CTAS": 2}
-    expect_registers(tmp_path, 128 if tokens <= 4 else 168 if tokens <= 16 else 255, kernel, architecture, **macros)
+    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2, "CTAS": 2 if tokens <= 16 else 1}
+    macros |= {"GROUPS": 2} if tokens > nm_bitmap.FEW else {}
+    expect_registers(tmp_path, 128 if tokens <= 16 else 255, kernel, architecture, **macros)
 
 
 @needs_nvrtc

@@ -23,14 +23,14 @@ def bitmap(folder, monkeypatch):
 
 
 def bitmap_of_more_tokens(folder, monkeypatch):
-    warps, tokens = 2, 9
-    monkeypatch.setattr(nm_bitmap, "MANY_WARPS", [warps])
+    tokens, config = 9, {"WARPS": 2, "CTAS": 1, "STAGES": 2, "GROUPS": 1}
+    monkeypatch.setattr(nm_bitmap, "MANY_CONFIGS", [config])
     kernel, macros = nm_bitmap.kernel_for(tokens)
     folders = folder / "order", folder / "many"
     for part in folders:
         part.mkdir()
     order = emulated(folders[0], "order", SEGMENTS=1, WARPS=8, **KNOWN, **macros)
-    many = emulated(folders[1], kernel, N=16, WARPS=warps, **KNOWN, **macros)
+    many = emulated(folders[1], kernel, N=16, **config, **KNOWN, **macros)
     in_place_of_the_driver(monkeypatch, order=order, **{kernel: many})
     values, index, dense, n, m = nm_parts(OUTPUTS, INPUTS, 16, 32, DTYPE)
     return nm.linear, tokens, (values, index), dense, {"n": n, "m": m, "save_memory": False}

@@ -25,9 +25,10 @@ __device__ __forceinline__ u32 bits_below(u32 bits, u32 count) {  // the lowest 
   asm("szext.clamp.u32 %0, %1, %2;" : "=r"(r) : "r"(bits), "r"(count));
   return r;
 }
-__device__ __forceinline__ void copy_async(char* to, const char* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+__device__ __forceinline__ void copy_async(u32 to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void copy_async(char* to, const char* from) { copy_async((u32)__cvta_generic_to_shared(to), from); }
 // The bytes behind the first ``bytes`` become 0.
 __device__ __forceinline__ void copy_some_async(char* to, const char* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
@@ -42,6 +43,8 @@ __device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_
 __device__ __forceinline__ float fresh(const float* from) { return __ldcg(from); }
 // Shared memory by its own 32-bit addresses, to which constants are added for nothing.
 __device__ __forceinline__ u32 place_of(const char* shared) { return (u32)__cvta_generic_to_shared(shared); }
+// A number that the compiler keeps, in place of computing it again wherever it is used.
+__device__ __forceinline__ u32 kept(u32 number) { asm volatile("" : "+r"(number)); return number; }
 __device__ __forceinline__ u16 half_at(u32 place) { u16 r; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(place)); return r; }
 __device__ __forceinline__ u32 word_at(u32 place) { u32 r; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(place)); return r; }
 __device__ __forceinline__ Pair pair_at(u32 place) {
@@ -55,6 +58,8 @@ __device__ __forceinline__ void add_product_if(u32 condition, float& sum, float 
 }
 // The low word of two, moved to the right by up to 32 bits.
 __device__ __forceinline__ u32 moved(u32 low, u32 high, u32 bits) { return __funnelshift_rc(low, high, bits); }
+// The high word of two, moved to the left by up to 32 bits.
+__device__ __forceinline__ u32 moved_up(u32 low, u32 high, u32 bits) { return __funnelshift_lc(low, high, bits); }
 // A byte of a word, times a factor below 256, plus ``to``.
 __device__ __forceinline__ u32 add_byte(u32 word, int byte, u32 factor, u32 to) { return __dp4a(word, factor << 8 * byte, to); }
 // Bytes of two words; each of four nibbles of ``bytes`` is below 8 (__byte_perm takes an instruction to make it so).
@@ -175,23 +180,23 @@ struct Place {  // of a block: in the weight, and in a group
 struct Copies {  // of the blocks of a warp, one after the other, by this lane: of pieces of rows that are AT_ONCE apart, and of one row's masks
   Place next;
   const char *values, *masks;
-  char *values_to, *masks_to;
-  u32 row_values, row_masks;  // bytes
+  u32 values_to, masks_to, row_values, row_masks, row;  // places, bytes, the first row that this lane copies
   int left;                   // rows of the matrix from the first of the group on
   __device__ __forceinline__ Copies(const Share& share, const char* all_values, const char* all_masks, char* own, int O, int I) : next(share) {
-    const int lane = threadIdx.x % 32, row = lane / PIECES, piece = lane % PIECES, first = (next.group * GROUPS + threadIdx.x / 32 % GROUPS) * 32;
-    row_values = I / 16 * N, row_masks = I / 8, left = O - first;
+    const int lane = threadIdx.x % 32, piece = lane % PIECES, first = (next.group * GROUPS + threadIdx.x / 32 % GROUPS) * 32;
+    row = lane / PIECES, row_values = I / 16 * N, row_masks = I / 8, left = O - first;
     values = all_values + (size_t)(first + row) * row_values + (next.block * PIECES + piece) * 16;
     masks = all_masks + (size_t)(first + lane) * row_masks + next.block * 16;
-    values_to = own + (row * PITCH + piece) * 16, masks_to = own + VALUES + lane * 16;
+    values_to = kept(place_of(own) + (row * PITCH + piece) * 16), masks_to = kept(place_of(own) + VALUES + lane * 16);
+    row = kept(row < AT_ONCE ? row : 32);
   }
   __device__ __forceinline__ void fetch(const Share& share, int stage) {
-    const int lane = threadIdx.x % 32, row = lane / PIECES, rows = next.at < share.end ? left : 0, below = row < AT_ONCE ? rows - row : 0;
+    const int rows = next.at < share.end ? left : 0, below = min(rows, 32) - (int)row;
+    const u32 to = kept(values_to + stage * STAGE);
 #pragma unroll
     for (int i = 0; i < 32; i += AT_ONCE)
-      if (i < below && (i + AT_ONCE <= 32 || row < 32 - i))
-        copy_async(values_to + stage * STAGE + i * PITCH * 16, values + (size_t)(row_values * i));
-    if (lane < rows) copy_async(masks_to + stage * STAGE, masks);
+      if (i < below) copy_async(to + i * PITCH * 16, values + (size_t)(row_values * i));
+    if ((int)(threadIdx.x % 32) < rows) copy_async(masks_to + stage * STAGE, masks);
     commit();  // also of nothing, so that the oldest group of copies is always that of the block which is next
     const int before = next.group;
     next.advance(share);
