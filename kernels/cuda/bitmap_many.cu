@@ -33,7 +33,7 @@ bitmap_many(const Piece* x, const char* values, const char* index, const u16* bi
   Piece coming[TILES];
   auto fetch_x = [&](int block, int pair) {
 #pragma unroll
-    for (int j = 0; j < TILES; j++) coming[j] = x[((size_t)(block * 4 + pair) * TILES + j) * 32 + lane];
+    for (int j = 0; j < TILES; j++) coming[j] = x[(block * 4 + pair) * TILES * 32 + j * 32 + lane];
   };
   fetch_x(now.block, 0);
 
