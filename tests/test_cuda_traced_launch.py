@@ -23,7 +23,7 @@ def bitmap(folder, monkeypatch):
 
 
 def bitmap_of_more_tokens(folder, monkeypatch):
-    tokens, config = 9, {"WARPS": 2, "CTAS": 1, "STAGES": 2, "GROUPS": 1}
+    tokens, config = 9, {"WARPS": 2, "CTAS": 1, "STAGES": 2, "GROUPS": 2}
     monkeypatch.setattr(nm_bitmap, "MANY_CONFIGS", [config])
     kernel, macros = nm_bitmap.kernel_for(tokens)
     folders = folder / "order", folder / "many"
