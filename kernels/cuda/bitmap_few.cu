@@ -18,16 +18,19 @@
 constexpr int WORDS = TOKENS == 4 ? 2 : 1;          // of x for each column: fp32, or pairs of tokens
 constexpr int WARP = STAGES * STAGE + WORDS * 512;  // bytes of a warp
 #ifndef PREFETCH
-#define PREFETCH 1
+#define PREFETCH 0
+#endif
+#ifndef BOUND
+#define BOUND CTAS
 #endif
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BOUND)
 bitmap_few(const u16* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, float* partial,
            int* counters, int T, int O, int I, int ctas) {
   extern __shared__ __align__(16) char memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Share share(O, I, ctas);
-  const int blocks = share.blocks, first_group = share.begin / blocks, touched = (share.end - 1) / blocks - first_group + 1;
+  const int first_group = (u32)share.begin / share.blocks, touched = (u32)(share.end - 1) / share.blocks - first_group + 1;
   char* own = memory + warp * WARP;
   Piece* xs = (Piece*)(own + STAGES * STAGE);
   float* sums = (float*)(memory + WARPS * WARP);  // (touched, WARPS, TOKENS, 32)
@@ -125,11 +128,21 @@ bitmap_few(const u16* x, const char* values, const char* index, const u16* bias,
       finish(sum, t, row, O, bias, gate, y);
     }
   }
-  for (int k = 0; k < touched; k += max(1, touched - 1)) {  // the first and the last may be shared
-    const int group = first_group + k;
-    if (share.whole(group)) continue;
-    const int from = share.owner(group * blocks), to = share.owner((group + 1) * blocks - 1);
-    if (!comes_last(counters + group, to - from + 1, (int*)memory)) continue;
+  // the first group and the last one may be shared; each is looked at by a thread
+  const int last_group = first_group + touched - 1;
+  if (share.whole(first_group) && share.whole(last_group)) return;
+  int* come = (int*)memory;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    const int group = threadIdx.x ? last_group : first_group;
+    const bool shared = !share.whole(group) && (threadIdx.x == 0 || touched > 1);
+    come[threadIdx.x] = shared && comes_last(counters + group, share.last_owner(group) - share.first_owner(group) + 1);
+  }
+  __syncthreads();
+  for (int k = 0; k < 2; k++) {
+    if (!come[k]) continue;
+    const int group = k ? last_group : first_group, from = share.first_owner(group), to = share.last_owner(group);
     for (int i = threadIdx.x; i < TOKENS * 32; i += WARPS * 32) {
       const int t = i / 32, row = group * 32 + i % 32;
       if (t >= T || row >= O) continue;

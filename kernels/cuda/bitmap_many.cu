@@ -39,7 +39,7 @@ bitmap_many(const Piece* x, const char* values, const char* index, const u16* bi
 
   float acc[2][TILES][4] = {};
   int stage = 0;
-  for (int group = share.begin / share.blocks; group * share.blocks < share.end; group++) {
+  for (int group = (u32)share.begin / share.blocks; group * (int)share.blocks < share.end; group++) {
     while (now.at < share.end && now.group == group) {
       const char* place = own + stage * STAGE;
       const int block = now.block;
@@ -130,8 +130,12 @@ bitmap_many(const Piece* x, const char* values, const char* index, const u16* bi
       }
     }
     if (!whole) {  // its other blocks are other CTAs'
-      const int from = share.owner(group * share.blocks), to = share.owner((group + 1) * share.blocks - 1);
-      if (comes_last(counters + group, to - from + 1, (int*)sums)) {
+      const int from = share.first_owner(group), to = share.last_owner(group);
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) *(int*)sums = comes_last(counters + group, to - from + 1);
+      __syncthreads();
+      if (*(int*)sums) {
         for (int i = threadIdx.x; i < ROWS * T; i += WARPS * 32) {
           const int token = i / ROWS, row = group * ROWS + i % ROWS;
           if (row >= O) continue;

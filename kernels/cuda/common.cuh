@@ -125,20 +125,6 @@ __device__ __forceinline__ void finish(float sum, int token, int row, int O, con
   y[at] = rounded(sum);
 }
 
-// Whether ``count - 1`` other CTAs have come here before this one, by the same counter, which begins and ends as 0: what they
-// wrote before is then read by ``fresh``.
-__device__ __forceinline__ bool comes_last(int* counter, int count, int* shared) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    *shared = atomicAdd(counter, 1) == count - 1;
-    if (*shared) *counter = 0;
-    __threadfence();
-  }
-  __syncthreads();
-  return *shared;
-}
-
 #if defined(N) && defined(STAGES)
 // Blocks of 32 rows x 128 columns of a bitmap, which a warp copies to shared memory, in pieces of 16 bytes: N of each 32 columns
 // are stored, and a row has PIECES of values in a block. Its pitch is an odd number of pieces, so that lanes which read the same
@@ -149,32 +135,35 @@ __device__ __forceinline__ bool comes_last(int* counter, int count, int* shared)
 constexpr int PIECES = N / 2, PITCH = PIECES | 1, AT_ONCE = 32 / PIECES;    // AT_ONCE rows are copied by one instruction
 constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;           // bytes of a block: values, then masks
 constexpr int TURNS = WARPS / GROUPS;
-struct Share {  // of the weight, that a CTA has
-  int ctas, blocks, all, begin, end;
-  __device__ __forceinline__ Share(int O, int I, int ctas) : ctas(ctas), blocks(I / 128) {
-    all = (O + 32 * GROUPS - 1) / (32 * GROUPS) * blocks, begin = begin_of(blockIdx.x), end = begin_of(blockIdx.x + 1);
+struct Share {  // of the weight, that a CTA has; divisions are by 32 bits, of which each takes a CTA 0.1 us
+  u32 blocks, each, more;  // of a row of blocks; of a CTA, and how many CTAs have one more
+  int begin, end;
+  __device__ __forceinline__ Share(u32 O, u32 I, u32 ctas) : blocks(I / 128) {
+    const u32 all = (O + 32 * GROUPS - 1) / (32 * GROUPS) * blocks;
+    each = all / ctas, more = all - each * ctas, begin = begin_of(blockIdx.x), end = begin_of(blockIdx.x + 1);
   }
-  __device__ __forceinline__ int begin_of(int cta) const { return (int)((long long)all * cta / ctas); }
-  __device__ __forceinline__ bool whole(int group) const { return group * blocks >= begin && (group + 1) * blocks <= end; }
-  __device__ __forceinline__ int owner(int at) const {  // the CTA that has this block
-    int cta = (int)((long long)at * ctas / all);
-    while (begin_of(cta + 1) <= at) cta++;
-    return cta;
+  __device__ __forceinline__ int begin_of(u32 cta) const { return cta * each + min(cta, more); }
+  __device__ __forceinline__ bool whole(int group) const { return group * (int)blocks >= begin && (group + 1) * (int)blocks <= end; }
+  __device__ __forceinline__ int owner(u32 at) const {  // the CTA that has this block
+    const u32 before = more * (each + 1);
+    return at < before ? at / (each + 1) : more + (at - before) / each;
   }
+  __device__ __forceinline__ int first_owner(int group) const { return owner(group * blocks); }
+  __device__ __forceinline__ int last_owner(int group) const { return owner((group + 1) * blocks - 1); }
   // where a CTA puts ``size`` sums of a group that it does not have alone: its first one or its last one
   __device__ __forceinline__ float* of_group(float* partial, int cta, int group, int size) const {
-    return partial + (size_t)(2 * cta + (group != begin_of(cta) / blocks)) * size;
+    return partial + (size_t)(2 * cta + (begin_of(cta) < group * (int)blocks)) * size;
   }
 };
 struct Place {  // of a block: in the weight, and in a group
   int at, group, block;
   __device__ __forceinline__ Place(const Share& share) : at(share.begin + threadIdx.x / 32 / GROUPS) {
-    group = at / share.blocks, block = at % share.blocks;
+    group = (u32)at / share.blocks, block = at - group * share.blocks;
   }
   __device__ __forceinline__ void advance(const Share& share) {
     at += TURNS, block += TURNS;
 #pragma unroll 1
-    while (block >= share.blocks) block -= share.blocks, group++;
+    while (block >= (int)share.blocks) block -= share.blocks, group++;
   }
 };
 struct Copies {  // of the blocks of a warp, one after the other, by this lane: of pieces of rows that are AT_ONCE apart, and of one row's masks
@@ -207,6 +196,17 @@ struct Copies {  // of the blocks of a warp, one after the other, by this lane: 
     }
   }
 };
+#endif
+
+#if defined(WARPS)
+// Whether ``count - 1`` other CTAs have come here before this one, by the same counter, which begins and ends as 0: what they
+// wrote before is then read by ``fresh``. Called by one thread, after ``__threadfence`` of all and ``__syncthreads``.
+__device__ __forceinline__ bool comes_last(int* counter, int count) {
+  const bool last = atomicAdd(counter, 1) == count - 1;
+  if (last) *counter = 0;
+  __threadfence();
+  return last;
+}
 #endif
 
 #if defined(WARPS) && defined(TOKENS)
