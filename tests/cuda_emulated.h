@@ -20,8 +20,6 @@
 using std::max, std::min;
 static int atomicAdd(int* to, int more) { return __atomic_fetch_add(to, more, __ATOMIC_RELAXED); }
 
-static void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-
 struct Index { unsigned x; };
 static thread_local Index threadIdx;
 static Index blockIdx;
@@ -56,8 +54,6 @@ extern "C" { int late = 0; }
 static thread_local std::vector<std::vector<Copy>> groups(1);  // the last one is open
 static void done(const Copy& c) { std::memset(c.to, 0, c.zeros), std::memcpy(c.to, c.from, c.bytes); }
 static void copied(Copy c) { late ? groups.back().push_back(c) : done(c); }
-static void prefetch(const char*) {}
-static float fresh(const float* from) { return *from; }
 static unsigned bits_below(unsigned bits, unsigned count) { return count > 31 ? bits : bits & (1u << count) - 1; }
 static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
 static void copy_async(char* to, const char* from) { copied({to, from, 16, 16}); }
@@ -70,6 +66,7 @@ static void wait_for_oldest() {  // of the closed groups all but STAGES - 1
   for (; groups.size() > STAGES; groups.erase(groups.begin())) std::for_each(groups[0].begin(), groups[0].end(), done);
 }
 #endif
+static float as_float(unsigned word) { return std::bit_cast<float>(word); }
 #if BF16
 static float low(unsigned pair) { return std::bit_cast<float>(pair << 16); }
 static unsigned short rounded(float f) { return (std::bit_cast<unsigned>(f) + 0x7fff + (std::bit_cast<unsigned>(f) >> 16 & 1)) >> 16; }

@@ -22,14 +22,15 @@ from triton_cases import DEVICE, close, nm_parts, random
 
 from sten.kernels import fragments, nm, nm24, nm_bitmap, nvrtc
 
-CASES = [  # n, m, tokens, warps, stages, groups, CTAs, dtype, activation, bias and gate
-    (16, 32, 1, 2, 3, 1, 1, torch.bfloat16, 0, False),
-    (6, 16, 3, 2, 1, 1, 3, torch.float16, 4, True),
-    (2, 8, 2, 1, 2, 1, 10, torch.bfloat16, 3, True),
-    (16, 32, 13, 2, 2, 1, 3, torch.bfloat16, 0, False),
-    (6, 16, 40, 2, 3, 1, 1, torch.float16, 4, True),
-    (10, 32, 5, 4, 2, 2, 3, torch.bfloat16, 3, True),
-    (14, 16, 20, 2, 2, 2, 5, torch.bfloat16, 3, True),
+CASES = [  # n, m, tokens, warps, stages, x as fp32, dtype, activation, bias and gate
+    (16, 32, 1, 2, 3, 1, torch.bfloat16, 0, False),
+    (6, 16, 3, 2, 1, 0, torch.float16, 4, True),
+    (2, 8, 2, 1, 2, 1, torch.bfloat16, 3, True),
+    (10, 32, 4, 2, 1, 1, torch.float16, 0, True),
+    (16, 32, 13, 2, 2, 0, torch.bfloat16, 0, False),
+    (6, 16, 40, 2, 3, 0, torch.float16, 4, True),
+    (10, 32, 5, 1, 2, 0, torch.bfloat16, 3, True),
+    (14, 16, 20, 2, 2, 0, torch.bfloat16, 3, True),
 ]
 CASES_24 = [  # tokens, warps, stages, dtype, activation, bias and gate
     (2, 2, 3, torch.bfloat16, 0, False),
@@ -66,8 +67,8 @@ def test_activations_in_the_order_of_fragments_on_a_cpu(tokens, segments, tmp_pa
     assert torch.equal(got, want)
 
 
-def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype, ctas=None, groups=1):
-    """y is written, and is the dense product. CTAs that share rows leave the counters as they were."""
+def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype):
+    """y is written, and is the dense product."""
     values, index, dense = parts
     outputs, tokens = len(values), len(x)
     bias, gate = (random(*size, dtype=dtype).cpu() for size in ((outputs,), (tokens, outputs)))
@@ -75,33 +76,28 @@ def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtyp
     if kernel.endswith("many"):
         ordered = in_order(x, kernel.startswith("bitmap"))
     given = ordered, values, index, *((bias, gate) if more else (None, None)), y, tokens, *dense.shape
-    if ctas:
-        partial = torch.full((2 * ctas * max(tokens, 4) * 32 * groups,), torch.nan)
-        counters = torch.zeros(-(-outputs // (32 * groups)), dtype=torch.int32)
-        given = *given[:6], partial, counters, *given[6:], ctas
     want = ACTIVATIONS[activation](x.double() @ dense.double().T + (bias.double() if more else 0))
     want = want * gate.double() if more else want
     for late in (0, 1):
         y.fill_(torch.nan)
         driver.late.value = late
-        nvrtc.starter(kernel, driver, 0, 32 * warps, shared, given)(ctas or -(-outputs // 32), 1, 1, 0, *given)
+        nvrtc.starter(kernel, driver, 0, 32 * warps, shared, given)(-(-outputs // 32), 1, 1, 0, *given)
         torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-2 * float(want.abs().max()))
-        assert not ctas or not counters.any()
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bitmaps_on_a_cpu(case, tmp_path):
-    """40 rows: the second group has 24 too many; five blocks of 128 columns, which warps and CTAs share unequally."""
-    n, m, tokens, warps, stages, groups, ctas, dtype, activation, more = case
+    """40 rows: the second CTA has 24 too many; five blocks of 128 columns, which the warps share unequally."""
+    n, m, tokens, warps, stages, single, dtype, activation, more = case
     count, outputs, inputs = n * 32 // m, 40, 640
     parts = [t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3]]
-    config = {"WARPS": warps, "CTAS": 1, "STAGES": stages} | ({"GROUPS": groups} if tokens > nm_bitmap.FEW else {})
+    config = {"WARPS": warps, "CTAS": 1, "STAGES": stages} | ({"SINGLE": single} if tokens <= nm_bitmap.FEW else {})
     driver = bitmap(tmp_path, count, tokens, dtype, activation, config)
     kernel, _ = nm_bitmap.kernel_for(tokens)
-    shared = nm_bitmap.shared_bytes(count, tokens, nm_bitmap.most_touched(2, 5, ctas), **config)
+    shared = nm_bitmap.shared_bytes(count, tokens, **config)
     x = random(tokens, inputs, dtype=dtype).cpu()
-    run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype, ctas, groups)
+    run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype)
 
 
 def sparse_mma(folder, tokens, dtype, activation, warps, stages):
@@ -126,7 +122,7 @@ def test_24_on_a_cpu(case, tmp_path):
 @on_cpu
 def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
     """From x of any strides and parts of any alignment to y, with the grid, memory and macros of the first choice."""
-    config, dtype = nm_bitmap.CONFIGS[0], torch.bfloat16
+    config, dtype = nm_bitmap.few_configs(3)[0], torch.bfloat16
     driver = bitmap(tmp_path, 16, 3, dtype, 4, config)
     in_place_of_the_driver(monkeypatch, bitmap_few=driver)
     parts, bias = nm_parts(70, 256, 8, 16, dtype), random(70, dtype=dtype)
@@ -145,8 +141,8 @@ def test_the_product_of_a_weight_orders_its_activations(n, m, tmp_path, monkeypa
     """The same for the two kernels of a product."""
     warps, stages, dtype, tokens = 2, 2, torch.bfloat16, 17 if m == 4 else 9
     monkeypatch.setattr(nm24, "CONFIGS", [{"WARPS": warps, "STAGES": stages}])
-    config = {"WARPS": warps, "CTAS": 1, "STAGES": stages, "GROUPS": 2}
-    monkeypatch.setattr(nm_bitmap, "MANY_CONFIGS", [config])
+    config = {"WARPS": warps, "CTAS": 1, "STAGES": stages}
+    monkeypatch.setattr(nm_bitmap, "many_configs", lambda *sizes: [config])
     order = emulated(
         tmp_path, "order", TILES=fragments.tiles(tokens), SEGMENTS=int(m > 4), WARPS=8, ACTIVATION=0, BF16=1
     )
@@ -171,9 +167,9 @@ def test_bitmaps_compile(architecture, count, tokens, dtype, tmp_path, monkeypat
     """Without a stack: no register spills, and no array of registers is indexed by an unknown number."""
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
     kernel, macros = nm_bitmap.kernel_for(tokens)
-    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2, "CTAS": 2 if tokens <= 16 else 1}
-    macros |= {"GROUPS": 2} if tokens > nm_bitmap.FEW else {}
-    expect_registers(tmp_path, 128 if tokens <= 16 else 255, kernel, architecture, **macros)
+    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2}
+    configs = nm_bitmap.few_configs(tokens) if tokens <= nm_bitmap.FEW else nm_bitmap.many_configs(tokens, count)
+    expect_registers(tmp_path, 1 << 16, kernel, architecture, **macros, **configs[0])
 
 
 @needs_nvrtc

@@ -16,15 +16,15 @@ KNOWN = {"BF16": 1, "ACTIVATION": 4}
 def bitmap(folder, monkeypatch):
     tokens = 3
     kernel, macros = nm_bitmap.kernel_for(tokens)
-    driver = emulated(folder, kernel, N=16, **nm_bitmap.CONFIGS[0], **KNOWN, **macros)
+    driver = emulated(folder, kernel, N=16, **nm_bitmap.few_configs(tokens)[0], **KNOWN, **macros)
     in_place_of_the_driver(monkeypatch, **{kernel: driver})
     values, index, dense, n, m = nm_parts(OUTPUTS, INPUTS, 8, 16, DTYPE)
     return nm.linear, tokens, (values, index), dense, {"n": n, "m": m, "save_memory": False}
 
 
 def bitmap_of_more_tokens(folder, monkeypatch):
-    tokens, config = 9, {"WARPS": 2, "CTAS": 1, "STAGES": 2, "GROUPS": 2}
-    monkeypatch.setattr(nm_bitmap, "MANY_CONFIGS", [config])
+    tokens, config = 9, {"WARPS": 2, "CTAS": 1, "STAGES": 2}
+    monkeypatch.setattr(nm_bitmap, "many_configs", lambda *sizes: [config])
     kernel, macros = nm_bitmap.kernel_for(tokens)
     folders = folder / "order", folder / "many"
     for part in folders:

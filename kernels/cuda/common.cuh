@@ -33,14 +33,10 @@ __device__ __forceinline__ void copy_async(char* to, const char* from) { copy_as
 __device__ __forceinline__ void copy_some_async(char* to, const char* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
 }
-// A hint: what is here comes to L2, which is right also if a kernel before this one is still to write it.
-__device__ __forceinline__ void prefetch(const char* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 #ifdef STAGES
 __device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory"); }
 #endif
-// What another CTA has written, from where all of them see it.
-__device__ __forceinline__ float fresh(const float* from) { return __ldcg(from); }
 // Shared memory by its own 32-bit addresses, to which constants are added for nothing.
 __device__ __forceinline__ u32 place_of(const char* shared) { return (u32)__cvta_generic_to_shared(shared); }
 // A number that the compiler keeps, in place of computing it again wherever it is used.
@@ -68,6 +64,7 @@ __device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(bytes));
   return r;
 }
+__device__ __forceinline__ float as_float(u32 word) { return __uint_as_float(word); }
 #if BF16
 #define MMA_TYPE "bf16"
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
@@ -126,87 +123,35 @@ __device__ __forceinline__ void finish(float sum, int token, int row, int O, con
 }
 
 #if defined(N) && defined(STAGES)
-// Blocks of 32 rows x 128 columns of a bitmap, which a warp copies to shared memory, in pieces of 16 bytes: N of each 32 columns
-// are stored, and a row has PIECES of values in a block. Its pitch is an odd number of pieces, so that lanes which read the same
-// piece of their own rows have no bank conflict.
-//
-// The blocks of the weight, GROUPS x 32 rows after GROUPS x 32 rows, are divided evenly among the CTAs, whatever rows they belong
-// to. The warps of a CTA take turns, GROUPS of them with the same columns.
-constexpr int PIECES = N / 2, PITCH = PIECES | 1, AT_ONCE = 32 / PIECES;    // AT_ONCE rows are copied by one instruction
-constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;           // bytes of a block: values, then masks
-constexpr int TURNS = WARPS / GROUPS;
-struct Share {  // of the weight, that a CTA has; divisions are by 32 bits, of which each takes a CTA 0.1 us
-  u32 blocks, each, more;  // of a row of blocks; of a CTA, and how many CTAs have one more
-  int begin, end;
-  __device__ __forceinline__ Share(u32 O, u32 I, u32 ctas) : blocks(I / 128) {
-    const u32 all = (O + 32 * GROUPS - 1) / (32 * GROUPS) * blocks;
-    each = all / ctas, more = all - each * ctas, begin = begin_of(blockIdx.x), end = begin_of(blockIdx.x + 1);
-  }
-  __device__ __forceinline__ int begin_of(u32 cta) const { return cta * each + min(cta, more); }
-  __device__ __forceinline__ bool whole(int group) const { return group * (int)blocks >= begin && (group + 1) * (int)blocks <= end; }
-  __device__ __forceinline__ int owner(u32 at) const {  // the CTA that has this block
-    const u32 before = more * (each + 1);
-    return at < before ? at / (each + 1) : more + (at - before) / each;
-  }
-  __device__ __forceinline__ int first_owner(int group) const { return owner(group * blocks); }
-  __device__ __forceinline__ int last_owner(int group) const { return owner((group + 1) * blocks - 1); }
-  // where a CTA puts ``size`` sums of a group that it does not have alone: its first one or its last one
-  __device__ __forceinline__ float* of_group(float* partial, int cta, int group, int size) const {
-    return partial + (size_t)(2 * cta + (begin_of(cta) < group * (int)blocks)) * size;
-  }
-};
-struct Place {  // of a block: in the weight, and in a group
-  int at, group, block;
-  __device__ __forceinline__ Place(const Share& share) : at(share.begin + threadIdx.x / 32 / GROUPS) {
-    group = (u32)at / share.blocks, block = at - group * share.blocks;
-  }
-  __device__ __forceinline__ void advance(const Share& share) {
-    at += TURNS, block += TURNS;
-#pragma unroll 1
-    while (block >= (int)share.blocks) block -= share.blocks, group++;
-  }
-};
-struct Copies {  // of the blocks of a warp, one after the other, by this lane: of pieces of rows that are AT_ONCE apart, and of one row's masks
-  Place next;
+// Blocks of 32 rows x 128 columns of a bitmap, of which a warp copies every WARPS-th to shared memory, in pieces of 16 bytes: N of
+// each 32 columns are stored, and a row has PIECES of values in a block. Its pitch is an odd number of pieces, so that lanes which
+// read the same piece of their own rows have no bank conflict.
+constexpr int PIECES = N / 2, PITCH = PIECES | 1, AT_ONCE = 32 / PIECES;  // AT_ONCE rows are copied by one instruction
+constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;         // bytes of a block: values, then masks
+struct Copies {  // by this lane: of pieces of rows that are AT_ONCE apart, and of the masks of one row
   const char *values, *masks;
-  u32 values_to, masks_to, row_values, row_masks, row;  // places, bytes, the first row that this lane copies
-  int left;                   // rows of the matrix from the first of the group on
-  __device__ __forceinline__ Copies(const Share& share, const char* all_values, const char* all_masks, char* own, int O, int I) : next(share) {
-    const int lane = threadIdx.x % 32, piece = lane % PIECES, first = (next.group * GROUPS + threadIdx.x / 32 % GROUPS) * 32;
-    row = lane / PIECES, row_values = I / 16 * N, row_masks = I / 8, left = O - first;
-    values = all_values + (size_t)(first + row) * row_values + (next.block * PIECES + piece) * 16;
-    masks = all_masks + (size_t)(first + lane) * row_masks + next.block * 16;
+  u32 values_to, masks_to, row_values;  // places, bytes
+  int block, blocks, row, rows;         // the next one, and all; rows of the matrix from the first one that is copied on
+  __device__ __forceinline__ Copies(const char* all_values, const char* all_masks, char* own, int first, int O, int I)
+      : block(threadIdx.x / 32), blocks(I / 128), rows(min(32, O - first)) {
+    const int lane = threadIdx.x % 32, piece = lane % PIECES;
+    row = lane / PIECES, row_values = I / 16 * N;
+    values = all_values + (size_t)(first + row) * row_values + (block * PIECES + piece) * 16;
+    masks = all_masks + (size_t)(first + lane) * (I / 8) + block * 16;
     values_to = kept(place_of(own) + (row * PITCH + piece) * 16), masks_to = kept(place_of(own) + VALUES + lane * 16);
     row = kept(row < AT_ONCE ? row : 32);
   }
-  __device__ __forceinline__ void fetch(const Share& share, int stage) {
-    const int rows = next.at < share.end ? left : 0, below = min(rows, 32) - (int)row;
+  __device__ __forceinline__ void fetch(int stage) {
+    const int there = block < blocks ? rows : 0, below = there - row;
     const u32 to = kept(values_to + stage * STAGE);
 #pragma unroll
     for (int i = 0; i < 32; i += AT_ONCE)
       if (i < below) copy_async(to + i * PITCH * 16, values + (size_t)(row_values * i));
-    if ((int)(threadIdx.x % 32) < rows) copy_async(masks_to + stage * STAGE, masks);
+    if ((int)(threadIdx.x % 32) < there) copy_async(masks_to + stage * STAGE, masks);
     commit();  // also of nothing, so that the oldest group of copies is always that of the block which is next
-    const int before = next.group;
-    next.advance(share);
-    values += TURNS * PIECES * 16, masks += TURNS * 16;
-#pragma unroll 1
-    for (int i = before; i < next.group; i++) {
-      values += (size_t)(GROUPS * 32 - 1) * row_values, masks += (size_t)(GROUPS * 32 - 1) * row_masks, left -= GROUPS * 32;
-    }
+    block += WARPS, values += WARPS * PIECES * 16, masks += WARPS * 16;
   }
 };
-#endif
-
-#if defined(WARPS)
-// Whether ``count - 1`` other CTAs have come here before this one, by the same counter, which begins and ends as 0: what they
-// wrote before is then read by ``fresh``. Called by one thread, after ``__threadfence`` of all and ``__syncthreads``.
-__device__ __forceinline__ bool comes_last(int* counter, int count) {
-  const bool last = atomicAdd(counter, 1) == count - 1;
-  if (last) *counter = 0;
-  __threadfence();
-  return last;
-}
 #endif
 
 #if defined(WARPS) && defined(TOKENS)
