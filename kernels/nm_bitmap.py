@@ -38,7 +38,7 @@ def few_configs(tokens: int) -> list[dict[str, int]]:
 
 
 def many_configs(tokens: int, count: int) -> list[dict[str, int]]:
-    """To choose from, above FEW: 16 warps of a multiprocessor, if the sums and values of a lane fit in 128 registers."""
+    """To choose from, above FEW: 16 warps of a multiprocessor if sums and values of a lane fit in 128 registers."""
     small = fragments.tiles(tokens) <= 2 and count <= 16
     return [{"WARPS": w, "CTAS": c, "STAGES": 2} for w, c in (((8, 2), (16, 1), (4, 4)) if small else ((8, 1), (4, 2)))]
 
