@@ -50,7 +50,7 @@ except ImportError:  # not POSIX: files are still replaced in one step, but two 
 REPEATS, SHORT_REPEATS, SHORT_MS = 7, 21, 0.1  # a launch of microseconds is noisy: measure more often
 TIE = 1.02  # within which the likelier configuration, which stands before, is taken
 FLUSH_BYTES = 128 << 20  # larger than any L2, so that a small weight is timed from memory, as in a model
-CHAIN, CHAIN_BYTES = 8, 64 << 20  # short calls are timed in a row, as the layers of a model, each on its own copy
+CHAIN, CHAIN_BYTES = 8, 256 << 20  # short calls are timed in a row, as the layers of a model, each on its own copy
 FILE_BYTES = 16 << 20  # what is larger was not written here
 LOCK_SECONDS = 5  # a writer needs milliseconds: a process that holds the lock longer has stopped
 DOES_NOT_FIT = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError)

@@ -32,6 +32,7 @@ static void __syncthreads() { cta->arrive_and_wait(); }
 static void wait_for_kernel_before() {}
 static void let_next_kernel_start() {}
 static unsigned place_of(const char* shared) { return shared - memory; }
+static unsigned kept(unsigned number) { return number; }
 static unsigned short half_at(unsigned place) { unsigned short r; return std::memcpy(&r, memory + place, 2), r; }
 static unsigned word_at(unsigned place) { unsigned r; return std::memcpy(&r, memory + place, 4), r; }
 struct Loaded {
@@ -48,6 +49,7 @@ struct Words {
 static Words pair_at(unsigned place) { return {place}; }
 static void add_product_if(unsigned condition, float& sum, float a, float b) { sum = condition ? std::fma(a, b, sum) : sum; }
 static unsigned moved(unsigned low, unsigned high, unsigned bits) { return ((unsigned long)high << 32 | low) >> min(bits, 32u); }
+static unsigned moved_up(unsigned low, unsigned high, unsigned bits) { return (((unsigned long)high << 32 | low) << min(bits, 32u)) >> 32; }
 static unsigned permuted(unsigned low, unsigned high, unsigned bytes) {
   unsigned long both = (unsigned long)high << 32 | low;
   unsigned out = 0;
@@ -59,8 +61,10 @@ extern "C" { int late = 0; }
 static thread_local std::vector<std::vector<Copy>> groups(1);  // the last one is open
 static void done(const Copy& c) { std::memset(c.to, 0, c.zeros), std::memcpy(c.to, c.from, c.bytes); }
 static void copied(Copy c) { late ? groups.back().push_back(c) : done(c); }
+static unsigned bits_below(unsigned bits, unsigned count) { return count > 31 ? bits : bits & (1u << count) - 1; }
 static unsigned highest_bit(unsigned bits) { return 31 - std::countl_zero(bits); }
 static void copy_async(char* to, const char* from) { copied({to, from, 16, 16}); }
+static void copy_async(unsigned to, const char* from) { copied({memory + to, from, 16, 16}); }
 static void copy_some_async(char* to, const char* from, int bytes) { copied({to, from, bytes, 16}); }
 static unsigned add_byte(unsigned word, int byte, unsigned factor, unsigned to) { return to + (word >> 8 * byte & 255) * factor; }
 static unsigned add_bytes(unsigned a, unsigned b, unsigned to) {
@@ -97,6 +101,7 @@ static void wait_for_oldest() {  // of the closed groups all but STAGES - 1
   for (; groups.size() > STAGES; groups.erase(groups.begin())) std::for_each(groups[0].begin(), groups[0].end(), done);
 }
 #endif
+static float as_float(unsigned word) { return std::bit_cast<float>(word); }
 #if BF16
 static float low(unsigned pair) { return std::bit_cast<float>(pair << 16); }
 static unsigned short rounded(float f) { return (std::bit_cast<unsigned>(f) + 0x7fff + (std::bit_cast<unsigned>(f) >> 16 & 1)) >> 16; }

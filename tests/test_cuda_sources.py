@@ -22,13 +22,15 @@ from triton_cases import DEVICE, close, nm_parts, random
 
 from sten.kernels import fragments, nm, nm24, nm_bitmap, nvrtc
 
-CASES = [  # n, m, tokens, warps, stages, dtype, activation, bias and gate
-    (16, 32, 1, 2, 3, torch.bfloat16, 0, False),
-    (6, 16, 3, 2, 2, torch.float16, 4, True),
-    (2, 8, 2, 1, 3, torch.bfloat16, 3, True),
-    (16, 32, 13, 2, 2, torch.bfloat16, 0, False),
-    (6, 16, 40, 2, 2, torch.float16, 4, True),
-    (2, 8, 5, 1, 3, torch.bfloat16, 3, True),
+CASES = [  # n, m, tokens, warps, stages, x as fp32, dtype, activation, bias and gate
+    (16, 32, 1, 2, 3, 1, torch.bfloat16, 0, False),
+    (6, 16, 3, 2, 1, 0, torch.float16, 4, True),
+    (2, 8, 2, 1, 2, 1, torch.bfloat16, 3, True),
+    (10, 32, 4, 2, 1, 1, torch.float16, 0, True),
+    (16, 32, 13, 2, 2, 0, torch.bfloat16, 0, False),
+    (6, 16, 40, 2, 3, 0, torch.float16, 4, True),
+    (10, 32, 5, 1, 2, 0, torch.bfloat16, 3, True),
+    (14, 16, 20, 2, 2, 0, torch.bfloat16, 3, True),
 ]
 CASES_24 = [  # tokens, warps, stages, dtype, activation, bias and gate
     (2, 2, 3, torch.bfloat16, 0, False),
@@ -37,12 +39,11 @@ CASES_24 = [  # tokens, warps, stages, dtype, activation, bias and gate
 ]
 
 
-def bitmap(folder, count, tokens, dtype, activation, warps, stages):
+def bitmap(folder, count, tokens, dtype, activation, config):
     """The emulated kernel for so many values of each 32."""
     kernel, macros = nm_bitmap.kernel_for(tokens)
     known = {"N": count, "BF16": int(dtype == torch.bfloat16), "ACTIVATION": activation}
-    stages = {"STAGES": stages} if tokens <= nm_bitmap.FEW else {}
-    return emulated(folder, kernel, **macros, **known, **stages, WARPS=warps)
+    return emulated(folder, kernel, **macros, **known, **config)
 
 
 def in_order(x, segments):
@@ -88,13 +89,13 @@ def run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtyp
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bitmaps_on_a_cpu(case, tmp_path):
     """40 rows: the second CTA has 24 too many; five blocks of 128 columns, which the warps share unequally."""
-    n, m, tokens, warps, stages, dtype, activation, more = case
+    n, m, tokens, warps, stages, single, dtype, activation, more = case
     count, outputs, inputs = n * 32 // m, 40, 640
     parts = [t.cpu() for t in nm_parts(outputs, inputs, n, m, dtype)[:3]]
-    driver = bitmap(tmp_path, count, tokens, dtype, activation, warps, stages)
+    config = {"WARPS": warps, "CTAS": 1, "STAGES": stages} | ({"SINGLE": single} if tokens <= nm_bitmap.FEW else {})
+    driver = bitmap(tmp_path, count, tokens, dtype, activation, config)
     kernel, _ = nm_bitmap.kernel_for(tokens)
-    many = kernel == "bitmap_many"
-    shared = fragments.sums_bytes(tokens, warps) if many else nm_bitmap.shared_bytes(count, tokens, warps, stages)
+    shared = nm_bitmap.shared_bytes(count, tokens, **config)
     x = random(tokens, inputs, dtype=dtype).cpu()
     run_on_a_cpu(driver, kernel, parts, x, warps, shared, activation, more, dtype)
 
@@ -121,8 +122,9 @@ def test_24_on_a_cpu(case, tmp_path):
 @on_cpu
 def test_the_product_of_a_weight_starts_the_kernel(tmp_path, monkeypatch):
     """From x of any strides and parts of any alignment to y, with the grid, memory and macros of the first choice."""
-    (warps, stages), dtype = nm_bitmap.WARPS_AND_STAGES[0], torch.bfloat16
-    in_place_of_the_driver(monkeypatch, bitmap_few=bitmap(tmp_path, 16, 3, dtype, 4, warps, stages))
+    config, dtype = nm_bitmap.few_configs(3)[0], torch.bfloat16
+    driver = bitmap(tmp_path, 16, 3, dtype, 4, config)
+    in_place_of_the_driver(monkeypatch, bitmap_few=driver)
     parts, bias = nm_parts(70, 256, 8, 16, dtype), random(70, dtype=dtype)
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
     x, gate = random(3, 2, 259, dtype=dtype)[:, 1, 1:257], random(3, 70, dtype=dtype, seed=3)
@@ -139,7 +141,8 @@ def test_the_product_of_a_weight_orders_its_activations(n, m, tmp_path, monkeypa
     """The same for the two kernels of a product."""
     warps, stages, dtype, tokens = 2, 2, torch.bfloat16, 17 if m == 4 else 9
     monkeypatch.setattr(nm24, "CONFIGS", [{"WARPS": warps, "STAGES": stages}])
-    monkeypatch.setattr(nm_bitmap, "MANY_WARPS", [warps])
+    config = {"WARPS": warps, "CTAS": 1, "STAGES": stages}
+    monkeypatch.setattr(nm_bitmap, "many_configs", lambda *sizes: [config])
     order = emulated(
         tmp_path, "order", TILES=fragments.tiles(tokens), SEGMENTS=int(m > 4), WARPS=8, ACTIVATION=0, BF16=1
     )
@@ -147,7 +150,7 @@ def test_the_product_of_a_weight_orders_its_activations(n, m, tmp_path, monkeypa
     if m == 4:
         kernels = {"nm24_many": sparse_mma(tmp_path / "many", tokens, dtype, 4, warps, stages)}
     else:
-        kernels = {"bitmap_many": bitmap(tmp_path / "many", 16, tokens, dtype, 4, warps, stages)}
+        kernels = {"bitmap_many": bitmap(tmp_path / "many", 16, tokens, dtype, 4, config)}
     in_place_of_the_driver(monkeypatch, order=order, **kernels)
     parts, bias = nm_parts(70, 256, n, m, dtype), random(70, dtype=dtype)
     shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in parts[:2]]
@@ -164,8 +167,9 @@ def test_bitmaps_compile(architecture, count, tokens, dtype, tmp_path, monkeypat
     """Without a stack: no register spills, and no array of registers is indexed by an unknown number."""
     monkeypatch.setenv("STEN_CACHE_DIR", str(tmp_path))
     kernel, macros = nm_bitmap.kernel_for(tokens)
-    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2, "WARPS": 8, "STAGES": 2}
-    expect_registers(tmp_path, 168 if tokens <= 16 else 255, kernel, architecture, **macros)
+    macros |= {"N": count, "BF16": dtype, "ACTIVATION": 2}
+    configs = nm_bitmap.few_configs(tokens) if tokens <= nm_bitmap.FEW else nm_bitmap.many_configs(tokens, count)
+    expect_registers(tmp_path, 1 << 16, kernel, architecture, **macros, **configs[0])
 
 
 @needs_nvrtc

@@ -14,23 +14,23 @@ KNOWN = {"BF16": 1, "ACTIVATION": 4}
 
 
 def bitmap(folder, monkeypatch):
-    (warps, stages), tokens = nm_bitmap.WARPS_AND_STAGES[0], 3
+    tokens = 3
     kernel, macros = nm_bitmap.kernel_for(tokens)
-    driver = emulated(folder, kernel, N=16, WARPS=warps, STAGES=stages, **KNOWN, **macros)
+    driver = emulated(folder, kernel, N=16, **nm_bitmap.few_configs(tokens)[0], **KNOWN, **macros)
     in_place_of_the_driver(monkeypatch, **{kernel: driver})
     values, index, dense, n, m = nm_parts(OUTPUTS, INPUTS, 8, 16, DTYPE)
     return nm.linear, tokens, (values, index), dense, {"n": n, "m": m, "save_memory": False}
 
 
 def bitmap_of_more_tokens(folder, monkeypatch):
-    warps, tokens = 2, 9
-    monkeypatch.setattr(nm_bitmap, "MANY_WARPS", [warps])
+    tokens, config = 9, {"WARPS": 2, "CTAS": 1, "STAGES": 2}
+    monkeypatch.setattr(nm_bitmap, "many_configs", lambda *sizes: [config])
     kernel, macros = nm_bitmap.kernel_for(tokens)
     folders = folder / "order", folder / "many"
     for part in folders:
         part.mkdir()
     order = emulated(folders[0], "order", SEGMENTS=1, WARPS=8, **KNOWN, **macros)
-    many = emulated(folders[1], kernel, N=16, WARPS=warps, **KNOWN, **macros)
+    many = emulated(folders[1], kernel, N=16, **config, **KNOWN, **macros)
     in_place_of_the_driver(monkeypatch, order=order, **{kernel: many})
     values, index, dense, n, m = nm_parts(OUTPUTS, INPUTS, 16, 32, DTYPE)
     return nm.linear, tokens, (values, index), dense, {"n": n, "m": m, "save_memory": False}

@@ -1,99 +1,87 @@
 // x (T, I) times NM as a bitmap, for one to four tokens: activation(x @ W.T + bias) * gate, (T, O).
 //
 // N of each 32 columns of a row are stored, so that every value has a place that is known here. A lane owns a row, and a warp
-// a block of 32 rows x 128 columns at a time. Rows come to shared memory in pieces of 16 bytes (cp.async, STAGES - 1 blocks
-// ahead); a row's pitch there is an odd number of pieces, so that lanes which read the same piece of their own rows have no
-// bank conflict. x of the block stands beside, as 32-bit words: the 32 columns of a segment lie in 32 banks, and lanes that
-// gather from one segment have no conflict either. The highest bit of a mask belongs to the last value of its segment.
+// a block of 32 rows x 128 columns at a time (``Copies`` in common.cuh). A lane reads all its values of a block at once, and the
+// block that is STAGES later comes to the same place meanwhile. x of the block stands beside, as 32-bit words, of fp32 if SINGLE, else
+// of two tokens, which are fewer words and more instructions: the 32 columns of a segment lie in 32 banks, and lanes that gather
+// from one segment have no conflict. The highest bit of a mask belongs to the last value of its segment.
 //
-// Macros: N (even), TOKENS (1, 2, 4), WARPS, STAGES, BF16 (else fp16), ACTIVATION (see common.cuh).
+// Macros: N (even), TOKENS (1, 2, 4), SINGLE (1 for one token), WARPS, CTAS of a multiprocessor, STAGES, BF16 (else fp16), ACTIVATION (see common.cuh).
 #include "common.cuh"
 
-constexpr int PIECES = N / 2;                       // of the values of a row in a block, 16 bytes each
-constexpr int PITCH = PIECES | 1;                   // of a row in shared memory, in pieces
-constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;  // bytes: values, then masks
-constexpr int WORDS = TOKENS == 4 ? 2 : 1;          // of x for each column: fp32, or pairs of tokens
-constexpr int WARP = STAGES * STAGE + WORDS * 512;  // bytes of a warp
-constexpr int MEMORY = WARPS * WARP;
+constexpr int WORDS = SINGLE ? TOKENS : TOKENS / 2;  // of x for each column
+constexpr int WARP = STAGES * STAGE + WORDS * 512;   // bytes of a warp
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, CTAS)
 bitmap_few(const u16* x, const char* values, const char* index, const u16* bias, const u16* gate, u16* y, int T, int O, int I) {
   extern __shared__ __align__(16) char memory[];
-  wait_for_kernel_before();
-  let_next_kernel_start();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, blocks = I / 128, first = blockIdx.x * 32;
-  const size_t row_values = (size_t)I / 16 * N, row_bits = I / 8;  // bytes
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int blocks = I / 128, first = blockIdx.x * 32;
   char* own = memory + warp * WARP;
   u32* xs = (u32*)(own + STAGES * STAGE);
-
-  auto fetch = [&](int block, int stage) {
-    char* to = own + stage * STAGE;
-    if (block < blocks) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
+  Copies copies(values, index, own, first, O, I);
 #pragma unroll
-      for (int i = 0; i < PIECES; i++) {
-        const int k = lane + 32 * i, r = k / PIECES, piece = k % PIECES, row = min(first + r, O - 1);
-        copy_async(to + (r * PITCH + piece) * 16, values + row * row_values + ((size_t)block * PIECES + piece) * 16);
-      }
-      copy_async(to + VALUES + lane * 16, index + min(first + lane, O - 1) * row_bits + (size_t)block * 16);
-    }
-    commit();  // also of nothing, so that the oldest group is always that of the block which is next
-  };
-  Pair ahead[TOKENS];  // four columns of each token
+  for (int s = 0; s < STAGES; s++) copies.fetch(s);
+
+  Pair ahead[TOKENS];  // four columns of each token; of a token that does not exist, those of the last one
+  u32 token_at[TOKENS];
+#pragma unroll
+  for (int t = 0; t < TOKENS; t++) token_at[t] = min(t, T - 1) * I + lane * 4;
   auto fetch_x = [&](int block) {
 #pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-      ahead[t] = Pair{0, 0};
-      if (block < blocks && t < T) ahead[t] = *(const Pair*)(x + (size_t)t * I + block * 128 + lane * 4);
-    }
+    for (int t = 0; t < TOKENS; t++)
+      if (block < blocks) ahead[t] = *(const Pair*)(x + (token_at[t] + block * 128));
   };
+  fetch_x(warp);
 
   float acc[4] = {0, 0, 0, 0};  // of the four segments of one token, or of up to four tokens
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) fetch(warp + s * WARPS, s);
-  fetch_x(warp);
   int stage = 0;
   for (int block = warp; block < blocks; block += WARPS) {
-    fetch(block + (STAGES - 1) * WARPS, stage == 0 ? STAGES - 1 : stage - 1);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      auto number = [&](int t) { u32 pair = ahead[t].word[i / 2]; return i % 2 ? pair >> 16 : pair & 0xffff; };
-      if (TOKENS == 1) {
-        float f = i % 2 ? high(ahead[0].word[i / 2]) : low(ahead[0].word[i / 2]);
-        ((float*)xs)[lane * 4 + i] = f;
-      } else {
-#pragma unroll
-        for (int w = 0; w < WORDS; w++)
-          xs[w * 128 + lane * 4 + i] = number(2 * w < TOKENS ? 2 * w : 0) | number(2 * w + 1 < TOKENS ? 2 * w + 1 : 0) << 16;
-      }
-    }
-    fetch_x(block + WARPS);
     wait_for_oldest();
     __syncwarp();
-    const Piece* piece = (const Piece*)(own + stage * STAGE);
+    char* place = own + stage * STAGE;
+    const Piece* piece = (const Piece*)place;
     Piece v[PIECES], masks = piece[32 * PITCH + lane];
 #pragma unroll
     for (int j = 0; j < PIECES; j++) v[j] = piece[lane * PITCH + j];
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+      if (SINGLE) {
+        const u32 *four = ahead[w].word;
+        ((Floats*)xs)[w * 32 + lane] = Floats{low(four[0]), high(four[0]), low(four[1]), high(four[1])};
+      } else {
+        const u32 *a = ahead[2 * w].word, *b = ahead[2 * w + 1].word;
+        ((Piece*)xs)[w * 32 + lane] = Piece{permuted(a[0], b[0], 0x5410), permuted(a[0], b[0], 0x7632),
+                                            permuted(a[1], b[1], 0x5410), permuted(a[1], b[1], 0x7632)};
+      }
+    }
+    __syncwarp();  // all have read this stage, and written x
+    copies.fetch(stage);
+    fetch_x(block + WARPS);
 #pragma unroll
     for (int i = N - 1; i >= 0; i--)
 #pragma unroll
       for (int s = 0; s < 4; s++) {
         const int at = s * N + i;
         const u32 c = highest_bit(masks.word[s]), pair = v[at / 8].word[at / 2 % 4];
-        masks.word[s] ^= 1u << c;
+        masks.word[s] = bits_below(masks.word[s], c);
         const float value = at % 2 ? high(pair) : low(pair);
-        if (TOKENS == 1) {
-          acc[s] = fmaf(value, ((float*)xs)[s * 32 + c], acc[s]);
-        } else {
+        const u32* words = xs + c;
 #pragma unroll
-          for (int w = 0; w < WORDS; w++) {
-            const u32 two = xs[w * 128 + s * 32 + c];
-            acc[2 * w] = fmaf(value, low(two), acc[2 * w]);
-            acc[2 * w + 1] = fmaf(value, high(two), acc[2 * w + 1]);
+        for (int w = 0; w < WORDS; w++) {
+          const u32 word = words[w * 128 + s * 32];
+          if (SINGLE) {
+            float& sum = acc[TOKENS == 1 ? s : w];
+            sum = fmaf(value, as_float(word), sum);
+          } else {
+            acc[2 * w] = fmaf(value, low(word), acc[2 * w]);
+            acc[2 * w + 1] = fmaf(value, high(word), acc[2 * w + 1]);
           }
         }
       }
     stage = stage == STAGES - 1 ? 0 : stage + 1;
-    __syncwarp();  // the next copies overwrite this stage, the next x these words
   }
 
   add_warps(acc, memory, [&](int i) { return first + i; }, bias, gate, y, T, O);

@@ -5,6 +5,7 @@ typedef unsigned short u16;
 
 struct alignas(16) Piece { u32 word[4]; };
 struct alignas(8) Pair { u32 word[2]; };
+struct alignas(16) Floats { float value[4]; };
 
 #ifndef EMULATED  // by a test, on a CPU
 // The kernel may have been started while the one before it in the stream still ran (PDL): wait for its end and its writes.
@@ -28,9 +29,15 @@ __device__ __forceinline__ Piece load_once(const Piece* from) {  // which is not
 __device__ __forceinline__ void fetch_early(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 __device__ __forceinline__ u32 ones_below(u32 bit) { u32 above; asm("shl.b32 %0, %1, %2;" : "=r"(above) : "r"(~0u), "r"(bit)); return ~above; }
 __device__ __forceinline__ u32 highest_bit(u32 bits) { u32 at; asm("bfind.u32 %0, %1;" : "=r"(at) : "r"(bits)); return at; }
-__device__ __forceinline__ void copy_async(char* to, const char* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+__device__ __forceinline__ u32 bits_below(u32 bits, u32 count) {  // the lowest ``count``; one instruction, where a shift and a mask are two
+  u32 r;
+  asm("szext.clamp.u32 %0, %1, %2;" : "=r"(r) : "r"(bits), "r"(count));
+  return r;
 }
+__device__ __forceinline__ void copy_async(u32 to, const char* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async(char* to, const char* from) { copy_async((u32)__cvta_generic_to_shared(to), from); }
 // The bytes behind the first ``bytes`` become 0.
 __device__ __forceinline__ void copy_some_async(char* to, const char* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
@@ -41,6 +48,8 @@ __device__ __forceinline__ void wait_for_oldest() { asm volatile("cp.async.wait_
 #endif
 // Shared memory by its own 32-bit addresses, to which constants are added for nothing.
 __device__ __forceinline__ u32 place_of(const char* shared) { return (u32)__cvta_generic_to_shared(shared); }
+// A number that the compiler keeps, in place of computing it again wherever it is used.
+__device__ __forceinline__ u32 kept(u32 number) { asm volatile("" : "+r"(number)); return number; }
 __device__ __forceinline__ u16 half_at(u32 place) { u16 r; asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(place)); return r; }
 __device__ __forceinline__ u32 word_at(u32 place) { u32 r; asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(place)); return r; }
 __device__ __forceinline__ Pair pair_at(u32 place) {
@@ -54,6 +63,8 @@ __device__ __forceinline__ void add_product_if(u32 condition, float& sum, float 
 }
 // The low word of two, moved to the right by up to 32 bits.
 __device__ __forceinline__ u32 moved(u32 low, u32 high, u32 bits) { return __funnelshift_rc(low, high, bits); }
+// The high word of two, moved to the left by up to 32 bits.
+__device__ __forceinline__ u32 moved_up(u32 low, u32 high, u32 bits) { return __funnelshift_lc(low, high, bits); }
 // A byte of a word, times a factor below 256, plus ``to``.
 __device__ __forceinline__ u32 add_byte(u32 word, int byte, u32 factor, u32 to) { return __dp4a(word, factor << 8 * byte, to); }
 // The products of the bytes of two words, plus ``to``.
@@ -76,6 +87,7 @@ __device__ __forceinline__ u32 permuted(u32 low, u32 high, u32 bytes) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(low), "r"(high), "r"(bytes));
   return r;
 }
+__device__ __forceinline__ float as_float(u32 word) { return __uint_as_float(word); }
 #if BF16
 #define MMA_TYPE "bf16"
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
@@ -132,6 +144,38 @@ __device__ __forceinline__ void finish(float sum, int token, int row, int O, con
   if (gate) sum *= low(gate[at]);
   y[at] = rounded(sum);
 }
+
+#if defined(N) && defined(STAGES)
+// Blocks of 32 rows x 128 columns of a bitmap, of which a warp copies every WARPS-th to shared memory, in pieces of 16 bytes: N of
+// each 32 columns are stored, and a row has PIECES of values in a block. Its pitch is an odd number of pieces, so that lanes which
+// read the same piece of their own rows have no bank conflict.
+constexpr int PIECES = N / 2, PITCH = PIECES | 1, AT_ONCE = 32 / PIECES;  // AT_ONCE rows are copied by one instruction
+constexpr int VALUES = 32 * PITCH * 16, STAGE = VALUES + 32 * 16;         // bytes of a block: values, then masks
+struct Copies {  // by this lane: of pieces of rows that are AT_ONCE apart, and of the masks of one row
+  const char *values, *masks;
+  u32 values_to, masks_to, row_values;  // places, bytes
+  int block, blocks, row, rows;         // the next one, and all; rows of the matrix from the first one that is copied on
+  __device__ __forceinline__ Copies(const char* all_values, const char* all_masks, char* own, int first, int O, int I)
+      : block(threadIdx.x / 32), blocks(I / 128), rows(min(32, O - first)) {
+    const int lane = threadIdx.x % 32, piece = lane % PIECES;
+    row = lane / PIECES, row_values = I / 16 * N;
+    values = all_values + (size_t)(first + row) * row_values + (block * PIECES + piece) * 16;
+    masks = all_masks + (size_t)(first + lane) * (I / 8) + block * 16;
+    values_to = kept(place_of(own) + (row * PITCH + piece) * 16), masks_to = kept(place_of(own) + VALUES + lane * 16);
+    row = kept(row < AT_ONCE ? row : 32);
+  }
+  __device__ __forceinline__ void fetch(int stage) {
+    const int there = block < blocks ? rows : 0, below = there - row;
+    const u32 to = kept(values_to + stage * STAGE);
+#pragma unroll
+    for (int i = 0; i < 32; i += AT_ONCE)
+      if (i < below) copy_async(to + i * PITCH * 16, values + (size_t)(row_values * i));
+    if ((int)(threadIdx.x % 32) < there) copy_async(masks_to + stage * STAGE, masks);
+    commit();  // also of nothing, so that the oldest group of copies is always that of the block which is next
+    block += WARPS, values += WARPS * PIECES * 16, masks += WARPS * 16;
+  }
+};
+#endif
 
 #if defined(WARPS) && defined(TOKENS)
 // The end of a product on CUDA cores whose warps share the columns of 32 rows, a lane a row: ``acc`` has the sums of each warp, of
