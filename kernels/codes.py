@@ -17,10 +17,12 @@ import triton.language as tl
 
 from . import autotune
 from .backend import INTERPRET, backend
+from .epilogue import finish
 from .launch import into_new, triton_launch
 from .operators import operator
 from .pdl import begin, overlap
 from .precision import precision
+from .split_k import workspace
 from .tiles import power_of_two, wide
 
 
@@ -44,10 +46,11 @@ def _load_rows(w_ptr, row, used, o, O, EVEN: tl.constexpr):
 
 @triton.jit
 def _sum_rows(
-    values_ptr, crow_ptr, order_ptr, index_ptr, w_ptr, bias_ptr, sums_ptr, y_ptr, K, O,
-    BK: tl.constexpr, BO: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+    values_ptr, crow_ptr, order_ptr, index_ptr, w_ptr, bias_ptr, sums_ptr, y_ptr, partial_ptr, count_ptr, K, O,
+    BK: tl.constexpr, BO: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token and BO outputs per program. While rows are added, the next ones and the entries after those come.
+    """One token, BO outputs and one of S shares of its entries per program. While rows are added, the next ones and the
+    entries after those come.
 
     ``order``: where the values of the entries are; without ``index`` their row of w is that number divided by K.
     ``sums``: of the values of each token.
@@ -58,6 +61,10 @@ def _sum_rows(
         start, stop = token * K, token * K + K
     else:
         start, stop = tl.load(crow_ptr + token), tl.load(crow_ptr + token + 1)
+    if S > 1:
+        each = tl.cdiv(stop - start, S * BK) * BK
+        start += tl.program_id(2) * each
+        stop = tl.minimum(stop, start + each)
     value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, start, stop, K, BK, WIDE)
     w = _load_rows(w_ptr, row, used, o, O, EVEN)
     next_value, row, used = _load_entries(values_ptr, order_ptr, index_ptr, start + BK, stop, K, BK, WIDE)
@@ -72,10 +79,17 @@ def _sum_rows(
     if sums_ptr is not None:
         total_of_token = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
         tl.store(sums_ptr + token, total_of_token, mask=tl.program_id(1) == 0)
-    y = tl.sum(acc, 0)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token.to(tl.int64) * O + o, y.to(y_ptr.dtype.element_ty), mask=o < O)
+    y, place = tl.sum(acc, 0), token.to(tl.int64) * O + o
+    if S > 1:
+        y, tile = y[:, None], token * tl.num_programs(1) + tl.program_id(1)
+        finish(
+            y, y, tile, tl.program_id(2), S, tile * S, o, o < O, place[:, None], (o < O)[:, None], 0,
+            bias_ptr, None, None, y_ptr, partial_ptr, count_ptr, 1, True, BO, 1, "none",
+        )  # fmt: skip
+    else:
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=o < O)
 
 
 @triton.jit
@@ -134,16 +148,18 @@ def _dot_rows(
         tl.store(out_ptr + e, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=used)
 
 
-def _rows_configs(tokens: int, each: int) -> list[dict]:
+def _rows_configs(tokens: int, each: int, alone: bool) -> list[dict]:
     if INTERPRET:
-        return [{"BK": 8, "BO": 16}]
-    if tokens < 64:  # the outputs are all that can be divided among the multiprocessors
+        return [{"BK": 8, "BO": 16, "S": 3 if alone else 1}]
+    if alone:  # the entries are divided among programs, too
+        tiles = [(128, 64, 8, 2), (64, 64, 4, 4), (128, 32, 4, 4), (128, 64, 8), (64, 128, 8, 2), (64, 64, 8)]
+    elif tokens < 64:  # the outputs are all that can be divided among the multiprocessors
         tiles = [(128, 64, 8), (64, 32, 4), (64, 64, 8), (128, 32, 8), (256, 64, 8), (256, 32, 8), (128, 64, 4)]
     elif each <= 8:  # programs that end soon: many of them, and small
         tiles = [(4, 256, 1), (4, 128, 1), (2, 256, 1), (4, 256, 2), (8, 128, 1), (4, 512, 2)]
     else:
         tiles = [(4, 256, 2), (8, 256, 4), (8, 128, 2), (16, 256, 4), (4, 256, 1), (4, 1024, 8)]
-    return [{"BK": bk, "BO": bo, "num_warps": warps} for bk, bo, warps in tiles]
+    return [{"BK": bk, "BO": bo, "num_warps": warps, "S": sum(s) or 1} for bk, bo, warps, *s in tiles]
 
 
 def _sums(values, crow, order, index, weight, bias, sums, tokens: int, count: int):
@@ -152,9 +168,10 @@ def _sums(values, crow, order, index, weight, bias, sums, tokens: int, count: in
     constants = {"WIDE": wide(weight), **overlap(weight)}
 
     def prepare(config):
-        grid = (tokens, triton.cdiv(outputs, config["BO"]))
-        launch = triton_launch(_sum_rows, grid, EVEN=outputs % config["BO"] == 0, **constants, **config)
-        return lambda *tensors: launch(*tensors, count, outputs)
+        size, tiles = config["BO"], tokens * triton.cdiv(outputs, config["BO"])
+        grid, shares = (tokens, tiles // max(1, tokens), config["S"]), tiles * config["S"]
+        launch = triton_launch(_sum_rows, grid, EVEN=outputs % size == 0, **constants, **config)
+        return lambda *tensors: launch(*tensors, *workspace.take(tensors[-1], tiles, shares, size), count, outputs)
 
     y = weight.new_empty(tokens, outputs)
     if y.numel() == 0:
@@ -162,7 +179,8 @@ def _sums(values, crow, order, index, weight, bias, sums, tokens: int, count: in
     each = values.numel() // max(1, tokens)
     key = (weight.dtype, power_of_two(tokens, 1, 4096), power_of_two(each, 1, 1 << 16), outputs, crow is None)
     tensors = (values, crow, order, index, weight, bias, sums, y)
-    return autotune.pick("codes_linear", key, _rows_configs(tokens, each), prepare, tensors)
+    configs = _rows_configs(tokens, each, alone=tokens == 1 and order is None)
+    return autotune.pick("codes_linear", key, configs, prepare, tensors)
 
 
 def _shared_sums(values, crow, index, weight, bias, tokens: int):

@@ -39,8 +39,9 @@ def apply(y: torch.Tensor, activation: str, gate: torch.Tensor | None) -> torch.
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
+    if ACTIVATION == "relu" or ACTIVATION == "relu2":
         y = tl.where(y < 0, 0.0, y)  # a maximum would turn NaN into 0
+        y = y * y if ACTIVATION == "relu2" else y
     elif ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -51,6 +52,43 @@ def activate(y, ACTIVATION: tl.constexpr):
     return y
 
 
+def bits_of(number: float) -> int:
+    """The bits of a number in float32, as ``edge_of`` takes them."""
+    return torch.tensor(number, dtype=torch.float32).view(torch.int32).item()
+
+
+@triton.jit
+def edge_of(edge_ptr, number, dtype: tl.constexpr):
+    """A threshold, rounded as PyTorch rounds what it compares with a tensor of this dtype: of one element in memory, or
+    if there is none, ``bits_of`` a number."""
+    if edge_ptr is None:
+        edge = tl.full((), number, tl.int32).to(tl.float32, bitcast=True)
+    else:
+        edge = tl.load(edge_ptr).to(tl.float32)
+    return edge.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _keep_of_four(y, COUNT: tl.constexpr):
+    """``keep_adjacent`` for blocks of 4, which a thread has in registers: six comparisons a block."""
+    even, odd = tl.split(tl.reshape(y, (y.shape[0] // 4, 2, 2)))
+    y0, y2 = tl.split(even)
+    y1, y3 = tl.split(odd)
+    s0, s1, s2, s3 = _magnitude(y0), _magnitude(y1), _magnitude(y2), _magnitude(y3)
+    # whether a comes before b of the same block, 0 or 1
+    b01, b02, b03 = (s0 >= s1).to(tl.int32), (s0 >= s2).to(tl.int32), (s0 >= s3).to(tl.int32)
+    b12, b13, b23 = (s1 >= s2).to(tl.int32), (s1 >= s3).to(tl.int32), (s2 >= s3).to(tl.int32)
+    y0, y1 = tl.where(3 - b01 - b02 - b03 < COUNT, y0, 0.0), tl.where(2 + b01 - b12 - b13 < COUNT, y1, 0.0)
+    y2, y3 = tl.where(1 + b02 + b12 - b23 < COUNT, y2, 0.0), tl.where(b03 + b13 + b23 < COUNT, y3, 0.0)
+    return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (y.shape[0],))
+
+
+@triton.jit
+def _magnitude(y):
+    """|y|; NaN is lowest."""
+    return tl.where(y == y, tl.abs(y), -1.0)
+
+
 @triton.jit
 def keep_adjacent(y, edge, KEEP: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """y (SIZE,), outputs of one token in whole blocks, with zeros for what is dropped: see ``finish``."""
@@ -58,9 +96,11 @@ def keep_adjacent(y, edge, KEEP: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.co
         y = tl.where(tl.abs(y) > edge, y, 0.0)
     elif KEEP == "above":
         y = tl.where(y > edge, y, 0.0)
+    elif KEEP == "blocks" and BLOCK == 4:
+        y = _keep_of_four(y, COUNT)
     elif KEEP == "blocks":
         blocks = tl.reshape(y, (y.shape[0] // BLOCK, BLOCK))
-        size = tl.where(blocks == blocks, tl.abs(blocks), -1.0)
+        size = _magnitude(blocks)
         own, other = size[:, :, None], size[:, None, :]
         at = tl.arange(0, BLOCK)
         first = at[None, None, :] < at[None, :, None]

@@ -5,7 +5,7 @@
 # interpreter; the logs go to the folder $1 of the repository; FILES are other tests to run.
 set -u
 cd "$(dirname "$0")/.." || exit
-all=$(echo tests/test_triton_{nm,vector_nm,bsr,csr_grouped,finish,codes}.py tests/test_cuda_{sources,csr,top_columns}.py)
+all=$(echo tests/test_triton_{nm,vector_nm,bsr,csr_grouped,finish,codes,above}.py tests/test_cuda_{sources,csr,top_columns}.py)
 files=${FILES:-$all}
 logs=${1:-build/sanitize}; mkdir -p "$logs"
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 STEN_AUTOTUNE=0

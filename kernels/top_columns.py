@@ -1,10 +1,11 @@
-"""The entries of the largest magnitudes of each row of a dense matrix, in CUDA C++ (``cuda/top_columns.cu``)."""
+"""The entries of the largest magnitudes of each row of a dense matrix, in CUDA C++ (``cuda/top_columns.cu``), or where
+many are kept, in Triton (``largest``)."""
 
 import math
 
 import torch
 
-from . import nvrtc
+from . import largest, nvrtc
 from .operators import operator
 
 MOST, PIECE = 1024, 16  # candidates of a row, as in the source; bytes of a load
@@ -40,10 +41,13 @@ def top_columns(x, count, relu):
     rows, columns = x.shape
     if not 1 <= count <= columns:
         raise ValueError(f"Expected a count from 1 to the columns, got {count} of {columns}.")
-    size, warps = x.element_size(), warps_for(count)
-    known = {"SIZE": size, "INF": INFINITY[x.dtype], "WARPS": warps, "RELU": int(relu)}
-    known["VECTOR"] = math.gcd(columns * size, x.data_ptr() or PIECE, PIECE) // size
-    launch = nvrtc.cuda_launch("top_columns", (rows,), 32 * warps, shared_bytes(warps), **known)
+    if count > MOST and largest.fits(x):
+        launch = largest.launch(x, INFINITY[x.dtype], relu)
+    else:
+        size, warps = x.element_size(), warps_for(count)
+        known = {"SIZE": size, "INF": INFINITY[x.dtype], "WARPS": warps, "RELU": int(relu)}
+        known["VECTOR"] = math.gcd(columns * size, x.data_ptr() or PIECE, PIECE) // size
+        launch = nvrtc.cuda_launch("top_columns", (rows,), 32 * warps, shared_bytes(warps), **known)
     dtype, device = x.dtype, x.device
 
     def call(x):

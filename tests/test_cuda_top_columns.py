@@ -11,7 +11,7 @@ from triton_cases import random
 import sten
 from sten.kernels import top_columns as module
 from sten.layouts.topk import largest_columns
-from sten.ops.epilogue import selected
+from sten.ops.epilogue import Kept, selected
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(3, 5, 5), (4, 100, 1), (6, 264, 32), (2, 300, 299), (1, 2501, 40), (2, 4096, 32)]  # rows, columns, count
@@ -80,7 +80,7 @@ def test_stored_in_a_layout(layout, tmp_path, monkeypatch):
     in_place_of_the_driver(monkeypatch, top_columns=emulate(tmp_path, torch.float32, 264, relu=True))
     x = random(6, 264)
     x[1] = -x[1].abs()
-    parts = selected(x, 32, layout, relu=True)
+    parts = selected(x, Kept("row", count=32), layout, relu=True)
     layout.validate(parts, (6, 264))
     want, mask = sten.TopK(32).apply(x.relu(), {}, True)
     assert torch.equal(layout.unpack(parts, (6, 264)), want) and torch.equal(layout.support(parts, (6, 264)), mask)
@@ -100,10 +100,27 @@ def test_it_compiles(architecture, size, vector, tmp_path, monkeypatch):
     expect_registers(tmp_path, 64, "top_columns", architecture, SIZE=size, INF=0x7F80, VECTOR=vector, WARPS=8, RELU=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_of_a_row(dtype, monkeypatch):
+    """The Triton kernel, in the interpreter or on a GPU, with ties, NaN, infinities and rows of zeros."""
+    monkeypatch.setattr(module, "MOST", 0)
+    for rows, columns, count in [(1, 1, 1), *SHAPES]:
+        x = matrix(rows, columns, dtype)
+        for relu in (False, True):
+            expect_selected(module.top_columns.prepare(x, count=count, relu=relu)(x), x, count, relu)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_a_gpu(dtype):
-    for rows, columns, count in [*SHAPES, (300, 32768, 32), (4, 40000, 700), (0, 16, 4)]:
+    for rows, columns, count in [
+        *SHAPES,
+        (300, 32768, 32),
+        (4, 40000, 700),
+        (0, 16, 4),
+        (1, 4096, 2048),
+        (3, 14336, 7168),
+    ]:
         made = matrix(rows, columns, dtype)
         shifted = torch.cat([made.new_zeros(1), made.flatten()])[1:].view_as(made)  # at an address that is not aligned
         for x in (made, shifted):

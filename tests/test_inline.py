@@ -1,5 +1,6 @@
 """linear whose output is sparsified inside the operator, against the same method after it."""
 
+import copy
 import sys
 
 import pytest
@@ -98,6 +99,30 @@ def test_inline_elsewhere():
         BSR((2, 4)).join_rows([{}, {}], [4, 4])
 
 
+@pytest.mark.parametrize("method", [TOP, sten.Threshold(0.3), sten.TopK(2, block=4), sten.RandomFraction(1.0)], ids=str)
+def test_an_activation_by_name(method):
+    """With and without gradients, in any shape, dense or in a layout, compiled: what function and method do."""
+    functions = {"relu2": lambda x: F.relu(x).square(), "relu": F.relu, "silu": F.silu}
+    for name, function in functions.items():
+        op, by_hand = sten.sparse_op(name, out=method), sten.sparse_op(function, out=method)
+        for shape in ((6, 16), (2, 3, 16), (16,), (0, 16)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(op(x), by_hand(x))
+            x, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+            op(x).sum().backward()
+            by_hand(other).sum().backward()
+            torch.testing.assert_close(x.grad, other.grad)
+        x = torch.randn(6, 16)
+        torch.compiler.reset()  # its limit of compiled instances of one class
+        torch.testing.assert_close(torch.compile(op, backend="aot_eager", fullgraph=True)(x), by_hand(x))
+        torch.testing.assert_close(copy.deepcopy(op)(x), by_hand(x))
+        stored = sten.sparse_op(name, out=(method, CSR()), grad=sten.TopK(4))(x)
+        torch.testing.assert_close(stored.to_dense(), by_hand(x))
+        assert torch.equal(sten.sparse_op(name)(x), function(x)) and f"output of {name}" in repr(op)
+    with pytest.raises(TypeError):
+        op(x, x)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -107,6 +132,8 @@ def test_inline_elsewhere():
         ({"out": (TOP, CSR()), "grad": TOP}, "with a layout and without grad="),
         ({"operator": torch.add, "out": (TOP, CSR())}, "Expected F.linear for inline=True, got add"),
         ({"out": (TOP, CSR()), "activation": "tanh"}, "one of relu, silu"),
+        ({"operator": "relu", "out": (TOP, CSR())}, "without inline= and activation=, got 'relu'"),
+        ({"operator": "tanh", "out": TOP, "inline": False}, "one of relu, .*relu2, .*got 'tanh'"),
     ],
 )
 def test_inline_refused(arguments, message):

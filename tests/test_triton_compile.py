@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 # what is compiled for an A100 (8.0) runs on them; an H100 has 9.0
 KERNELS = {"transpose", "vector_nm_few", "vector_nm_many", "vector_nm_gated_few", "vector_nm_gated_many"}
 KERNELS |= {"vector_nm_grad_values", "bsr_few", "bsr_many", "bsr_grad_values", "nm", "csr_few", "grouped_nm"}
-KERNELS |= {"expand_columns", "codes_linear", "codes_shared", "codes_grad_values"}
+KERNELS |= {"expand_columns", "codes_linear", "codes_shared", "codes_grad_values", "_above"}
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10}
 
 

@@ -16,7 +16,7 @@ METHODS = [sten.Threshold(0.3), sten.Threshold(0.3, signed=True), sten.TopK(2, b
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_finish(method, dtype):
     """Threshold, and n:m of adjacent outputs with ties and NaN, after each activation."""
-    for activation, function in ACTIVATIONS.items():
+    for activation, function in {**ACTIVATIONS, "relu2": lambda x: x.relu().square()}.items():
         x = random(5, 3, 40, dtype=dtype)
         x[0, 0, :8], x[1, 1, 3] = 0.5, torch.nan
         kept = method.kept(x, {}, False)
@@ -38,8 +38,10 @@ def test_refused():
     x = random(4, 40)
     for keep, count, block, message in (
         ("row", 1, 0, "keep of all"), ("blocks", 2, 3, "blocks of 2"), ("blocks", 5, 4, "a count in it"),
-        ("blocks", 2, 16, "whole blocks"), ("above", 0, 0, "an edge"),
+        ("blocks", 2, 16, "whole blocks"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            finish.finish(x, None, activation="none", keep=keep, count=count, block=block)
-    assert finish.finish(x[:0], None, activation="relu", keep="all", count=0, block=0).shape == (0, 40)
+            finish.finish(x, None, activation="none", keep=keep, count=count, block=block, number=0.0)
+    with pytest.raises(ValueError, match="an edge for a threshold only"):
+        finish.finish(x, x[0, 0], activation="none", keep="all", count=0, block=0, number=0.0)
+    assert finish.finish(x[:0], None, activation="relu", keep="all", count=0, block=0, number=0.0).shape == (0, 40)

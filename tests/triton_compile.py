@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sten.kernels import autotune, bsr, codes, csr, grouped_nm, launch, nm, pattern_cache, vector_nm
+from sten.kernels import above, autotune, bsr, codes, csr, grouped_nm, launch, nm, pattern_cache, vector_nm
 from sten.kernels.backend import Backend
 
 ARCH = int(sys.argv[1])
@@ -115,6 +115,8 @@ def prepare(tokens, v, block, dtype=HALF):
     index, activation = torch.zeros(tokens, 32, dtype=torch.int32), torch.empty(tokens, 32, dtype=HALF)
     codes.linear.prepare(activation, None, index, torch.empty(I, O, dtype=HALF), None, tokens=tokens)
     codes.grad_values.prepare(grad, None, index, torch.empty(I, O, dtype=HALF))
+    if tokens == 1:
+        above.above.prepare(x, None, number=0.5, signed=False, relu=False)(x, None)
     if tokens == 16:
         starts, order = torch.zeros(I + 1, dtype=torch.int32), torch.zeros(tokens * 32, dtype=torch.int64)
         codes.grad_weight.prepare(activation, starts, order, None, grad)

@@ -132,6 +132,11 @@ def grad_weight_by_columns(operator: Callable, tokens: int, columns: int) -> Cal
 PRODUCTS = {"linear": linear, "linear_grad_sparse_input": grad_values, "linear_grad_weight": grad_weight}
 
 
+def counted_on_gpu(layout: Layout, shape: tuple, flags: Flags) -> bool:
+    """Whether a token has a slot for each column, some of them free: only the GPU knows how many it uses."""
+    return flags.device.type == "cuda" and layout.free_slots and shape[0] == 1 and flags.entries == shape[1]
+
+
 def why_dense(name: str, layout: Layout, shape: tuple, dtype: torch.dtype, flags: Flags) -> str | None:
     """Why a dense product runs; None: the kernel does."""
     (tokens, columns), (height, width), device = shape[0], layout.tile(shape[0]), flags.device.type
@@ -143,6 +148,8 @@ def why_dense(name: str, layout: Layout, shape: tuple, dtype: torch.dtype, flags
         return "expands the input to dense: on CUDA the gradients have no kernel for tokens that share their entries"
     if name != "linear_grad_weight" and not flags.geometry["input_major"]:
         return f"expands the input to dense: {OUTPUT_MAJOR}"
+    if name == "linear" and counted_on_gpu(layout, shape[0], flags):
+        return None
     density = flags.entries / max(1, -(-tokens // height) * height * columns)  # a last block may not be full
     limits = (SHARED if height > 1 and tokens > 1 else OWN)[device]
     limit = next(limit for most, limit in limits.items() if most is None or tokens <= most)
@@ -162,8 +169,9 @@ def prepare_by(name: str, operator: Callable, device: str) -> Callable[..., Plan
         if why is not None:
             return Plan.of("dense", why, functools.partial(reference, layout=layout, shape=shape))
         height = layout[0].tile(shape[0])[0]  # the tokens that share their entries
-        share = flags.entries / max(1, math.prod(shape[0]))
-        reason = f"reads only the rows of the input-major weight that the input uses: about {share:.2g} of them"
+        share = f"about {flags.entries / max(1, math.prod(shape[0])):.2g} of them"
+        share = "the GPU counts them" if counted_on_gpu(layout[0], shape[0], flags) else share
+        reason = f"reads only the rows of the input-major weight that the input uses: {share}"
         if on_columns:
             return Plan.of("codes", reason, grad_weight_by_columns(operator, *shape[0]), by_columns)
         return Plan.of("codes", reason, make(operator, height, *shape[0]))

@@ -50,7 +50,7 @@ class InlineForward:
         """For `sten.which` and `sten.summary`: what happens to the product."""
         weight, site = self.module.weight, self.site
         inside = site.layout is not None and type(weight) in PLAIN_TENSORS and self.comes_first()
-        z = weight.new_empty(1, weight.shape[0])
+        z = weight.new_empty(2, weight.shape[0])  # tokens: one alone may have a kernel of its own
         return site.epilogue(self.module).describe(z, tile_tokens(len(weight), weight.device) if inside else None)
 
 

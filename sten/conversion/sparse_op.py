@@ -8,9 +8,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._torch_private import PLAIN_TENSORS
 from ..layouts.base import Layout
-from ..ops.epilogue import ACTIVATIONS, activate
+from ..ops.epilogue import WITH_RELU2, activate
 from ..ops.inline_linear import inline_linear, runs_inline
+from ..ops.sparsified import is_seen, records
 from ..sparsifiers.activation import ActivationMethod
 from .sites import Site, change_output
 
@@ -22,7 +24,7 @@ class SparseOp(nn.Module):
 
     def __init__(
         self,
-        operator: Callable[..., Any],
+        operator: Callable[..., Any] | str,
         out: How,
         grad: How,
         features: int | None,
@@ -30,6 +32,12 @@ class SparseOp(nn.Module):
         activation: str | None,
     ) -> None:
         super().__init__()
+        named = isinstance(operator, str)
+        if named and (operator not in WITH_RELU2 or inline or activation is not None):
+            names = ", ".join(WITH_RELU2)
+            raise ValueError(
+                f"Expected a function or one of {names}, without inline= and activation=, got {operator!r}."
+            )
         self.operator, self.inline, self.activation = operator, inline, activation
         self.out, self.grad = _site("output", operator, out), _site("grad_output", operator, grad)
         for site in (self.grad, self.out):
@@ -38,8 +46,8 @@ class SparseOp(nn.Module):
                 if features is not None:
                     site.expect(features)
                 site.keep(self, state)
-        if activation is not None and (operator is not F.linear or activation not in ACTIVATIONS):
-            names = ", ".join(ACTIVATIONS)
+        if activation is not None and (operator is not F.linear or activation not in WITH_RELU2):
+            names = ", ".join(WITH_RELU2)
             raise ValueError(f"Expected F.linear and one of {names} for activation=, got {activation!r}.")
         if inline:
             _expect_inline(operator, self.out, self.grad)
@@ -47,13 +55,24 @@ class SparseOp(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.inline and (operands := self._operands(*args, **kwargs)) is not None:
             return inline_linear(*operands, self.out.epilogue(self, self.activation))
-        y = self.operator(*args, **kwargs)
+        if isinstance(self.operator, str):
+            if len(args) == 1 and self._finishes(*args):
+                return self.out.epilogue(self, self.operator).finish(*args, own=False)
+            y = activate(*args, activation=self.operator)
+        else:
+            y = self.operator(*args, **kwargs)
         y = y if self.activation is None else activate(y, self.activation)
         if self.grad is not None:
             y = change_output(y, self.grad.with_gradient, self.grad.where)
         if self.out is not None:
             y = change_output(y, self._sparsified, self.out.where)
         return y
+
+    def _finishes(self, x: Tensor) -> bool:
+        """Whether activation and method are one pass over x: where the output is dense, and nobody sees it between."""
+        if self.out is None or self.out.layout is not None or self.grad is not None or x.numel() == 0:
+            return False
+        return type(x) in PLAIN_TENSORS and x.dim() > 0 and not (is_seen(x) or records(x))
 
     def _sparsified(self, y: Tensor) -> Tensor:
         return self.out.sparsified(self, y)
@@ -96,11 +115,17 @@ def _site(kind: str, operator: Callable, how: How) -> Site | None:
         )
     if kind == "grad_output" and not method.takes_gradients:
         raise ValueError(f"Expected a method without state for grad=, got {method}; use sten.TopK.")
-    return Site(getattr(operator, "__name__", type(operator).__name__), kind, method, layout, False)
+    return Site(
+        operator if isinstance(operator, str) else getattr(operator, "__name__", type(operator).__name__),
+        kind,
+        method,
+        layout,
+        False,
+    )
 
 
 def sparse_op(
-    operator: Callable[..., Any],
+    operator: Callable[..., Any] | str,
     out: How = None,
     grad: How = None,
     features: int | None = None,
@@ -112,7 +137,9 @@ def sparse_op(
     For layers of your own; `sten.sparsify(model, site=...)` does so to those of a model.
 
     Args:
-        operator: any function of tensors, or a module.
+        operator: any function of tensors, or a module; or the name of an activation, "relu", "relu2" (its square),
+            "gelu", "gelu_tanh" or "silu": where no gradient is needed and the output is dense, the activation and the
+            method are then one pass.
         out: (method, layout) of the output, which is then a SparseTensor of two dimensions; a method alone, or None as
             the layout, leaves it dense, with zeros.
         grad: the same for the gradient of the output, before the operator's own backward reads it.
@@ -120,7 +147,8 @@ def sparse_op(
         inline: of F.linear, whether its output is sparsified inside, in tiles of tokens, so that it is never stored
             dense, and its backward pass is that of a sparse gradient. For streaming and blocking methods and a layout;
             under a compiler the method runs after the operator, with the same numbers.
-        activation: of F.linear, what comes before the method: "relu", "gelu", "gelu_tanh" or "silu".
+        activation: of F.linear, what comes before the method: "relu", "relu2", "gelu", "gelu_tanh" or
+            "silu".
 
     Returns:
         A module that is called as the operator; what its methods learn is in its `state_dict`.

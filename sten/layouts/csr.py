@@ -24,7 +24,8 @@ class CSR(Layout):
 
     Parts: `values` (capacity,), `crow` (R + 1,) int32, `col` (capacity,) int32. Row r owns the slots crow[r] to
     crow[r + 1] - 1, columns ascending. `pack` makes the capacity equal to the number of entries; a longer one is
-    allowed, so that shapes stay the same when a pattern changes in training: the slots behind crow[-1] hold zeros.
+    allowed, so that shapes stay the same when a pattern changes in training, or where only a GPU knows how many entries
+    an activation has: the slots behind crow[-1] hold zeros.
 
     Example:
         >>> import torch, sten

@@ -24,15 +24,17 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
 }
+WITH_RELU2 = {**ACTIVATIONS, "relu2": lambda y: F.relu(y).square()}  # which only what comes before a method may be
 # as csrc/epilogue.h
 NUMBERS = {name: number for number, name in enumerate(("none", "relu", "gelu", "gelu_tanh", "silu"))}
 RULES = {name: number for number, name in enumerate(("all", "magnitude", "above", "random", "row", "blocks"))}
+THRESHOLDS = ("magnitude", "above")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
-    """The activation of this name, of ACTIVATIONS or "none"."""
-    return y if activation == "none" else ACTIVATIONS[activation](y)
+    """The activation of this name, of WITH_RELU2 or "none"."""
+    return y if activation == "none" else WITH_RELU2[activation](y)
 
 
 class Kept(NamedTuple):
@@ -52,9 +54,13 @@ class Kept(NamedTuple):
     def numbers(self, dtype: torch.dtype) -> tuple[int, float, int, int]:
         """As the C++ operators take it, for rows of this dtype, in which PyTorch rounds a number that it compares."""
         edge = self.edge
-        if self.rule in ("magnitude", "above"):
+        if self.rule in THRESHOLDS:
             edge = float(edge if dtype is torch.float32 else torch.as_tensor(edge, dtype=dtype))
         return RULES[self.rule], edge, self.count, self.block
+
+    def threshold(self) -> tuple[Tensor | None, float]:
+        """The edge as the operators for a GPU take it: a tensor, or a number."""
+        return (self.edge, 0.0) if isinstance(self.edge, Tensor) else (None, float(self.edge))
 
     def stored_by(self, layout: Layout, features: int) -> bool:
         """Whether the layout stores what the kernel makes of rows of so many features."""
@@ -67,9 +73,14 @@ def has_kernel(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and hasattr(torch.ops.sten, "compress")
 
 
-def selects_on_gpu(x: Tensor, kept: Kept, activation: str) -> bool:
-    """Whether a GPU has a kernel that stores what is kept of activation(x)."""
-    return x.is_cuda and kept.rule == "row" and activation in ("none", "relu") and kernels.top_columns.takes(x)
+def selects_on_gpu(x: Tensor, kept: Kept, layout: Layout, activation: str) -> bool:
+    """Whether a GPU has a kernel that stores what is kept of activation(x): the largest of rows, or of one row what is
+    above a threshold, whose count the host does not know, in a layout with free slots."""
+    if not x.is_cuda or activation not in ("none", "relu"):
+        return False
+    if kept.rule in THRESHOLDS:
+        return layout.free_slots and kernels.above.takes(x)
+    return kept.rule == "row" and kernels.top_columns.takes(x)
 
 
 def compressed(
@@ -78,7 +89,7 @@ def compressed(
     """The parts of activation(z) at what is kept, by the kernel, and there z itself (`before`; on the CPU)."""
     z = z.detach().contiguous()
     if z.is_cuda:
-        return selected(z, kept.count, layout, activation == "relu"), None
+        return selected(z, kept, layout, activation == "relu"), None
     uniform = torch.rand_like(z, dtype=torch.float32) if kept.rule == "random" else None
     values, crow, col, z_kept = torch.ops.sten.compress.default(
         z, NUMBERS[activation], *kept.numbers(z.dtype), uniform, before
@@ -86,8 +97,13 @@ def compressed(
     return layout.pack_rows(values, crow, col, tuple(z.shape)), z_kept
 
 
-def selected(z: Tensor, count: int, layout: Layout, relu: bool) -> Parts:
-    """The parts of z, or of relu(z), at the largest of each row, by the kernel for a GPU."""
+def selected(z: Tensor, kept: Kept, layout: Layout, relu: bool) -> Parts:
+    """The parts of z, or of relu(z), at what is kept, by a kernel for a GPU."""
+    if kept.rule in THRESHOLDS:
+        edge, number = kept.threshold()
+        values, crow, col = kernels.above.above.direct(z, edge, number, kept.rule == "above", relu)
+        return layout.pack_rows(values, crow, col, tuple(z.shape))
+    count = kept.count
     values, col = kernels.top_columns.top_columns.direct(z, count, relu)
     crow = None  # which a layout of equal rows does not read
     if layout.packs_rows(None, None):
@@ -119,14 +135,14 @@ class Epilogue(NamedTuple):
 
     def rule(self, z: Tensor) -> Kept | None:
         """The rule that a kernel runs on tensors like z; None: PyTorch's operators run."""
-        on_cpu = has_kernel(z)
+        on_cpu = has_kernel(z) and self.activation in NUMBERS
         if not (on_cpu or (z.is_cuda and kernels.available())):
             return None
         kept = self.method.kept(z, self.state, self.training)
         if kept is None:
             return None
         if self.layout is not None:
-            served = on_cpu or selects_on_gpu(z, kept, self.activation)
+            served = on_cpu or selects_on_gpu(z, kept, self.layout, self.activation)
             served = served and kept.stored_by(self.layout, z.shape[-1])
         else:
             served = kept.rule != "random" if on_cpu else kernels.finish.takes(kept.rule, kept.block)
@@ -197,10 +213,8 @@ class Epilogue(NamedTuple):
 
 def finished_on_gpu(z: Tensor, kept: Kept, activation: str) -> Tensor:
     """keep(activation(z)) by the Triton kernel, for a contiguous z."""
-    edge = None
-    if kept.rule in ("magnitude", "above"):
-        edge = kept.edge.to(z.dtype) if isinstance(kept.edge, Tensor) else z.new_full((), kept.edge)
-    return kernels.finish.finish(z, edge, activation=activation, keep=kept.rule, count=kept.count, block=kept.block)
+    edge, number = kept.threshold()
+    return kernels.finish.finish.direct(z, edge, activation, kept.rule, kept.count, kept.block, number)
 
 
 def slope_of(z: Tensor, activation: str) -> Tensor:
