@@ -120,7 +120,7 @@ def compare_which(layout):
 
 @wide
 def test_what_amx_multiplies():
-    """Tiles of a bitmap, or of a dense weight; elsewhere, and in float32, the same numbers of tokens take other ways."""
+    """Tiles of a bitmap, or of a dense weight; AVX-512 takes other ways for as many tokens."""
     half, sizes = torch.bfloat16, {1: "windows", 3: "windows", 4: "bits", 128: "bits", 129: "expand", 4096: "expand"}
     for tokens, kind in sizes.items():
         assert table_of("amx", 0.1, half, tokens) == kind

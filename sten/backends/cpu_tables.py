@@ -16,8 +16,8 @@ from ..kernels.pattern_cache import Derived
 from ..layouts import CSR, FanIn
 from ..layouts.base import Layout, Parts
 from . import cpp
-from .cpu import LINEAR as OTHERS
 from .cpu import FEW_TOKENS, Run, band_linear, csr_linear, end_of, ended, float32_by, with_empty_rows
+from .cpu import LINEAR as OTHERS
 
 
 def table_linear(shape: tuple[int, ...], kind: str, activation: str = "none") -> Run:
@@ -76,7 +76,7 @@ def table_of(instruction_set: str, density: float, dtype: torch.dtype, tokens: i
 
 WHY = {
     "bits": "C++ kernel: a bitmap, made once from the pattern, expands the stored entries in registers",
-    "windows": "C++ kernel: a table of columns within 256, made once from the pattern, selects activations in registers",
+    "windows": "C++ kernel: a table of columns within 256, made once from the pattern, selects activations",
     "expand": "expands to dense by a C++ kernel: AMX multiplies so many tokens faster by a dense weight",
 }
 VARIANTS = {"bits": "bitmap", "windows": "windows", "expand": "expand"}
