@@ -16,6 +16,8 @@ constexpr int64_t kBlockBytes = 1 << 10;    // the sanitizer build tries several
 #else
 constexpr int64_t kBlockBytes = 256 << 10;
 #endif
+constexpr int64_t kRowsTogether = 128;
+constexpr int64_t kLine = 64;    // bytes of a cache line
 constexpr int64_t kLeastColumns = 128;
 constexpr int64_t kTransposeTokens = 128;     // from which on sorting single entries by columns pays
 constexpr int64_t kSkew = 256;                // floats between panels, or all would fall into the same cache sets
@@ -84,6 +86,15 @@ void load_columns(const Panels<E>& panels, int width, const E* x, int64_t in, in
   std::memset(panel + real * row_floats, 0, (k1 - k0 - real) * row_floats * sizeof(E));
 }
 
+// A block of y, which is then in the caches when it is written: its rows are far apart, and every line would be waited for.
+template <typename E>
+void fetch_block(const ProblemOf<E>& p, Range rows, Range tokens) {
+#ifdef __GNUC__
+  for (int64_t t = tokens.begin; t < tokens.end; ++t)
+    for (int64_t r = rows.begin; r < rows.end; r += kLine / sizeof(E)) __builtin_prefetch(p.y + t * p.out + r, 1);
+#endif
+}
+
 template <typename E>
 void many_tokens(const ProblemOf<E>& p, const BandsOf<E>& w, const Panels<E>& panels, const Kernels& k,
                  const Pool& pool) {
@@ -93,22 +104,31 @@ void many_tokens(const ProblemOf<E>& p, const BandsOf<E>& w, const Panels<E>& pa
   const Cuts cuts({nullptr, w.crow, w.col, w.rows, w.columns, w.height, w.width, w.count},
                   block_columns(w, row_floats), pool);
   const int64_t most = ceil_div(units, grid.pieces) * kUnit, columns = std::min(cuts.columns(), w.columns);
+  // Rows whose sums are complete before the next ones begin: of whole bands, whose columns are then looked up once.
+  const bool once = cuts.blocks() == 1;
+  const int64_t together = once ? w.height * std::max<int64_t>(1, kRowsTogether / w.height) : most;
+  const int64_t acc_rows = std::min(most, together);
   pool.each(grid.tasks(), [&](int64_t begin, int64_t end) {
     Scratch<E> panel(Role::panel, columns * row_floats);
-    Scratch<float> acc(Role::sums, most * (row_floats + 1));
-    float* start = acc.get() + most * row_floats;
+    Scratch<float> acc(Role::sums, acc_rows * row_floats + most);
+    float* start = acc.get() + acc_rows * row_floats;
     // Piece after piece, so that its weights stay in the second-level cache from panel to panel.
     for (int64_t task = begin; task < end; ++task) {
       const Range rows = piece_rows(p.out, grid.pieces, task / grid.panels);
       const int64_t t0 = task % grid.panels * grid.panel_tokens, count = std::min(grid.panel_tokens, p.tokens - t0);
       const int v = static_cast<int>(ceil_div(count, k.width));
       fill_start(p, rows.begin, rows.end - rows.begin, start);
-      for (int64_t b = 0; b < cuts.blocks(); ++b) {
-        const int64_t k0 = b * cuts.columns(), k1 = std::min(k0 + cuts.columns(), w.columns);
-        load_columns(panels, k.width, p.x + t0 * p.in, p.in, count, k0, k1, v, panel.get());
-        panels.bands(w, cuts.range(b, rows.begin, rows.end), b == 0 ? start : nullptr, panel.get(), v, acc.get());
+      for (int64_t r = rows.begin, r1; r < rows.end; r = r1) {
+        r1 = once ? std::min(rows.end, (r / together + 1) * together) : rows.end;
+        if (once) fetch_block(p, {r, r1}, {t0, t0 + count});
+        for (int64_t b = 0; b < cuts.blocks(); ++b) {
+          const int64_t k0 = b * cuts.columns(), k1 = std::min(k0 + cuts.columns(), w.columns);
+          if (r == rows.begin)
+            load_columns(panels, k.width, p.x + t0 * p.in, p.in, count, k0, k1, v, panel.get());
+          panels.bands(w, cuts.range(b, r, r1), b == 0 ? start + r - rows.begin : nullptr, panel.get(), v, acc.get());
+        }
+        store_and_finish(p, acc.get(), {r, r1}, {t0, t0 + count}, panels, k);
       }
-      store_and_finish(p, acc.get(), rows, {t0, t0 + count}, panels, k);
     }
   });
 }

@@ -80,7 +80,7 @@ STEN_FN void multiply_bitmap(const uint8_t* const* bits, const elem** values, in
       const uint32_t mask = word_at(bits[r] + 4 * u);
       wide expanded[1];
       expand_unit(mask, values[r], expanded);
-      __builtin_prefetch(values[r] + ahead);
+      __builtin_prefetch(values[r] + ahead, 0, 2);    // to the second level: measured
       values[r] += next_values(step, mask);
       store_wide(w[u % 2] + r * kTileColumns, expanded[0]);
     }
@@ -126,19 +126,22 @@ STEN_FN void bitmap_tiles(const BitmapOf<elem>& w, const elem* bias, int64_t r0,
 // ---- rows that share their columns
 
 #ifdef STEN_POISON
-constexpr int kBlockTiles = 2;    // the build for tests tries several blocks of its small weights
+constexpr int kPairTiles = 8;    // the build for tests tries several blocks of its small weights
 #else
-constexpr int kBlockTiles = 8;    // along the columns, whose activations as pairs take half of a first-level cache
+constexpr int kPairTiles = 32;    // of activations as pairs, which take half of a first-level cache or two thirds
 #endif
-constexpr int kBlockEntries = kBlockTiles * kTileColumns;
-constexpr int kBlockStep = kBlockEntries + kTileColumns;    // an odd number of cache lines
+template <int V>
+constexpr int kBlockTiles = kPairTiles / V;    // along the columns, for V tiles of tokens
+template <int V>
+constexpr int kBlockEntries = kBlockTiles<V> * kTileColumns;
+constexpr int kRowStep = kPairTiles * kTileColumns + kTileColumns;    // of what is copied: an odd number of cache lines
 
 template <int V>
-STEN_INLINE void add_pair(const elem* first, const elem* second, elem (*x)[kBlockTiles * kTileSize], int64_t& at) {
+STEN_INLINE void add_pair(const elem* first, const elem* second, elem* x, int64_t& at) {
   wide pairs[V];
   interleave<V>(first, second, pairs);
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) store_wide(x[v] + at, pairs[v]);
+  for (int v = 0; v < V; ++v) store_wide(x + v * kBlockTiles<V> * kTileSize + at, pairs[v]);
   at += 2 * kTile;
 }
 
@@ -146,7 +149,7 @@ STEN_INLINE void add_pair(const elem* first, const elem* second, elem (*x)[kBloc
 // is zero. Returns how many tiles there are along the columns.
 template <int V>
 STEN_INLINE int64_t pair_columns(const BandsOf<elem>& w, const BandRange& b, int64_t band, int64_t begin, int64_t end,
-                                 const elem* panel, elem (*x)[kBlockTiles * kTileSize]) {
+                                 const elem* panel, elem* x) {
   static constexpr elem kZeros[kMaxVectors * kWidth] = {};
   constexpr int64_t S = V * kWidth;
   const int32_t* col = columns_of(w, band);
@@ -164,7 +167,7 @@ STEN_INLINE int64_t pair_columns(const BandsOf<elem>& w, const BandRange& b, int
   return at / kTileSize;
 }
 
-// The same entries of a row, one after another, followed by zeros.
+// Some entries of a row, one after another, followed by zeros.
 STEN_INLINE void copy_entries(const BandsOf<elem>& w, int64_t band, int64_t row, int64_t begin, int64_t end, elem* out) {
   const int64_t width = w.crow ? w.width : end - begin, pieces = w.crow ? end - begin : 1;
   const elem* from = w.values + value_at(w, band, row, begin);
@@ -174,43 +177,84 @@ STEN_INLINE void copy_entries(const BandsOf<elem>& w, int64_t band, int64_t row,
       store_wide(out + i, width - i < kDot ? load_wide_first(from + i, width - i) : load_wide(from + i));
 }
 
+// `depth` tiles along the columns, `ld` from row to row; the last one may lie elsewhere, filled up with zeros.
+struct WeightTiles {
+  const elem* rows;
+  int64_t ld, depth;
+  const elem* last;
+  int64_t last_ld;
+};
+// The sums that a block begins with: `ld` from row to row, `next` from one tile of tokens to the next.
+struct FirstSums {
+  const float* rows;
+  int64_t ld, next;
+};
+
 template <int R, int T>
-STEN_FN void multiply_block(const elem* w, const elem (*x)[kBlockTiles * kTileSize], int64_t depth, float* sums,
+STEN_FN void multiply_block(const WeightTiles& w, const elem* x, int64_t next, const FirstSums& first, float* sums,
                             int64_t ld) {
-  load_sums<R, T>(sums, ld);
-  for (int64_t d = 0; d < depth; ++d)
-    multiply_tiles<R, T>(w + d * kTileColumns, kBlockStep, x[0] + d * kTileSize, kBlockTiles * kTileSize);
+  const int64_t step = first.ld * static_cast<int64_t>(sizeof(float));
+  tiles::load<0>(first.rows, step);
+  if constexpr (T > 1) tiles::load<1>(first.rows + first.next, step);
+  if constexpr (R > 1) tiles::load<2>(first.rows + kTile * first.ld, step);
+  if constexpr (R > 1 && T > 1) tiles::load<3>(first.rows + kTile * first.ld + first.next, step);
+  for (int64_t d = 0; d + 1 < w.depth; ++d)
+    multiply_tiles<R, T>(w.rows + d * kTileColumns, w.ld, x + d * kTileSize, next);
+  multiply_tiles<R, T>(w.last, w.last_ld, x + (w.depth - 1) * kTileSize, next);
   store_sums_of<R, T>(sums, ld);
+}
+
+// What the sums of at most two tiles of `rows` rows begin with.
+STEN_INLINE void spread_start(const float* start, int64_t rows, float* out) {
+  for (int64_t r = 0; r < rows && r < kTwoTiles; ++r) store(out + r * kWidth, broadcast(start + r));
 }
 
 template <int V>
 STEN_FN void band_tiles(const BandsOf<elem>& w, const BandRange& b, const BandRows& q, const float* start,
                         const elem* panel, float* acc) {
   constexpr int S = V * kWidth;
-  alignas(64) elem x[V][kBlockTiles * kTileSize], rows[kTwoTiles * kBlockStep];
-  alignas(64) float some[kTwoTiles * S];
-  poison(rows);
-  if (start)
+  constexpr int64_t kNext = kBlockTiles<V> * kTileSize;
+  alignas(64) elem x[V * kNext], copied[kTwoTiles * kRowStep];
+  alignas(64) float some[kTwoTiles * S], starts[2][kTwoTiles * kWidth];
+  poison(copied);
+  if (start) spread_start(start + q.lo - b.r0, q.hi - q.lo, starts[0]);
+  if (start && q.begin == q.end)
     for (int64_t row = q.lo - b.r0; row < q.hi - b.r0; ++row)
       for (int v = 0; v < V; ++v) store(acc + row * S + v * kWidth, broadcast(start + row));
-  const int64_t most = w.crow ? kBlockEntries / w.width : kBlockEntries;
+  const int64_t most = w.crow ? kBlockEntries<V> / w.width : kBlockEntries<V>;
   for (int64_t e = q.begin, end; e < q.end; e = end) {
     end = q.end - e < most ? q.end : e + most;
     const int64_t depth = pair_columns<V>(w, b, q.band, e, end, panel, x);
     for (int64_t row = q.lo, count; row < q.hi; row += count) {
       count = q.hi - row < kTwoTiles ? q.hi - row : kTwoTiles;
-      for (int64_t r = 0; r < count; ++r) copy_entries(w, q.band, row + r, e, end, rows + r * kBlockStep);
-      float* sums = acc + (row - b.r0) * S;
       const bool whole = count % kTile == 0;    // or rows that follow are not those of this band
+      WeightTiles tiles{copied, kRowStep, depth, copied + (depth - 1) * kTileColumns, kRowStep};
+      if (whole && !w.crow) {
+        const elem* from = w.values + value_at(w, q.band, row, e);
+        const int64_t left = (end - e) % kTileColumns;
+        tiles = {from, w.count, depth, from + (depth - 1) * kTileColumns, w.count};
+        if (left) {
+          for (int64_t r = 0; r < count; ++r)
+            store_wide(copied + r * kTileColumns, load_wide_first(tiles.last + r * w.count, left));
+          tiles.last = copied, tiles.last_ld = kTileColumns;
+        }
+      } else {
+        for (int64_t r = 0; r < count; ++r) copy_entries(w, q.band, row + r, e, end, copied + r * kRowStep);
+      }
+      float* sums = acc + (row - b.r0) * S;
       float* to = whole ? sums : some;
-      if (!whole)
+      const bool begins = start && e == q.begin;
+      if (begins) spread_start(start + row + count - b.r0, q.hi - row - count, starts[(row - q.lo) / kTwoTiles % 2 ^ 1]);
+      if (!whole && !begins)
         for (int64_t i = 0; i < count * S; i += kWidth) store(some + i, load(sums + i));
 #pragma GCC unroll 2
       for (int v = 0; v < V; v += 2) {
         constexpr int kRest = V % 2 ? 1 : 2;
         const auto multiply = v + 1 < V ? (count > kTile ? multiply_block<2, 2> : multiply_block<1, 2>)
                                         : (count > kTile ? multiply_block<2, kRest> : multiply_block<1, kRest>);
-        multiply(rows, x + v, depth, to + v * kWidth, S);
+        const FirstSums first = begins ? FirstSums{starts[(row - q.lo) / kTwoTiles % 2], kWidth, 0}
+                                       : FirstSums{to + v * kWidth, S, kWidth};
+        multiply(tiles, x + v * kNext, kNext, first, to + v * kWidth, S);
       }
       if (!whole)
         for (int64_t i = 0; i < count * S; i += kWidth) store(sums + i, load(some + i));
@@ -220,7 +264,7 @@ STEN_FN void band_tiles(const BandsOf<elem>& w, const BandRange& b, const BandRo
 
 STEN_FN void bands_tiles(const BandsOf<elem>& w, const BandRange& b, const float* start, const elem* panel, int v,
                          float* acc) {
-  if (w.height < kLeastTileRows || (w.crow && (w.width % 2 || w.width > kBlockEntries)))
+  if (w.height < kLeastTileRows || (w.crow && (w.width % 2 || w.width > kBlockEntries<kMaxVectors>)))
     return bands_block(w, b, start, panel, v, acc);
   const auto run = v == 1 ? band_tiles<1> : v == 2 ? band_tiles<2> : v == 3 ? band_tiles<3> : band_tiles<4>;
   const tiles::InUse in_use;

@@ -117,11 +117,22 @@ class Rows {
 }  // namespace
 
 template <typename E>
+static BitmapOf<E> bitmap_of(const BandsOf<E>& w, const uint8_t* bits, const Rows<E>& rows) {
+  const int64_t words = ceil_div(w.columns, BitmapOf<E>::kUnitColumns);
+  return {w.values, bits, w.rows, words, 4 * words, 32, 32, 1, rows.get()};
+}
+
+template <typename E>
 void bits_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const uint8_t* bits, const Dots<E>& dots, const Kernels& k,
                  Pool pool) {
-  const int64_t words = ceil_div(w.columns, BitmapOf<E>::kUnitColumns);
   const Rows<E> rows(w);
-  bitmap_linear(p, {w.values, bits, w.rows, words, 4 * words, 32, 32, 1, rows.get()}, dots, k, pool);
+  bitmap_linear(p, bitmap_of(w, bits, rows), dots, k, pool);
+}
+
+template <typename E>
+void bits_expand(const BandsOf<E>& w, const uint8_t* bits, int64_t columns, const Dots<E>& dots, E* dense, Pool pool) {
+  const Rows<E> rows(w);
+  bitmap_expand(bitmap_of(w, bits, rows), columns, dots, dense, pool);
 }
 
 template <typename E>
@@ -168,6 +179,7 @@ void bitmap_collect(const BitmapOf<E>& w, int64_t columns, const E* dense, const
   template void dots_linear(const ProblemOf<E>&, const BandsOf<E>&, const Dots<E>&, const Kernels&, Pool);    \
   template void bitmap_linear(const ProblemOf<E>&, const BitmapOf<E>&, const Dots<E>&, const Kernels&, Pool); \
   template void bits_linear(const ProblemOf<E>&, const BandsOf<E>&, const uint8_t*, const Dots<E>&, const Kernels&, Pool); \
+  template void bits_expand(const BandsOf<E>&, const uint8_t*, int64_t, const Dots<E>&, E*, Pool);                           \
   template void windows_linear(const ProblemOf<E>&, const BandsOf<E>&, const int32_t*, const Dots<E>&, const Kernels&,    \
                                Pool);                                                                                     \
   template void bitmap_expand(const BitmapOf<E>&, int64_t, const Dots<E>&, E*, Pool);                   \

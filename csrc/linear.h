@@ -179,7 +179,10 @@ void bitmap_linear(const ProblemOf<E>& p, const BitmapOf<E>& w, const Dots<E>& d
 template <typename E>
 void bits_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const uint8_t* bits, const Dots<E>& dots, const Kernels& k,
                  Pool pool);
-// the same by their groups, at `table`: first, head and offset, one after the other; dots.windows exists
+// the dense matrix of the first `columns` of them
+template <typename E>
+void bits_expand(const BandsOf<E>& w, const uint8_t* bits, int64_t columns, const Dots<E>& dots, E* dense, Pool pool);
+// bits_linear by their groups, at `table`: first, head and offset, one after the other; dots.windows exists
 template <typename E>
 void windows_linear(const ProblemOf<E>& p, const BandsOf<E>& w, const int32_t* table, const Dots<E>& dots, const Kernels& k,
                     Pool pool);

@@ -70,6 +70,9 @@ ProblemOf<E> make_problem(const char* op, const Tensor& x, const std::optional<T
           out, static_cast<int>(activation)};
 }
 
+// activation(y), a pass over it (register_nm.cpp)
+Tensor finish(const char* op, const Tensor& y, int64_t activation);
+
 inline bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 
 // A tensor, or the bias, in float32.

@@ -2,13 +2,15 @@
 // the gradients of CSR (single entries, with crow; their values have one dimension).
 //
 //   band_linear       y = x W^T + bias; bfloat16 is converted where the processor does not multiply it; with a
-//                     table of a pattern of single entries, which is not checked, activations are selected by it
+//                     table of a pattern of single entries, which is not checked, activations are selected by it,
+//                     or many tokens multiplied by a dense copy
 //   pattern_bits      the table of dense patterns: bit c % 8 of byte c / 8 of a row is column c
 //   pattern_windows   the table of sparse ones: groups of entries (WindowsOf)
 //   band_grad_input   y = grad W
 //   band_grad_values  grad^T x at the stored entries
 //
 // `height` rows share their columns; `columns` are those of the weight, with its padding.
+#include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -64,6 +66,8 @@ template Bands make_weight<float>(const char*, const Tensor&, const std::optiona
 
 namespace {
 
+constexpr int64_t kBitTokens = 128;    // the most tokens that bits are read again for
+
 void check_columns(const char* op, int64_t in, int64_t columns) {
   TORCH_CHECK(in <= columns, op, ": Expected at most ", text(columns), " input features, got ", text(in));
 }
@@ -118,7 +122,13 @@ Tensor band_linear_op(const Tensor& x, const Tensor& values, const std::optional
       check(*table, op, "table", 2, at::kByte);
       TORCH_CHECK(single && table->sizes() == at::IntArrayRef({out, bits_row(columns)}), op, ": Expected a table ",
                   text({out, bits_row(columns)}), " of single entries, got ", text(table->sizes()));
-      bits_linear(p, w, table->const_data_ptr<uint8_t>(), kernels_of, kernels(), make_pool());
+      const uint8_t* bits = table->const_data_ptr<uint8_t>();
+      if (p.tokens > kBitTokens) {
+        const Tensor dense = at::empty({out, p.in}, values.options());
+        bits_expand(w, bits, p.in, kernels_of, static_cast<E*>(dense.mutable_data_ptr()), make_pool());
+        return finish(op, at::linear(x, dense, bias), activation);
+      }
+      bits_linear(p, w, bits, kernels_of, kernels(), make_pool());
     } else {
       bands_linear(p, w, kernels_of, kernels(), make_pool());
     }

@@ -87,19 +87,6 @@ Tensor few(const char* op, const Tensor& x, const Tensor& values, const Tensor& 
   return y;
 }
 
-// activation(y), a pass over it
-Tensor finish(const char* op, const Tensor& y, int64_t activation) {
-  check_activation(op, activation);
-  if (activation == 0 || y.numel() == 0) return y;
-  if (y.scalar_type() == at::kHalf) return finish(op, single(y), activation).to(at::kHalf);
-  const Epilogue end{static_cast<Activation>(activation), Keep::all, 0.0f, 0, 0};
-  const int64_t columns = y.size(-1), rows = y.numel() / columns;
-  void* data = y.mutable_data_ptr();
-  if (y.scalar_type() == at::kFloat) finish_rows(end, static_cast<float*>(data), rows, columns, kernels(), make_pool());
-  else finish_rows(end, static_cast<bf16*>(data), rows, columns, kernels(), make_pool());
-  return y;
-}
-
 Tensor nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index, const std::optional<Tensor>& bias,
                     int64_t n, int64_t m, int64_t few_tokens, int64_t out, int64_t activation) {
   static constexpr const char* op = "sten::nm_linear";
@@ -118,6 +105,19 @@ Tensor nm_linear_op(const Tensor& x, const Tensor& values, const Tensor& index, 
 }
 
 }  // namespace
+
+Tensor finish(const char* op, const Tensor& y, int64_t activation) {
+  check_activation(op, activation);
+  if (activation == 0 || y.numel() == 0) return y;
+  if (y.scalar_type() == at::kHalf) return finish(op, single(y), activation).to(at::kHalf);
+  const Epilogue end{static_cast<Activation>(activation), Keep::all, 0.0f, 0, 0};
+  const int64_t columns = y.size(-1), rows = y.numel() / columns;
+  void* data = y.mutable_data_ptr();
+  if (y.scalar_type() == at::kFloat) finish_rows(end, static_cast<float*>(data), rows, columns, kernels(), make_pool());
+  else finish_rows(end, static_cast<bf16*>(data), rows, columns, kernels(), make_pool());
+  return y;
+}
+
 }  // namespace sten
 
 TORCH_LIBRARY_FRAGMENT(sten, m) {

@@ -51,12 +51,8 @@ STEN_INLINE void join_pairs(const float* even, const float* odd, float* p) {
   store(p + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b));
 }
 
-// dst[c, r] = src[r, c] for r < rows, c < cols; lanes r >= rows are written as zero when `fill`, else left alone
-STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
-  const __mmask16 mc = first(cols), mr = fill ? first(16) : first(rows);
-  vec a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_maskz_loadu_ps(mc, src + i * ls) : zero();
+// b[c][r] = a[r][c] of 16 x 16; a is used up
+STEN_INLINE void transpose_vectors(vec* a, vec* b) {
 #pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
@@ -81,6 +77,15 @@ STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, flo
     b[4 + j] = _mm512_shuffle_f32x4(hi, hi2, 0x88);
     b[12 + j] = _mm512_shuffle_f32x4(hi, hi2, 0xdd);
   }
+}
+
+// dst[c, r] = src[r, c] for r < rows, c < cols; lanes r >= rows are written as zero when `fill`, else left alone
+STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
+  const __mmask16 mc = first(cols), mr = fill ? first(16) : first(rows);
+  vec a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = i < rows ? _mm512_maskz_loadu_ps(mc, src + i * ls) : zero();
+  transpose_vectors(a, b);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i)
     if (i < cols) _mm512_mask_storeu_ps(dst + i * ld, mr, b[i]);

@@ -205,14 +205,32 @@ STEN_FN inline void load_panel(const bf16* x, int64_t ld, int64_t tokens, int64_
   }
 }
 
+// y[t, r] = sums[r, t] for 16 tokens and 32 rows, rounded by two rows, whose pairs are transposed as 32 bits.
+template <bool kAll>
+STEN_INLINE void store_rows(const float* sums, int64_t step, int64_t rows, int64_t tokens, bf16* y, int64_t ld) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
+  vec a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const vec one = kAll || 2 * i < rows ? load(sums + 2 * i * step) : zero();
+    const vec two = kAll || 2 * i + 1 < rows ? load(sums + (2 * i + 1) * step) : zero();
+    a[i] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(two, one)));
+  }
+  avx512::transpose_vectors(a, b);
+  const __mmask32 some = first_elements(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    if (kAll || i < tokens) _mm512_mask_storeu_epi16(y + i * ld, some, _mm512_castps_si512(b[i]));
+}
+
 STEN_FN inline void store_panel(const float* sums, int64_t rows, int64_t tokens, int v, bf16* y, int64_t ld) {
-  alignas(64) float some[16 * 16];
-  for (int64_t t = 0; t < tokens; t += 16)
-    for (int64_t r = 0; r < rows; r += 16) {
-      const int count = static_cast<int>(rows - r < 16 ? rows - r : 16);
-      const int lines = static_cast<int>(tokens - t < 16 ? tokens - t : 16);
-      avx512::transpose(sums + r * v * 16 + t, v * 16, count, lines, some, 16, true);
-      for (int64_t i = 0; i < lines; ++i) store_sums(some + 16 * i, nullptr, count, y + (t + i) * ld + r);
+  for (int64_t r = 0; r < rows; r += 32)
+    for (int64_t t = 0; t < tokens; t += 16) {
+      const bool all = rows - r >= 32 && tokens - t >= 16;
+      const float* from = sums + r * v * 16 + t;
+      if (all) store_rows<true>(from, v * 16, 32, 16, y + t * ld + r, ld);
+      else store_rows<false>(from, v * 16, rows - r, tokens - t, y + t * ld + r, ld);
     }
 }
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import sten
 from sten.backends import cpp
+from sten.backends.cpu_tables import table_of
 from sten.kernels import pattern_cache
 
 if not cpp.available():
@@ -84,6 +85,14 @@ def test_bits_are_the_mask():
 @wide
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_which(layout):
+    cpp.set_instruction_set("avx512")
+    try:
+        compare_which(layout)
+    finally:
+        cpp.set_instruction_set("auto")
+
+
+def compare_which(layout):
     half, single = torch.bfloat16, torch.float32
     sizes = {  # density, dtype, tokens
         (0.5, half, 1): "bitmap",
@@ -107,6 +116,29 @@ def test_which(layout):
         assert sten.which("linear", (tokens, 64), weight).variant == variant, (density, dtype, tokens)
         x = torch.randn(tokens, 64).to(dtype)
         assert_product(F.linear(x, weight), x, weight.to_dense())
+
+
+@wide
+def test_what_amx_multiplies():
+    """Tiles of a bitmap, or of a dense weight; AVX-512 takes other ways for as many tokens."""
+    half, sizes = torch.bfloat16, {1: "windows", 3: "windows", 4: "bits", 128: "bits", 129: "expand", 4096: "expand"}
+    for tokens, kind in sizes.items():
+        assert table_of("amx", 0.1, half, tokens) == kind
+        assert table_of("avx512", 0.1, half, tokens) == ("windows" if tokens <= 3 else None)
+        assert table_of("amx", 0.01, half, tokens) is None
+    assert table_of("amx", 0.5, half, 1) == "bits" and table_of("amx", 0.5, torch.float32, 64) is None
+
+
+@wide
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_many_tokens_are_multiplied_by_a_dense_copy(layout, poisoned):
+    torch.manual_seed(0)
+    for dtype, shape in itertools.product(DTYPES, [(1, 1), (70, 33), (130, 96)]):
+        weight = random_weight(layout, shape, 0.3, dtype)
+        x, bias = torch.randn(2, 65, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+        y = by_table("bits", x, weight, bias)
+        assert_product(y, x, weight.to_dense(), bias)
+        assert_product(by_table("bits", x[0], weight, bias), x[0], weight.to_dense(), bias)
 
 
 @wide

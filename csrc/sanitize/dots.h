@@ -109,6 +109,9 @@ void try_tables(const Dots<E>& dots, const Kernels& k, int64_t tokens, int64_t i
   const BandsOf<E> w{values.data(), lists ? nullptr : crow.data(), col.data(), out, in, 1, 1, count};
   bits_linear(data.problem, w, reinterpret_cast<const uint8_t*>(bits.data()), dots, k, pool);
   compare_dots("bits", data.problem, dense);
+  std::vector<E> expanded(out * in);
+  bits_expand(w, reinterpret_cast<const uint8_t*>(bits.data()), in, dots, expanded.data(), pool);
+  for (int64_t i = 0; i < out * in; ++i) failures += to_float(expanded[i]) != dense[i];
   if (!dots.windows) return;
   std::vector<int32_t> first(out + 1);
   const Bands pattern{nullptr, w.crow, w.col, out, in, 1, 1, count};

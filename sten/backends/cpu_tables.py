@@ -17,8 +17,8 @@ from ..layouts import CSR, FanIn
 from ..layouts.base import Layout, Parts
 from . import cpp
 from .cpp import operator
+from .cpu import FEW_TOKENS, Run, band_linear, csr_linear, end_of, ended, float32_by, with_empty_rows
 from .cpu import LINEAR as OTHERS
-from .cpu import Run, band_linear, csr_linear, end_of, ended, float32_by, with_empty_rows
 
 
 def table_linear(shape: tuple[int, ...], kind: str, activation: str = "none") -> Run:
@@ -52,28 +52,35 @@ def table_linear(shape: tuple[int, ...], kind: str, activation: str = "none") ->
     return run
 
 
-def table_of(shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> str | None:
-    """The table that multiplies few tokens of single entries fastest, or None; the numbers are measured on Zen 4.
+def table_of(instruction_set: str, density: float, dtype: torch.dtype, tokens: int | None) -> str | None:
+    """What multiplies single entries fastest, if it needs a table of the pattern: "bits", "windows" or "expand".
 
     By bits a token costs the same at any density, since zeros are multiplied; by windows each group does, which has at
-    most 32 entries within 256 columns. Both are compared with panels, whose cost is that of the entries.
+    most 32 entries within 256 columns. Both are compared with panels, whose cost is that of the entries: numbers
+    measured on Zen 4. AMX multiplies 16 tokens in the time of one, and dense weights faster than panels are ("expand",
+    by the same bits): numbers measured on a Xeon (family 6, model 207).
     """
-    features, density, tokens = cpp.features(), (flags.entries or 0) / max(1, math.prod(shape)), flags.tokens
-    if not tokens or features["instruction_set"] not in ("amx", "avx512"):
+    if not tokens or instruction_set not in ("amx", "avx512"):
         return None
     if dtype is torch.float32:
         return "bits" if (density >= 0.22 if tokens == 1 else tokens <= 28 * density - 2) else None
-    if dtype is not torch.bfloat16 or not features["bfloat16"]:
+    if dtype is not torch.bfloat16 or not cpp.features()["bfloat16"]:
         return None
     if density < 0.2 and tokens <= min(4, 32 * density):
         return "windows"
+    if instruction_set == "amx" and tokens >= 4:
+        if density < 0.06:
+            return None
+        return "bits" if tokens <= FEW_TOKENS else "expand"
     return "bits" if tokens <= 64 * density - 4 else None
 
 
 WHY = {
-    "bits": "a bitmap, made once from the pattern, expands the stored entries in registers",
-    "windows": "a table of columns within 256, made once from the pattern, selects activations in registers",
+    "bits": "C++ kernel: a bitmap, made once from the pattern, expands the stored entries in registers",
+    "windows": "C++ kernel: a table of columns within 256, made once from the pattern, selects activations",
+    "expand": "expands to dense by a C++ kernel: AMX multiplies so many tokens faster by a dense weight",
 }
+VARIANTS = {"bits": "bitmap", "windows": "windows", "expand": "expand"}
 
 
 def single_entries_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
@@ -81,11 +88,12 @@ def single_entries_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
     others = float32_by(run_of)
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
-        kind = table_of(shape, dtype, flags)
+        density = (flags.entries or 0) / max(1, math.prod(shape))
+        kind = table_of(cpp.features()["instruction_set"], density, dtype, flags.tokens)
         if kind is None:
             return others(layout, shape, dtype, flags)
-        run = table_linear(shape, kind, **end_of(flags))
-        return Plan.of("bitmap" if kind == "bits" else kind, f"C++ kernel: {WHY[kind]}", run)
+        run = table_linear(shape, "windows" if kind == "windows" else "bits", **end_of(flags))
+        return Plan.of(VARIANTS[kind], WHY[kind], run)
 
     prepare.__name__ = run_of.__name__
     return prepare
