@@ -23,7 +23,6 @@ constexpr int64_t kPanelBytes = 32 << 10;
 constexpr int64_t kTileColumns = 2;      // vectors: the taller a tile, the fewer rows are copied twice
 constexpr int64_t kLeastTiles = 2;       // from which on deriving the offsets pays
 constexpr int64_t kLine = 64;            // bytes of a cache line
-constexpr int64_t kSpreadEntries = 40;   // of a row, from which on writing and reading a spread panel pays
 constexpr int64_t kLeastEntries = 16;    // of a row in a block, or reading and writing the sums would take longer
 
 // What the driver asks of a weight, whichever its format.
@@ -62,9 +61,9 @@ struct Tiling {
     windows = ceil_div(s.out_w, columns);
     row_floats = columns + halo[1];
     const int64_t each = static_cast<int64_t>(w.entries) / std::max<int64_t>(1, groups * s.out);
-    const bool pays = !flat && w.together == 1 && each >= kSpreadEntries && width * sizeof(float) == kLine;
+    const bool possible = !flat && w.together == 1 && width * sizeof(float) == kLine;
     const bool whole = s.stride[1] == 1 && columns % width == 0 && columns / width <= kTileColumns;
-    spread = pays && whole && halo[1] > 0 && halo[1] <= kTileColumns ? columns / width : 0;
+    spread = possible && whole && halo[1] > 0 && halo[1] <= kTileColumns ? columns / width : 0;
     pitch = spread ? (spread + halo[1]) * width : row_floats;
     const int64_t most = flat ? (kConvVectors * width - s.out_w) / pitch + 1 : kConvVectors / ceil_div(columns, width);
     tiles = ceil_div(s.out_h, most);
@@ -106,7 +105,7 @@ int64_t place_vectors(const ConvShape& s, const Tiling& t, int64_t rows, int64_t
     return n;
   }
   for (int64_t h = 0; t.spread && h < rows; ++h)
-    for (int64_t u = 0; u < t.spread; ++u, ++n) x_at[n] = h * t.pitch + u * width, y_at[n] = n * width;
+    for (int64_t u = 0; u < t.spread; ++u, ++n) x_at[n] = h * t.pitch + u * width, y_at[n] = h * s.out_w + u * width;
   for (int64_t h = 0; !t.spread && h < rows; ++h)
     for (int64_t u = 0; u < t.columns; u += width, ++n) {
       const int64_t column = std::min(u, t.columns - width);
@@ -180,12 +179,10 @@ void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const
   const int64_t image_tiles = images * groups * t.tiles, units = ceil_div(group_rows, sizes.unit);
   const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, units);
   const int64_t most_rows = ceil_div(units, pieces) * sizes.unit;
-  const bool apart = t.flat || t.spread;    // the sums are stored apart from the output
   pool.each(pieces * image_tiles, [&](int64_t begin, int64_t end) {
     Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + t.pitch + slack);
-    Scratch<float> sums(Role::sums, most_rows * (apart ? slack + 1 : 1));
-    Scratch<float> rows(Role::values, t.spread ? s.row_phases * t.panel_rows * t.row_floats + t.pitch + slack : 0);
-    float* start = sums.get() + (apart ? most_rows * slack : 0);
+    Scratch<float> sums(Role::sums, most_rows * (t.flat ? slack + 1 : 1));
+    float* start = sums.get() + (t.flat ? most_rows * slack : 0);
     int64_t x_at[kConvVectors], y_at[kConvVectors];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task % image_tiles / t.tiles, group = image % groups;
@@ -205,17 +202,16 @@ void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const
                               t.panel_rows, t.row_floats};
         for (int64_t c0 = 0, b = 0; b < t.blocks; ++b, c0 += t.channels) {
           const int64_t count = std::min(t.channels, s.channels - c0);
-          if (t.spread) k.conv_load_spread(s, read, from + c0 * s.h * s.w, count, t.spread, rows.get(), panel.get());
+          if (t.spread) k.conv_load_spread(s, read, from + c0 * s.h * s.w, count, t.spread, panel.get());
           else k.conv_load(s, read, from + c0 * s.h * s.w, count, panel.get());
           if (zeros) std::memset(panel.get() + count * t.plane, 0, (t.plane + slack) * sizeof(float));
           const int32_t* from_entry = cuts.get() + b * bands;
           multiply(w, {r0, r1, from_entry, from_entry + bands, index, t.derived ? nullptr : offsets.get(), panel.get(),
-                       vectors, x_at, y_at, b ? nullptr : start, apart ? sums.get() : to + column, apart ? slack : size},
+                       vectors, x_at, y_at, b ? nullptr : start, t.flat ? sums.get() : to + column, t.flat ? slack : size,
+                       t.spread == 2 && b + 1 == t.blocks},
                    k);
         }
-        const int64_t height = high.end - high.begin;
-        if (t.flat) k.conv_store(sums.get(), r1 - r0, height, s.out_w, t.pitch, slack, to, size);
-        if (t.spread) k.conv_store_spread(sums.get(), r1 - r0, height, t.spread, slack, to + column, s.out_w, size);
+        if (t.flat) k.conv_store(sums.get(), r1 - r0, high.end - high.begin, s.out_w, t.pitch, slack, to, size);
       }
     }
   });

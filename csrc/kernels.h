@@ -203,6 +203,7 @@ struct ConvBlock {
   const float* start;    // (r1 - r0,) the sums begin with these; null for single rows: with what `out` holds
   float* out;
   int64_t ld;
+  bool join;    // of single rows: the vectors 2 i and 2 i + 1 are the even and the odd columns of 2 * width pixels of out
 };
 
 // Rows of a dense matrix with `ld` numbers a row: float32, or bfloat16 as its 16 bits.
@@ -252,18 +253,15 @@ struct Kernels {
   // fills a panel with `channels` channels; may write a row and a vector beyond it
   void (*conv_load)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, float* panel);
   // the same with columns that take turns: lane l of vector v of a row is its column l * spread + v, so that the pixels
-  // which one entry multiplies are whole vectors; `rows` has room for a channel as conv_load writes it
+  // which one entry multiplies are whole vectors
   void (*conv_load_spread)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, int64_t spread,
-                           float* rows, float* panel);
+                           float* panel);
   void (*conv_block)(const Bands& w, const ConvBlock& block);
   // the same, of all columns; the index is shaped as that of w
   void (*conv_grouped)(const Grouped& w, const ConvBlock& block);
   // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
   void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
                      float* y, int64_t ld);
-  // y[r * ld + h * step + l * spread + v] = sums[r * ls + (h * spread + v) * width + l]
-  void (*conv_store_spread)(const float* sums, int64_t rows, int64_t height, int64_t spread, int64_t ls, float* y,
-                            int64_t step, int64_t ld);
 
   // y[i] = an activation of it, a number of `Activation` in epilogue.h, for i < n
   void (*activate)(int activation, float* y, int64_t n);

@@ -59,11 +59,19 @@ STEN_INLINE vec broadcast(const float* p) { return vec{*p, *p, *p, *p}; }
 STEN_INLINE vec madd(vec a, vec b, vec c) { return a * b + c; }
 STEN_INLINE vec keep(vec a) { return a; }
 STEN_INLINE vec add(vec a, vec b) { return a + b; }
-STEN_INLINE void split_pairs(const float* p, float* even, float* odd) {
-  for (int i = 0; i < kWidth; ++i) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
+// to: lane l of vector v is p[begin + l * spread + v], of a row p of n, or zero beside the row; see conv_load_spread
+STEN_INLINE void spread_row(const float* p, int64_t begin, int64_t n, int64_t spread, int64_t halo, float* to) {
+  for (int64_t v = 0; v < spread + halo; ++v)
+    for (int64_t l = 0; l < kWidth; ++l, ++to) {
+      const int64_t c = begin + l * spread + v;
+      *to = c >= 0 && c < n ? p[c] : 0.0f;
+    }
 }
-STEN_INLINE void join_pairs(const float* even, const float* odd, float* p) {
-  for (int i = 0; i < kWidth; ++i) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
+// two vectors in turn
+STEN_INLINE void join_pairs(vec even, vec odd, float* p) {
+  float pair[2][kWidth];
+  store(pair[0], even), store(pair[1], odd);
+  for (int i = 0; i < 2 * kWidth; ++i) p[i] = pair[i % 2][i / 2];
 }
 
 STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
