@@ -46,7 +46,7 @@ STEN_FN void conv_store(const float* sums, int64_t rows, int64_t height, int64_t
 STEN_FN void conv_load_spread(const ConvShape& s, const ConvWindow& b, const float* x, int64_t channels, int64_t spread,
                               float* panel) {
   const int64_t halo = b.pitch - spread * kWidth, step = (spread + halo) * kWidth;
-  const RowSpread q(b.column, s.w, spread, halo);
+  const RowSpread q{b.column, s.w, spread, halo};
   for (int64_t c = 0; c < channels; ++c, x += s.h * s.w)
     for (int64_t i = 0; i < s.row_phases; ++i)
       for (int64_t t = 0; t < b.rows; ++t, panel += step) {
@@ -54,6 +54,14 @@ STEN_FN void conv_load_spread(const ConvShape& s, const ConvWindow& b, const flo
         if (row >= 0 && row < s.h) q.store_row(x + row * s.w, panel);
         else for (int64_t u = 0; u < step; u += kWidth) store(panel + u, zero());
       }
+}
+
+STEN_FN void conv_join(int64_t rows, int64_t height, float* y, int64_t step, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t h = 0; h < height; ++h) {
+      float* at = y + r * ld + h * step;
+      join_pairs(load(at), load(at + kWidth), at);
+    }
 }
 
 // What an entry multiplies, from the place of a vector in the panel on: the offset itself, or that of its column.

@@ -179,6 +179,7 @@ void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const
   const int64_t image_tiles = images * groups * t.tiles, units = ceil_div(group_rows, sizes.unit);
   const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, units);
   const int64_t most_rows = ceil_div(units, pieces) * sizes.unit;
+  const bool join = t.spread == 2 && sizes.single;    // in registers
   pool.each(pieces * image_tiles, [&](int64_t begin, int64_t end) {
     Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + t.pitch + slack);
     Scratch<float> sums(Role::sums, most_rows * (t.flat ? slack + 1 : 1));
@@ -208,10 +209,11 @@ void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const
           const int32_t* from_entry = cuts.get() + b * bands;
           multiply(w, {r0, r1, from_entry, from_entry + bands, index, t.derived ? nullptr : offsets.get(), panel.get(),
                        vectors, x_at, y_at, b ? nullptr : start, t.flat ? sums.get() : to + column, t.flat ? slack : size,
-                       t.spread == 2 && b + 1 == t.blocks},
+                       join && b + 1 == t.blocks},
                    k);
         }
         if (t.flat) k.conv_store(sums.get(), r1 - r0, high.end - high.begin, s.out_w, t.pitch, slack, to, size);
+        if (t.spread == 2 && !join) k.conv_join(r1 - r0, high.end - high.begin, to + column, s.out_w, size);
       }
     }
   });

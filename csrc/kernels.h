@@ -203,7 +203,7 @@ struct ConvBlock {
   const float* start;    // (r1 - r0,) the sums begin with these; null for single rows: with what `out` holds
   float* out;
   int64_t ld;
-  bool join;    // of single rows: the vectors 2 i and 2 i + 1 are the even and the odd columns of 2 * width pixels of out
+  bool join;    // single entries only: the vectors 2 i and 2 i + 1 are the even and the odd columns of 2 * width pixels of out
 };
 
 // Rows of a dense matrix with `ld` numbers a row: float32, or bfloat16 as its 16 bits.
@@ -262,6 +262,8 @@ struct Kernels {
   // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
   void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
                      float* y, int64_t ld);
+  // y[r * ld + h * step + 2 * l + v] = y[r * ld + h * step + v * width + l] for v = 0 and 1, as ConvBlock::join
+  void (*conv_join)(int64_t rows, int64_t height, float* y, int64_t step, int64_t ld);
 
   // y[i] = an activation of it, a number of `Activation` in epilogue.h, for i < n
   void (*activate)(int activation, float* y, int64_t n);

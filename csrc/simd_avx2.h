@@ -39,14 +39,16 @@ STEN_INLINE vec keep(vec a) {
   return a;
 }
 STEN_INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
-// to: lane l of vector v is p[begin + l * spread + v], of a row p of n, or zero beside the row; see conv_load_spread
-STEN_INLINE void spread_row(const float* p, int64_t begin, int64_t n, int64_t spread, int64_t halo, float* to) {
-  for (int64_t v = 0; v < spread + halo; ++v)
-    for (int64_t l = 0; l < kWidth; ++l, ++to) {
-      const int64_t c = begin + l * spread + v;
-      *to = c >= 0 && c < n ? p[c] : 0.0f;
+// as in simd_avx512.h; panels are spread there only
+struct RowSpread {
+  int64_t begin, size, spread, halo;
+  STEN_INLINE void store_row(const float* p, float* to) const {
+    for (int64_t i = 0; i < (spread + halo) * kWidth; ++i) {
+      const int64_t c = begin + i % kWidth * spread + i / kWidth;
+      to[i] = c >= 0 && c < size ? p[c] : 0.0f;
     }
-}
+  }
+};
 // two vectors in turn
 STEN_INLINE void join_pairs(vec even, vec odd, float* p) {
   float pair[2][kWidth];

@@ -37,15 +37,15 @@ STEN_INLINE vec keep(vec a) {
 }
 STEN_INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
 
-// Vectors of a row, of which `n` floats from p[begin] on are those of a panel: lane l of vector v is p[begin + l * spread + v],
-// or zero beside the row of `size`.
+// The vectors of a row of `size` floats in a spread panel that begins with its column `begin`: lane l of vector v is column
+// begin + l * spread + v, or zero beside the row. Reading the row once, and no part of it twice, leaves the stores.
 struct RowSpread {
   __mmask16 part[3];
   int64_t begin, spread, halo;
-  STEN_INLINE RowSpread(int64_t first_column, int64_t size, int64_t s, int64_t h) : begin(first_column), spread(s), halo(h) {
+  STEN_INLINE RowSpread(int64_t from, int64_t size, int64_t s, int64_t h) : begin(from), spread(s), halo(h) {
     for (int64_t v = 0; v < 3; ++v) {
-      const int64_t at = begin + v * (s == 1 ? 1 : 16), skip = at < 0 ? -at : 0;
-      part[v] = size <= at || skip > 15 ? 0 : first(size - at) & (0xffff << skip);
+      const int64_t at = from + v * (s == 1 ? 1 : 16), skip = at < 0 ? -at : 0;
+      part[v] = size <= at || skip > 15 ? 0 : first(size - at) & static_cast<__mmask16>(0xffff << skip);
     }
   }
   STEN_INLINE void store_row(const float* p, float* to) const {

@@ -175,23 +175,29 @@ def conv(
     if input.dtype != weight.dtype:
         got = f"input {input.dtype}, weight {weight.dtype}"
         raise RuntimeError(f"Expected operands of one dtype, got {got}; convert one or use autocast.")
-    stride, dilation = (list(s) if isinstance(s, (tuple, list)) else [s] * dims for s in (stride, dilation))
-    input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
-    single = input.dim() == dims + 1
+    stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
+    if isinstance(padding, str):
+        input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
+    geometry = stride, _sizes(padding, dims), dilation, groups
     bias = bias_row(bias, weight.shape[0])
-    out = Conv.call(input.unsqueeze(0) if single else input, weight, bias, stride, padding, dilation, groups)
+    single = input.dim() == dims + 1
+    out = Conv.call(input.unsqueeze(0) if single else input, weight, bias, *geometry)
     return out.squeeze(0) if single else out
 
 
-def _pad(x: Tensor, kernel, stride: list[int], padding, dilation: list[int]) -> tuple[Tensor, list[int]]:
+def _sizes(sizes, dims: int) -> tuple[int, ...]:
+    """One number for each dimension."""
+    return tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,) * dims
+
+
+def _pad(x: Tensor, kernel, stride: tuple[int, ...], padding: str, dilation: tuple[int, ...]) -> tuple[Tensor, int | tuple]:
     """Replace "valid" and "same" by numbers; "same" may pad one more column on the right, as in torch."""
-    dims = len(dilation)
     if padding == "valid":
-        return x, [0] * dims
+        return x, 0
     if padding != "same":
-        return x, list(padding) if isinstance(padding, (tuple, list)) else [padding] * dims
+        raise ValueError(f"Expected a padding of numbers, 'same' or 'valid', got {padding!r}.")
     if any(s != 1 for s in stride):
-        raise ValueError(f"Expected a stride of 1 for padding='same', got {tuple(stride)}.")
+        raise ValueError(f"Expected a stride of 1 for padding='same', got {stride}.")
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     extra = [side for t in reversed(total) for side in (0, t % 2)]
-    return (F.pad(x, extra) if any(extra) else x), [t // 2 for t in total]
+    return (F.pad(x, extra) if any(extra) else x), tuple(t // 2 for t in total)
