@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
-from .._torch_private import autocast_somewhere
+from .._torch_private import autocast_somewhere, is_intercepted, must_apply
 from ..dispatch import operator, planned
 from ..rule import Rule, save_operands, saved_operands
 from ..tensor import SparseTensor, function
@@ -179,10 +180,17 @@ def conv(
     if isinstance(padding, str):
         input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
     geometry = stride, _sizes(padding, dims), dilation, groups
-    bias = bias_row(bias, weight.shape[0])
-    single = input.dim() == dims + 1
-    out = Conv.call(input.unsqueeze(0) if single else input, weight, bias, *geometry)
-    return out.squeeze(0) if single else out
+    if bias is not None:
+        bias = bias_row(bias, weight.shape[0])
+    if input.dim() == dims + 1:
+        return Conv.call(input.unsqueeze(0), weight, bias, *geometry).squeeze(0)
+    intercepted = is_intercepted(weight, input, bias)  # as Conv.call, which looks at every argument
+    if (intercepted and must_apply()) or (
+        torch.is_grad_enabled()
+        and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        return Conv.call(input, weight, bias, *geometry)
+    return compute_conv(input, weight, bias, *geometry, intercepted)
 
 
 def _sizes(sizes, dims: int) -> tuple[int, ...]:
@@ -190,7 +198,9 @@ def _sizes(sizes, dims: int) -> tuple[int, ...]:
     return tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,) * dims
 
 
-def _pad(x: Tensor, kernel, stride: tuple[int, ...], padding: str, dilation: tuple[int, ...]) -> tuple[Tensor, int | tuple]:
+def _pad(
+    x: Tensor, kernel, stride: tuple[int, ...], padding: str, dilation: tuple[int, ...]
+) -> tuple[Tensor, int | tuple]:
     """Replace "valid" and "same" by numbers; "same" may pad one more column on the right, as in torch."""
     if padding == "valid":
         return x, 0
