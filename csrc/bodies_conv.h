@@ -22,8 +22,8 @@ STEN_FN void conv_load(const ConvShape& s, const ConvWindow& b, const float* x, 
   for (int64_t u = 0; u < margin; u += kWidth) store(panel + u, zero());
   for (int64_t c = 0; c < channels; ++c, x += s.h * s.w)
     for (int64_t i = 0; i < s.row_phases; ++i)
-      for (int64_t j = 0; j < s.column_phases; ++j) {
-        const int64_t first = b.column + j;
+      for (int64_t j = 0; j < b.phases; ++j) {
+        const int64_t first = b.column + j * b.between;
         int64_t lo = first < 0 ? -first : 0, hi = first < s.w ? s.w - first : 0;
         if (step > 1) lo = (lo + step - 1) / step, hi = (hi + step - 1) / step;    // a division takes as long as a row
         hi = hi < b.pitch ? hi : b.pitch;

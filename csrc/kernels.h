@@ -185,9 +185,10 @@ struct ConvShape {
   int64_t row_phases, column_phases;
 };
 
-// What a panel holds: `rows` rows of each phase, from this row and column of the input on, which may be padding.
+// What a panel holds: `rows` rows of each phase, from this row and column of the input on, which may be padding; of
+// columns there are `phases`, each `between` columns behind the one before.
 struct ConvWindow {
-  int64_t row, column, rows, pitch;
+  int64_t row, column, rows, pitch, phases, between;
 };
 
 // Rows (outputs) r0 to r1 - 1 by a block of columns, for `vectors` vectors of pixels: what entry e of a band multiplies is
