@@ -218,6 +218,8 @@ class Benchmark:
                         del calls[name]
                 if "compiled" in ways:
                     self.column(f"{after} compiled", calls, 10, before)
+                    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                        self.column(f"{after} compiled, no guards", calls, 10, before)
                 if "compiled+graph" in ways and self.device == "cuda":
                     self.graphs_column(f"{after} compiled+graph", calls, before)
 

@@ -126,6 +126,14 @@ def test_grid_speed_and_report(bench, tmp_path, capsys):
     assert "| `NM(2, 4)` | 56% |" in printed
 
 
+def test_what_pruning_costs_is_measured_on_any_machine(bench, tmp_path):
+    pytest.importorskip("transformers")
+    for part in ("layer", "blocks", "models"):
+        bench("cost.py", part, "--tiny", "--device", "cpu", "--rounds", 1, "--json", tmp_path / "cost.json")
+        content = json.loads((tmp_path / "cost.json").read_text())
+        assert set(content) == {"about", part} and content[part]
+
+
 def test_the_page_has_a_place_for_every_table(bench):
     from report import Results, filled, tables
 
