@@ -7,8 +7,9 @@
 
 The models have random weights: those of transformers are made from a config, the image networks are plain torch modules
 of the published shapes. A plan is one `sten.sparsify` of a copy. Before anything is timed, its output is compared with
-that of the same model after `sten.densify`; a wrong plan stops the script. Plans and rivals take turns in one process, in another order each round;
-a ratio is the median over the rounds of dense / plan of one round, over 1 where the plan is faster.
+that of the same model after `sten.densify`; a wrong plan stops the script. Plans and rivals take turns in one process,
+in another order each round; a ratio is the median over the rounds of dense / plan of one round, over 1 where the plan
+is faster.
 
 Rivals of the eager dense model: channels_last (image networks), compiled (torch.compile, which freezes the weights and
 so prepacks them; --compiled), dynamic int8 (its linear layers).
