@@ -388,7 +388,7 @@ constexpr Kernels make(const char* name) {
   return {name,     kWidth,    kRows,     load_panel,    store_panel,
           csr_rows, csr_token, grouped_token, grouped_input, grouped_values,
           bands_input, bands_values, bands_values_few,
-          conv_load, conv_load_spread, conv_block, conv_grouped, conv_store, conv_store_spread,
+          conv_load, conv_load_spread, conv_block, conv_grouped, conv_store, conv_join,
           activate,
           add_rows<float>, add_rows<bf16>, dot_rows<float>, dot_rows<bf16>, widen, narrow, make_dots(),
           pattern_energy, best_patterns, best_moves};

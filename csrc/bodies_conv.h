@@ -22,8 +22,8 @@ STEN_FN void conv_load(const ConvShape& s, const ConvWindow& b, const float* x, 
   for (int64_t u = 0; u < margin; u += kWidth) store(panel + u, zero());
   for (int64_t c = 0; c < channels; ++c, x += s.h * s.w)
     for (int64_t i = 0; i < s.row_phases; ++i)
-      for (int64_t j = 0; j < s.column_phases; ++j) {
-        const int64_t first = b.column + j;
+      for (int64_t j = 0; j < b.phases; ++j) {
+        const int64_t first = b.column + j * b.between;
         int64_t lo = first < 0 ? -first : 0, hi = first < s.w ? s.w - first : 0;
         if (step > 1) lo = (lo + step - 1) / step, hi = (hi + step - 1) / step;    // a division takes as long as a row
         hi = hi < b.pitch ? hi : b.pitch;
@@ -44,27 +44,23 @@ STEN_FN void conv_store(const float* sums, int64_t rows, int64_t height, int64_t
 }
 
 STEN_FN void conv_load_spread(const ConvShape& s, const ConvWindow& b, const float* x, int64_t channels, int64_t spread,
-                              float* rows, float* panel) {
-  const int64_t vectors = (b.pitch - spread * kWidth) + spread, count = s.row_phases * b.rows;
-  for (int64_t c = 0; c < channels; ++c, x += s.h * s.w) {
-    conv_load(s, b, x, 1, rows);
-    for (int64_t t = 0; t < count; ++t, panel += vectors * kWidth)
-      for (int64_t v = 0; v < vectors; v += spread) {
-        const float* from = rows + t * b.pitch + v;
-        if (spread == 1) store(panel + v * kWidth, load(from));
-        else split_pairs(from, panel + v * kWidth, panel + (v + 1) * kWidth);
+                              float* panel) {
+  const int64_t halo = b.pitch - spread * kWidth, step = (spread + halo) * kWidth;
+  const RowSpread q{b.column, s.w, spread, halo};
+  for (int64_t c = 0; c < channels; ++c, x += s.h * s.w)
+    for (int64_t i = 0; i < s.row_phases; ++i)
+      for (int64_t t = 0; t < b.rows; ++t, panel += step) {
+        const int64_t row = b.row + t * s.stride[0] + i;
+        if (row >= 0 && row < s.h) q.store_row(x + row * s.w, panel);
+        else for (int64_t u = 0; u < step; u += kWidth) store(panel + u, zero());
       }
-  }
 }
 
-STEN_FN void conv_store_spread(const float* sums, int64_t rows, int64_t height, int64_t spread, int64_t ls, float* y,
-                               int64_t step, int64_t ld) {
+STEN_FN void conv_join(int64_t rows, int64_t height, float* y, int64_t step, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t h = 0; h < height; ++h) {
-      const float* from = sums + r * ls + h * spread * kWidth;
-      float* to = y + r * ld + h * step;
-      if (spread == 1) store(to, load(from));
-      else join_pairs(from, from + kWidth, to);
+      float* at = y + r * ld + h * step;
+      join_pairs(load(at), load(at + kWidth), at);
     }
 }
 
@@ -78,6 +74,17 @@ template <int N>
 STEN_INLINE void begin_pixels(const ConvBlock& b, int64_t row, const float* out, const int64_t* y_at, vec* a) {
 #pragma GCC unroll 8
   for (int v = 0; v < N; ++v) a[v] = b.start ? broadcast(b.start + row - b.r0) : load(out + y_at[v]);
+}
+
+template <int N>
+STEN_INLINE void end_pixels(const ConvBlock& b, float* out, const vec* a) {
+  if (N % 2 == 0 && b.join) {
+#pragma GCC unroll 4
+    for (int v = 0; v + 1 < N; v += 2) join_pairs(a[v], a[v + 1], out + b.y_at[v]);
+    return;
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) store(out + b.y_at[v], a[v]);
 }
 
 // Rows one by one, because no two have the same columns; all vectors of a tile together, because two may overlap, and
@@ -119,8 +126,8 @@ STEN_FN void conv_single(const Bands& w, const ConvBlock& b) {
     for (int v = 0; v < N; ++v) {
 #pragma GCC unroll 8
       for (int l = 1; l < L; ++l) a[0][v] = add(a[0][v], a[l][v]);
-      store(out + b.y_at[v], a[0][v]);
     }
+    end_pixels<N>(b, out, a[0]);
   }
 }
 

@@ -10,7 +10,8 @@
 // columns, and of each the one that is shifted by a pixel.
 //
 // An image narrower than a vector is computed `flat`: vectors run across the ends of rows, and the sums that lie
-// between two rows are dropped.
+// between two rows are dropped. Where they would make more vectors, the panel is `packed`: it has a copy of the rows for
+// each column of the kernel, without what lies between them.
 #include <cstring>
 #include <utility>
 
@@ -20,10 +21,10 @@ namespace sten {
 namespace {
 
 constexpr int64_t kPanelBytes = 32 << 10;
+constexpr int64_t kMostCopies = 7;       // of a packed panel: kernels are wider than that where an image is not
 constexpr int64_t kTileColumns = 2;      // vectors: the taller a tile, the fewer rows are copied twice
 constexpr int64_t kLeastTiles = 2;       // from which on deriving the offsets pays
 constexpr int64_t kLine = 64;            // bytes of a cache line
-constexpr int64_t kSpreadEntries = 40;   // of a row, from which on writing and reading a spread panel pays
 constexpr int64_t kLeastEntries = 16;    // of a row in a block, or reading and writing the sums would take longer
 
 // What the driver asks of a weight, whichever its format.
@@ -46,11 +47,12 @@ Sizes sizes_of(const Grouped& w) {
 }
 
 struct Tiling {
-  bool flat, derived;    // derived: the offset of every entry is computed once, and not looked up for every tile
+  bool flat, packed, derived;    // derived: the offset of every entry is computed once, and not looked up for every tile
   int64_t columns, windows;    // of a window, and how many there are; the last one may overlap
   int64_t rows, tiles;         // of the highest tile
   int64_t spread;              // vectors of a row of a tile whose columns take turns, or 0
   int64_t row_floats;          // of the input, for a row of a window
+  int64_t phases, between;     // of columns in a panel, and how many columns of the input lie between two
   int64_t pitch, panel_rows, plane;    // floats of a row, rows of a phase and floats of a channel in a panel
   int64_t channels, blocks;    // of a block
 
@@ -62,19 +64,29 @@ struct Tiling {
     windows = ceil_div(s.out_w, columns);
     row_floats = columns + halo[1];
     const int64_t each = static_cast<int64_t>(w.entries) / std::max<int64_t>(1, groups * s.out);
-    const bool pays = !flat && w.together == 1 && each >= kSpreadEntries && width * sizeof(float) == kLine;
+    const bool possible = !flat && w.together == 1 && width * sizeof(float) == kLine;
     const bool whole = s.stride[1] == 1 && columns % width == 0 && columns / width <= kTileColumns;
-    spread = pays && whole && halo[1] > 0 && halo[1] <= kTileColumns ? columns / width : 0;
+    spread = possible && whole && halo[1] > 0 && halo[1] <= kTileColumns ? columns / width : 0;
     pitch = spread ? (spread + halo[1]) * width : row_floats;
     const int64_t most = flat ? (kConvVectors * width - s.out_w) / pitch + 1 : kConvVectors / ceil_div(columns, width);
     tiles = ceil_div(s.out_h, most);
     rows = ceil_div(s.out_h, tiles);
+    phases = s.column_phases, between = 1;
+    const int64_t whole_tiles = ceil_div(s.out_h * s.out_w, kConvVectors * width);    // of packed rows
+    const int64_t fewer = ceil_div(s.out_h, whole_tiles);
+    packed = flat && s.kernel[1] > 1 && s.kernel[1] <= kMostCopies && s.out_h / whole_tiles * s.out_w >= width &&
+             fewer * s.out_w <= kConvVectors * width &&
+             whole_tiles * ceil_div(fewer * s.out_w, width) < tiles * ceil_div((rows - 1) * pitch + s.out_w, width);
+    if (packed) {
+      flat = false, tiles = whole_tiles, rows = fewer;
+      pitch = row_floats = s.out_w, phases = s.kernel[1], between = s.dilation[1];
+    }
     panel_rows = rows + halo[0];
-    plane = s.row_phases * s.column_phases * panel_rows * pitch;
+    plane = s.row_phases * phases * panel_rows * pitch;
     const int64_t bytes = s.channels * plane * static_cast<int64_t>(sizeof(float));
     derived = images * tiles * windows >= kLeastTiles || !w.single;
     const bool by_rows = derived && w.single && w.together == 1 && !inputs_last;
-    const int64_t most_bytes = spread ? 2 * kPanelBytes : kPanelBytes;    // spread, pixels are stored more than once
+    const int64_t most_bytes = spread || packed ? 2 * kPanelBytes : kPanelBytes;    // of pixels stored more than once
     blocks = by_rows ? std::min(ceil_div(bytes, most_bytes), each / kLeastEntries) : 1;
     blocks = std::max<int64_t>(1, std::min(blocks, s.channels));
     channels = ceil_div(s.channels, blocks);
@@ -90,9 +102,9 @@ void fill_offsets(const ConvShape& s, const Tiling& t, int64_t columns, bool inp
   for (int64_t i = 0, at = 0; i < s.kernel[0]; ++i)
     for (int64_t j = 0; j < s.kernel[1]; ++j, ++at) {
       const int64_t row = i * s.dilation[0], column = j * s.dilation[1];
-      const int64_t phase = row % s.stride[0] * s.column_phases + column % s.stride[1];
+      const int64_t phase = row % s.stride[0] * t.phases + (t.packed ? j : column % s.stride[1]);
       const int64_t first = (phase * t.panel_rows + row / s.stride[0]) * t.pitch +
-                            column / s.stride[1] * (t.spread ? width : 1);
+                            (t.packed ? 0 : column / s.stride[1] * (t.spread ? width : 1));
       for (int64_t c = 0; c < t.channels; ++c)
         offset[inputs_last ? at * step + c : c * positions + at] = static_cast<int32_t>(c * t.plane + first);
     }
@@ -105,8 +117,13 @@ int64_t place_vectors(const ConvShape& s, const Tiling& t, int64_t rows, int64_t
     for (; n * width < (rows - 1) * t.pitch + s.out_w; ++n) x_at[n] = y_at[n] = n * width;
     return n;
   }
+  if (t.packed) {
+    const int64_t pixels = rows * s.out_w;
+    for (; n * width < pixels; ++n) x_at[n] = y_at[n] = std::min(n * width, pixels - width);
+    return n;
+  }
   for (int64_t h = 0; t.spread && h < rows; ++h)
-    for (int64_t u = 0; u < t.spread; ++u, ++n) x_at[n] = h * t.pitch + u * width, y_at[n] = n * width;
+    for (int64_t u = 0; u < t.spread; ++u, ++n) x_at[n] = h * t.pitch + u * width, y_at[n] = h * s.out_w + u * width;
   for (int64_t h = 0; !t.spread && h < rows; ++h)
     for (int64_t u = 0; u < t.columns; u += width, ++n) {
       const int64_t column = std::min(u, t.columns - width);
@@ -180,12 +197,11 @@ void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const
   const int64_t image_tiles = images * groups * t.tiles, units = ceil_div(group_rows, sizes.unit);
   const int64_t pieces = pieces_for_threads(image_tiles, pool.threads, 1, units);
   const int64_t most_rows = ceil_div(units, pieces) * sizes.unit;
-  const bool apart = t.flat || t.spread;    // the sums are stored apart from the output
+  const bool join = t.spread == 2 && sizes.single;    // in registers
   pool.each(pieces * image_tiles, [&](int64_t begin, int64_t end) {
-    Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + t.pitch + slack);
-    Scratch<float> sums(Role::sums, most_rows * (apart ? slack + 1 : 1));
-    Scratch<float> rows(Role::values, t.spread ? s.row_phases * t.panel_rows * t.row_floats + t.pitch + slack : 0);
-    float* start = sums.get() + (apart ? most_rows * slack : 0);
+    Scratch<float> panel(Role::panel, t.channels * t.plane + zeros + t.pitch + s.padding[1] + slack);
+    Scratch<float> sums(Role::sums, most_rows * (t.flat ? slack + 1 : 1) + k.width);
+    float* start = sums.get() + (t.flat ? most_rows * slack : 0);
     int64_t x_at[kConvVectors], y_at[kConvVectors];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t image = task % image_tiles / t.tiles, group = image % groups;
@@ -202,20 +218,20 @@ void convolve(ConvShape s, int64_t images, int64_t groups, const float* x, const
       for (int64_t window = 0; window < t.windows; ++window) {
         const int64_t column = std::min(window * t.columns, s.out_w - t.columns);
         const ConvWindow read{high.begin * s.stride[0] - s.padding[0], column * s.stride[1] - s.padding[1],
-                              t.panel_rows, t.row_floats};
+                              t.panel_rows, t.row_floats, t.phases, t.between};
         for (int64_t c0 = 0, b = 0; b < t.blocks; ++b, c0 += t.channels) {
           const int64_t count = std::min(t.channels, s.channels - c0);
-          if (t.spread) k.conv_load_spread(s, read, from + c0 * s.h * s.w, count, t.spread, rows.get(), panel.get());
+          if (t.spread) k.conv_load_spread(s, read, from + c0 * s.h * s.w, count, t.spread, panel.get());
           else k.conv_load(s, read, from + c0 * s.h * s.w, count, panel.get());
           if (zeros) std::memset(panel.get() + count * t.plane, 0, (t.plane + slack) * sizeof(float));
           const int32_t* from_entry = cuts.get() + b * bands;
           multiply(w, {r0, r1, from_entry, from_entry + bands, index, t.derived ? nullptr : offsets.get(), panel.get(),
-                       vectors, x_at, y_at, b ? nullptr : start, apart ? sums.get() : to + column, apart ? slack : size},
+                       vectors, x_at, y_at, b ? nullptr : start, t.flat ? sums.get() : to + column, t.flat ? slack : size,
+                       join && b + 1 == t.blocks},
                    k);
         }
-        const int64_t height = high.end - high.begin;
-        if (t.flat) k.conv_store(sums.get(), r1 - r0, height, s.out_w, t.pitch, slack, to, size);
-        if (t.spread) k.conv_store_spread(sums.get(), r1 - r0, height, t.spread, slack, to + column, s.out_w, size);
+        if (t.flat) k.conv_store(sums.get(), r1 - r0, high.end - high.begin, s.out_w, t.pitch, slack, to, size);
+        if (t.spread == 2 && !join) k.conv_join(r1 - r0, high.end - high.begin, to + column, s.out_w, size);
       }
     }
   });

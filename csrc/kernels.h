@@ -185,9 +185,10 @@ struct ConvShape {
   int64_t row_phases, column_phases;
 };
 
-// What a panel holds: `rows` rows of each phase, from this row and column of the input on, which may be padding.
+// What a panel holds: `rows` rows of each phase, from this row and column of the input on, which may be padding; of
+// columns there are `phases`, each `between` columns behind the one before.
 struct ConvWindow {
-  int64_t row, column, rows, pitch;
+  int64_t row, column, rows, pitch, phases, between;
 };
 
 // Rows (outputs) r0 to r1 - 1 by a block of columns, for `vectors` vectors of pixels: what entry e of a band multiplies is
@@ -203,6 +204,7 @@ struct ConvBlock {
   const float* start;    // (r1 - r0,) the sums begin with these; null for single rows: with what `out` holds
   float* out;
   int64_t ld;
+  bool join;    // single entries only: the vectors 2 i and 2 i + 1 are the even and the odd columns of 2 * width pixels of out
 };
 
 // Rows of a dense matrix with `ld` numbers a row: float32, or bfloat16 as its 16 bits.
@@ -252,18 +254,17 @@ struct Kernels {
   // fills a panel with `channels` channels; may write a row and a vector beyond it
   void (*conv_load)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, float* panel);
   // the same with columns that take turns: lane l of vector v of a row is its column l * spread + v, so that the pixels
-  // which one entry multiplies are whole vectors; `rows` has room for a channel as conv_load writes it
+  // which one entry multiplies are whole vectors
   void (*conv_load_spread)(const ConvShape& s, const ConvWindow& window, const float* x, int64_t channels, int64_t spread,
-                           float* rows, float* panel);
+                           float* panel);
   void (*conv_block)(const Bands& w, const ConvBlock& block);
   // the same, of all columns; the index is shaped as that of w
   void (*conv_grouped)(const Grouped& w, const ConvBlock& block);
   // y[r * ld + h * columns + i] = sums[r * ls + h * pitch + i] for i < columns, fewer than a vector
   void (*conv_store)(const float* sums, int64_t rows, int64_t height, int64_t columns, int64_t pitch, int64_t ls,
                      float* y, int64_t ld);
-  // y[r * ld + h * step + l * spread + v] = sums[r * ls + (h * spread + v) * width + l]
-  void (*conv_store_spread)(const float* sums, int64_t rows, int64_t height, int64_t spread, int64_t ls, float* y,
-                            int64_t step, int64_t ld);
+  // y[r * ld + h * step + 2 * l + v] = y[r * ld + h * step + v * width + l] for v = 0 and 1, as ConvBlock::join
+  void (*conv_join)(int64_t rows, int64_t height, float* y, int64_t step, int64_t ld);
 
   // y[i] = an activation of it, a number of `Activation` in epilogue.h, for i < n
   void (*activate)(int activation, float* y, int64_t n);

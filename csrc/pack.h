@@ -13,6 +13,11 @@ void top_mask(const float* score, int64_t size, int64_t count, bool* keep, Pool 
 template <typename T>
 void top_of_groups(const T* score, int64_t groups, int64_t m, int64_t n, bool* keep, Pool pool);
 
+// The sums over blocks of height x width of a matrix, row by row; of a mask, how many entries each has. In float64, so that
+// what they decide does not depend on how a device adds up.
+template <typename T>    // float, double or uint8_t, a mask
+void block_sums(const T* x, int64_t rows, int64_t columns, int64_t height, int64_t width, double* sums, Pool pool);
+
 // Rows of a mask as compressed rows: first the offsets, crow[rows] of them in all, then what they are.
 void count_rows(const uint8_t* mask, int64_t rows, int64_t columns, int64_t* crow, Pool pool);
 template <typename T>

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <numeric>
+#include <type_traits>
 
 #include "pack.h"
 
@@ -12,6 +14,8 @@ namespace {
 constexpr int kDigit = 11;            // bits of a key that one pass sorts by; the last one has 10
 constexpr int64_t kBins = 1 << kDigit;
 constexpr int64_t kPieces = 64;       // each with counts of its own
+constexpr int64_t kCounted = 2048;    // columns of a group from which on digits are counted
+constexpr int64_t kStrip = 1024;      // columns whose sums the first-level cache holds
 constexpr int64_t kRanked = 64;       // columns of a group up to which comparing all pairs is the fastest way
 
 template <typename T>
@@ -57,17 +61,35 @@ void rank_groups(const T* score, int64_t groups, int64_t any, int64_t n, bool* k
   }
 }
 
+// Of long groups, only keys that begin with the digit of the edge are ordered.
 template <typename T>
 void select_groups(const T* score, int64_t groups, int64_t m, int64_t n, bool* keep) {
   using Key = typename KeyOf<T>::type;
-  std::vector<Key> keys(m);
+  constexpr int shift = 8 * sizeof(Key) - kDigit;
+  std::vector<Key> keys(m), some(m);
+  std::vector<int32_t> counts(m >= kCounted ? kBins : 0);
   for (int64_t g = 0; g < groups; ++g, score += m, keep += m) {
     for (int64_t c = 0; c < m; ++c) keys[c] = key_of(score[c]);
-    std::nth_element(keys.begin(), keys.begin() + (m - n), keys.end());
-    const Key edge = keys[m - n];
-    int64_t ties = n - std::count_if(keys.begin() + (m - n), keys.end(), [&](Key k) { return k > edge; });
+    int64_t size = m, most = n;    // the edge is the most-th highest of the first `size` of `some`
+    if (counts.empty()) {
+      some = keys;
+    } else {
+      std::fill(counts.begin(), counts.end(), 0);
+      for (int64_t c = 0; c < m; ++c) ++counts[(keys[c] >> shift) + kBins / 2];
+      Key digit = kBins / 2 - 1;
+      for (; counts[digit + kBins / 2] < most; --digit) most -= counts[digit + kBins / 2];
+      size = 0;
+      for (int64_t c = 0; c < m; ++c) {
+        some[size] = keys[c];
+        size += keys[c] >> shift == digit;
+      }
+    }
+    const auto begin = some.begin(), place = begin + (size - most), end = begin + size;
+    std::nth_element(begin, place, end);
+    const Key edge = *place;
+    int64_t ties = most - std::count_if(place, end, [&](Key k) { return k > edge; });
     for (int64_t c = 0; c < m; ++c) {
-      const Key k = key_of(score[c]);
+      const Key k = keys[c];
       keep[c] = k > edge || (k == edge && ties-- > 0);
     }
   }
@@ -142,6 +164,34 @@ void top_of_groups(const T* score, int64_t groups, int64_t m, int64_t n, bool* k
 }
 template void top_of_groups(const float*, int64_t, int64_t, int64_t, bool*, Pool);
 template void top_of_groups(const double*, int64_t, int64_t, int64_t, bool*, Pool);
+
+template <typename T>
+void block_sums(const T* x, int64_t rows, int64_t columns, int64_t height, int64_t width, double* sums, Pool pool) {
+  constexpr bool kMask = std::is_same_v<T, uint8_t>;
+  const int64_t down = ceil_div(rows, height), across = ceil_div(columns, width);
+  const int64_t strip = std::max<int64_t>(1, kStrip / width) * width;
+  pool.threads = useful_threads(pool.threads, static_cast<double>(rows) * columns);
+  pool.each(down, [&](int64_t begin, int64_t end) {
+    std::vector<std::conditional_t<kMask, int32_t, double>> line(std::min(strip, columns));
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t c0 = 0; c0 < columns; c0 += strip) {
+        const int64_t count = std::min(strip, columns - c0);
+        std::fill_n(line.begin(), count, 0);
+        for (int64_t r = i * height; r < std::min(rows, (i + 1) * height); ++r) {
+          const T* from = x + r * columns + c0;
+          for (int64_t c = 0; c < count; ++c)
+            if constexpr (kMask) line[c] += from[c] != 0;
+            else line[c] += from[c];
+        }
+        double* to = sums + i * across + c0 / width;
+        for (int64_t c = 0; c < count; c += width)
+          *to++ = std::accumulate(line.begin() + c, line.begin() + std::min(c + width, count), 0.0);
+      }
+  });
+}
+template void block_sums(const float*, int64_t, int64_t, int64_t, int64_t, double*, Pool);
+template void block_sums(const double*, int64_t, int64_t, int64_t, int64_t, double*, Pool);
+template void block_sums(const uint8_t*, int64_t, int64_t, int64_t, int64_t, double*, Pool);
 
 void count_rows(const uint8_t* mask, int64_t rows, int64_t columns, int64_t* crow, Pool pool) {
   pool.threads = useful_threads(pool.threads, static_cast<double>(rows) * columns);

@@ -9,7 +9,14 @@ namespace {
 
 constexpr int64_t kMostOffset = 2147483647;
 
+// As the operators take it: nine numbers in a list, since each argument of its own costs a call a tenth of a microsecond.
 struct Geometry {
+  Geometry(const char* op, at::IntArrayRef numbers, int64_t outputs) : out(outputs) {
+    TORCH_CHECK(numbers.size() == 9, op, ": Expected a geometry of nine numbers, two for each of kernel_size, stride, ",
+                "padding and dilation, and the groups, got ", text(numbers));
+    kernel = numbers.slice(0, 2), stride = numbers.slice(2, 2), padding = numbers.slice(4, 2);
+    dilation = numbers.slice(6, 2), groups = numbers[8];
+  }
   at::IntArrayRef kernel, stride, padding, dilation;
   int64_t groups, out;
 };
@@ -18,9 +25,6 @@ struct Geometry {
 ConvShape make_shape(const char* op, const Tensor& x, const std::optional<Tensor>& bias, const Geometry& g) {
   check_input(x, op, g.out);
   TORCH_CHECK(x.dim() == 4, op, ": Expected x (images, channels, rows, columns), got shape ", text(x.sizes()));
-  for (const at::IntArrayRef sizes : {g.kernel, g.stride, g.padding, g.dilation})
-    TORCH_CHECK(sizes.size() == 2, op, ": Expected two numbers for each of kernel_size, stride, padding and dilation, ",
-                "got ", text(sizes));
   TORCH_CHECK(g.groups >= 1 && x.size(1) % g.groups == 0 && g.out % g.groups == 0, op,
               ": Expected channels and outputs in ", text(g.groups), " groups, got ", text(x.size(1)), " and ", text(g.out));
   ConvShape s{x.size(1) / g.groups, x.size(2), x.size(3), g.out / g.groups, 0, 0, {}, {}, {}, {}, 0, 0};
@@ -63,12 +67,11 @@ Tensor result(const ConvShape& s, const Tensor& x, const std::optional<Tensor>& 
 
 Tensor band_conv2d_op(const Tensor& x, const Tensor& values, const std::optional<Tensor>& crow, const Tensor& col,
                       const std::optional<Tensor>& bias, int64_t height, int64_t columns, bool inputs_last,
-                      at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
-                      int64_t groups, int64_t out, bool trusted) {
+                      at::IntArrayRef geometry, int64_t out, bool trusted) {
   static constexpr const char* op = "sten::band_conv2d";
-  const Geometry g{kernel, stride, padding, dilation, groups, out};
+  const Geometry g(op, geometry, out);
   const ConvShape s = make_shape(op, x, bias, g);
-  const int64_t positions = kernel[0] * kernel[1], real = s.channels * positions;
+  const int64_t positions = g.kernel[0] * g.kernel[1], real = s.channels * positions;
   const int64_t width = values.dim() == 3 ? std::max<int64_t>(1, values.size(2)) : 1;
   TORCH_CHECK(!inputs_last || width == 1, op, ": Expected entries of single columns with the channels last, got blocks");
   TORCH_CHECK(inputs_last ? columns % positions == 0 && columns >= real : columns == ceil_div(real, width) * width, op,
@@ -79,12 +82,12 @@ Tensor band_conv2d_op(const Tensor& x, const Tensor& values, const std::optional
 }
 
 Tensor grouped_nm_conv2d_op(const Tensor& x, const Tensor& values, const Tensor& index, const std::optional<Tensor>& bias,
-                            int64_t n, int64_t m, int64_t group, at::IntArrayRef kernel, at::IntArrayRef stride,
-                            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, int64_t out, bool trusted) {
+                            int64_t n, int64_t m, int64_t group, at::IntArrayRef geometry, int64_t out,
+                            bool trusted) {
   static constexpr const char* op = "sten::grouped_nm_conv2d";
-  const Geometry g{kernel, stride, padding, dilation, groups, out};
+  const Geometry g(op, geometry, out);
   const ConvShape s = make_shape(op, x, bias, g);
-  const int64_t columns = s.channels * kernel[0] * kernel[1];
+  const int64_t columns = s.channels * g.kernel[0] * g.kernel[1];
   return result(s, x, bias, g, make_grouped<float>(op, values, index, n, m, group, out, columns, trusted), false);
 }
 
@@ -94,12 +97,10 @@ Tensor grouped_nm_conv2d_op(const Tensor& x, const Tensor& values, const Tensor&
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def(
       "band_conv2d(Tensor x, Tensor values, Tensor? crow, Tensor col, Tensor? bias, int height, int columns, "
-      "bool inputs_last, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, "
-      "int out_channels, *, bool trusted=False) -> Tensor");
+      "bool inputs_last, int[] geometry, int out_channels, *, bool trusted=False) -> Tensor");
   m.def(
-      "grouped_nm_conv2d(Tensor x, Tensor values, Tensor index, Tensor? bias, int n, int m, int g, "
-      "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups, int out_channels, *, "
-      "bool trusted=False) -> Tensor");
+      "grouped_nm_conv2d(Tensor x, Tensor values, Tensor index, Tensor? bias, int n, int m, int g, int[] geometry, "
+      "int out_channels, *, bool trusted=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(sten, CPU, m) {

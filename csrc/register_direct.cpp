@@ -87,14 +87,12 @@ py::object direct(const std::string& name) {
   if (name == "grouped_nm_linear") return call_of<T, T, T, Maybe, Int, Int, Int, Int, Int, bool>(name, activation);
   if (name == "grouped_nm_grad_input") return call_of<T, T, T, Int, Int, Int, Int, bool>(name);
   if (name == "grouped_nm_grad_values") return call_of<T, T, T, Int, Int, Int, bool>(name);
-  if (name == "grouped_nm_conv2d")
-    return call_of<T, T, T, Maybe, Int, Int, Int, Sizes, Sizes, Sizes, Sizes, Int, Int, bool>(name);
+  if (name == "grouped_nm_conv2d") return call_of<T, T, T, Maybe, Int, Int, Int, Sizes, Int, bool>(name);
   if (name == "band_linear")
     return call_of<T, T, Maybe, T, Maybe, Int, Int, Int, Maybe, Int, bool>(name, table, activation);
   if (name == "band_grad_input") return call_of<T, T, Maybe, T, Int, Int, Int, bool>(name);
   if (name == "band_grad_values") return call_of<T, T, Maybe, T, Int, Int, Int, bool>(name);
-  if (name == "band_conv2d")
-    return call_of<T, T, Maybe, T, Maybe, Int, Int, bool, Sizes, Sizes, Sizes, Sizes, Int, Int, bool>(name);
+  if (name == "band_conv2d") return call_of<T, T, Maybe, T, Maybe, Int, Int, bool, Sizes, Int, bool>(name);
   throw py::value_error("Expected the name of an operator on a weight, got " + name + ".");
 }
 

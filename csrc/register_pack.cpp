@@ -3,6 +3,7 @@
 //
 //   top_mask            the `count` highest scores of a whole weight
 //   top_of_groups       the n highest along the last dimension
+//   block_sums          the sums over blocks of a matrix, or how many entries of a mask they have; float64
 //   compress_masked     the entries of a mask row by row: values, offsets, columns
 //   nm_index            the index of a mask, and how many slots a group leaves free at most; -1: one has too many
 //   grouped_nm_choose   the mask of a score
@@ -57,6 +58,25 @@ Tensor top_of_groups_op(const Tensor& score, int64_t n) {
   else
     top_of_groups(data_of<double>(score), groups, m, n, numbers<bool>(keep), make_pool());
   return keep;
+}
+
+Tensor block_sums_op(const Tensor& matrix, int64_t height, int64_t width) {
+  static constexpr const char* op = "sten::block_sums";
+  check(matrix, op, "matrix", 2, matrix.scalar_type());
+  TORCH_CHECK(height >= 1 && width >= 1, op, ": Expected a height and a width of at least 1, got ", text({height, width}));
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  height = std::min(height, std::max<int64_t>(rows, 1)), width = std::min(width, std::max<int64_t>(columns, 1));
+  const Tensor sums = at::empty({ceil_div(rows, height), ceil_div(columns, width)}, matrix.options().dtype(at::kDouble));
+  const auto add = [&](const auto* x) {
+    block_sums(x, rows, columns, height, width, numbers<double>(sums), make_pool());
+  };
+  switch (matrix.scalar_type()) {
+    case at::kFloat: add(data_of<float>(matrix)); break;
+    case at::kDouble: add(data_of<double>(matrix)); break;
+    case at::kBool: add(data_of<uint8_t>(matrix)); break;
+    default: TORCH_CHECK(false, op, ": Expected a matrix of dtype Float, Double or Bool, got ", matrix.scalar_type());
+  }
+  return sums;
 }
 
 std::tuple<Tensor, Tensor, Tensor> compress_masked_op(const Tensor& dense, const Tensor& mask) {
@@ -168,6 +188,7 @@ Tensor grouped_nm_collect_op(const Tensor& dense, const Tensor& index, int64_t n
 TORCH_LIBRARY_FRAGMENT(sten, m) {
   m.def("top_mask(Tensor score, int count) -> Tensor");
   m.def("top_of_groups(Tensor score, int n) -> Tensor");
+  m.def("block_sums(Tensor matrix, int height, int width) -> Tensor");
   m.def("compress_masked(Tensor dense, Tensor mask) -> (Tensor, Tensor, Tensor)");
   m.def("nm_index(Tensor mask, int n, bool bitmap) -> (Tensor, int)");
   m.def("grouped_nm_choose(Tensor score, int n, int m, int g) -> Tensor");
@@ -179,6 +200,7 @@ TORCH_LIBRARY_FRAGMENT(sten, m) {
 TORCH_LIBRARY_IMPL(sten, CPU, m) {
   m.impl("top_mask", &sten::top_mask_op);
   m.impl("top_of_groups", &sten::top_of_groups_op);
+  m.impl("block_sums", &sten::block_sums_op);
   m.impl("compress_masked", &sten::compress_masked_op);
   m.impl("nm_index", &sten::nm_index_op);
   m.impl("grouped_nm_choose", &sten::grouped_nm_choose_op);

@@ -37,18 +37,40 @@ STEN_INLINE vec keep(vec a) {
 }
 STEN_INLINE vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
 
-// 32 floats as those in even and those in odd places, and back
-STEN_INLINE void split_pairs(const float* p, float* even, float* odd) {
-  const __m512i two = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const vec a = load(p), b = load(p + 16);
-  store(even, _mm512_permutex2var_ps(a, two, b));
-  store(odd, _mm512_permutex2var_ps(a, _mm512_add_epi32(two, _mm512_set1_epi32(1)), b));
-}
-STEN_INLINE void join_pairs(const float* even, const float* odd, float* p) {
+// The vectors of a row of `size` floats in a spread panel that begins with its column `begin`: lane l of vector v is column
+// begin + l * spread + v, or zero beside the row. Reading the row once, and no part of it twice, leaves the stores.
+struct RowSpread {
+  __mmask16 part[3];
+  int64_t begin, spread, halo;
+  STEN_INLINE RowSpread(int64_t from, int64_t size, int64_t s, int64_t h) : begin(from), spread(s), halo(h) {
+    for (int64_t v = 0; v < 3; ++v) {
+      const int64_t at = from + v * (s == 1 ? 1 : 16), skip = at < 0 ? -at : 0;
+      part[v] = size <= at || skip > 15 ? 0 : first(size - at) & static_cast<__mmask16>(0xffff << skip);
+    }
+  }
+  STEN_INLINE void store_row(const float* p, float* to) const {
+    p += begin;
+    if (spread == 1) {
+      for (int64_t v = 0; v <= halo; ++v) store(to + 16 * v, _mm512_maskz_loadu_ps(part[v], p + v));
+      return;
+    }
+    const __m512i one = _mm512_set1_epi32(1);
+    const __m512i next = _mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const vec a = _mm512_maskz_loadu_ps(part[0], p), b = _mm512_maskz_loadu_ps(part[1], p + 16);
+    const vec c = _mm512_maskz_loadu_ps(part[2], p + 32);
+    const vec v0 = _mm512_permutex2var_ps(a, even, b), v1 = _mm512_permutex2var_ps(a, _mm512_add_epi32(even, one), b);
+    store(to, v0);
+    store(to + 16, v1);
+    store(to + 32, _mm512_permutex2var_ps(v0, next, c));
+    if (halo == 2) store(to + 48, _mm512_permutex2var_ps(v1, _mm512_mask_add_epi32(next, 0x8000, next, one), c));
+  }
+};
+// two vectors in turn
+STEN_INLINE void join_pairs(vec even, vec odd, float* p) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const vec a = load(even), b = load(odd);
-  store(p, _mm512_permutex2var_ps(a, low, b));
-  store(p + 16, _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b));
+  store(p, _mm512_permutex2var_ps(even, low, odd));
+  store(p + 16, _mm512_permutex2var_ps(even, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd));
 }
 
 // b[c][r] = a[r][c] of 16 x 16; a is used up

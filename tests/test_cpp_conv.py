@@ -1,5 +1,6 @@
 """The direct convolution of the CPU against float64 convolutions with the unpacked weight."""
 
+import itertools
 import random
 
 import pytest
@@ -163,7 +164,7 @@ def test_compiled_and_checked():
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), F.conv2d(x, weight.to_dense(), module.bias, 2, 1))
     crow, col, values = (weight.parts[name] for name in ("crow", "col", "values"))
-    geometry = (36, False, [3, 3], [2, 2], [1, 1], [1, 1], 1, 6)
+    geometry = (36, False, [3, 3, 2, 2, 1, 1, 1, 1, 1], 6)
     torch.library.opcheck(torch.ops.sten.band_conv2d.default, (x, values, crow, col, None, 1, *geometry))
     parts = random_weight(sten.GroupedNM(2, 4, 3), (6, 4, 3, 3)).parts
     operands = (x, parts["values"], parts["index"], None, 2, 4, 3, *geometry[2:])
@@ -196,8 +197,8 @@ def wrong_calls():
     usual = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
 
     def call(x=x, crow=crow, col=col, bias=None, columns=36, groups=1, last=False, **sides):
-        sides = {**usual, **sides}.values()
-        torch.ops.sten.band_conv2d(x, values, crow, col, bias, 1, columns, last, *sides, groups, 6)
+        geometry = [*itertools.chain(*{**usual, **sides}.values()), groups]
+        torch.ops.sten.band_conv2d(x, values, crow, col, bias, 1, columns, last, geometry, 6)
 
     return call, [
         ({"x": x.double()}, "dtype"),
@@ -208,7 +209,7 @@ def wrong_calls():
         ({"bias": torch.ones(5)}, "bias of 6"),
         ({"stride": [0, 1]}, "stride"),
         ({"padding": [-1, 1]}, "padding of at least 0"),
-        ({"padding": [1, 1, 1]}, "Expected two numbers"),
+        ({"padding": [1, 1, 1]}, "Expected a geometry of nine numbers"),
         ({"dilation": [9, 1]}, "at least 19 pixels"),
         ({"padding": [1, 500000000]}, "Expected an image of fewer"),
         ({"col": col + 36}, "columns below 36"),

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sten
 from sten.backends import cpp
 from sten.layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
-from sten.layouts.topk import top, top_of_groups
+from sten.layouts.checks import covering
+from sten.layouts.topk import block_sums, top, top_of_groups
 
 if not cpp.available():
     pytest.skip("the extension sten._C is not built", allow_module_level=True)
@@ -65,7 +66,7 @@ def test_top_is_a_stable_sort(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 8, 16, 32, 33, 64, 65, 300])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 8, 16, 32, 33, 64, 65, 300, 2500])
 def test_top_of_groups_is_a_stable_sort(m, dtype):
     torch.manual_seed(m)
     score = hostile_score((5, 13, m), dtype)
@@ -73,6 +74,42 @@ def test_top_of_groups_is_a_stable_sort(m, dtype):
         assert torch.equal(top_of_groups(score, n), highest(score, n)), n
     assert torch.equal(top_of_groups(score.transpose(0, 1), 1), highest(score.transpose(0, 1), 1))
     assert top_of_groups(score[:0], 1).shape == (0, 13, m)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool], ids=str)
+def test_block_sums_are_those_of_torch(dtype):
+    """Blocks that end with the matrix, are larger than it, or wider than what is summed at a time."""
+    torch.manual_seed(0)
+    for shape in ((37, 101), (1, 1), (3, 3000)):
+        matrix = torch.rand(shape).gt(0.5) if dtype is torch.bool else torch.randn(shape).to(dtype)
+        for height, width in ((1, 1), (4, 7), (16, 16), (1, 101), (50, 1500)):
+            sums = block_sums(matrix, (height, width))
+            pads = (0, -shape[1] % width, 0, -shape[0] % height)
+            padded = torch.nn.functional.pad(matrix.double(), pads)
+            whole = padded.view(padded.shape[0] // height, height, -1, width).sum((1, 3))
+            torch.testing.assert_close(sums, whole, rtol=0, atol=1e-11)
+    assert torch.equal(block_sums(matrix.t(), (2, 3)), block_sums(matrix.t().contiguous(), (2, 3)))
+    assert in_torch(block_sums, matrix, (2, 2)) is None
+    with pytest.raises(RuntimeError, match="at least 1"):
+        block_sums(matrix, (0, 3))
+
+
+@pytest.mark.parametrize("layout", [BSR((4, 4)), BSR((3, 50)), FanIn()], ids=str)
+def test_covering_is_what_is_stored(layout):
+    """Masks that a layout holds, that cut through its units, and without entries."""
+    torch.manual_seed(0)
+    for shape in ((37, 101), (6, 5, 3, 3)):
+        score, half = torch.randn(shape), torch.rand(shape) > 0.5
+        for mask in (
+            layout.mask(score, 0.5),
+            half,
+            half.flatten(1)[:, :1].view(-1, *[1] * (len(shape) - 1)) & half,
+            half & False,
+        ):
+            stored = layout.support(layout.pack(score, mask), shape)
+            assert torch.equal(covering(layout, mask), stored) and torch.equal(in_torch(covering, layout, mask), stored)
+        with pytest.raises(ValueError, match="bool"):
+            covering(layout, half.float())
 
 
 @pytest.mark.parametrize("layout", NMS, ids=str)

@@ -40,6 +40,21 @@ void try_select(int64_t groups, int64_t m, int threads) {
   failures += slot != crow[groups];
 }
 
+void try_block_sums(int64_t rows, int64_t columns, int64_t height, int64_t width, int threads) {
+  const int64_t down = ceil_div(rows, height), across = ceil_div(columns, width);
+  const std::vector<float> x = random_floats(rows * columns);
+  const std::vector<uint8_t> mask = random_mask(rows * columns, 3);
+  std::vector<double> sums(down * across), counts(down * across), right(down * across), count(down * across);
+  block_sums(x.data(), rows, columns, height, width, sums.data(), {threads, run_tasks});
+  block_sums(mask.data(), rows, columns, height, width, counts.data(), {threads, run_tasks});
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const int64_t block = i / columns / height * across + i % columns / width;
+    right[block] += x[i];
+    count[block] += mask[i] != 0;
+  }
+  for (int64_t i = 0; i < down * across; ++i) failures += counts[i] != count[i] || std::abs(sums[i] - right[i]) > 1e-9;
+}
+
 // Any mask either has too many entries somewhere, or an index whose bits and positions hold all of them.
 void try_nm_index(int64_t n, int64_t m, int threads) {
   const int64_t rows = 5, groups = 7;
@@ -84,7 +99,9 @@ void try_grouped(const Kernels& k, int64_t n, int64_t m, int64_t g, int64_t rows
 
 void try_pack(const Kernels& k) {
   for (const int threads : {1, 3}) {
-    for (const int64_t m : {1, 3, 4, 8, 16, 32, 33, 65, 300}) try_select(11, m, threads);
+    for (const int64_t m : {1, 3, 4, 8, 16, 32, 33, 65, 300, 3000}) try_select(11, m, threads);
+    for (const int64_t size : {1, 3, 16, 5000}) try_block_sums(37, 2100, size, 1 + size % 64, threads);
+    try_block_sums(37, 2100, 1, 2100, threads);
     try_select(300, 40, threads);
     try_nm_index(2, 4, threads);
     try_nm_index(3, 7, threads);

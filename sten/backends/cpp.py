@@ -116,7 +116,8 @@ def _fake_collect(dense, index, n, m):
 
 def _fake_conv(x, *arguments, trusted=False):
     """Return an empty (images, out_channels, rows, columns) tensor; the geometry and the outputs are the last."""
-    kernel, stride, padding, dilation, _, out = arguments[-6:]
+    *_, geometry, out = arguments
+    kernel, stride, padding, dilation = (geometry[i : i + 2] for i in range(0, 8, 2))
     reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
     sizes = zip(x.shape[2:], reach, stride, padding, strict=True)
     return x.new_empty((x.shape[0], out, *((n + 2 * p - r) // s + 1 for n, r, s, p in sizes)))

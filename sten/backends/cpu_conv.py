@@ -44,46 +44,47 @@ def two_sizes(flat: bool, sizes: tuple[int, ...], usual: int) -> tuple[int, ...]
     return (usual, *sizes) if flat else tuple(sizes) * (2 // len(sizes))
 
 
-def band_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
-    """The convolution (x, parts, bias, *geometry) of a layout whose rows are in bands."""
-    conv, band = operator("band_conv2d", intercepted), BANDS[type(layout)]
-    (height, _, columns), outputs, inputs_last = band.sizes(layout, shape), shape[0], DIRECT[type(layout)][0]
+def direct_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool, geometry: dict) -> Run:
+    """`run` of conv1d and conv2d: each stored entry multiplies the pixels of a tile, which are side by side."""
+    flat, outputs = len(shape) == 3, shape[0]
+    sizes = zip((shape[2:], *(geometry[name] for name in ("stride", "padding", "dilation"))), (1, 1, 0, 1), strict=True)
+    numbers = [*(size for each, usual in sizes for size in two_sizes(flat, each, usual)), geometry["groups"]]
+    conv = (band_conv if type(layout) in BANDS else grouped_nm_conv)(layout, shape, intercepted, numbers, outputs)
 
-    def run(x: Tensor, weight: Parts, bias: Tensor | None, *geometry) -> Tensor:
+    def run(x: Tensor, weight: Parts, bias: Tensor | None, **geometry) -> Tensor:
+        if flat:
+            return conv(x.unsqueeze(2), weight, bias).squeeze(2)
+        y = conv(x, weight, bias)
+        return y if x.is_contiguous() or memory_format(x) not in LAST else y.contiguous(memory_format=LAST[0])
+
+    return run
+
+
+def band_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool, geometry: list[int], outputs: int) -> Run:
+    """The convolution (x, parts, bias) of a layout whose rows are in bands."""
+    conv, band = operator("band_conv2d", intercepted), BANDS[type(layout)]
+    (height, _, columns), inputs_last = band.sizes(layout, shape), DIRECT[type(layout)][0]
+
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         (crow, col), row = band.pattern(weight), stored_rows(weight, outputs)
-        values, sizes = weight["values"].contiguous(), (height, columns, inputs_last)
+        values = weight["values"].contiguous()
         if row is None:
-            return conv(x, values, crow, col, bias, *sizes, *geometry, outputs)
-        some = conv(x, values, crow, col, None, *sizes, *geometry, len(row))
+            return conv(x, values, crow, col, bias, height, columns, inputs_last, geometry, outputs)
+        some = conv(x, values, crow, col, None, height, columns, inputs_last, geometry, len(row))
         y = some.new_zeros(len(some), outputs, *some.shape[2:]).index_copy_(1, row, some)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
 
     return run
 
 
-def grouped_nm_conv(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
+def grouped_nm_conv(
+    layout: GroupedNM, shape: tuple[int, ...], intercepted: bool, geometry: list[int], outputs: int
+) -> Run:
     """The same for GroupedNM."""
     conv, sizes = operator("grouped_nm_conv2d", intercepted), (layout.n, layout.m, layout.g)
 
-    def run(x: Tensor, weight: Parts, bias: Tensor | None, *geometry) -> Tensor:
-        return conv(x, weight["values"].contiguous(), weight["index"], bias, *sizes, *geometry, shape[0])
-
-    return run
-
-
-def direct_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
-    """`run` of conv1d and conv2d: each stored entry multiplies the pixels of a tile, which are side by side."""
-    conv = (band_conv if type(layout) in BANDS else grouped_nm_conv)(layout, shape, intercepted)
-    flat = len(shape) == 3
-    two = functools.partial(two_sizes, flat)
-    size = two(shape[2:], 1)
-
-    def run(x: Tensor, weight: Parts, bias: Tensor | None, *, stride, padding, dilation, groups) -> Tensor:
-        images = x.unsqueeze(2) if flat else x
-        y = conv(images, weight, bias, size, two(stride, 1), two(padding, 0), two(dilation, 1), groups)
-        if flat:
-            return y.squeeze(2)
-        return y if x.is_contiguous() or memory_format(x) not in LAST else y.contiguous(memory_format=LAST[0])
+    def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
+        return conv(x, weight["values"].contiguous(), weight["index"], bias, *sizes, geometry, outputs)
 
     return run
 
@@ -109,7 +110,6 @@ def why_not_direct(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, f
 
 def conv_by(prepare_product: Callable[..., Plan]) -> Callable[..., Plan]:
     """The `prepare` of a convolution: by that of linear where it is a product, else directly."""
-    prepare_direct = float32_by(direct_conv)
 
     def prepare(layout: Layout, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
         one = all(size == 1 for size in shape[2:]) and flags.geometry["groups"] == 1
@@ -120,7 +120,11 @@ def conv_by(prepare_product: Callable[..., Plan]) -> Callable[..., Plan]:
         why = why_not_direct(layout, shape, dtype, flags)
         if why:
             return Plan.of("reference", f"expands to dense: {why}", None)
-        return prepare_direct(layout, shape, dtype, flags)
+
+        def direct(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
+            return direct_conv(layout, shape, intercepted, flags.geometry)
+
+        return float32_by(direct)(layout, shape, dtype, flags)
 
     prepare.__name__ = prepare_product.__name__.replace("linear", "conv")
     return prepare

@@ -144,6 +144,11 @@ class Layout(metaclass=Constructor):
         ones = torch.ones_like(parts["values"], dtype=torch.bool)
         return self.unpack({**parts, "values": ones}, shape)
 
+    def covering(self, mask: Tensor) -> Tensor:
+        """The mask that it stores for this one: the same, or with more entries where it cannot hold it exactly."""
+        shape = tuple(mask.shape)
+        return self.support(self.pack(torch.zeros((), device=mask.device).expand(shape), mask), shape)
+
     def with_slots(self, parts: Parts, slots: int) -> Parts:
         """The parts with `slots` slots, the last ones free and zero; unchanged where `free_slots` is False."""
         del slots

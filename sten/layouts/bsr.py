@@ -13,7 +13,7 @@ from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import chunks, expect_dense, expect_parts, expect_range, expect_zero
 from sten.layouts.compressed_rows import expect_compressed, offsets_of, row_of_slots, slots_of_rows
 from sten.layouts.padding import cut, pad_matrix
-from sten.layouts.topk import widest_float
+from sten.layouts.topk import block_sums, widest_float
 
 LIMIT = 2**16  # rows or columns of a block
 
@@ -70,13 +70,23 @@ class BSR(Layout):
 
     def unit_totals(self, score: Tensor) -> Tensor:
         """The sum over each block; padding counts zero."""
-        return self.blocks(score).sum((2, 3), dtype=widest_float(score.device))
+        totals = block_sums(score.reshape(len(score), -1), self.block)
+        return self.blocks(score).sum((2, 3), dtype=widest_float(score.device)) if totals is None else totals
 
     def unit_means(self, score: Tensor) -> Tensor:
         """As of any layout; the sizes of blocks follow from the shape, without sums of ones."""
         sizes = zip((len(score), math.prod(score.shape[1:])), self.grid(tuple(score.shape)), self.block, strict=True)
         height, width = ((size - torch.arange(0, n * b, b, device=score.device)).clamp(max=b) for size, n, b in sizes)
         return self.unit_totals(score) / (height.unsqueeze(1) * width)
+
+    def touched(self, mask: Tensor) -> Tensor:
+        """Which blocks have entries of the mask."""
+        totals = block_sums(mask.reshape(len(mask), -1), self.block)
+        return self.blocks(mask).any(3).any(2) if totals is None else totals > 0
+
+    def covering(self, mask: Tensor) -> Tensor:
+        expect_dense(self, torch.zeros((), device=mask.device).expand(mask.shape), mask)
+        return self.unit_entries(self.touched(mask), tuple(mask.shape))
 
     def unit_entries(self, chosen: Tensor, shape: tuple[int, ...]) -> Tensor:
         bh, bw = self.block
@@ -95,7 +105,7 @@ class BSR(Layout):
 
     def pack(self, dense: Tensor, mask: Tensor) -> Parts:
         expect_dense(self, dense, mask)
-        stored = self.blocks(mask).any(3).any(2)
+        stored = self.touched(mask)
         row, col = stored.nonzero(as_tuple=True)
         return {
             "values": self.blocks(dense)[row, col].masked_fill(~self.blocks(mask)[row, col], 0),

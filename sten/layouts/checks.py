@@ -107,10 +107,7 @@ def expect_dense(layout: Layout, dense: Tensor, mask: Tensor) -> None:
 
 def covering(layout: Layout, mask: Tensor) -> Tensor:
     """The mask that the layout stores for this one: the same, or with more entries where it cannot hold it exactly."""
-    if layout.unstructured:
-        return mask
-    shape = tuple(mask.shape)
-    return layout.support(layout.pack(torch.zeros((), device=mask.device).expand(shape), mask), shape)
+    return mask if layout.unstructured else layout.covering(mask)
 
 
 def starting_mask(layout: Layout, left: Tensor) -> Tensor:

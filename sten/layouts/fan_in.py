@@ -14,7 +14,7 @@ from torch import Tensor
 from sten.layouts.base import Layout, Parts
 from sten.layouts.checks import chunks, count_to_keep, expect_dense, expect_parts, expect_range, expect_score
 from sten.layouts.compiled import runs
-from sten.layouts.topk import complete_groups, top_of_groups
+from sten.layouts.topk import block_sums, complete_groups, top_of_groups
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class FanIn(Layout):
         expect_score(self, score, sparsity)
         matrix = score.reshape(len(score), -1)
         return top_of_groups(matrix, count_to_keep(matrix.numel(), sparsity, self) // len(matrix)).view(score.shape)
+
+    def covering(self, mask: Tensor) -> Tensor:
+        expect_dense(self, torch.zeros((), device=mask.device).expand(mask.shape), mask)
+        counts = block_sums(mask.reshape(len(mask), -1), (1, math.prod(mask.shape[1:])))
+        equal = counts is not None and bool(((counts == 0) | (counts == counts.max())).all())
+        return mask if equal else super().covering(mask)
 
     def column_groups(self, shape: tuple[int, ...]) -> Tensor:
         return torch.arange(math.prod(shape[1:]))

@@ -23,6 +23,14 @@ def widest_float(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
+def block_sums(matrix: Tensor, block: tuple[int, int]) -> Tensor | None:
+    """The float64 sums over the blocks of a matrix, those at its edges smaller, by a kernel, or None."""
+    if matrix.dtype not in (*SINGLE, torch.float64, torch.bool) or not runs("block_sums", matrix):
+        return None
+    matrix = matrix.detach()
+    return torch.ops.sten.block_sums((matrix.float() if matrix.dtype in SINGLE else matrix).contiguous(), *block)
+
+
 def top(score: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` highest entries of a score of any shape, exactly; ties go to the lower index.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
-from .._torch_private import autocast_somewhere
+from .._torch_private import autocast_somewhere, is_intercepted, must_apply
 from ..dispatch import operator, planned
 from ..rule import Rule, save_operands, saved_operands
 from ..tensor import SparseTensor, function
@@ -175,23 +176,38 @@ def conv(
     if input.dtype != weight.dtype:
         got = f"input {input.dtype}, weight {weight.dtype}"
         raise RuntimeError(f"Expected operands of one dtype, got {got}; convert one or use autocast.")
-    stride, dilation = (list(s) if isinstance(s, (tuple, list)) else [s] * dims for s in (stride, dilation))
-    input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
-    single = input.dim() == dims + 1
-    bias = bias_row(bias, weight.shape[0])
-    out = Conv.call(input.unsqueeze(0) if single else input, weight, bias, stride, padding, dilation, groups)
-    return out.squeeze(0) if single else out
+    stride, dilation = _sizes(stride, dims), _sizes(dilation, dims)
+    if isinstance(padding, str):
+        input, padding = _pad(input, weight.shape[2:], stride, padding, dilation)
+    geometry = stride, _sizes(padding, dims), dilation, groups
+    if bias is not None:
+        bias = bias_row(bias, weight.shape[0])
+    if input.dim() == dims + 1:
+        return Conv.call(input.unsqueeze(0), weight, bias, *geometry).squeeze(0)
+    intercepted = is_intercepted()
+    if (intercepted and must_apply()) or (
+        torch.is_grad_enabled()
+        and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    ):
+        return Conv.call(input, weight, bias, *geometry)
+    return compute_conv(input, weight, bias, *geometry, intercepted)
 
 
-def _pad(x: Tensor, kernel, stride: list[int], padding, dilation: list[int]) -> tuple[Tensor, list[int]]:
+def _sizes(sizes, dims: int) -> tuple[int, ...]:
+    """One number for each dimension."""
+    return tuple(sizes) if isinstance(sizes, (tuple, list)) else (sizes,) * dims
+
+
+def _pad(
+    x: Tensor, kernel, stride: tuple[int, ...], padding: str, dilation: tuple[int, ...]
+) -> tuple[Tensor, int | tuple]:
     """Replace "valid" and "same" by numbers; "same" may pad one more column on the right, as in torch."""
-    dims = len(dilation)
     if padding == "valid":
-        return x, [0] * dims
+        return x, 0
     if padding != "same":
-        return x, list(padding) if isinstance(padding, (tuple, list)) else [padding] * dims
+        raise ValueError(f"Expected a padding of numbers, 'same' or 'valid', got {padding!r}.")
     if any(s != 1 for s in stride):
-        raise ValueError(f"Expected a stride of 1 for padding='same', got {tuple(stride)}.")
+        raise ValueError(f"Expected a stride of 1 for padding='same', got {stride}.")
     total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     extra = [side for t in reversed(total) for side in (0, t % 2)]
-    return (F.pad(x, extra) if any(extra) else x), [t // 2 for t in total]
+    return (F.pad(x, extra) if any(extra) else x), tuple(t // 2 for t in total)
