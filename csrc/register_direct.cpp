@@ -23,7 +23,9 @@ class Pattern {
     (add(arguments), ...);
   }
 
-  bool operator==(const Pattern&) const = default;
+  bool operator==(const Pattern& other) const {
+    return versioned_ == other.versioned_ && count_ == other.count_ && parts_ == other.parts_;
+  }
 
   // Tensors made in inference mode have no version.
   bool versioned() const { return versioned_; }
