@@ -39,22 +39,7 @@ STEN_INLINE vec keep(vec a) {
   return a;
 }
 STEN_INLINE vec add(vec a, vec b) { return _mm256_add_ps(a, b); }
-// as in simd_avx512.h; panels are spread there only
-struct RowSpread {
-  int64_t begin, size, spread, halo;
-  STEN_INLINE void store_row(const float* p, float* to) const {
-    for (int64_t i = 0; i < (spread + halo) * kWidth; ++i) {
-      const int64_t c = begin + i % kWidth * spread + i / kWidth;
-      to[i] = c >= 0 && c < size ? p[c] : 0.0f;
-    }
-  }
-};
-// two vectors in turn
-STEN_INLINE void join_pairs(vec even, vec odd, float* p) {
-  float pair[2][kWidth];
-  store(pair[0], even), store(pair[1], odd);
-  for (int i = 0; i < 2 * kWidth; ++i) p[i] = pair[i % 2][i / 2];
-}
+#include "bodies_spread.h"
 
 STEN_INLINE void transpose(const float* src, int64_t ls, int rows, int cols, float* dst, int64_t ld, bool fill) {
   if (rows < 8 || cols < 8) {
