@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -103,3 +104,16 @@ backend.build_sdist({str(tmp_path)!r})
     missing = {name for name in files if name not in names and not name.startswith(".")}
     assert missing <= {"sten/kernels"}, missing  # a link in the checkout, here a copy
     assert "sten/kernels/__init__.py" in names and "kernels/__init__.py" in names
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_extension_is_c_plus_plus_17():
+    """The language in which torch 2.11 compiles extensions; later versions take C++20. What knows nothing of torch is
+    compiled in it by csrc/sanitize/run.sh."""
+    from torch.utils.cpp_extension import include_paths
+
+    folders = ["-I" + folder for folder in (*include_paths(), sysconfig.get_paths()["include"])]
+    for file in sorted((ROOT / "csrc").glob("register*.cpp")):
+        command = ["g++", "-std=c++17", "-fsyntax-only", "-w", *folders, str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]

@@ -6,7 +6,7 @@ set -e
 cd "$(dirname "$0")/.."
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-flags="-std=c++20 -O1 -g1 -fno-omit-frame-pointer -DSTEN_POISON $CXXFLAGS"
+flags="-std=c++17 -O1 -g1 -fno-omit-frame-pointer -DSTEN_POISON $CXXFLAGS"
 flags="$flags -DSTEN_TILES=\"$PWD/../tests/tiles_emulated.h\"" # any processor with AVX512_BF16 runs what AMX does
 [ -n "$PLAIN" ] || flags="$flags -fsanitize=address,undefined -fno-sanitize-recover=all"
 for file in $(ls -- *.cpp | grep -v "^module\|^register") sanitize/driver.cpp; do  # what knows nothing of torch
