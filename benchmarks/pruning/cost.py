@@ -11,9 +11,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
-import time
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ from tiny import Tiny
 from torch import Tensor
 
 import sten
+
+sys.path.append(str(Path(__file__).parents[1]))
+from gpu_timing import Clock
 
 BLOCK = 128
 PATTERNS = {"2:4": (sten.NM(2, 4), None), "50 %": (sten.CSR(), 0.5)}
@@ -53,18 +57,6 @@ def algorithm_1(weight: Tensor, gram: Tensor, grouped: bool) -> Tensor:
     return w
 
 
-def synchronized(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seconds_of(call, device: str) -> tuple[float, Tensor]:
-    begun = synchronized(device)
-    result = call()
-    return synchronized(device) - begun, result
-
-
 def layer(arguments) -> dict:
     """SparseGPT of one layer, against Algorithm 1 in plain torch, in turn."""
     size, device = 256 if arguments.tiny else 4096, arguments.device
@@ -79,15 +71,15 @@ def layer(arguments) -> dict:
             "sten.SparseGPT": lambda view=view: sten.SparseGPT().update(view).value,
             "Algorithm 1": lambda name=name: algorithm_1(weight, gram, name == "2:4"),
         }
-        times, errors = {way: [] for way in ways}, {}
-        for _ in range(1 + arguments.rounds):
+        errors, times = {}, {way: [] for way in ways}
+        for way, call in ways.items():
+            d = weight - call()  # and it is warm
+            errors[way] = float(((d @ gram) * d).sum() / ((weight @ gram) * weight).sum())
+        for _ in range(arguments.rounds):
             for way, call in ways.items():
-                spent, value = seconds_of(call, device)
-                times[way].append(spent)
-                d = weight - value
-                errors[way] = float(((d @ gram) * d).sum() / ((weight @ gram) * weight).sum())
+                times[way].append(Clock(device)(call, 1) / 1e6)
         assert errors["sten.SparseGPT"] < 1.05 * errors["Algorithm 1"], errors
-        middle = {way: statistics.median(spent[1:]) for way, spent in times.items()}
+        middle = {way: statistics.median(spent) for way, spent in times.items()}
         result[name] = {"seconds": middle, "relative error": errors}
         print(
             f"{name}: " + ", ".join(f"{way} {middle[way]:.3f} s, error {errors[way]:.3f}" for way in ways), flush=True
@@ -114,7 +106,8 @@ def blocks(arguments) -> dict:
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         given["calibration"] = sten.Calibration(given["calibration"], device="cuda", commit="block", offload="cpu")
-    spent, _ = seconds_of(lambda: sten.sparsify(model, sten.NM(2, 4), sten.SparseGPT(), **given), arguments.device)
+    prune = functools.partial(sten.sparsify, model, sten.NM(2, 4), sten.SparseGPT(), **given)
+    spent = Clock(arguments.device)(prune, 1) / 1e6
     peak = torch.cuda.max_memory_allocated() / 2**30 if arguments.device == "cuda" else 0.0
     print(f"{arguments.layers} blocks, {ids.numel()} tokens: {spent:.0f} s, peak {peak:.1f} GiB", flush=True)
     return {"blocks": arguments.layers, "tokens": ids.numel(), "seconds": spent, "peak GiB": peak}
@@ -131,8 +124,8 @@ def models(arguments) -> dict:
     for name, given in batches.items():
         model, device = pack.model(name).to(arguments.device), arguments.device
         given = [{key: t.to(device) for key, t in batch.items()} for batch in given]
-        call = lambda m=model, b=given: sten.sparsify(m, sten.NM(2, 4), sten.SparseGPT(), calibration=b)  # noqa: E731
-        spent, _ = seconds_of(call, device)
+        prune = functools.partial(sten.sparsify, model, sten.NM(2, 4), sten.SparseGPT(), calibration=given)
+        spent = Clock(device)(prune, 1) / 1e6
         result[name] = {"seconds": spent, "tokens": sum(b["input_ids"].numel() for b in given)}
         print(f"{name}: {result[name]['tokens']} tokens, {spent:.0f} s", flush=True)
     return result

@@ -19,7 +19,6 @@ from ..layouts.padding import reduction_width
 from ..ops.epilogue import NUMBERS, activate
 from ..ops.linear import dense_grad_weight
 from . import cpp
-from .cpp import operator
 
 Run = Callable[..., Tensor]
 PAIR_ROWS = 4  # kPairRows in csrc/kernels.h: the largest n of GroupedNM that bfloat16 is multiplied with
@@ -37,7 +36,7 @@ def end_of(flags: Flags) -> dict[str, str]:
 
 def csr_linear(layout: CSR, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear with CSR: row by row, gathering activations from a panel."""
-    linear, outputs = ended(operator("csr_linear", intercepted), activation), shape[0]
+    linear, outputs = ended(cpp.operator("csr_linear", intercepted), activation), shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         return linear(x, weight["values"], weight["crow"], weight["col"], bias, outputs)
@@ -47,7 +46,7 @@ def csr_linear(layout: CSR, shape: tuple[int, ...], intercepted: bool, activatio
 
 def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear with GroupedNM: accumulators stay in registers from one pattern to the next."""
-    linear = ended(operator("grouped_nm_linear", intercepted), activation)
+    linear = ended(cpp.operator("grouped_nm_linear", intercepted), activation)
     n, m, g, outputs = layout.n, layout.m, layout.g, shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
@@ -58,7 +57,7 @@ def grouped_nm_linear(layout: GroupedNM, shape: tuple[int, ...], intercepted: bo
 
 def grouped_nm_grad_input(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear_grad_input: the gradients of a pattern's outputs stay in registers."""
-    product, inputs = operator("grouped_nm_grad_input", intercepted), math.prod(shape[1:])
+    product, inputs = cpp.operator("grouped_nm_grad_input", intercepted), math.prod(shape[1:])
     sizes = layout.n, layout.m, layout.g
 
     def run(grad: Tensor, weight: Parts) -> Tensor:
@@ -69,7 +68,7 @@ def grouped_nm_grad_input(layout: GroupedNM, shape: tuple[int, ...], intercepted
 
 def grouped_nm_grad_weight(layout: GroupedNM, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear_grad_weight: a dot product over the tokens for every stored entry."""
-    product, sizes = operator("grouped_nm_grad_values", intercepted), (layout.n, layout.m, layout.g)
+    product, sizes = cpp.operator("grouped_nm_grad_values", intercepted), (layout.n, layout.m, layout.g)
 
     def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
         return product(grad, x, weight["index"], *sizes)
@@ -126,7 +125,7 @@ def with_empty_rows(some: Tensor, row: Tensor, outputs: int, bias: Tensor | None
 
 def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool, activation: str = "none") -> Run:
     """`run` of linear: one row of a panel of activations for all outputs that share the column."""
-    linear = ended(operator("band_linear", intercepted), activation)
+    linear = ended(cpp.operator("band_linear", intercepted), activation)
     band = BANDS[type(layout)]
     (height, _, columns), outputs = band.sizes(layout, shape), shape[0]
 
@@ -143,7 +142,7 @@ def band_linear(layout: Layout, shape: tuple[int, ...], intercepted: bool, activ
 
 def band_grad_input(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear_grad_input: the gradients of a band's outputs stay in registers from column to column."""
-    product, band = operator("band_grad_input", intercepted), BANDS[type(layout)]
+    product, band = cpp.operator("band_grad_input", intercepted), BANDS[type(layout)]
     (height, _, columns), outputs, inputs = band.sizes(layout, shape), shape[0], math.prod(shape[1:])
 
     def run(grad: Tensor, weight: Parts) -> Tensor:
@@ -156,7 +155,7 @@ def band_grad_input(layout: Layout, shape: tuple[int, ...], intercepted: bool) -
 
 def band_grad_weight(layout: Layout, shape: tuple[int, ...], intercepted: bool) -> Run:
     """`run` of linear_grad_weight: a dot product over the tokens for every stored entry."""
-    product, band = operator("band_grad_values", intercepted), BANDS[type(layout)]
+    product, band = cpp.operator("band_grad_values", intercepted), BANDS[type(layout)]
     sizes, outputs = band.sizes(layout, shape), shape[0]
 
     def run(grad: Tensor, x: Tensor, weight: Parts) -> Tensor:
@@ -236,7 +235,7 @@ def nm_plan(layout: NM, dtype: torch.dtype, tokens: int | None, run: Run, few: s
 
 def nm_linear(layout: NM, shape: tuple[int, ...], dtype: torch.dtype, flags: Flags) -> Plan:
     """linear with NM: values are expanded in registers, or all of them once for many tokens."""
-    linear = ended(operator("nm_linear", flags.tokens is None), **end_of(flags))
+    linear = ended(cpp.operator("nm_linear", flags.tokens is None), **end_of(flags))
     n, m, outputs = layout.n, layout.m, shape[0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,6 @@ from ..dispatch import Flags, Plan, kernel, memory_format
 from ..layouts import BSR, CSR, NM, FanIn, GroupedNM, VectorNM
 from ..layouts.base import Layout, Parts
 from . import cpp
-from .cpp import operator
 from .cpu import (
     BANDS,
     Run,
@@ -62,7 +61,7 @@ def direct_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool, geome
 
 def band_conv(layout: Layout, shape: tuple[int, ...], intercepted: bool, geometry: list[int], outputs: int) -> Run:
     """The convolution (x, parts, bias) of a layout whose rows are in bands."""
-    conv, band = operator("band_conv2d", intercepted), BANDS[type(layout)]
+    conv, band = cpp.operator("band_conv2d", intercepted), BANDS[type(layout)]
     (height, _, columns), inputs_last = band.sizes(layout, shape), DIRECT[type(layout)][0]
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
@@ -81,7 +80,7 @@ def grouped_nm_conv(
     layout: GroupedNM, shape: tuple[int, ...], intercepted: bool, geometry: list[int], outputs: int
 ) -> Run:
     """The same for GroupedNM."""
-    conv, sizes = operator("grouped_nm_conv2d", intercepted), (layout.n, layout.m, layout.g)
+    conv, sizes = cpp.operator("grouped_nm_conv2d", intercepted), (layout.n, layout.m, layout.g)
 
     def run(x: Tensor, weight: Parts, bias: Tensor | None) -> Tensor:
         return conv(x, weight["values"].contiguous(), weight["index"], bias, *sizes, geometry, outputs)

@@ -16,7 +16,6 @@ from ..kernels.pattern_cache import Derived
 from ..layouts import CSR, FanIn
 from ..layouts.base import Layout, Parts
 from . import cpp
-from .cpp import operator
 from .cpu import FEW_TOKENS, Run, band_linear, csr_linear, end_of, ended, float32_by, with_empty_rows
 from .cpu import LINEAR as OTHERS
 
@@ -27,7 +26,7 @@ def table_linear(shape: tuple[int, ...], kind: str, activation: str = "none") ->
     It is made, and the pattern checked, once for its parts and versions, and cached as long as they live; of tensors
     made in inference mode at every call.
     """
-    linear = ended(operator("band_linear", False), activation)
+    linear = ended(cpp.operator("band_linear", False), activation)
     outputs, columns, last = shape[0], math.prod(shape[1:]), (None, None)
     make = {"bits": torch.ops.sten.pattern_bits.default, "windows": torch.ops.sten.pattern_windows.default}[kind]
 
@@ -75,12 +74,14 @@ def table_of(instruction_set: str, density: float, dtype: torch.dtype, tokens: i
     return "bits" if tokens <= 64 * density - 4 else None
 
 
-WHY = {
-    "bits": "C++ kernel: a bitmap, made once from the pattern, expands the stored entries in registers",
-    "windows": "C++ kernel: a table of columns within 256, made once from the pattern, selects activations",
-    "expand": "expands to dense by a C++ kernel: AMX multiplies so many tokens faster by a dense weight",
+VARIANTS = {  # of each kind: its name in a Plan, and why
+    "bits": ("bitmap", "C++ kernel: a bitmap, made once from the pattern, expands the stored entries in registers"),
+    "windows": (
+        "windows",
+        "C++ kernel: a table of columns within 256, made once from the pattern, selects activations",
+    ),
+    "expand": ("expand", "expands to dense by a C++ kernel: AMX multiplies so many tokens faster by a dense weight"),
 }
-VARIANTS = {"bits": "bitmap", "windows": "windows", "expand": "expand"}
 
 
 def single_entries_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
@@ -93,7 +94,7 @@ def single_entries_by(run_of: Callable[..., Run]) -> Callable[..., Plan]:
         if kind is None:
             return others(layout, shape, dtype, flags)
         run = table_linear(shape, "windows" if kind == "windows" else "bits", **end_of(flags))
-        return Plan.of(VARIANTS[kind], WHY[kind], run)
+        return Plan.of(*VARIANTS[kind], run)
 
     prepare.__name__ = run_of.__name__
     return prepare

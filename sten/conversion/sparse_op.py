@@ -115,13 +115,8 @@ def _site(kind: str, operator: Callable, how: How) -> Site | None:
         )
     if kind == "grad_output" and not method.takes_gradients:
         raise ValueError(f"Expected a method without state for grad=, got {method}; use sten.TopK.")
-    return Site(
-        operator if isinstance(operator, str) else getattr(operator, "__name__", type(operator).__name__),
-        kind,
-        method,
-        layout,
-        False,
-    )
+    name = operator if isinstance(operator, str) else getattr(operator, "__name__", type(operator).__name__)
+    return Site(name, kind, method, layout, False)
 
 
 def sparse_op(

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_input, conv1d_weight, conv2d_input, conv2d_weight, conv3d_input, conv3d_weight
 
-from .._torch_private import autocast_somewhere, is_intercepted, must_apply
+from .._torch_private import autocast_somewhere
 from ..dispatch import operator, planned
 from ..rule import Rule, save_operands, saved_operands
 from ..tensor import SparseTensor, function
@@ -184,13 +183,7 @@ def conv(
         bias = bias_row(bias, weight.shape[0])
     if input.dim() == dims + 1:
         return Conv.call(input.unsqueeze(0), weight, bias, *geometry).squeeze(0)
-    intercepted = is_intercepted()
-    if (intercepted and must_apply()) or (
-        torch.is_grad_enabled()
-        and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-    ):
-        return Conv.call(input, weight, bias, *geometry)
-    return compute_conv(input, weight, bias, *geometry, intercepted)
+    return Conv.call(input, weight, bias, *geometry)
 
 
 def _sizes(sizes, dims: int) -> tuple[int, ...]:
